@@ -1,0 +1,50 @@
+# make demo   watch a diffusion model forget a training image; ends with the report to open
+# make test   the whole test-suite
+# Both set up .venv on a fresh machine: python3 >= 3.10 with venv, package registry; no GPU, no root. TORCH="torch==X" picks another torch.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TORCH ?= $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
+TORCH_INDEX ?=
+
+.PHONY: demo test slow-test lint bench install clean
+
+demo: $(VENV)/.installed
+	$(BIN)/fastunlearn demo --output out/demo
+
+test: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest
+
+slow-test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m slow
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest bench --benchmark-only
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+
+install: $(VENV)/.installed
+
+# torch goes in first and alone: a plain `torch` from another package's requirements would bring several GB of CUDA libraries.
+$(VENV)/.torch: constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c 'import sys, torch; v = torch.__version__.split("+")[0].split("."); sys.exit((int(v[0]), int(v[1])) < (2, 11))' 2>/dev/null \
+	  && [ "$(origin TORCH)" = "file" ] || $(PIP) install --quiet $(TORCH_INDEX) "$(TORCH)"
+	$(BIN)/python -c 'import torch; print("torch=="+torch.__version__.split("+")[0])' > $@.constraint
+	sed '/^torch==/d' constraints.txt > $@.rest && cat $@.constraint $@.rest > $@.constraints && rm $@.constraint $@.rest
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml
+	$(PIP) install --quiet -c $(VENV)/.torch.constraints -e .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.torch pyproject.toml
+	$(PIP) install --quiet -c $(VENV)/.torch.constraints -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) out build *.egg-info
