@@ -1,0 +1,109 @@
+"""Argument checks: every message names the argument, what is expected and what was given."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import torch
+from torch import Tensor
+
+
+def describe(value) -> str:
+    """`value` as an error message shows it: dtype, shape and device of a tensor, the type of anything else."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)} on {value.device}"
+    return f"{value!r}" if isinstance(value, (int, float, str, bool, type(None))) else type(value).__name__
+
+
+def tensor(name: str, value, *, ndim: int, floating: bool = True) -> Tensor:
+    """A tensor of rank `ndim`, floating-point or (`floating=False`) integer."""
+    expected = f"{'floating-point' if floating else 'integer'} tensor of {ndim} dimension{'s' * (ndim != 1)}"
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a {expected}, got {describe(value)}")
+    if floating and not value.is_floating_point():
+        raise TypeError(f"{name}: expected a {expected}, got {describe(value)}")
+    if not floating and (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool):
+        raise TypeError(f"{name}: expected an {expected}, got {describe(value)}")
+    if value.ndim != ndim:
+        raise ValueError(f"{name}: expected a {expected}, got {describe(value)}")
+    return value
+
+
+def images(name: str, value) -> Tensor:
+    """A floating-point `[B, C, H, W]` with at least one row."""
+    tensor(name, value, ndim=4)
+    if value.numel() == 0:
+        raise ValueError(f"{name}: expected at least one image [B, C, H, W], got {describe(value)}")
+    return value
+
+
+def like(name: str, value, other_name: str, other: Tensor) -> Tensor:
+    """A floating-point tensor of the shape and device of `other`."""
+    tensor(name, value, ndim=other.ndim)
+    if value.shape != other.shape:
+        raise ValueError(f"{name}: expected the shape of {other_name}, {tuple(other.shape)}, got {tuple(value.shape)}")
+    same_device(name, value, other_name, other)
+    return value
+
+
+def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    if value.device != other.device:
+        raise ValueError(f"{name}: expected the device of {other_name}, {other.device}, got {value.device}")
+
+
+def vector(name: str, value, length: int, device: torch.device, *, floating: bool = True) -> Tensor:
+    """A tensor `[length]` on `device`."""
+    tensor(name, value, ndim=1, floating=floating)
+    if len(value) != length:
+        raise ValueError(f"{name}: expected one value a row, [{length}], got {tuple(value.shape)}")
+    if value.device != device:
+        raise ValueError(f"{name}: expected the device of the images, {device}, got {value.device}")
+    return value
+
+
+def number(name: str, value, *, low: float = -math.inf, high: float = math.inf, low_open: bool = False) -> float:
+    """A finite number within [low, high], or (low, high] with `low_open`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {describe(value)}")
+    if not math.isfinite(value) or value > high or value < low or (low_open and value == low):
+        bounds = f"{'(' if low_open or low == -math.inf else '['}{low:g}, {high:g}{')' if high == math.inf else ']'}"
+        raise ValueError(f"{name}: expected a finite number in {bounds}, got {value!r}")
+    return float(value)
+
+
+def integer(name: str, value, *, low: int, high: int | None = None, of: str = "") -> int:
+    """An integer within [low, high]; `of` says in words where `high` comes from."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an integer, got {describe(value)}")
+    if value < low or (high is not None and value > high):
+        bounds = f">= {low}" if high is None else f"in [{low}, {high}]"
+        raise ValueError(f"{name}: expected an integer {bounds}{f' ({of})' if of else ''}, got {value}")
+    return value
+
+
+def one_of(name: str, value, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {describe(value)}")
+    return value
+
+
+def values_enabled() -> bool:
+    """Whether `FASTUNLEARN_CHECK=1` asks for checks that read values (on a GPU each one waits for the device)."""
+    return os.environ.get("FASTUNLEARN_CHECK", "0") not in ("", "0")
+
+
+def timestep_values(timesteps: Tensor, schedule) -> None:
+    """Refuses timesteps outside the schedule, or where the loss is not defined."""
+    low, high = int(timesteps.min()), int(timesteps.max())
+    if low < 0 or high >= len(schedule):
+        raise ValueError(f"timesteps: expected indices in [0, {len(schedule) - 1}], got values in [{low}, {high}]")
+    schedule.check_usable(timesteps.cpu())
+
+
+def finite(name: str, value: Tensor) -> Tensor:
+    """Refuses NaN and Inf."""
+    bad = (~torch.isfinite(value)).sum().item()
+    if bad:
+        raise ValueError(f"{name}: expected finite values, got {bad} NaN or Inf of {value.numel()}")
+    return value

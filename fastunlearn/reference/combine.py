@@ -1,0 +1,50 @@
+"""How two parameter gradients become one: SISS' rescaling and EraseDiff's projection, one parameter at a time.
+
+Both papers write the update as `g_x - f g_a`, with a factor f that needs norms over all parameters together. `main` is g_x (keep),
+`correction` is g_a (forget).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Combined(NamedTuple):
+    """What `rescale` and `project` return."""
+
+    gradients: list[Tensor]  # g_x - f g_a, one per parameter
+    factor: Tensor  # f, 0-d
+    correction_norm: Tensor  # ||g_a||_2 over all parameters, 0-d
+    inner_product: Tensor  # <g_x, g_a> over all parameters, 0-d
+
+
+def rescale(main: Sequence[Tensor], correction: Sequence[Tensor], scaling_norm: float) -> Combined:
+    """`g_x - (scaling_norm / ||g_a||) g_a`: the forget gradient is set to the given norm, up or down (SISS, section 4, "gradient norm fixing").
+
+    A vanishing `g_a` has an infinite factor, which counts as 0, as in SISS' training loop on MNIST.
+    """
+    norm = _inner(correction, correction).sqrt()
+    factor = scaling_norm / norm
+    return _combine(main, correction, torch.where(factor.isinf(), torch.zeros_like(factor), factor), norm)
+
+
+def project(main: Sequence[Tensor], correction: Sequence[Tensor], eta: float) -> Combined:
+    """`g_x + max(eta - <g_x, g_a> / ||g_a||^2, 0) g_a` (EraseDiff, as used by SISS and ReTrack): afterwards `<g, g_a> >= eta ||g_a||^2`.
+
+    The factor is returned with the sign of `rescale`, so it is `-max(...)`.
+    """
+    norm = _inner(correction, correction).sqrt()
+    factor = -torch.clamp(eta - _inner(main, correction) / norm**2, min=0)
+    return _combine(main, correction, factor, norm)
+
+
+def _inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    return torch.stack([(a * b).sum() for a, b in zip(left, right, strict=True)]).sum()
+
+
+def _combine(main: Sequence[Tensor], correction: Sequence[Tensor], factor: Tensor, norm: Tensor) -> Combined:
+    return Combined([m - factor * c for m, c in zip(main, correction, strict=True)], factor, norm, _inner(main, correction))

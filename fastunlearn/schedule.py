@@ -1,0 +1,127 @@
+"""The forward process `x_t = alpha_t x_0 + sigma_t eps`, and what the network is asked to predict.
+
+The tables are float64: the importance weights of every method multiply distances by `(alpha_t / sigma_t)^2`, up to 1e4 at small t.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow")
+
+
+class NoiseSchedule:
+    """Signal and noise levels for every timestep index, and the model's prediction type.
+
+    Args:
+        alpha: `[T]`, signal level of each timestep; kept in float64.
+        sigma: `[T]`, noise level of each timestep; kept in float64.
+        model_timesteps: `[T]`, what the network receives for each index (default: the index itself).
+        prediction_type: what the network returns: `"epsilon"`, `"v_prediction"` (`alpha eps - sigma x_0`), `"sample"` (`x_0`) or
+            `"flow"` (`eps - x_0`).
+
+    Raises:
+        TypeError, ValueError: for tables of different length or with values that no forward process has, or an unknown prediction type.
+    """
+
+    def __init__(self, alpha: Tensor, sigma: Tensor, model_timesteps: Tensor | None = None, prediction_type: str = "epsilon"):
+        alpha, sigma = _table("alpha", alpha), _table("sigma", sigma)
+        if alpha.shape != sigma.shape:
+            raise ValueError(f"sigma: expected the length of alpha, {len(alpha)}, got {len(sigma)}")
+        if prediction_type not in PREDICTION_TYPES:
+            raise ValueError(f"prediction_type: expected one of {', '.join(PREDICTION_TYPES)}, got {prediction_type!r}")
+        if model_timesteps is None:
+            model_timesteps = torch.arange(len(alpha))
+        elif not isinstance(model_timesteps, Tensor) or model_timesteps.shape != alpha.shape:
+            raise ValueError(f"model_timesteps: expected a tensor of shape {tuple(alpha.shape)}, got {_describe(model_timesteps)}")
+        self.alpha, self.sigma = alpha, sigma
+        self.model_timesteps, self.prediction_type = model_timesteps.cpu(), prediction_type
+        self._on_device: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    @classmethod
+    def from_alphas_cumprod(cls, alphas_cumprod: Tensor, **kwargs) -> NoiseSchedule:
+        """A variance-preserving schedule from `alphas_cumprod` `[T]`: `alpha = sqrt(abar)`, `sigma = sqrt(1 - abar)`, in float64."""
+        alphas_cumprod = _table("alphas_cumprod", alphas_cumprod)
+        if alphas_cumprod.max() > 1:
+            raise ValueError(f"alphas_cumprod: expected values in [0, 1], got a maximum of {alphas_cumprod.max():.6g}")
+        return cls(alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt(), **kwargs)
+
+    @classmethod
+    def from_diffusers(cls, scheduler) -> NoiseSchedule:
+        """The schedule a diffusers scheduler trains with; its float32 `alphas_cumprod` is what the checkpoint has seen, so it is the source."""
+        if hasattr(scheduler, "alphas_cumprod"):
+            return cls.from_alphas_cumprod(scheduler.alphas_cumprod, prediction_type=scheduler.config.get("prediction_type", "epsilon"))
+        if "shift" in scheduler.config:  # flow matching
+            return cls.flow(scheduler.config.num_train_timesteps, shift=scheduler.config.shift)
+        raise TypeError(f"scheduler: expected a diffusers scheduler with alphas_cumprod or flow matching, got {type(scheduler).__name__}")
+
+    @classmethod
+    def flow(cls, num_timesteps: int = 1000, shift: float = 1.0) -> NoiseSchedule:
+        """Flow matching, `x_t = (1 - sigma_t) x_0 + sigma_t eps`, with diffusers' shift of the noise levels; index t is noise level (t + 1) / T."""
+        sigma = torch.arange(1, num_timesteps + 1, dtype=torch.float64) / num_timesteps
+        sigma = shift * sigma / (1 + (shift - 1) * sigma)
+        return cls(1 - sigma, sigma, model_timesteps=sigma * num_timesteps, prediction_type="flow")
+
+    def __len__(self) -> int:
+        return len(self.alpha)
+
+    def __repr__(self) -> str:
+        return f"NoiseSchedule({len(self)} timesteps, prediction_type={self.prediction_type!r})"
+
+    def coefficients(self, timesteps: Tensor) -> Tensor:
+        """What the ops need to know of `timesteps` `[B]`: float64 `[B, 5]` on their device, columns `alpha, sigma, a, b, c`.
+
+        In the model's prediction space the target of a clean image `x` seen through `x_t = alpha x_0 + sigma eps` is
+        `a eps + b x_0 + c (x_0 - x)`: a network that predicts eps, v, x_0 or the flow differs in these three numbers only.
+        """
+        return self._tables(timesteps.device)[0][timesteps]
+
+    def model_input(self, timesteps: Tensor) -> Tensor:
+        """What the network receives for `timesteps` `[B]`, on their device."""
+        return self._tables(timesteps.device)[1][timesteps]
+
+    def check_usable(self, timesteps: Tensor | None = None) -> None:
+        """Refuses `timesteps` (default: all) at which the training loss is not defined.
+
+        Raises:
+            ValueError: `sigma_t = 0` (the noise cannot be told from the image), or `alpha_t = 0` with a network that predicts eps.
+        """
+        timesteps = torch.arange(len(self)) if timesteps is None else timesteps
+        if (self.sigma[timesteps] == 0).any():
+            first = timesteps[self.sigma[timesteps] == 0][0].item()
+            raise ValueError(f"schedule: expected sigma_t > 0 at every timestep that can be drawn, got sigma = 0 at t = {first}")
+        if self.prediction_type == "epsilon" and (self.alpha[timesteps] == 0).any():
+            first = timesteps[self.alpha[timesteps] == 0][0].item()
+            raise ValueError(f"schedule: expected alpha_t > 0 for a network that predicts epsilon, got alpha = 0 at t = {first} (zero terminal SNR)")
+
+    def _tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        if device not in self._on_device:
+            self._on_device[device] = (self._coefficient_table().to(device), self.model_timesteps.to(device))
+        return self._on_device[device]
+
+    def _coefficient_table(self) -> Tensor:
+        alpha, sigma = self.alpha, self.sigma
+        rho, one, zero = alpha / sigma, torch.ones_like(alpha), torch.zeros_like(alpha)
+        a, b, c = {
+            "epsilon": (one, zero, rho),
+            "v_prediction": (alpha, -sigma, alpha * rho + sigma),
+            "sample": (zero, one, -one),
+            "flow": (one, -one, rho + 1),
+        }[self.prediction_type]
+        return torch.stack([alpha, sigma, a, b, c], dim=1)
+
+
+def _table(name: str, values) -> Tensor:
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{name}: expected a tensor of shape [T], got {_describe(values)}")
+    if values.ndim != 1 or len(values) == 0 or not values.is_floating_point():
+        raise ValueError(f"{name}: expected a floating-point tensor of shape [T], got {_describe(values)}")
+    values = values.detach().to("cpu", torch.float64)
+    if not torch.isfinite(values).all() or values.min() < 0:
+        raise ValueError(f"{name}: expected finite values >= 0, got values in [{values.min():.6g}, {values.max():.6g}]")
+    return values
+
+
+def _describe(value) -> str:
+    return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
