@@ -1,0 +1,212 @@
+"""Pure functions on tensors: validate, then call the op. Samples are rows; losses are per sample, summed over elements."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _check
+from .ops._library import reference_wanted
+from .ops.mixture import mixture as _mixture
+from .ops.noising import noising as _noising
+from .ops.redirect import redirect as _redirect
+from .ops.residual import residual as _residual
+from .reference.mixture import mixture as _literal_mixture
+from .reference.noising import noising as _literal_noising
+from .reference.redirect import prediction_target as _literal_target
+from .reference.redirect import redirect as _literal_redirect
+from .reference.residual import denoising_loss as _literal_loss
+from .schedule import NoiseSchedule
+
+
+class Noised(NamedTuple):
+    x_t: Tensor  # [B, C, H, W]
+    target: Tensor  # [B, C, H, W], in the model's prediction space
+
+
+class Redirect(NamedTuple):
+    x_t: Tensor  # [B, C, H, W]
+    target: Tensor  # [B, C, H, W], in the model's prediction space
+    spread: Tensor  # [B], the part of ReTrack's loss that no network can change
+    weights: Tensor  # [B, K]
+
+
+class Mixture(NamedTuple):
+    x_t: Tensor  # [B, C, H, W]
+    retain_target: Tensor  # [B, C, H, W]
+    forget_target: Tensor  # [B, C, H, W]
+    retain_weight: Tensor  # [B] float64
+    forget_weight: Tensor  # [B] float64
+
+
+def noised(images: Tensor, noise: Tensor, timesteps: Tensor, schedule: NoiseSchedule) -> Noised:
+    """`x_t = alpha_t x_0 + sigma_t eps` and what the network should predict for it (the vanilla denoising target).
+
+    Args:
+        images: `[B, C, H, W]` floating point.
+        noise: `[B, C, H, W]`.
+        timesteps: `[B]` int64, indices into `schedule`.
+
+    Raises:
+        TypeError, ValueError: for arguments of another rank, shape, dtype or device.
+    """
+    coefficients = _prepare("images", images, noise, timesteps, schedule)
+    if reference_wanted():
+        return Noised(_literal_noising(images, noise, timesteps, schedule), _literal_target(images, noise, timesteps, schedule))
+    x_t = _noising(images, noise, coefficients)
+    if schedule.prediction_type == "epsilon":
+        return Noised(x_t, noise)
+    a, b = (coefficients[:, column].to(images.dtype).view(-1, 1, 1, 1) for column in (2, 3))
+    return Noised(x_t, a * noise + b * images)
+
+
+def redirect(
+    forget: Tensor,
+    neighbors: Tensor,
+    noise: Tensor | None,
+    timesteps: Tensor,
+    schedule: NoiseSchedule,
+    *,
+    x_t: Tensor | None = None,
+    sqdist: Tensor | None = None,
+) -> Redirect:
+    """ReTrack's single target: the importance-weighted mean of the directions toward the k nearest neighbours (ReTrack section 3.3).
+
+    `loss = ||prediction - target||^2 + spread` equals the paper's `sum_j p_j ||prediction - v_j||^2`, with
+    `p = softmax_j(-||x_t - alpha x_j||^2 / (2 sigma^2))`; `p` carries no gradient.
+
+    Args:
+        forget: `[B, C, H, W]`, the images to forget.
+        neighbors: `[B, K, C, H, W]`, their nearest neighbours among the images to keep.
+        noise: `[B, C, H, W]`; not used (and may be None) where `x_t` is given, which implies it.
+        timesteps: `[B]` int64, indices into `schedule`.
+        x_t: `[B, C, H, W]`, noised forget images made elsewhere; the noise is then `(x_t - alpha a) / sigma`.
+        sqdist: `[B, K]`, `||a - x_j||^2` of the float images (uint8 rows: the integer distance times `(2/255)^2`); accumulated in float64 if None.
+
+    Raises:
+        TypeError, ValueError: for arguments of another rank, shape, dtype or device.
+    """
+    _check.images("forget", forget)
+    _check.tensor("neighbors", neighbors, ndim=5)
+    if neighbors.shape[1] == 0 or neighbors.shape[0] != forget.shape[0] or neighbors.shape[2:] != forget.shape[1:]:
+        raise ValueError(f"neighbors: expected [B, K, C, H, W] = {_with_k(forget)} with K >= 1, got {tuple(neighbors.shape)}")
+    _check.same_device("neighbors", neighbors, "forget", forget)
+    if neighbors.dtype != forget.dtype:
+        raise TypeError(f"neighbors: expected the dtype of forget, {forget.dtype}, got {neighbors.dtype}")
+    if sqdist is not None:
+        _check.tensor("sqdist", sqdist, ndim=2)
+        if sqdist.shape != neighbors.shape[:2]:
+            raise ValueError(f"sqdist: expected one distance a neighbour, {tuple(neighbors.shape[:2])}, got {tuple(sqdist.shape)}")
+        _check.same_device("sqdist", sqdist, "forget", forget)
+    noise = _noise_of("forget", forget, noise, x_t, timesteps, schedule)
+    coefficients = _prepare("forget", forget, noise, timesteps, schedule)
+    if reference_wanted():
+        return Redirect(*_literal_redirect(forget, neighbors, noise, timesteps, schedule, x_t=x_t))
+    made, target, spread, weights = _redirect(forget, neighbors, noise, coefficients, sqdist)
+    return Redirect(made if x_t is None else x_t, target, spread, weights)
+
+
+def mixture(
+    retain: Tensor,
+    forget: Tensor,
+    noise: Tensor | None,
+    timesteps: Tensor,
+    schedule: NoiseSchedule,
+    lambd: float,
+    from_forget: Tensor,
+    *,
+    x_t: Tensor | None = None,
+    time_log_ratio: Tensor | None = None,
+) -> Mixture:
+    """The SISS mixture sample with both targets and importance weights (SISS Eq. 6); `(1 - lambd) w_x + lambd w_a = 1`.
+
+    Args:
+        retain: `[B, C, H, W]`, images to keep.
+        forget: `[B, C, H, W]`, images to forget.
+        noise: `[B, C, H, W]`; not used (and may be None) where `x_t` is given, which implies it.
+        timesteps: `[B]` int64, indices into `schedule`.
+        lambd: in [0, 1], the share of forget images in the mixture.
+        from_forget: `[B]` bool, True where `x_t` is made from the forget image.
+        x_t: `[B, C, H, W]`, mixture samples made elsewhere.
+        time_log_ratio: `[B]`, `log p_forget(t) / p_retain(t)` where the branches draw timesteps from different densities.
+
+    Raises:
+        TypeError, ValueError: for arguments of another rank, shape, dtype or device, or lambd outside [0, 1].
+    """
+    _check.images("retain", retain)
+    _check.like("forget", forget, "retain", retain)
+    if forget.dtype != retain.dtype:
+        raise TypeError(f"forget: expected the dtype of retain, {retain.dtype}, got {forget.dtype}")
+    lambd = _check.number("lambd", lambd, low=0, high=1)
+    if not isinstance(from_forget, Tensor) or from_forget.dtype != torch.bool or from_forget.shape != retain.shape[:1]:
+        raise TypeError(f"from_forget: expected a bool tensor of shape ({len(retain)},), got {_check.describe(from_forget)}")
+    _check.same_device("from_forget", from_forget, "retain", retain)
+    if time_log_ratio is not None:
+        _check.vector("time_log_ratio", time_log_ratio, len(retain), retain.device)
+    if x_t is not None:
+        noise = _noise_of("retain", torch.where(from_forget.view(-1, 1, 1, 1), forget, retain), noise, x_t, timesteps, schedule)
+    coefficients = _prepare("retain", retain, noise, timesteps, schedule)
+    if reference_wanted():
+        return Mixture(*_literal_mixture(retain, forget, noise, timesteps, schedule, lambd, from_forget, x_t=x_t, time_log_ratio=time_log_ratio))
+    made, *rest = _mixture(retain, forget, noise, coefficients, from_forget, lambd, time_log_ratio)
+    return Mixture(made if x_t is None else x_t, *rest)
+
+
+def denoising_loss(prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    """`weight ||prediction - target||^2` per sample, `[B]`, summed over elements; differentiable in `prediction` only.
+
+    Args:
+        prediction: `[B, C, H, W]`, any floating dtype; sums are float32 or better.
+        target: `[B, C, H, W]`.
+        weight: `[B]`; None is 1.
+
+    Raises:
+        TypeError, ValueError: for arguments of another rank, shape or device.
+        ValueError: if target or weight require a gradient, which this loss does not give them.
+    """
+    return weighted_residual(prediction, target, weight)[0]
+
+
+def weighted_residual(prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`denoising_loss` and, from the same pass, its gradient `2 weight (prediction - target)` `[B, C, H, W]` in the dtype of `prediction`."""
+    _check.images("prediction", prediction)
+    _check.like("target", target, "prediction", prediction)
+    weight = torch.ones(len(prediction), device=prediction.device) if weight is None else _check.vector("weight", weight, len(prediction), prediction.device)
+    for name, value in (("target", target), ("weight", weight)):
+        if value.requires_grad:
+            raise ValueError(f"{name}: expected no gradient (the loss is differentiable in prediction only), got requires_grad=True; detach it")
+    if reference_wanted():
+        return _literal_loss(prediction, target, weight), 2 * weight.to(prediction.dtype).view(-1, 1, 1, 1) * (prediction - target).detach()
+    return _residual(prediction, target, weight)
+
+
+def _prepare(name: str, images: Tensor, noise: Tensor | None, timesteps: Tensor, schedule: NoiseSchedule) -> Tensor:
+    _check.images(name, images)
+    _check.like("noise", noise, name, images)
+    _check_timesteps(timesteps, images, schedule)
+    return schedule.coefficients(timesteps)
+
+
+def _check_timesteps(timesteps: Tensor, images: Tensor, schedule: NoiseSchedule) -> None:
+    if not isinstance(schedule, NoiseSchedule):
+        raise TypeError(f"schedule: expected a NoiseSchedule (NoiseSchedule.from_diffusers(scheduler) makes one), got {_check.describe(schedule)}")
+    _check.vector("timesteps", timesteps, len(images), images.device, floating=False)
+    if _check.values_enabled():
+        _check.timestep_values(timesteps, schedule)
+
+
+def _noise_of(name: str, images: Tensor, noise: Tensor | None, x_t: Tensor | None, timesteps: Tensor, schedule: NoiseSchedule) -> Tensor:
+    """The noise that `x_t` implies, or `noise` where `x_t` is not given."""
+    if x_t is None:
+        return noise
+    _check.like("x_t", x_t, name, images)
+    _check_timesteps(timesteps, images, schedule)
+    alpha, sigma = (schedule.coefficients(timesteps)[:, column].view(-1, 1, 1, 1) for column in (0, 1))
+    return ((x_t.double() - alpha * images.double()) / sigma).to(images.dtype)
+
+
+def _with_k(images: Tensor) -> str:
+    batch, *rest = images.shape
+    return f"({batch}, K, {', '.join(map(str, rest))})"
