@@ -1,0 +1,10 @@
+"""The methods: frozen dataclasses of hyperparameters that say what a step composes and how it combines the gradients."""
+
+from .base import Batch, Method, Pass, Term
+from .erasediff import EraseDiff
+from .neggrad import NegGrad
+from .retrack import ReTrack
+from .siss import SISS
+from .vanilla import Vanilla
+
+__all__ = ["SISS", "Batch", "EraseDiff", "Method", "NegGrad", "Pass", "ReTrack", "Term", "Vanilla"]

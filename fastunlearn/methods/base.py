@@ -1,0 +1,131 @@
+"""What a method tells the step: network calls, and weighted regressions on their outputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from .. import gradients
+from ..draws import Draws
+from ..schedule import NoiseSchedule
+
+Role = Literal["retain", "forget"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a step works on. Conditioning (`*_kwargs`) has the batch as its leading dimension."""
+
+    forget: Tensor | None = None  # [B, C, H, W]
+    retain: Tensor | None = None  # [B, C, H, W]
+    neighbors: Tensor | None = None  # [B, K, C, H, W]
+    sqdist: Tensor | None = None  # [B, K] float64
+    forget_kwargs: dict[str, Any] = field(default_factory=dict)
+    retain_kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Term:
+    """`scale * mean_b weight_b (||prediction_b - target_b||^2 + spread_b)` over the rows `start..start + B` of a pass."""
+
+    role: Role  # which of the two gradients it belongs to, for methods that keep them apart
+    target: Tensor  # [B, C, H, W]
+    weight: Tensor  # [B], already divided by the rows of the whole batch
+    start: int = 0
+    spread: Tensor | None = None  # [B]
+    scale: float = 1.0
+    unit: Tensor | None = None  # 0-d: the weights were divided by it, so that tiny ones survive float32; it cancels in a rescaling
+
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.target)
+
+    def rows(self, start: int, stop: int) -> Term | None:
+        """The part of the term on the pass rows `start..stop`, counted from `start`; None if there is none."""
+        first, last = max(start, self.start), min(stop, self.stop)
+        if first >= last:
+            return None
+        own = slice(first - self.start, last - self.start)
+        spread = None if self.spread is None else self.spread[own]
+        return replace(self, target=self.target[own], weight=self.weight[own], spread=spread, start=first - start)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One call of the network, and the regressions on its output."""
+
+    x_t: Tensor  # [R, C, H, W]
+    timesteps: Tensor  # [R] int64
+    terms: tuple[Term, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def split(self, rows: int | None) -> list[Pass]:
+        """The same work in calls of at most `rows` rows."""
+        if rows is None or rows >= len(self.x_t):
+            return [self]
+        parts = []
+        for start in range(0, len(self.x_t), rows):
+            stop = min(start + rows, len(self.x_t))
+            terms = tuple(part for term in self.terms if (part := term.rows(start, stop)) is not None)
+            kwargs = map_tensors(lambda value, at=slice(start, stop): value[at], self.kwargs)
+            parts.append(Pass(self.x_t[start:stop], self.timesteps[start:stop], terms, kwargs))
+        return parts
+
+
+class Method:
+    """Base of the methods. Subclasses are frozen dataclasses; nothing else in the package asks which one it has."""
+
+    name: ClassVar[str]
+    batches: ClassVar[frozenset[str]]  # of "forget", "retain", "neighbors": what `compose` reads
+    draws: ClassVar[frozenset[str]]  # fields of Draws that `compose` reads
+    shared_draws: ClassVar[bool] = False  # one noise and one timestep for a forget-retain pair
+    forget_probability: float = 0.0  # of `from_forget`
+
+    @property
+    def combine(self) -> gradients.Combination:
+        """How the two gradients become one."""
+        return gradients.add
+
+    @property
+    def two_gradients(self) -> bool:
+        """Whether terms of role `"forget"` go to a gradient of their own."""
+        return self.combine is not gradients.add
+
+    def compose(self, batch: Batch, draws: Draws, schedule: NoiseSchedule) -> list[Pass]:
+        """The network calls of a step. `draws` is complete."""
+        raise NotImplementedError
+
+
+def mean_weight(batch: Tensor) -> Tensor:
+    """`[B]`, the weight 1 / B of a plain mean over the batch."""
+    return torch.full((len(batch),), 1 / len(batch), device=batch.device, dtype=torch.promote_types(batch.dtype, torch.float32))
+
+
+def map_tensors(function, first: dict[str, Any], *others: dict[str, Any]) -> dict[str, Any]:
+    """`function` on corresponding tensors of nested dicts of tensors.
+
+    Raises:
+        ValueError: the dicts have different keys.
+        TypeError: a leaf is not a tensor.
+    """
+    for other in others:
+        if first.keys() != other.keys():
+            raise ValueError(f"forget_kwargs, retain_kwargs: expected the same keys, got {sorted(first)} and {sorted(other)}")
+    result = {}
+    for key, value in first.items():
+        values = (value, *(other[key] for other in others))
+        if isinstance(value, dict):
+            result[key] = map_tensors(function, *values)
+        elif all(isinstance(v, Tensor) for v in values):
+            result[key] = function(*values)
+        else:
+            raise TypeError(f"forget_kwargs, retain_kwargs: expected tensors (batch first) or dicts of them, got {type(value).__name__} for {key!r}")
+    return result
+
+
+def concatenate(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """Conditioning of a pass whose rows are the forget rows, then the retain rows."""
+    return map_tensors(lambda a, b: torch.cat([a, b]), first, second)

@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from .. import _check
+from .. import functional as F
+from ..draws import Draws
+from ..schedule import NoiseSchedule
+from .base import Batch, Method, Pass, Term, mean_weight
+
+
+@dataclass(frozen=True)
+class NegGrad(Method):
+    """Gradient ascent on the forget set: `-superfactor E ||eps - eps_theta(a_t, t)||^2` (methods.md C; SISS `simple_neg_del`)."""
+
+    superfactor: float = 1.0
+    name: ClassVar[str] = "neggrad"
+    batches: ClassVar[frozenset[str]] = frozenset({"forget"})
+    draws: ClassVar[frozenset[str]] = frozenset({"forget_noise", "forget_timesteps"})
+
+    def __post_init__(self):
+        _check.number("superfactor", self.superfactor, low=0, low_open=True)
+
+    def compose(self, batch: Batch, draws: Draws, schedule: NoiseSchedule) -> list[Pass]:
+        x_t, target = F.noised(batch.forget, draws.forget_noise, draws.forget_timesteps, schedule)
+        return [Pass(x_t, draws.forget_timesteps, (Term("forget", target, mean_weight(x_t), scale=-self.superfactor),), batch.forget_kwargs)]

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from .. import _check, gradients
+from .. import functional as F
+from ..draws import Draws
+from ..schedule import NoiseSchedule
+from .base import Batch, Method, Pass, Term, map_tensors, mean_weight
+
+SMALLEST_RELATIVE_WEIGHT = 2.0**-60
+
+
+@dataclass(frozen=True)
+class SISS(Method):
+    """SISS (arXiv 2503.01034): subtracted importance-sampled scores, with the forget gradient rescaled to a fixed norm.
+
+    Variants: `"mixture"` (the method: one noisy image from the defensive mixture, two importance-weighted targets, one forward),
+    `"no_is"` (two forwards without importance sampling, SISS `double_forward_with_neg_del`) and `"bernoulli"` (the mixture without weights,
+    SISS `subscore_bernoulli`: the retain term divided by `1 - lambd`).
+
+    Args:
+        lambd: the share of forget images in the mixture, in [0, 1] ((0, 1) for `"bernoulli"`).
+        scaling_norm: the L2 norm that the forget gradient is set to at every step, up or down (the paper tunes it to a tenth of the retain gradient's).
+    """
+
+    lambd: float = 0.5
+    scaling_norm: float = 5.0
+    variant: Literal["mixture", "no_is", "bernoulli"] = "mixture"
+    name: ClassVar[str] = "siss"
+    batches: ClassVar[frozenset[str]] = frozenset({"forget", "retain"})
+    shared_draws: ClassVar[bool] = True
+
+    def __post_init__(self):
+        _check.one_of("variant", self.variant, ("mixture", "no_is", "bernoulli"))
+        _check.number("lambd", self.lambd, low=0, high=1)
+        _check.number("scaling_norm", self.scaling_norm, low=0, low_open=True)
+        if self.variant == "bernoulli" and self.lambd in (0, 1):
+            raise ValueError(f"lambd: expected a number in (0, 1) for the variant 'bernoulli', got {self.lambd!r}")
+
+    @property
+    def draws(self) -> frozenset[str]:
+        both = {"forget_noise", "forget_timesteps", "retain_noise", "retain_timesteps"}
+        return frozenset(both if self.variant == "no_is" else both | {"from_forget"})
+
+    @property
+    def forget_probability(self) -> float:
+        return self.lambd
+
+    @property
+    def combine(self) -> gradients.Combination:
+        return gradients.rescale(self.scaling_norm)
+
+    def compose(self, batch: Batch, draws: Draws, schedule: NoiseSchedule) -> list[Pass]:
+        if batch.forget.shape != batch.retain.shape:
+            raise ValueError(f"forget: expected the shape of retain, {tuple(batch.retain.shape)} (SISS works on pairs), got {tuple(batch.forget.shape)}")
+        return {"mixture": self._mixture, "no_is": self._two_forwards, "bernoulli": self._bernoulli}[self.variant](batch, draws, schedule)
+
+    def _mixture(self, batch: Batch, draws: Draws, schedule: NoiseSchedule) -> list[Pass]:
+        noise, timesteps, kwargs = _picked(batch, draws)
+        sample = F.mixture(batch.retain, batch.forget, noise, timesteps, schedule, self.lambd, draws.from_forget)
+        # The rescaling cancels a common factor of the forget weights. Taking it out keeps tiny weights out of float32's subnormal numbers.
+        unit = sample.forget_weight.amax()
+        unit = torch.where(unit > 0, unit, torch.ones_like(unit))
+        relative = sample.forget_weight / unit
+        relative = torch.where(relative < SMALLEST_RELATIVE_WEIGHT, torch.zeros_like(relative), relative)
+        terms = (
+            Term("forget", sample.forget_target, relative / len(relative), unit=unit),
+            Term("retain", sample.retain_target, sample.retain_weight / len(relative)),
+        )
+        return [Pass(sample.x_t, timesteps, terms, kwargs)]
+
+    def _bernoulli(self, batch: Batch, draws: Draws, schedule: NoiseSchedule) -> list[Pass]:
+        noise, timesteps, kwargs = _picked(batch, draws)
+        x_t, target = F.noised(_where(draws.from_forget, batch.forget, batch.retain), noise, timesteps, schedule)
+        from_forget = draws.from_forget.to(mean_weight(x_t).dtype) / len(x_t)
+        from_retain = (~draws.from_forget).to(from_forget.dtype) / (len(x_t) * (1 - self.lambd))
+        return [Pass(x_t, timesteps, (Term("forget", target, from_forget), Term("retain", target, from_retain)), kwargs)]
+
+    def _two_forwards(self, batch: Batch, draws: Draws, schedule: NoiseSchedule) -> list[Pass]:
+        forget_x_t, forget_target = F.noised(batch.forget, draws.forget_noise, draws.forget_timesteps, schedule)
+        retain_x_t, retain_target = F.noised(batch.retain, draws.retain_noise, draws.retain_timesteps, schedule)
+        return [
+            Pass(forget_x_t, draws.forget_timesteps, (Term("forget", forget_target, mean_weight(batch.forget)),), batch.forget_kwargs),
+            Pass(retain_x_t, draws.retain_timesteps, (Term("retain", retain_target, mean_weight(batch.retain)),), batch.retain_kwargs),
+        ]
+
+
+def _picked(batch: Batch, draws: Draws) -> tuple[Tensor, Tensor, dict]:
+    """Noise, timesteps and conditioning of the branch that each row is made from."""
+    noise = _where(draws.from_forget, draws.forget_noise, draws.retain_noise)
+    timesteps = _where(draws.from_forget, draws.forget_timesteps, draws.retain_timesteps)
+    return noise, timesteps, map_tensors(lambda forget, retain: _where(draws.from_forget, forget, retain), batch.forget_kwargs, batch.retain_kwargs)
+
+
+def _where(from_forget: Tensor, forget: Tensor, retain: Tensor) -> Tensor:
+    return torch.where(from_forget.view(-1, *[1] * (forget.ndim - 1)), forget, retain)

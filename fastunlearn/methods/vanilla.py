@@ -1,0 +1,22 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from .. import functional as F
+from ..draws import Draws
+from ..schedule import NoiseSchedule
+from .base import Batch, Method, Pass, Term, mean_weight
+
+
+@dataclass(frozen=True)
+class Vanilla(Method):
+    """Naive deletion: go on training on the retain set, `E ||eps - eps_theta(x_t, t)||^2` (methods.md C)."""
+
+    name: ClassVar[str] = "vanilla"
+    batches: ClassVar[frozenset[str]] = frozenset({"retain"})
+    draws: ClassVar[frozenset[str]] = frozenset({"retain_noise", "retain_timesteps"})
+
+    def compose(self, batch: Batch, draws: Draws, schedule: NoiseSchedule) -> list[Pass]:
+        x_t, target = F.noised(batch.retain, draws.retain_noise, draws.retain_timesteps, schedule)
+        return [Pass(x_t, draws.retain_timesteps, (Term("retain", target, mean_weight(x_t)),), batch.retain_kwargs)]

@@ -1,0 +1,276 @@
+"""The step: draw, compose, predict, residual, combine, update. Read it top to bottom.
+
+`take_step` is the one loop behind every method; `retrack_step`, `siss_step`, ... are its doors for a training loop that already has
+its batches. Nothing here asks which method it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import _check
+from . import draws as draw
+from . import functional as F
+from .draws import Draws
+from .gradients import GradientBuffers, clip, guarded_step
+from .methods import SISS, Batch, EraseDiff, Method, NegGrad, Pass, ReTrack, Term, Vanilla
+from .profiling import stage
+from .schedule import NoiseSchedule
+
+
+class StepOutput(NamedTuple):
+    """What a step reports: detached 0-d tensors on the device. Reading one waits for the device, so the caller chooses when."""
+
+    loss: Tensor  # what the step descends: with two gradients `retain_loss - scaling_factor * forget_loss`
+    forget_loss: Tensor | None  # unweighted mean over the forget rows; None if the method has no such term
+    retain_loss: Tensor | None  # the same over the retain rows
+    grad_norm: Tensor  # L2 norm of the combined gradient, before clipping
+    correction_norm: Tensor | None  # L2 norm of the forget gradient, for methods that keep it apart
+    scaling_factor: Tensor | None  # f in `g_retain - f g_forget`
+    skipped: Tensor  # bool: loss or norm was not finite, and the update was not made
+
+
+def take_step(
+    method: Method,
+    model: Callable,
+    optimizer: torch.optim.Optimizer | None,
+    schedule: NoiseSchedule,
+    batch: Batch,
+    draws: Draws,
+    *,
+    max_grad_norm: float | None = 1.0,
+    autocast_dtype: torch.dtype | None = None,
+    grad_scaler: torch.amp.GradScaler | None = None,
+    micro_batch_size: int | None = None,
+) -> StepOutput:
+    """One unlearning step on a complete `batch` and complete `draws`. The arguments are those of `retrack_step`."""
+    parameters = _trainable(model, optimizer)
+    buffers = GradientBuffers(parameters)
+    loss_scale = 1.0 if grad_scaler is None else grad_scaler.scale(torch.ones((), device=parameters[0].device))
+    losses = _Losses()
+
+    with stage("compose"):
+        passes = [part for whole in method.compose(batch, draws, schedule) for part in whole.split(micro_batch_size)]
+
+    for part in passes:
+        with stage("predict"):
+            prediction = _predict(model, part, schedule, autocast_dtype)
+        with stage("residual"):
+            for role, gradient, more in _output_gradients(prediction.detach(), part, losses, apart=method.two_gradients):
+                buffers.select(role)
+                torch.autograd.backward(prediction, gradient * loss_scale, retain_graph=more)
+        del prediction  # graphs that share no rows never live together
+
+    with stage("combine"):
+        combined = method.combine(buffers, losses.unit(parameters[0].device), loss_scale)
+        buffers.select("retain")
+
+    with stage("update"):
+        loss = losses.total(combined.scaling_factor)
+        if optimizer is None:
+            norm, finite = clip(parameters, None), torch.isfinite(loss)
+        else:
+            if grad_scaler is not None:
+                grad_scaler.unscale_(optimizer)
+            norm = clip(parameters, max_grad_norm)
+            finite = torch.isfinite(loss) & torch.isfinite(norm)
+            if grad_scaler is not None:
+                grad_scaler.step(optimizer)
+                grad_scaler.update()
+            else:
+                guarded_step(optimizer, finite)
+            optimizer.zero_grad(set_to_none=True)
+    return StepOutput(loss, losses.mean("forget"), losses.mean("retain"), norm, combined.correction_norm, combined.scaling_factor, ~finite)
+
+
+def _predict(model: Callable, part: Pass, schedule: NoiseSchedule, autocast_dtype: torch.dtype | None) -> Tensor:
+    """The network's prediction for the rows of `part`, `[R, C, H, W]`."""
+    with torch.autocast(part.x_t.device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
+        output = model(part.x_t, schedule.model_input(part.timesteps), **part.kwargs)
+    prediction = getattr(output, "sample", output)
+    rows, channels, *plane = part.x_t.shape
+    if not isinstance(prediction, Tensor) or list(prediction.shape) not in ([rows, channels, *plane], [rows, 2 * channels, *plane]):
+        expected = f"an output (or its .sample) of shape {(rows, channels, *plane)}, or with {2 * channels} channels"
+        raise ValueError(f"model: expected {expected}, got {_check.describe(prediction)}")
+    if not prediction.requires_grad:
+        raise ValueError("model: expected an output that depends on trainable parameters, got one without a gradient (is the model frozen, or under no_grad?)")
+    return prediction[:, :channels]  # a learned variance, if there is one, is left alone
+
+
+def _output_gradients(prediction: Tensor, part: Pass, losses: _Losses, *, apart: bool):
+    """Yields (role, d loss / d prediction, whether another follows): one gradient for all terms, or one a role where they are kept `apart`."""
+    gradients: dict[str, Tensor] = {}
+    for term in part.terms:
+        rows = prediction[term.start : term.stop]
+        loss, gradient = F.weighted_residual(rows, term.target, term.weight)
+        losses.add(term, loss)
+        if term.scale != 1:
+            gradient = gradient * term.scale
+        role = term.role if apart else "retain"
+        if len(rows) == len(prediction) and role not in gradients:
+            gradients[role] = gradient
+        else:
+            gradients.setdefault(role, torch.zeros_like(prediction))[term.start : term.stop] += gradient
+    for index, (role, gradient) in enumerate(gradients.items(), start=1):
+        yield role, gradient, index < len(gradients)
+
+
+class _Losses:
+    """Sums of the terms' losses over the parts of a step, on the device."""
+
+    def __init__(self):
+        self._means: dict[str, Tensor] = {}  # role -> weighted mean over its rows
+        self._scales: dict[str, float] = {}
+        self._unit: Tensor | None = None
+
+    def add(self, term: Term, loss: Tensor) -> None:
+        """`loss` `[B]`: the weighted squared errors of the rows of `term`, without its scale."""
+        total = loss.sum()
+        if term.spread is not None:
+            total = total + (term.weight * term.spread).sum()
+        if term.unit is not None:
+            total, self._unit = total * term.unit, term.unit
+        self._means[term.role] = self._means[term.role] + total if term.role in self._means else total
+        self._scales[term.role] = term.scale
+
+    def mean(self, role: str) -> Tensor | None:
+        return self._means.get(role)
+
+    def unit(self, device: torch.device) -> Tensor:
+        return torch.ones((), device=device) if self._unit is None else self._unit
+
+    def total(self, factor: Tensor | None) -> Tensor:
+        """The sum of the scaled means; with two gradients `retain - factor * forget`."""
+        if factor is None:
+            return sum(self._scales[role] * mean for role, mean in self._means.items())
+        return self._means["retain"] - factor * self._means["forget"]
+
+
+def _trainable(model: Callable, optimizer: torch.optim.Optimizer | None) -> list[nn.Parameter]:
+    if optimizer is None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a torch.nn.Module where optimizer is None, got {type(model).__name__}")
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    else:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"optimizer: expected a torch.optim.Optimizer or None, got {type(optimizer).__name__}")
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"] if parameter.requires_grad]
+    if not parameters:
+        raise ValueError("model: expected at least one trainable parameter, got none with requires_grad=True")
+    return parameters
+
+
+def _functional_step(
+    method: Method,
+    model: Callable,
+    optimizer: torch.optim.Optimizer | None,
+    schedule: NoiseSchedule,
+    forget: Tensor | None,
+    retain: Tensor | None,
+    neighbors: Tensor | None = None,
+    sqdist: Tensor | None = None,
+    *,
+    draws: Draws | None = None,
+    generator: torch.Generator | None = None,
+    forget_kwargs: dict[str, Any] | None = None,
+    retain_kwargs: dict[str, Any] | None = None,
+    max_grad_norm: float | None = 1.0,
+    autocast_dtype: torch.dtype | None = None,
+    grad_scaler: torch.amp.GradScaler | None = None,
+    micro_batch_size: int | None = None,
+) -> StepOutput:
+    """Validates what a caller's own loop hands over, draws what it left open, and takes the step."""
+    if not isinstance(schedule, NoiseSchedule):
+        raise TypeError(f"schedule: expected a NoiseSchedule (NoiseSchedule.from_diffusers(scheduler) makes one), got {_check.describe(schedule)}")
+    if not callable(model):
+        raise TypeError(f"model: expected a callable (x_t, t, **kwargs), got {_check.describe(model)}")
+    for name, images in (("forget", forget), ("retain", retain)):
+        if name in method.batches:
+            _check.images(name, images)
+            if _check.values_enabled():
+                _check.finite(name, images)
+    if forget is not None and retain is not None and "retain" in method.batches:
+        if forget.shape[1:] != retain.shape[1:]:
+            raise ValueError(f"forget: expected images of the shape of retain, {tuple(retain.shape[1:])}, got {tuple(forget.shape[1:])}")
+        _check.same_device("forget", forget, "retain", retain)
+    if max_grad_norm is not None:
+        _check.number("max_grad_norm", max_grad_norm, low=0, low_open=True)
+    if micro_batch_size is not None:
+        _check.integer("micro_batch_size", micro_batch_size, low=1)
+    if autocast_dtype is not None and autocast_dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"autocast_dtype: expected torch.bfloat16, torch.float16 or None, got {autocast_dtype!r}")
+    draws = Draws() if draws is None else draws
+    if not isinstance(draws, Draws):
+        raise TypeError(f"draws: expected Draws or None, got {_check.describe(draws)}")
+    draw.validate(draws, method.draws, forget, retain)
+    if any(field.endswith("timesteps") for field in method.draws - draws.given()):
+        schedule.check_usable()
+
+    with stage("draw"):
+        source = draw.GeneratorSource((retain if forget is None else forget).device, generator)
+        draws = draw.complete(draws, method, source, forget, retain, len(schedule))
+    batch = Batch(forget, retain, neighbors, sqdist, forget_kwargs or {}, retain_kwargs or {})
+    return take_step(
+        method, model, optimizer, schedule, batch, draws,
+        max_grad_norm=max_grad_norm, autocast_dtype=autocast_dtype, grad_scaler=grad_scaler, micro_batch_size=micro_batch_size,
+    )  # fmt: skip
+
+
+def retrack_step(model, optimizer, schedule, forget, neighbors, retain=None, *, lambd: float = 0.005, sqdist: Tensor | None = None, **options) -> StepOutput:
+    """One ReTrack step (arXiv 2509.13007, section 3.4) on batches that the caller's loop already has.
+
+    Args:
+        model: a diffusers model, or any callable `(x_t, t, **kwargs)` that returns a tensor or an object with `.sample`.
+        optimizer: its gradients are cleared before and after; None leaves the combined gradient, unclipped, in `.grad`.
+        schedule: the forward process and prediction type; `NoiseSchedule.from_diffusers(scheduler)`.
+        forget: `[B, C, H, W]` floating point, images to forget, in the range the network was trained on.
+        neighbors: `[B, K, C, H, W]`, their k nearest neighbours among the images to keep (`nearest_neighbors`).
+        retain: `[B', C, H, W]`, images to keep; None only if `lambd` is 1.
+        lambd: weight of the forget term.
+        sqdist: `[B, K]`, squared distances to the neighbours; computed if None.
+        draws: a `Draws` with given noise or timesteps; what it lacks is drawn.
+        generator: where the rest is drawn from (None: torch's global generator).
+        max_grad_norm: gradients are clipped to this L2 norm; None: not at all.
+        autocast_dtype: bfloat16 or float16 for the network call; None: as it is.
+        grad_scaler: a `torch.amp.GradScaler` for float16; norms and factors are those of the unscaled gradients.
+        forget_kwargs, retain_kwargs: conditioning, tensors (or dicts of them) with the batch first.
+        micro_batch_size: at most this many rows in one network call; gradients accumulate over the calls.
+
+    Returns:
+        StepOutput, detached 0-d tensors.
+
+    Raises:
+        TypeError, ValueError: before any work, naming the argument, what was expected and what was given.
+    """
+    return _functional_step(ReTrack(k=_count_neighbors(neighbors), lambd=lambd), model, optimizer, schedule, forget, retain, neighbors, sqdist, **options)
+
+
+def siss_step(model, optimizer, schedule, forget, retain, *, lambd: float = 0.5, scaling_norm: float = 5.0, variant: str = "mixture", **options) -> StepOutput:
+    """One SISS step (arXiv 2503.01034): `forget` and `retain` `[B, C, H, W]` are pairs. Options as in `retrack_step`, hyperparameters as in `SISS`."""
+    return _functional_step(SISS(lambd, scaling_norm, variant), model, optimizer, schedule, forget, retain, **options)
+
+
+def erasediff_step(model, optimizer, schedule, forget, retain, *, eta: float = 1e-3, **options) -> StepOutput:
+    """One EraseDiff step, as compared by SISS and ReTrack. Options as in `retrack_step`, hyperparameters as in `EraseDiff`."""
+    return _functional_step(EraseDiff(eta), model, optimizer, schedule, forget, retain, **options)
+
+
+def neggrad_step(model, optimizer, schedule, forget, *, superfactor: float = 1.0, **options) -> StepOutput:
+    """One step of gradient ascent on `forget`. Options as in `retrack_step`, hyperparameters as in `NegGrad`."""
+    return _functional_step(NegGrad(superfactor), model, optimizer, schedule, forget, None, **options)
+
+
+def vanilla_step(model, optimizer, schedule, retain, **options) -> StepOutput:
+    """One denoising step on `retain` alone (naive deletion). Options as in `retrack_step`."""
+    return _functional_step(Vanilla(), model, optimizer, schedule, None, retain, **options)
+
+
+def _count_neighbors(neighbors) -> int:
+    _check.tensor("neighbors", neighbors, ndim=5)
+    if neighbors.shape[1] == 0:
+        raise ValueError(f"neighbors: expected [B, K, C, H, W] with K >= 1, got {tuple(neighbors.shape)}")
+    return neighbors.shape[1]
