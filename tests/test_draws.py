@@ -1,0 +1,81 @@
+import pytest
+import torch
+
+from fastunlearn.draws import CounterSource, Draws, GeneratorSource, Purpose, complete, philox
+from fastunlearn.methods import SISS, EraseDiff, ReTrack
+
+CPU = torch.device("cpu")
+
+
+def test_philox_known_answers():
+    """The known-answer vectors of Random123 (Salmon et al. 2011), all zeros and all ones."""
+    zero, ones = torch.tensor(0), torch.tensor(0xFFFFFFFF)
+    assert [int(word) for word in philox((zero,) * 4, 0)] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    assert [int(word) for word in philox((ones,) * 4, 2**64 - 1)] == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
+
+
+def test_normal_numbers_are_normal():
+    numbers = CounterSource(CPU, seed=1, step=2).normal((64, 1, 28, 28), Purpose.FORGET_NOISE)
+    assert numbers.shape == (64, 1, 28, 28)
+    count = numbers.numel()
+    assert abs(numbers.mean()) < 4 / count**0.5
+    assert abs(numbers.var() - 1) < 4 * (2 / count) ** 0.5
+    assert abs((numbers.abs() < 1).float().mean() - 0.6827) < 0.01
+    assert abs((numbers[:, :, :, 1:] * numbers[:, :, :, :-1]).mean()) < 4 / count**0.5
+
+
+def test_a_row_of_noise_does_not_depend_on_the_others():
+    source = CounterSource(CPU, seed=1, step=2)
+    few, many = (source.normal((rows, 3, 5, 7), Purpose.RETAIN_NOISE) for rows in (2, 9))
+    assert torch.equal(few, many[:2])
+    assert not torch.equal(many[0], many[1])
+
+
+@pytest.mark.parametrize("other", [dict(seed=2, step=2), dict(seed=1, step=3), dict(seed=2**32 + 1, step=2)])
+def test_seed_and_step_change_every_draw(other):
+    one, two = (CounterSource(CPU, **arguments).uniform((4, 1, 8, 8), Purpose.UNIFORM_TARGET) for arguments in (dict(seed=1, step=2), other))
+    assert (one == two).float().mean() < 0.01
+
+
+def test_purposes_do_not_share_numbers():
+    source = CounterSource(CPU, seed=1, step=2)
+    draws = [source.uniform((2, 64), purpose) for purpose in Purpose]
+    for index, one in enumerate(draws):
+        for two in draws[index + 1 :]:
+            assert (one == two).float().mean() < 0.05
+
+
+def test_integers_cover_their_range_evenly():
+    counts = torch.bincount(CounterSource(CPU, seed=1, step=2).integers(60_000, 6, Purpose.RETAIN_ROWS), minlength=6)
+    assert len(counts) == 6
+    assert (counts - 10_000).abs().max() < 5 * (10_000 * 5 / 6) ** 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_complete_draws_what_the_method_needs_and_keeps_what_is_given(dtype):
+    forget, retain = torch.zeros(3, 1, 4, 4, dtype=dtype), torch.zeros(5, 1, 4, 4, dtype=dtype)
+    given = torch.arange(3)
+    draws = complete(Draws(forget_timesteps=given), ReTrack(), GeneratorSource(CPU, torch.Generator().manual_seed(0)), forget, retain, 1000)
+    assert draws.forget_timesteps is given
+    assert draws.given() == {"forget_noise", "retain_noise", "forget_timesteps", "retain_timesteps"}
+    assert draws.retain_noise.shape == retain.shape
+    assert draws.retain_noise.dtype == dtype
+    assert draws.retain_timesteps.shape == (5,)
+
+
+@pytest.mark.parametrize("variant", ["mixture", "no_is", "bernoulli"])
+def test_a_siss_pair_shares_noise_and_timestep(variant):
+    pair = torch.zeros(6, 1, 4, 4)
+    draws = complete(Draws(), SISS(variant=variant), CounterSource(CPU, 0, 0), pair, pair, 1000)
+    assert torch.equal(draws.forget_noise, draws.retain_noise)
+    assert torch.equal(draws.forget_timesteps, draws.retain_timesteps)
+    assert (draws.from_forget is None) == (variant == "no_is")
+
+
+def test_erasediff_branches_are_drawn_apart():
+    batch = torch.zeros(6, 1, 4, 4)
+    draws = complete(Draws(), EraseDiff(), CounterSource(CPU, 0, 0), batch, batch, 1000)
+    assert not torch.equal(draws.forget_noise, draws.retain_noise)
+    assert not torch.equal(draws.forget_timesteps, draws.retain_timesteps)
+    assert draws.uniform_target.min() >= 0
+    assert draws.uniform_target.max() < 1

@@ -1,0 +1,69 @@
+"""The architecture, as imports: they run one way (docs/architecture.md), and importing the package is cheap."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "fastunlearn"
+# Lower layers first: a module imports only from layers below its own (and from within its own).
+LAYERS = [
+    {"_check", "profiling", "assets"},
+    {"schedule", "store", "checkpoint"},
+    {"reference", "ops", "data"},
+    {"functional", "neighbor_search", "neighbors"},
+    {"draws", "gradients"},
+    {"methods"},
+    {"step"},
+    {"unlearner"},
+    {"models", "sampling", "recipes"},
+    {"metrics", "report"},
+    {"pretraining", "training"},
+    {"demo", "testing"},
+    {"cli", "__main__"},
+]
+HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}
+
+
+def unit(path: Path) -> str:
+    """The module or subpackage of the package that a file belongs to."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_units(path: Path):
+    depth = len(path.relative_to(PACKAGE).parts)  # 1: directly in the package
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == depth:
+            yield from [node.module.split(".")[0]] if node.module else [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and (node.module or "").split(".")[0] == "fastunlearn":
+            yield from node.module.split(".")[1:2] or [alias.name for alias in node.names]
+
+
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_run_one_way(path):
+    own = unit(path)
+    assert own in HEIGHT, f"{own} has no layer: give it one in tests/test_imports.py and in docs/architecture.md"
+    upward = {name for name in imported_units(path) if name in HEIGHT and name != own and HEIGHT[name] >= HEIGHT[own]}
+    beside = {name for name in upward if HEIGHT[name] == HEIGHT[own]}
+    assert not upward - beside, f"{own} imports from above: {sorted(upward - beside)}"
+
+
+def test_reference_stands_at_the_bottom():
+    for path in (PACKAGE / "reference").glob("*.py"):
+        assert set(imported_units(path)) <= {"schedule"}, path.name
+
+
+def test_ops_do_not_know_the_reference():
+    for path in (PACKAGE / "ops").glob("*.py"):
+        assert "reference" not in set(imported_units(path)), path.name
+
+
+def test_import_is_light():
+    heavy = "triton", "diffusers", "transformers", "matplotlib", "torchmetrics", "torchdiffeq", "scipy", "accelerate", "datasets", "nvtx", "tyro"
+    code = f"import fastunlearn, sys; print([name for name in {heavy!r} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
