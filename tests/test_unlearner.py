@@ -1,0 +1,130 @@
+import copy
+
+import pytest
+import torch
+
+from fastunlearn import SISS, Draws, EraseDiff, ImageStore, NegGrad, ReTrack, Unlearner, Vanilla, retrack_step
+from fastunlearn.testing.factories import TinyDenoiser, linear_schedule
+
+METHODS = [ReTrack(k=2), SISS(), SISS(variant="no_is"), SISS(variant="bernoulli"), EraseDiff(), NegGrad(), Vanilla()]
+SCHEDULE = linear_schedule()
+
+
+def stores(dtype=torch.uint8):
+    images = torch.randint(0, 256, (24, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    if dtype != torch.uint8:
+        images = images.to(dtype) * 2 / 255 - 1
+    return ImageStore(images[:4]), ImageStore(images[4:])
+
+
+def make(method, *, fused=False, **options):
+    forget, retain = stores(options.pop("dtype", torch.uint8))
+    model = TinyDenoiser()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused)
+    return Unlearner(model, optimizer, SCHEDULE, method, forget=forget, retain=retain, **{"batch_size": 6, **options})
+
+
+def state(unlearner):
+    return torch.cat([parameter.detach().flatten() for parameter in unlearner.model.parameters()])
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_steps_are_a_function_of_the_seed(method):
+    runs = {}
+    for name, seed in (("one", 1), ("again", 1), ("other", 2)):
+        unlearner = make(method, seed=seed)
+        outputs = [unlearner.step() for _ in range(3)]
+        assert all(torch.isfinite(output.loss) and not output.skipped for output in outputs)
+        assert unlearner.step_index == 3
+        runs[name] = state(unlearner)
+    assert torch.equal(runs["one"], runs["again"])
+    assert not torch.equal(runs["one"], runs["other"])
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_a_restored_run_takes_the_same_steps(method):
+    whole, first, second = make(method), make(method), make(method)
+    for _ in range(4):
+        whole.step()
+    for _ in range(2):
+        first.step()
+    second.model.load_state_dict(first.model.state_dict())
+    second.optimizer.load_state_dict(copy.deepcopy(first.optimizer.state_dict()))
+    second.load_state_dict(first.state_dict())
+    for _ in range(2):
+        second.step()
+    assert torch.equal(state(whole), state(second))
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("micro_batch_size", [1, 4, 5])
+def test_micro_batches_add_up_to_the_batch(method, micro_batch_size):
+    one, many = make(method), make(method, micro_batch_size=micro_batch_size)
+    a, b = one.step(), many.step()
+    for name in a._fields[:-1]:
+        if getattr(a, name) is not None:
+            torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_float_rows_take_the_same_step_as_uint8_rows():
+    one, two = make(ReTrack(k=3)), make(ReTrack(k=3), dtype=torch.float32)
+    torch.testing.assert_close(one.step().loss, two.step().loss, rtol=1e-4, atol=0)
+    assert torch.equal(one.neighbors[0], two.neighbors[0])
+
+
+def test_the_step_is_the_functional_step():
+    unlearner = make(ReTrack(k=2, lambd=0.3))
+    model, generator = copy.deepcopy(unlearner.model), torch.Generator().manual_seed(0)
+    forget_rows, retain_rows = torch.tensor([0, 3, 3, 1, 2, 0]), torch.tensor([5, 0, 19, 7, 7, 1])
+    noise = [torch.randn(6, 1, 8, 8, generator=generator) for _ in range(2)]
+    timesteps = [torch.randint(1000, (6,), generator=generator) for _ in range(2)]
+    draws = Draws(forget_noise=noise[0], retain_noise=noise[1], forget_timesteps=timesteps[0], retain_timesteps=timesteps[1])
+    out = unlearner.step(Draws(**{**vars(draws), "forget_rows": forget_rows, "retain_rows": retain_rows}))
+    forget, retain = stores()
+    neighbors = retain.rows(unlearner.neighbors[0][forget_rows].flatten()).view(6, 2, 1, 8, 8)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    expected = retrack_step(model, optimizer, SCHEDULE, forget.rows(forget_rows), neighbors, retain.rows(retain_rows), lambd=0.3, draws=draws)
+    torch.testing.assert_close(out.loss, expected.loss, rtol=1e-5, atol=0)
+    torch.testing.assert_close(list(unlearner.model.parameters()), list(model.parameters()), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_non_finite_step_is_skipped_and_counted(fused):
+    unlearner = make(ReTrack(k=2), fused=fused)
+    before = state(unlearner).clone()
+    bad = torch.full((6, 1, 8, 8), float("nan"))
+    assert unlearner.step(Draws(retain_noise=bad)).skipped
+    assert torch.equal(state(unlearner), before)
+    assert unlearner.skipped_steps == 1
+    assert not unlearner.step().skipped
+    assert unlearner.skipped_steps == 1
+    assert torch.isfinite(state(unlearner)).all()
+    assert not torch.equal(state(unlearner), before)
+
+
+def test_ema_and_lr_scheduler_move_with_the_steps():
+    class Average:
+        count = 0
+
+        def step(self, parameters):
+            self.count += len(list(parameters)) > 0
+
+    unlearner = make(Vanilla())
+    unlearner.ema = Average()
+    unlearner.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(unlearner.optimizer, lambda step: 0.5**step)
+    for _ in range(3):
+        unlearner.step()
+    assert unlearner.ema.count == 3
+    assert unlearner.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 / 8)
+
+
+def test_the_redirected_loss_falls():
+    """On one fixed draw at middle timesteps (at t = 0 single losses are huge), before and after forty steps on other draws."""
+    unlearner = make(ReTrack(k=1, lambd=0.5))
+    probe = Draws(forget_rows=torch.tensor([0, 1, 2, 3, 0, 1]), forget_noise=torch.randn(6, 1, 8, 8), forget_timesteps=torch.full((6,), 400))
+    before = copy.deepcopy(unlearner).step(probe).forget_loss
+    for group in unlearner.optimizer.param_groups:
+        group["lr"] = 1e-2
+    for _ in range(40):
+        unlearner.step()
+    assert unlearner.step(probe).forget_loss < 0.7 * before
