@@ -1,0 +1,10 @@
+"""Readers: image folders and files, npy, npz, idx, parquet and data sets of Hugging Face on disk become an `ImageStore`.
+
+Nothing is unpickled, nothing is fetched, and uint8 images stay uint8.
+"""
+
+from __future__ import annotations
+
+from .load import load_images
+
+__all__ = ["load_images"]

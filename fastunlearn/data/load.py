@@ -1,0 +1,117 @@
+"""load_images: looks at each path, lets the reader of its format read it, and puts the parts into one store."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from .. import _check
+from ..store import ImageStore
+from .arrays import read_idx_images, read_npy, read_npz
+from .options import Options, Part
+from .pictures import SUFFIXES, read_folder, read_picture
+from .tables import read_parquet, read_saved_dataset
+
+REFUSED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
+FORMATS = f"a folder of images, an image ({', '.join(SUFFIXES)}), .npy, .npz, idx (also .gz), .parquet or a data set saved by datasets.save_to_disk"
+
+
+def load_images(paths: str | os.PathLike | Iterable[str | os.PathLike], *, size: int | tuple[int, int] | None = None, channels: int | None = None,
+                labels: bool = False, latents: bool = False) -> ImageStore:
+    """Reads images (or latents) from one or more paths; several are joined in the given order.
+
+    | path | rows |
+    |---|---|
+    | folder, image file | 8-bit images below it, sorted by path, hidden ones left out; uint8; EXIF orientation applied |
+    | `.npy` | the array; stays on disk (memory-mapped) |
+    | `.npz` | its array `images`, or the only one beside `labels` |
+    | idx, plain or `.gz` | uint8 in three or four axes; a plain one stays on disk |
+    | `.parquet` | column `image` or `img`: encoded images as `struct{bytes, path}`, or nested lists |
+    | folder of `datasets.save_to_disk` | the same columns |
+
+    uint8 stays uint8. Arrays may be `[N, C, H, W]`, `[N, H, W, C]` or `[N, H, W]` (grey): an axis of length 1, 3 or 4 in the second or last
+    place is C. Where both or neither fit, or three axes may be one image, `channels` decides; what stays ambiguous is refused. Parquet and
+    `datasets` need `pip install "fastunlearn[hf]"`.
+
+    Args:
+        paths: a path, or several.
+        size: height and width, or one number for both. Encoded images are cropped about their centre to this aspect ratio, then resized (bilinear,
+            antialiased); arrays must have this size. Without it all images must have one size.
+        channels: 1 or 3 converts encoded images to grey or RGB; without it all must be of one of these modes. Arrays must have this many channels.
+        labels: read class labels too: `labels` of an npz, the labels file beside idx images, column `label` or `labels` of a table, or, for
+            a folder, the names of its sub-folders, numbered in sorted order.
+        latents: the rows are latents: float arrays of any finite value.
+
+    Raises:
+        ValueError: naming the file: missing, damaged, pickled or of unknown format; images of different size or mode; float images
+            outside [-1, 1]; NaN or Inf; an image of more pixels than Pillow allows; labels asked for and not there.
+        TypeError: `paths`, `size` or `channels` of another type; an array whose dtype is neither uint8 nor a float.
+        ImportError: an optional package is missing; the text names the command that installs it.
+    """
+    paths = [paths] if isinstance(paths, (str, os.PathLike)) or not isinstance(paths, Iterable) else list(paths)
+    for path in paths:
+        if not isinstance(path, (str, os.PathLike)):
+            raise TypeError(f"paths: expected a path or several, got {_check.describe(path)}")
+    paths = [Path(path) for path in paths]
+    if not paths:
+        raise ValueError("paths: expected at least one path, got none")
+    options = Options(_height_and_width(size), None if channels is None else _check.integer("channels", channels, low=1), bool(labels))
+    parts = [_read(path, options) for path in paths]
+    _check_alike(paths, parts)
+    try:
+        images = parts[0].images if len(parts) == 1 else np.concatenate([part.images for part in parts])
+        store = ImageStore(images, labels=np.concatenate([part.labels for part in parts]) if labels else None, latents=latents, sources=paths)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{', '.join(map(str, paths))}: {error}") from None
+    if not store.is_uint8 and not latents and all(rows.amin() >= 0 for _, rows in store.chunks()):
+        warnings.warn(f"{', '.join(map(str, paths))}: no pixel is below 0; float images are expected in [-1, 1], not [0, 1]", stacklevel=2)
+    return store
+
+
+def _read(path: Path, options: Options) -> Part:
+    suffix = path.suffix.lower()
+    if not path.exists():
+        raise ValueError(f"{path}: expected {FORMATS}, got a path that does not exist")
+    if path.is_dir():
+        return _read_directory(path, options)
+    if suffix in REFUSED:
+        raise ValueError(f"{path}: expected {FORMATS}, got {suffix}: such files are pickles, and unpickling runs whatever code they hold")
+    if suffix in SUFFIXES:
+        return read_picture(path, options)
+    readers = {".npy": read_npy, ".npz": read_npz, ".parquet": read_parquet}
+    if suffix in readers:
+        return readers[suffix](path, options)
+    if "idx" in path.name or suffix == ".gz" or path.name.endswith("ubyte"):
+        return read_idx_images(path, options)
+    raise ValueError(f"{path}: expected {FORMATS}, got {f'a file that ends in {suffix}' if suffix else 'a file without an ending'}")
+
+
+def _read_directory(path: Path, options: Options) -> Part:
+    if (path / "dataset_dict.json").is_file():
+        splits = sorted(entry.name for entry in path.iterdir() if (entry / "state.json").is_file())
+        raise ValueError(f"{path}: expected one split of the saved data set, such as {path / (splits or ['train'])[0]}, got the folder of all splits")
+    if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
+        return read_saved_dataset(path, options)
+    return read_folder(path, options)
+
+
+def _check_alike(paths: list[Path], parts: list[Part]) -> None:
+    first = parts[0].images
+    for path, part in zip(paths, parts, strict=True):
+        if part.images.shape[1:] != first.shape[1:]:
+            raise ValueError(f"{path}: expected rows of shape {list(first.shape[1:])}, as in {paths[0]}, got {list(part.images.shape[1:])}")
+        if part.images.dtype != first.dtype:
+            raise ValueError(f"{path}: expected dtype {first.dtype}, as in {paths[0]}, got {part.images.dtype}")
+
+
+def _height_and_width(size) -> tuple[int, int] | None:
+    if size is None:
+        return None
+    pair = (size, size) if isinstance(size, int) else size
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise TypeError(f"size: expected an integer or (height, width), got {size!r}")
+    return tuple(_check.integer("size", length, low=1) for length in pair)
