@@ -7,7 +7,7 @@ its batches. Nothing here asks which method it runs.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from .gradients import GradientBuffers, clip, guarded_step
 from .methods import SISS, Batch, EraseDiff, Method, NegGrad, Pass, ReTrack, Term, Vanilla
 from .profiling import stage
 from .schedule import NoiseSchedule
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class StepOutput(NamedTuple):
@@ -164,6 +167,19 @@ def _trainable(model: Callable, optimizer: torch.optim.Optimizer | None) -> list
     return parameters
 
 
+class StepOptions(TypedDict, total=False):
+    """Keyword arguments of every `*_step`, described in `retrack_step`."""
+
+    draws: Draws | None
+    generator: torch.Generator | None
+    forget_kwargs: dict[str, Any] | None
+    retain_kwargs: dict[str, Any] | None
+    max_grad_norm: float | None
+    autocast_dtype: torch.dtype | None
+    grad_scaler: torch.amp.GradScaler | None
+    micro_batch_size: int | None
+
+
 def _functional_step(
     method: Method,
     model: Callable,
@@ -220,7 +236,18 @@ def _functional_step(
     )  # fmt: skip
 
 
-def retrack_step(model, optimizer, schedule, forget, neighbors, retain=None, *, lambd: float = 0.005, sqdist: Tensor | None = None, **options) -> StepOutput:
+def retrack_step(
+    model: Callable,
+    optimizer: torch.optim.Optimizer | None,
+    schedule: NoiseSchedule,
+    forget: Tensor,  # [B, C, H, W]
+    neighbors: Tensor,  # [B, K, C, H, W]
+    retain: Tensor | None = None,  # [B', C, H, W]
+    *,
+    lambd: float = 0.005,
+    sqdist: Tensor | None = None,  # [B, K]
+    **options: Unpack[StepOptions],
+) -> StepOutput:
     """One ReTrack step (arXiv 2509.13007, section 3.4) on batches that the caller's loop already has.
 
     Args:
@@ -249,22 +276,56 @@ def retrack_step(model, optimizer, schedule, forget, neighbors, retain=None, *, 
     return _functional_step(ReTrack(k=_count_neighbors(neighbors), lambd=lambd), model, optimizer, schedule, forget, retain, neighbors, sqdist, **options)
 
 
-def siss_step(model, optimizer, schedule, forget, retain, *, lambd: float = 0.5, scaling_norm: float = 5.0, variant: str = "mixture", **options) -> StepOutput:
+def siss_step(
+    model: Callable,
+    optimizer: torch.optim.Optimizer | None,
+    schedule: NoiseSchedule,
+    forget: Tensor,  # [B, C, H, W]
+    retain: Tensor,  # [B, C, H, W]
+    *,
+    lambd: float = 0.5,
+    scaling_norm: float = 5.0,
+    variant: str = "mixture",
+    **options: Unpack[StepOptions],
+) -> StepOutput:
     """One SISS step (arXiv 2503.01034): `forget` and `retain` `[B, C, H, W]` are pairs. Options as in `retrack_step`, hyperparameters as in `SISS`."""
     return _functional_step(SISS(lambd, scaling_norm, variant), model, optimizer, schedule, forget, retain, **options)
 
 
-def erasediff_step(model, optimizer, schedule, forget, retain, *, eta: float = 1e-3, **options) -> StepOutput:
+def erasediff_step(
+    model: Callable,
+    optimizer: torch.optim.Optimizer | None,
+    schedule: NoiseSchedule,
+    forget: Tensor,  # [B, C, H, W]
+    retain: Tensor,  # [B', C, H, W]
+    *,
+    eta: float = 1e-3,
+    **options: Unpack[StepOptions],
+) -> StepOutput:
     """One EraseDiff step, as compared by SISS and ReTrack. Options as in `retrack_step`, hyperparameters as in `EraseDiff`."""
     return _functional_step(EraseDiff(eta), model, optimizer, schedule, forget, retain, **options)
 
 
-def neggrad_step(model, optimizer, schedule, forget, *, superfactor: float = 1.0, **options) -> StepOutput:
+def neggrad_step(
+    model: Callable,
+    optimizer: torch.optim.Optimizer | None,
+    schedule: NoiseSchedule,
+    forget: Tensor,  # [B, C, H, W]
+    *,
+    superfactor: float = 1.0,
+    **options: Unpack[StepOptions],
+) -> StepOutput:
     """One step of gradient ascent on `forget`. Options as in `retrack_step`, hyperparameters as in `NegGrad`."""
     return _functional_step(NegGrad(superfactor), model, optimizer, schedule, forget, None, **options)
 
 
-def vanilla_step(model, optimizer, schedule, retain, **options) -> StepOutput:
+def vanilla_step(
+    model: Callable,
+    optimizer: torch.optim.Optimizer | None,
+    schedule: NoiseSchedule,
+    retain: Tensor,  # [B, C, H, W]
+    **options: Unpack[StepOptions],
+) -> StepOutput:
     """One denoising step on `retain` alone (naive deletion). Options as in `retrack_step`."""
     return _functional_step(Vanilla(), model, optimizer, schedule, None, retain, **options)
 
