@@ -150,7 +150,7 @@ def validate(draws: Draws, needs: frozenset[str], forget: Tensor | None, retain:
     if draws.uniform_target is not None:
         _check.like("draws.uniform_target", draws.uniform_target, "forget", forget)
     chosen = draws.from_forget
-    if chosen is not None and (chosen.dtype != torch.bool or chosen.shape != forget.shape[:1]):
+    if chosen is not None and (not isinstance(chosen, Tensor) or chosen.dtype != torch.bool or chosen.shape != forget.shape[:1]):
         raise ValueError(f"draws.from_forget: expected bool of shape ({len(forget)},), got {_check.describe(chosen)}")
 
 

@@ -52,7 +52,7 @@ class NoiseSchedule:
         """The schedule a diffusers scheduler trains with; its float32 `alphas_cumprod` is what the checkpoint has seen, so it is the source."""
         if hasattr(scheduler, "alphas_cumprod"):
             return cls.from_alphas_cumprod(scheduler.alphas_cumprod, prediction_type=scheduler.config.get("prediction_type", "epsilon"))
-        if "shift" in scheduler.config:  # flow matching
+        if "shift" in getattr(scheduler, "config", {}):  # flow matching
             return cls.flow(scheduler.config.num_train_timesteps, shift=scheduler.config.shift)
         raise TypeError(f"scheduler: expected a diffusers scheduler with alphas_cumprod or flow matching, got {type(scheduler).__name__}")
 

@@ -133,21 +133,34 @@ class Unlearner:
         method = self.method
         forget = retain = neighbors = sqdist = None
         if "forget" in method.batches:
-            rows = draws.forget_rows if draws.forget_rows is not None else source.integers(self.batch_size, len(self.forget), Purpose.FORGET_ROWS)
+            rows = self._rows("draws.forget_rows", draws.forget_rows, self.forget, source, Purpose.FORGET_ROWS)
             forget = self.forget.rows(rows)
             if self.neighbors is not None:
                 index, distances = self.neighbors
                 neighbors = self.retain.rows(index[rows].flatten()).view(*index[rows].shape, *forget.shape[1:])
                 sqdist = distances[rows]
         if "retain" in method.batches:
-            rows = draws.retain_rows if draws.retain_rows is not None else source.integers(self.batch_size, len(self.retain), Purpose.RETAIN_ROWS)
+            rows = self._rows("draws.retain_rows", draws.retain_rows, self.retain, source, Purpose.RETAIN_ROWS)
             retain = self.retain.rows(rows)
-        draws = replace(draws, forget_rows=None, retain_rows=None)
+        draws = replace(draws, **{f"{branch}_rows": None for branch in ("forget", "retain") if branch in method.batches})
         draw.validate(draws, method.draws, forget, retain)
         return Batch(forget, retain, neighbors, sqdist), draw.complete(draws, method, source, forget, retain, len(self.schedule))
 
+    def _rows(self, name: str, given: Tensor | None, store: ImageStore, source: CounterSource, purpose: Purpose) -> Tensor:
+        """Rows of `store`, `[B]`: those given, or `batch_size` drawn ones."""
+        if given is None:
+            return source.integers(self.batch_size, len(store), purpose)
+        _check.tensor(name, given, ndim=1, floating=False)
+        if len(given) == 0:
+            raise ValueError(f"{name}: expected at least one row, got none")
+        if (given.device.type == "cpu" or _check.values_enabled()) and not 0 <= int(given.min()) <= int(given.max()) < len(store):
+            raise ValueError(f"{name}: expected rows in [0, {len(store) - 1}], got rows in [{int(given.min())}, {int(given.max())}]")
+        return given
+
     def _find_neighbors(self, given: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         k = _check.integer("k", self.method.k, low=1, high=len(self.retain), of="the rows of retain")
+        if given is not None and (not isinstance(given, (tuple, list)) or len(given) != 2):
+            raise TypeError(f"neighbors: expected a pair (index, sqdist) as nearest_neighbors returns it, got {_check.describe(given)}")
         index, sqdist = nearest_neighbors(self.forget, self.retain, k) if given is None else given
         _check.tensor("neighbors[0]", index, ndim=2, floating=False)
         if index.shape != (len(self.forget), k) or sqdist.shape != index.shape:

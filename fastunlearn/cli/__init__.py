@@ -1,0 +1,84 @@
+"""`fastunlearn ...`: one file a command. Parsing imports no torch, so that `--help` is instant; a command imports what it runs.
+
+Every command is a dataclass of its flags (tyro makes the parser from it) with a method `run() -> exit code`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from .. import __version__
+
+DESCRIPTION = """Make a trained diffusion model forget given training images.
+
+Start with `fastunlearn demo`: it needs no data and no GPU. `fastunlearn COMMAND --help` explains a command, with an example.
+
+Flags may be written with dashes or underscores, and are called as in diffusers' training scripts. Exit codes: 0 done, 1 not passed or \
+failed, 2 wrong input. Errors are one line; --debug or FASTUNLEARN_DEBUG=1 adds the traceback."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command that `arguments` (default: those of the process) name, and returns the exit code.
+
+    Raises:
+        SystemExit: after `--help` (code 0), for flags that do not parse (code 2), and for a run that a signal stopped.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments == ["--version"]:
+        print(f"fastunlearn {__version__}")
+        return 0
+    debug = "--debug" in arguments or os.environ.get("FASTUNLEARN_DEBUG", "0") not in ("", "0")
+    command = _parse([argument for argument in arguments if argument != "--debug"])
+    try:
+        return command.run()
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except Exception as error:
+        code = _exit_code(error)
+        if code is None:
+            raise
+        if debug:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        return code
+
+
+def _parse(arguments: list[str]):
+    """The command, with its flags."""
+    from typing import Annotated, Union
+
+    import tyro
+    from tyro.conf import FlagCreatePairsOff, HelptextFromCommentsOff, OmitArgPrefixes
+
+    from .data import Data
+    from .demo import Demo
+    from .evaluate import Evaluate
+    from .neighbors import Neighbors
+    from .pretrain import Pretrain
+    from .purge import Purge
+    from .sample import Sample
+    from .unlearn import Unlearn
+
+    commands = {command.__name__.lower(): command for command in (Demo, Unlearn, Evaluate, Sample, Neighbors, Pretrain, Data, Purge)}
+    config = OmitArgPrefixes, FlagCreatePairsOff, HelptextFromCommentsOff
+    if arguments and arguments[0] in commands:
+        return tyro.cli(commands[arguments[0]], prog=f"fastunlearn {arguments[0]}", args=arguments[1:], config=config)
+    # Only to say what there is, in one line a command: parsing ends here.
+    first_lines = {name: command.__doc__.split("\n")[0] for name, command in commands.items()}
+    listed = tuple(Annotated[command, tyro.conf.subcommand(name, description=first_lines[name])] for name, command in commands.items())
+    return tyro.cli(Union[listed], prog="fastunlearn", description=DESCRIPTION, args=arguments, config=config)  # noqa: UP007 (of a tuple)
+
+
+def _exit_code(error: Exception) -> int | None:
+    """2 for wrong input, 1 for a run of ours that failed, None for a defect, ours or of a library: that deserves its traceback."""
+    if isinstance(error, (OSError, ImportError)):
+        return 2
+    if type(error).__module__.startswith("fastunlearn."):
+        return 1
+    frames = list(traceback.walk_tb(error.__traceback__))
+    raised_here = frames[-1][0].f_globals.get("__name__", "").startswith("fastunlearn.")
+    return 2 if isinstance(error, (ValueError, TypeError)) and raised_here else None

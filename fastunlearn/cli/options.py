@@ -1,0 +1,61 @@
+"""What several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tyro.conf import arg
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..store import ImageStore
+
+
+def unset(default: str, metavar: str | None = None, *aliases: str):
+    """A flag whose default None means `default`, in words."""
+    return arg(help_behavior_hint=f"(default: {default})", metavar=metavar, aliases=aliases)
+
+
+def also(*aliases: str):
+    """Other names of a flag."""
+    return arg(aliases=aliases)
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device called `name`; None: the first GPU, or the CPU."""
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device: expected cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise ValueError(f"device: expected one of cpu and {torch.cuda.device_count()} GPUs, got {name}")
+    return device
+
+
+def model_shape(model) -> tuple[int, int, int]:
+    """`(C, H, W)` of the images that a diffusers network was trained on."""
+    size = model.config.sample_size
+    if size is None:
+        raise ValueError("model: expected sample_size in its config.json, got none")
+    height, width = (size, size) if isinstance(size, int) else size
+    return model.config.in_channels, height, width
+
+
+def load_for(model, name: str, paths: tuple[Path, ...]) -> ImageStore:
+    """The images in `paths` as `model` takes them: image files are cropped, resized and converted; arrays must have its shape.
+
+    Raises:
+        ValueError: naming the file, or the flag `name` where there are no paths.
+    """
+    from ..data import load_images
+
+    if not paths:
+        raise ValueError(f"{name}: expected at least one path, got none")
+    channels, height, width = model_shape(model)
+    return load_images(paths, size=(height, width), channels=channels)

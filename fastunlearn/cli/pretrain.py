@@ -1,0 +1,56 @@
+"""`fastunlearn pretrain`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from .options import unset
+
+
+@dataclass(kw_only=True)
+class Pretrain:
+    """Train the diffusion model that later forgets, as a recipe prescribes; writes a folder that DDPMPipeline.from_pretrained opens.
+
+    mnist-tshirt: the papers' network (64-128-256): a GPU's work. mnist-tshirt-small: the demo's (16-32-64): about two hours on two cores.
+    Checkpoints go to OUTPUT.run.
+
+    Try: fastunlearn pretrain --recipe mnist-tshirt-small --data mnist_tshirt.npz --output runs/small
+    """
+
+    recipe: Literal["mnist-tshirt", "mnist-tshirt-small"]
+    """Network, schedule and number of steps."""
+    data: tuple[Path, ...]
+    """Training images, all of one size; `fastunlearn data mnist-tshirt` builds the recipe's."""
+    output: Path
+    """A new folder for the model."""
+    seed: int = 0
+    """Every random number of step s is a function of (seed, s)."""
+    checkpointing_steps: int = 500
+    """Steps between checkpoints."""
+    resume_from_checkpoint: Annotated[Literal["latest"] | None, unset("start anew", "latest")] = None
+    """Continue a run that was stopped: it takes the same steps as one that was not."""
+    device: Annotated[str | None, unset("the first GPU, else cpu", "cpu|cuda|cuda:N")] = None
+    """Where it runs."""
+
+    def run(self) -> int:
+        from .. import checkpoint
+        from ..data import load_images
+        from ..pretraining import pretrain
+        from ..recipes.mnist_tshirt import PRETRAINING
+        from .options import pick_device
+
+        run_dir = self.output.with_name(self.output.name + ".run")
+        started, resume = checkpoint.latest(run_dir), self.resume_from_checkpoint is not None
+        if self.output.exists():
+            raise ValueError(f"output: expected a folder that does not exist yet, got {self.output}")
+        if started is not None and not resume:
+            raise ValueError(f"output: expected a new name, or --resume_from_checkpoint latest, got {self.output}, whose run stands at {started}")
+        if started is None and resume:
+            raise ValueError(f"resume_from_checkpoint: expected a checkpoint in {run_dir}, got none")
+        recipe = PRETRAINING[self.recipe]
+        images = load_images(self.data, size=recipe.unet["sample_size"], channels=recipe.unet["in_channels"])
+        pretrain(images, recipe, self.output, seed=self.seed, resume=resume, checkpointing_steps=self.checkpointing_steps, device=pick_device(self.device))
+        print(f"trained model: {self.output}")
+        return 0

@@ -1,0 +1,131 @@
+"""`fastunlearn unlearn`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from .options import unset
+from .unlearn_flags import MethodFlags, MethodName, Optimization, RunFlags
+
+if TYPE_CHECKING:
+    from ..store import ImageStore
+
+REPORTED_IMAGES, REPORTED_CHAINS, REPORTED_TIMESTEP, REPORTED_STEPS = 8, 4, 250, 50  # of --report-images
+
+
+@dataclass(kw_only=True)
+class Unlearn:
+    """Make a checkpoint forget given training images, and keep the rest.
+
+    retrack: redirects the denoising of a forget image to its nearest images to keep (start here). siss: descends on the retain set and
+    ascends on the forget set, in one importance-weighted network call. erasediff: trains forget images toward uniform noise, along with the
+    retain set. neggrad: gradient ascent on the forget set; fast and destructive. vanilla: goes on training on the retain set; forgets slowly.
+
+    Images: folders, image files, .npy, .npz, idx(.gz), .parquet, or data sets saved by Hugging Face datasets.
+
+    Try: fastunlearn unlearn --model pretrained --forget forget/ --retain retain.npy --method retrack --output runs/forget-7
+    """
+
+    model: Path
+    """Folder of a diffusers pipeline with a UNet2DModel; safetensors only, nothing is downloaded."""
+    forget: Annotated[tuple[Path, ...], unset("none")] = ()
+    """Images to forget; image files are cropped and resized to the model's size. vanilla does not need them."""
+    retain: Annotated[tuple[Path, ...], unset("none")] = ()
+    """Images to keep. neggrad does not need them."""
+    method: MethodName
+    """What to forget with; see above."""
+    output: Path
+    """Folder of the run: model/ (for DDPMPipeline.from_pretrained), run.json (manifest), metrics.jsonl, checkpoints, private/ (caches, mode 0600)."""
+    allow_overlap: bool = False
+    """Accept forget images that are also among the images to keep; otherwise an error names them."""
+    report_images: bool = False
+    """Write private/reconstructions.png (mode 0600), which shows forget images; without it nothing that is written shows or stores one."""
+    hyperparameter: MethodFlags = field(default_factory=MethodFlags)
+    optimizer: Optimization = field(default_factory=Optimization)
+    bookkeeping: RunFlags = field(default_factory=RunFlags)
+
+    def run(self) -> int:
+        import torch
+
+        from .. import run_record, training
+        from ..models import check_replaceable, load_checkpoint, save_checkpoint
+        from ..schedule import NoiseSchedule
+        from ..unlearner import Unlearner
+        from .options import pick_device
+
+        method, optimization, flags = self.hyperparameter.build(self.method), self.optimizer, self.bookkeeping
+        check_replaceable(self.output / "model")
+        model, scheduler = load_checkpoint(self.model, device=pick_device(flags.device))
+        model = model.to(memory_format=torch.channels_last).train()
+        forget, retain = self._load(method, model)
+        private = self.output / run_record.PRIVATE_FOLDER
+        optimizer, lr_scheduler, ema = optimization.build(model)
+        unlearner = Unlearner(
+            model, optimizer, NoiseSchedule.from_diffusers(scheduler), method, forget=forget, retain=retain,
+            neighbors=_neighbors(forget, retain, method.k, private) if "neighbors" in method.batches else None,
+            batch_size=optimization.train_batch_size, micro_batch_size=optimization.micro_batch_size, total_steps=optimization.max_train_steps, seed=flags.seed,
+            autocast_dtype={"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[optimization.mixed_precision],
+            max_grad_norm=optimization.max_grad_norm, ema=ema, lr_scheduler=lr_scheduler, allow_overlap=self.allow_overlap,
+        )  # fmt: skip
+        try:
+            training.unlearn(
+                unlearner, num_steps=optimization.max_train_steps, output_dir=self.output, checkpointing_steps=flags.checkpointing_steps,
+                checkpoints_total_limit=flags.checkpoints_total_limit, resume_from_checkpoint=flags.resume_from_checkpoint, report_to=flags.report_to,
+                logging_steps=flags.logging_steps,
+            )  # fmt: skip
+        finally:
+            self._note_private_files(private)
+        if ema is not None:
+            ema.copy_to(model.parameters())
+        save_checkpoint(self.output / "model", model.eval(), scheduler)
+        run_record.update_run(self.output, base_model=str(self.model.absolute()), model="model")
+        if self.report_images and forget is not None:
+            self._draw_reconstructions(model, scheduler, forget, private)
+        print(f"unlearned model: {self.output / 'model'}")
+        return 0
+
+    def _load(self, method, model) -> tuple[ImageStore | None, ImageStore | None]:
+        """Forget and retain set; what the method does not read may be left out."""
+        from .options import load_for
+
+        for name, paths, reads in (("forget", self.forget, {"forget"}), ("retain", self.retain, {"retain", "neighbors"})):
+            if not paths and reads & method.batches:
+                raise ValueError(f"--{name}: expected at least one path with --method {self.method}, got none")
+        return tuple(load_for(model, name, paths) if paths else None for name, paths in (("forget", self.forget), ("retain", self.retain)))
+
+    def _note_private_files(self, private: Path) -> None:
+        """Lists in the manifest what `purge` removes."""
+        from .. import run_record
+
+        if private.is_dir() and (self.output / run_record.RUN_FILE).is_file():
+            run_record.list_private(self.output, *sorted(private.iterdir()))
+
+    def _draw_reconstructions(self, model, scheduler, forget: ImageStore, private: Path) -> None:
+        """Each forget image, and what the two models make of it from the same noise."""
+        import torch
+
+        from ..models import load_checkpoint
+        from ..report.pictures import side_by_side
+        from ..sampling import inject_and_denoise
+
+        images = forget.rows(torch.arange(min(REPORTED_IMAGES, len(forget))))
+        before, _ = load_checkpoint(self.model, device=model.device)
+        timestep = min(REPORTED_TIMESTEP, len(scheduler) - 1)
+        halves = []
+        for network in (before, model):
+            chains = inject_and_denoise(network, scheduler, images, timestep, chains=REPORTED_CHAINS, num_inference_steps=min(REPORTED_STEPS, timestep + 1))
+            halves.append(torch.cat([images[:, None].cpu(), chains.view(len(images), REPORTED_CHAINS, *images.shape[1:])], dim=1).flatten(0, 1))
+        private.mkdir(mode=0o700, exist_ok=True)
+        with open(os.open(private / "reconstructions.png", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+            file.write(side_by_side(*halves, columns=1 + REPORTED_CHAINS))
+        self._note_private_files(private)
+        print(f"forget images and reconstructions, before and after: {private / 'reconstructions.png'}")
+
+
+def _neighbors(forget: ImageStore, retain: ImageStore, k: int, cache_dir: Path):
+    from ..neighbors import nearest_neighbors
+
+    return nearest_neighbors(forget, retain, k, cache_dir=cache_dir, show_progress=True)

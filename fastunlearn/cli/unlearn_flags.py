@@ -1,0 +1,129 @@
+"""The flags of `fastunlearn unlearn`, in the groups that its help shows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from .options import also, unset
+
+if TYPE_CHECKING:
+    from ..methods import Method
+
+MethodName = Literal["retrack", "siss", "erasediff", "neggrad", "vanilla"]
+
+
+@dataclass(kw_only=True)
+class MethodFlags:
+    """Each belongs to the methods that it names; given to another it is an error."""
+
+    k: Annotated[int | None, unset("10", "INT")] = None
+    """ReTrack: nearest images to keep that a forget image is redirected to. 1 to 1000 make almost no difference in the paper."""
+    lambd: Annotated[float | None, unset("0.005 ReTrack, 0.5 SISS", "FLOAT", "--lambda")] = None
+    """ReTrack: weight of the forget term in [0, 1]; choose it so that both terms are of similar size. SISS: share of forget images in the mixture."""
+    scaling_norm: Annotated[float | None, unset("5", "FLOAT")] = None
+    """SISS: L2 norm that the forget gradient is set to at every step; about a tenth of the retain gradient's (5 for MNIST, 500 for 256x256 faces)."""
+    variant: Annotated[Literal["mixture", "no_is", "bernoulli"] | None, unset("mixture", "mixture|no_is|bernoulli")] = None
+    """SISS: mixture is the method; no_is has no importance sampling (two network calls); bernoulli has the mixture without weights."""
+    eta: Annotated[float | None, unset("0.001", "FLOAT")] = None
+    """EraseDiff: the combined gradient descends on the forget term at least this share of that term's own gradient."""
+    superfactor: Annotated[float | None, unset("1", "FLOAT")] = None
+    """NegGrad: factor of the ascent; clipping to --max_grad_norm leaves little of it."""
+
+    def build(self, name: MethodName) -> Method:
+        """The method called `name` with the flags that were given.
+
+        Raises:
+            ValueError: a flag of another method was given, or a value is outside its range.
+        """
+        from .. import methods
+
+        kinds = {kind.name: kind for kind in (methods.ReTrack, methods.SISS, methods.EraseDiff, methods.NegGrad, methods.Vanilla)}
+        own = [field.name for field in fields(kinds[name])]
+        given = {flag: value for flag, value in vars(self).items() if value is not None}
+        for flag in given.keys() - set(own):
+            owners = " and ".join(other for other, kind in kinds.items() if flag in {field.name for field in fields(kind)})
+            usable = ", ".join(f"--{flag}" for flag in own) or "no such flag"
+            raise ValueError(f"--{flag}: expected {usable} with --method {name}, got --{flag} {given[flag]}, a flag of {owners}")
+        return kinds[name](**given)
+
+
+@dataclass(kw_only=True)
+class Optimization:
+    """Defaults are the papers' for MNIST; for 256x256 faces they take --lr 5e-6 --batch-size 64 --micro-batch-size 4 --steps 40."""
+
+    max_train_steps: Annotated[int, also("--steps")] = 50
+    """Unlearning steps."""
+    learning_rate: Annotated[float, also("--lr")] = 5e-5
+    """Step size of AdamW."""
+    train_batch_size: Annotated[int, also("--batch-size")] = 128
+    """Forget rows, and retain rows, drawn a step with replacement."""
+    micro_batch_size: Annotated[int | None, unset("all at once", "INT")] = None
+    """Rows in one network call at most; gradients accumulate over the calls, and a method's rescaling is done once, after the last."""
+    lr_scheduler: Literal["constant", "cosine", "linear"] = "constant"
+    """How the learning rate goes on after the warm-up: cosine and linear end at 0."""
+    lr_warmup_steps: int = 0
+    """Steps in which the learning rate rises from 0."""
+    adam_beta1: float = 0.95
+    """Decay of the gradient's mean."""
+    adam_beta2: float = 0.999
+    """Decay of its square's mean."""
+    adam_weight_decay: float = 1e-6
+    """Decoupled weight decay."""
+    adam_epsilon: float = 1e-8
+    """Added to the denominator."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this L2 norm, after the method has combined them."""
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """Precision of the network calls; weights, losses and norms stay float32."""
+    use_ema: bool = False
+    """Average the weights over the steps and save the average."""
+    ema_decay: float = 0.9999
+    """Of --use_ema; after s steps at most (1 + s) / (10 + s), as in diffusers."""
+
+    def build(self, model):
+        """AdamW over the parameters of `model`; a learning-rate scheduler or None; an EMA or None.
+
+        Raises:
+            TypeError, ValueError: a value is outside its range.
+        """
+        import torch
+        from diffusers.optimization import get_scheduler
+        from diffusers.training_utils import EMAModel
+
+        from .. import _check
+
+        for name in ("learning_rate", "adam_epsilon"):
+            _check.number(name, getattr(self, name), low=0, low_open=True)
+        for name in ("adam_beta1", "adam_beta2", "adam_weight_decay", "ema_decay"):
+            _check.number(name, getattr(self, name), low=0, high=1)
+        _check.integer("lr_warmup_steps", self.lr_warmup_steps, low=0)
+        parameters = list(model.parameters())
+        optimizer = torch.optim.AdamW(
+            parameters, lr=self.learning_rate, betas=(self.adam_beta1, self.adam_beta2), weight_decay=self.adam_weight_decay, eps=self.adam_epsilon, fused=True
+        )
+        lr_scheduler = None
+        if self.lr_scheduler != "constant" or self.lr_warmup_steps:
+            name = "constant_with_warmup" if self.lr_scheduler == "constant" else self.lr_scheduler
+            lr_scheduler = get_scheduler(name, optimizer, num_warmup_steps=self.lr_warmup_steps, num_training_steps=self.max_train_steps)
+        return optimizer, lr_scheduler, EMAModel(parameters, decay=self.ema_decay) if self.use_ema else None
+
+
+@dataclass(kw_only=True)
+class RunFlags:
+    """How the run is kept, resumed and watched."""
+
+    seed: int = 0
+    """Every random number of step s is a function of (seed, s)."""
+    checkpointing_steps: int = 500
+    """Steps between checkpoints, from which a stopped run continues bit by bit."""
+    checkpoints_total_limit: Annotated[int | None, unset("all", "INT")] = None
+    """Checkpoints to keep, the newest."""
+    resume_from_checkpoint: Annotated[str | None, unset("start anew", "latest|DIR")] = None
+    """Continue from the newest checkpoint of the run (latest) or from one of them."""
+    logging_steps: int = 1
+    """Steps between lines of metrics.jsonl; every line waits for the device."""
+    report_to: Annotated[Literal["tensorboard", "wandb"] | None, unset("metrics.jsonl alone", "tensorboard|wandb")] = None
+    """tensorboard or wandb, if it is installed."""
+    device: Annotated[str | None, unset("the first GPU, else cpu", "cpu|cuda|cuda:N")] = None
+    """Where it runs."""

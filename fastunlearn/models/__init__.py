@@ -1,0 +1,7 @@
+"""Adapters between diffusers' checkpoints on disk and the library."""
+
+from __future__ import annotations
+
+from .pipeline import check_replaceable, load_checkpoint, save_checkpoint
+
+__all__ = ["check_replaceable", "load_checkpoint", "save_checkpoint"]

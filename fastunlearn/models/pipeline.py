@@ -1,0 +1,180 @@
+"""diffusers checkpoints: a network and the scheduler it was trained with, from and to local folders. Safetensors only, no remote code."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from .. import _check
+from ..checkpoint import atomic_directory
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin, UNet2DModel
+
+MODELS = ("UNet2DModel",)
+NOT_YET = ("UNet2DConditionModel", "UNet3DConditionModel", "Transformer2DModel", "DiTTransformer2DModel", "PixArtTransformer2DModel", "SD3Transformer2DModel",
+           "FluxTransformer2DModel", "UViTModel")  # fmt: skip
+SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
+WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json")
+REFUSED_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".msgpack")
+LAYOUT = "a folder of DDPMPipeline.save_pretrained, or of UNet2DModel.save_pretrained with a scheduler_config.json"
+
+
+def load_checkpoint(path: str | os.PathLike, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> tuple[UNet2DModel, SchedulerMixin]:
+    """The network and the scheduler of a diffusers checkpoint in a local folder.
+
+    Args:
+        path: a pipeline folder (`model_index.json`, `unet/`, `scheduler/`), or the folder of a network alone with `scheduler_config.json` in it, in
+            its `scheduler/`, or in `scheduler/` beside it.
+        dtype: of the parameters, whatever the files hold; unlearning needs float32 masters.
+        device: where the network goes.
+
+    Returns:
+        `(model, scheduler)`: a diffusers `UNet2DModel` in eval mode, and the diffusers scheduler that the folder names.
+
+    Raises:
+        ValueError: naming the file: missing, not JSON, a class that is not supported, code from elsewhere, weights that are pickles, damaged,
+            not those of the configuration, or not finite.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        found = "a file" if root.is_file() else "a path that does not exist (nothing is downloaded: `hf download NAME --local-dir DIR` does that)"
+        raise ValueError(f"{root}: expected {LAYOUT}, got {found}")
+    folder = _model_folder(root)
+    config_file = folder / "config.json"
+    _supported(config_file, _read_json(config_file).get("_class_name"), MODELS, "network")
+    scheduler = _load_scheduler(root, folder)
+    return _load_model(folder, dtype).to(device), scheduler
+
+
+def save_checkpoint(output_dir: str | os.PathLike, model: UNet2DModel, scheduler: SchedulerMixin) -> Path:
+    """Writes a folder that `diffusers.DDPMPipeline.from_pretrained` opens; an existing folder of that name is replaced, whole or not at all.
+
+    Args:
+        output_dir: the folder.
+        model: a `UNet2DModel`; its parameters are written in their dtype, as safetensors.
+        scheduler: a diffusers scheduler.
+
+    Returns:
+        `output_dir`.
+
+    Raises:
+        TypeError: for another network or scheduler than those that `load_checkpoint` reads.
+        ValueError: `output_dir` is a file, or a folder with something else in it.
+    """
+    from diffusers import DDPMPipeline
+
+    if type(model).__name__ not in MODELS:
+        raise TypeError(f"model: expected a diffusers {' or '.join(MODELS)}, got {_check.describe(model)}")
+    if type(scheduler).__name__ not in SCHEDULERS:
+        raise TypeError(f"scheduler: expected one of {', '.join(SCHEDULERS)} of diffusers, got {_check.describe(scheduler)}")
+    output_dir = check_replaceable(output_dir)
+    model = copy.deepcopy(model).to("cpu", memory_format=torch.contiguous_format)  # safetensors refuses channels-last
+    with atomic_directory(output_dir) as folder:
+        DDPMPipeline(unet=model, scheduler=scheduler).save_pretrained(folder, safe_serialization=True)
+    return output_dir
+
+
+def check_replaceable(output_dir: str | os.PathLike) -> Path:
+    """Whether `save_checkpoint` may write to `output_dir`: worth asking before hours of work.
+
+    Raises:
+        ValueError: it is a file, or a folder with something else than a pipeline in it.
+    """
+    output_dir = Path(output_dir)
+    if output_dir.exists() and not (output_dir.is_dir() and ((output_dir / "model_index.json").is_file() or not any(output_dir.iterdir()))):
+        found = "a folder of something else" if output_dir.is_dir() else "a file"
+        raise ValueError(f"output_dir: expected a new or empty folder, or a saved pipeline to replace, got {found}: {output_dir}")
+    return output_dir
+
+
+def _model_folder(root: Path) -> Path:
+    """The folder of the network; a pipeline must name classes of diffusers itself."""
+    index_file = root / "model_index.json"
+    if not index_file.is_file():
+        return root / "unet" if (root / "unet" / "config.json").is_file() else root
+    index = _read_json(index_file)
+    for part in ("unet", "transformer"):
+        if index.get(part) not in (None, [None, None]):
+            break
+    else:
+        raise ValueError(f"{index_file}: expected a pipeline with an entry unet, got {', '.join(key for key in index if not key.startswith('_')) or 'none'}")
+    _named_class(index_file, part, index[part], MODELS, "network")
+    _named_class(index_file, "scheduler", index.get("scheduler"), SCHEDULERS, "scheduler")
+    return root / part
+
+
+def _named_class(file: Path, part: str, entry, allowed: tuple[str, ...], what: str) -> None:
+    if not isinstance(entry, list) or len(entry) != 2 or not all(isinstance(word, str) for word in entry):
+        raise ValueError(f"{file}: expected {part} to be [library, class], got {json.dumps(entry)}")
+    library, name = entry
+    if library != "diffusers":
+        raise ValueError(f"{file}: expected {part} to be a class of diffusers, got {name} of {library!r} (code that comes with a checkpoint is never run)")
+    _supported(file, name, allowed, what)
+
+
+def _supported(file: Path, name, allowed: tuple[str, ...], what: str) -> None:
+    if name in NOT_YET:
+        raise ValueError(f"{file}: expected the {what} {' or '.join(allowed)}, got {name}, which is not supported yet")
+    if name not in allowed:
+        raise ValueError(f"{file}: expected the {what} {', '.join(allowed)} in _class_name, got {_check.describe(name)}")
+
+
+def _load_scheduler(root: Path, folder: Path) -> SchedulerMixin:
+    import diffusers
+
+    places = (root / "scheduler", root, folder.parent / "scheduler", folder)
+    file = next((place / "scheduler_config.json" for place in places if (place / "scheduler_config.json").is_file()), None)
+    if file is None:
+        raise ValueError(f"{root}: expected scheduler_config.json in {root.name}/ or {root.name}/scheduler/, got none")
+    config = _read_json(file)
+    name = config.get("_class_name")
+    _supported(file, name, SCHEDULERS, "scheduler")
+    try:
+        scheduler = getattr(diffusers, name).from_config(config)
+    except Exception as error:  # whatever a value of the wrong kind makes diffusers or torch raise
+        raise ValueError(f"{file}: expected the configuration of a {name}, got one that diffusers refuses: {error}") from error
+    if not torch.isfinite(scheduler.alphas_cumprod).all():
+        raise ValueError(f"{file}: expected finite noise levels, got NaN or Inf in alphas_cumprod")
+    return scheduler
+
+
+def _load_model(folder: Path, dtype: torch.dtype) -> UNet2DModel:
+    import diffusers
+
+    name = _read_json(folder / "config.json")["_class_name"]
+    weights = next((folder / file for file in WEIGHTS if (folder / file).is_file()), None)
+    if weights is None:
+        pickles = sorted(file.name for file in folder.iterdir() if file.suffix in REFUSED_SUFFIXES)
+        found = f"{', '.join(pickles)}: such files are pickles, and unpickling runs whatever code they hold" if pickles else "no weights"
+        raise ValueError(f"{folder}: expected {WEIGHTS[0]}, got {found}")
+    try:
+        model, info = getattr(diffusers, name).from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, torch_dtype=dtype, low_cpu_mem_usage=False, output_loading_info=True
+        )
+    except Exception as error:  # OSError, ValueError, RuntimeError, SafetensorError, KeyError, TypeError: as many as there are ways to be wrong
+        raise ValueError(f"{weights}: expected the weights of the {name} in config.json beside it, got files that diffusers refuses: {error}") from error
+    wrong = [f"{len(info[key])} {key.replace('_', ' ')}" for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]]
+    if wrong:
+        raise ValueError(f"{weights}: expected the weights of the {name} in config.json beside it, got {', '.join(wrong)}")
+    for key, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f"{weights}: expected finite weights, got NaN or Inf in {key}")
+    return model.eval()
+
+
+def _read_json(file: Path) -> dict:
+    if not file.is_file():
+        raise ValueError(f"{file}: expected {LAYOUT}, got no such file")
+    try:
+        content = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        raise ValueError(f"{file}: expected JSON, got text that is not ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: expected a JSON object, got {type(content).__name__}")
+    return content

@@ -1,0 +1,241 @@
+"""Checkpoints of diffusers: what is read back is what was written, and what is refused says which file and why."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler
+from safetensors.torch import load_file, save_file
+
+from fastunlearn.models import load_checkpoint, save_checkpoint
+from fastunlearn.schedule import NoiseSchedule
+from fastunlearn.testing.checkpoints import TINY_TIMESTEPS, save_tiny_checkpoint, tiny_unet
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory) -> Path:
+    return save_tiny_checkpoint(tmp_path_factory.mktemp("saved") / "pipeline")
+
+
+@pytest.fixture
+def pipeline(saved, tmp_path) -> Path:
+    """A copy that a test may spoil."""
+    return Path(shutil.copytree(saved, tmp_path / "pipeline"))
+
+
+def edit_json(file: Path, **changes) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def assert_same_weights(model: torch.nn.Module, other: torch.nn.Module) -> None:
+    expected = other.state_dict()
+    assert model.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_pipeline_is_read_back(saved):
+    model, scheduler = load_checkpoint(saved)
+    assert_same_weights(model, tiny_unet())
+    assert type(scheduler) is DDPMScheduler
+    assert len(NoiseSchedule.from_diffusers(scheduler)) == TINY_TIMESTEPS
+    assert not model.training
+
+
+def test_diffusers_opens_what_is_saved(saved):
+    assert_same_weights(DDPMPipeline.from_pretrained(saved).unet, tiny_unet())
+
+
+def test_scheduler_class_and_settings_survive(tmp_path):
+    save_checkpoint(tmp_path / "out", tiny_unet(), DDIMScheduler(num_train_timesteps=30, prediction_type="v_prediction"))
+    _, scheduler = load_checkpoint(tmp_path / "out")
+    assert type(scheduler) is DDIMScheduler
+    assert (len(scheduler), scheduler.config.prediction_type) == (30, "v_prediction")
+
+
+def test_dtype_is_kept_on_disk_and_float32_in_memory(tmp_path):
+    save_checkpoint(tmp_path / "out", tiny_unet().to(torch.bfloat16), DDPMScheduler())
+    assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "unet" / WEIGHTS).values()} == {torch.bfloat16}
+    assert load_checkpoint(tmp_path / "out")[0].dtype == torch.float32
+    assert load_checkpoint(tmp_path / "out", dtype=torch.bfloat16)[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("place", ["beside", "subfolder", "in it"])
+def test_a_network_alone_with_its_scheduler(pipeline, place):
+    (pipeline / "model_index.json").unlink()
+    folder = pipeline / "unet"
+    if place != "beside":
+        target = folder / "scheduler" if place == "subfolder" else folder
+        target.mkdir(exist_ok=True)
+        shutil.move(pipeline / "scheduler" / "scheduler_config.json", target / "scheduler_config.json")
+    model, scheduler = load_checkpoint(folder)
+    assert_same_weights(model, tiny_unet())
+    assert len(scheduler) == TINY_TIMESTEPS
+
+
+def test_a_saved_pipeline_is_replaced_and_other_folders_are_not(pipeline, tmp_path):
+    save_checkpoint(pipeline, tiny_unet(seed=1), DDPMScheduler())
+    assert_same_weights(load_checkpoint(pipeline)[0], tiny_unet(seed=1))
+    assert not list(tmp_path.glob(".*"))
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_text("precious")
+    with pytest.raises(ValueError, match=r"output_dir: expected a new or empty folder.*got a folder of something else"):
+        save_checkpoint(tmp_path / "photos", tiny_unet(), DDPMScheduler())
+    assert (tmp_path / "photos" / "a.jpg").read_text() == "precious"
+
+
+def test_channels_last_networks_are_saved(tmp_path):
+    model = tiny_unet().to(memory_format=torch.channels_last)
+    save_checkpoint(tmp_path / "out", model, DDPMScheduler())
+    assert model.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    assert_same_weights(load_checkpoint(tmp_path / "out")[0], tiny_unet())
+
+
+def test_other_objects_are_not_saved(tmp_path):
+    with pytest.raises(TypeError, match=r"model: expected a diffusers UNet2DModel, got Linear"):
+        save_checkpoint(tmp_path / "out", torch.nn.Linear(1, 1), DDPMScheduler())
+    with pytest.raises(TypeError, match=r"scheduler: expected one of DDPMScheduler.*, got None"):
+        save_checkpoint(tmp_path / "out", tiny_unet(), None)
+    assert not (tmp_path / "out").exists()
+
+
+def no_weights(folder: Path) -> None:
+    (folder / "unet" / WEIGHTS).unlink()
+
+
+def pickled_weights(folder: Path) -> None:
+    (folder / "unet" / WEIGHTS).rename(folder / "unet" / "diffusion_pytorch_model.bin")
+
+
+def nan_weights(folder: Path) -> None:
+    tensors = load_file(folder / "unet" / WEIGHTS)
+    tensors["conv_in.bias"][3] = float("nan")
+    save_file(tensors, folder / "unet" / WEIGHTS)
+
+
+def missing_tensor(folder: Path) -> None:
+    tensors = load_file(folder / "unet" / WEIGHTS)
+    del tensors["conv_in.bias"]
+    save_file(tensors, folder / "unet" / WEIGHTS)
+
+
+def cut_weights(folder: Path) -> None:
+    file = folder / "unet" / WEIGHTS
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def other_architecture(folder: Path) -> None:
+    edit_json(folder / "unet" / "config.json", block_out_channels=[8, 16])
+
+
+def unknown_block(folder: Path) -> None:
+    edit_json(folder / "unet" / "config.json", down_block_types=["DownBlock2D", "NoBlock2D"])
+
+
+def latent_diffusion(folder: Path) -> None:
+    edit_json(folder / "model_index.json", unet=["diffusers", "UNet2DConditionModel"])
+
+
+def sd3(folder: Path) -> None:
+    edit_json(folder / "model_index.json", unet=[None, None], transformer=["diffusers", "SD3Transformer2DModel"])
+
+
+def remote_code(folder: Path) -> None:
+    edit_json(folder / "model_index.json", unet=["my_module", "UNet2DModel"])
+
+
+def remote_scheduler(folder: Path) -> None:
+    edit_json(folder / "model_index.json", scheduler=["my_scheduler", "DDPMScheduler"])
+
+
+def odd_entry(folder: Path) -> None:
+    edit_json(folder / "model_index.json", unet="UNet2DModel")
+
+
+def no_unet(folder: Path) -> None:
+    edit_json(folder / "model_index.json", unet=[None, None])
+
+
+def conditional_config(folder: Path) -> None:
+    edit_json(folder / "unet" / "config.json", _class_name="UNet2DConditionModel")
+
+
+def unknown_class(folder: Path) -> None:
+    edit_json(folder / "unet" / "config.json", _class_name="os.system")
+
+
+def unknown_scheduler(folder: Path) -> None:
+    edit_json(folder / "scheduler" / "scheduler_config.json", _class_name="MyScheduler")
+
+
+def wrong_betas(folder: Path) -> None:
+    edit_json(folder / "scheduler" / "scheduler_config.json", beta_schedule="no such")
+
+
+def nan_betas(folder: Path) -> None:
+    edit_json(folder / "scheduler" / "scheduler_config.json", beta_end=float("nan"))
+
+
+def broken_json(folder: Path) -> None:
+    (folder / "unet" / "config.json").write_text("{")
+
+
+def json_list(folder: Path) -> None:
+    (folder / "model_index.json").write_text("[]")
+
+
+def no_config(folder: Path) -> None:
+    (folder / "unet" / "config.json").unlink()
+
+
+def no_scheduler(folder: Path) -> None:
+    shutil.rmtree(folder / "scheduler")
+
+
+def gone(folder: Path) -> None:
+    shutil.rmtree(folder)
+
+
+def a_file(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.write_text("")
+
+
+REFUSED = [
+    (no_weights, r"unet: expected diffusion_pytorch_model.safetensors, got no weights"),
+    (pickled_weights, r"unet: expected diffusion_pytorch_model.safetensors, got diffusion_pytorch_model.bin: such files are pickles"),
+    (nan_weights, r"diffusion_pytorch_model.safetensors: expected finite weights, got NaN or Inf in conv_in.bias"),
+    (missing_tensor, r"diffusion_pytorch_model.safetensors: expected the weights of the UNet2DModel in config.json beside it, got .*1 missing key"),
+    (cut_weights, r"diffusion_pytorch_model.safetensors: expected the weights of the UNet2DModel.*, got files that diffusers refuses"),
+    (other_architecture, r"diffusion_pytorch_model.safetensors: expected the weights of the UNet2DModel.*, got"),
+    (unknown_block, r"expected the weights of the UNet2DModel in config.json.*, got files that diffusers refuses.*NoBlock2D"),
+    (latent_diffusion, r"model_index.json: expected the network UNet2DModel, got UNet2DConditionModel, which is not supported yet"),
+    (sd3, r"model_index.json: expected the network UNet2DModel, got SD3Transformer2DModel, which is not supported yet"),
+    (remote_code, r"model_index.json: expected unet to be a class of diffusers, got UNet2DModel of 'my_module' \(code that comes"),
+    (remote_scheduler, r"model_index.json: expected scheduler to be a class of diffusers, got DDPMScheduler of 'my_scheduler'"),
+    (odd_entry, r"model_index.json: expected unet to be \[library, class\], got \"UNet2DModel\""),
+    (no_unet, r"model_index.json: expected a pipeline with an entry unet, got"),
+    (conditional_config, r"config.json: expected the network UNet2DModel, got UNet2DConditionModel, which is not supported yet"),
+    (unknown_class, r"config.json: expected the network UNet2DModel in _class_name, got 'os.system'"),
+    (unknown_scheduler, r"scheduler_config.json: expected the scheduler DDPMScheduler.*, got 'MyScheduler'"),
+    (wrong_betas, r"scheduler_config.json: expected the configuration of a DDPMScheduler, got one that diffusers refuses"),
+    (nan_betas, r"scheduler_config.json: expected finite noise levels, got NaN"),
+    (broken_json, r"config.json: expected JSON, got text that is not"),
+    (json_list, r"model_index.json: expected a JSON object, got list"),
+    (no_config, r"config.json: expected a folder of DDPMPipeline.save_pretrained.*, got no such file"),
+    (no_scheduler, r"expected scheduler_config.json in .*, got none"),
+    (gone, r"pipeline: expected a folder of DDPMPipeline.save_pretrained.*, got a path that does not exist"),
+    (a_file, r"pipeline: expected a folder of DDPMPipeline.save_pretrained.*, got a file"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "message"), REFUSED, ids=[spoil.__name__ for spoil, _ in REFUSED])
+def test_refused(pipeline, spoil, message):
+    spoil(pipeline)
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(pipeline)

@@ -1,0 +1,367 @@
+"""The commands, in one process on a tiny network; their exit codes and start-up time in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import get_args, get_type_hints
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMPipeline
+from PIL import Image
+from safetensors.torch import load_file
+
+from fastunlearn import __version__, nearest_neighbors
+from fastunlearn.cli import main
+from fastunlearn.data import load_images
+from fastunlearn.recipes.mnist_tshirt import PRETRAINING
+from fastunlearn.testing.checkpoints import TINY_SHAPE, save_tiny_checkpoint
+
+COMMANDS = ("demo", "unlearn", "evaluate", "sample", "neighbors", "pretrain", "data", "purge")
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+FAST = ("--steps", "2", "--batch-size", "4", "--device", "cpu")
+METHODS = {"retrack": ["--k", "3"], "siss": ["--variant", "bernoulli"], "erasediff": ["--eta", "0.01"], "neggrad": ["--superfactor", "2"], "vanilla": []}
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> SimpleNamespace:
+    """A checkpoint, two images to forget as PNG, twenty to keep as npy."""
+    root = tmp_path_factory.mktemp("world")
+    generator = np.random.default_rng(0)
+    (root / "forget").mkdir()
+    forget = generator.integers(0, 256, (2, 8, 8), dtype=np.uint8)
+    for row, image in enumerate(forget):
+        Image.fromarray(image).save(root / "forget" / f"{row}.png")
+    np.save(root / "retain.npy", generator.integers(0, 256, (20, 1, 8, 8), dtype=np.uint8))
+    return SimpleNamespace(model=save_tiny_checkpoint(root / "model"), forget=root / "forget", retain=root / "retain.npy", images=forget)
+
+
+def run(*arguments: object) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def unlearn(world, output: Path, *more: object, method: str = "retrack") -> int:
+    """`fastunlearn unlearn` for two steps with ReTrack's k = 3, or whatever `more` says last."""
+    paths = ("--model", world.model, "--forget", world.forget, "--retain", world.retain, "--output", output)
+    return run("unlearn", *paths, "--method", method, *FAST, *METHODS[method], *more)
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(output / "model" / WEIGHTS)
+
+
+def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert left.keys() == right.keys()
+    assert all(torch.equal(tensor, right[name]) for name, tensor in left.items())
+
+
+# --- unlearn ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_writes_a_model_that_diffusers_opens(world, tmp_path, capsys, method):
+    assert unlearn(world, tmp_path / "run", method=method) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"unlearned model: {tmp_path / 'run' / 'model'}"
+    before = load_file(world.model / WEIGHTS)
+    after = dict(DDPMPipeline.from_pretrained(tmp_path / "run" / "model").unet.state_dict())
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (record["status"], record["method"]["name"].lower(), record["batch_size"]) == ("complete", method, 4)
+
+
+def test_sets_that_a_method_does_not_read_may_be_left_out(world, tmp_path):
+    assert run("unlearn", "--model", world.model, "--forget", world.forget, "--method", "neggrad", "--output", tmp_path / "a", *FAST) == 0
+    assert run("unlearn", "--model", world.model, "--retain", world.retain, "--method", "vanilla", "--output", tmp_path / "b", *FAST) == 0
+
+
+def test_the_seed_decides_and_flags_have_two_names(world, tmp_path):
+    unlearn(world, tmp_path / "a", "--learning_rate", "1e-4", "--seed", "1")
+    unlearn(world, tmp_path / "b", "--lr", "1e-4", "--seed", "1")
+    unlearn(world, tmp_path / "c", "--learning-rate", "1e-4", "--seed", "2")
+    assert_same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert not torch.equal(weights(tmp_path / "a")["conv_in.weight"], weights(tmp_path / "c")["conv_in.weight"])
+
+
+def test_a_resumed_run_equals_one_that_was_not_stopped(world, tmp_path):
+    schedule = ("--lr_scheduler", "cosine", "--lr_warmup_steps", "1", "--use_ema", "--checkpointing_steps", "2", "--steps", "4")
+    unlearn(world, tmp_path / "whole", *schedule)
+    unlearn(world, tmp_path / "resumed", *schedule)
+    shutil.rmtree(tmp_path / "resumed" / "checkpoint-4")  # what a run that was killed after its second step leaves
+    shutil.rmtree(tmp_path / "resumed" / "model")
+    torch.manual_seed(1)  # a state that must not matter
+    assert unlearn(world, tmp_path / "resumed", *schedule, "--resume_from_checkpoint", "latest") == 0
+    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "resumed"))
+
+
+def test_micro_batches_and_mixed_precision(world, tmp_path):
+    unlearn(world, tmp_path / "whole", "--micro_batch_size", "8")
+    unlearn(world, tmp_path / "parts", "--micro-batch-size", "3")
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert max((whole[name] - parts[name]).abs().max() for name in whole) < 1e-4  # two steps of at most 5e-5 each
+    assert unlearn(world, tmp_path / "bf16", "--mixed_precision", "bf16") == 0
+    assert weights(tmp_path / "bf16")["conv_in.weight"].dtype == torch.float32
+
+
+def test_nothing_shows_or_stores_a_forget_image_unless_asked(world, tmp_path):
+    run_dir = tmp_path / "run"
+    unlearn(world, run_dir)
+    record = json.loads((run_dir / "run.json").read_text())
+    (cache,) = (run_dir / "private").iterdir()
+    assert record["private_files"] == [str(cache)]
+    assert stat.S_IMODE(cache.stat().st_mode) == 0o600
+    assert not [path for path in run_dir.rglob("*") if path.suffix in (".png", ".html", ".npy", ".npz")]
+    for path in run_dir.rglob("*"):
+        assert not path.is_file() or not any(image.tobytes() in path.read_bytes() for image in world.images), path
+
+
+def test_report_images_and_purge(world, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    unlearn(world, run_dir, "--report_images")
+    picture = run_dir / "private" / "reconstructions.png"
+    assert Image.open(picture).size[0] > 8
+    assert stat.S_IMODE(picture.stat().st_mode) == 0o600
+    assert len(json.loads((run_dir / "run.json").read_text())["private_files"]) == 2
+    assert run("purge", run_dir) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"2 files removed: {run_dir}"
+    assert not list((run_dir / "private").iterdir())
+    assert (run_dir / "model" / WEIGHTS).is_file()
+
+
+WRONG_UNLEARN = [
+    ("a flag of another method", ["--eta", "0.1"], r"--eta: expected --k, --lambd with --method retrack, got --eta 0.1, a flag of erasediff"),
+    ("a shared flag elsewhere", ["--method", "vanilla", "--lambd", "0.1"], r"expected no such flag with --method vanilla, got --.*a flag of"),
+    ("k too large", ["--k", "21"], r"k: expected an integer in \[1, 20\] \(the rows of retain\), got 21"),
+    ("lambda outside", ["--lambda", "1.5"], r"lambd: expected a finite number in \[0, 1\], got 1.5"),
+    ("no batch", ["--batch-size", "0"], r"batch_size: expected an integer >= 1, got 0"),
+    ("no learning rate", ["--lr", "-1"], r"learning_rate: expected a finite number in .*, got -1.0"),
+    ("beta", ["--adam_beta1", "1.5"], r"adam_beta1: expected a finite number in \[0, 1\], got 1.5"),
+    ("no checkpoint", ["--resume_from_checkpoint", "nowhere"], r"resume_from_checkpoint: expected 'latest' or the folder of a checkpoint, got 'nowhere'"),
+    ("no model", ["--model", "nowhere"], r"nowhere: expected a folder of DDPMPipeline.save_pretrained.*, got a path that does not exist"),
+    ("no data", ["--forget", "nowhere.npy"], r"nowhere.npy: expected .*, got a path that does not exist"),
+    ("no forget set", ["--forget"], r"--forget: expected at least one path with --method retrack, got none"),
+    ("no device", ["--device", "tpu9"], r"device: expected cpu, cuda or cuda:N, got 'tpu9'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), [case[1:] for case in WRONG_UNLEARN], ids=[case[0] for case in WRONG_UNLEARN])
+def test_wrong_input_is_one_line_and_code_2(world, tmp_path, capsys, arguments, message):
+    assert unlearn(world, tmp_path / "run", *arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert re.search(message, error)
+
+
+def test_overlap_is_refused_unless_allowed(world, tmp_path, capsys):
+    both = ("--retain", world.retain, world.forget / "1.png")
+    assert unlearn(world, tmp_path / "run", *both) == 2
+    assert "forget: expected images that are not in retain, got 1 that are (rows 1)" in capsys.readouterr().err
+    assert unlearn(world, tmp_path / "run", *both, "--allow_overlap") == 0
+
+
+def test_arrays_of_another_size_are_refused(world, tmp_path, capsys):
+    np.save(tmp_path / "large.npy", np.zeros((3, 1, 9, 9), np.uint8))
+    assert unlearn(world, tmp_path / "run", "--retain", tmp_path / "large.npy") == 2
+    assert "large.npy: expected images of 8 x 8 (arrays are not resized), got shape [3, 1, 9, 9]" in capsys.readouterr().err
+
+
+def test_image_files_are_made_to_fit(world, tmp_path):
+    Image.new("RGB", (20, 10), (200, 100, 50)).save(tmp_path / "photo.jpg")
+    assert unlearn(world, tmp_path / "run", "--forget", tmp_path / "photo.jpg") == 0
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["data"]["forget"]["shape"] == list(TINY_SHAPE)
+
+
+def test_what_cannot_be_saved_is_said_before_the_work(world, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model").write_text("mine")
+    assert unlearn(world, tmp_path / "run") == 2
+    assert "expected a new or empty folder, or a saved pipeline to replace, got a file" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "private").exists()
+
+
+def test_a_finished_run_is_not_overwritten(world, tmp_path, capsys):
+    assert unlearn(world, tmp_path / "run") == 0
+    kept = weights(tmp_path / "run")
+    assert unlearn(world, tmp_path / "run", "--seed", "3") == 2
+    assert "expected a folder without checkpoints for a new run" in capsys.readouterr().err
+    assert_same(weights(tmp_path / "run"), kept)
+
+
+def test_debug_shows_the_traceback(world, tmp_path, capsys, monkeypatch):
+    assert unlearn(world, tmp_path / "run", "--k", "21", "--debug") == 2
+    assert "Traceback" in capsys.readouterr().err
+    monkeypatch.setenv("FASTUNLEARN_DEBUG", "1")
+    assert unlearn(world, tmp_path / "run", "--k", "21") == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_defect_keeps_its_traceback(world, tmp_path, monkeypatch):
+    def broken(*arguments, **options):
+        return np.zeros(3).reshape(2)  # a ValueError of numpy's own
+
+    monkeypatch.setattr("fastunlearn.models.load_checkpoint", broken)
+    with pytest.raises(ValueError, match="cannot reshape"):
+        unlearn(world, tmp_path / "run")
+
+
+# --- the other commands ----------------------------------------------------------------------------------------------------------
+
+
+def test_sample(world, tmp_path, capsys):
+    common = ("--model", world.model, "--num_images", "5", "--num_inference_steps", "3", "--device", "cpu")
+    assert run("sample", *common, "--output", tmp_path / "out") == 0
+    assert run("sample", *common, "--output", tmp_path / "again.npz", "--batch-size", "2") == 0
+    assert str(tmp_path / "again.npz") in capsys.readouterr().out.splitlines()[-1]
+    first, again = (np.load(file)["images"] for file in (tmp_path / "out" / "samples.npz", tmp_path / "again.npz"))
+    assert first.dtype == np.uint8
+    assert first.shape == (5, *TINY_SHAPE)
+    assert np.abs(first.astype(int) - again).max() <= 1  # other batches round differently
+    assert Image.open(tmp_path / "again.png").size[0] > 8
+    assert load_images(tmp_path / "again.npz").shape == TINY_SHAPE
+
+
+def test_evaluate_compares_two_checkpoints(world, tmp_path, capsys):
+    unlearn(world, tmp_path / "run")
+    few = ("--num_images", "6", "--num_inference_steps", "3", "--timestep", "5", "--chains", "2", "--nll_tolerance", "0.1", "--device", "cpu")
+    arguments = ("--model", tmp_path / "run" / "model", "--against", world.model, "--forget", world.forget, "--threshold", "2.5")
+    assert run("evaluate", *arguments, "--output", tmp_path / "out", *few) == 0
+    shown = capsys.readouterr().out
+    assert shown.splitlines()[-1] == f"evaluation: {tmp_path / 'out' / 'evaluation.json'}"
+    assert "before" in shown
+    assert "after" in shown
+    result = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert result["forget_images"] == 2
+    assert result["measured"].keys() == {"before", "after"}
+    assert result["measured"]["before"]["reconstruction"]["total"] == 4
+    assert result["measured"]["before"]["frequency"]["total"] == 6
+    assert not list((tmp_path / "out").glob("*.png"))
+
+
+def test_evaluate_refuses_scores_of_other_images(world, tmp_path, capsys):
+    arguments = ("--model", world.model, "--forget", world.forget, "--output", tmp_path / "out")
+    assert run("evaluate", *arguments, "--metrics", "frequency,fid", "--retain", world.retain) == 2
+    assert "metrics: expected fid and is for images of shape (1, 28, 28) only" in capsys.readouterr().err
+    assert run("evaluate", *arguments, "--metrics", "beauty") == 2
+    assert "metrics: expected one of frequency, nll, reconstruction, fid, is, got 'beauty'" in capsys.readouterr().err
+
+
+def test_neighbors(world, tmp_path):
+    assert run("neighbors", "--forget", world.forget, "--retain", world.retain, "--k", "4", "--output", tmp_path / "near.npz") == 0
+    found = np.load(tmp_path / "near.npz")
+    index, sqdist = nearest_neighbors(load_images(world.forget), load_images(world.retain), 4)
+    np.testing.assert_array_equal(found["index"], index)
+    np.testing.assert_array_equal(found["sqdist"], sqdist)
+    assert found["sqdist"].dtype == np.int64
+    assert stat.S_IMODE((tmp_path / "near.npz").stat().st_mode) == 0o600
+
+
+def test_neighbors_wants_an_npz(world, tmp_path, capsys):
+    assert run("neighbors", "--forget", world.forget, "--retain", world.retain, "--output", tmp_path / "near.csv") == 2
+    assert "output: expected a path that ends in .npz, got" in capsys.readouterr().err
+
+
+def test_data_says_which_file_is_missing(tmp_path, capsys):
+    assert run("data", "mnist-tshirt", "--mnist", tmp_path, "--fashion_mnist", tmp_path, "--output", tmp_path / "out.npz") == 2
+    assert f"{tmp_path}: expected a file train-images-idx3-ubyte" in capsys.readouterr().err
+
+
+def test_pretrain_hands_over_what_it_was_told(world, tmp_path, capsys, monkeypatch):
+    calls = []
+    monkeypatch.setattr("fastunlearn.pretraining.pretrain", lambda images, recipe, output, **options: calls.append((len(images), recipe, output, options)))
+    np.save(tmp_path / "digits.npy", np.zeros((3, 28, 28), np.uint8))
+    arguments = ("--recipe", "mnist-tshirt-small", "--output", tmp_path / "out", "--device", "cpu")
+    assert run("pretrain", *arguments, "--data", tmp_path / "digits.npy", "--seed", "5") == 0
+    ((rows, recipe, output, options),) = calls
+    assert (rows, recipe, output, options["seed"], options["resume"]) == (3, PRETRAINING["mnist-tshirt-small"], tmp_path / "out", 5, False)
+    assert run("pretrain", *arguments, "--data", world.retain) == 2
+    assert "retain.npy: expected images of 28 x 28 (arrays are not resized), got shape [20, 1, 8, 8]" in capsys.readouterr().err
+    assert run("pretrain", *arguments, "--data", tmp_path / "digits.npy", "--resume_from_checkpoint", "latest") == 2
+    assert "resume_from_checkpoint: expected a checkpoint in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_demo_exits_with_its_verdict(tmp_path, capsys, monkeypatch, passed):
+    calls = []
+
+    def run_demo(output_dir, **options):
+        calls.append((output_dir, options))
+        return SimpleNamespace(passed=passed, report=tmp_path / "report.html")
+
+    monkeypatch.setattr("fastunlearn.demo.run_demo", run_demo)
+    assert run("demo", "--steps", "0", "--seed", "3", "--output", tmp_path) == (0 if passed else 1)
+    assert str(tmp_path / "report.html") in capsys.readouterr().out.splitlines()[-1]
+    ((output, options),) = calls
+    assert (output, options["steps"], options["seed"], options["num_samples"]) == (tmp_path, 0, 3, 512)
+
+
+def test_purge_needs_a_run(tmp_path, capsys):
+    assert run("purge", tmp_path) == 2
+    assert "run_dir: expected a run folder with a readable run.json" in capsys.readouterr().err
+
+
+# --- the program -----------------------------------------------------------------------------------------------------------------
+
+
+def test_choices_are_those_of_the_library():
+    from fastunlearn import methods
+    from fastunlearn.cli.demo import Demo
+    from fastunlearn.cli.pretrain import Pretrain
+    from fastunlearn.cli.unlearn_flags import MethodName
+    from fastunlearn.demo import SETTINGS
+
+    assert set(get_args(MethodName)) == {kind.name for kind in methods.Method.__subclasses__()}
+    assert set(get_args(get_type_hints(Demo)["method"])) == set(SETTINGS)
+    assert set(get_args(get_type_hints(Pretrain)["recipe"])) == set(PRETRAINING)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_teaches(capsys, command):
+    with pytest.raises(SystemExit) as end:
+        run(command, "--help")
+    shown = capsys.readouterr().out
+    assert end.value.code == 0
+    assert f"Try: fastunlearn {command}" in " ".join(shown.split())
+
+
+def test_the_example_of_every_help_parses():
+    import fastunlearn.cli as cli
+
+    for command in COMMANDS:
+        module = __import__(f"fastunlearn.cli.{command}", fromlist=[command])
+        example = getattr(module, command.capitalize()).__doc__.partition("Try: fastunlearn ")[2].split()
+        assert type(cli._parse(example)).__name__ == command.capitalize()
+
+
+def test_version(capsys):
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"fastunlearn {__version__}\n"
+
+
+def test_the_program_starts_at_once():
+    started = time.perf_counter()
+    show = "print([name for name in ('torch', 'diffusers', 'numpy') if name in sys.modules])"
+    code = f"import sys\nfrom fastunlearn.cli import main\ntry:\n    main(['--help'])\nfinally:\n    {show}"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.splitlines()[-1] == "[]"
+    assert all(command in result.stdout for command in COMMANDS)
+    assert time.perf_counter() - started < 3  # 0.3 s measured; loaded machines are slower, but not as slow as torch's import
+
+
+def test_exit_codes_of_the_process(tmp_path):
+    def program(*arguments: object) -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, "-m", "fastunlearn", *map(str, arguments)], capture_output=True, text=True, cwd=tmp_path)
+
+    assert program("--help").returncode == 0
+    assert program("unlearn").returncode == 2
+    wrong = program("purge", tmp_path)
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
