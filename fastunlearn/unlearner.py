@@ -36,7 +36,7 @@ class Unlearner:
         micro_batch_size: at most this many rows in one network call.
         total_steps: how many steps the run will take, for schedules of the method; None: unknown.
         seed: every random number of step s is a function of (seed, s).
-        autocast_dtype, max_grad_norm: as in `retrack_step`.
+        autocast_dtype, grad_scaler, max_grad_norm: as in `retrack_step`; float16 without a grad_scaler loses small gradients.
         ema: an object with `.step(parameters)`, such as diffusers' `EMAModel`, updated after every step.
         lr_scheduler: an object with `.step()`, called after every step.
         allow_overlap: accept forget rows that also stand in `retain`.
@@ -60,6 +60,7 @@ class Unlearner:
         total_steps: int | None = None,
         seed: int = 0,
         autocast_dtype: torch.dtype | None = None,
+        grad_scaler: torch.amp.GradScaler | None = None,
         max_grad_norm: float | None = 1.0,
         ema=None,
         lr_scheduler=None,
@@ -88,7 +89,7 @@ class Unlearner:
 
         self.model, self.optimizer, self.schedule, self.method = model, optimizer, schedule, method
         self.batch_size, self.micro_batch_size, self.total_steps, self.seed = batch_size, micro_batch_size, total_steps, seed
-        self.autocast_dtype, self.max_grad_norm, self.ema, self.lr_scheduler = autocast_dtype, max_grad_norm, ema, lr_scheduler
+        self.autocast_dtype, self.max_grad_norm, self.grad_scaler, self.ema, self.lr_scheduler = autocast_dtype, max_grad_norm, grad_scaler, ema, lr_scheduler
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.device = self.parameters[0].device
         self.forget = forget.to(self.device) if "forget" in method.batches else None
@@ -103,7 +104,7 @@ class Unlearner:
             batch, draws = self._draw(Draws() if draws is None else draws)
         output = take_step(
             self.method, self.model, self.optimizer, self.schedule, batch, draws,
-            max_grad_norm=self.max_grad_norm, autocast_dtype=self.autocast_dtype, micro_batch_size=self.micro_batch_size,
+            max_grad_norm=self.max_grad_norm, autocast_dtype=self.autocast_dtype, grad_scaler=self.grad_scaler, micro_batch_size=self.micro_batch_size,
         )  # fmt: skip
         self.skipped_steps += output.skipped
         if self.lr_scheduler is not None:

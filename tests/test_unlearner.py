@@ -128,3 +128,14 @@ def test_the_redirected_loss_falls():
     for _ in range(40):
         unlearner.step()
     assert unlearner.step(probe).forget_loss < 0.7 * before
+
+
+@pytest.mark.parametrize("method", [ReTrack(k=2), SISS(), EraseDiff()], ids=str)
+def test_loss_scaling_changes_no_number(method):
+    """float16 training scales the loss: norms and factors are those of the unscaled gradients, and the update is the same."""
+    plain, scaled = make(method), make(method, grad_scaler=torch.amp.GradScaler("cpu", init_scale=2.0**12))
+    one, two = plain.step(), scaled.step()
+    for name in ("loss", "grad_norm", "correction_norm", "scaling_factor"):
+        if getattr(one, name) is not None:
+            torch.testing.assert_close(getattr(one, name), getattr(two, name), rtol=1e-4, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
+    torch.testing.assert_close(state(plain), state(scaled), rtol=0, atol=1e-5)

@@ -68,6 +68,7 @@ class Unlearn:
             neighbors=_neighbors(forget, retain, method.k, private) if "neighbors" in method.batches else None,
             batch_size=optimization.train_batch_size, micro_batch_size=optimization.micro_batch_size, total_steps=optimization.max_train_steps, seed=flags.seed,
             autocast_dtype={"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[optimization.mixed_precision],
+            grad_scaler=torch.amp.GradScaler(model.device.type) if optimization.mixed_precision == "fp16" else None,
             max_grad_norm=optimization.max_grad_norm, ema=ema, lr_scheduler=lr_scheduler, allow_overlap=self.allow_overlap,
         )  # fmt: skip
         try:
