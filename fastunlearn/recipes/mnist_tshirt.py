@@ -71,7 +71,7 @@ PRETRAINING = {
     # A network that two CPU cores can train in under two hours and sample in seconds: the one the demo ships.
     "mnist-tshirt-small": Pretraining(
         unet=_unet((16, 32, 64), attention_level=2, layers_per_block=1, norm_num_groups=8, attention_head_dim=32),
-        batch_size=64, total_steps=13_000, lr=1e-3, warmup_steps=300, ema_decay=0.999,
+        batch_size=64, total_steps=11_000, lr=1e-3, warmup_steps=300, ema_decay=0.999,
     ),
 }
 

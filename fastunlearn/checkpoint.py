@@ -1,0 +1,284 @@
+"""Checkpoints that survive a kill at any moment: written aside, fsynced, renamed; every file's SHA-256 in a manifest; safetensors and JSON only.
+
+A run folder holds `checkpoint-<step>/`, each with `manifest.json` (file name -> SHA-256), `metadata.json` and some `.safetensors`. What holds:
+
+- `checkpoint-<step>` is absent or complete, whatever moment the writing process dies at (power loss included, as far as the disk honours fsync).
+- Replacing an existing folder exchanges the two names in one system call where the system can (Linux, on all its usual file systems): a reader
+  finds the old folder or the new one, never neither. Elsewhere two renames follow each other: a reader may miss the folder for the instant
+  between them and finds it on a retry; if the writer dies in that instant, the next `latest` or write puts the old folder back.
+- A run folder has one writer at a time. Its leftovers (`.NAME.PID.tmp`) are removed by the next write after it has died.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fnmatch
+import glob
+import hashlib
+import json
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from . import _check
+from .state_tree import flatten, unflatten
+
+MANIFEST = "manifest.json"
+METADATA = "metadata.json"
+PREFIX = "checkpoint-"
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+
+
+@dataclass
+class Checkpoint:
+    tensors: dict[str, dict[str, Tensor]]  # file stem -> name -> tensor, on the CPU
+    metadata: dict[str, Any]
+    states: dict[str, Any]  # name -> state_dict(), as it was given to `save`
+
+
+def save(
+    run_dir: str | Path,
+    step: int,
+    tensors: dict[str, dict[str, Tensor]],
+    metadata: dict[str, Any],
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    states: dict[str, Any] | None = None,
+    keep: int | None = None,
+) -> Path:
+    """Writes `run_dir/checkpoint-<step>` and returns its path; an existing one is replaced.
+
+    Args:
+        tensors: for each file stem (`"model"` gives `model.safetensors`) a state dict of tensors, on any device.
+        metadata: anything JSON can hold.
+        optimizer: any `torch.optim` optimizer; `load_optimizer` reads it back.
+        states: for each name a `state_dict()` of anything else (learning-rate scheduler, EMA, gradient scaler, ...): nested dicts, lists
+            and tuples of tensors, numbers, strings, booleans and None.
+        keep: afterwards, remove the oldest checkpoints beyond this many (diffusers' `checkpoints_total_limit`); at least 1.
+
+    Raises:
+        TypeError: a state holds something else; nothing is written.
+    """
+    _check.integer("step", step, low=0)
+    if keep is not None:
+        _check.integer("keep", keep, low=1)
+    run_dir = Path(run_dir)
+    states = dict(states or {}) | ({} if optimizer is None else {"optimizer": optimizer.state_dict()})
+    skeletons = {}
+    for name, state in states.items():
+        if name in tensors:
+            raise ValueError(f"states: expected names other than those of tensors, got {name!r} in both")
+        skeletons[name], tensors = _split(name, state, tensors)
+    text = json.dumps({"metadata": metadata, "states": skeletons}, indent=1)
+    clean(run_dir)
+    with atomic_directory(run_dir / f"{PREFIX}{step}") as folder:
+        for stem, named in tensors.items():
+            save_file(_owned(named), folder / f"{stem}.safetensors")
+        (folder / METADATA).write_text(text)
+        manifest = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    if keep is not None:
+        others = [other for other in _steps(run_dir) if other != step]
+        newest_last = [other for other in others if other > step] + [other for other in others if other < step]  # beyond `step`: given up or damaged
+        for stale in newest_last[: max(0, len(others) - keep + 1)]:
+            _discard(run_dir / f"{PREFIX}{stale}")
+    return run_dir / f"{PREFIX}{step}"
+
+
+def load(path: str | Path) -> Checkpoint:
+    """Reads a checkpoint after every file has been compared with the manifest.
+
+    Raises:
+        ValueError: it is not a checkpoint, or a file is missing or does not have the hash that the manifest gives.
+    """
+    path = Path(path)
+    names = verify(path)
+    try:
+        content = json.loads((path / METADATA).read_text())
+        tensors = {Path(name).stem: _aligned(load_file(path / name)) for name in names if name.endswith(".safetensors")}
+        states = {name: unflatten(skeleton, tensors.get(name, {})) for name, skeleton in content["states"].items()}
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not a checkpoint of this version of fastunlearn ({error!r})") from error
+    return Checkpoint({stem: named for stem, named in tensors.items() if stem not in states}, content["metadata"], states)
+
+
+def verify(path: str | Path) -> list[str]:
+    """The names of a checkpoint's files, each with the SHA-256 that the manifest gives; `ValueError` otherwise."""
+    path = Path(path)
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: expected a checkpoint folder with a readable {MANIFEST}, got {error}") from error
+    if not isinstance(manifest, dict) or METADATA not in manifest:
+        raise ValueError(f"{path / MANIFEST}: expected file names and hashes, {METADATA} among them")
+    for name, expected in manifest.items():
+        if Path(name).name != name:
+            raise ValueError(f"{path / MANIFEST}: expected plain file names, got {name!r}")
+        if not (path / name).is_file() or _sha256(path / name) != expected:
+            raise ValueError(f"{path / name}: missing or damaged (its SHA-256 is not the manifest's)")
+    return list(manifest)
+
+
+def latest(run_dir: str | Path) -> Path | None:
+    """The newest undamaged checkpoint below `run_dir`, or None; damaged newer ones are reported by a warning."""
+    run_dir = Path(run_dir)
+    _restore_displaced(run_dir, f"{PREFIX}*")
+    for step in reversed(_steps(run_dir)):
+        path = run_dir / f"{PREFIX}{step}"
+        try:
+            verify(path)
+        except ValueError as error:
+            warnings.warn(f"damaged checkpoint passed over: {error}", stacklevel=2)
+        else:
+            return path
+    return None
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Checkpoint) -> None:
+    """Puts the optimizer state of `state` into `optimizer`, with the memory layout it was saved with (fused optimizers need that of the parameter)."""
+    optimizer.load_state_dict(state.states["optimizer"])
+
+
+def clean(run_dir: str | Path) -> None:
+    """Removes what a killed writer of `run_dir` left beside its checkpoints; every `save` begins with it."""
+    _remove_leftovers(Path(run_dir), f"{PREFIX}*")
+
+
+@contextmanager
+def atomic_directory(path: str | Path) -> Iterator[Path]:
+    """A temporary folder beside `path` that takes its place, fsynced, when the block ends without an error; nothing changes otherwise."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path.parent, glob.escape(path.name))
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in sorted(temporary.rglob("*")):
+            _fsync(file)
+        _fsync(temporary)
+        if not path.exists():
+            os.replace(temporary, path)
+        elif not _exchange(temporary, path):
+            os.replace(path, path.with_name(f".{path.name}.{os.getpid()}.old"))
+            os.replace(temporary, path)
+        _fsync(path.parent)
+    finally:
+        _remove_leftovers(path.parent, glob.escape(path.name))
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swaps two names in one step (Linux' `renameat2`); False where the system or the file system cannot."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
+    if rename is None:
+        return False
+    if rename(AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        return False
+    raise OSError(code, os.strerror(code), str(second))
+
+
+def _restore_displaced(parent: Path, pattern: str) -> None:
+    """Puts back a folder whose writer died after it had moved it aside and before the new one stood in its place."""
+    for displaced in _leftovers(parent, pattern, "old"):
+        target = parent / _target_name(displaced)
+        if not target.exists():
+            os.replace(displaced, target)
+
+
+def _remove_leftovers(parent: Path, pattern: str) -> None:
+    """Removes what an earlier write of the folders named like `pattern` left behind."""
+    _restore_displaced(parent, pattern)
+    for suffix in ("tmp", "old"):
+        for leftover in _leftovers(parent, pattern, suffix):
+            shutil.rmtree(leftover)
+
+
+def _leftovers(parent: Path, pattern: str, suffix: str) -> list[Path]:
+    """`.NAME.PID.suffix` in `parent` with a NAME like `pattern`, unless PID is another process that still runs."""
+    found = parent.glob(f".*.*.{suffix}")
+    return [path for path in found if fnmatch.fnmatchcase(_target_name(path), pattern) and not _writer_lives(path)]
+
+
+def _target_name(leftover: Path) -> str:
+    return leftover.name[1:].rsplit(".", 2)[0]
+
+
+def _writer_lives(leftover: Path) -> bool:
+    """Whether the process whose number stands in the name is another one that runs."""
+    number = leftover.name.rsplit(".", 2)[1]
+    if not number.isdigit() or int(number) == os.getpid():
+        return False
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # runs, under another user
+        return True
+    return True
+
+
+def _discard(path: Path) -> None:
+    """Removes a checkpoint; under its own name it is whole until it is gone."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    os.replace(path, aside)
+    shutil.rmtree(aside)
+
+
+def _split(name: str, state: Any, tensors: dict[str, dict[str, Tensor]]) -> tuple[Any, dict[str, dict[str, Tensor]]]:
+    skeleton, found = flatten(state, name)
+    return skeleton, {**tensors, name: found} if found else tensors
+
+
+def _owned(named: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous CPU tensors that share no memory (tied weights do), as safetensors wants them."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in named.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != tensor.nbytes:
+            tensor = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
+        result[name] = tensor
+    return result
+
+
+def _aligned(named: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies with the alignment of fresh tensors: in the file they start anywhere, and BLAS sums in another order there (LBFGS is not bit-equal then)."""
+    return {name: tensor.clone() for name, tensor in named.items()}
+
+
+def _steps(run_dir: Path) -> list[int]:
+    found = (folder.name.removeprefix(PREFIX) for folder in run_dir.glob(f"{PREFIX}*") if (folder / MANIFEST).exists())
+    return sorted(int(step) for step in found if step.isdigit())
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

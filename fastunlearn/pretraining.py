@@ -1,0 +1,100 @@
+"""Trains the diffusion model that later forgets: AdamW, cosine schedule, EMA, resumable to the same random stream."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers.optimization import get_cosine_schedule_with_warmup
+from diffusers.training_utils import EMAModel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from . import checkpoint
+from .recipes.mnist_tshirt import Pretraining
+from .store import ImageStore
+
+LOG_EVERY = 50
+
+
+def pretrain(images: ImageStore, recipe: Pretraining, output_dir: Path, *, seed: int = 0, resume: bool = True, checkpointing_steps: int = 500,
+             channels_last: bool = True, device: torch.device | str = "cpu", show_progress: bool = True) -> Path:
+    """Trains `recipe` on `images` and writes `output_dir` as a folder that `DDPMPipeline.from_pretrained` opens (EMA weights).
+
+    Every random number of step s comes from a generator seeded with `(seed, s)`, so a run that is stopped and resumed takes the
+    same steps as one that is not. `pretraining.json` beside the weights records recipe, seed, hours and the loss curve.
+    """
+    output_dir = Path(output_dir)
+    run_dir = output_dir.with_name(output_dir.name + ".run")
+    torch.manual_seed(seed)
+    model = UNet2DModel(**recipe.unet).to(device)
+    if channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    scheduler = DDPMScheduler(**recipe.scheduler)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True)
+    lr_scheduler = get_cosine_schedule_with_warmup(optimizer, recipe.warmup_steps, recipe.total_steps)
+    ema = EMAModel(model.parameters(), decay=recipe.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+
+    first_step, log = 0, []
+    running = torch.zeros((), device=device)  # sum of the losses since the last entry of the log
+    found = checkpoint.latest(run_dir) if resume else None
+    if found is not None:
+        state = checkpoint.load(found)
+        model.load_state_dict(state.tensors["model"])
+        checkpoint.load_optimizer(optimizer, state)
+        ema.shadow_params = [state.tensors["ema"][name].to(device) for name, _ in model.named_parameters()]
+        ema.optimization_step = first_step = state.metadata["step"]
+        lr_scheduler.load_state_dict(state.states["lr_scheduler"])
+        running.copy_(state.states["running_loss"])
+        torch.set_rng_state(state.states["random"])
+        log = state.metadata["log"]
+    earlier_seconds = log[-1]["seconds"] if log else 0.0
+
+    def save(step: int) -> None:
+        tensors = {"model": model.state_dict(), "ema": dict(zip((name for name, _ in model.named_parameters()), ema.shadow_params, strict=True))}
+        states = {"lr_scheduler": lr_scheduler.state_dict(), "running_loss": running, "random": torch.get_rng_state()}
+        checkpoint.save(run_dir, step, tensors, {"step": step, "log": log}, optimizer=optimizer, states=states, keep=2)
+
+    alphas_cumprod = scheduler.alphas_cumprod.to(device)
+    generator = torch.Generator(device)
+    started = time.perf_counter()
+    model.train()
+    columns = TextColumn("pretraining"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.4f}"), TimeRemainingColumn()
+    with Progress(*columns, disable=not show_progress) as progress:
+        task = progress.add_task("pretraining", total=recipe.total_steps, completed=first_step, loss=float("nan"))
+        for step in range(first_step, recipe.total_steps):
+            generator.manual_seed((seed << 32) + step)
+            rows = torch.randint(len(images), (recipe.batch_size,), generator=generator, device=device)
+            clean = images.rows(rows)
+            noise = torch.randn(clean.shape, generator=generator, device=device)
+            timesteps = torch.randint(len(alphas_cumprod), (recipe.batch_size,), generator=generator, device=device)
+            noisy = scheduler.add_noise(clean, noise, timesteps)
+            if channels_last:
+                noisy = noisy.contiguous(memory_format=torch.channels_last)
+            loss = (model(noisy, timesteps).sample - noise).square().mean()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            lr_scheduler.step()
+            ema.step(model.parameters())
+            running += loss.detach()
+            done = step + 1
+            if done % LOG_EVERY == 0 or done == recipe.total_steps:
+                mean = running.item() / ((done - 1) % LOG_EVERY + 1)
+                running.zero_()
+                log.append({"step": done, "loss": mean, "lr": lr_scheduler.get_last_lr()[0], "seconds": earlier_seconds + time.perf_counter() - started})
+                progress.update(task, completed=done, loss=mean)
+            if done % checkpointing_steps == 0 or done == recipe.total_steps:
+                save(done)
+
+    ema.copy_to(model.parameters())
+    with checkpoint.atomic_directory(output_dir) as folder:
+        DDPMPipeline(unet=model.eval(), scheduler=scheduler).save_pretrained(folder)
+        record = {"recipe": asdict(recipe), "seed": seed, "images": len(images), "hours": log[-1]["seconds"] / 3600, "torch": torch.__version__,
+                  "threads": torch.get_num_threads(), "log": log}
+        (folder / "pretraining.json").write_text(json.dumps(record, indent=1))
+    return output_dir

@@ -1,0 +1,111 @@
+"""A run that is killed with SIGKILL at random points and resumed ends with the same bits as one that is left alone."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import crash
+import pytest
+import torch
+
+from fastunlearn import checkpoint
+from fastunlearn.run_record import read_metrics, read_run
+
+NUM_STEPS = 12
+
+
+def unlearn_tiny(run_dir: str) -> None:
+    """A UNet with dropout (torch's own random state matters), channels-last weights, fused AdamW, a schedule and EMA: everything that has a state."""
+    from diffusers import DDPMScheduler, UNet2DModel
+    from diffusers.optimization import get_cosine_schedule_with_warmup
+    from diffusers.training_utils import EMAModel
+
+    from fastunlearn.methods import ReTrack
+    from fastunlearn.schedule import NoiseSchedule
+    from fastunlearn.store import ImageStore
+    from fastunlearn.training import unlearn
+    from fastunlearn.unlearner import Unlearner
+
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,), "add_attention": False}
+    model = UNet2DModel(sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, norm_num_groups=4, dropout=0.1, **blocks)
+    model = model.to(memory_format=torch.channels_last).train()
+    images = torch.randint(0, 256, (40, 1, 8, 8), dtype=torch.uint8)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    stateful = {"ema": EMAModel(model.parameters(), decay=0.9), "lr_scheduler": get_cosine_schedule_with_warmup(optimizer, 3, NUM_STEPS)}
+    stores = {"forget": ImageStore(images[:3]), "retain": ImageStore(images[3:])}
+    schedule = NoiseSchedule.from_diffusers(DDPMScheduler())
+    unlearner = Unlearner(model, optimizer, schedule, ReTrack(k=3, lambd=0.1), batch_size=4, seed=7, total_steps=NUM_STEPS, **stores, **stateful)
+    options = {"checkpointing_steps": 1, "checkpoints_total_limit": 2, "resume_from_checkpoint": "latest", "show_progress": False}
+    unlearn(unlearner, num_steps=NUM_STEPS, output_dir=run_dir, **options)
+
+
+def assert_same_run(run_dir: Path, expected_dir: Path) -> None:
+    found, expected = (checkpoint.load(path / f"checkpoint-{NUM_STEPS}") for path in (run_dir, expected_dir))
+    assert found.metadata == expected.metadata
+    found_tensors, expected_tensors = ({**state.tensors} | {"states": _flat(state.states)} for state in (found, expected))
+    assert found_tensors.keys() == expected_tensors.keys()
+    for stem, named in expected_tensors.items():
+        assert named.keys() == found_tensors[stem].keys()
+        for name, tensor in named.items():
+            same = torch.equal(found_tensors[stem][name], tensor) if isinstance(tensor, torch.Tensor) else found_tensors[stem][name] == tensor
+            assert same, f"{stem}: {name}"
+    without_time = [[{**record, "seconds": None} for record in read_metrics(path)] for path in (run_dir, expected_dir)]
+    assert without_time[0] == without_time[1]
+    assert [record["step"] for record in without_time[0]] == list(range(1, NUM_STEPS + 1))
+    assert read_run(run_dir)["status"] == "complete"
+    assert not [path.name for path in run_dir.iterdir() if path.name.startswith(".checkpoint")]
+
+
+def _flat(states: dict) -> dict:
+    from fastunlearn.state_tree import flatten
+
+    skeleton, tensors = flatten(states)
+    return {"skeleton": skeleton, **tensors}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> tuple[Path, float]:
+    """The folder of a run that was left alone, and how many seconds it takes when the machine is warm."""
+    folder = tmp_path_factory.mktemp("runs")
+    crash.run_to_end(unlearn_tiny, folder / "warm")
+    return folder / "warm", crash.run_to_end(unlearn_tiny, folder / "timed")
+
+
+def kill_and_resume(count: int, uninterrupted: tuple[Path, float], tmp_path: Path) -> crash.Kills:
+    """Runs are killed at random times, every other time while a checkpoint is being written, up to three times each, then completed and compared."""
+    expected_dir, seconds = uninterrupted
+    generator, kills, number = random.Random(0), crash.Kills(), 0
+    while kills.total < count:
+        run_dir = tmp_path / str(number)
+        for _ in range(min(3, count - kills.total)):
+            delay = generator.uniform(0, 0.8 * seconds)
+            if not crash.kill_once(unlearn_tiny, run_dir, run_dir, delay, kills, while_saving=kills.total % 2 == 0):
+                break
+        crash.run_to_end(unlearn_tiny, run_dir)
+        assert_same_run(run_dir, expected_dir)
+        number += 1
+    return kills
+
+
+def test_two_uninterrupted_runs_are_equal(uninterrupted):
+    """Without this the comparison below would not say anything about resuming."""
+    folder, _ = uninterrupted
+    assert_same_run(folder.with_name("timed"), folder)
+    parameters = checkpoint.load(folder / f"checkpoint-{NUM_STEPS}").tensors["model"]
+    before = checkpoint.load(folder / f"checkpoint-{NUM_STEPS - 1}").tensors["model"]
+    assert any(not torch.equal(parameters[name], before[name]) for name in parameters)
+
+
+def test_twenty_kills(uninterrupted, tmp_path):
+    kills = kill_and_resume(20, uninterrupted, tmp_path)
+    assert kills.total == 20
+    assert kills.while_saving >= 3
+
+
+@pytest.mark.slow
+def test_a_hundred_kills(uninterrupted, tmp_path):
+    kills = kill_and_resume(100, uninterrupted, tmp_path)
+    assert kills.total == 100
+    assert kills.while_saving >= 15

@@ -1,0 +1,423 @@
+"""The loop around `Unlearner.step`: metrics, trackers, checkpoints, signals, skipped steps, the run record, and `purge`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import nn
+
+from fastunlearn import checkpoint, run_record
+from fastunlearn.methods import NegGrad, Vanilla
+from fastunlearn.neighbors import nearest_neighbors
+from fastunlearn.step import StepOutput
+from fastunlearn.store import ImageStore
+from fastunlearn.training import RunInterrupted, TooManySkippedSteps, purge, unlearn
+
+STORE = ImageStore(torch.arange(2 * 16, dtype=torch.uint8).view(2, 1, 4, 4))
+
+
+class FakeUnlearner:
+    """The surface of `Unlearner` that the loop uses, with a step that costs nothing; `bad_steps` are reported as skipped."""
+
+    def __init__(self, bad_steps=(), on_step=None, method=None, seed=0):
+        torch.manual_seed(0)
+        self.model = nn.Linear(3, 2)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+        self.lr_scheduler, self.ema, self.method, self.batch_size = None, None, method or Vanilla(), 4
+        self.forget, self.retain = None, STORE
+        self.step_index, self.skipped_steps, self.seed = 0, torch.zeros((), dtype=torch.int64), seed
+        self.bad_steps, self.on_step = set(bad_steps), on_step
+
+    def step(self) -> StepOutput:
+        self.step_index += 1
+        skipped = torch.tensor(self.step_index in self.bad_steps)
+        self.skipped_steps += skipped
+        if not skipped:
+            with torch.no_grad():
+                self.model.weight += torch.randn(2, 3, generator=torch.Generator().manual_seed(self.step_index))
+        if self.on_step is not None:
+            self.on_step(self.step_index)
+        loss = torch.tensor(float("nan") if skipped else float(self.step_index))
+        return StepOutput(loss, None, loss, torch.tensor(2.0), None, None, skipped)
+
+    def state_dict(self) -> dict:
+        return {"seed": self.seed, "step_index": self.step_index, "skipped_steps": int(self.skipped_steps)}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.step_index = state["step_index"]
+        self.skipped_steps.fill_(state["skipped_steps"])
+
+
+def run(unlearner, output_dir: Path, num_steps: int = 10, **options):
+    return unlearn(unlearner, num_steps=num_steps, output_dir=output_dir, **{"show_progress": False, "checkpointing_steps": 3} | options)
+
+
+def checkpoints(output_dir: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("checkpoint-")) for path in output_dir.glob("checkpoint-*"))
+
+
+# --- metrics and checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_metrics_checkpoints_and_a_record(tmp_path: Path):
+    history = run(FakeUnlearner(), tmp_path, logging_steps=4, show_progress=True)
+    assert [record["step"] for record in history.records] == [4, 8, 10]
+    assert history.records == run_record.read_metrics(tmp_path)
+    assert {name: history.records[0][name] for name in ("loss", "retain_loss", "grad_norm", "lr", "skipped", "skipped_steps")} == {
+        "loss": 4.0, "retain_loss": 4.0, "grad_norm": 2.0, "lr": 0.1, "skipped": False, "skipped_steps": 0,
+    }  # fmt: skip
+    assert "forget_loss" not in history.records[0]
+    assert checkpoints(tmp_path) == [3, 6, 9, 10]
+    assert history.checkpoint == tmp_path / "checkpoint-10"
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["status"] == "complete"
+    assert record["steps"] == 10
+    assert record["method"] == {"name": "Vanilla"}
+    assert record["arguments"]["logging_steps"] == 4
+    assert record["data"] == {"forget": None, "retain": {"rows": 2, "shape": [1, 4, 4], "dtype": "torch.uint8", "sha256": STORE.content_hash()}}
+    assert record["versions"]["torch"] == torch.__version__.split("+")[0] or record["versions"]["torch"] == torch.__version__
+
+
+def test_checkpoints_total_limit(tmp_path: Path):
+    run(FakeUnlearner(), tmp_path, checkpoints_total_limit=2)
+    assert checkpoints(tmp_path) == [9, 10]
+
+
+def test_only_the_end_is_saved_by_default(tmp_path: Path):
+    run(FakeUnlearner(), tmp_path, checkpointing_steps=None)
+    assert checkpoints(tmp_path) == [10]
+
+
+def test_resume_drops_metrics_beyond_the_checkpoint_and_a_torn_line(tmp_path: Path):
+    expected = run(FakeUnlearner(), tmp_path / "whole")
+    run(FakeUnlearner(), tmp_path / "run", num_steps=8)
+    os.rename(tmp_path / "run" / "checkpoint-8", tmp_path / "gone")  # as if killed after step 8 had been logged and before it was saved
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 9, "lo')
+    resumed = FakeUnlearner()
+    history = run(resumed, tmp_path / "run", resume_from_checkpoint="latest")
+    assert [record | {"seconds": 0} for record in history.records] == [record | {"seconds": 0} for record in expected.records]
+    assert all(before["seconds"] <= after["seconds"] for before, after in zip(history.records, history.records[1:], strict=False))
+    found, whole = (checkpoint.load(tmp_path / name / "checkpoint-10").tensors["model"] for name in ("run", "whole"))
+    assert all(torch.equal(found[name], whole[name]) for name in whole)
+
+
+def test_resume_from_an_explicit_path_into_another_folder(tmp_path: Path):
+    run(FakeUnlearner(), tmp_path / "first", num_steps=6)
+    history = run(FakeUnlearner(), tmp_path / "second", resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-3"))
+    assert [record["step"] for record in history.records] == list(range(4, 11))
+    assert checkpoints(tmp_path / "second") == [6, 9, 10]
+
+
+def test_resume_of_a_complete_run_does_nothing(tmp_path: Path):
+    expected = run(FakeUnlearner(), tmp_path)
+    unlearner = FakeUnlearner(on_step=pytest.fail)
+    assert run(unlearner, tmp_path, resume_from_checkpoint="latest").records == expected.records
+    assert unlearner.step_index == 10
+
+
+def test_latest_without_a_checkpoint_starts_anew(tmp_path: Path):
+    assert len(run(FakeUnlearner(), tmp_path, resume_from_checkpoint="latest").records) == 10
+
+
+def test_resume_passes_over_a_damaged_newest(tmp_path: Path):
+    run(FakeUnlearner(), tmp_path, num_steps=6)
+    (tmp_path / "checkpoint-6" / "model.safetensors").write_bytes(b"")
+    steps = []
+    with pytest.warns(UserWarning, match="damaged checkpoint passed over"):
+        run(FakeUnlearner(on_step=steps.append), tmp_path, resume_from_checkpoint="latest")
+    assert steps[0] == 4
+    assert checkpoint.verify(tmp_path / "checkpoint-6")
+
+
+def test_random_state_comes_back(tmp_path: Path):
+    drawn = []
+    run(FakeUnlearner(on_step=lambda step: drawn.append(torch.rand(()).item())), tmp_path / "whole")
+    again = []
+    run(FakeUnlearner(on_step=lambda step: again.append(torch.rand(()).item())), tmp_path / "run", num_steps=6)
+    torch.manual_seed(99)
+    run(FakeUnlearner(on_step=lambda step: again.append(torch.rand(()).item())), tmp_path / "run", resume_from_checkpoint="latest")
+    assert again == drawn
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------------------
+
+
+class NotAModule(FakeUnlearner):
+    def __init__(self):
+        super().__init__()
+        self.model = lambda x, t: x
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"num_steps": -1}, ValueError, "num_steps: expected an integer >= 0, got -1"),
+        ({"num_steps": 2.5}, TypeError, "num_steps: expected an integer, got 2.5"),
+        ({"checkpointing_steps": 0}, ValueError, "checkpointing_steps: expected an integer >= 1, got 0"),
+        ({"checkpoints_total_limit": 0}, ValueError, "checkpoints_total_limit: expected an integer >= 1, got 0"),
+        ({"logging_steps": 0}, ValueError, "logging_steps: expected an integer >= 1, got 0"),
+        ({"max_skipped_steps": -1}, ValueError, "max_skipped_steps: expected an integer >= 0, got -1"),
+        ({"report_to": "stdout"}, ValueError, "report_to: expected one of tensorboard, wandb, got 'stdout'"),
+        ({"resume_from_checkpoint": "/nowhere"}, ValueError, "resume_from_checkpoint: expected 'latest' or the folder of a checkpoint, got '/nowhere'"),
+        ({"unlearner": NotAModule()}, TypeError, "unlearner: expected an Unlearner whose model is a torch.nn.Module"),
+    ],
+)
+def test_bad_arguments_are_refused_before_any_step(tmp_path: Path, options, error, text):
+    options = {"unlearner": FakeUnlearner(on_step=pytest.fail), "output_dir": tmp_path / "run"} | options
+    with pytest.raises(error, match=text):
+        run(**options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_new_run_does_not_mix_with_an_old_one(tmp_path: Path):
+    run(FakeUnlearner(), tmp_path)
+    with pytest.raises(ValueError, match="output_dir: expected a folder without checkpoints for a new run"):
+        run(FakeUnlearner(), tmp_path)
+
+
+def test_all_checkpoints_damaged_is_an_error_not_a_new_start(tmp_path: Path):
+    run(FakeUnlearner(), tmp_path, num_steps=2)
+    (tmp_path / "checkpoint-2" / "manifest.json").write_text("{}")
+    with pytest.warns(UserWarning, match="damaged"), pytest.raises(ValueError, match="expected an undamaged checkpoint"):
+        run(FakeUnlearner(), tmp_path, resume_from_checkpoint="latest")
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda u: setattr(u, "method", NegGrad()), "a run with method {'name': 'NegGrad'"),
+        (lambda u: setattr(u, "batch_size", 5), "a run with batch_size 5, got 4"),
+        (lambda u: setattr(u, "retain", ImageStore(STORE.images + 1)), "a run with data"),
+        (lambda u: setattr(u, "lr_scheduler", torch.optim.lr_scheduler.ConstantLR(u.optimizer)), r"expected the state of \['lr_scheduler'\]"),
+        (lambda u: setattr(u, "step_index", 1), "unlearner: expected a new one to resume into"),
+    ],
+)
+def test_checkpoint_of_another_run_is_refused(tmp_path: Path, change, text):
+    run(FakeUnlearner(), tmp_path, num_steps=3)
+    other = FakeUnlearner()
+    change(other)
+    with pytest.raises(ValueError, match=text):
+        run(other, tmp_path, resume_from_checkpoint="latest")
+
+
+def test_fewer_steps_than_taken(tmp_path: Path):
+    run(FakeUnlearner(), tmp_path)
+    with pytest.raises(ValueError, match="num_steps: expected at least the 10 steps"):
+        run(FakeUnlearner(), tmp_path, num_steps=9, resume_from_checkpoint="latest")
+
+
+# --- skipped steps, signals ------------------------------------------------------------------------------------------------------
+
+
+def test_skipped_steps_within_the_limit_are_counted(tmp_path: Path):
+    history = run(FakeUnlearner(bad_steps={4, 5}), tmp_path, max_skipped_steps=2)
+    assert [record["skipped"] for record in history.records] == [step in (4, 5) for step in range(1, 11)]
+    assert "loss" not in history.records[3]
+    assert history.records[-1]["skipped_steps"] == 2
+
+
+@pytest.mark.parametrize("logging_steps", [1, 100])
+def test_too_many_skipped_steps_stop_with_the_last_good_checkpoint(tmp_path: Path, logging_steps: int):
+    with pytest.raises(TooManySkippedSteps, match=r"(?s)[45] of [56] steps .*max_skipped_steps=3.*last good checkpoint is .*checkpoint-3"):
+        run(FakeUnlearner(bad_steps={2, 4, 5, 6, 7}), tmp_path, max_skipped_steps=3, logging_steps=logging_steps, checkpoints_total_limit=1)
+    assert checkpoints(tmp_path) == [3]
+    assert run_record.read_run(tmp_path)["status"] == "failed: TooManySkippedSteps"
+    with pytest.raises(TooManySkippedSteps, match="no checkpoint was written yet"):
+        run(FakeUnlearner(bad_steps={1}), tmp_path / "early", max_skipped_steps=0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_finishes_the_step_saves_and_says_how_to_resume(tmp_path: Path, capsys, number: int):
+    before = signal.getsignal(number)
+    unlearner = FakeUnlearner(on_step=lambda step: os.kill(os.getpid(), number) if step == 4 else None)
+    with pytest.raises(RunInterrupted) as interrupted:
+        run(unlearner, tmp_path)
+    assert interrupted.value.code == 128 + number
+    assert interrupted.value.checkpoint == tmp_path / "checkpoint-4"
+    assert checkpoints(tmp_path) == [3, 4]
+    message = capsys.readouterr().err
+    assert "stopped after step 4 of 10" in message
+    assert "resume_from_checkpoint='latest'" in message
+    assert run_record.read_run(tmp_path)["status"] == "interrupted"
+    assert signal.getsignal(number) is before
+    expected = run(FakeUnlearner(), tmp_path / "whole")
+    history = run(FakeUnlearner(), tmp_path, resume_from_checkpoint="latest")
+    assert [record["loss"] for record in history.records] == [record["loss"] for record in expected.records]
+
+
+def test_second_signal_acts_at_once(tmp_path: Path):
+    def twice(step: int) -> None:
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(FakeUnlearner(on_step=twice), tmp_path)
+    assert checkpoints(tmp_path) == [3]
+
+
+def test_an_error_in_a_step_is_recorded_and_passed_on(tmp_path: Path):
+    def fail(step: int) -> None:
+        raise MemoryError("no more")
+
+    with pytest.raises(MemoryError):
+        run(FakeUnlearner(on_step=fail), tmp_path)
+    assert run_record.read_run(tmp_path)["status"] == "failed: MemoryError"
+
+
+# --- trackers --------------------------------------------------------------------------------------------------------------------
+
+
+def test_report_to_a_callable(tmp_path: Path):
+    seen = {}
+    run(FakeUnlearner(), tmp_path, report_to=lambda step, values: seen.update({step: values["loss"]}))
+    assert seen == {step: float(step) for step in range(1, 11)}
+
+
+@dataclass
+class RecordingTracker:
+    """Stands for accelerate's TensorBoardTracker, whose package need not be installed."""
+
+    run_name: str
+    logging_dir: Path
+    calls: ClassVar[list] = []
+
+    def start(self) -> None:
+        self.calls.append("start")
+
+    def log(self, values: dict, step: int) -> None:
+        self.calls.append(step)
+
+    def finish(self) -> None:
+        self.calls.append("finish")
+
+
+def test_report_to_an_accelerate_tracker(tmp_path: Path, monkeypatch):
+    tracking = pytest.importorskip("accelerate.tracking")
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "tensorboard", RecordingTracker)
+    monkeypatch.setattr(tracking, "get_available_trackers", lambda: ["tensorboard"])
+    run(FakeUnlearner(), tmp_path, num_steps=3, report_to="tensorboard")
+    assert RecordingTracker.calls == ["start", 1, 2, 3, "finish"]
+
+
+def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", list)
+    with pytest.raises(ValueError, match=r"report_to: expected an installed tracker, got 'wandb' \(pip install wandb\)"):
+        run(FakeUnlearner(), tmp_path, report_to="wandb")
+
+
+# --- purge -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Path:
+    """A run with a store and a folder of its own, and a neighbour cache elsewhere."""
+    run_dir = tmp_path / "run"
+    run(FakeUnlearner(), run_dir)
+    private = run_dir / run_record.PRIVATE_FOLDER
+    (private / "stores").mkdir(parents=True)
+    (private / "stores" / "forget.npy").write_bytes(b"forget rows")
+    nearest_neighbors(STORE, STORE, 1, cache_dir=tmp_path / "cache")
+    run_record.list_private(run_dir, private / "stores", *(tmp_path / "cache").iterdir())
+    return run_dir
+
+
+def tamper(run_dir: Path, *paths: Path) -> None:
+    record = run_record.read_run(run_dir)
+    run_record.write_run(run_dir, record | {"private_files": [*record["private_files"], *map(str, paths)]})
+
+
+def test_purge_removes_what_is_listed_and_says_so(finished: Path, tmp_path: Path):
+    (cache,) = (tmp_path / "cache").iterdir()
+    result = purge(finished)
+    assert set(result.removed) == {finished / "private" / "stores", cache}
+    assert not result.refused
+    assert f"removed {cache}" in str(result)
+    assert not cache.exists()
+    assert not list((finished / "private").iterdir())
+    assert checkpoints(finished) == [3, 6, 9, 10]
+    record = run_record.read_run(finished)
+    assert record["private_files"] == []
+    assert str(cache) in record["purged"][0]["removed"]
+    assert str(purge(finished)) == "nothing to remove"
+
+
+def test_purge_removes_unlisted_files_of_the_private_folder(finished: Path):
+    (finished / "private" / "forgotten.npy").write_bytes(b"x")
+    assert finished / "private" / "forgotten.npy" in purge(finished).removed
+
+
+def test_purge_refuses_what_a_tampered_record_names(finished: Path, tmp_path: Path):
+    """Files outside, traversal, links, folders, and files that only look like a cache: all stay, and are reported."""
+    outside = tmp_path / "precious"
+    outside.mkdir()
+    (outside / "thesis.tex").write_text("years of work")
+    looks_like = outside / f"fastunlearn-neighbors-{'0' * 40}.safetensors"
+    looks_like.write_bytes(b"not one")
+    link = outside / f"fastunlearn-neighbors-{'1' * 40}.safetensors"
+    link.symlink_to(outside / "thesis.tex")
+    targets = [
+        outside / "thesis.tex", outside, looks_like, link, finished / "private" / ".." / ".." / "precious" / "thesis.tex", finished / "private",
+        finished / "checkpoint-3", finished, finished / "private" / "..", tmp_path / "cache", Path("/"), Path("run.json"), Path(""),
+    ]  # fmt: skip
+    tamper(finished, *targets)
+    result = purge(finished)
+    assert {str(path) for path, _ in result.refused} == {str(path) for path in targets if path != Path("run.json")}
+    assert Path("run.json") in result.missing
+    assert all(path.exists() for path in (outside / "thesis.tex", looks_like, finished / "checkpoint-3", finished / "run.json", tmp_path / "cache"))
+    assert link.is_symlink()
+    assert f"NOT removed {outside / 'thesis.tex'}: neither in the run's private folder nor named like a neighbour cache" in str(result)
+
+
+def test_purge_does_not_follow_links(finished: Path, tmp_path: Path):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "file").write_text("x")
+    (finished / "private" / "link").symlink_to(tmp_path / "precious")
+    (finished / "private" / "stores" / "inner").symlink_to(tmp_path / "precious")
+    tamper(finished, finished / "private" / "link" / "file")
+    purge(finished)
+    assert (tmp_path / "precious" / "file").exists()
+    assert not (finished / "private" / "link").is_symlink()
+
+
+def test_purge_refuses_a_private_folder_that_is_a_link(finished: Path, tmp_path: Path):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "file").write_text("x")
+    os.rename(finished / "private", tmp_path / "moved")
+    (finished / "private").symlink_to(tmp_path / "precious")
+    tamper(finished, finished / "private" / "file")
+    assert [path for path, _ in purge(finished).refused] == [finished / "private" / "file"]
+    assert (tmp_path / "precious" / "file").exists()
+
+
+def test_purge_reports_what_is_gone_and_needs_a_record(finished: Path, tmp_path: Path):
+    for path in (tmp_path / "cache").iterdir():
+        path.unlink()
+    assert [path.parent for path in purge(finished).missing] == [tmp_path / "cache"]
+    for content in ("", "[]", '{"format": "other"}', '{"format": "fastunlearn-run", "private_files": "x"}'):
+        (finished / "run.json").write_text(content)
+        with pytest.raises(ValueError, match="run_dir: expected"):
+            purge(finished)
+    with pytest.raises(ValueError, match="run_dir: expected a run folder"):
+        purge(tmp_path)
+
+
+def test_only_what_purge_would_remove_can_be_listed(finished: Path, tmp_path: Path):
+    (tmp_path / "store.npy").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"paths: expected files in .*private or neighbour caches"):
+        run_record.list_private(finished, tmp_path / "store.npy")
+
+
+def test_a_resumed_run_keeps_the_list(finished: Path):
+    listed = run_record.read_run(finished)["private_files"]
+    run(FakeUnlearner(), finished, num_steps=12, resume_from_checkpoint="latest")
+    assert run_record.read_run(finished)["private_files"] == listed
+    assert len(listed) == 2
