@@ -169,6 +169,15 @@ def test_overlap_is_refused_unless_allowed(world, tmp_path, capsys):
     assert unlearn(world, tmp_path / "run", *both, "--allow_overlap") == 0
 
 
+def test_the_retain_set_may_be_the_whole_training_set(world, tmp_path, capsys):
+    """`--drop_overlap` takes the forget images out of it, every copy of them, and the run is the one without them."""
+    whole = ("--retain", world.forget / "1.png", world.retain, world.forget / "1.png")
+    assert unlearn(world, tmp_path / "whole", *whole, "--drop_overlap") == 0
+    assert "(2 dropped, which are to be forgotten)" in capsys.readouterr().out
+    assert unlearn(world, tmp_path / "clean") == 0
+    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "clean"))
+
+
 def test_arrays_of_another_size_are_refused(world, tmp_path, capsys):
     np.save(tmp_path / "large.npy", np.zeros((3, 1, 9, 9), np.uint8))
     assert unlearn(world, tmp_path / "run", "--retain", tmp_path / "large.npy") == 2

@@ -11,7 +11,8 @@ PACKAGE = Path(__file__).parents[1] / "fastunlearn"
 # Lower layers first: a module imports only from layers below its own (and from within its own).
 LAYERS = [
     {"_check", "profiling", "assets"},
-    {"schedule", "store", "checkpoint"},
+    {"schedule", "store", "state_tree"},
+    {"checkpoint"},
     {"reference", "ops", "data"},
     {"functional", "neighbor_search", "neighbors"},
     {"draws", "gradients"},
@@ -20,6 +21,8 @@ LAYERS = [
     {"unlearner"},
     {"models", "sampling", "recipes"},
     {"metrics", "report"},
+    {"run_record", "trackers"},
+    {"resume"},
     {"pretraining", "training"},
     {"demo", "testing"},
     {"cli", "__main__"},

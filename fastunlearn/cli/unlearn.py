@@ -41,6 +41,8 @@ class Unlearn:
     """Folder of the run: model/ (for DDPMPipeline.from_pretrained), run.json (manifest), metrics.jsonl, checkpoints, private/ (caches, mode 0600)."""
     allow_overlap: bool = False
     """Accept forget images that are also among the images to keep; otherwise an error names them."""
+    drop_overlap: bool = False
+    """Leave the forget images out of the images to keep: --retain may then be the whole training set."""
     report_images: bool = False
     """Write private/reconstructions.png (mode 0600), which shows forget images; without it nothing that is written shows or stores one."""
     hyperparameter: MethodFlags = field(default_factory=MethodFlags)
@@ -95,7 +97,10 @@ class Unlearn:
         for name, paths, reads in (("forget", self.forget, {"forget"}), ("retain", self.retain, {"retain", "neighbors"})):
             if not paths and reads & method.batches:
                 raise ValueError(f"--{name}: expected at least one path with --method {self.method}, got none")
-        return tuple(load_for(model, name, paths) if paths else None for name, paths in (("forget", self.forget), ("retain", self.retain)))
+        forget, retain = (load_for(model, name, paths) if paths else None for name, paths in (("forget", self.forget), ("retain", self.retain)))
+        if self.drop_overlap and forget is not None and retain is not None:
+            retain = _without(retain, forget)
+        return forget, retain
 
     def _note_private_files(self, private: Path) -> None:
         """Lists in the manifest what `purge` removes."""
@@ -130,3 +135,18 @@ def _neighbors(forget: ImageStore, retain: ImageStore, k: int, cache_dir: Path):
     from ..neighbors import nearest_neighbors
 
     return nearest_neighbors(forget, retain, k, cache_dir=cache_dir, show_progress=True)
+
+
+def _without(retain: ImageStore, forget: ImageStore) -> ImageStore:
+    """`retain` less the rows that also stand in `forget`."""
+    import torch
+
+    from ..store import overlap
+
+    dropped, _ = overlap(retain, forget)
+    if len(dropped) == len(retain):
+        raise ValueError(f"--retain: expected images that are not among the forget images, got {len(retain)} that all are")
+    keep = torch.ones(len(retain), dtype=torch.bool)
+    keep[dropped] = False
+    print(f"images to keep: {int(keep.sum())} ({len(dropped)} dropped, which are to be forgotten)")
+    return retain.select(keep.nonzero().flatten()) if len(dropped) else retain
