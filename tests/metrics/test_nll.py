@@ -1,0 +1,114 @@
+"""The likelihood ODE against Gaussians, whose likelihood is known, for every prediction type."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+from fastunlearn import NoiseSchedule
+from fastunlearn.metrics.nll import bits_per_dim
+
+CENTER, SPREAD = 0.2, 0.3
+SCHEDULER = DDPMScheduler()  # linear betas, 1e-4 to 0.02, 1000 timesteps
+
+
+def schedule(prediction_type="epsilon") -> NoiseSchedule:
+    return NoiseSchedule.from_alphas_cumprod(SCHEDULER.alphas_cumprod, prediction_type=prediction_type)
+
+
+def marginal(t):
+    """alpha and sigma of the VP SDE (0.1, 20) at ODE time t (Song et al. 2021, eq. 33)."""
+    log_alpha = -0.25 * t**2 * 19.9 - 0.5 * t * 0.1
+    return math.exp(log_alpha), math.sqrt(-math.expm1(2 * log_alpha))
+
+
+def exact_model(prediction_type="epsilon", mix=None):
+    """Predicts such that the score, as `bits_per_dim` derives it, is exactly that of data N(CENTER, SPREAD^2) (rotated by `mix`: N(CENTER, mix mix^T))."""
+
+    def predict(x, position):
+        alpha, sigma = marginal(position[0].item() / 999)
+        below = int(position[0])
+        weight = position[0].item() - below
+        table_alpha, table_sigma = (torch.lerp(values[below], values[min(below + 1, 999)], weight) for values in (schedule().alpha, schedule().sigma))
+        flat = (x.double() - alpha * CENTER).flatten(1)
+        covariance = SPREAD**2 * torch.eye(flat.shape[1], dtype=torch.float64) if mix is None else mix @ mix.T
+        precision = torch.linalg.inv(alpha**2 * covariance + sigma**2 * torch.eye(flat.shape[1], dtype=torch.float64))
+        eps = table_sigma * (flat @ precision).view(x.shape)
+        if prediction_type == "v_prediction":
+            return ((eps - table_sigma * x) / table_alpha).float()
+        if prediction_type == "sample":
+            return ((x - table_sigma * eps) / table_alpha).float()
+        return eps.float()
+
+    return predict
+
+
+def true_bits(images, covariance):
+    normal = torch.distributions.MultivariateNormal(torch.full((images[0].numel(),), CENTER, dtype=torch.float64), covariance)
+    return -normal.log_prob(images.double().flatten(1)) / (images[0].numel() * math.log(2)) + 7
+
+
+@pytest.fixture
+def images():
+    return (CENTER + SPREAD * torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0))).clamp(-1, 1)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_a_gaussian_has_its_likelihood(images, prediction_type):
+    """The Jacobian is diagonal, so one Rademacher probe is exact. What is left: float32 in the network, and the ODE's start at 1e-5."""
+    result = bits_per_dim(exact_model(prediction_type), schedule(prediction_type), images, interpolate=True)
+    expected = true_bits(images, SPREAD**2 * torch.eye(16, dtype=torch.float64))
+    torch.testing.assert_close(torch.tensor(result.bits_per_dim, dtype=torch.float64), expected, rtol=0, atol=2e-3)
+    assert result.mean == pytest.approx(expected.mean().item(), abs=2e-3)
+
+
+def test_the_papers_rounding_is_close_to_the_continuous_ode(images):
+    """With `floor(999 t)` the schedule is a staircase; the likelihood moves by less than 0.01 bit."""
+    result = bits_per_dim(exact_model(), schedule(), images[:1])
+    expected = true_bits(images[:1], SPREAD**2 * torch.eye(16, dtype=torch.float64)).item()
+    assert result.mean == pytest.approx(expected, abs=0.01)
+    assert result.evaluations > 20
+
+
+def test_the_probe_estimates_a_full_covariance_without_bias(images):
+    mix = 0.3 * torch.eye(16, dtype=torch.float64) + 0.1 * torch.randn(16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    model = exact_model(mix=mix)
+    repeated = images[:1].expand(200, -1, -1, -1)
+    estimates = torch.tensor(bits_per_dim(model, schedule(), repeated, interpolate=True, rtol=1e-4, atol=1e-4).bits_per_dim)
+    assert len(set(estimates.tolist())) == 200
+    error = estimates.std() / math.sqrt(200)
+    assert abs(estimates.mean() - true_bits(images[:1], mix @ mix.T).item()) < 4 * error
+    assert error < 0.1
+
+
+def test_a_loose_tolerance_costs_less_and_stays_close(images):
+    tight = bits_per_dim(exact_model(), schedule(), images, interpolate=True)
+    loose = bits_per_dim(exact_model(), schedule(), images, interpolate=True, rtol=1e-3, atol=1e-3)
+    assert loose.evaluations < tight.evaluations
+    assert loose.mean == pytest.approx(tight.mean, abs=0.02)
+
+
+def test_seeds_and_modes(images):
+    model = torch.nn.Conv2d(1, 1, 3, padding=1)
+    model.train()
+    predictor = type("Net", (torch.nn.Module,), {"forward": lambda self, x, t: self.conv(x)})()
+    predictor.conv = model
+    arguments = {"rtol": 1e-2, "atol": 1e-2}
+    first = bits_per_dim(predictor, schedule(), images, **arguments)
+    assert first == bits_per_dim(predictor, schedule(), images, **arguments)
+    assert first != bits_per_dim(predictor, schedule(), images, seed=1, **arguments)
+    assert predictor.training
+    assert model.weight.grad is None
+
+
+def test_schedules_it_is_not_derived_for_are_refused(images):
+    with pytest.raises(ValueError, match="schedule: expected a variance-preserving schedule, got flow matching"):
+        bits_per_dim(exact_model(), NoiseSchedule.flow(), images)
+    cosine = NoiseSchedule.from_diffusers(DDPMScheduler(beta_schedule="squaredcos_cap_v2"))
+    with pytest.raises(ValueError, match="schedule: expected linear betas"):
+        bits_per_dim(exact_model(), cosine, images)
+    with pytest.raises(ValueError, match="rtol: expected a finite number"):
+        bits_per_dim(exact_model(), schedule(), images, rtol=0)

@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+from fastunlearn.metrics.reconstruction import reconstruct
+
+SCHEDULER = DDPMScheduler(num_train_timesteps=50)
+IMAGE = torch.full((1, 1, 8, 8), 0.5)
+
+
+def remembers(image):
+    """A model whose whole world is `image`."""
+
+    def predict(x, t):
+        abar = SCHEDULER.alphas_cumprod[t].view(-1, 1, 1, 1)
+        return (x - abar.sqrt() * image) / (1 - abar).sqrt()
+
+    return predict
+
+
+def test_a_model_that_remembers_brings_every_chain_back():
+    result, images = reconstruct(remembers(IMAGE), SCHEDULER, IMAGE, 30, chains=5, threshold=1.0)
+    assert images.shape == (5, 1, 8, 8)
+    assert (result.timestep, result.returned.count, result.returned.total) == (30, 5, 5)
+    assert result.mean_distance < 0.1
+
+
+def test_a_model_that_forgot_brings_none_back():
+    result, _ = reconstruct(remembers(-IMAGE), SCHEDULER, IMAGE[0], 30, chains=5, threshold=1.0, num_inference_steps=3, sampler="ddim")
+    assert result.returned.count == 0
+    assert result.min_distance == pytest.approx(0.5 * 8, rel=0.05)  # one half in [0, 1] pixels, 64 of them
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="image: expected one image, got 2"):
+        reconstruct(remembers(IMAGE), SCHEDULER, IMAGE.expand(2, -1, -1, -1), 30)
+    with pytest.raises(ValueError, match="threshold: expected a finite number"):
+        reconstruct(remembers(IMAGE), SCHEDULER, IMAGE, 30, threshold=-1)

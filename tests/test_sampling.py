@@ -1,0 +1,206 @@
+"""Sampling: equal to diffusers' own pipelines and schedulers, the same whatever the batch size, and it leaves the model as it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
+from torch import nn
+
+from fastunlearn.sampling import inject_and_denoise, noised, sample, sample_seed
+
+SHAPE = (1, 8, 8)
+CENTER, SPREAD = 0.3, 0.1  # of Gaussian data
+
+
+@pytest.fixture
+def scheduler() -> DDPMScheduler:
+    return DDPMScheduler(num_train_timesteps=100, beta_start=1e-3, beta_end=0.2, clip_sample=False)
+
+
+@pytest.fixture
+def exact(scheduler):
+    return gaussian_model(scheduler)
+
+
+def gaussian_model(scheduler):
+    """The perfect epsilon-prediction for data N(CENTER, SPREAD^2), elementwise."""
+
+    def predict(x, t):
+        abar = scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
+        return (1 - abar).sqrt() * (x - abar.sqrt() * CENTER) / (abar * SPREAD**2 + 1 - abar)
+
+    return predict
+
+
+@pytest.fixture
+def unet() -> UNet2DModel:
+    torch.manual_seed(0)
+    return UNet2DModel(sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+                       down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"))
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_samples_have_the_distribution_of_the_data(sampler):
+    """3,200 independent pixels of the perfect model over the whole grid: standard errors 0.002 and 0.0013."""
+    scheduler = DDPMScheduler(clip_sample=False)
+    samples = sample(gaussian_model(scheduler), scheduler, 50, shape=SHAPE, num_inference_steps=1000, sampler=sampler)
+    assert samples.shape == (50, *SHAPE)
+    assert samples.dtype == torch.float32
+    assert not samples.is_inference()
+    assert samples.mean().item() == pytest.approx(CENTER, abs=0.007)
+    assert samples.std().item() == pytest.approx(SPREAD, abs=0.005)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_samples_do_not_depend_on_the_batch_size(unet, scheduler, sampler):
+    arguments = {"shape": SHAPE, "num_inference_steps": 5, "sampler": sampler, "seed": 3}
+    whole = sample(unet, scheduler, 5, batch_size=8, **arguments)
+    parts = sample(unet, scheduler, 5, batch_size=2, **arguments)
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-4)  # other noise would differ by about 1
+    assert not torch.allclose(whole, sample(unet, scheduler, 5, **{**arguments, "seed": 4}), atol=0.1)
+    assert not torch.allclose(whole[0], whole[1], atol=0.1)
+
+
+def test_ddpm_is_the_loop_of_diffusers(unet, scheduler):
+    generator = torch.Generator().manual_seed(sample_seed(7, 0))
+    loop = DDPMScheduler.from_config(scheduler.config)
+    loop.set_timesteps(10)
+    x = torch.randn((1, *SHAPE), generator=generator)
+    with torch.no_grad():
+        for t in loop.timesteps:
+            x = loop.step(unet.eval()(x, t).sample, t, x, generator=generator).prev_sample
+    torch.testing.assert_close(sample(unet, scheduler, 1, shape=SHAPE, num_inference_steps=10, seed=7), x.clamp(-1, 1))
+
+
+def test_full_injection_visits_every_timestep(exact, scheduler):
+    seen = []
+
+    def watched(x, t):
+        seen.append(t[0].item())
+        return exact(x, t)
+
+    inject_and_denoise(watched, scheduler, torch.zeros(1, *SHAPE), 6)
+    assert seen == [6, 5, 4, 3, 2, 1, 0]
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_few_steps_start_at_the_timestep_and_end_at_0(exact, scheduler, sampler):
+    seen = []
+
+    def watched(x, t):
+        seen.append(t[0].item())
+        return exact(x, t)
+
+    inject_and_denoise(watched, scheduler, torch.zeros(1, *SHAPE), 50, num_inference_steps=4, sampler=sampler)
+    assert seen == [50, 33, 17, 0]
+
+
+def test_uneven_ddim_steps_are_exact_for_a_point(scheduler):
+    """A model that knows the only image: any sequence of DDIM steps must keep `x_t = alpha x + sigma eps` and end at the image."""
+    image = torch.linspace(-0.9, 0.9, 64).view(1, *SHAPE)
+    inputs = []
+
+    def knows(x, t):
+        inputs.append((t[0].item(), x))
+        abar = scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
+        return (x - abar.sqrt() * image) / (1 - abar).sqrt()
+
+    torch.testing.assert_close(inject_and_denoise(knows, scheduler, image, 71, num_inference_steps=4, sampler="ddim"), image, rtol=0, atol=1e-4)
+    eps = (inputs[0][1] - scheduler.alphas_cumprod[71].sqrt() * image) / (1 - scheduler.alphas_cumprod[71]).sqrt()
+    for t, x in inputs:
+        abar = scheduler.alphas_cumprod[t]
+        torch.testing.assert_close(x, abar.sqrt() * image + (1 - abar).sqrt() * eps, rtol=0, atol=1e-4)
+
+
+def test_chains_start_from_the_noised_images(scheduler):
+    images = torch.stack([torch.full(SHAPE, -0.5), torch.full(SHAPE, 0.5)])
+    starts = []
+
+    def first(x, t):
+        starts.append(x)
+        return torch.zeros_like(x)
+
+    result = inject_and_denoise(first, scheduler, images, 20, chains=300, num_inference_steps=1, batch_size=1000, seed=1)
+    assert result.shape == (600, *SHAPE)
+    abar = scheduler.alphas_cumprod[20]
+    for image, chains in zip(images, starts[0].split(300), strict=True):
+        assert chains.mean().item() == pytest.approx(abar.sqrt().item() * image.mean().item(), abs=0.02)
+        assert chains.std().item() == pytest.approx((1 - abar).sqrt().item(), rel=0.05)
+    inject_and_denoise(first, scheduler, images, 20, num_inference_steps=1, seed=1)
+    torch.testing.assert_close(noised(scheduler, images, 20, seed=1), starts[1])
+
+
+def test_the_model_is_left_in_its_mode(scheduler):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Sequential(nn.Conv2d(1, 1, 1), nn.Dropout(0.9))
+            self.seen = []
+
+        def forward(self, x, t):
+            self.seen.append(self.inner.training)
+            return self.inner(x)
+
+    model = Model()
+    model.train()
+    model.inner[1].eval()
+    sample(model, scheduler, 2, shape=SHAPE, num_inference_steps=2)
+    assert model.seen == [False, False]
+    assert (model.training, model.inner.training, model.inner[1].training) == (True, True, False)
+
+
+def test_channels_last_weights_get_channels_last_input(unet, scheduler):
+    seen = []
+    unet.conv_in.register_forward_pre_hook(lambda module, args: seen.append(args[0].is_contiguous(memory_format=torch.channels_last)))
+    plain = sample(unet, scheduler, 3, shape=SHAPE, num_inference_steps=2)
+    fast = sample(unet.to(memory_format=torch.channels_last), scheduler, 3, shape=SHAPE, num_inference_steps=2)
+    assert seen[-1]
+    torch.testing.assert_close(fast, plain, rtol=0, atol=1e-4)
+
+
+def test_seeds_of_a_run_are_distinct_and_in_range():
+    seeds = {sample_seed(seed, index) for seed in (0, 1, 2**40) for index in range(2000)}
+    assert len(seeds) == 6000
+    assert max(seeds) < 2**32
+
+
+def test_a_ddim_checkpoint_samples_by_ddpm(exact, scheduler):
+    ddim = DDIMScheduler.from_config(scheduler.config)
+    arguments = {"shape": SHAPE, "num_inference_steps": 5}
+    torch.testing.assert_close(sample(exact, ddim, 2, **arguments), sample(exact, scheduler, 2, **arguments))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_images": 0}, "num_images: expected an integer >= 1, got 0"),
+        ({"shape": (8, 8)}, r"shape: expected \(channels, height, width\), got \(8, 8\)"),
+        ({"num_inference_steps": 101}, r"num_inference_steps: expected an integer in \[1, 100\]"),
+        ({"sampler": "euler"}, "sampler: expected one of ddpm, ddim, got 'euler'"),
+        ({"batch_size": 0}, "batch_size: expected an integer >= 1, got 0"),
+        ({"seed": -1}, "seed: expected an integer >= 0, got -1"),
+    ],
+)
+def test_bad_arguments_of_sample(exact, scheduler, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        sample(exact, scheduler, **{"num_images": 1, "shape": SHAPE, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"timestep": 100}, r"timestep: expected an integer in \[0, 99\]"),
+        ({"num_inference_steps": 12}, r"num_inference_steps: expected an integer in \[1, 11\] \(timestep \+ 1\)"),
+        ({"chains": 0}, "chains: expected an integer >= 1, got 0"),
+        ({"images": torch.zeros(SHAPE)}, "images: expected a floating-point tensor of 4 dimensions"),
+    ],
+)
+def test_bad_arguments_of_inject_and_denoise(exact, scheduler, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        inject_and_denoise(exact, scheduler, **{"images": torch.zeros(1, *SHAPE), "timestep": 10, **arguments})
+
+
+def test_a_scheduler_without_noise_levels_is_refused(exact):
+    with pytest.raises(TypeError, match="scheduler: expected a diffusers scheduler with alphas_cumprod, got object"):
+        sample(exact, object(), 1, shape=SHAPE)
