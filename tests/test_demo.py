@@ -1,0 +1,118 @@
+"""The demo's logic on a tiny network: files, verdict, seeds. Whether the embedded model forgets is tested by `make demo` itself."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+from fastunlearn import assets, demo
+from fastunlearn.demo import evaluation, run_demo
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    torch.manual_seed(0)
+    unet = UNet2DModel(sample_size=28, in_channels=1, out_channels=1, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4,
+                       down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"))
+    folder = tmp_path_factory.mktemp("model")
+    DDPMPipeline(unet=unet, scheduler=DDPMScheduler()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch):
+    monkeypatch.setattr(evaluation, "INFERENCE_STEPS", 2)
+    monkeypatch.setattr(evaluation, "CHAINS", 3)
+    monkeypatch.setattr(evaluation, "REAL_DIGITS", 16)
+    monkeypatch.setattr(evaluation, "NLL_TOLERANCE", 1.0)
+
+
+@pytest.fixture
+def run(model_dir, tmp_path):
+    def run(**arguments):
+        return run_demo(tmp_path / "demo", model_dir=model_dir, **{"steps": 2, "num_samples": 6, "batch_size": 2, "show_progress": False, **arguments})
+
+    return run
+
+
+def parameters(folder) -> torch.Tensor:
+    return torch.cat([p.flatten() for p in DDPMPipeline.from_pretrained(folder, use_safetensors=True).unet.parameters()])
+
+
+def test_it_writes_a_report_and_a_pipeline(run, model_dir):
+    result = run()
+    folder = result.report.parent
+    pictures = {"samples.png", "injected.png", "reconstruction_250.png", "reconstruction_500.png", "losses.png"}
+    assert {file.name for file in folder.iterdir()} == {"report.html", "results.json", "model", *pictures}
+    assert json.loads((folder / "results.json").read_text()) == json.loads(json.dumps(result.results))
+    assert [entry["step"] for entry in result.results["log"]] == [1, 2]
+    assert all(value >= 0 for value in result.results["seconds"].values())
+    assert len(result.criteria) == 4
+    update = parameters(result.model) - parameters(model_dir)
+    assert update.abs().max() > 1e-6
+
+
+def test_without_steps_nothing_was_forgotten(run, model_dir):
+    result = run(steps=0)
+    assert not result.passed
+    assert result.results["before"] == result.results["after"]
+    assert result.results["log"] == []
+    assert "Not forgotten" in result.report.read_text()
+    assert torch.equal(parameters(result.model), parameters(model_dir))
+
+
+def test_a_run_is_a_function_of_its_seed(run):
+    first, again, other = run(seed=1), run(seed=1), run(seed=2)
+    assert first.results["log"] == again.results["log"]
+    assert first.results["log"] != other.results["log"]
+    for when in ("before", "after"):
+        one, same, another = (result.results[when]["reconstructions"][0]["mean_distance"] for result in (first, again, other))
+        assert one == pytest.approx(same, rel=1e-6)
+        assert one != pytest.approx(another, rel=1e-6)
+
+
+def test_it_prints_a_table_that_ends_with_the_report(run, capsys):
+    result = run(show_progress=True, steps=1)
+    output = capsys.readouterr().out
+    assert "unlearning with ReTrack" in output
+    assert "no longer generated" in output
+    assert output.rstrip().endswith(str(result.report))
+
+
+@pytest.mark.parametrize("method", sorted(demo.SETTINGS))
+def test_every_method_runs(run, method):
+    result = run(method=method, steps=1)
+    assert result.results["run"]["method"] == type(demo.SETTINGS[method].method).__name__
+
+
+def test_lr_and_lambd_replace_the_settings(run):
+    result = run(lr=1e-5, lambd=0.5, steps=1)
+    assert result.results["run"]["lr"] == 1e-5
+    assert result.results["run"]["settings"]["lambd"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"steps": -1}, "steps: expected an integer >= 0, got -1"),
+        ({"num_samples": 1}, "num_samples: expected an integer >= 2, got 1"),
+        ({"batch_size": 0}, "batch_size: expected an integer >= 1, got 0"),
+        ({"method": "magic"}, "method: expected one of retrack, siss, erasediff, neggrad, vanilla, got 'magic'"),
+        ({"method": "vanilla", "lambd": 0.1}, "lambd: expected None for vanilla, which has none, got 0.1"),
+        ({"lr": 0.0}, "lr: expected a finite number in"),
+    ],
+)
+def test_bad_arguments_are_refused_before_any_work(run, tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        run(**arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [50, 0])
+def test_the_embedded_model_forgets(tmp_path, steps):
+    assets.path(demo.MODEL)
+    assert run_demo(tmp_path, steps=steps, show_progress=False).passed is (steps > 0)
