@@ -66,7 +66,7 @@ def pretrain(images: ImageStore, recipe: Pretraining, output_dir: Path, *, seed:
     with Progress(*columns, disable=not show_progress) as progress:
         task = progress.add_task("pretraining", total=recipe.total_steps, completed=first_step, loss=float("nan"))
         for step in range(first_step, recipe.total_steps):
-            generator.manual_seed((seed << 32) + step)
+            generator.manual_seed((seed * 0x9E3779B1 + step) % 2**32)  # torch's CPU generator reads 32 bits of it
             rows = torch.randint(len(images), (recipe.batch_size,), generator=generator, device=device)
             clean = images.rows(rows)
             noise = torch.randn(clean.shape, generator=generator, device=device)
