@@ -7,7 +7,6 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH ?= $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
-TORCH_INDEX ?=
 
 .PHONY: demo test slow-test lint bench install clean
 
@@ -33,7 +32,7 @@ install: $(VENV)/.installed
 $(VENV)/.torch: constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c 'import sys, torch; v = torch.__version__.split("+")[0].split("."); sys.exit((int(v[0]), int(v[1])) < (2, 11))' 2>/dev/null \
-	  && [ "$(origin TORCH)" = "file" ] || $(PIP) install --quiet $(TORCH_INDEX) "$(TORCH)"
+	  && [ "$(origin TORCH)" = "file" ] || $(PIP) install --quiet "$(TORCH)"
 	$(BIN)/python -c 'import torch; print("torch=="+torch.__version__.split("+")[0])' > $@.constraint
 	sed '/^torch==/d' constraints.txt > $@.rest && cat $@.constraint $@.rest > $@.constraints && rm $@.constraint $@.rest
 	touch $@

@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--num-samples", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=48)
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     settings = {"num_samples": arguments.num_samples, "steps": arguments.steps, "batch_size": arguments.batch_size}

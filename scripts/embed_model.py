@@ -24,6 +24,7 @@ def main() -> None:
     model, scheduler = load_checkpoint(arguments.source, dtype=torch.bfloat16)
     record = json.loads((arguments.source / "pretraining.json").read_text())
     record["log"] = thin(record["log"])
+    model.register_to_config(_name_or_path="mnist-tshirt-small")  # not the path on the machine that it was trained on
     save_checkpoint(arguments.target, model, scheduler)
     (arguments.target / "pretraining.json").write_text(json.dumps(record, indent=1) + "\n")
     for file in arguments.target.rglob("*"):

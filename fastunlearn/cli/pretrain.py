@@ -13,7 +13,7 @@ from .options import unset
 class Pretrain:
     """Train the diffusion model that later forgets, as a recipe prescribes; writes a folder that DDPMPipeline.from_pretrained opens.
 
-    mnist-tshirt: the papers' network (64-128-256): a GPU's work. mnist-tshirt-small: the demo's (16-32-64): about two hours on two cores.
+    mnist-tshirt: the papers' network (64-128-256): a GPU's work. mnist-tshirt-small: the demo's (16-32-64): 1.2 hours on one core.
     Checkpoints go to OUTPUT.run.
 
     Try: fastunlearn pretrain --recipe mnist-tshirt-small --data mnist_tshirt.npz --output runs/small

@@ -25,7 +25,7 @@ MODEL = "mnist-tshirt-small"
 
 @dataclass(frozen=True)
 class Setting:
-    """How the demo runs a method: retuned for a network of 0.7 M parameters and a batch of 32 (the papers: 64-128-256 channels, batch 128, constant lr 5e-5).
+    """How the demo runs a method: retuned for a network of 0.7 M parameters and a batch of 48 (the papers: 64-128-256 channels, batch 128, constant lr 5e-5).
 
     `lr` falls to 0 along a cosine, which gives the digits back what the first steps took from them.
     """
@@ -35,11 +35,11 @@ class Setting:
 
 
 SETTINGS = {
-    "retrack": Setting(ReTrack(k=10, lambd=0.05), lr=1.75e-4),
-    "siss": Setting(SISS(lambd=0.5, scaling_norm=5.0), lr=2e-4),
-    "erasediff": Setting(EraseDiff(eta=1e-3), lr=2e-4),
-    "neggrad": Setting(NegGrad(), lr=2e-4),
-    "vanilla": Setting(Vanilla(), lr=2e-4),
+    "retrack": Setting(ReTrack(k=10, lambd=0.05), lr=1.5e-4),
+    "siss": Setting(SISS(lambd=0.5, scaling_norm=5.0), lr=1.5e-4),
+    "erasediff": Setting(EraseDiff(eta=1e-3), lr=1.5e-4),
+    "neggrad": Setting(NegGrad(), lr=1.5e-4),
+    "vanilla": Setting(Vanilla(), lr=1.5e-4),
 }
 
 
@@ -60,7 +60,7 @@ def run_demo(
     steps: int = 50,
     seed: int = 0,
     num_samples: int = 512,
-    batch_size: int = 32,
+    batch_size: int = 48,
     method: str = "retrack",
     lr: float | None = None,
     lambd: float | None = None,
@@ -74,7 +74,7 @@ def run_demo(
         output_dir: takes `report.html`, `results.json`, the pictures as PNG, and `model/` for `DDPMPipeline.from_pretrained`.
         steps: unlearning steps; with 0 the demo must find that nothing was forgotten.
         seed: of every random number: sampling, unlearning, probes.
-        num_samples: samples before and after; at least 299 can show that 1 % has gone.
+        num_samples: samples before and after; at least 299 can show that 1 % has gone. Twice as many if none of them shows the T-shirt before.
         batch_size: forget and retain rows a step.
         method: one of `SETTINGS`.
         lr, lambd: instead of the method's own in `SETTINGS`.
@@ -98,6 +98,9 @@ def run_demo(
         forget, retain = load_demo()
         evaluate = Evaluator(scheduler, forget, retain, num_samples, seed, show_progress)
     before = evaluate(model, "before", seconds)
+    if before.frequency.count == 0:  # about one seed in ten: what was not there before cannot be seen to go
+        evaluate.num_samples *= 2
+        before = evaluate(model, "before", seconds)
     with timed(seconds, "unlearn"):
         log = forget_tshirt(model, scheduler, setting, forget, retain, steps, batch_size, seed, show_progress)
     after = evaluate(model, "after", seconds)
@@ -108,7 +111,7 @@ def run_demo(
     run = {
         "version": __version__, "torch": torch.__version__, "device": str(device), "threads": torch.get_num_threads(), "seed": seed,
         "method": type(setting.method).__name__, "settings": asdict(setting.method), "lr": setting.lr, "batch_size": batch_size, "steps": steps,
-        "num_samples": num_samples, "inference_steps": INFERENCE_STEPS,
+        "num_samples": evaluate.num_samples, "inference_steps": INFERENCE_STEPS,
     }  # fmt: skip
     results = {
         "passed": all(criterion.passed for criterion in criteria), "criteria": [asdict(criterion) for criterion in criteria], "run": run,

@@ -89,4 +89,4 @@ def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     """Enters the wall-clock seconds of the block into `seconds`."""
     started = perf_counter()
     yield
-    seconds[stage] = perf_counter() - started
+    seconds[stage] = seconds.get(stage, 0.0) + perf_counter() - started

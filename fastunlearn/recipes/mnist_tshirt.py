@@ -68,7 +68,7 @@ PRETRAINING = {
     "mnist-tshirt": Pretraining(
         unet=_unet((64, 128, 256), attention_level=1), batch_size=128, total_steps=118_500, lr=1e-4, warmup_steps=500, ema_decay=0.9999
     ),
-    # A network that two CPU cores can train in under two hours and sample in seconds: the one the demo ships.
+    # A network that one CPU core trains in little more than an hour and sample in seconds: the one the demo ships.
     "mnist-tshirt-small": Pretraining(
         unet=_unet((16, 32, 64), attention_level=2, layers_per_block=1, norm_num_groups=8, attention_head_dim=32),
         batch_size=64, total_steps=11_000, lr=1e-3, warmup_steps=300, ema_decay=0.999,
