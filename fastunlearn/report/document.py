@@ -36,10 +36,8 @@ th { font-size: .85rem; font-weight: 600; color: var(--soft); border-bottom-widt
 td + td.number, th + th.number { text-align: right; white-space: nowrap; padding-right: 0; padding-left: 1.2rem; }
 .criteria td:first-child { min-width: 15rem; }
 .answer { font-weight: 600; white-space: nowrap; }
-.passed .criteria td:first-child { min-width: 15rem; }
-.answer { color: var(--good); }
-.failed .criteria td:first-child { min-width: 15rem; }
-.answer { color: var(--bad); }
+.passed .answer { color: var(--good); }
+.failed .answer { color: var(--bad); }
 .evidence, .note { color: var(--soft); font-size: .92rem; }
 figure { margin: 1rem 0 1.5rem; }
 figure img { display: block; max-width: 100%; height: auto; border-radius: 4px; }
