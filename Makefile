@@ -29,6 +29,9 @@ lint: $(VENV)/.installed-dev
 install: $(VENV)/.installed
 
 # torch goes in first and alone: a plain `torch` from another package's requirements would bring several GB of CUDA libraries.
+ifneq ($(origin TORCH),file)
+.PHONY: $(VENV)/.torch
+endif
 $(VENV)/.torch: constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c 'import sys, torch; v = torch.__version__.split("+")[0].split("."); sys.exit((int(v[0]), int(v[1])) < (2, 11))' 2>/dev/null \

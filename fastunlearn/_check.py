@@ -88,6 +88,13 @@ def one_of(name: str, value, choices: tuple[str, ...]) -> str:
     return value
 
 
+def not_in_this_version(**arguments) -> None:
+    """Refuses arguments of the public API that a later version will take."""
+    for name, value in arguments.items():
+        if value is not None:
+            raise ValueError(f"{name}: expected None in this version, got {describe(value)}")
+
+
 def values_enabled() -> bool:
     """Whether `FASTUNLEARN_CHECK=1` asks for checks that read values (on a GPU each one waits for the device)."""
     return os.environ.get("FASTUNLEARN_CHECK", "0") not in ("", "0")

@@ -130,7 +130,8 @@ def complete(draws: Draws, method, source: GeneratorSource | CounterSource, forg
             else:
                 drawn[name] = source.normal(batch.shape, Purpose[name.upper()], batch.dtype)
     if "from_forget" in method.draws and draws.from_forget is None:
-        drawn["from_forget"] = source.uniform((len(forget),), Purpose.FROM_FORGET) <= method.forget_probability
+        uniform = source.uniform((len(forget),), Purpose.FROM_FORGET)
+        drawn["from_forget"] = (uniform <= method.forget_probability) & (method.forget_probability > 0)  # 0 is drawn once in 2^24
     if "uniform_target" in method.draws and draws.uniform_target is None:
         drawn["uniform_target"] = source.uniform(forget.shape, Purpose.UNIFORM_TARGET, forget.dtype)
     return replace(draws, **drawn)
@@ -145,6 +146,8 @@ def validate(draws: Draws, needs: frozenset[str], forget: Tensor | None, retain:
         noise, timesteps = getattr(draws, f"{branch}_noise"), getattr(draws, f"{branch}_timesteps")
         if noise is not None:
             _check.like(f"draws.{branch}_noise", noise, branch, batch)
+            if noise.dtype != batch.dtype:
+                raise TypeError(f"draws.{branch}_noise: expected the dtype of {branch}, {batch.dtype}, got {noise.dtype}")
         if timesteps is not None:
             _check.vector(f"draws.{branch}_timesteps", timesteps, len(batch), batch.device, floating=False)
     if draws.uniform_target is not None:

@@ -154,18 +154,20 @@ def mixture(
     return Mixture(made if x_t is None else x_t, *rest)
 
 
-def denoising_loss(prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+def denoising_loss(prediction: Tensor, target: Tensor, weight: Tensor | None = None, lowpass: None = None) -> Tensor:
     """`weight ||prediction - target||^2` per sample, `[B]`, summed over elements; differentiable in `prediction` only.
 
     Args:
         prediction: `[B, C, H, W]`, any floating dtype; sums are float32 or better.
         target: `[B, C, H, W]`.
         weight: `[B]`; None is 1.
+        lowpass: not in this version; None.
 
     Raises:
         TypeError, ValueError: for arguments of another rank, shape or device.
         ValueError: if target or weight require a gradient, which this loss does not give them.
     """
+    _check.not_in_this_version(lowpass=lowpass)
     return weighted_residual(prediction, target, weight)[0]
 
 

@@ -96,7 +96,7 @@ def project(eta: float) -> Combination:
 
     def combine(buffers: GradientBuffers, unit: Tensor, loss_scale: Tensor | float) -> Combined:
         norm = total_norm(buffers.correction(), unit.device)
-        factor = -torch.clamp(eta - inner_product(*buffers.pairs(), unit.device) / norm.square(), min=0)
+        factor = -torch.clamp(eta - inner_product(*buffers.pairs(), unit.device) / norm / norm, min=0)
         factor = torch.where(norm == 0, torch.zeros_like(factor), factor)  # a gradient of zero has nothing to project on
         buffers.subtract_correction(factor)
         return Combined(norm * unit / loss_scale, factor / unit)
@@ -106,14 +106,18 @@ def project(eta: float) -> Combination:
 
 def total_norm(gradients: list[Tensor], device: torch.device) -> Tensor:
     """The L2 norm over all `gradients` together, 0-d; 0 if there are none."""
-    return nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=device)
+    if not gradients:
+        return torch.zeros((), device=device)
+    low = [gradient for gradient in gradients if gradient.dtype == torch.bfloat16]
+    norms = [nn.utils.get_total_norm([gradient for gradient in gradients if gradient.dtype != torch.bfloat16])] if len(low) < len(gradients) else []
+    return torch.linalg.vector_norm(torch.stack(norms + list(torch._foreach_norm(low, 2, dtype=torch.float32)) if low else norms))
 
 
 def inner_product(left: list[Tensor], right: list[Tensor], device: torch.device) -> Tensor:
     """`<left, right>` over all tensors together, 0-d. The two signs are summed apart because foreach has norms but no sums."""
     if not left:
         return torch.zeros((), device=device)
-    products = torch._foreach_mul(left, right)
+    products = torch._foreach_mul(*([gradient.float() if gradient.dtype == torch.bfloat16 else gradient for gradient in side] for side in (left, right)))
     positive = torch._foreach_norm(torch._foreach_clamp_min(products, 0.0), 1)
     negative = torch._foreach_norm(torch._foreach_clamp_max(products, 0.0), 1)
     return torch.stack(positive).sum() - torch.stack(negative).sum()

@@ -24,8 +24,8 @@ def load_checkpoint(unlearner, path: Path) -> None:
     """Puts the state of `path` into an unlearner that was built like the one that wrote it.
 
     Raises:
-        ValueError: the checkpoint is damaged, or of a run with another method, batch size, data, or other parts (EMA, scheduler), or the
-            unlearner is not new.
+        ValueError: the checkpoint is damaged, or of a run with another method, batch size, data, optimizer settings, length of a learning-rate
+            schedule, or other parts (EMA, scheduler), or the unlearner is not new.
     """
     if unlearner.step_index != 0:
         raise ValueError(f"unlearner: expected a new one to resume into, got one that has taken {unlearner.step_index} steps")

@@ -42,15 +42,22 @@ def describe_run(unlearner, arguments: dict[str, Any]) -> dict[str, Any]:
         "platform": platform.platform(),
         "arguments": {name: value if isinstance(value, (int, float, str, bool, type(None))) else repr(value) for name, value in arguments.items()},
         **identity(unlearner),
+        "seed": unlearner.seed,
+        "step": {name: value if isinstance(value, (int, float, type(None))) else repr(value)
+                 for name, value in ((name, getattr(unlearner, name, None)) for name in ("micro_batch_size", "max_grad_norm", "autocast_dtype"))},
         "private_files": [],
-    }
+    }  # fmt: skip
 
 
 def identity(unlearner) -> dict[str, Any]:
     """What makes two runs the same run, apart from their seed: a checkpoint is only resumed by a run of the same identity."""
-    method = unlearner.method
+    method, optimizer, scheduled = unlearner.method, unlearner.optimizer, unlearner.lr_scheduler is not None
     hyperparameters = asdict(method) if is_dataclass(method) else {}
+    groups = [{name: value for name, value in group.items() if name not in ("params", "lr", "initial_lr")} for group in optimizer.param_groups]
+    rates = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]  # a scheduler moves lr, and keeps the first
     description = {
+        "optimizer": {"name": type(optimizer).__name__, "learning_rates": rates, "groups": groups},
+        "lr_scheduler": {"name": type(unlearner.lr_scheduler).__name__, "total_steps": getattr(unlearner, "total_steps", None)} if scheduled else None,
         "method": {"name": type(method).__name__} | hyperparameters,
         "batch_size": unlearner.batch_size,
         "data": {name: _describe_store(getattr(unlearner, name)) for name in ("forget", "retain")},
@@ -125,11 +132,12 @@ def purge(run_dir: str | Path) -> Purged:
     Anything else is refused, stays listed, and is reported. Checkpoints and metrics stay. Deleted blocks are not overwritten on the disk.
 
     Raises:
-        ValueError: `run_dir` has no readable `run.json`.
+        ValueError: `run_dir` has no readable `run.json`, nor a private folder of a run that died before it wrote one.
     """
-    run_dir = Path(run_dir)
-    record, result = read_run(run_dir), Purged()
+    run_dir, result = Path(run_dir), Purged()
     private = run_dir / PRIVATE_FOLDER
+    died_early = not (run_dir / RUN_FILE).exists() and private.is_dir() and not private.is_symlink()
+    record = {"private_files": []} if died_early else read_run(run_dir)
     listed = [Path(path) for path in record["private_files"] if isinstance(path, str)]
     found = sorted(private.iterdir()) if private.is_dir() and not private.is_symlink() else []
     for path in dict.fromkeys([path.absolute() for path in found] + listed):
@@ -147,6 +155,8 @@ def purge(run_dir: str | Path) -> Purged:
         else:
             path.unlink()
         result.removed.append(path)
+    if died_early:
+        return result
     purged = [*record.get("purged", []), {"time": _now(), "removed": [str(path) for path in result.removed]}]
     write_run(run_dir, record | {"private_files": [str(path) for path, _ in result.refused], "purged": purged})
     return result

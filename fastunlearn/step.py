@@ -7,6 +7,7 @@ its batches. Nothing here asks which method it runs.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import torch
@@ -18,6 +19,7 @@ from . import functional as F
 from .draws import Draws
 from .gradients import GradientBuffers, clip, guarded_step
 from .methods import SISS, Batch, EraseDiff, Method, NegGrad, Pass, ReTrack, Term, Vanilla
+from .methods.base import map_tensors
 from .profiling import stage
 from .schedule import NoiseSchedule
 
@@ -52,6 +54,10 @@ def take_step(
 ) -> StepOutput:
     """One unlearning step on a complete `batch` and complete `draws`. The arguments are those of `retrack_step`."""
     parameters = _trainable(model, optimizer)
+    if grad_scaler is not None and not grad_scaler.is_enabled():
+        grad_scaler = None  # its step would make the update unconditionally
+    if optimizer is not None:
+        optimizer.zero_grad(set_to_none=True)
     buffers = GradientBuffers(parameters)
     loss_scale = 1.0 if grad_scaler is None else grad_scaler.scale(torch.ones((), device=parameters[0].device))
     losses = _Losses()
@@ -65,23 +71,29 @@ def take_step(
         with stage("residual"):
             for role, gradient, more in _output_gradients(prediction.detach(), part, losses, apart=method.two_gradients):
                 buffers.select(role)
-                torch.autograd.backward(prediction, gradient * loss_scale, retain_graph=more)
+                gradient = (gradient * loss_scale).to(prediction.dtype)
+                torch.autograd.backward(prediction, gradient, retain_graph=more, inputs=parameters)
         del prediction  # graphs that share no rows never live together
 
     with stage("combine"):
         combined = method.combine(buffers, losses.unit(parameters[0].device), loss_scale)
         buffers.select("retain")
+    if all(parameter.grad is None for parameter in parameters):
+        raise ValueError("optimizer: expected parameters that the model's output depends on, got none (was it built for another copy of the model?)")
 
     with stage("update"):
         loss = losses.total(combined.scaling_factor)
         if optimizer is None:
-            norm, finite = clip(parameters, None), torch.isfinite(loss)
+            norm = clip(parameters, None)
+            finite = torch.isfinite(loss) & torch.isfinite(norm)
         else:
             if grad_scaler is not None:
                 grad_scaler.unscale_(optimizer)
             norm = clip(parameters, max_grad_norm)
             finite = torch.isfinite(loss) & torch.isfinite(norm)
             if grad_scaler is not None:
+                for found_inf in grad_scaler._found_inf_per_device(optimizer).values():
+                    found_inf.copy_(torch.maximum(found_inf, (~finite).to(found_inf)))  # it has seen the gradients, but not the loss
                 grad_scaler.step(optimizer)
                 grad_scaler.update()
             else:
@@ -92,7 +104,7 @@ def take_step(
 
 def _predict(model: Callable, part: Pass, schedule: NoiseSchedule, autocast_dtype: torch.dtype | None) -> Tensor:
     """The network's prediction for the rows of `part`, `[R, C, H, W]`."""
-    with torch.autocast(part.x_t.device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
+    with nullcontext() if autocast_dtype is None else torch.autocast(part.x_t.device.type, dtype=autocast_dtype):
         output = model(part.x_t, schedule.model_input(part.timesteps), **part.kwargs)
     prediction = getattr(output, "sample", output)
     rows, channels, *plane = part.x_t.shape
@@ -105,8 +117,12 @@ def _predict(model: Callable, part: Pass, schedule: NoiseSchedule, autocast_dtyp
 
 
 def _output_gradients(prediction: Tensor, part: Pass, losses: _Losses, *, apart: bool):
-    """Yields (role, d loss / d prediction, whether another follows): one gradient for all terms, or one a role where they are kept `apart`."""
+    """Yields (role, d loss / d prediction, whether another follows): one gradient for all terms, or one a role where they are kept `apart`.
+
+    In float32 or better: half precision is rounded to once, after all factors.
+    """
     gradients: dict[str, Tensor] = {}
+    prediction = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
     for term in part.terms:
         rows = prediction[term.start : term.stop]
         loss, gradient = F.weighted_residual(rows, term.target, term.weight)
@@ -161,9 +177,13 @@ def _trainable(model: Callable, optimizer: torch.optim.Optimizer | None) -> list
     else:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer: expected a torch.optim.Optimizer or None, got {type(optimizer).__name__}")
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise TypeError("optimizer: expected one whose step() needs no closure, got LBFGS")
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"] if parameter.requires_grad]
     if not parameters:
         raise ValueError("model: expected at least one trainable parameter, got none with requires_grad=True")
+    if any(parameter.dtype == torch.float16 for parameter in parameters):
+        raise TypeError("model: expected float32 (or bfloat16) parameters, got float16, in which norms overflow; autocast_dtype runs the network in float16")
     return parameters
 
 
@@ -178,6 +198,9 @@ class StepOptions(TypedDict, total=False):
     autocast_dtype: torch.dtype | None
     grad_scaler: torch.amp.GradScaler | None
     micro_batch_size: int | None
+    compile: bool | None
+    time_window: None
+    lowpass: None
 
 
 def _functional_step(
@@ -198,21 +221,30 @@ def _functional_step(
     autocast_dtype: torch.dtype | None = None,
     grad_scaler: torch.amp.GradScaler | None = None,
     micro_batch_size: int | None = None,
+    compile: bool | None = None,
+    time_window: None = None,
+    lowpass: None = None,
 ) -> StepOutput:
     """Validates what a caller's own loop hands over, draws what it left open, and takes the step."""
     if not isinstance(schedule, NoiseSchedule):
         raise TypeError(f"schedule: expected a NoiseSchedule (NoiseSchedule.from_diffusers(scheduler) makes one), got {_check.describe(schedule)}")
     if not callable(model):
         raise TypeError(f"model: expected a callable (x_t, t, **kwargs), got {_check.describe(model)}")
-    for name, images in (("forget", forget), ("retain", retain)):
+    _check.not_in_this_version(compile=compile or None, time_window=time_window, lowpass=lowpass)
+    for name, images, kwargs in (("forget", forget, forget_kwargs), ("retain", retain, retain_kwargs)):
         if name in method.batches:
             _check.images(name, images)
+            map_tensors(lambda value, name=name, images=images: _batch_first(f"{name}_kwargs", value, images), kwargs or {})
             if _check.values_enabled():
                 _check.finite(name, images)
+        elif kwargs:
+            raise ValueError(f"{name}_kwargs: expected none ({type(method).__name__} reads no {name} images), got {', '.join(kwargs)}")
     if forget is not None and retain is not None and "retain" in method.batches:
         if forget.shape[1:] != retain.shape[1:]:
             raise ValueError(f"forget: expected images of the shape of retain, {tuple(retain.shape[1:])}, got {tuple(forget.shape[1:])}")
         _check.same_device("forget", forget, "retain", retain)
+        if forget.dtype != retain.dtype:
+            raise TypeError(f"forget: expected the dtype of retain, {retain.dtype}, got {forget.dtype}")
     if max_grad_norm is not None:
         _check.number("max_grad_norm", max_grad_norm, low=0, low_open=True)
     if micro_batch_size is not None:
@@ -234,6 +266,12 @@ def _functional_step(
         method, model, optimizer, schedule, batch, draws,
         max_grad_norm=max_grad_norm, autocast_dtype=autocast_dtype, grad_scaler=grad_scaler, micro_batch_size=micro_batch_size,
     )  # fmt: skip
+
+
+def _batch_first(name: str, value: Tensor, images: Tensor) -> Tensor:
+    if value.ndim == 0 or len(value) != len(images):
+        raise ValueError(f"{name}: expected tensors with the batch of {len(images)} first, got shape {tuple(value.shape)}")
+    return value
 
 
 def retrack_step(
@@ -263,9 +301,11 @@ def retrack_step(
         generator: where the rest is drawn from (None: torch's global generator).
         max_grad_norm: gradients are clipped to this L2 norm; None: not at all.
         autocast_dtype: bfloat16 or float16 for the network call; None: as it is.
-        grad_scaler: a `torch.amp.GradScaler` for float16; norms and factors are those of the unscaled gradients.
+        grad_scaler: a `torch.amp.GradScaler` for float16; norms and factors are those of the unscaled gradients. Its own step waits for the device
+            unless the optimizer is fused.
         forget_kwargs, retain_kwargs: conditioning, tensors (or dicts of them) with the batch first.
         micro_batch_size: at most this many rows in one network call; gradients accumulate over the calls.
+        compile, time_window, lowpass: not in this version; None.
 
     Returns:
         StepOutput, detached 0-d tensors.

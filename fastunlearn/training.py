@@ -56,6 +56,7 @@ def unlearn(
     logging_steps: int = 1,
     max_skipped_steps: int = 10,
     show_progress: bool = True,
+    record: dict[str, Any] | None = None,
 ) -> History:
     """Takes steps until `unlearner.step_index` is `num_steps`; argument names as in diffusers' training scripts.
 
@@ -74,6 +75,7 @@ def unlearn(
         logging_steps: log every so many steps, and the last. Logging reads the device.
         max_skipped_steps: with more skipped (non-finite) steps the run stops. Looked at when a step is logged or a checkpoint written.
         show_progress: a progress bar on standard output.
+        record: more entries for `run.json`, such as the path of the model that the run starts from.
 
     Raises:
         TypeError, ValueError: before any step, naming the argument.
@@ -82,7 +84,7 @@ def unlearn(
             A second signal ends the process at once.
     """
     _check_arguments(unlearner, num_steps, checkpointing_steps, checkpoints_total_limit, logging_steps, max_skipped_steps)
-    arguments = {name: value for name, value in locals().items() if name != "unlearner"}
+    arguments = {name: value for name, value in locals().items() if name not in ("unlearner", "record")}
     output_dir = Path(output_dir)
     report = make_reporter(report_to, output_dir)
     found = find_checkpoint(resume_from_checkpoint, output_dir)
@@ -92,7 +94,7 @@ def unlearn(
         raise ValueError(f"num_steps: expected at least the {unlearner.step_index} steps that {found or 'unlearner'} has taken, got {num_steps}")
     output_dir.mkdir(parents=True, exist_ok=True)
     checkpoint.clean(output_dir)
-    record = describe_run(unlearner, arguments)
+    record = describe_run(unlearner, arguments) | (record or {})
     if found is not None and (output_dir / RUN_FILE).exists():
         record |= {name: value for name, value in read_run(output_dir).items() if name in ("started", "private_files", "purged")}
     write_run(output_dir, record)
@@ -140,7 +142,7 @@ class _Loop:
         tensors = {name: value for name, value in output._asdict().items() if value is not None}
         values = dict(zip(tensors, torch.stack([value.double() for value in tensors.values()]).tolist(), strict=True))
         values = {name: value for name, value in values.items() if math.isfinite(value)}
-        lr, step = float(self.unlearner.optimizer.param_groups[0]["lr"]), self.unlearner.step_index
+        lr, step = self.unlearner.last_lr, self.unlearner.step_index
         values |= {"skipped": bool(values["skipped"]), "lr": lr, "skipped_steps": int(self.unlearner.skipped_steps)}
         self.metrics.append({"step": step, **values, "seconds": round(time.perf_counter() - self.started, 3)})
         self.report(step, values)

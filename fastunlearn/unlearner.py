@@ -34,12 +34,13 @@ class Unlearner:
         neighbors: `(index [N, k], sqdist [N, k])` of the forget rows in `retain`, as `nearest_neighbors` returns them; computed if None.
         batch_size: rows drawn a step from each store, with replacement.
         micro_batch_size: at most this many rows in one network call.
-        total_steps: how many steps the run will take, for schedules of the method; None: unknown.
+        total_steps: how many steps the run will take (no method here has a schedule over them yet); None: unknown.
         seed: every random number of step s is a function of (seed, s).
         autocast_dtype, grad_scaler, max_grad_norm: as in `retrack_step`; float16 without a grad_scaler loses small gradients.
         ema: an object with `.step(parameters)`, such as diffusers' `EMAModel`, updated after every step.
         lr_scheduler: an object with `.step()`, called after every step.
         allow_overlap: accept forget rows that also stand in `retain`.
+        compile, time_window, lowpass: not in this version; None.
 
     Raises:
         TypeError, ValueError: before any work, naming the argument, what was expected and what was given.
@@ -65,6 +66,9 @@ class Unlearner:
         ema=None,
         lr_scheduler=None,
         allow_overlap: bool = False,
+        compile: bool | None = None,
+        time_window: None = None,
+        lowpass: None = None,
     ):
         if not isinstance(method, Method):
             raise TypeError(f"method: expected a method such as ReTrack(), got {_check.describe(method)}")
@@ -85,17 +89,21 @@ class Unlearner:
             _check.number("max_grad_norm", max_grad_norm, low=0, low_open=True)
         if autocast_dtype is not None and autocast_dtype not in (torch.bfloat16, torch.float16):
             raise ValueError(f"autocast_dtype: expected torch.bfloat16, torch.float16 or None, got {autocast_dtype!r}")
-        _check_stores(method, forget, retain, allow_overlap)
+        check_stores(method, forget, retain, allow_overlap=allow_overlap)
+        _check.not_in_this_version(compile=compile or None, time_window=time_window, lowpass=lowpass)
 
         self.model, self.optimizer, self.schedule, self.method = model, optimizer, schedule, method
         self.batch_size, self.micro_batch_size, self.total_steps, self.seed = batch_size, micro_batch_size, total_steps, seed
         self.autocast_dtype, self.max_grad_norm, self.grad_scaler, self.ema, self.lr_scheduler = autocast_dtype, max_grad_norm, grad_scaler, ema, lr_scheduler
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.device = self.parameters[0].device
+        if self.parameters[0].dtype != torch.float32 and autocast_dtype is None:
+            raise TypeError(f"model: expected float32 parameters, or autocast_dtype (stores serve float32 rows), got {self.parameters[0].dtype}")
         self.forget = forget.to(self.device) if "forget" in method.batches else None
         self.retain = retain.to(self.device) if {"retain", "neighbors"} & method.batches else None
         self.neighbors = self._find_neighbors(neighbors) if "neighbors" in method.batches else None
         self.step_index = 0
+        self.last_lr: float | None = None  # that the latest step was taken with
         self.skipped_steps = torch.zeros((), dtype=torch.int64, device=self.device)
 
     def step(self, draws: Draws | None = None) -> StepOutput:
@@ -107,10 +115,11 @@ class Unlearner:
             max_grad_norm=self.max_grad_norm, autocast_dtype=self.autocast_dtype, grad_scaler=self.grad_scaler, micro_batch_size=self.micro_batch_size,
         )  # fmt: skip
         self.skipped_steps += output.skipped
+        self.last_lr = float(self.optimizer.param_groups[0]["lr"])
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
         if self.ema is not None:
-            self.ema.step(self.parameters)
+            self.ema.step(self.model.parameters() if isinstance(self.model, torch.nn.Module) else self.parameters)
         self.step_index += 1
         return output
 
@@ -164,6 +173,7 @@ class Unlearner:
             raise TypeError(f"neighbors: expected a pair (index, sqdist) as nearest_neighbors returns it, got {_check.describe(given)}")
         index, sqdist = nearest_neighbors(self.forget, self.retain, k) if given is None else given
         _check.tensor("neighbors[0]", index, ndim=2, floating=False)
+        _check.tensor("neighbors[1]", sqdist, ndim=2, floating=not self.retain.is_uint8)  # uint8 rows: the integer distance, scaled below
         if index.shape != (len(self.forget), k) or sqdist.shape != index.shape:
             raise ValueError(f"neighbors: expected index and sqdist of shape ({len(self.forget)}, {k}), got {tuple(index.shape)} and {tuple(sqdist.shape)}")
         if int(index.min()) < 0 or int(index.max()) >= len(self.retain):
@@ -172,7 +182,12 @@ class Unlearner:
         return index.to(self.device), sqdist.to(self.device)
 
 
-def _check_stores(method: Method, forget: ImageStore | None, retain: ImageStore | None, allow_overlap: bool) -> None:
+def check_stores(method: Method, forget: ImageStore | None, retain: ImageStore | None, *, allow_overlap: bool = False) -> None:
+    """Whether `method` can work on these sets: worth asking before a long search for neighbours.
+
+    Raises:
+        TypeError, ValueError: a set that the method reads is missing, the two do not match, or forget rows also stand in `retain`.
+    """
     for name, store, needed in (("forget", forget, "forget" in method.batches), ("retain", retain, bool({"retain", "neighbors"} & method.batches))):
         if needed and not isinstance(store, ImageStore):
             raise TypeError(f"{name}: expected an ImageStore ({type(method).__name__} reads it), got {_check.describe(store)}")

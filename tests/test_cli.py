@@ -374,3 +374,18 @@ def test_exit_codes_of_the_process(tmp_path):
     assert program("unlearn").returncode == 2
     wrong = program("purge", tmp_path)
     assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
+
+
+def test_an_overlap_is_refused_before_the_neighbours_are_searched(world, tmp_path):
+    assert unlearn(world, tmp_path / "run", "--retain", world.retain, world.forget / "1.png") == 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_purge_cleans_what_a_run_left_that_died_early(tmp_path, capsys):
+    """Killed while it searched for neighbours: a cache in private/, and no run.json yet."""
+    private = tmp_path / "run" / "private"
+    private.mkdir(parents=True)
+    (private / "half-written.tmp").write_bytes(b"neighbours")
+    assert main(["purge", str(tmp_path / "run")]) == 0
+    assert not any(private.iterdir())
+    assert "removed" in capsys.readouterr().out

@@ -32,6 +32,7 @@ class FakeUnlearner:
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
         self.lr_scheduler, self.ema, self.method, self.batch_size = None, None, method or Vanilla(), 4
         self.forget, self.retain = None, STORE
+        self.last_lr = 0.1
         self.step_index, self.skipped_steps, self.seed = 0, torch.zeros((), dtype=torch.int64), seed
         self.bad_steps, self.on_step = set(bad_steps), on_step
 
@@ -196,7 +197,9 @@ def test_all_checkpoints_damaged_is_an_error_not_a_new_start(tmp_path: Path):
         (lambda u: setattr(u, "method", NegGrad()), "a run with method {'name': 'NegGrad'"),
         (lambda u: setattr(u, "batch_size", 5), "a run with batch_size 5, got 4"),
         (lambda u: setattr(u, "retain", ImageStore(STORE.images + 1)), "a run with data"),
-        (lambda u: setattr(u, "lr_scheduler", torch.optim.lr_scheduler.ConstantLR(u.optimizer)), r"expected the state of \['lr_scheduler'\]"),
+            (lambda u: setattr(u, "lr_scheduler", torch.optim.lr_scheduler.ConstantLR(u.optimizer)), "a run with lr_scheduler {'name': 'ConstantLR'"),
+            (lambda u: u.optimizer.param_groups[0].update(lr=0.2), r"a run with optimizer .*'learning_rates': \[0.2\]"),
+            (lambda u: setattr(u, "ema", nn.Linear(1, 1)), r"expected the state of \['ema'\]"),
         (lambda u: setattr(u, "step_index", 1), "unlearner: expected a new one to resume into"),
     ],
 )

@@ -55,7 +55,7 @@ class Unlearn:
         from .. import run_record, training
         from ..models import check_replaceable, load_checkpoint, save_checkpoint
         from ..schedule import NoiseSchedule
-        from ..unlearner import Unlearner
+        from ..unlearner import Unlearner, check_stores
         from .options import pick_device
 
         method, optimization, flags = self.hyperparameter.build(self.method), self.optimizer, self.bookkeeping
@@ -63,6 +63,7 @@ class Unlearn:
         model, scheduler = load_checkpoint(self.model, device=pick_device(flags.device))
         model = model.to(memory_format=torch.channels_last).train()
         forget, retain = self._load(method, model)
+        check_stores(method, forget, retain, allow_overlap=self.allow_overlap)
         private = self.output / run_record.PRIVATE_FOLDER
         optimizer, lr_scheduler, ema = optimization.build(model)
         unlearner = Unlearner(
@@ -70,21 +71,21 @@ class Unlearn:
             neighbors=_neighbors(forget, retain, method.k, private) if "neighbors" in method.batches else None,
             batch_size=optimization.train_batch_size, micro_batch_size=optimization.micro_batch_size, total_steps=optimization.max_train_steps, seed=flags.seed,
             autocast_dtype={"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[optimization.mixed_precision],
-            grad_scaler=torch.amp.GradScaler(model.device.type) if optimization.mixed_precision == "fp16" else None,
+            grad_scaler=torch.amp.GradScaler(model.device.type, init_scale=2.0**10) if optimization.mixed_precision == "fp16" else None,
             max_grad_norm=optimization.max_grad_norm, ema=ema, lr_scheduler=lr_scheduler, allow_overlap=self.allow_overlap,
         )  # fmt: skip
         try:
             training.unlearn(
                 unlearner, num_steps=optimization.max_train_steps, output_dir=self.output, checkpointing_steps=flags.checkpointing_steps,
                 checkpoints_total_limit=flags.checkpoints_total_limit, resume_from_checkpoint=flags.resume_from_checkpoint, report_to=flags.report_to,
-                logging_steps=flags.logging_steps,
+                logging_steps=flags.logging_steps, record={"base_model": str(self.model.absolute())},
             )  # fmt: skip
         finally:
             self._note_private_files(private)
         if ema is not None:
             ema.copy_to(model.parameters())
         save_checkpoint(self.output / "model", model.eval(), scheduler)
-        run_record.update_run(self.output, base_model=str(self.model.absolute()), model="model")
+        run_record.update_run(self.output, model="model")
         if self.report_images and forget is not None:
             self._draw_reconstructions(model, scheduler, forget, private)
         print(f"unlearned model: {self.output / 'model'}")

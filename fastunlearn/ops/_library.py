@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 
@@ -12,9 +13,18 @@ LIBRARY = torch.library.Library("fastunlearn", "DEF")
 
 
 def define(name: str, signature: str, eager: Callable, fake: Callable) -> Callable:
-    """Registers `fastunlearn::<name>` with its schema, its eager closed form for every device, and its fake kernel."""
+    """Registers `fastunlearn::<name>` with its schema, its eager closed form for every device, and its fake kernel.
+
+    Ops keep their own precision: a caller's autocast ends at their door, or weights and targets would lose four digits.
+    """
+
+    @functools.wraps(eager)
+    def exact(first, *rest):
+        with torch.autocast(first.device.type, enabled=False):
+            return eager(first, *rest)
+
     LIBRARY.define(name + signature)
-    LIBRARY.impl(name, eager, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, exact, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastunlearn::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.fastunlearn, name).default
 
