@@ -170,6 +170,8 @@ class _Losses:
 
 
 def _trainable(model: Callable, optimizer: torch.optim.Optimizer | None) -> list[nn.Parameter]:
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise TypeError("model: expected a network of one process in this version, got DistributedDataParallel, whose gradients would not be reduced")
     if optimizer is None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module where optimizer is None, got {type(model).__name__}")

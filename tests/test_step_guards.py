@@ -247,6 +247,17 @@ def test_half_precision_masters_and_closures_are_refused():
         vanilla_step(model, torch.optim.LBFGS(model.parameters()), SCHEDULE, images(0))
 
 
+def test_several_processes_are_refused(tmp_path):
+    """DDP reduces neither a second backward nor one with given inputs: without this error each process would go its own way."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(TinyDenoiser())
+        with pytest.raises(TypeError, match=r"model: expected a network of one process in this version, got DistributedDataParallel"):
+            vanilla_step(model, torch.optim.SGD(model.parameters(), lr=0.1), SCHEDULE, images(0))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_distances_of_uint8_rows_are_integers():
     rows = ImageStore(torch.randint(0, 256, (9, 1, 8, 8), dtype=torch.uint8))
     model = TinyDenoiser()
