@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError
@@ -177,6 +177,21 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
         _fsync(path.parent)
     finally:
         _remove_leftovers(path.parent, glob.escape(path.name))
+
+
+@contextmanager
+def atomic_file(path: str | Path, *, mode: int = 0o666) -> Iterator[BinaryIO]:
+    """A temporary file beside `path`, made with `mode` (less the umask), that takes its place, fsynced, when the block ends without an error."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _exchange(first: Path, second: Path) -> bool:

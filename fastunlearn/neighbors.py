@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 import warnings
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from . import _check
+from .checkpoint import atomic_file
 from .neighbor_search import search_float, search_uint8
 from .store import ImageStore
 
@@ -134,16 +133,8 @@ def _write_cache(path: Path, index: Tensor, sqdist: Tensor) -> None:
     """Written aside with mode 0600 and renamed, so a reader finds a whole file or none."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     metadata = {"format": CACHE_FORMAT, "version": str(CACHE_VERSION), "sha256": _result_hash(index, sqdist)}
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{CACHE_FORMAT}-", suffix=".tmp", dir=path.parent)  # mode 0600
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(save({"index": index.contiguous(), "sqdist": sqdist.contiguous()}, metadata=metadata))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with atomic_file(path, mode=0o600) as file:
+        file.write(save({"index": index.contiguous(), "sqdist": sqdist.contiguous()}, metadata=metadata))
 
 
 def _read_cache(path: Path, num_forget: int, num_retain: int, k: int) -> tuple[Tensor, Tensor] | None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from .checkpoint import atomic_file
 from .neighbors import CACHE_FORMAT
 
 RUN_FILE = "run.json"
@@ -221,12 +222,8 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
 
 
 def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with atomic_file(path) as file:
+        file.write(text.encode())
 
 
 def _describe_store(store) -> dict[str, Any] | None:

@@ -31,7 +31,7 @@ class StepOutput(NamedTuple):
     """What a step reports: detached 0-d tensors on the device. Reading one waits for the device, so the caller chooses when."""
 
     loss: Tensor  # what the step descends: with two gradients `retain_loss - scaling_factor * forget_loss`
-    forget_loss: Tensor | None  # unweighted mean over the forget rows; None if the method has no such term
+    forget_loss: Tensor | None  # mean over the forget rows, with importance weights and spread, without lambd; None if the method has no such term
     retain_loss: Tensor | None  # the same over the retain rows
     grad_norm: Tensor  # L2 norm of the combined gradient, before clipping
     correction_norm: Tensor | None  # L2 norm of the forget gradient, for methods that keep it apart
@@ -205,6 +205,25 @@ class StepOptions(TypedDict, total=False):
     lowpass: None
 
 
+def check_options(model, schedule, max_grad_norm, micro_batch_size, autocast_dtype, *, compile, time_window, lowpass) -> None:
+    """The checks that a `*_step` and an `Unlearner` share; none of them reads the device.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    if not isinstance(schedule, NoiseSchedule):
+        raise TypeError(f"schedule: expected a NoiseSchedule (NoiseSchedule.from_diffusers(scheduler) makes one), got {_check.describe(schedule)}")
+    if not callable(model):
+        raise TypeError(f"model: expected a callable (x_t, t, **kwargs), got {_check.describe(model)}")
+    if max_grad_norm is not None:
+        _check.number("max_grad_norm", max_grad_norm, low=0, low_open=True)
+    if micro_batch_size is not None:
+        _check.integer("micro_batch_size", micro_batch_size, low=1)
+    if autocast_dtype is not None and autocast_dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"autocast_dtype: expected torch.bfloat16, torch.float16 or None, got {autocast_dtype!r}")
+    _check.not_in_this_version(compile=compile or None, time_window=time_window, lowpass=lowpass)
+
+
 def _functional_step(
     method: Method,
     model: Callable,
@@ -228,11 +247,7 @@ def _functional_step(
     lowpass: None = None,
 ) -> StepOutput:
     """Validates what a caller's own loop hands over, draws what it left open, and takes the step."""
-    if not isinstance(schedule, NoiseSchedule):
-        raise TypeError(f"schedule: expected a NoiseSchedule (NoiseSchedule.from_diffusers(scheduler) makes one), got {_check.describe(schedule)}")
-    if not callable(model):
-        raise TypeError(f"model: expected a callable (x_t, t, **kwargs), got {_check.describe(model)}")
-    _check.not_in_this_version(compile=compile or None, time_window=time_window, lowpass=lowpass)
+    check_options(model, schedule, max_grad_norm, micro_batch_size, autocast_dtype, compile=compile, time_window=time_window, lowpass=lowpass)
     for name, images, kwargs in (("forget", forget, forget_kwargs), ("retain", retain, retain_kwargs)):
         if name in method.batches:
             _check.images(name, images)
@@ -247,12 +262,6 @@ def _functional_step(
         _check.same_device("forget", forget, "retain", retain)
         if forget.dtype != retain.dtype:
             raise TypeError(f"forget: expected the dtype of retain, {retain.dtype}, got {forget.dtype}")
-    if max_grad_norm is not None:
-        _check.number("max_grad_norm", max_grad_norm, low=0, low_open=True)
-    if micro_batch_size is not None:
-        _check.integer("micro_batch_size", micro_batch_size, low=1)
-    if autocast_dtype is not None and autocast_dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(f"autocast_dtype: expected torch.bfloat16, torch.float16 or None, got {autocast_dtype!r}")
     draws = Draws() if draws is None else draws
     if not isinstance(draws, Draws):
         raise TypeError(f"draws: expected Draws or None, got {_check.describe(draws)}")

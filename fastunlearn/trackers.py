@@ -14,12 +14,12 @@ TRACKERS = ("tensorboard", "wandb")
 class ProgressBar:
     """A rich progress bar; entering it gives `advance(step, metrics)`."""
 
-    def __init__(self, total: int, completed: int, show: bool):
+    def __init__(self, total: int, completed: int, show: bool, label: str = "unlearning"):
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        columns = TextColumn("unlearning"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[shown]}"), TimeRemainingColumn()
+        columns = TextColumn(label), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[shown]}"), TimeRemainingColumn()
         self.bar = Progress(*columns, disable=not show)
-        self.task = self.bar.add_task("unlearning", total=total, completed=completed, shown="")
+        self.task = self.bar.add_task(label, total=total, completed=completed, shown="")
 
     def __enter__(self) -> Callable[[int, dict[str, float]], None]:
         self.bar.__enter__()

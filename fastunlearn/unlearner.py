@@ -15,7 +15,7 @@ from .methods import Batch, Method
 from .neighbors import nearest_neighbors
 from .profiling import stage
 from .schedule import NoiseSchedule
-from .step import StepOutput, take_step
+from .step import StepOutput, check_options, take_step
 from .store import ImageStore, overlap
 
 UINT8_SCALE = (2 / 255) ** 2  # from integer squared distances to those of images in [-1, 1]
@@ -72,25 +72,15 @@ class Unlearner:
     ):
         if not isinstance(method, Method):
             raise TypeError(f"method: expected a method such as ReTrack(), got {_check.describe(method)}")
-        if not isinstance(schedule, NoiseSchedule):
-            raise TypeError(f"schedule: expected a NoiseSchedule (NoiseSchedule.from_diffusers(scheduler) makes one), got {_check.describe(schedule)}")
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {_check.describe(optimizer)}")
-        if not callable(model):
-            raise TypeError(f"model: expected a callable (x_t, t, **kwargs), got {_check.describe(model)}")
+        check_options(model, schedule, max_grad_norm, micro_batch_size, autocast_dtype, compile=compile, time_window=time_window, lowpass=lowpass)
         schedule.check_usable()
         _check.integer("batch_size", batch_size, low=1)
         _check.integer("seed", seed, low=0, high=2**63 - 1)
-        if micro_batch_size is not None:
-            _check.integer("micro_batch_size", micro_batch_size, low=1)
         if total_steps is not None:
             _check.integer("total_steps", total_steps, low=0)
-        if max_grad_norm is not None:
-            _check.number("max_grad_norm", max_grad_norm, low=0, low_open=True)
-        if autocast_dtype is not None and autocast_dtype not in (torch.bfloat16, torch.float16):
-            raise ValueError(f"autocast_dtype: expected torch.bfloat16, torch.float16 or None, got {autocast_dtype!r}")
         check_stores(method, forget, retain, allow_overlap=allow_overlap)
-        _check.not_in_this_version(compile=compile or None, time_window=time_window, lowpass=lowpass)
 
         self.model, self.optimizer, self.schedule, self.method = model, optimizer, schedule, method
         self.batch_size, self.micro_batch_size, self.total_steps, self.seed = batch_size, micro_batch_size, total_steps, seed

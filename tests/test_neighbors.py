@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -301,7 +302,7 @@ def test_failed_cache_write_leaves_nothing(cached, monkeypatch):
     def full_disk(descriptor):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(neighbors.os, "fsync", full_disk)
+    monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError, match="No space"):
         nearest_neighbors(forget, retain, 5, cache_dir=folder)
     assert sorted(folder.iterdir()) == before

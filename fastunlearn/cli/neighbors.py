@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -34,6 +33,7 @@ class Neighbors:
     def run(self) -> int:
         import numpy as np
 
+        from ..checkpoint import atomic_file
         from ..data import load_images
         from ..neighbors import nearest_neighbors
 
@@ -42,8 +42,7 @@ class Neighbors:
         forget, retain = (load_images(paths, size=self.resolution) for paths in (self.forget, self.retain))
         index, sqdist = nearest_neighbors(forget, retain, self.k, show_progress=True)
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        with open(os.open(self.output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-            os.fchmod(file.fileno(), 0o600)
+        with atomic_file(self.output, mode=0o600) as file:
             np.savez(file, index=index.numpy(), sqdist=sqdist.numpy())
         print(f"{self.k} neighbours of {len(forget)} images among {len(retain)}: {self.output}")
         return 0

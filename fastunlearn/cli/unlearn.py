@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -114,6 +113,7 @@ class Unlearn:
         """Each forget image, and what the two models make of it from the same noise."""
         import torch
 
+        from ..checkpoint import atomic_file
         from ..models import load_checkpoint
         from ..report.pictures import side_by_side
         from ..sampling import inject_and_denoise
@@ -126,7 +126,7 @@ class Unlearn:
             chains = inject_and_denoise(network, scheduler, images, timestep, chains=REPORTED_CHAINS, num_inference_steps=min(REPORTED_STEPS, timestep + 1))
             halves.append(torch.cat([images[:, None].cpu(), chains.view(len(images), REPORTED_CHAINS, *images.shape[1:])], dim=1).flatten(0, 1))
         private.mkdir(mode=0o700, exist_ok=True)
-        with open(os.open(private / "reconstructions.png", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        with atomic_file(private / "reconstructions.png", mode=0o600) as file:
             file.write(side_by_side(*halves, columns=1 + REPORTED_CHAINS))
         self._note_private_files(private)
         print(f"forget images and reconstructions, before and after: {private / 'reconstructions.png'}")

@@ -16,6 +16,7 @@ from ..recipes.mnist_tshirt import load_demo
 from ..report import Criterion
 from ..schedule import NoiseSchedule
 from ..store import ImageStore
+from ..trackers import ProgressBar
 from ..unlearner import Unlearner
 from .evaluation import INFERENCE_STEPS, Evaluator, decide, timed
 from .page import print_summary, report
@@ -143,8 +144,6 @@ def forget_tshirt(
     model: torch.nn.Module, scheduler, setting: Setting, forget: ImageStore, retain: ImageStore, steps: int, batch_size: int, seed: int, show_progress: bool
 ) -> list[dict]:
     """Takes the steps on `model` in place; one entry a step, with the numbers of `StepOutput`."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     optimizer = torch.optim.AdamW(model.parameters(), lr=setting.lr, betas=(0.95, 0.999), weight_decay=1e-6, fused=True)
     schedule = NoiseSchedule.from_diffusers(scheduler)
     lr_scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
@@ -153,13 +152,11 @@ def forget_tshirt(
     )
     log = []
     model.train()
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"), TimeRemainingColumn()
-    with Progress(*columns, disable=not show_progress) as progress:
-        task = progress.add_task(f"unlearning with {type(setting.method).__name__}", total=steps, loss="-")
+    with ProgressBar(steps, 0, show_progress, f"unlearning with {type(setting.method).__name__}") as advance:
         for step in range(1, steps + 1):
             output = unlearner.step()
             entry = {name: value.item() for name, value in output._asdict().items() if isinstance(value, Tensor)}
             log.append({"step": step, **entry})
-            progress.update(task, advance=1, loss=f"{entry['loss']:.1f}")
+            advance(step, {**entry, "skipped_steps": int(unlearner.skipped_steps)})
     model.eval()
     return log

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from .. import assets
+from ..checkpoint import atomic_file
 from ..data.idx import idx_header, read_idx
 from ..store import ImageStore
 
@@ -138,21 +139,13 @@ def read_split(folder: str | os.PathLike, dataset: str, split: str) -> tuple[np.
 
 def write_npz(path: Path, **arrays: np.ndarray) -> None:
     """An npz, compressed as far as deflate goes, the same bytes for the same arrays; written beside `path`, synced, then renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with open(temporary, "wb") as file:
-            with zipfile.ZipFile(file, "w") as archive:
-                for name, array in arrays.items():
-                    content = io.BytesIO()
-                    np.lib.format.write_array(content, np.ascontiguousarray(array), allow_pickle=False)
-                    entry = zipfile.ZipInfo(f"{name}.npy")  # a ZipInfo of its own carries no time of day
-                    archive.writestr(entry, content.getbuffer(), compress_type=zipfile.ZIP_DEFLATED, compresslevel=9)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_file(path) as file, zipfile.ZipFile(file, "w") as archive:
+        for name, array in arrays.items():
+            content = io.BytesIO()
+            np.lib.format.write_array(content, np.ascontiguousarray(array), allow_pickle=False)
+            entry = zipfile.ZipInfo(f"{name}.npy")  # a ZipInfo of its own carries no time of day
+            archive.writestr(entry, content.getbuffer(), compress_type=zipfile.ZIP_DEFLATED, compresslevel=9)
 
 
 def _read_checked(folder: Path, name: str, sha256: str) -> np.ndarray:
