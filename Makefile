@@ -40,13 +40,15 @@ $(VENV)/.torch: constraints.txt
 	sed '/^torch==/d' constraints.txt > $@.rest && cat $@.constraint $@.rest > $@.constraints && rm $@.constraint $@.rest
 	touch $@
 
-$(VENV)/.installed: $(VENV)/.torch pyproject.toml
+BUILD := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
+
+$(VENV)/.installed: $(VENV)/.torch $(BUILD)
 	$(PIP) install --quiet -c $(VENV)/.torch.constraints -e .
 	touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.torch pyproject.toml
+$(VENV)/.installed-dev: $(VENV)/.torch $(BUILD)
 	$(PIP) install --quiet -c $(VENV)/.torch.constraints -e '.[dev]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) out build *.egg-info
+	rm -rf $(VENV) out build *.egg-info fastunlearn/_C*.so
