@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .methods import SISS, EraseDiff, NegGrad, ReTrack, Vanilla
     from .neighbors import nearest_neighbors
     from .schedule import NoiseSchedule
+    from .selection import LowPass
     from .step import StepOutput, erasediff_step, neggrad_step, retrack_step, siss_step, vanilla_step
     from .store import ImageStore
     from .unlearner import Unlearner
@@ -27,6 +28,7 @@ __all__ = [
     "Draws",
     "EraseDiff",
     "ImageStore",
+    "LowPass",
     "NegGrad",
     "NoiseSchedule",
     "ReTrack",
@@ -41,7 +43,7 @@ __all__ = [
     "siss_step",
     "vanilla_step",
 ]
-_MODULES = ("functional", "draws", "methods", "neighbors", "schedule", "step", "store", "unlearner")  # where the names above live
+_MODULES = ("functional", "draws", "methods", "neighbors", "schedule", "selection", "step", "store", "unlearner")  # where the names above live
 
 
 def __getattr__(name: str):

@@ -1,24 +1,34 @@
-"""Pure functions on tensors: validate, then call the op. Samples are rows; losses are per sample, summed over elements."""
+"""Pure functions on tensors: validate, then call the op. Samples are rows; losses are per sample, summed over elements.
+
+Where images are asked for, `store.Rows` (rows of a store by index, uint8 or floating) may stand in for a tensor, and `philox.Noise` for
+noise: the op then gathers, dequantises and draws as it reads, and the images and the noise are never stored.
+"""
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _check
-from .ops._library import reference_wanted
+from .ops._library import backend
+from .ops.lowpass_residual import lowpass_residual as _lowpass_residual
 from .ops.mixture import mixture as _mixture
 from .ops.noising import noising as _noising
 from .ops.redirect import redirect as _redirect
 from .ops.residual import residual as _residual
+from .philox import Noise
+from .reference.lowpass_residual import lowpass_residual as _literal_lowpass
 from .reference.mixture import mixture as _literal_mixture
 from .reference.noising import noising as _literal_noising
-from .reference.redirect import prediction_target as _literal_target
+from .reference.noising import prediction_target as _literal_target
 from .reference.redirect import redirect as _literal_redirect
 from .reference.residual import denoising_loss as _literal_loss
 from .schedule import NoiseSchedule
+from .selection import LowPass
+from .store import Rows
 
 
 class Noised(NamedTuple):
@@ -41,31 +51,30 @@ class Mixture(NamedTuple):
     forget_weight: Tensor  # [B] float64
 
 
-def noised(images: Tensor, noise: Tensor, timesteps: Tensor, schedule: NoiseSchedule) -> Noised:
+def noised(images: Tensor | Rows, noise: Tensor | Noise, timesteps: Tensor, schedule: NoiseSchedule) -> Noised:
     """`x_t = alpha_t x_0 + sigma_t eps` and what the network should predict for it (the vanilla denoising target).
 
     Args:
-        images: `[B, C, H, W]` floating point.
-        noise: `[B, C, H, W]`.
+        images: `[B, C, H, W]` floating point, or rows of a store.
+        noise: `[B, C, H, W]`, or a `Noise` to make it from.
         timesteps: `[B]` int64, indices into `schedule`.
 
     Raises:
         TypeError, ValueError: for arguments of another rank, shape, dtype or device.
     """
     coefficients = _prepare("images", images, noise, timesteps, schedule)
-    if reference_wanted():
+    if backend() == "reference":
+        images, noise = _gathered(images), _numbers(noise, images.dtype)
         return Noised(_literal_noising(images, noise, timesteps, schedule), _literal_target(images, noise, timesteps, schedule))
-    x_t = _noising(images, noise, coefficients)
-    if schedule.prediction_type == "epsilon":
-        return Noised(x_t, noise)
-    a, b = (coefficients[:, column].to(images.dtype).view(-1, 1, 1, 1) for column in (2, 3))
-    return Noised(x_t, a * noise + b * images)
+    known = schedule.prediction_type == "epsilon" and isinstance(noise, Tensor)  # the target is the noise itself
+    x_t, target = _noising(*_source(images), coefficients, *_noise_arguments(noise), not known, images.dtype, _channels_last(images))
+    return Noised(x_t, noise if known else target)
 
 
 def redirect(
-    forget: Tensor,
-    neighbors: Tensor,
-    noise: Tensor | None,
+    forget: Tensor | Rows,
+    neighbors: Tensor | Rows,
+    noise: Tensor | Noise | None,
     timesteps: Tensor,
     schedule: NoiseSchedule,
     *,
@@ -78,9 +87,9 @@ def redirect(
     `p = softmax_j(-||x_t - alpha x_j||^2 / (2 sigma^2))`; `p` carries no gradient.
 
     Args:
-        forget: `[B, C, H, W]`, the images to forget.
-        neighbors: `[B, K, C, H, W]`, their nearest neighbours among the images to keep.
-        noise: `[B, C, H, W]`; not used (and may be None) where `x_t` is given, which implies it.
+        forget: `[B, C, H, W]`, the images to forget, or rows of a store.
+        neighbors: `[B, K, C, H, W]`, their nearest neighbours among the images to keep, or rows of a store (index `[B, K]`).
+        noise: `[B, C, H, W]`, or a `Noise` to make it from; not used (and may be None) where `x_t` is given, which implies it.
         timesteps: `[B]` int64, indices into `schedule`.
         x_t: `[B, C, H, W]`, noised forget images made elsewhere; the noise is then `(x_t - alpha a) / sigma`.
         sqdist: `[B, K]`, `||a - x_j||^2` of the float images (uint8 rows: the integer distance times `(2/255)^2`); accumulated in float64 if None.
@@ -88,9 +97,10 @@ def redirect(
     Raises:
         TypeError, ValueError: for arguments of another rank, shape, dtype or device.
     """
-    _check.images("forget", forget)
-    _check.tensor("neighbors", neighbors, ndim=5)
-    if neighbors.shape[1] == 0 or neighbors.shape[0] != forget.shape[0] or neighbors.shape[2:] != forget.shape[1:]:
+    _check_images("forget", forget)
+    if not isinstance(neighbors, Rows):
+        _check.tensor("neighbors", neighbors, ndim=5)
+    if neighbors.shape[1] == 0 or neighbors.ndim != 5 or neighbors.shape[0] != forget.shape[0] or neighbors.shape[2:] != forget.shape[1:]:
         raise ValueError(f"neighbors: expected [B, K, C, H, W] = {_with_k(forget)} with K >= 1, got {tuple(neighbors.shape)}")
     _check.same_device("neighbors", neighbors, "forget", forget)
     if neighbors.dtype != forget.dtype:
@@ -102,16 +112,18 @@ def redirect(
         _check.same_device("sqdist", sqdist, "forget", forget)
     noise = _noise_of("forget", forget, noise, x_t, timesteps, schedule)
     coefficients = _prepare("forget", forget, noise, timesteps, schedule)
-    if reference_wanted():
-        return Redirect(*_literal_redirect(forget, neighbors, noise, timesteps, schedule, x_t=x_t))
-    made, target, spread, weights = _redirect(forget, neighbors, noise, coefficients, sqdist)
+    if backend() == "reference":
+        forget, neighbors = _gathered(forget), _gathered(neighbors)
+        return Redirect(*_literal_redirect(forget, neighbors, _numbers(noise, forget.dtype), timesteps, schedule, x_t=x_t))
+    rest = coefficients, sqdist, *_noise_arguments(noise), forget.dtype, _channels_last(forget)
+    made, target, spread, weights = _redirect(*_source(forget), *_source(neighbors), *rest)
     return Redirect(made if x_t is None else x_t, target, spread, weights)
 
 
 def mixture(
-    retain: Tensor,
-    forget: Tensor,
-    noise: Tensor | None,
+    retain: Tensor | Rows,
+    forget: Tensor | Rows,
+    noise: Tensor | Noise | None,
     timesteps: Tensor,
     schedule: NoiseSchedule,
     lambd: float,
@@ -123,9 +135,9 @@ def mixture(
     """The SISS mixture sample with both targets and importance weights (SISS Eq. 6); `(1 - lambd) w_x + lambd w_a = 1`.
 
     Args:
-        retain: `[B, C, H, W]`, images to keep.
-        forget: `[B, C, H, W]`, images to forget.
-        noise: `[B, C, H, W]`; not used (and may be None) where `x_t` is given, which implies it.
+        retain: `[B, C, H, W]`, images to keep, or rows of a store.
+        forget: `[B, C, H, W]`, images to forget, or rows of a store.
+        noise: `[B, C, H, W]`, or a `Noise` to make it from; not used (and may be None) where `x_t` is given, which implies it.
         timesteps: `[B]` int64, indices into `schedule`.
         lambd: in [0, 1], the share of forget images in the mixture.
         from_forget: `[B]` bool, True where `x_t` is made from the forget image.
@@ -135,8 +147,11 @@ def mixture(
     Raises:
         TypeError, ValueError: for arguments of another rank, shape, dtype or device, or lambd outside [0, 1].
     """
-    _check.images("retain", retain)
-    _check.like("forget", forget, "retain", retain)
+    _check_images("retain", retain)
+    _check_images("forget", forget)
+    if forget.shape != retain.shape:
+        raise ValueError(f"forget: expected the shape of retain, {tuple(retain.shape)}, got {tuple(forget.shape)}")
+    _check.same_device("forget", forget, "retain", retain)
     if forget.dtype != retain.dtype:
         raise TypeError(f"forget: expected the dtype of retain, {retain.dtype}, got {forget.dtype}")
     lambd = _check.number("lambd", lambd, low=0, high=1)
@@ -146,52 +161,109 @@ def mixture(
     if time_log_ratio is not None:
         _check.vector("time_log_ratio", time_log_ratio, len(retain), retain.device)
     if x_t is not None:
-        noise = _noise_of("retain", torch.where(from_forget.view(-1, 1, 1, 1), forget, retain), noise, x_t, timesteps, schedule)
+        noise = _noise_of("retain", torch.where(from_forget.view(-1, 1, 1, 1), _gathered(forget), _gathered(retain)), noise, x_t, timesteps, schedule)
     coefficients = _prepare("retain", retain, noise, timesteps, schedule)
-    if reference_wanted():
+    if backend() == "reference":
+        retain, forget = _gathered(retain), _gathered(forget)
+        noise = _numbers(noise, retain.dtype)
         return Mixture(*_literal_mixture(retain, forget, noise, timesteps, schedule, lambd, from_forget, x_t=x_t, time_log_ratio=time_log_ratio))
-    made, *rest = _mixture(retain, forget, noise, coefficients, from_forget, lambd, time_log_ratio)
-    return Mixture(made if x_t is None else x_t, *rest)
+    rest = coefficients, from_forget, lambd, time_log_ratio, *_noise_arguments(noise), retain.dtype, _channels_last(retain)
+    made, *targets_and_weights = _mixture(*_source(retain), *_source(forget), *rest)
+    return Mixture(made if x_t is None else x_t, *targets_and_weights)
 
 
-def denoising_loss(prediction: Tensor, target: Tensor, weight: Tensor | None = None, lowpass: None = None) -> Tensor:
+def denoising_loss(prediction: Tensor, target: Tensor, weight: Tensor | None = None, lowpass: LowPass | None = None) -> Tensor:
     """`weight ||prediction - target||^2` per sample, `[B]`, summed over elements; differentiable in `prediction` only.
 
     Args:
         prediction: `[B, C, H, W]`, any floating dtype; sums are float32 or better.
         target: `[B, C, H, W]`.
         weight: `[B]`; None is 1.
-        lowpass: not in this version; None.
+        lowpass: the band of spatial frequencies that counts (arXiv 2510.17917, Eq. 8); None: all.
 
     Raises:
         TypeError, ValueError: for arguments of another rank, shape or device.
         ValueError: if target or weight require a gradient, which this loss does not give them.
     """
-    _check.not_in_this_version(lowpass=lowpass)
-    return weighted_residual(prediction, target, weight)[0]
+    return weighted_residual(prediction, target, weight, lowpass)[0]
 
 
-def weighted_residual(prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`denoising_loss` and, from the same pass, its gradient `2 weight (prediction - target)` `[B, C, H, W]` in the dtype of `prediction`."""
+def weighted_residual(prediction: Tensor, target: Tensor, weight: Tensor | None = None, lowpass: LowPass | None = None) -> tuple[Tensor, Tensor]:
+    """`denoising_loss` and, from the same pass, its gradient `[B, C, H, W]` in the dtype of `prediction`."""
     _check.images("prediction", prediction)
     _check.like("target", target, "prediction", prediction)
     weight = torch.ones(len(prediction), device=prediction.device) if weight is None else _check.vector("weight", weight, len(prediction), prediction.device)
     for name, value in (("target", target), ("weight", weight)):
         if value.requires_grad:
             raise ValueError(f"{name}: expected no gradient (the loss is differentiable in prediction only), got requires_grad=True; detach it")
-    if reference_wanted():
-        return _literal_loss(prediction, target, weight), 2 * weight.to(prediction.dtype).view(-1, 1, 1, 1) * (prediction - target).detach()
-    return _residual(prediction, target, weight)
+    if lowpass is None:
+        if backend() == "reference":
+            return _literal_loss(prediction, target, weight), 2 * weight.to(prediction.dtype).view(-1, 1, 1, 1) * (prediction - target).detach()
+        return _residual(prediction, target, weight)
+    if not isinstance(lowpass, LowPass):
+        raise TypeError(f"lowpass: expected a LowPass or None, got {_check.describe(lowpass)}")
+    band, inside, outside = _mask(lowpass, *prediction.shape[-2:], prediction.device)
+    if backend() == "reference":
+        return _literal_lowpass(prediction, target, weight, band, inside, outside)
+    return _lowpass_residual(prediction, target, weight, band, inside, outside)
 
 
-def _prepare(name: str, images: Tensor, noise: Tensor | None, timesteps: Tensor, schedule: NoiseSchedule) -> Tensor:
-    _check.images(name, images)
-    _check.like("noise", noise, name, images)
+def _mask(lowpass: LowPass, height: int, width: int, device: torch.device) -> tuple[Tensor, float, float]:
+    return _cached_mask(lowpass, height, width, device)
+
+
+@functools.lru_cache(maxsize=64)
+def _cached_mask(lowpass: LowPass, height: int, width: int, device: torch.device) -> tuple[Tensor, float, float]:
+    band, inside, outside = lowpass.mask(height, width)
+    return band.to(device), inside, outside
+
+
+# What torch.compiler.assume_constant_result sets; the decorator itself would import torch._dynamo, and with it Triton, at every start.
+_mask._dynamo_marked_constant = True
+
+
+def _check_images(name: str, images: Tensor | Rows) -> None:
+    if not isinstance(images, Rows):
+        _check.images(name, images)
+    elif len(images) == 0:
+        raise ValueError(f"{name}: expected at least one row, got none")
+
+
+def _source(images: Tensor | Rows) -> tuple[Tensor, Tensor | None]:
+    """`(images, index)` as the ops take them."""
+    return (images.images, images.index) if isinstance(images, Rows) else (images, None)
+
+
+def _gathered(images: Tensor | Rows) -> Tensor:
+    return images.gather() if isinstance(images, Rows) else images
+
+
+def _noise_arguments(noise: Tensor | Noise) -> tuple[Tensor | None, Tensor | None, int]:
+    """`(noise, counter, purpose)` as the ops take them."""
+    return (None, noise.counter, int(noise.purpose)) if isinstance(noise, Noise) else (noise, None, 0)
+
+
+def _numbers(noise: Tensor | Noise, dtype: torch.dtype) -> Tensor:
+    return noise.numbers(dtype) if isinstance(noise, Noise) else noise
+
+
+def _channels_last(images: Tensor | Rows) -> bool:
+    return isinstance(images, Tensor) and not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last)
+
+
+def _prepare(name: str, images: Tensor | Rows, noise: Tensor | Noise | None, timesteps: Tensor, schedule: NoiseSchedule) -> Tensor:
+    _check_images(name, images)
+    if isinstance(noise, Noise):
+        if tuple(noise.shape) != tuple(images.shape):
+            raise ValueError(f"noise: expected the shape of {name}, {tuple(images.shape)}, got {tuple(noise.shape)}")
+        _check.vector("noise.counter", noise.counter, 3, images.device, floating=False)
+    else:
+        _check.like("noise", noise, name, images)
     _check_timesteps(timesteps, images, schedule)
     return schedule.coefficients(timesteps)
 
 
-def _check_timesteps(timesteps: Tensor, images: Tensor, schedule: NoiseSchedule) -> None:
+def _check_timesteps(timesteps: Tensor, images: Tensor | Rows, schedule: NoiseSchedule) -> None:
     if not isinstance(schedule, NoiseSchedule):
         raise TypeError(f"schedule: expected a NoiseSchedule (NoiseSchedule.from_diffusers(scheduler) makes one), got {_check.describe(schedule)}")
     _check.vector("timesteps", timesteps, len(images), images.device, floating=False)
@@ -199,16 +271,19 @@ def _check_timesteps(timesteps: Tensor, images: Tensor, schedule: NoiseSchedule)
         _check.timestep_values(timesteps, schedule)
 
 
-def _noise_of(name: str, images: Tensor, noise: Tensor | None, x_t: Tensor | None, timesteps: Tensor, schedule: NoiseSchedule) -> Tensor:
+def _noise_of(
+    name: str, images: Tensor | Rows, noise: Tensor | Noise | None, x_t: Tensor | None, timesteps: Tensor, schedule: NoiseSchedule
+) -> Tensor | Noise | None:
     """The noise that `x_t` implies, or `noise` where `x_t` is not given."""
     if x_t is None:
         return noise
+    images = _gathered(images)
     _check.like("x_t", x_t, name, images)
     _check_timesteps(timesteps, images, schedule)
     alpha, sigma = (schedule.coefficients(timesteps)[:, column].view(-1, 1, 1, 1) for column in (0, 1))
     return ((x_t.double() - alpha * images.double()) / sigma).to(images.dtype)
 
 
-def _with_k(images: Tensor) -> str:
+def _with_k(images: Tensor | Rows) -> str:
     batch, *rest = images.shape
     return f"({batch}, K, {', '.join(map(str, rest))})"

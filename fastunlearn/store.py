@@ -6,6 +6,7 @@ import hashlib
 import os
 import warnings
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -84,6 +85,10 @@ class ImageStore:
         """
         return network_input(self.raw(index))
 
+    def lazy(self, index: Tensor) -> Rows:
+        """Rows `index` (`[B]` or `[B, K]` int64) for an op to read: nothing is gathered yet."""
+        return Rows(self.images, index.to(self.device))
+
     def raw(self, index: Tensor) -> Tensor:
         """Rows `index` (`[B]` int64) as stored, `[B, C, H, W]`, contiguous."""
         return self.images.index_select(0, index.to(self.device))
@@ -134,6 +139,44 @@ class ImageStore:
             if not self.latents and max(-low, high) > 1 + RANGE_ROUNDING:
                 hint = "uint8 images, float images within [-1, 1], or latents=True"
                 raise ValueError(f"images: expected {hint}, got float values in [{low:.6g}, {high:.6g}] (rows {start} to {start + len(rows) - 1})")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a store in place of images: `images[index]` as network input, gathered and dequantised by the op that reads them.
+
+    Args:
+        images: `[N, C, H, W]` as stored, uint8 or floating.
+        index: int64 `[B]`, or `[B, K]` for K neighbours of each row.
+    """
+
+    images: Tensor
+    index: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the images: `(B, C, H, W)` or `(B, K, C, H, W)`."""
+        return (*self.index.shape, *self.images.shape[1:])
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the network input."""
+        return torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        return self.images.device
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def gather(self) -> Tensor:
+        """The images, float32."""
+        return network_input(self.images[self.index])
 
 
 def network_input(rows: Tensor) -> Tensor:

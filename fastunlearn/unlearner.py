@@ -134,14 +134,13 @@ class Unlearner:
         forget = retain = neighbors = sqdist = None
         if "forget" in method.batches:
             rows = self._rows("draws.forget_rows", draws.forget_rows, self.forget, source, Purpose.FORGET_ROWS)
-            forget = self.forget.rows(rows)
+            forget = self.forget.lazy(rows)
             if self.neighbors is not None:
                 index, distances = self.neighbors
-                neighbors = self.retain.rows(index[rows].flatten()).view(*index[rows].shape, *forget.shape[1:])
-                sqdist = distances[rows]
+                neighbors, sqdist = self.retain.lazy(index[rows]), distances[rows]
         if "retain" in method.batches:
             rows = self._rows("draws.retain_rows", draws.retain_rows, self.retain, source, Purpose.RETAIN_ROWS)
-            retain = self.retain.rows(rows)
+            retain = self.retain.lazy(rows)
         draws = replace(draws, **{f"{branch}_rows": None for branch in ("forget", "retain") if branch in method.batches})
         draw.validate(draws, method.draws, forget, retain)
         return Batch(forget, retain, neighbors, sqdist), draw.complete(draws, method, source, forget, retain, len(self.schedule))

@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).parents[1] / "fastunlearn"
 # Lower layers first: a module imports only from layers below its own (and from within its own).
 LAYERS = [
     {"_check", "profiling", "assets"},
-    {"schedule", "store", "state_tree"},
-    {"checkpoint"},
+    {"schedule", "store", "state_tree", "philox", "selection"},
+    {"checkpoint", "kernels"},
     {"reference", "ops", "data"},
     {"functional", "neighbor_search", "neighbors"},
     {"draws", "gradients"},

@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import gradients
 from ..draws import Draws
 from ..schedule import NoiseSchedule
+from ..store import Rows
 
 Role = Literal["retain", "forget"]
 
@@ -19,9 +20,9 @@ Role = Literal["retain", "forget"]
 class Batch:
     """What a step works on. Conditioning (`*_kwargs`) has the batch as its leading dimension."""
 
-    forget: Tensor | None = None  # [B, C, H, W]
-    retain: Tensor | None = None  # [B, C, H, W]
-    neighbors: Tensor | None = None  # [B, K, C, H, W]
+    forget: Tensor | Rows | None = None  # [B, C, H, W]
+    retain: Tensor | Rows | None = None  # [B, C, H, W]
+    neighbors: Tensor | Rows | None = None  # [B, K, C, H, W]
     sqdist: Tensor | None = None  # [B, K] float64
     forget_kwargs: dict[str, Any] = field(default_factory=dict)
     retain_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -99,7 +100,7 @@ class Method:
         raise NotImplementedError
 
 
-def mean_weight(batch: Tensor) -> Tensor:
+def mean_weight(batch: Tensor | Rows) -> Tensor:
     """`[B]`, the weight 1 / B of a plain mean over the batch."""
     return torch.full((len(batch),), 1 / len(batch), device=batch.device, dtype=torch.promote_types(batch.dtype, torch.float32))
 

@@ -9,7 +9,9 @@ from torch import Tensor
 from .. import _check, gradients
 from .. import functional as F
 from ..draws import Draws
+from ..philox import Noise
 from ..schedule import NoiseSchedule
+from ..store import Rows
 from .base import Batch, Method, Pass, Term, map_tensors, mean_weight
 
 SMALLEST_RELATIVE_WEIGHT = 2.0**-60
@@ -76,7 +78,8 @@ class SISS(Method):
 
     def _bernoulli(self, batch: Batch, draws: Draws, schedule: NoiseSchedule) -> list[Pass]:
         noise, timesteps, kwargs = _picked(batch, draws)
-        x_t, target = F.noised(_where(draws.from_forget, batch.forget, batch.retain), noise, timesteps, schedule)
+        forget, retain = (images.gather() if isinstance(images, Rows) else images for images in (batch.forget, batch.retain))
+        x_t, target = F.noised(_where(draws.from_forget, forget, retain), noise, timesteps, schedule)
         from_forget = draws.from_forget.to(mean_weight(x_t).dtype) / len(x_t)
         from_retain = (~draws.from_forget).to(from_forget.dtype) / (len(x_t) * (1 - self.lambd))
         return [Pass(x_t, timesteps, (Term("forget", target, from_forget), Term("retain", target, from_retain)), kwargs)]
@@ -90,9 +93,12 @@ class SISS(Method):
         ]
 
 
-def _picked(batch: Batch, draws: Draws) -> tuple[Tensor, Tensor, dict]:
+def _picked(batch: Batch, draws: Draws) -> tuple[Tensor | Noise, Tensor, dict]:
     """Noise, timesteps and conditioning of the branch that each row is made from."""
-    noise = _where(draws.from_forget, draws.forget_noise, draws.retain_noise)
+    noise = draws.forget_noise
+    if draws.retain_noise is not noise:
+        noises = (noise.numbers() if isinstance(noise, Noise) else noise for noise in (draws.forget_noise, draws.retain_noise))
+        noise = _where(draws.from_forget, *noises)
     timesteps = _where(draws.from_forget, draws.forget_timesteps, draws.retain_timesteps)
     return noise, timesteps, map_tensors(lambda forget, retain: _where(draws.from_forget, forget, retain), batch.forget_kwargs, batch.retain_kwargs)
 

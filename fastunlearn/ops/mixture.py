@@ -11,29 +11,34 @@ import math
 import torch
 from torch import Tensor
 
-from ._library import define, per_row
+from .. import philox
+from ._library import compute_dtype, define, dense, empty_images, laid_out, per_row, picked, served
 
 
 def mixture(
-    retain: Tensor, forget: Tensor, noise: Tensor, coefficients: Tensor, from_forget: Tensor, lambd: float, time_log_ratio: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`x_t`, retain target, forget target (all `[B, C, H, W]`), retain weight and forget weight (both `[B]` float64).
+    retain: Tensor, retain_index: Tensor | None, forget: Tensor, forget_index: Tensor | None, coefficients: Tensor, from_forget: Tensor, lambd: float,
+    time_log_ratio: Tensor | None, noise: Tensor | None, counter: Tensor | None, purpose: int, dtype: torch.dtype, channels_last: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`x_t` in `dtype`, retain and forget target in float32 or better (all `[B, C, H, W]`), retain and forget weight (both `[B]` float64).
 
     Args:
-        retain: `[B, C, H, W]`, images to keep, `x`.
-        forget: `[B, C, H, W]`, images to forget, `a`.
-        noise: `[B, C, H, W]`.
+        retain: `[N, C, H, W]` uint8 or floating, images to keep, `x`.
+        retain_index: `[B]` int64, rows of `retain`; None: all, in order.
+        forget, forget_index: the same for the images to forget, `a`.
         coefficients: `[B, 5]` float64, `NoiseSchedule.coefficients`.
         from_forget: `[B]` bool, True where `x_t` is made from the forget image.
         lambd: the share of forget images in the mixture.
         time_log_ratio: `[B]`, `log p_forget(t) / p_retain(t)` where the two branches draw timesteps from different densities.
+        noise: `[B, C, H, W]`; None: made from `counter` (int64 `[3]`) and `purpose`, see `philox.Noise`.
+        channels_last: the memory layout of the results.
     """
-    return _op(retain, forget, noise, coefficients, from_forget, lambd, time_log_ratio)
+    return _op(retain, retain_index, forget, forget_index, coefficients, from_forget, lambd, time_log_ratio, noise, counter, purpose, dtype, channels_last)
 
 
-def _eager(
-    retain: Tensor, forget: Tensor, noise: Tensor, coefficients: Tensor, from_forget: Tensor, lambd: float, time_log_ratio: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _eager(retain, retain_index, forget, forget_index, coefficients, from_forget, lambd, time_log_ratio, noise, counter, purpose, dtype, channels_last):
+    precision = compute_dtype(retain, forget, noise)
+    retain, forget = served(picked(retain, retain_index), precision), served(picked(forget, forget_index), precision)
+    noise = philox.normal(retain.shape, counter, purpose) if noise is None else noise.to(precision)
     alpha, sigma, a, b, c = coefficients.unbind(1)
     rho = alpha / sigma
     difference = (retain - forget).flatten(1).double()
@@ -49,25 +54,29 @@ def _eager(
         logit = math.log(lambd) - math.log1p(-lambd)
         retain_weight, forget_weight = torch.sigmoid(-(u + logit)) / (1 - lambd), torch.sigmoid(u + logit) / lambd
 
-    picked = torch.where(from_forget.view(-1, *[1] * (retain.ndim - 1)), forget, retain)
-    x_t = per_row(alpha, picked) * picked + per_row(sigma, picked) * noise
-    base = per_row(a, picked) * noise + per_row(b, picked) * picked
-    retain_target = base + per_row(c, picked) * (picked - retain)
-    forget_target = base + per_row(c, picked) * (picked - forget)
-    return x_t, retain_target, forget_target, retain_weight, forget_weight
+    chosen = torch.where(from_forget.view(-1, *[1] * (retain.ndim - 1)), forget, retain)
+    x_t = per_row(alpha, chosen) * chosen + per_row(sigma, chosen) * noise
+    base = per_row(a, chosen) * noise + per_row(b, chosen) * chosen
+    targets = (laid_out(base + per_row(c, chosen) * (chosen - images), _target_dtype(dtype), channels_last) for images in (retain, forget))
+    return laid_out(x_t, dtype, channels_last), *targets, retain_weight, forget_weight
 
 
-def _fake(
-    retain: Tensor, forget: Tensor, noise: Tensor, coefficients: Tensor, from_forget: Tensor, lambd: float, time_log_ratio: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    weight = coefficients.new_empty(len(coefficients))
-    return torch.empty_like(retain), torch.empty_like(retain), torch.empty_like(retain), weight, torch.empty_like(weight)
+def _empty(retain, retain_index, forget, forget_index, coefficients, from_forget, lambd, time_log_ratio, noise, counter, purpose, dtype, channels_last):
+    x_t = empty_images(retain, retain_index, dtype, channels_last)
+    target, weight = torch.empty_like(x_t, dtype=_target_dtype(dtype)), coefficients.new_empty(len(coefficients))
+    return x_t, target, torch.empty_like(target), weight, torch.empty_like(weight)
+
+
+def _target_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 _op = define(
     "mixture",
-    "(Tensor retain, Tensor forget, Tensor noise, Tensor coefficients, Tensor from_forget, float lambd, Tensor? time_log_ratio)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _eager,
-    _fake,
+    "Tensor retain, Tensor? retain_index, Tensor forget, Tensor? forget_index, Tensor coefficients, Tensor from_forget, float lambd,"
+    " Tensor? time_log_ratio, Tensor? noise, Tensor? counter, int purpose, ScalarType dtype, bool channels_last",
+    ("x_t", "retain_target", "forget_target", "retain_weight", "forget_weight"),
+    empty=_empty,
+    eager=_eager,
+    prepare=dense,
 )

@@ -9,46 +9,51 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._library import define, per_row
+from .. import philox
+from ._library import compute_dtype, define, dense, empty_images, laid_out, per_row, picked, served
 
 _CHUNK_ELEMENTS = 1 << 22  # temporaries over neighbours stay below this many elements
 
 
-def redirect(forget: Tensor, neighbors: Tensor, noise: Tensor, coefficients: Tensor, sqdist: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`x_t`, target (both `[B, C, H, W]`), spread `[B]` and weights `[B, K]`.
+def redirect(
+    images: Tensor, index: Tensor | None, neighbors: Tensor, neighbor_index: Tensor | None, coefficients: Tensor, sqdist: Tensor | None,
+    noise: Tensor | None, counter: Tensor | None, purpose: int, dtype: torch.dtype, channels_last: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`x_t` in `dtype`, target in float32 or better (both `[B, C, H, W]`), spread `[B]` and weights `[B, K]`.
 
     Args:
-        forget: `[B, C, H, W]`, the images to forget.
-        neighbors: `[B, K, C, H, W]`, their neighbours among the images to keep.
-        noise: `[B, C, H, W]`.
+        images: `[N, C, H, W]` uint8 or floating, the images to forget.
+        index: `[B]` int64, rows of `images`; None: all, in order.
+        neighbors: `[B, K, C, H, W]`, their neighbours among the images to keep; with `neighbor_index` `[M, C, H, W]`, the rows to keep.
+        neighbor_index: `[B, K]` int64, rows of `neighbors`, or None.
         coefficients: `[B, 5]` float64, `NoiseSchedule.coefficients`.
-        sqdist: `[B, K]` float64, `||a - x_j||^2`; None: accumulated here in float64.
+        sqdist: `[B, K]` float64, `||a - x_j||^2` in the scale of network input; None: accumulated in float64.
+        noise: `[B, C, H, W]`; None: made from `counter` (int64 `[3]`) and `purpose`, see `philox.Noise`.
+        channels_last: the memory layout of the results.
     """
-    return _op(forget, neighbors, noise, coefficients, squared_distances(forget, neighbors) if sqdist is None else sqdist)
+    return _op(images, index, neighbors, neighbor_index, coefficients, sqdist, noise, counter, purpose, dtype, channels_last)
 
 
-def squared_distances(forget: Tensor, neighbors: Tensor) -> Tensor:
-    """`||a - x_j||^2` `[B, K]`, differences and sums in float64 (float32 loses the softmax at small t)."""
-    center = forget.flatten(1).double().unsqueeze(1)
-    return torch.cat([(center - part.double()).square().sum(-1) for part in _parts(neighbors.flatten(2))], dim=1)
-
-
-def _eager(forget: Tensor, neighbors: Tensor, noise: Tensor, coefficients: Tensor, sqdist: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _eager(images, index, neighbors, neighbor_index, coefficients, sqdist, noise, counter, purpose, dtype, channels_last):
+    precision = compute_dtype(images, neighbors, noise)
+    forget = served(picked(images, index), precision)
+    noise = philox.normal(forget.shape, counter, purpose) if noise is None else noise.to(precision)
+    rows = picked(neighbors, neighbor_index).flatten(2)  # [B, K, D], as stored
     alpha, sigma, a, b, c = coefficients.unbind(1)
     rho = (alpha / sigma).unsqueeze(1)
-    rows = neighbors.flatten(2)  # [B, K, D]
-    eps = noise.flatten(1).to(rows.dtype)
+    center, eps = forget.flatten(1).unsqueeze(1), noise.flatten(1)
 
     # <eps, x_j - a>, of differences: against images at a distance of 0.003 per element, <eps, x_j> alone would lose 30 times the precision at t = 0.
-    center = forget.flatten(1).unsqueeze(1)
-    dots = torch.cat([torch.bmm(part - center, eps.unsqueeze(2)) for part in _parts(rows)], dim=1).squeeze(2).double()
+    dots = torch.cat([torch.bmm(part - center, eps.unsqueeze(2)) for part in _parts(rows, precision)], dim=1).squeeze(2).double()
+    if sqdist is None:  # differences and sums in float64: float32 loses the softmax at small t
+        sqdist = torch.cat([(center.double() - part.double()).square().sum(-1) for part in _parts(rows, precision)], dim=1)
     farther = sqdist.double() - sqdist.double().amin(1, keepdim=True)
-    weights = torch.softmax(rho * dots - 0.5 * rho.square() * farther, dim=1).to(rows.dtype)
+    weights = torch.softmax(rho * dots - 0.5 * rho.square() * farther, dim=1).to(precision)
 
     # Mean and spread about the heaviest neighbour: where the weights are one-hot, nothing cancels.
-    heaviest = rows.gather(1, weights.argmax(1).view(-1, 1, 1).expand(-1, 1, rows.shape[2]))
+    heaviest = served(rows.gather(1, weights.argmax(1).view(-1, 1, 1).expand(-1, 1, rows.shape[2])), precision)
     offset, energy = torch.zeros_like(heaviest), torch.zeros_like(weights[:, :1])
-    for part, p in zip(_parts(rows), weights.split(_neighbors_per_part(rows), dim=1), strict=True):
+    for part, p in zip(_parts(rows, precision), weights.split(_neighbors_per_part(rows), dim=1), strict=True):
         y = part - heaviest
         offset = offset + torch.bmm(p.unsqueeze(1), y)
         energy = energy + (p * y.square().sum(-1)).sum(1, keepdim=True)
@@ -57,22 +62,34 @@ def _eager(forget: Tensor, neighbors: Tensor, noise: Tensor, coefficients: Tenso
     toward = ((center - heaviest) - offset).view_as(forget)  # a - sum_j p_j x_j
     x_t = per_row(alpha, forget) * forget + per_row(sigma, forget) * noise
     target = per_row(a, forget) * noise + per_row(b, forget) * forget + per_row(c, forget) * toward
-    return x_t, target, spread.to(weights.dtype), weights
+    return laid_out(x_t, dtype, channels_last), laid_out(target, _target_dtype(dtype), channels_last), spread.to(precision), weights
 
 
-def _fake(forget: Tensor, neighbors: Tensor, noise: Tensor, coefficients: Tensor, sqdist: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, k = neighbors.shape[:2]
-    return torch.empty_like(forget), torch.empty_like(forget), neighbors.new_empty(batch), neighbors.new_empty(batch, k)
+def _empty(images, index, neighbors, neighbor_index, coefficients, sqdist, noise, counter, purpose, dtype, channels_last):
+    precision = compute_dtype(images, neighbors, noise)
+    x_t = empty_images(images, index, dtype, channels_last)
+    batch, k = neighbors.shape[:2] if neighbor_index is None else neighbor_index.shape
+    return x_t, torch.empty_like(x_t, dtype=_target_dtype(dtype)), x_t.new_empty(batch, dtype=precision), x_t.new_empty((batch, k), dtype=precision)
+
+
+def _target_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _neighbors_per_part(rows: Tensor) -> int:
     return max(1, _CHUNK_ELEMENTS // (rows.shape[0] * rows.shape[2]))
 
 
-def _parts(rows: Tensor) -> tuple[Tensor, ...]:
-    return rows.split(_neighbors_per_part(rows), dim=1)
+def _parts(rows: Tensor, dtype: torch.dtype):
+    return (served(part, dtype) for part in rows.split(_neighbors_per_part(rows), dim=1))
 
 
 _op = define(
-    "redirect", "(Tensor forget, Tensor neighbors, Tensor noise, Tensor coefficients, Tensor sqdist) -> (Tensor, Tensor, Tensor, Tensor)", _eager, _fake
+    "redirect",
+    "Tensor images, Tensor? index, Tensor neighbors, Tensor? neighbor_index, Tensor coefficients, Tensor? sqdist,"
+    " Tensor? noise, Tensor? counter, int purpose, ScalarType dtype, bool channels_last",
+    ("x_t", "target", "spread", "weights"),
+    empty=_empty,
+    eager=_eager,
+    prepare=dense,
 )

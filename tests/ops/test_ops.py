@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from fastunlearn import functional as F
-from fastunlearn.ops.redirect import squared_distances
 from fastunlearn.testing.factories import linear_schedule, mixture_inputs, redirect_inputs
 
 SCHEDULE = linear_schedule()
@@ -23,16 +22,41 @@ def arguments(op, dtype=torch.float32, shape=(3, 5, 7)):
     a = redirect_inputs(shape=shape, dtype=dtype)
     m = mixture_inputs(batch=3, shape=shape, dtype=dtype)
     coefficients = SCHEDULE.coefficients(a.timesteps)
+    prediction, weight = a.forget.clone().requires_grad_(), torch.rand(3)
+    given = a.noise, None, 0
     return {
-        "noising": lambda: (a.forget, a.noise, coefficients),
-        "redirect": lambda: (a.forget, a.neighbors, a.noise, coefficients, squared_distances(a.forget, a.neighbors)),
-        "mixture": lambda: (m.retain, m.forget, m.noise, SCHEDULE.coefficients(m.timesteps), m.from_forget, 0.3, None),
-        "residual": lambda: (a.forget.clone().requires_grad_(), a.noise, torch.rand(3)),
+        "noising": lambda: (a.forget, None, coefficients, *given, True, dtype, False),
+        "redirect": lambda: (a.forget, None, a.neighbors, None, coefficients, None, *given, dtype, False),
+        "mixture": lambda: (m.retain, None, m.forget, None, SCHEDULE.coefficients(m.timesteps), m.from_forget, 0.3, None, *given, dtype, False),
+        "residual": lambda: (prediction, a.noise, weight),
+        "lowpass_residual": lambda: (prediction, a.noise, weight, torch.ones(2, 3), 1.0, 0.5),
     }[op]()
 
 
+def from_store(op):
+    """The same ops on rows of a uint8 store by index, with noise from a counter and results laid out channels last."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (6, 3, 5, 7), dtype=torch.uint8, generator=generator)
+    index, many = torch.tensor([4, 0, 4]), torch.randint(6, (3, 2), generator=generator)
+    coefficients, chosen = SCHEDULE.coefficients(torch.tensor([0, 500, 999])), torch.tensor([True, False, True])
+    drawn = None, torch.tensor([7, 3, 0]), 5
+    return {
+        "noising": lambda: (images, index, coefficients, *drawn, True, torch.bfloat16, True),
+        "redirect": lambda: (images, index, images, many, coefficients, None, *drawn, torch.float32, True),
+        "mixture": lambda: (images, index, images, many[:, 0].contiguous(), coefficients, chosen, 0.3, None, *drawn, torch.float32, True),
+    }[op]()
+
+
+OPS = ["noising", "redirect", "mixture", "residual", "lowpass_residual"]
+
+
+@pytest.mark.parametrize("op", OPS[:3])
+def test_opcheck_from_a_store(op):
+    torch.library.opcheck(getattr(torch.ops.fastunlearn, op).default, from_store(op))
+
+
 @pytest.mark.parametrize("layout", ["dense", "permuted"])
-@pytest.mark.parametrize("op", ["noising", "redirect", "mixture", "residual"])
+@pytest.mark.parametrize("op", OPS)
 def test_opcheck(op, layout):
     inputs = arguments(op)
     if layout == "permuted":
@@ -41,7 +65,7 @@ def test_opcheck(op, layout):
 
 
 @pytest.mark.parametrize("layout", ["dense", "permuted"])
-@pytest.mark.parametrize("op", ["noising", "redirect", "mixture", "residual"])
+@pytest.mark.parametrize("op", OPS)
 def test_layout_does_not_change_values(op, layout):
     inputs = [value.detach() if isinstance(value, torch.Tensor) else value for value in arguments(op, torch.float64)]
     other = [permuted(value) if isinstance(value, torch.Tensor) else value for value in inputs]
@@ -114,5 +138,5 @@ def test_backend_can_be_forced(backend, monkeypatch):
 
 def test_unknown_backend_is_refused(monkeypatch):
     monkeypatch.setenv("FASTUNLEARN_BACKEND", "tritn")
-    with pytest.raises(ValueError, match=r"FASTUNLEARN_BACKEND: expected one of eager, reference, got 'tritn'"):
+    with pytest.raises(ValueError, match=r"FASTUNLEARN_BACKEND: expected one of auto, kernels, eager, reference, got 'tritn'"):
         F.redirect(*redirect_inputs(), SCHEDULE)

@@ -1,0 +1,94 @@
+"""lowpass_residual: the squared error of a band of spatial frequencies and its gradient, in one pass (arXiv 2510.17917, Eq. 8).
+
+In the orthonormal real cosine/sine basis U of an axis a mask of `|u|, |v|` is diagonal, so the projection of `r = prediction - target`
+is `P r = U_H [band o (U_H' r U_W)] U_W'`: four small matrix products in place of four Fourier transforms. With M = `inside` on the band and
+`outside` elsewhere the energy is `sum M^2 |R|^2 = inside^2 ||P r||^2 + outside^2 ||r - P r||^2` (Parseval), its gradient
+`2 (outside^2 r + (inside^2 - outside^2) P r)`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from ._library import define, per_row
+from .residual import backward, in_layout_of, setup_context
+
+
+def lowpass_residual(prediction: Tensor, target: Tensor, weight: Tensor, band: Tensor, inside: float, outside: float) -> tuple[Tensor, Tensor]:
+    """`weight sum M^2 |R|^2` `[B]`, differentiable in `prediction`, and its gradient.
+
+    Args:
+        prediction: `[B, C, H, W]`, any floating dtype; the gradient comes back in that dtype, contiguous.
+        target: `[B, C, H, W]`.
+        weight: `[B]`.
+        band: float32 `[U, V]` of 0 and 1 over the frequencies `0 <= u < U <= H // 2 + 1`, `0 <= v < V <= W // 2 + 1` (`LowPass.mask`).
+        inside, outside: M on the band, and elsewhere.
+    """
+    return _op(prediction, target, weight, band, inside, outside)
+
+
+@functools.lru_cache(maxsize=64)
+def basis(size: int, frequencies: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Orthonormal real basis of the lowest frequencies of an axis, `[size, columns]`: constant, cosine and sine of u = 1, 2, ..., `(-1)^n` at size / 2.
+
+    Column i belongs to frequency `(i + 1) // 2`.
+    """
+    columns = min(2 * frequencies - 1, size)
+    n = torch.arange(size, dtype=torch.int64)
+    u = (torch.arange(columns) + 1) // 2
+    turns = (n[:, None] * u) % size  # exact: sin and cos of large multiples of 2 pi lose digits
+    angle = turns.double() * (2 * math.pi / size)
+    table = torch.where(torch.arange(columns) % 2 == 1, angle.cos(), angle.sin())
+    table[:, 0] = 1
+    single = (u == 0) | (2 * u == size)
+    return (table * torch.where(single, 1.0, math.sqrt(2.0)) / math.sqrt(size)).to(dtype).to(device)
+
+
+def _eager(prediction: Tensor, target: Tensor, weight: Tensor, band: Tensor, inside: float, outside: float) -> tuple[Tensor, Tensor]:
+    r = prediction.to(_accumulation_dtype(prediction)) - target
+    rows, columns = _bases(r, band)
+    mask = band.to(r.dtype)[(torch.arange(rows.shape[1], device=r.device) + 1) // 2][:, (torch.arange(columns.shape[1], device=r.device) + 1) // 2]
+    coefficients = mask * (rows.T @ r @ columns)
+    projected = rows @ coefficients @ columns.T
+    energy = inside**2 * coefficients.flatten(1).square().sum(1)
+    gradient = (inside**2 - outside**2) * projected
+    if outside != 0:
+        energy = energy + outside**2 * (r - projected).flatten(1).square().sum(1)
+        gradient = gradient + outside**2 * r
+    weight = weight.to(r.dtype)
+    return (weight * energy).to(_accumulation_dtype(prediction)), (per_row(2 * weight, r) * gradient).to(prediction.dtype).contiguous()
+
+
+def _empty(prediction: Tensor, target: Tensor, weight: Tensor, band: Tensor, inside: float, outside: float) -> tuple[Tensor, Tensor]:
+    return prediction.new_empty(len(prediction), dtype=_accumulation_dtype(prediction)), prediction.new_empty(prediction.shape)
+
+
+def _prepare(args: tuple, outputs: tuple) -> tuple:
+    prediction, target, weight, band, inside, outside = args
+    prediction, target = in_layout_of(outputs[1], prediction), in_layout_of(outputs[1], target)
+    return prediction, target, weight.contiguous(), band.contiguous(), inside, outside, *_bases(prediction, band)
+
+
+def _bases(like: Tensor, band: Tensor) -> tuple[Tensor, Tensor]:
+    (height, width), dtype = like.shape[-2:], _accumulation_dtype(like)
+    return basis(height, band.shape[0], like.device, dtype), basis(width, band.shape[1], like.device, dtype)
+
+
+def _accumulation_dtype(prediction: Tensor) -> torch.dtype:
+    return torch.promote_types(prediction.dtype, torch.float32)
+
+
+_op = define(
+    "lowpass_residual",
+    "Tensor prediction, Tensor target, Tensor weight, Tensor band, float inside, float outside",
+    ("energy", "gradient"),
+    empty=_empty,
+    eager=_eager,
+    prepare=_prepare,
+    more="Tensor row_basis, Tensor column_basis",
+)
+torch.library.register_autograd("fastunlearn::lowpass_residual", backward, setup_context=setup_context)
