@@ -1,0 +1,56 @@
+"""Device functions on stored images: their numbers as the network sees them, and where an element lies in memory."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# 1 / 127.5 as a sum of two float32: u * _UPPER + u * _LOWER with one rounding is the correctly rounded u / 127.5 for every byte (plain u * _UPPER: for half).
+_UPPER = tl.constexpr(0.007843137718737125)
+_LOWER = tl.constexpr(-4.6383515595e-10)
+
+
+@triton.jit
+def to_float(values):
+    """Stored values as float32 on the network's scale: uint8 `u` becomes exactly `float32(u) / 127.5 - 1`, other types are converted."""
+    if values.dtype == tl.uint8:
+        u = values.to(tl.float32)
+        return tl.fma(u, tl.full(u.shape, _UPPER, tl.float32), u * _LOWER) - 1.0
+    return values.to(tl.float32)
+
+
+@triton.jit
+def channels_last_offset(element, plane, D):
+    """Where element `(c * H + y) * W + x` of an image lies in channels-last memory: `(y * W + x) * C + c`. `plane` is H * W, D is C * H * W."""
+    channel = element // plane
+    return (element - channel * plane) * (D // plane) + channel
+
+
+@triton.jit
+def channels_first_offset(offset, plane, D):
+    """The inverse of `channels_last_offset`: which element lies at `offset` of channels-last memory."""
+    channels = D // plane
+    pixel = offset // channels
+    return (offset - pixel * channels) * plane + pixel
+
+
+@triton.jit
+def element_and_place(tile, plane, D, ORDER: tl.constexpr):
+    """Elements (in NCHW order, that of the inputs and of Philox) and their places in the outputs, for a tile of consecutive numbers; ORDER: see `order_of`."""
+    if ORDER == "gather":
+        return channels_first_offset(tile, plane, D), tile
+    if ORDER == "scatter":
+        return tile, channels_last_offset(tile, plane, D)
+    return tile, tile
+
+
+def order_of(images: Tensor, channels_last: bool, philox: bool) -> str:
+    """How a program walks through images `[B, C, H, W]` whose inputs are contiguous and whose outputs may be channels-last.
+
+    "gather" reads C planes side by side and writes whole sectors. With Philox that would take four times the generator, whose quads are consecutive elements of
+    the logical order: "scatter" writes at a stride of C elements, and L2 merges what the channels write.
+    """
+    if not channels_last or images.shape[1] == 1:
+        return "same"
+    return "scatter" if philox else "gather"

@@ -1,0 +1,192 @@
+"""mixture (SISS) on NVIDIA GPUs: both rows gathered by index, `x_t`, both targets and the two importance weights, in one pass over the images.
+
+Bytes per element: both images and the noise (none with Philox) read once, `x_t` and two float32 targets written once: from uint8 with float32 noise and `x_t`
+18, with Philox and bfloat16 12. `<eps, x - a>` and `||x - a||^2` are added in float64, whose rate on data-centre GPUs is half that of float32: at small t they
+are multiplied by rho^2 ~ 10^4 and go into an exponent. A sample of more than 4096 elements is split: its programs leave partial sums for a second, tiny launch.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .images import element_and_place, order_of, to_float
+from .philox import normals
+from .variant import COMPILE_OPTIONS, Variant, pointers, refuse_float64
+
+_TINY = 4096  # elements of a sample that one program does alone
+_PARTS = 128  # partial sums read at a time
+
+
+@triton.jit
+def mixture_kernel(
+    retain,  # [N, D] uint8, float16, bfloat16 or float32
+    retain_index,  # [B] int64; None: row b is sample b
+    forget,  # [M, D]
+    forget_index,  # [B] int64 or None
+    coefficients,  # [B, 5] float64: alpha, sigma, a, b, c
+    from_forget,  # [B] bool
+    time_log_ratio,  # [B] floating, or None
+    noise,  # [B, D] float16, bfloat16 or float32; None: Philox
+    counter,  # [3] int64, where noise is None
+    x_t,  # [B, D] float16, bfloat16 or float32
+    retain_target,  # [B, D] float32
+    forget_target,  # [B, D] float32
+    retain_weight,  # [B] float64, where one program does a sample
+    forget_weight,  # [B] float64
+    partial,  # [B, splits, 2] float64, where several do; else None
+    purpose,  # last word of the Philox counter
+    D,  # elements of an image
+    plane,  # H * W
+    lambd: tl.float64,
+    logit: tl.float64,  # log(lambd / (1 - lambd))
+    BLOCK: tl.constexpr,
+    ORDER: tl.constexpr,  # images.order_of
+):
+    """Program `sample * splits + split` does `BLOCK` consecutive elements of one sample."""
+    splits = tl.cdiv(D, BLOCK)
+    sample = tl.program_id(0) // splits
+    start = (tl.program_id(0) - sample * splits) * BLOCK
+    sample = sample.to(tl.int64)
+    retain_row = sample if retain_index is None else tl.load(retain_index + sample)
+    forget_row = sample if forget_index is None else tl.load(forget_index + sample)
+
+    tile = tl.max_contiguous(start + tl.arange(0, BLOCK), 4)  # one layout for all types, see noising.py
+    inside = tile < D
+    element, place = element_and_place(tile, plane, D, ORDER)
+    keep = to_float(tl.load(retain + retain_row * D + element, mask=inside, other=0))
+    erase = to_float(tl.load(forget + forget_row * D + element, mask=inside, other=0))
+    if noise is None:
+        eps = normals(counter, sample, purpose, start // 4 + tl.arange(0, BLOCK // 4))
+    else:
+        eps = to_float(tl.load(noise + sample * D + element, mask=inside, other=0))
+
+    alpha = tl.load(coefficients + sample * 5).to(tl.float32)
+    sigma = tl.load(coefficients + sample * 5 + 1).to(tl.float32)
+    a = tl.load(coefficients + sample * 5 + 2).to(tl.float32)
+    b = tl.load(coefficients + sample * 5 + 3).to(tl.float32)
+    c = tl.load(coefficients + sample * 5 + 4).to(tl.float32)
+    chosen_forget = tl.load(from_forget + sample) != 0
+    chosen = tl.where(chosen_forget, erase, keep)
+    base = a * eps + b * chosen
+    tl.store(x_t + sample * D + place, (alpha * chosen + sigma * eps).to(x_t.dtype.element_ty), mask=inside)
+    tl.store(retain_target + sample * D + place, base + c * (chosen - keep), mask=inside)
+    tl.store(forget_target + sample * D + place, base + c * (chosen - erase), mask=inside)
+
+    difference = tl.where(inside, keep - erase, 0.0).to(tl.float64)
+    dot = tl.sum(eps.to(tl.float64) * difference)
+    square = tl.sum(difference * difference)
+    if partial is None:
+        _store_weights(sample, dot, square, coefficients, chosen_forget, time_log_ratio, lambd, logit, retain_weight, forget_weight)
+    else:
+        tl.store(partial + tl.program_id(0).to(tl.int64) * 2, dot)
+        tl.store(partial + tl.program_id(0).to(tl.int64) * 2 + 1, square)
+
+
+@triton.jit
+def mixture_weights_kernel(
+    partial,  # [B, splits, 2] float64: <eps, x - a> and ||x - a||^2 of parts of a sample
+    coefficients,  # [B, 5] float64
+    from_forget,  # [B] bool
+    time_log_ratio,  # [B] floating, or None
+    retain_weight,  # [B] float64
+    forget_weight,  # [B] float64
+    splits,
+    lambd: tl.float64,
+    logit: tl.float64,
+    PARTS: tl.constexpr,
+):
+    """Program b adds the partial sums of sample b in a fixed order and stores its weights."""
+    sample = tl.program_id(0).to(tl.int64)
+    dot = tl.zeros([PARTS], tl.float64)
+    square = tl.zeros([PARTS], tl.float64)
+    for start in range(0, splits, PARTS):
+        part = start + tl.arange(0, PARTS)
+        place = partial + (sample * splits + part) * 2
+        dot += tl.load(place, mask=part < splits, other=0)
+        square += tl.load(place + 1, mask=part < splits, other=0)
+    chosen_forget = tl.load(from_forget + sample) != 0
+    _store_weights(sample, tl.sum(dot), tl.sum(square), coefficients, chosen_forget, time_log_ratio, lambd, logit, retain_weight, forget_weight)
+
+
+@triton.jit
+def _store_weights(sample, dot, square, coefficients, chosen_forget, time_log_ratio, lambd, logit, retain_weight, forget_weight):
+    """The weights of one sample from `<eps, x - a>` and `||x - a||^2`, in float64. At lambd 0 and 1 one of them is 1 and the other the exponential."""
+    rho = tl.load(coefficients + sample * 5) / tl.load(coefficients + sample * 5 + 1)
+    quadratic = 0.5 * rho * rho * square
+    u = tl.where(chosen_forget, quadratic, -quadratic) - rho * dot
+    if time_log_ratio is not None:
+        u += tl.load(time_log_ratio + sample).to(tl.float64)
+    tl.store(retain_weight + sample, tl.where(lambd == 1, tl.exp(-u), 1.0 / ((1.0 + tl.exp(u + logit)) * (1.0 - lambd))))
+    tl.store(forget_weight + sample, tl.where(lambd == 0, tl.exp(u), 1.0 / ((1.0 + tl.exp(-u - logit)) * lambd)))
+
+
+def mixture(
+    retain: Tensor, retain_index: Tensor | None, forget: Tensor, forget_index: Tensor | None, coefficients: Tensor, from_forget: Tensor, lambd: float,
+    time_log_ratio: Tensor | None, noise: Tensor | None, counter: Tensor | None, purpose: int, dtype: torch.dtype, channels_last: bool,
+    x_t: Tensor, retain_target: Tensor, forget_target: Tensor, retain_weight: Tensor, forget_weight: Tensor,
+) -> None:  # fmt: skip
+    """Fills the outputs of the op `mixture` (fastunlearn/ops/mixture.py)."""
+    refuse_float64("mixture", retain=retain, forget=forget, noise=noise, x_t=x_t)
+    elements, plane = math.prod(x_t.shape[1:]), math.prod(x_t.shape[2:])
+    order = order_of(x_t, channels_last, philox=noise is None)
+    block, warps = _tile(elements)
+    splits = triton.cdiv(elements, block)
+    partial = retain_weight.new_empty(len(x_t), splits, 2) if splits > 1 else None
+    logit = -math.inf if lambd == 0 else math.inf if lambd == 1 else math.log(lambd) - math.log1p(-lambd)
+    mixture_kernel[(len(x_t) * splits,)](
+        retain, retain_index, forget, forget_index, coefficients, from_forget, time_log_ratio, noise, counter if noise is None else None,
+        x_t, retain_target, forget_target, retain_weight, forget_weight, partial, purpose, elements, plane, float(lambd), logit,
+        BLOCK=block, ORDER=order, num_warps=warps, num_stages=1, **COMPILE_OPTIONS,
+    )  # fmt: skip
+    if partial is not None:
+        mixture_weights_kernel[(len(x_t),)](
+            partial, coefficients, from_forget, time_log_ratio, retain_weight, forget_weight, splits, float(lambd), logit,
+            PARTS=_PARTS, num_warps=4, num_stages=1, **COMPILE_OPTIONS,
+        )  # fmt: skip
+
+
+def _tile(elements: int) -> tuple[int, int]:
+    """Elements and warps of a program: one program for a tiny sample (one launch), else 8 elements a thread, which share the reductions of a program."""
+    if elements <= 1024:
+        return 1024, 8
+    return (4096, 16) if elements <= _TINY else (2048, 8)
+
+
+def configurations() -> list[Variant]:
+    u8, f32, bf16 = torch.uint8, torch.float32, torch.bfloat16
+    return [
+        _variant("D <= 1024, uint8, Philox -> float32", 784, u8, None, f32),
+        _variant("D <= 4096, uint8, Philox -> bfloat16", 3072, u8, None, bf16),
+        _variant("D <= 4096, odd, float32, noise -> float32", 3071, f32, f32, f32),
+        _variant("D > 4096, uint8, Philox -> bfloat16", 196608, u8, None, bf16),
+        _variant("D > 4096, uint8, noise -> float32", 196608, u8, f32, f32),
+        _variant("D > 4096, float32, noise -> float32", 196608, f32, f32, f32),
+        _variant("D <= 4096, channels last, uint8, Philox -> bfloat16", 3072, u8, None, bf16, order="scatter"),
+        _variant("D > 4096, channels last, float32, noise -> float32", 196608, f32, f32, f32, order="gather"),
+        _weights_variant("no log ratio of times", None),
+        _weights_variant("with a log ratio of times", torch.float64),
+    ]
+
+
+def _variant(label: str, elements: int, images: torch.dtype, noise: torch.dtype | None, x_t: torch.dtype, order: str = "same") -> Variant:
+    block, warps = _tile(elements)
+    i64, f32, f64 = torch.int64, torch.float32, torch.float64
+    signature, constants = pointers(
+        retain=images, retain_index=i64, forget=images, forget_index=i64, coefficients=f64, from_forget=torch.bool, time_log_ratio=None, noise=noise,
+        counter=i64 if noise is None else None, x_t=x_t, retain_target=f32, forget_target=f32, retain_weight=f64, forget_weight=f64,
+        partial=f64 if elements > _TINY else None,
+    )  # fmt: skip
+    signature |= {"purpose": "i32", "D": "i32", "plane": "i32", "lambd": "fp64", "logit": "fp64"}
+    constants |= {"BLOCK": block, "ORDER": order}
+    return Variant(mixture_kernel, label, signature, constants, warps, divisible=("D", "plane") if elements % 16 == 0 else ())
+
+
+def _weights_variant(label: str, time_log_ratio: torch.dtype | None) -> Variant:
+    f64 = torch.float64
+    signature, constants = pointers(partial=f64, coefficients=f64, from_forget=torch.bool, time_log_ratio=time_log_ratio, retain_weight=f64, forget_weight=f64)
+    return Variant(mixture_weights_kernel, label, signature | {"splits": "i32", "lambd": "fp64", "logit": "fp64"}, constants | {"PARTS": _PARTS}, 4)

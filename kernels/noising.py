@@ -1,0 +1,113 @@
+"""noising on NVIDIA GPUs: rows gathered by index, noise read or drawn in registers, `x_t` and the target written, in one pass and one launch.
+
+Bytes per element: the image's and the noise's (none with Philox) once, `x_t`'s once, 4 for the target. From uint8 with float32 noise, `x_t` and target that is
+13, of which a copy of the same size would take 13; with Philox and bfloat16 7, and the generator's ~50 instructions an element take about as long as they do.
+Channels-last results: see `order_of` in images.py.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .images import element_and_place, order_of, to_float
+from .philox import normals
+from .variant import COMPILE_OPTIONS, Variant, pointers, refuse_float64
+
+_WARPS = 8
+
+
+@triton.jit
+def noising_kernel(
+    images,  # [N, D] uint8, float16, bfloat16 or float32
+    index,  # [B] int64; None: row b is sample b
+    coefficients,  # [B, 5] float64: alpha, sigma, a, b, c
+    noise,  # [B, D] float16, bfloat16 or float32; None: Philox
+    counter,  # [3] int64, where noise is None
+    x_t,  # [B, D] float16, bfloat16 or float32
+    target,  # [B, D] float32; None: not wanted
+    purpose,  # last word of the Philox counter
+    D,  # elements of an image
+    plane,  # H * W
+    BLOCK: tl.constexpr,
+    ORDER: tl.constexpr,  # images.order_of
+):
+    """Program `sample * splits + split` does `BLOCK` consecutive elements of one sample."""
+    splits = tl.cdiv(D, BLOCK)
+    sample = tl.program_id(0) // splits
+    start = (tl.program_id(0) - sample * splits) * BLOCK
+    sample = sample.to(tl.int64)
+    row = sample if index is None else tl.load(index + sample)
+
+    # Four elements a thread, whatever their type: with one layout for uint8 and float32, nothing goes through shared memory.
+    tile = tl.max_contiguous(start + tl.arange(0, BLOCK), 4)
+    inside = tile < D
+    element, place = element_and_place(tile, plane, D, ORDER)
+    image = to_float(tl.load(images + row * D + element, mask=inside, other=0))
+    if noise is None:
+        eps = normals(counter, sample, purpose, start // 4 + tl.arange(0, BLOCK // 4))
+    else:
+        eps = to_float(tl.load(noise + sample * D + element, mask=inside, other=0))
+
+    alpha = tl.load(coefficients + sample * 5).to(tl.float32)
+    sigma = tl.load(coefficients + sample * 5 + 1).to(tl.float32)
+    tl.store(x_t + sample * D + place, (alpha * image + sigma * eps).to(x_t.dtype.element_ty), mask=inside)
+    if target is not None:
+        a = tl.load(coefficients + sample * 5 + 2).to(tl.float32)
+        b = tl.load(coefficients + sample * 5 + 3).to(tl.float32)
+        tl.store(target + sample * D + place, a * eps + b * image, mask=inside)
+
+
+def noising(
+    images: Tensor, index: Tensor | None, coefficients: Tensor, noise: Tensor | None, counter: Tensor | None, purpose: int,
+    with_target: bool, dtype: torch.dtype, channels_last: bool, x_t: Tensor, target: Tensor,
+) -> None:  # fmt: skip
+    """Fills `x_t` and `target` of the op `noising` (fastunlearn/ops/noising.py)."""
+    refuse_float64("noising", images=images, noise=noise, x_t=x_t)
+    elements, plane = math.prod(x_t.shape[1:]), math.prod(x_t.shape[2:])
+    order = order_of(x_t, channels_last, philox=noise is None)
+    block = _block(elements, order, philox=noise is None)
+    noising_kernel[(len(x_t) * triton.cdiv(elements, block),)](
+        images, index, coefficients, noise, counter if noise is None else None, x_t, target if with_target else None, purpose, elements, plane,
+        BLOCK=block, ORDER=order, num_warps=_WARPS, num_stages=1, **COMPILE_OPTIONS,
+    )  # fmt: skip
+
+
+def _block(elements: int, order: str, philox: bool) -> int:
+    """Elements a program.
+
+    4 a thread spread a small batch over the device, and keep the registers of channels-last offsets low; 8 keep more loads in flight; 16 share Philox's keys.
+    """
+    if elements <= 16384 or order != "same":
+        return 1024
+    return 4096 if philox else 2048
+
+
+def configurations() -> list[Variant]:
+    u8, f32, bf16 = torch.uint8, torch.float32, torch.bfloat16
+    return [
+        _variant("D <= 16384, uint8, Philox -> float32", 3072, u8, None, f32),
+        _variant("D <= 16384, float32, noise -> float32", 3072, f32, f32, f32),
+        _variant("D <= 16384, odd, uint8, noise -> float32", 3071, u8, f32, f32),
+        _variant("D > 16384, uint8, Philox -> bfloat16", 196608, u8, None, bf16),
+        _variant("D > 16384, uint8, noise -> float32", 196608, u8, f32, f32),
+        _variant("D > 16384, bfloat16, noise -> bfloat16, no target", 196608, bf16, bf16, bf16, with_target=False),
+        _variant("channels last, uint8, Philox -> bfloat16", 196608, u8, None, bf16, order="scatter"),
+        _variant("channels last, float32, noise -> float32", 196608, f32, f32, f32, order="gather"),
+    ]
+
+
+def _variant(
+    label: str, elements: int, images: torch.dtype, noise: torch.dtype | None, x_t: torch.dtype, with_target: bool = True, order: str = "same"
+) -> Variant:
+    signature, constants = pointers(
+        images=images, index=torch.int64, coefficients=torch.float64, noise=noise, counter=torch.int64 if noise is None else None, x_t=x_t,
+        target=torch.float32 if with_target else None,
+    )  # fmt: skip
+    signature |= {"purpose": "i32", "D": "i32", "plane": "i32"}
+    constants |= {"BLOCK": _block(elements, order, philox=noise is None), "ORDER": order}
+    return Variant(noising_kernel, label, signature, constants, _WARPS, divisible=("D", "plane") if elements % 16 == 0 else ())

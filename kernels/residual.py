@@ -1,0 +1,122 @@
+"""residual on NVIDIA GPUs: the weighted squared error of every sample and its gradient in one pass.
+
+Bytes per element: prediction and target read once, the gradient written once (12 in float32). A sample of more than 4096 elements is split: its programs leave
+partial sums, and a second launch of a few microseconds adds them in a fixed order, so that the same inputs give the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .images import to_float
+from .variant import COMPILE_OPTIONS, Variant, pointers, refuse_float64
+
+_TINY = 4096  # elements of a sample that one program does alone
+_PARTS = 128  # partial sums read at a time
+
+
+@triton.jit
+def residual_kernel(
+    prediction,  # [B, D] float16, bfloat16 or float32, rows `prediction_stride` apart
+    target,  # [B, D] float16, bfloat16 or float32, rows `target_stride` apart, its elements in the order of those of prediction
+    weight,  # [B] floating
+    gradient,  # [B, D] in the dtype and the order of prediction
+    loss,  # [B] float32, where one program does a sample
+    partial,  # [B, splits] float32, where several do; else None
+    D,  # elements of a sample
+    prediction_stride,
+    target_stride,
+    gradient_stride,
+    BLOCK: tl.constexpr,
+):
+    """Program `sample * splits + split` does `BLOCK` consecutive elements of one sample."""
+    splits = tl.cdiv(D, BLOCK)
+    sample = (tl.program_id(0) // splits).to(tl.int64)
+    element = tl.max_contiguous((tl.program_id(0) % splits) * BLOCK + tl.arange(0, BLOCK), 4)
+    inside = element < D
+    difference = to_float(tl.load(prediction + sample * prediction_stride + element, mask=inside, other=0)) - to_float(
+        tl.load(target + sample * target_stride + element, mask=inside, other=0)
+    )
+    scale = tl.load(weight + sample).to(tl.float32)
+    tl.store(gradient + sample * gradient_stride + element, (2.0 * scale * difference).to(gradient.dtype.element_ty), mask=inside)
+    energy = tl.sum(difference * difference)
+    if partial is None:
+        tl.store(loss + sample, scale * energy)
+    else:
+        tl.store(partial + tl.program_id(0), energy)
+
+
+@triton.jit
+def residual_sum_kernel(
+    partial,  # [B, splits] float32
+    weight,  # [B] floating
+    loss,  # [B] float32
+    splits,
+    PARTS: tl.constexpr,
+):
+    """Program b adds the partial sums of sample b, in float64."""
+    sample = tl.program_id(0).to(tl.int64)
+    total = tl.zeros([PARTS], tl.float64)
+    for start in range(0, splits, PARTS):
+        part = start + tl.arange(0, PARTS)
+        total += tl.load(partial + sample * splits + part, mask=part < splits, other=0).to(tl.float64)
+    tl.store(loss + sample, (tl.load(weight + sample).to(tl.float64) * tl.sum(total)).to(tl.float32))
+
+
+def residual(prediction: Tensor, target: Tensor, weight: Tensor, loss: Tensor, gradient: Tensor) -> None:
+    """Fills `loss` and `gradient` of the op `residual` (fastunlearn/ops/residual.py).
+
+    Every sample of `prediction`, `target` and `gradient` is dense, its elements in the same order in all three; rows may lie farther apart.
+    """
+    refuse_float64("residual", prediction=prediction, target=target)
+    elements = math.prod(prediction.shape[1:])
+    block, warps = _tile(elements)
+    splits = triton.cdiv(elements, block)
+    partial = loss.new_empty(len(prediction), splits) if splits > 1 else None
+    residual_kernel[(len(prediction) * splits,)](
+        prediction, target, weight, gradient, loss, partial, elements, prediction.stride(0), target.stride(0), gradient.stride(0),
+        BLOCK=block, num_warps=warps, num_stages=1, **COMPILE_OPTIONS,
+    )  # fmt: skip
+    if partial is not None:
+        residual_sum_kernel[(len(prediction),)](partial, weight, loss, splits, PARTS=_PARTS, num_warps=1, num_stages=1, **COMPILE_OPTIONS)
+
+
+def _tile(elements: int) -> tuple[int, int]:
+    """Elements and warps of a program: one program for a tiny sample (one launch), else 8 elements a thread in flight."""
+    if elements <= 1024:
+        return 1024, 8
+    return (4096, 16) if elements <= _TINY else (2048, 8)
+
+
+def configurations() -> list[Variant]:
+    f32, bf16 = torch.float32, torch.bfloat16
+    signature, constants = pointers(partial=f32, weight=f32, loss=f32)
+    return [
+        _variant("D <= 1024, float32", 784, f32, f32),
+        _variant("D <= 4096, float32", 3072, f32, f32),
+        _variant("D <= 4096, odd, bfloat16, float32 target", 3071, bf16, f32),
+        _variant("D > 4096, float32", 196608, f32, f32),
+        _variant("D > 4096, bfloat16, float32 target", 196608, bf16, f32),
+        Variant(residual_sum_kernel, "any D > 4096", signature | {"splits": "i32"}, constants | {"PARTS": _PARTS}, 1),
+    ]
+
+
+def _variant(label: str, elements: int, prediction: torch.dtype, target: torch.dtype) -> Variant:
+    block, warps = _tile(elements)
+    signature, constants = pointers(
+        prediction=prediction, target=target, weight=torch.float32, gradient=prediction, loss=torch.float32, partial=torch.float32 if elements > _TINY else None
+    )
+    integers = ("D", "prediction_stride", "target_stride", "gradient_stride")
+    return Variant(
+        residual_kernel,
+        label,
+        signature | dict.fromkeys(integers, "i32"),
+        constants | {"BLOCK": block},
+        warps,
+        divisible=integers if elements % 16 == 0 else (),
+    )
