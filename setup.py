@@ -60,11 +60,12 @@ class CMakeBuild(build_ext):
                 raise SystemExit(message)
             self.warn(message)
             return
-        out = Path(self.get_ext_fullpath(extension.name)).resolve().parent
+        out = self._library_folder().resolve()
+        out.mkdir(parents=True, exist_ok=True)
         arguments = [f"-DTORCH_DIR={torch}", f"-DOUT={out}", *self._cuda_arguments(torch)]
         if shutil.which("ninja"):
             arguments.append("-GNinja")
-        folder = Path(self.build_temp).resolve()
+        folder = ROOT / "build" / "extension"  # kept, so that the next build compiles what changed only
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "CMakeCache.txt").unlink(missing_ok=True)  # it may remember another torch, generator or cmake
         subprocess.check_call(["cmake", str(ROOT), *arguments], cwd=folder)
@@ -91,14 +92,16 @@ class CMakeBuild(build_ext):
             self.copy_file(library, str(target / Path(library).name))
 
     def get_outputs(self) -> list[str]:
-        folder = Path(self.get_ext_fullpath(self.extensions[0].name)).parent
-        return [str(path) for path in sorted(folder.glob("_C*.abi3.so"))]
+        return [str(path) for path in sorted(self._library_folder().glob("_C*.abi3.so"))]
+
+    def _library_folder(self) -> Path:
+        return Path(self.build_lib) / "fastunlearn"
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}
 
 
-headers = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").glob("*")) if path.suffix in (".h", ".cuh", ".cmake", ".txt", ".cpp")]
+headers = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").glob("*")) if path.suffix in (".h", ".cuh", ".cmake", ".txt", ".cpp", ".cu")]
 setup(
     ext_modules=[Extension("fastunlearn._C", sources=[], depends=sorted({*sources(), *headers, "CMakeLists.txt"}), py_limited_api=True)],
     cmdclass={"build_ext": CMakeBuild},
