@@ -1,40 +1,89 @@
-"""Shared by all benchmarks: where results go, and how many threads run.
+"""Shared by all benchmarks: what is timed, where, and where results go.
 
-    pytest bench/ --benchmark-only                          times everything
-    pytest bench/ --benchmark-only --results NAME           and writes bench/results/NAME.json
-    pytest bench/ --benchmark-only --threads 2              with so many threads (default: all cores)
+pytest bench/ --benchmark-only                          the default: every op and shape, a few minutes on two cores
+pytest bench/ --benchmark-only --full                   every number of neighbours, mask and dtype, and torch.compile on a CPU too
+pytest bench/ --benchmark-only --results NAME           and writes bench/results/NAME.json (with a directory in it: NAME as it is)
+pytest bench/ --benchmark-only --threads 2              with so many threads (default: all cores)
+pytest bench/ --benchmark-only --device cpu             default: the GPU where there is one
+pytest bench/ --smoke                                   every benchmark once at a tiny shape: does it work, not how fast it is
 """
 
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+from .comparison import Comparison, Options, Row
+from .harness import COPY_BYTES, Yardstick, keep_freed_memory
+from .report import render
+
+HERE = Path(__file__).parent
+MEMORY = pytest.StashKey[str]()  # what becomes of freed memory
+LOAD = os.getloadavg()[0]  # before the run adds its own
+ROWS = pytest.StashKey[list[Row]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastunlearn benchmarks")
     group.addoption("--results", metavar="NAME", help="write the measurements to bench/results/NAME.json")
     group.addoption("--threads", type=int, default=os.cpu_count(), help="threads of torch and of the baselines")
+    group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"), help="where the ops are timed")
+    group.addoption("--full", action="store_true", help="every case, and torch.compile on a CPU too")
+    group.addoption("--smoke", action="store_true", help="one round at a tiny shape, to see that the benchmarks work")
+    group.addoption("--keep-freed-memory", action="store_true", help="no contestant pays for pages that malloc gave back to the system (glibc)")
+    group.addoption("--seconds", type=float, default=1.5, help="how long the contestants of one comparison take turns (at least 5 rounds)")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("python_files", "bench_*.py")
+    config.addinivalue_line("filterwarnings", "ignore:Dynamo detected a call to a `functools.lru_cache`")  # the tables of lowpass_residual
+    config.stash[ROWS] = []
+    config.stash[MEMORY] = "kept" if config.getoption("--keep-freed-memory") and keep_freed_memory() else "as malloc does"
     name = config.getoption("--results")
     if name:
-        RESULTS.mkdir(exist_ok=True)
-        config.option.benchmark_json = str(RESULTS / f"{Path(name).stem}.json")
+        path = Path(name if os.path.dirname(name) else HERE / "results" / name).with_suffix(".json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        config.option.benchmark_json = str(path)
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
     """What the numbers depend on is the processor and the versions, not the name of the host."""
     machine_info.pop("node", None)
-    machine_info["torch"] = torch.__version__
+    machine_info.update(torch=torch.__version__, triton=_version("triton"), commit=_commit())
+    machine_info.update(load_average=LOAD, freed_memory=config.stash[MEMORY], instruction_set=os.environ.get("FASTUNLEARN_ISA", "best"))
+    if torch.cuda.is_available():
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+        machine_info.update(gpu=torch.cuda.get_device_name(), driver=driver, cuda=torch.version.cuda, cupy=_version("cupy"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A smoke run needs one shape with uint8 rows and one with float rows, and nothing but the ops."""
+    if config.getoption("--smoke"):
+        kept = [item for item in items if "compare" in item.fixturenames and _shape_name(item) in (None, "cifar", "sd")]
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = kept
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_benchmark_group_stats(config: pytest.Config):
+    """The comparisons have a table of their own (`report.py`)."""
+    groups = yield
+    return [(name, found) for name, found in groups if not any("rows" in benchmark["extra_info"] for benchmark in found)]
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    if config.stash[ROWS]:
+        device = config.getoption("--device")
+        terminalreporter.write("\n" + render(config.stash[ROWS], device, torch.cuda.get_device_name() if device == "cuda" else None))
+        if LOAD > 0.5 and device == "cpu":
+            why = "on a busy machine threads wait for each other: no number above is one to quote"
+            terminalreporter.write_line(f"the load average was {LOAD:.1f} at the start; {why}")
 
 
 @pytest.fixture(autouse=True)
@@ -47,3 +96,37 @@ def threads(request: pytest.FixtureRequest):
     with threadpoolctl.threadpool_limits(count):
         yield count
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def yardstick(request: pytest.FixtureRequest) -> Yardstick:
+    return Yardstick(torch.device(request.config.getoption("--device")), 1 << 20 if request.config.getoption("--smoke") else COPY_BYTES)
+
+
+@pytest.fixture
+def compare(request: pytest.FixtureRequest, benchmark, yardstick: Yardstick, threads: int, monkeypatch) -> Comparison:
+    """Compares the contestants of one op. Ops must run their kernel: plain torch is never timed under the kernel's name."""
+    monkeypatch.setenv("FASTUNLEARN_BACKEND", "kernels")
+    option = request.config.getoption
+    return Comparison(benchmark, yardstick, Options(option("--full"), option("--smoke"), option("--seconds")), threads, request.config.stash[ROWS])
+
+
+def _shape_name(item: pytest.Item) -> str | None:
+    shape = item.callspec.params.get("shape")
+    return shape and shape.name
+
+
+def _version(package: str) -> str | None:
+    try:
+        return __import__(package).__version__
+    except ImportError:
+        return None
+
+
+def _commit() -> str:
+    """Of the checkout, or `$FASTUNLEARN_COMMIT` where the sources travel without their history."""
+    given = os.environ.get("FASTUNLEARN_COMMIT")
+    if given:
+        return given
+    describe = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=HERE, capture_output=True, text=True)
+    return describe.stdout.strip() or "unknown"

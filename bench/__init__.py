@@ -1,0 +1,1 @@
+"""Benchmarks: `pytest bench/ --benchmark-only`. Nothing here is installed with the package."""

@@ -1,0 +1,123 @@
+"""lowpass_residual: the energy of a band of frequencies and its gradient, against Fourier transforms with autograd (four of them; half size with rfft2).
+
+Radii are shares of Nyquist per axis. With `outside` = 0 nothing but the band counts; otherwise the residual is needed a second time.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastunlearn.ops import lowpass_residual as op
+from fastunlearn.reference.lowpass_residual import full_mask
+from fastunlearn.reference.lowpass_residual import lowpass_residual as literal
+from fastunlearn.testing.budgets import largest_error
+
+from . import papers
+from .cases import SHAPES, Inputs, Shape
+from .comparison import KERNEL, PAPERS, check, expect_equal, parametrize_shapes
+
+MASKS = {  # radius / Nyquist, inside, outside
+    "low 1/4": (1 / 4, 1.0, 0.0),
+    "low 1/2": (1 / 2, 1.0, 0.0),
+    "low 1/4 s=0.1": (1 / 4, 1.0, 0.1),
+    "high 1/4": (1 / 4, 0.0, 1.0),
+}
+BY_DEFAULT = "low 1/4"
+BLOCK_MEMORY = 227 << 10  # what a block of an H200 can hold
+NAMES = ("energy", "gradient")
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@parametrize_shapes(SHAPES)
+def test_lowpass_residual(compare, shape: Shape, mask: str):
+    compare.only_in_full(unless=mask == BY_DEFAULT or (shape.name == "celeba" and compare.device.type == "cuda"))  # where goals are set
+    shape = compare.shape(shape)
+    radius, inside, outside = MASKS[mask]
+    x = Inputs(shape, compare.device)
+    prediction, target, some = x.prediction, x.noise, x.some_rows()
+    weight = torch.linspace(0.5, 1.5, shape.batch, device=compare.device)
+    band = disc(shape, radius).to(compare.device)
+    table = full_mask(band.cpu(), shape.height, shape.width, inside, outside).to(compare.device)
+    leaf, table32 = prediction.clone().requires_grad_(), table.float()
+    arguments = (prediction, target, weight, band, inside, outside)
+
+    def by_autograd(transforms):
+        return lambda: papers.with_gradient(transforms(leaf, target, weight, table32), leaf)
+
+    calls = {PAPERS: by_autograd(papers.filtered_error), "rfft2": by_autograd(papers.filtered_error_of_reals), KERNEL: lambda: op.lowpass_residual(*arguments)}
+    if compare.device.type == "cuda" and importlib.util.find_spec("cupyx"):
+        calls["cupyx plan"] = by_cupyx(prediction, target, weight, table32)
+
+    def at(dtype: torch.dtype) -> tuple:
+        return prediction[some].to(dtype), target[some].to(dtype), weight[some].to(dtype), band.cpu() if compare.device.type == "cpu" else band, inside, outside
+
+    truth = dict(zip(NAMES, literal(*at(torch.float64)), strict=True))
+    transforms, products = (dict(zip(NAMES, call(*at(torch.float32)), strict=True)) for call in (literal, op._eager))
+    plain = {name: max(transforms[name], products[name], key=lambda value, name=name: largest_error(value, truth[name])) for name in NAMES}
+    _expect_papers_to_be_right(at(torch.float64), table, truth)
+
+    plane = 4 * shape.height * shape.width
+    passes = 5 if outside != 0 and compare.device.type == "cuda" and plane > BLOCK_MEMORY else 3
+    size = passes * 4 * shape.batch * shape.elements
+    compare(
+        *("lowpass_residual", shape, mask, calls),
+        kernels=["lowpass_residual"],
+        floor=size,
+        moved=size,
+        gate=check(NAMES, some, plain, truth),
+        flops=shape.batch * shape.channels * products_flops(shape, band),
+        closed_form=op,
+        arguments=arguments,
+    )
+
+
+def disc(shape: Shape, radius: float) -> Tensor:
+    """The frequencies with `(u / U)^2 + (v / V)^2 <= 1` for U and V at `radius` of Nyquist, float32 `[floor(U) + 1, floor(V) + 1]`."""
+    limits = [radius * size / 2 for size in (shape.height, shape.width)]
+    u, v = (torch.arange(int(limit) + 1, dtype=torch.float64) / limit for limit in limits)
+    return (u[:, None] ** 2 + v**2 <= 1).float()
+
+
+def products_flops(shape: Shape, band: Tensor) -> int:
+    """Of the four matrix products of one plane, with even/odd folding, which halves them."""
+    rows, columns = (min(2 * count - 1, size) for count, size in zip(band.shape, (shape.height, shape.width), strict=True))
+    once = 2 * shape.height * shape.width * columns + 2 * shape.height * rows * columns
+    return once  # analysis and synthesis, each halved
+
+
+def by_cupyx(prediction: Tensor, target: Tensor, weight: Tensor, mask: Tensor):
+    """Energy and gradient from two transforms with plans made once: what can be had from cuFFT by hand."""
+    import cupy
+    from cupyx.scipy import fft
+
+    height, width = prediction.shape[-2:]
+    half = mask[:, : width // 2 + 1]
+    twice = torch.full_like(half[0], 2)  # a column of the half spectrum stands for two, but for the first and (even widths) the last
+    twice[0] = 1
+    if width % 2 == 0:
+        twice[-1] = 1
+    squared, counted = cupy.from_dlpack(half.square().contiguous()), cupy.from_dlpack((half.square() * twice).contiguous())
+    scale = cupy.from_dlpack(weight.view(-1, 1, 1, 1))
+    real = cupy.from_dlpack(prediction.clone())
+    forward = fft.get_fft_plan(real, (height, width), axes=(2, 3), value_type="R2C")
+    backward = fft.get_fft_plan(fft.rfft2(real, plan=forward), (height, width), axes=(2, 3), value_type="C2R")
+
+    def call() -> tuple[Tensor, Tensor]:
+        with cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream):
+            spectrum = fft.rfft2(cupy.from_dlpack(prediction - target), plan=forward, norm="ortho")
+            energy = scale[:, 0, 0, 0] * (counted * (spectrum.real**2 + spectrum.imag**2)).sum(axis=(1, 2, 3))
+            gradient = 2 * scale * fft.irfft2(squared * spectrum, (height, width), overwrite_x=True, plan=backward, norm="ortho")
+            return torch.from_dlpack(energy), torch.from_dlpack(gradient)
+
+    return call
+
+
+def _expect_papers_to_be_right(exact: tuple, mask: Tensor, truth: dict[str, Tensor]) -> None:
+    leaf, target, weight = exact[0].requires_grad_(), *exact[1:3]
+    for transforms in (papers.filtered_error, papers.filtered_error_of_reals):
+        energy, gradient = papers.with_gradient(transforms(leaf, target, weight, mask), leaf)
+        expect_equal({"energy": energy.detach(), "gradient": gradient}, truth)

@@ -1,0 +1,45 @@
+"""residual: the weighted squared error of every sample and its gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastunlearn.ops import residual as op
+
+from . import papers
+from .cases import SHAPES, Inputs, Shape
+from .comparison import KERNEL, PAPERS, check, parametrize_shapes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@parametrize_shapes(SHAPES)
+def test_residual(compare, shape: Shape, dtype: torch.dtype):
+    compare.only_in_full(unless=dtype == torch.float32)
+    shape = compare.shape(shape)
+    x = Inputs(shape, compare.device)
+    prediction, target = x.prediction.to(dtype), x.noise
+    weight = torch.linspace(0.5, 1.5, shape.batch, device=compare.device)
+    leaf = prediction.clone().requires_grad_()
+
+    def by_papers():
+        return papers.with_gradient(papers.squared_error(leaf, target, weight), leaf)
+
+    def literal(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        rows = prediction[some].to(dtype).requires_grad_()
+        loss, gradient = papers.with_gradient(papers.squared_error(rows, target[some].to(dtype), weight[some].to(dtype)), rows)
+        return {"loss": loss.detach(), "gradient": gradient}
+
+    some = x.some_rows()
+    plain, truth = literal(torch.float32), literal(torch.float64)
+    plain["gradient"] = plain["gradient"].to(dtype)
+    size = shape.batch * shape.elements * (2 * dtype.itemsize + 4)
+    compare(
+        *("residual", shape, str(dtype).removeprefix("torch."), {PAPERS: by_papers, KERNEL: lambda: op.residual(prediction, target, weight)}),
+        kernels=["residual"],
+        floor=size,
+        moved=size,
+        gate=check(["loss", "gradient"], some, plain, truth),
+        closed_form=op,
+        arguments=(prediction, target, weight),
+    )

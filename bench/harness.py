@@ -1,0 +1,180 @@
+"""Contestants take turns within one process, so that a busy machine slows all of them alike; what counts is the ratio of their medians.
+
+Every call starts with cold caches: between two calls a buffer of at least twice the last-level cache is overwritten. A copy of 1 GiB takes
+part in every comparison: its bandwidth is the yardstick for the bytes that a kernel moves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from fastunlearn.ops._backends import find_kernel
+from fastunlearn.ops._library import dense
+
+COPY_BYTES = 1 << 30
+_CPU_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
+_LAUNCHES = 20  # in a CUDA graph
+
+
+def keep_freed_memory() -> bool:
+    """Makes glibc's malloc keep what is freed, for all contestants alike; False where malloc is not glibc's.
+
+    By default it returns large blocks to the system, sometimes, depending on what was freed before; each new page then costs as much as writing it twice.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:
+        return False
+    return bool(mallopt(_M_TRIM_THRESHOLD, -1) and mallopt(_M_MMAP_MAX, 0))
+
+
+class Yardstick:
+    """A copy of `size` bytes, and the memory with which caches are flushed."""
+
+    def __init__(self, device: torch.device, size: int = COPY_BYTES):
+        self.device, self.size = device, size
+        self._source = torch.ones(size // 4, device=device)
+        self._target = torch.zeros_like(self._source).fill_(2)  # written, so that the pages exist
+        # On a GPU all of it: that takes longer than Python needs to launch the next call, so launch times stay out of the measurement.
+        self._flushed = self._target if device.type == "cuda" else self._target[: min(self._target.numel(), 2 * last_level_cache() // 4)]
+
+    def copy(self) -> None:
+        self._target.copy_(self._source)
+
+    def flush(self) -> None:
+        self._flushed.zero_()
+
+    def bandwidth(self, seconds: float) -> float:
+        """Bytes/s, reads and writes, of a copy that took `seconds`."""
+        return 2 * self.size / seconds
+
+
+def last_level_cache() -> int:
+    """Bytes of the CPU's last-level cache; 64 MiB where the system does not tell."""
+    with contextlib.suppress(OSError, ValueError):
+        return int(_CPU_CACHE.read_text().strip().removesuffix("K")) << 10
+    return 64 << 20
+
+
+def alternate(calls: dict[str, Callable[[], object]], yardstick: Yardstick, seconds: float, least: int) -> dict[str, list[float]]:
+    """The seconds of each call, in rounds in which every call has one turn: about `seconds` in all, but `least` rounds at least.
+
+    Whoever starts a round ends the next one, so that no call always follows the same one.
+    """
+    clock = _gpu_seconds if yardstick.device.type == "cuda" else _cpu_seconds
+    clock(calls, yardstick)  # warm-up: pages, plans, compilation
+    started, rounds = time.perf_counter(), clock(calls, yardstick)
+    count = min(100, max(least, int(seconds / (time.perf_counter() - started))))
+    samples = {name: [rounds[name]] for name in calls}
+    names = list(calls)
+    for _ in range(count - 1):
+        names = names[1:] + names[:1]
+        for name, value in clock({name: calls[name] for name in names}, yardstick).items():
+            samples[name].append(value)
+    return samples
+
+
+def _cpu_seconds(calls: dict[str, Callable[[], object]], yardstick: Yardstick) -> dict[str, float]:
+    taken = {}
+    for name, call in calls.items():
+        yardstick.flush()
+        started = time.perf_counter()
+        result = call()
+        taken[name] = time.perf_counter() - started
+        del result  # freeing the outputs is not timed
+    return taken
+
+
+def _gpu_seconds(calls: dict[str, Callable[[], object]], yardstick: Yardstick) -> dict[str, float]:
+    """By events around each call. The flush before it keeps the GPU busy while Python queues the call."""
+    events = {}
+    for name, call in calls.items():
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        yardstick.flush()
+        start.record()
+        call()
+        end.record()
+        events[name] = (start, end)
+    torch.cuda.synchronize()
+    return {name: start.elapsed_time(end) / 1000 for name, (start, end) in events.items()}
+
+
+def launch_seconds(call: Callable[[], object]) -> float:
+    """Of one call out of many in a CUDA graph: caches are warm and Python is not in the way, so this is the launch and the arithmetic."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(_LAUNCHES):
+            call()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    samples = []
+    for _ in range(10):
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        samples.append(start.elapsed_time(end) / 1000 / _LAUNCHES)
+    return statistics.median(samples)
+
+
+# --- backends ----------------------------------------------------------------------------------------------------------------------
+
+
+def kernel_name(op: str, device: torch.device) -> str:
+    """What runs `op` on `device`: "C++", "CUDA", "CuPy" or "Triton".
+
+    Raises:
+        LookupError: nothing but plain torch; the message says why.
+    """
+    try:
+        kernel = find_kernel(op, device, (), required=True)
+    except RuntimeError as error:
+        raise LookupError(str(error)) from None
+    if not isinstance(kernel, torch._ops.OpOverload):
+        return "CuPy" if "cupy" in kernel.__module__ else "Triton"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"fastunlearn_native::{op}", device.type.upper()):
+        raise LookupError(f"the extension that is built has no {op} for {device.type}")
+    return "C++" if device.type == "cpu" else "CUDA"
+
+
+def filling(op: str, module: ModuleType, arguments: tuple) -> Callable[[], tuple[Tensor, ...]]:
+    """The kernel of `op` (defined in `module`) alone: into outputs that exist already, as in a CUDA graph, without the dispatcher."""
+    device = next(value.device for value in arguments if isinstance(value, Tensor))
+    kernel, outputs = find_kernel(op, device, arguments, required=True), module._empty(*arguments)
+    prepared = getattr(module, "_prepare", dense)(arguments, outputs)
+
+    def fill() -> tuple[Tensor, ...]:
+        kernel(*prepared, *outputs)
+        return outputs
+
+    return fill
+
+
+def compiled(function: Callable[..., tuple[Tensor, ...]]) -> tuple[Callable[..., tuple[Tensor, ...]], dict[str, float]]:
+    """`function` under torch.compile in one graph, and a dict that gets `seconds`, those of its first call."""
+    torch.compiler.reset()  # the shapes of earlier comparisons count towards dynamo's limit of recompilations
+    inner, took = torch.compile(function, fullgraph=True, dynamic=False), {}
+
+    def call(*args):
+        if took:
+            return inner(*args)
+        started = time.perf_counter()
+        result = inner(*args)
+        took["seconds"] = time.perf_counter() - started
+        return result
+
+    return call, took

@@ -1,0 +1,63 @@
+"""Calls every kernel a few times, at small and awkward shapes, for compute-sanitizer to watch (scripts/gpu_check.sh).
+
+python scripts/sanitizer_calls.py [cuda|cpu]
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+
+os.environ["FASTUNLEARN_BACKEND"] = "kernels"  # a fallback would pass every check
+
+import torch
+
+from fastunlearn.ops.lowpass_residual import lowpass_residual
+from fastunlearn.ops.mixture import mixture
+from fastunlearn.ops.noising import noising
+from fastunlearn.ops.redirect import redirect
+from fastunlearn.ops.residual import residual
+from fastunlearn.testing.factories import linear_schedule
+
+SHAPES = ((3, 5, 7), (1, 28, 28), (3, 40, 41))  # the last one has more elements than one pass of redirect takes
+PLANES = ((1, 28, 28), (3, 32, 32), (1, 33, 47), (1, 64, 64), (1, 256, 256))
+BATCH, STORED = 3, 9
+DEVICE = sys.argv[1] if len(sys.argv) > 1 else "cuda"
+
+
+def images(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    pixels = torch.randint(256, (STORED, *shape), device=DEVICE, dtype=torch.uint8)
+    return pixels if dtype == torch.uint8 else (pixels / 127.5 - 1).to(dtype)
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    coefficients = linear_schedule().coefficients(torch.tensor([0, 500, 999], device=DEVICE))
+    index = torch.tensor([8, 0, 4], device=DEVICE)
+    counter = torch.tensor([1, 2, 3], device=DEVICE)
+    from_forget = torch.tensor([True, False, True], device=DEVICE)
+    weight = torch.rand(BATCH, device=DEVICE)
+    for shape, (stored, made, channels_last) in itertools.product(SHAPES, ((torch.uint8, torch.float32, False), (torch.bfloat16, torch.bfloat16, True))):
+        rows, noise = images(shape, stored), torch.randn(BATCH, *shape, device=DEVICE)
+        for drawn in ((noise, None, 0), (None, counter, 5)):
+            layout = (*drawn, made, channels_last)
+            noising(rows, index, coefficients, *drawn, True, made, channels_last)
+            mixture(rows, index, rows, index.flip(0), coefficients, from_forget, 0.5, None, *layout)
+            for count in (1, 10, 70):
+                neighbors = torch.randint(STORED, (BATCH, count), device=DEVICE)
+                redirect(rows, index, rows, neighbors, coefficients, None, *layout)
+                redirect(rows[index], None, rows[neighbors], None, coefficients, torch.rand(BATCH, count, device=DEVICE).double(), *layout)
+        residual(noise.to(made), noise + 1, weight)
+    for shape, dtype in itertools.product(PLANES, (torch.float32, torch.bfloat16)):
+        prediction, target = torch.randn(2, BATCH, *shape, device=DEVICE)
+        for part, (inside, outside) in itertools.product((8, 4, 2), ((1.0, 0.0), (1.0, 0.1), (0.0, 1.0))):  # to a quarter and half of Nyquist, and all
+            band = torch.ones(shape[1] // part + 1, shape[2] // part + 1, device=DEVICE)
+            lowpass_residual(prediction.to(dtype), target, weight, band, inside, outside)
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    print("every kernel has run")
+
+
+if __name__ == "__main__":
+    main()
