@@ -44,8 +44,9 @@ def basis(size: int, frequencies: int, device: torch.device, dtype: torch.dtype)
     angle = turns.double() * (2 * math.pi / size)
     table = torch.where(torch.arange(columns) % 2 == 1, angle.cos(), angle.sin())
     table[:, 0] = 1
-    single = (u == 0) | (2 * u == size)
-    return (table * torch.where(single, 1.0, math.sqrt(2.0)) / math.sqrt(size)).to(dtype).to(device)
+    alone = (u == 0) | (2 * u == size)  # these have no sine
+    norm = torch.where(alone, size, size / 2).double().sqrt()
+    return (table / norm).to(dtype).to(device)
 
 
 def _eager(prediction: Tensor, target: Tensor, weight: Tensor, band: Tensor, inside: float, outside: float) -> tuple[Tensor, Tensor]:
