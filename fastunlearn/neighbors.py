@@ -14,12 +14,13 @@ from torch import Tensor
 
 from . import _check
 from .checkpoint import atomic_file
-from .neighbor_search import search_float, search_uint8
+from .neighbor_search import search_faiss, search_float, search_uint8
 from .store import ImageStore
 
 CACHE_FORMAT = "fastunlearn-neighbors"
 CACHE_VERSION = 1  # raised whenever a search could give another answer
 DEFAULT_CHUNK_BYTES = 2**28
+BACKENDS = ("auto", "exact", "faiss")
 
 
 def nearest_neighbors(
@@ -27,6 +28,7 @@ def nearest_neighbors(
     retain: ImageStore | Tensor,  # [M, ...]
     k: int,
     *,
+    backend: str = "auto",
     cache_dir: str | Path | None = None,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
     show_progress: bool = False,
@@ -39,6 +41,8 @@ def nearest_neighbors(
         forget: `[N, ...]`, a store or a tensor.
         retain: `[M, ...]`, the same kind (both uint8 or both floating) with rows of the same shape.
         k: how many, in [1, M].
+        backend: "exact": this package's own search; "faiss": faiss finds candidates, which are ranked exactly, and rows whose candidates a
+            bound cannot prove complete are searched by "exact"; "auto": the faster of the two, which is "exact". The answer is the same.
         cache_dir: a folder (created with mode 0700) where results are kept as safetensors files with mode 0600, found again by the content
             of both sets and k. A damaged file is reported, searched anew and replaced.
         chunk_bytes: working memory of the search beside both sets; at least one tile of 64 rows is taken whatever it says.
@@ -49,6 +53,7 @@ def nearest_neighbors(
         (times `(2/255)^2`: in the scale of network input); for float rows it is the float64 sum over the differences of the given values.
 
     Raises:
+        ImportError: faiss is asked for and not installed.
         TypeError, ValueError: for sets that are empty, of different kind or row shape, or not finite, and for k outside [1, M].
     """
     forget_rows, retain_rows = _rows("forget", forget), _rows("retain", retain)
@@ -58,11 +63,12 @@ def nearest_neighbors(
         raise TypeError(f"retain: expected rows of the kind of forget (both uint8 or both floating), got {retain_rows.dtype} beside {forget_rows.dtype}")
     _check.integer("k", k, low=1, high=len(retain_rows), of="the rows of retain")
     _check.integer("chunk_bytes", chunk_bytes, low=1)
+    _check.one_of("backend", backend, BACKENDS)
 
     path = None if cache_dir is None else _cache_path(Path(cache_dir), forget, retain, k)
     found = None if path is None or not path.exists() else _read_cache(path, len(forget_rows), len(retain_rows), k)
     if found is None:
-        found = _search(forget_rows, retain_rows, k, chunk_bytes, show_progress)
+        found = _search(forget_rows, retain_rows, k, backend, chunk_bytes, show_progress)
         if path is not None:
             _write_cache(path, *found)
     index, sqdist = found
@@ -84,11 +90,11 @@ def _rows(name: str, images: ImageStore | Tensor) -> Tensor:
     return images.detach()
 
 
-def _search(forget: Tensor, retain: Tensor, k: int, chunk_bytes: int, show_progress: bool) -> tuple[Tensor, Tensor]:
+def _search(forget: Tensor, retain: Tensor, k: int, backend: str, chunk_bytes: int, show_progress: bool) -> tuple[Tensor, Tensor]:
     from rich.progress import Progress
 
     first, inverse = _distinct(forget)
-    search = search_uint8 if retain.dtype == torch.uint8 else search_float
+    search = search_faiss if backend == "faiss" else search_uint8 if retain.dtype == torch.uint8 else search_float
     with Progress(disable=not show_progress) as bar, torch.no_grad():
         task = bar.add_task("nearest neighbours", total=len(retain))
         index, sqdist = search(forget[first.to(forget.device)].flatten(1), retain, k, chunk_bytes=chunk_bytes, progress=lambda rows: bar.advance(task, rows))

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,9 +16,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastunlearn import neighbor_search, neighbors
+from fastunlearn import neighbors
+from fastunlearn.neighbor_search import candidates, floating, uint8
 from fastunlearn.neighbors import nearest_neighbors
+from fastunlearn.ops import sqdist as sqdist_op
+from fastunlearn.ops._backends import build_command, extension
 from fastunlearn.store import ImageStore
+
+needs_extension = pytest.mark.skipif(not extension("_C"), reason=f"the C++ extension is not built; build it with: {build_command()}")
+in_torch_and_in_cpp = pytest.mark.parametrize("arithmetic", ["eager", pytest.param("kernels", marks=needs_extension)])
+
+
+def using(arithmetic: str):
+    return mock.patch.dict(os.environ, FASTUNLEARN_BACKEND=arithmetic)
 
 
 def brute_force(forget: Tensor, retain: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -67,61 +78,76 @@ def test_golden(golden: Path, case: str, kind: str, k: int):
 # --- uint8 -----------------------------------------------------------------------------------------------------------------------
 
 
+@in_torch_and_in_cpp
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1), num_forget=st.integers(1, 9), num_retain=st.integers(1, 700), columns=st.integers(1, 40), high=st.sampled_from([2, 3, 256]),
     k=st.integers(1, 30), copies=st.integers(0, 40), chunk_bytes=st.sampled_from([1, 20_000, 2**28]),
 )
-def test_uint8_equals_brute_force_with_planted_ties(seed, num_forget, num_retain, columns, high, k, copies, chunk_bytes):
+def test_uint8_equals_brute_force_with_planted_ties(arithmetic, seed, num_forget, num_retain, columns, high, k, copies, chunk_bytes):
+    forget, retain = rows_with_ties(seed, num_forget, num_retain, columns, high, copies)
+    k = min(k, num_retain)
+    with using(arithmetic):
+        assert_same(nearest_neighbors(forget, retain, k, chunk_bytes=chunk_bytes), brute_force(forget, retain, k))
+
+
+def rows_with_ties(seed: int, num_forget: int, num_retain: int, columns: int, high: int, copies: int) -> tuple[Tensor, Tensor]:
+    """Equal retain rows far apart, and some equal to a forget row."""
     generator = np.random.default_rng(seed)
     forget, retain = random_rows(seed, num_forget, columns, high=high), random_rows(seed + 1, num_retain, columns, high=high)
-    for _ in range(copies):  # equal rows far apart, and some equal to a forget row
+    for _ in range(copies):
         source = retain[generator.integers(num_retain)] if generator.random() < 0.7 else forget[generator.integers(num_forget)]
         retain[generator.integers(num_retain)] = source
-    k = min(k, num_retain)
-    assert_same(nearest_neighbors(forget, retain, k, chunk_bytes=chunk_bytes), brute_force(forget, retain, k))
+    return forget, retain
 
 
+@in_torch_and_in_cpp
 @pytest.mark.parametrize("columns", [33_025, 33_026, 65_536, 65_537, 131_073, 200_000])
-def test_long_rows_do_not_overflow(columns: int):
+def test_long_rows_do_not_overflow(columns: int, arithmetic: str):
     forget = torch.stack([torch.zeros(columns, dtype=torch.uint8), torch.full((columns,), 255, dtype=torch.uint8), random_rows(0, columns)])
     retain = torch.cat([random_rows(1, 3, columns), forget[[1, 0, 2, 1]]])
-    assert_same(nearest_neighbors(forget, retain, 7), brute_force(forget, retain, 7))
+    with using(arithmetic):
+        assert_same(nearest_neighbors(forget, retain, 7), brute_force(forget, retain, 7))
 
 
 @pytest.mark.parametrize("columns", [784, 40_000])
 def test_float_products_give_the_same_integers(monkeypatch, columns: int):
     forget, retain = random_rows(2, 4, columns), random_rows(3, 90, columns)
-    monkeypatch.setattr(neighbor_search, "int8_product_is_exact", lambda: False)
+    monkeypatch.setattr(sqdist_op, "int8_product_is_exact", lambda: False)
     monkeypatch.setattr(torch, "_int_mm", None)
-    assert_same(nearest_neighbors(forget, retain, 9), brute_force(forget, retain, 9))
+    with using("eager"):
+        assert_same(nearest_neighbors(forget, retain, 9), brute_force(forget, retain, 9))
 
 
 def test_int8_product_check_is_sound():
-    assert neighbor_search.int8_product_is_exact() in (True, False)
+    assert sqdist_op.int8_product_is_exact() in (True, False)
     left, right = random_rows(4, 70, 3000).view(torch.int8), random_rows(5, 300, 3000).view(torch.int8)
     exact = left.double() @ right.double().T
-    assert torch.equal(neighbor_search._products(left, right).double(), exact)
-    assert torch.equal(neighbor_search._products(left[:, 7:8], right[:, 7:8]).double(), left[:, 7:8].double() @ right[:, 7:8].double().T)
+    assert torch.equal(sqdist_op.products(left, right).double(), exact)
+    assert torch.equal(sqdist_op.products(left[:, 7:8], right[:, 7:8]).double(), left[:, 7:8].double() @ right[:, 7:8].double().T)
 
 
-def test_block_pruning_in_a_large_tile_keeps_ties_in_order():
+@in_torch_and_in_cpp
+def test_a_large_tile_keeps_ties_in_order(arithmetic: str):
     retain = random_rows(6, 20_000, 3, high=4)  # 64 different rows: every distance ties hundreds of times
     forget = random_rows(7, 5, 3, high=4)
-    assert_same(nearest_neighbors(forget, retain, 20), brute_force(forget, retain, 20))
+    with using(arithmetic):
+        assert_same(nearest_neighbors(forget, retain, 20), brute_force(forget, retain, 20))
 
 
 def test_a_distance_too_large_for_the_key_is_refused():
     row = torch.zeros(1, 1, dtype=torch.uint8)
     with pytest.raises(ValueError, match="retain: expected rows \\* columns"):
-        neighbor_search.search_uint8(row.expand(1, 2**48), row, 1, chunk_bytes=1, progress=int)
+        uint8.search_uint8(row.expand(1, 2**48), row, 1, chunk_bytes=1, progress=int)
 
 
-def test_threads_share_the_work_and_the_setting_stays():
+@in_torch_and_in_cpp
+def test_threads_share_the_work_and_the_setting_stays(arithmetic: str):
     forget, retain = random_rows(17, 7, 50, high=6), random_rows(18, 3000, 50, high=6)
     torch.set_num_threads(3)
     try:
-        found = nearest_neighbors(forget, retain, 6, chunk_bytes=200_000)
+        with using(arithmetic):
+            found = nearest_neighbors(forget, retain, 6, chunk_bytes=200_000)
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(1)
@@ -149,8 +175,8 @@ def test_float_equals_brute_force_with_near_ties(seed, num_forget, num_retain, c
 
 def test_unproven_rows_are_searched_again(monkeypatch):
     searched = []
-    within = neighbor_search._search_within
-    monkeypatch.setattr(neighbor_search, "_search_within", lambda forget, *args: searched.append(len(forget)) or within(forget, *args))
+    within = floating._search_within
+    monkeypatch.setattr(floating, "_search_within", lambda forget, *args: searched.append(len(forget)) or within(forget, *args))
     generator = torch.Generator().manual_seed(0)
     spread_out, crowded = torch.randn(300, 500, generator=generator), 3 + 1e-7 * torch.randn(300, 500, generator=generator)
     near_nothing_else, near_the_crowd = spread_out[:1] + 0.01, torch.full((1, 500), 3.5)
@@ -170,6 +196,126 @@ def test_bound_holds_where_reduced_precision_products_are_allowed():
     finally:
         torch.set_float32_matmul_precision(before)
     assert_same(found, brute_force(forget, retain, 8))
+
+
+# --- faiss -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def searched_again(monkeypatch) -> list[int]:
+    """How many rows each exact search behind faiss was asked for."""
+    pytest.importorskip("faiss")
+    counts = []
+
+    def counted(search):
+        return lambda forget, *args, **kwargs: counts.append(len(forget)) or search(forget, *args, **kwargs)
+
+    for name in ("search_uint8", "search_float"):
+        monkeypatch.setattr(candidates, name, counted(getattr(candidates, name)))
+    return counts
+
+
+def assert_faiss_equals_exact(forget: Tensor, retain: Tensor, k: int, chunk_bytes: int = 2**28) -> None:
+    found = nearest_neighbors(forget, retain, k, backend="faiss", chunk_bytes=chunk_bytes)
+    assert_same(found, nearest_neighbors(forget, retain, k, backend="exact"))
+    assert_same(found, brute_force(forget, retain, k))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1), num_forget=st.integers(1, 30), num_retain=st.integers(1, 400), columns=st.sampled_from([1, 3, 40, 300]),
+    high=st.sampled_from([2, 3, 256]), k=st.integers(1, 60), copies=st.integers(0, 40), chunk_bytes=st.sampled_from([1, 20_000, 2**28]),
+)
+def test_faiss_equals_exact_with_planted_ties(seed, num_forget, num_retain, columns, high, k, copies, chunk_bytes):
+    pytest.importorskip("faiss")
+    assert_faiss_equals_exact(*rows_with_ties(seed, num_forget, num_retain, columns, high, copies), min(k, num_retain), chunk_bytes)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1), num_forget=st.integers(1, 30), num_retain=st.integers(1, 400), columns=st.sampled_from([1, 7, 64, 1500]),
+    k=st.integers(1, 40), spread=st.sampled_from([1.0, 1e-3, 1e-6, 0.0]), offset=st.sampled_from([0.0, 1.0, 1e4]), duplicates=st.integers(0, 60),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16]), chunk_bytes=st.sampled_from([1, 100_000, 2**28]),
+)
+def test_faiss_equals_exact_on_float_rows(seed, num_forget, num_retain, columns, k, spread, offset, duplicates, dtype, chunk_bytes):
+    """Distances that float32 cannot tell apart, equal rows, and offsets beside which the differences vanish."""
+    pytest.importorskip("faiss")
+    generator = torch.Generator().manual_seed(seed)
+    centre = torch.randn(columns, generator=generator, dtype=torch.float64) + offset
+    retain = (centre + spread * torch.randn(num_retain, columns, generator=generator)).to(dtype)
+    retain[max(num_retain - duplicates, 1) :] = retain[0].clone()
+    forget = (torch.randn(num_forget, columns, generator=generator) + offset).to(dtype)
+    forget[0] = retain[0]
+    assert_faiss_equals_exact(forget, retain, min(k, num_retain), chunk_bytes)
+
+
+@pytest.mark.parametrize("kind", ["uint8", "float32"])
+def test_candidates_of_faiss_are_proven_or_searched_again(searched_again, kind: str):
+    generator = torch.Generator().manual_seed(0)
+    # Beside `lonely` 300 rows at different distances; at `crowded` the k-th neighbour and 100 more are equally far.
+    lonely, crowded = torch.full((1, 500), 100.0), torch.full((1, 500), 200.0)
+    apart = 100 + torch.linspace(1, 60, 300)[:, None] * torch.randn(300, 500, generator=generator).sign()
+    equal = 200 + 3 * torch.randn(100, 500, generator=generator).sign()
+    forget, retain = torch.cat([lonely, crowded]), torch.cat([apart, equal])
+    if kind == "uint8":
+        forget, retain = forget.to(torch.uint8), retain.round().to(torch.uint8)
+    assert_faiss_equals_exact(forget, retain, 5)
+    assert searched_again == [1]
+    searched_again.clear()
+    assert_faiss_equals_exact(forget + (1 if kind == "uint8" else 2.0**20), retain + (1 if kind == "uint8" else 2.0**20), 5)
+    assert searched_again == [1]
+
+
+def test_candidates_that_are_all_rows_need_no_proof(searched_again):
+    assert_faiss_equals_exact(random_rows(0, 3, 4, high=2), random_rows(1, 20, 4, high=2), 5)
+    assert searched_again == []
+
+
+@pytest.mark.parametrize("wrong", [lambda values: values * 1.01, lambda values: values + float("nan"), lambda values: values - 100])
+def test_faiss_that_computes_otherwise_than_assumed_is_not_believed(monkeypatch, searched_again, wrong):
+    faiss = pytest.importorskip("faiss")
+    knn = faiss.knn
+
+    def worse(queries, rows, count):
+        values, index = knn(queries, rows, len(rows))
+        return wrong(values[:, -count:]), index[:, -count:]  # the farthest rows
+
+    monkeypatch.setattr(faiss, "knn", worse)
+    assert_faiss_equals_exact(random_rows(2, 3, 100), random_rows(3, 200, 100), 5)
+    assert searched_again == [3]
+
+
+def test_faiss_does_not_hide_rows_that_float32_cannot_hold():
+    pytest.importorskip("faiss")
+    with pytest.raises(ValueError, match="retain: expected rows with a squared norm below 1e36"):
+        nearest_neighbors(torch.ones(2, 4), torch.ones(60, 4) * 1e20, 1, backend="faiss")
+    far = torch.ones(1, 4) * 1e19
+    assert_faiss_equals_exact(far, torch.randn(60, 4, generator=torch.Generator().manual_seed(0)), 3)
+
+
+def test_faiss_leaves_its_own_number_of_threads_alone():
+    faiss = pytest.importorskip("faiss")
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(before + 1)
+    try:
+        nearest_neighbors(random_rows(0, 3, 4), random_rows(1, 200, 4), 5, backend="faiss")
+        assert faiss.omp_get_max_threads() == before + 1
+    finally:
+        faiss.omp_set_num_threads(before)
+
+
+def test_missing_faiss_is_said_with_the_command_that_installs_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(ImportError, match="backend='faiss': expected faiss to be installed; install it with: pip install faiss-cpu"):
+        nearest_neighbors(random_rows(0, 3, 4), random_rows(1, 20, 4), 5, backend="faiss")
+    nearest_neighbors(random_rows(0, 3, 4), random_rows(1, 20, 4), 5)
+
+
+def test_backends_share_the_cache(cached):
+    forget, retain, folder, searches = cached
+    for backend in ("exact", "faiss", "auto"):
+        assert_same(nearest_neighbors(forget, retain, 3, backend=backend, cache_dir=folder), brute_force(forget, retain, 3))
+    assert not searches
 
 
 # --- duplicates, stores, streaming -----------------------------------------------------------------------------------------------
@@ -193,9 +339,42 @@ def test_stores_give_what_tensors_give(latents: bool):
     assert_same(found, brute_force(forget, retain, 5))
 
 
-def test_permuted_rows_are_measured_as_they_are():
-    forget, retain = random_rows(12, 4, 5, 6, 3).permute(0, 3, 1, 2), random_rows(13, 60, 5, 6, 3).permute(0, 3, 1, 2)
-    assert_same(nearest_neighbors(forget, retain, 5), brute_force(forget, retain, 5))
+@in_torch_and_in_cpp
+def test_rows_that_are_no_dense_array_are_measured_as_they_are(arithmetic: str):
+    images = [random_rows(12 + i, n, 5, 6, 3).permute(0, 3, 1, 2) for i, n in enumerate((4, 60))]
+    apart = [random_rows(12 + i, n, 90)[::2, 3:70] for i, n in enumerate((4, 60))]
+    across = [random_rows(12 + i, 20, n).t() for i, n in enumerate((4, 60))]
+    repeated = [row.expand(n, 20) for row, n in zip(random_rows(12, 2, 1, 20), (4, 60), strict=True)]
+    with using(arithmetic):
+        for forget, retain in (images, apart, across, repeated):
+            for chunk_bytes in (1, 2**28):
+                assert_same(nearest_neighbors(forget, retain, 5, chunk_bytes=chunk_bytes), brute_force(forget, retain, 5))
+
+
+@needs_extension
+def test_rows_are_read_where_they_lie(monkeypatch):
+    """Stores, tensors, rows of a wider matrix and arrays of other libraries are searched without a copy."""
+
+    class Foreign:
+        """All that another library's array has to have."""
+
+        def __init__(self, array: np.ndarray):
+            self.array = array
+
+        def __dlpack__(self, **kwargs):
+            return self.array.__dlpack__(**kwargs)
+
+        def __dlpack_device__(self):
+            return self.array.__dlpack_device__()
+
+    addresses = []
+    kernel = uint8.nearest_kernel(torch.device("cpu"))
+    monkeypatch.setattr(uint8, "nearest_kernel", lambda device: lambda queries, rows, *rest: addresses.append(rows.data_ptr()) or kernel(queries, rows, *rest))
+    forget, retain, wide = random_rows(12, 4, 1, 5, 6), random_rows(13, 60, 1, 5, 6), random_rows(14, 60, 40)
+    foreign = ImageStore(Foreign(retain.numpy()))
+    for few, many in ((forget, retain), (ImageStore(forget), foreign), (forget.flatten(1), wide[:, 7:37])):
+        nearest_neighbors(few, many, 5)
+    assert addresses == [retain.data_ptr(), retain.data_ptr(), wide.data_ptr() + 7]
 
 
 STREAM = """
@@ -333,3 +512,8 @@ ROWS = random_rows(16, 6, 4)
 def test_bad_input(forget, retain, k, error, text):
     with pytest.raises(error, match=text):
         nearest_neighbors(forget, retain, k)
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match="backend: expected one of auto, exact, faiss, got 'flat'"):
+        nearest_neighbors(ROWS, ROWS, 1, backend="flat")
