@@ -1,5 +1,6 @@
 """Which backend runs: the extension where it is built, plain torch with one warning where it is not, and what FASTUNLEARN_BACKEND asks for."""
 
+import os
 import subprocess
 import sys
 import warnings
@@ -60,3 +61,10 @@ def test_every_source_is_listed():
     helpers = {"csrc/isa.cpp", "csrc/torch_cuda_stub.cpp"}
     found = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").iterdir() if path.suffix in (".cpp", ".cu")}
     assert {file for _, file in lines} | helpers == found
+
+
+@pytest.mark.skipif(os.environ.get("FASTUNLEARN_EXTENSION") != "require", reason="without a compiler there is no extension, and plain torch is tested")
+def test_extension_is_built_where_it_is_required():
+    assert _backends.extension("_C")
+    if os.environ.get("FASTUNLEARN_CUDA") == "check":
+        assert (ROOT / "fastunlearn/_C_cuda.abi3.so").exists()
