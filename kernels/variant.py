@@ -35,6 +35,7 @@ class Variant(NamedTuple):
     constants: dict[str, object]  # compile-time argument -> value; None for a pointer that is not given
     num_warps: int
     num_stages: int = 1
+    max_registers: int | None = None  # a thread may have; None: as many as the compiler thinks good for occupancy
     divisible: tuple[str, ...] = ()
     unaligned: tuple[str, ...] = ()
 

@@ -111,7 +111,7 @@ def compile_one(job: tuple[str, int, int]) -> Usage | str:
         constexprs=variant.constants,
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, **COMPILE_OPTIONS}
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "maxnreg": variant.max_registers, **COMPILE_OPTIONS}
     try:
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     except Exception as error:  # the compiler raises many kinds; each is a row that fails
