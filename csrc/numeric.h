@@ -1,7 +1,7 @@
 // Stored numbers (uint8, float16, bfloat16, float32, float64) to and from float and double, without torch.
 //
-// Every conversion is straight-line code on one element, which the compiler vectorises inside a loop; none needs hardware support for 16-bit
-// floats, and none makes a subnormal float32 on its way (results are the same under a flush-to-zero mode).
+// Every conversion is straight-line code on one element, which the compiler vectorises in a loop; none needs hardware
+// support for 16-bit floats, and none makes a subnormal float32 on its way: flush-to-zero modes change nothing.
 #pragma once
 
 #include <cstdint>
@@ -47,7 +47,7 @@ FASTUNLEARN_INLINE uint32_t select(bool condition, uint32_t yes, uint32_t no) {
 
 FASTUNLEARN_INLINE float to_float(Half half) {
   const uint32_t bits = half.bits, magnitude = bits & 0x7FFFu;
-  const uint32_t rebias = select(magnitude >= 0x7C00u, 224u << 23, 112u << 23);  // infinities and NaN keep the largest exponent
+  const uint32_t rebias = select(magnitude >= 0x7C00u, 224u << 23, 112u << 23);  // largest exponent: infinities, NaN
   const uint32_t subnormal = same_bits<uint32_t>(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
   return same_bits<float>(select(magnitude < 0x0400u, subnormal, (magnitude << 13) + rebias) | (bits & 0x8000u) << 16);
 }
@@ -61,7 +61,8 @@ FASTUNLEARN_INLINE Half to_half(float value) {
   // Below 2^-14: half's subnormal step is the last place of 0.5, where the addition rounds.
   const uint32_t subnormal = same_bits<uint32_t>(same_bits<float>(magnitude) + 0.5f) - 0x3F000000u;
   const uint32_t special = select(magnitude > 0x7F800000u, 0x7E00u, 0x7C00u);
-  const uint32_t rounded = select(magnitude < 0x38800000u, subnormal, select(magnitude >= 0x47800000u, special, normal));
+  const uint32_t finite = select(magnitude < 0x38800000u, subnormal, normal);
+  const uint32_t rounded = select(magnitude >= 0x47800000u, special, finite);
   return {static_cast<uint16_t>(rounded | ((bits >> 16) & 0x8000u))};
 }
 
@@ -72,7 +73,7 @@ FASTUNLEARN_INLINE BFloat16 to_bfloat16(float value) {
   return {static_cast<uint16_t>(select((bits & 0x7FFFFFFFu) > 0x7F800000u, 0x7FC0u, rounded))};
 }
 
-/// A stored number as the network sees it: uint8 `u` as the float32 `u / 127.5 - 1`, floats as they are. `Real` is float or double.
+/// A stored number as the network sees it, as `Real` (float or double): uint8 `u` is the float32 `u / 127.5 - 1`.
 template <class Real>
 FASTUNLEARN_INLINE Real value(uint8_t stored) {
   // The quotient correctly rounded (for all 256), without a division: the first product is exact, the second tiny.
