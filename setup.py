@@ -63,11 +63,10 @@ class CMakeBuild(build_ext):
         out = self._library_folder().resolve()
         out.mkdir(parents=True, exist_ok=True)
         arguments = [f"-DTORCH_DIR={torch}", f"-DOUT={out}", *self._cuda_arguments(torch)]
-        if shutil.which("ninja"):
-            arguments.append("-GNinja")
-        folder = ROOT / "build" / "extension"  # kept, so that the next build compiles what changed only
+        generator = "Ninja" if shutil.which("ninja") else "Unix Makefiles"
+        arguments.append(f"-G{generator}")
+        folder = ROOT / "build" / f"extension-{generator.split()[-1].lower()}"  # kept: the next build compiles only what changed
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "CMakeCache.txt").unlink(missing_ok=True)  # it may remember another torch, generator or cmake
         subprocess.check_call(["cmake", str(ROOT), *arguments], cwd=folder)
         subprocess.check_call(["cmake", "--build", ".", "--parallel", os.environ.get("MAX_JOBS", "2")], cwd=folder)
 
@@ -88,6 +87,8 @@ class CMakeBuild(build_ext):
     def copy_extensions_to_source(self) -> None:
         """An editable install runs from the source folder."""
         target = Path(self.get_finalized_command("build_py").get_package_dir("fastunlearn"))
+        for stale in target.glob("_C*.abi3.so"):
+            stale.unlink()
         for library in self.get_outputs():
             self.copy_file(library, str(target / Path(library).name))
 

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from fastunlearn.ops._backends import find_kernel
-from fastunlearn.ops._library import dense
 
 COPY_BYTES = 1 << 30
 _CPU_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
@@ -155,7 +154,7 @@ def filling(op: str, module: ModuleType, arguments: tuple) -> Callable[[], tuple
     """The kernel of `op` (defined in `module`) alone: into outputs that exist already, as in a CUDA graph, without the dispatcher."""
     device = next(value.device for value in arguments if isinstance(value, Tensor))
     kernel, outputs = find_kernel(op, device, arguments, required=True), module._empty(*arguments)
-    prepared = getattr(module, "_prepare", dense)(arguments, outputs)
+    prepared = module._prepare(arguments, outputs)
 
     def fill() -> tuple[Tensor, ...]:
         kernel(*prepared, *outputs)

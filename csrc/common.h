@@ -12,6 +12,9 @@
 
 #include "dispatch.h"
 
+// Raised with every change of the arguments of a kernel; fastunlearn/ops/_backends.py has the same number and refuses a library of another.
+extern "C" __attribute__((visibility("default"), weak)) int fastunlearn_revision() { return 1; }
+
 namespace fastunlearn {
 
 using torch::headeronly::ScalarType;

@@ -117,7 +117,10 @@ def validate(draws: Draws, needs: frozenset[str], forget: Tensor | Rows | None, 
         raise ValueError(f"draws: expected only {', '.join(sorted(needs))} for this method, got {', '.join(sorted(unused))} too")
     for branch, batch in (("forget", forget), ("retain", retain)):
         noise, timesteps = getattr(draws, f"{branch}_noise"), getattr(draws, f"{branch}_timesteps")
-        if noise is not None:
+        if isinstance(noise, Noise):
+            if tuple(noise.shape) != tuple(batch.shape):
+                raise ValueError(f"draws.{branch}_noise: expected the shape of {branch}, {tuple(batch.shape)}, got {tuple(noise.shape)}")
+        elif noise is not None:
             _check.like(f"draws.{branch}_noise", noise, branch, batch)
             if noise.dtype != batch.dtype:
                 raise TypeError(f"draws.{branch}_noise: expected the dtype of {branch}, {batch.dtype}, got {noise.dtype}")

@@ -98,9 +98,11 @@ def redirect(
         TypeError, ValueError: for arguments of another rank, shape, dtype or device.
     """
     _check_images("forget", forget)
-    if not isinstance(neighbors, Rows):
+    if isinstance(neighbors, Rows):
+        _check.tensor("neighbors.index", neighbors.index, ndim=2, floating=False)
+    else:
         _check.tensor("neighbors", neighbors, ndim=5)
-    if neighbors.shape[1] == 0 or neighbors.ndim != 5 or neighbors.shape[0] != forget.shape[0] or neighbors.shape[2:] != forget.shape[1:]:
+    if neighbors.shape[1] == 0 or neighbors.shape[0] != forget.shape[0] or neighbors.shape[2:] != forget.shape[1:]:
         raise ValueError(f"neighbors: expected [B, K, C, H, W] = {_with_k(forget)} with K >= 1, got {tuple(neighbors.shape)}")
     _check.same_device("neighbors", neighbors, "forget", forget)
     if neighbors.dtype != forget.dtype:
@@ -110,6 +112,7 @@ def redirect(
         if sqdist.shape != neighbors.shape[:2]:
             raise ValueError(f"sqdist: expected one distance a neighbour, {tuple(neighbors.shape[:2])}, got {tuple(sqdist.shape)}")
         _check.same_device("sqdist", sqdist, "forget", forget)
+    _check_data(forget=forget, neighbors=neighbors, noise=noise, x_t=x_t)
     noise = _noise_of("forget", forget, noise, x_t, timesteps, schedule)
     coefficients = _prepare("forget", forget, noise, timesteps, schedule)
     if backend() == "reference":
@@ -160,6 +163,7 @@ def mixture(
     _check.same_device("from_forget", from_forget, "retain", retain)
     if time_log_ratio is not None:
         _check.vector("time_log_ratio", time_log_ratio, len(retain), retain.device)
+    _check_data(retain=retain, forget=forget, noise=noise, x_t=x_t)
     if x_t is not None:
         noise = _noise_of("retain", torch.where(from_forget.view(-1, 1, 1, 1), _gathered(forget), _gathered(retain)), noise, x_t, timesteps, schedule)
     coefficients = _prepare("retain", retain, noise, timesteps, schedule)
@@ -223,10 +227,17 @@ _mask._dynamo_marked_constant = True
 
 
 def _check_images(name: str, images: Tensor | Rows) -> None:
-    if not isinstance(images, Rows):
+    if isinstance(images, Rows):
+        _check.tensor(f"{name}.index", images.index, ndim=1, floating=False)
+    else:
         _check.images(name, images)
-    elif len(images) == 0:
-        raise ValueError(f"{name}: expected at least one row, got none")
+
+
+def _check_data(**arguments: Tensor | Rows | Noise | None) -> None:
+    """Refuses a gradient that would be lost: importance weights and targets are constants of a step."""
+    for name, value in arguments.items():
+        if isinstance(value, Tensor) and value.requires_grad:
+            raise ValueError(f"{name}: expected no gradient (weights and targets are constants of a step), got requires_grad=True; detach it")
 
 
 def _source(images: Tensor | Rows) -> tuple[Tensor, Tensor | None]:

@@ -16,7 +16,7 @@ from torch import Tensor
 _MASK = 0xFFFFFFFF
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Noise:
     """Standard normal noise `[B, C, H, W]` that a kernel makes where it needs it, so that it is never stored.
 
@@ -53,7 +53,7 @@ def integers(count: int, high: int, counter: Tensor, purpose: int) -> Tensor:
 def words(shape: Sequence[int], counter: Tensor, purpose: int) -> Tensor:
     """`[rows, ceil(elements of a row / 4), 4]` 32-bit words, as int64. `counter`: int64 `[3]`, seed, step, first row."""
     rows, elements = shape[0], math.prod(shape[1:])
-    seed, step, first_row = counter.unbind()
+    seed, step, first_row = counter.long().unbind()
     quads = torch.arange(-(-elements // 4), device=counter.device).view(1, -1)
     row = (first_row + torch.arange(rows, device=counter.device)).view(-1, 1) & _MASK
     zero = torch.zeros_like(row * quads)

@@ -141,7 +141,7 @@ class ImageStore:
                 raise ValueError(f"images: expected {hint}, got float values in [{low:.6g}, {high:.6g}] (rows {start} to {start + len(rows) - 1})")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rows:
     """Rows of a store in place of images: `images[index]` as network input, gathered and dequantised by the op that reads them.
 

@@ -11,6 +11,7 @@ import torch
 
 from fastunlearn import functional as F
 from fastunlearn.ops import _backends
+from fastunlearn.store import Rows
 from fastunlearn.testing.factories import linear_schedule, redirect_inputs
 
 ROOT = Path(__file__).parents[1]
@@ -46,8 +47,50 @@ def test_the_command_in_a_checkout_installs_the_checkout():
 @pytest.mark.usefixtures("without_extension")
 def test_kernels_can_be_required(monkeypatch):
     monkeypatch.setenv("FASTUNLEARN_BACKEND", "kernels")
-    with pytest.warns(UserWarning, match="not built"), pytest.raises(RuntimeError, match=r"FASTUNLEARN_BACKEND=kernels: expected a kernel for redirect, got none"):
+    missing = r"FASTUNLEARN_BACKEND=kernels: expected a kernel for redirect, got none"
+    with pytest.warns(UserWarning, match="not built"), pytest.raises(RuntimeError, match=missing):
         F.redirect(*redirect_inputs(), SCHEDULE)
+
+
+@pytest.mark.skipif(not (ROOT / "fastunlearn/_C.abi3.so").exists(), reason="the extension is not built")
+def test_a_library_of_another_version_is_not_used(monkeypatch):
+    monkeypatch.setattr(_backends, "REVISION", -1)
+    _backends.extension.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match=r"_C.abi3.so is of another version \(revision 1, expected -1\), .* build it again with: .*pip install"):
+            assert not _backends.extension("_C")
+    finally:
+        _backends.extension.cache_clear()
+
+
+@pytest.mark.skipif(not (ROOT / "fastunlearn/_C.abi3.so").exists(), reason="the extension is not built")
+def test_an_unknown_instruction_set_is_refused(monkeypatch):
+    monkeypatch.setenv("FASTUNLEARN_ISA", "AVX2")
+    _backends.extension.cache_clear()
+    with pytest.raises(ValueError, match="FASTUNLEARN_ISA: expected one of portable, avx2, avx512, got 'AVX2'"):
+        _backends.extension("_C")
+
+
+def test_a_store_that_is_a_permuted_view_is_not_copied(monkeypatch):
+    """Rows are picked first: an NHWC file, memory-mapped, is larger than memory."""
+    store = torch.randint(256, (50, 8, 8, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    index, many = torch.tensor([3, 3, 49]), torch.randint(50, (3, 4))
+    timesteps, noise = torch.tensor([0, 500, 999]), torch.randn(3, 3, 8, 8)
+    calls = {
+        "noised": lambda rows: F.noised(rows(index), noise, timesteps, SCHEDULE),
+        "redirect": lambda rows: F.redirect(rows(index), rows(many), noise, timesteps, SCHEDULE),
+        "mixture": lambda rows: F.mixture(rows(index), rows(many[:, 0]), noise, timesteps, SCHEDULE, 0.5, torch.tensor([True, False, True])),
+    }
+    expected = {name: call(lambda index: Rows(store.contiguous(), index)) for name, call in calls.items()}
+
+    copied = []
+    contiguous = torch.Tensor.contiguous
+    monkeypatch.setattr(torch.Tensor, "contiguous", lambda self, **layout: copied.append(len(self)) or contiguous(self, **layout))
+    for name, call in calls.items():
+        for one, two in zip(call(lambda index: Rows(store, index)), expected[name], strict=True):
+            assert torch.equal(one, two)
+    assert copied
+    assert max(copied) < 50
 
 
 def test_importing_the_package_loads_neither_triton_nor_the_extension():

@@ -21,3 +21,5 @@ def test_every_benchmark_of_an_op_passes_its_gate(tmp_path):
     ops = {row["op"] for row in rows if row["contestant"] == "papers" and row["seconds"] > 0}
     assert ops == {"noising", "redirect", "redirect+residual", "mixture", "residual", "lowpass_residual"}
     assert all(row["seconds"] or row["reason"] for row in rows)
+    if (ROOT / "fastunlearn/_C.abi3.so").exists():
+        assert {row["op"] for row in rows if row["contestant"] == "kernel" and row["seconds"]} == ops

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 import importlib.util
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -14,6 +16,8 @@ import torch
 from torch import Tensor
 
 _PACKAGE = Path(__file__).parents[1]
+REVISION = 1  # of the arguments of C++ kernels; csrc/common.h has the same number
+ISAS = ("portable", "avx2", "avx512")
 _TRITON = ("noising", "redirect", "mixture", "residual")
 _CUDA = ("lowpass_residual",)
 
@@ -42,6 +46,17 @@ def extension(library: str) -> bool:
     path = _PACKAGE / f"{library}.abi3.so"
     if not path.exists():
         warnings.warn(f"fastunlearn: {path.name} is not built, plain torch is used instead (slower); build it with: {build_command()}", stacklevel=2)
+        return False
+    wanted = os.environ.get("FASTUNLEARN_ISA") or ISAS[-1]
+    if wanted not in ISAS:
+        raise ValueError(f"FASTUNLEARN_ISA: expected one of {', '.join(ISAS)}, got {wanted!r}")
+    found = getattr(ctypes.CDLL(str(path)), "fastunlearn_revision", lambda: 0)()
+    if found != REVISION:
+        warnings.warn(
+            f"fastunlearn: {path.name} is of another version (revision {found}, expected {REVISION}), plain torch is used instead (slower); "
+            f"build it again with: {build_command()}",
+            stacklevel=2,
+        )
         return False
     torch.ops.load_library(path)
     return True

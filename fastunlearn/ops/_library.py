@@ -24,20 +24,22 @@ NATIVE = torch.library.Library("fastunlearn_native", "DEF")  # what C++ implemen
 
 
 def define(
-    name: str, arguments: str, outputs: tuple[str, ...], *, empty: Callable, eager: Callable, prepare: Callable | None = None, more: str = ""
+    name: str, arguments: str, outputs: tuple[str, ...], *, check: Callable, empty: Callable, eager: Callable, prepare: Callable | None = None, more: str = ""
 ) -> Callable:
     """Registers `fastunlearn::<name>` for every device.
 
     Args:
         arguments: of the schema, `"Tensor images, Tensor? index"`.
         outputs: their names.
+        check: raises for arguments whose shapes do not fit together, before any backend reads past an end; it looks at no values.
         empty: the op's arguments to a tuple of its outputs, unwritten: what a kernel fills, and the fake kernel.
         eager: the closed form in plain torch.
-        prepare: arguments and outputs to those of the kernel (dense, with tables), where they differ.
+        prepare: arguments and outputs to the arguments of the kernel (dense, with tables), where they differ.
         more: arguments of the kernel beyond those of the op, in schema form.
     """
 
     def run(*args):
+        check(*args)
         tensor = next(value for value in args if isinstance(value, Tensor))
         kernel = None if backend() == "eager" else find_kernel(name, tensor.device, args, required=backend() == "kernels")
         if kernel is None:
@@ -48,9 +50,13 @@ def define(
             kernel(*(prepare(args, filled) if prepare else args), *filled)
         return _one_or_all(filled)
 
+    def fake(*args):
+        check(*args)
+        return _one_or_all(empty(*args))
+
     LIBRARY.define(f"{name}({arguments}) -> {'Tensor' if len(outputs) == 1 else '(' + ', '.join(['Tensor'] * len(outputs)) + ')'}")
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastunlearn::{name}", lambda *args: _one_or_all(empty(*args)), lib=LIBRARY)
+    torch.library.register_fake(f"fastunlearn::{name}", fake, lib=LIBRARY)
     written = ", ".join(f"Tensor({letter}!) {output}" for letter, output in zip(string.ascii_lowercase, outputs, strict=False))
     define_native(name, f"{arguments}{', ' + more if more else ''}, {written}")
     return getattr(torch.ops.fastunlearn, name).default
@@ -111,6 +117,48 @@ def laid_out(images: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
     return images.to(dtype).contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
-def dense(args: tuple, outputs: tuple) -> tuple:
-    """`args` with every tensor contiguous: what a kernel expects unless it says otherwise."""
-    return tuple(value.contiguous() if isinstance(value, Tensor) else value for value in args)
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """Of losses and targets: rounding a target to bfloat16 would put 2^-9 of it on every residual."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+# --- arguments of the kernels ----------------------------------------------------------------------------------------------------
+
+
+def rows_for_kernel(images: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Contiguous `images` and int64 `index`. Of a store that is a permuted view (an NHWC file, perhaps memory-mapped) only the rows are copied."""
+    if images.is_contiguous() or index is None:
+        return images.contiguous(), index if index is None else index.long().contiguous()
+    return images[index].contiguous(), None
+
+
+def noise_for_kernel(noise: Tensor | None, counter: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    return noise if noise is None else noise.contiguous(), counter if counter is None else counter.long().contiguous()
+
+
+# --- checks of shapes ------------------------------------------------------------------------------------------------------------
+
+
+def check_rows(name: str, images: Tensor, index: Tensor | None, *, ndim: int = 1) -> tuple[int, ...]:
+    """The shape of `images[index]`; `images` alone has `ndim` axes before C, H, W."""
+    if images.numel() == 0:
+        raise ValueError(f"{name}: expected at least one image, got shape {tuple(images.shape)}")
+    if images.ndim != (ndim if index is None else 1) + 3:
+        raise ValueError(f"{name}: expected {'rows ' if index is not None else ''}[..., C, H, W], got shape {tuple(images.shape)}")
+    if index is None:
+        return tuple(images.shape)
+    if index.ndim != ndim or index.numel() == 0 or index.is_floating_point() or index.dtype == torch.bool:
+        raise ValueError(f"{name}: expected an integer index of {ndim} axes with at least one row, got {index.dtype} of shape {tuple(index.shape)}")
+    return (*index.shape, *images.shape[1:])
+
+
+def check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
+    if tensor is not None and tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
+
+
+def check_noise(noise: Tensor | None, counter: Tensor | None, shape: tuple[int, ...]) -> None:
+    if (noise is None) == (counter is None):
+        raise ValueError("noise, counter: expected one of the two")
+    check_shape("noise", noise, shape)
+    check_shape("counter", counter, (3,))

@@ -14,8 +14,9 @@ import math
 import torch
 from torch import Tensor
 
-from ._library import define, per_row
-from .residual import backward, in_layout_of, setup_context
+from ._library import at_least_float32, define, per_row
+from .residual import check as check_residual
+from .residual import differentiable, in_layout_of, weight_for_kernel
 
 
 def lowpass_residual(prediction: Tensor, target: Tensor, weight: Tensor, band: Tensor, inside: float, outside: float) -> tuple[Tensor, Tensor]:
@@ -50,7 +51,7 @@ def basis(size: int, frequencies: int, device: torch.device, dtype: torch.dtype)
 
 
 def _eager(prediction: Tensor, target: Tensor, weight: Tensor, band: Tensor, inside: float, outside: float) -> tuple[Tensor, Tensor]:
-    r = prediction.to(_accumulation_dtype(prediction)) - target
+    r = prediction.to(at_least_float32(prediction.dtype)) - target
     rows, columns = _bases(r, band)
     mask = band.to(r.dtype)[(torch.arange(rows.shape[1], device=r.device) + 1) // 2][:, (torch.arange(columns.shape[1], device=r.device) + 1) // 2]
     coefficients = mask * (rows.T @ r @ columns)
@@ -61,35 +62,39 @@ def _eager(prediction: Tensor, target: Tensor, weight: Tensor, band: Tensor, ins
         energy = energy + outside**2 * (r - projected).flatten(1).square().sum(1)
         gradient = gradient + outside**2 * r
     weight = weight.to(r.dtype)
-    return (weight * energy).to(_accumulation_dtype(prediction)), (per_row(2 * weight, r) * gradient).to(prediction.dtype).contiguous()
+    return (weight * energy).to(at_least_float32(prediction.dtype)), (per_row(2 * weight, r) * gradient).to(prediction.dtype).contiguous()
 
 
 def _empty(prediction: Tensor, target: Tensor, weight: Tensor, band: Tensor, inside: float, outside: float) -> tuple[Tensor, Tensor]:
-    return prediction.new_empty(len(prediction), dtype=_accumulation_dtype(prediction)), prediction.new_empty(prediction.shape)
+    return prediction.new_empty(len(prediction), dtype=at_least_float32(prediction.dtype)), prediction.new_empty(prediction.shape)
 
 
 def _prepare(args: tuple, outputs: tuple) -> tuple:
     prediction, target, weight, band, inside, outside = args
     prediction, target = in_layout_of(outputs[1], prediction), in_layout_of(outputs[1], target)
-    return prediction, target, weight.contiguous(), band.contiguous(), inside, outside, *_bases(prediction, band)
+    return prediction, target, weight_for_kernel(weight), band.float().contiguous(), inside, outside, *_bases(prediction, band)
 
 
 def _bases(like: Tensor, band: Tensor) -> tuple[Tensor, Tensor]:
-    (height, width), dtype = like.shape[-2:], _accumulation_dtype(like)
+    (height, width), dtype = like.shape[-2:], at_least_float32(like.dtype)
     return basis(height, band.shape[0], like.device, dtype), basis(width, band.shape[1], like.device, dtype)
 
 
-def _accumulation_dtype(prediction: Tensor) -> torch.dtype:
-    return torch.promote_types(prediction.dtype, torch.float32)
+def _check(prediction: Tensor, target: Tensor, weight: Tensor, band: Tensor, inside: float, outside: float) -> None:
+    check_residual(prediction, target, weight)
+    height, width = prediction.shape[-2:]
+    if band.ndim != 2 or not 0 < band.shape[0] <= height // 2 + 1 or not 0 < band.shape[1] <= width // 2 + 1:
+        raise ValueError(f"band: expected [U, V] with U in [1, {height // 2 + 1}] and V in [1, {width // 2 + 1}], got shape {tuple(band.shape)}")
 
 
 _op = define(
     "lowpass_residual",
     "Tensor prediction, Tensor target, Tensor weight, Tensor band, float inside, float outside",
     ("energy", "gradient"),
+    check=_check,
     empty=_empty,
     eager=_eager,
     prepare=_prepare,
     more="Tensor row_basis, Tensor column_basis",
 )
-torch.library.register_autograd("fastunlearn::lowpass_residual", backward, setup_context=setup_context)
+differentiable("lowpass_residual", _op, _eager)

@@ -12,7 +12,21 @@ import torch
 from torch import Tensor
 
 from .. import philox
-from ._library import compute_dtype, define, dense, empty_images, laid_out, per_row, picked, served
+from ._library import (
+    at_least_float32,
+    check_noise,
+    check_rows,
+    check_shape,
+    compute_dtype,
+    define,
+    empty_images,
+    laid_out,
+    noise_for_kernel,
+    per_row,
+    picked,
+    rows_for_kernel,
+    served,
+)
 
 
 def mixture(
@@ -38,7 +52,7 @@ def mixture(
 def _eager(retain, retain_index, forget, forget_index, coefficients, from_forget, lambd, time_log_ratio, noise, counter, purpose, dtype, channels_last):
     precision = compute_dtype(retain, forget, noise)
     retain, forget = served(picked(retain, retain_index), precision), served(picked(forget, forget_index), precision)
-    noise = philox.normal(retain.shape, counter, purpose) if noise is None else noise.to(precision)
+    noise = (philox.normal(retain.shape, counter, purpose) if noise is None else noise).to(precision)
     alpha, sigma, a, b, c = coefficients.unbind(1)
     rho = alpha / sigma
     difference = (retain - forget).flatten(1).double()
@@ -57,18 +71,31 @@ def _eager(retain, retain_index, forget, forget_index, coefficients, from_forget
     chosen = torch.where(from_forget.view(-1, *[1] * (retain.ndim - 1)), forget, retain)
     x_t = per_row(alpha, chosen) * chosen + per_row(sigma, chosen) * noise
     base = per_row(a, chosen) * noise + per_row(b, chosen) * chosen
-    targets = (laid_out(base + per_row(c, chosen) * (chosen - images), _target_dtype(dtype), channels_last) for images in (retain, forget))
+    targets = (laid_out(base + per_row(c, chosen) * (chosen - images), at_least_float32(dtype), channels_last) for images in (retain, forget))
     return laid_out(x_t, dtype, channels_last), *targets, retain_weight, forget_weight
 
 
 def _empty(retain, retain_index, forget, forget_index, coefficients, from_forget, lambd, time_log_ratio, noise, counter, purpose, dtype, channels_last):
     x_t = empty_images(retain, retain_index, dtype, channels_last)
-    target, weight = torch.empty_like(x_t, dtype=_target_dtype(dtype)), coefficients.new_empty(len(coefficients))
+    target, weight = torch.empty_like(x_t, dtype=at_least_float32(dtype)), coefficients.new_empty(len(coefficients))
     return x_t, target, torch.empty_like(target), weight, torch.empty_like(weight)
 
 
-def _target_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+def _check(retain, retain_index, forget, forget_index, coefficients, from_forget, lambd, time_log_ratio, noise, counter, purpose, dtype, channels_last):
+    shape = check_rows("retain", retain, retain_index)
+    if check_rows("forget", forget, forget_index) != shape:
+        raise ValueError(f"forget: expected pairs with retain {shape}, got {check_rows('forget', forget, forget_index)}")
+    check_shape("coefficients", coefficients, (shape[0], 5))
+    check_shape("from_forget", from_forget, shape[:1])
+    check_shape("time_log_ratio", time_log_ratio, shape[:1])
+    check_noise(noise, counter, shape)
+
+
+def _prepare(args: tuple, outputs: tuple) -> tuple:
+    retain, retain_index, forget, forget_index, coefficients, from_forget, lambd, time_log_ratio, noise, counter, *rest = args
+    rows = *rows_for_kernel(retain, retain_index), *rows_for_kernel(forget, forget_index)
+    time_log_ratio = time_log_ratio if time_log_ratio is None else time_log_ratio.double().contiguous()
+    return *rows, coefficients.contiguous(), from_forget.contiguous(), lambd, time_log_ratio, *noise_for_kernel(noise, counter), *rest
 
 
 _op = define(
@@ -76,7 +103,8 @@ _op = define(
     "Tensor retain, Tensor? retain_index, Tensor forget, Tensor? forget_index, Tensor coefficients, Tensor from_forget, float lambd,"
     " Tensor? time_log_ratio, Tensor? noise, Tensor? counter, int purpose, ScalarType dtype, bool channels_last",
     ("x_t", "retain_target", "forget_target", "retain_weight", "forget_weight"),
+    check=_check,
     empty=_empty,
     eager=_eager,
-    prepare=dense,
+    prepare=_prepare,
 )

@@ -6,7 +6,21 @@ import torch
 from torch import Tensor
 
 from .. import philox
-from ._library import compute_dtype, define, dense, empty_images, laid_out, per_row, picked, served
+from ._library import (
+    at_least_float32,
+    check_noise,
+    check_rows,
+    check_shape,
+    compute_dtype,
+    define,
+    empty_images,
+    laid_out,
+    noise_for_kernel,
+    per_row,
+    picked,
+    rows_for_kernel,
+    served,
+)
 
 
 def noising(
@@ -28,27 +42,58 @@ def noising(
 def _eager(images, index, coefficients, noise, counter, purpose, with_target, dtype, channels_last):
     precision = compute_dtype(images, noise)
     clean = served(picked(images, index), precision)
-    noise = philox.normal(clean.shape, counter, purpose) if noise is None else noise.to(precision)
+    noise = (philox.normal(clean.shape, counter, purpose) if noise is None else noise).to(precision)
     alpha, sigma, a, b, _ = (per_row(column, clean) for column in coefficients.unbind(1))
     x_t = laid_out(torch.addcmul(alpha * clean, sigma, noise), dtype, channels_last)
-    target = laid_out(a * noise + b * clean, _target_dtype(dtype), channels_last) if with_target else x_t.new_empty(0, dtype=_target_dtype(dtype))
+    target = laid_out(a * noise + b * clean, at_least_float32(dtype), channels_last) if with_target else x_t.new_empty(0, dtype=at_least_float32(dtype))
     return x_t, target
 
 
 def _empty(images, index, coefficients, noise, counter, purpose, with_target, dtype, channels_last):
     x_t = empty_images(images, index, dtype, channels_last)
-    return x_t, torch.empty_like(x_t, dtype=_target_dtype(dtype)) if with_target else x_t.new_empty(0, dtype=_target_dtype(dtype))
+    return x_t, torch.empty_like(x_t, dtype=at_least_float32(dtype)) if with_target else x_t.new_empty(0, dtype=at_least_float32(dtype))
 
 
-def _target_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+def _check(images, index, coefficients, noise, counter, purpose, with_target, dtype, channels_last):
+    shape = check_rows("images", images, index)
+    check_shape("coefficients", coefficients, (shape[0], 5))
+    check_noise(noise, counter, shape)
+
+
+def _prepare(args: tuple, outputs: tuple) -> tuple:
+    images, index, coefficients, noise, counter, *rest = args
+    return *rows_for_kernel(images, index), coefficients.contiguous(), *noise_for_kernel(noise, counter), *rest
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    images, index, coefficients, noise, *_ = inputs
+    ctx.save_for_backward(index, coefficients)
+    ctx.images_shape, ctx.dtypes = images.shape, (images.dtype, None if noise is None else noise.dtype)
+
+
+def _backward(ctx, grad_x_t: Tensor, grad_target: Tensor):
+    """Both results are linear in images and noise."""
+    index, coefficients = ctx.saved_tensors
+    alpha, sigma, a, b, _ = (per_row(column, grad_x_t.to(at_least_float32(grad_x_t.dtype))) for column in coefficients.unbind(1))
+    with_target = grad_target is not None and grad_target.numel() > 0
+    grad_images = grad_noise = None
+    if ctx.needs_input_grad[0]:
+        grad_images = alpha * grad_x_t + (b * grad_target if with_target else 0)
+        if index is not None:
+            grad_images = grad_images.new_zeros(ctx.images_shape).index_add(0, index, grad_images)
+        grad_images = grad_images.to(ctx.dtypes[0])
+    if ctx.needs_input_grad[3]:
+        grad_noise = (sigma * grad_x_t + (a * grad_target if with_target else 0)).to(ctx.dtypes[1])
+    return grad_images, None, None, grad_noise, *[None] * 5
 
 
 _op = define(
     "noising",
     "Tensor images, Tensor? index, Tensor coefficients, Tensor? noise, Tensor? counter, int purpose, bool with_target, ScalarType dtype, bool channels_last",
     ("x_t", "target"),
+    check=_check,
     empty=_empty,
     eager=_eager,
-    prepare=dense,
+    prepare=_prepare,
 )
+torch.library.register_autograd("fastunlearn::noising", _backward, setup_context=_setup_context)

@@ -10,7 +10,21 @@ import torch
 from torch import Tensor
 
 from .. import philox
-from ._library import compute_dtype, define, dense, empty_images, laid_out, per_row, picked, served
+from ._library import (
+    at_least_float32,
+    check_noise,
+    check_rows,
+    check_shape,
+    compute_dtype,
+    define,
+    empty_images,
+    laid_out,
+    noise_for_kernel,
+    per_row,
+    picked,
+    rows_for_kernel,
+    served,
+)
 
 _CHUNK_ELEMENTS = 1 << 22  # temporaries over neighbours stay below this many elements
 
@@ -37,7 +51,7 @@ def redirect(
 def _eager(images, index, neighbors, neighbor_index, coefficients, sqdist, noise, counter, purpose, dtype, channels_last):
     precision = compute_dtype(images, neighbors, noise)
     forget = served(picked(images, index), precision)
-    noise = philox.normal(forget.shape, counter, purpose) if noise is None else noise.to(precision)
+    noise = (philox.normal(forget.shape, counter, purpose) if noise is None else noise).to(precision)
     rows = picked(neighbors, neighbor_index).flatten(2)  # [B, K, D], as stored
     alpha, sigma, a, b, c = coefficients.unbind(1)
     rho = (alpha / sigma).unsqueeze(1)
@@ -62,18 +76,30 @@ def _eager(images, index, neighbors, neighbor_index, coefficients, sqdist, noise
     toward = ((center - heaviest) - offset).view_as(forget)  # a - sum_j p_j x_j
     x_t = per_row(alpha, forget) * forget + per_row(sigma, forget) * noise
     target = per_row(a, forget) * noise + per_row(b, forget) * forget + per_row(c, forget) * toward
-    return laid_out(x_t, dtype, channels_last), laid_out(target, _target_dtype(dtype), channels_last), spread.to(precision), weights
+    return laid_out(x_t, dtype, channels_last), laid_out(target, at_least_float32(dtype), channels_last), spread.to(precision), weights
 
 
 def _empty(images, index, neighbors, neighbor_index, coefficients, sqdist, noise, counter, purpose, dtype, channels_last):
     precision = compute_dtype(images, neighbors, noise)
     x_t = empty_images(images, index, dtype, channels_last)
     batch, k = neighbors.shape[:2] if neighbor_index is None else neighbor_index.shape
-    return x_t, torch.empty_like(x_t, dtype=_target_dtype(dtype)), x_t.new_empty(batch, dtype=precision), x_t.new_empty((batch, k), dtype=precision)
+    return x_t, torch.empty_like(x_t, dtype=at_least_float32(dtype)), x_t.new_empty(batch, dtype=precision), x_t.new_empty((batch, k), dtype=precision)
 
 
-def _target_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+def _check(images, index, neighbors, neighbor_index, coefficients, sqdist, noise, counter, purpose, dtype, channels_last):
+    shape, neighbor_shape = check_rows("images", images, index), check_rows("neighbors", neighbors, neighbor_index, ndim=2)
+    if (neighbor_shape[0], *neighbor_shape[2:]) != shape:
+        raise ValueError(f"neighbors: expected [B, K, C, H, W] for images {shape}, got {neighbor_shape}")
+    check_shape("coefficients", coefficients, (shape[0], 5))
+    check_shape("sqdist", sqdist, neighbor_shape[:2])
+    check_noise(noise, counter, shape)
+
+
+def _prepare(args: tuple, outputs: tuple) -> tuple:
+    images, index, neighbors, neighbor_index, coefficients, sqdist, noise, counter, *rest = args
+    sqdist = sqdist if sqdist is None else sqdist.double().contiguous()
+    rows = *rows_for_kernel(images, index), *rows_for_kernel(neighbors, neighbor_index)
+    return *rows, coefficients.contiguous(), sqdist, *noise_for_kernel(noise, counter), *rest
 
 
 def _neighbors_per_part(rows: Tensor) -> int:
@@ -89,7 +115,8 @@ _op = define(
     "Tensor images, Tensor? index, Tensor neighbors, Tensor? neighbor_index, Tensor coefficients, Tensor? sqdist,"
     " Tensor? noise, Tensor? counter, int purpose, ScalarType dtype, bool channels_last",
     ("x_t", "target", "spread", "weights"),
+    check=_check,
     empty=_empty,
     eager=_eager,
-    prepare=dense,
+    prepare=_prepare,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._library import define, per_row
+from ._library import at_least_float32, check_shape, define, per_row
 
 
 def residual(prediction: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -20,45 +20,68 @@ def residual(prediction: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor
 
 
 def _eager(prediction: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    difference = prediction.to(_accumulation_dtype(prediction)) - target
+    difference = prediction.to(at_least_float32(prediction.dtype)) - target
     loss = weight.to(difference.dtype) * difference.flatten(1).square().sum(1)
-    gradient = torch.empty_like(prediction).copy_(per_row(2 * weight, difference) * difference)
-    return loss.to(_accumulation_dtype(prediction)), gradient
+    return loss.to(at_least_float32(prediction.dtype)), like_prediction(prediction).copy_(per_row(2 * weight, difference) * difference)
+
+
+def check(prediction: Tensor, target: Tensor, weight: Tensor, *rest) -> None:
+    if prediction.ndim != 4 or prediction.numel() == 0:
+        raise ValueError(f"prediction: expected at least one image [B, C, H, W], got shape {tuple(prediction.shape)}")
+    check_shape("target", target, prediction.shape)
+    check_shape("weight", weight, prediction.shape[:1])
 
 
 def _empty(prediction: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    return prediction.new_empty(len(prediction), dtype=_accumulation_dtype(prediction)), torch.empty_like(prediction)
+    return prediction.new_empty(len(prediction), dtype=at_least_float32(prediction.dtype)), like_prediction(prediction)
 
 
 def _prepare(args: tuple, outputs: tuple) -> tuple:
     prediction, target, weight = args
-    return in_layout_of(outputs[1], prediction), in_layout_of(outputs[1], target), weight.contiguous()
+    return in_layout_of(outputs[1], prediction), in_layout_of(outputs[1], target), weight_for_kernel(weight)
+
+
+def like_prediction(prediction: Tensor) -> Tensor:
+    """An unwritten tensor in the layout of `prediction` if that is one of the two of images, with the samples one after the other; else contiguous."""
+    empty = torch.empty_like(prediction)
+    known = empty.is_contiguous() or empty.is_contiguous(memory_format=torch.channels_last)
+    return empty if known else prediction.new_empty(prediction.shape)
 
 
 def in_layout_of(like: Tensor, images: Tensor) -> Tensor:
-    """`images` `[B, C, H, W]` with the samples laid out as those of `like`, copied only if they are not (the batch stride may be larger)."""
+    """`images` `[B, C, H, W]` with the samples laid out as those of `like`, copied only if they are not (there may be gaps between them)."""
     matches = all(size == 1 or one == two for size, one, two in zip(like.shape[1:], like.stride()[1:], images.stride()[1:], strict=True))
-    return images if matches else torch.empty_like(like, dtype=images.dtype).copy_(images)
+    apart = len(images) == 1 or images.stride(0) >= like[0].numel()
+    return images if matches and apart else torch.empty_like(like, dtype=images.dtype).copy_(images)
 
 
-def _accumulation_dtype(prediction: Tensor) -> torch.dtype:
-    return torch.promote_types(prediction.dtype, torch.float32)
+def weight_for_kernel(weight: Tensor) -> Tensor:
+    return weight.to(at_least_float32(weight.dtype)).contiguous()
 
 
 def setup_context(ctx, inputs, output) -> None:
-    ctx.save_for_backward(output[1])
+    prediction, target, weight, *ctx.mask = inputs  # the mask is a constant
+    ctx.save_for_backward(prediction, target, weight, output[1])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
-def backward(ctx, grad_loss: Tensor | None, _):
-    """The forward pass has made the gradient of every sample; each is scaled by that of its loss."""
-    rest = (None,) * (len(ctx.needs_input_grad) - 1)
-    if grad_loss is None:
-        return None, *rest
-    (gradient,) = ctx.saved_tensors
-    return per_row(grad_loss, gradient) * gradient, *rest
+def differentiable(name: str, op, eager) -> None:
+    """Gives op `name`, `(prediction, target, weight, *mask) -> (loss, gradient)`, its autograd formula: the gradient is that of the forward pass, scaled."""
+
+    def backward(ctx, grad_loss: Tensor | None, _):
+        rest = (None,) * (len(ctx.needs_input_grad) - 1)
+        if grad_loss is None:
+            return None, *rest
+        prediction, target, weight, gradient = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True: a second derivative goes through the formula
+            return eager(prediction, target, weight * grad_loss, *ctx.mask)[1], *rest
+        if prediction.dtype.itemsize < 4:  # rounded to half precision once, after all factors: a loss scale must not overflow on its own
+            return op(prediction, target, weight * grad_loss, *ctx.mask)[1], *rest
+        return per_row(grad_loss, gradient) * gradient, *rest
+
+    torch.library.register_autograd(f"fastunlearn::{name}", backward, setup_context=setup_context)
 
 
-_op = define("residual", "Tensor prediction, Tensor target, Tensor weight", ("loss", "gradient"), empty=_empty, eager=_eager, prepare=_prepare)
-torch.library.register_autograd("fastunlearn::residual", backward, setup_context=setup_context)
+_op = define("residual", "Tensor prediction, Tensor target, Tensor weight", ("loss", "gradient"), check=check, empty=_empty, eager=_eager, prepare=_prepare)
+differentiable("residual", _op, _eager)

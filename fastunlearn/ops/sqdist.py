@@ -41,7 +41,13 @@ def _prepare(args: tuple, outputs: tuple) -> tuple:
     return tuple(without_gaps(value) for value in args)
 
 
-_op = define("sqdist", "Tensor queries, Tensor rows", ("distances",), empty=_empty, eager=_eager, prepare=_prepare)
+def _check(queries: Tensor, rows: Tensor) -> None:
+    for name, value in (("queries", queries), ("rows", rows)):
+        if value.dtype != torch.uint8 or value.ndim != 2 or value.shape[1] != queries.shape[1]:
+            raise ValueError(f"{name}: expected uint8 rows of one length, got {value.dtype} of shape {tuple(value.shape)}")
+
+
+_op = define("sqdist", "Tensor queries, Tensor rows", ("distances",), check=_check, empty=_empty, eager=_eager, prepare=_prepare)
 define_native("nearest", "Tensor queries, Tensor rows, int first_row, Tensor(a!) distances, Tensor(b!) index")
 
 

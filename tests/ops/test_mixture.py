@@ -95,11 +95,9 @@ def exact_exponent(retain, forget, noise, table, from_forget):
 
 
 def exact_weights(u, lambd):
-    """`(w_x, w_a)` from the definition `p_i / ((1 - lambda) p_x + lambda p_a)`, `p_a / p_x = exp(u)`."""
-    zero = torch.zeros_like(u)
-    forget_part = lambd * u.exp() if lambd > 0 else zero
-    retain_part = (1 - lambd) * (-u).exp() if lambd < 1 else zero
-    return 1 / ((1 - lambd) + forget_part), 1 / (retain_part + lambd)
+    """`(w_x, w_a)` from the definition `p_i / ((1 - lambda) p_x + lambda p_a)`, `p_a / p_x = exp(u)`; in logarithms, where nothing overflows."""
+    retain_share, forget_share = (torch.tensor(share, dtype=torch.float64).log() for share in (1 - lambd, lambd))
+    return torch.exp(-torch.logaddexp(retain_share, forget_share + u)), torch.exp(-torch.logaddexp(retain_share - u, forget_share))
 
 
 def weights_of(u, lambd, time_log_ratio=None):
@@ -314,8 +312,24 @@ def _arguments(shape=(3, 5, 7), **changes):
         (dict(noise=None), "counter: expected one where there is no noise, got None"),
     ],
 )
-def test_wrong_input_is_refused(changes, message):
+def test_the_binding_refuses_wrong_input(changes, message):
+    outputs = [torch.empty(2, 3, 5, 7) for _ in range(3)] + [torch.empty(2).double() for _ in range(2)]
     with pytest.raises(RuntimeError, match=message):
+        torch.ops.fastunlearn_native.mixture(*_arguments(**changes), *outputs)
+
+
+@pytest.mark.parametrize("backend", ["kernels", "eager"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(forget_index=torch.tensor([0])), r"forget: expected pairs with retain \(2, 3, 5, 7\), got \(1, 3, 5, 7\)"),
+        (dict(from_forget=torch.zeros(3).bool()), r"from_forget: expected shape \(2,\), got \(3,\)"),
+        (dict(time_log_ratio=torch.zeros(1)), r"time_log_ratio: expected shape \(2,\), got \(1,\)"),
+    ],
+)
+def test_wrong_shapes_are_refused_on_every_backend(changes, message, backend, monkeypatch):
+    monkeypatch.setenv("FASTUNLEARN_BACKEND", backend)
+    with pytest.raises(ValueError, match=message):
         mixture(*_arguments(**changes))
 
 

@@ -180,10 +180,24 @@ def test_threads_do_not_change_the_result():
     assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
 
 
-def test_no_rows_give_no_samples():
-    nothing = dict(index=torch.zeros(0).long(), coefficients=torch.zeros(0, 5).double(), noise=torch.zeros(0, 3, 5, 7))
-    x_t, target = noising(*_arguments(**nothing))
-    assert x_t.shape == target.shape == (0, 3, 5, 7)
+@pytest.mark.parametrize("backend", ["kernels", "eager"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(index=torch.zeros(0).long()), "images: expected an integer index of 1 axes with at least one row"),
+        (dict(index=torch.tensor([0.0, 1.0])), "images: expected an integer index"),
+        (dict(index=torch.tensor([0])), r"coefficients: expected shape \(1, 5\), got \(2, 5\)"),
+        (dict(images=torch.zeros(4, 3, 35)), r"images: expected rows \[..., C, H, W\], got shape \(4, 3, 35\)"),
+        (dict(images=torch.zeros(4, 0, 5, 7)), "images: expected at least one image"),
+        (dict(noise=normal((1, 3, 5, 7))), r"noise: expected shape \(2, 3, 5, 7\), got \(1, 3, 5, 7\)"),
+        (dict(noise=None), "noise, counter: expected one of the two"),
+        (dict(noise=None, counter=torch.zeros(2).long()), r"counter: expected shape \(3,\), got \(2,\)"),
+    ],
+)
+def test_wrong_shapes_are_refused_on_every_backend(changes, message, backend, monkeypatch):
+    monkeypatch.setenv("FASTUNLEARN_BACKEND", backend)
+    with pytest.raises(ValueError, match=message):
+        noising(*_arguments(**changes))
 
 
 def _arguments(**changes):
@@ -212,9 +226,10 @@ def _arguments(**changes):
         (dict(dtype=torch.int32), "x_t: expected float16, bfloat16, float32 or float64, got Int"),
     ],
 )
-def test_wrong_input_is_refused(changes, message):
+def test_the_binding_refuses_wrong_input(changes, message):
+    outputs = [torch.empty(2, 3, 5, 7, dtype=changes.get("dtype", torch.float32)) for _ in range(2)]
     with pytest.raises(RuntimeError, match=message):
-        noising(*_arguments(**changes))
+        torch.ops.fastunlearn_native.noising(*_arguments(**changes), *outputs)
 
 
 @pytest.mark.parametrize("wrong", ["layout", "dtype", "shape", "target dtype"])
