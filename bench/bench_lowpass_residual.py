@@ -18,7 +18,7 @@ from fastunlearn.testing.budgets import largest_error
 
 from . import papers
 from .cases import SHAPES, Inputs, Shape
-from .comparison import KERNEL, PAPERS, check, expect_equal, parametrize_shapes
+from .comparison import KERNEL, KERNEL_BY_AUTOGRAD, PAPERS, check, expect_equal, parametrize_shapes
 
 MASKS = {  # radius / Nyquist, inside, outside
     "low 1/4": (1 / 4, 1.0, 0.0),
@@ -49,6 +49,7 @@ def test_lowpass_residual(compare, shape: Shape, mask: str):
         return lambda: papers.with_gradient(transforms(leaf, target, weight, table32), leaf)
 
     calls = {PAPERS: by_autograd(papers.filtered_error), "rfft2": by_autograd(papers.filtered_error_of_reals), KERNEL: lambda: op.lowpass_residual(*arguments)}
+    calls[KERNEL_BY_AUTOGRAD] = lambda: papers.with_gradient(op.lowpass_residual(leaf, *arguments[1:])[0], leaf)
     if compare.device.type == "cuda" and importlib.util.find_spec("cupyx"):
         calls["cupyx plan"] = by_cupyx(prediction, target, weight, table32)
 

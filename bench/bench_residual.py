@@ -9,7 +9,7 @@ from fastunlearn.ops import residual as op
 
 from . import papers
 from .cases import SHAPES, Inputs, Shape
-from .comparison import KERNEL, PAPERS, check, parametrize_shapes
+from .comparison import KERNEL, KERNEL_BY_AUTOGRAD, PAPERS, check, parametrize_shapes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -30,12 +30,17 @@ def test_residual(compare, shape: Shape, dtype: torch.dtype):
         loss, gradient = papers.with_gradient(papers.squared_error(rows, target[some].to(dtype), weight[some].to(dtype)), rows)
         return {"loss": loss.detach(), "gradient": gradient}
 
+    def by_autograd():
+        """What `functional.denoising_loss(...).backward()` takes; the step calls `prediction.backward(gradient)` and saves a pass."""
+        return papers.with_gradient(op.residual(leaf, target, weight)[0], leaf)
+
+    calls = {PAPERS: by_papers, KERNEL: lambda: op.residual(prediction, target, weight), KERNEL_BY_AUTOGRAD: by_autograd}
     some = x.some_rows()
     plain, truth = literal(torch.float32), literal(torch.float64)
     plain["gradient"] = plain["gradient"].to(dtype)
     size = shape.batch * shape.elements * (2 * dtype.itemsize + 4)
     compare(
-        *("residual", shape, str(dtype).removeprefix("torch."), {PAPERS: by_papers, KERNEL: lambda: op.residual(prediction, target, weight)}),
+        *("residual", shape, str(dtype).removeprefix("torch."), calls),
         kernels=["residual"],
         floor=size,
         moved=size,

@@ -19,6 +19,7 @@ from .cases import SMOKE, Shape, on_device
 Call = Callable[[], Sequence[Tensor]]
 PAPERS, PAPERS_ROWS, EAGER, COMPILED = "papers", "papers+rows", "eager", "compiled"
 KERNEL, FILL = "kernel", "kernel alone"  # through the op; into outputs that exist already
+KERNEL_BY_AUTOGRAD = "kernel, autograd"  # where the caller asks for the loss and calls backward()
 _COMPILED_SHAPES, _COMPILED_JOBS = ("cifar", "celeba"), ("tensors", "float32", "low 1/4")  # under torch.compile, in a default run on a GPU
 
 
@@ -112,7 +113,8 @@ class Comparison:
             backend = "+".join(dict.fromkeys(harness.kernel_name(kernel, self.device) for kernel in kernels))
         except LookupError as error:
             backend, missing[KERNEL] = "none", str(error)
-            del calls[KERNEL]
+            for name in (KERNEL, KERNEL_BY_AUTOGRAD):
+                calls.pop(name, None)
         else:
             calls[KERNEL] = calls.pop(KERNEL)  # the last row of the table
             if module:
@@ -128,7 +130,7 @@ class Comparison:
             gbps = floor / median / 1e9
             self._add(
                 Row(
-                    *(op, str(shape), job, name, backend if name in (KERNEL, FILL) else "torch"),
+                    *(op, str(shape), job, name, backend if name in (KERNEL, KERNEL_BY_AUTOGRAD, FILL) else "torch"),
                     seconds=median,
                     best=min(seconds[name]),
                     samples=len(seconds[name]),

@@ -34,6 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"), help="where the ops are timed")
     group.addoption("--full", action="store_true", help="every case, and torch.compile on a CPU too")
     group.addoption("--smoke", action="store_true", help="one round at a tiny shape, to see that the benchmarks work")
+    group.addoption("--warm", action="store_true", help="caches keep what the contestant before left: no flush between calls")
     group.addoption("--keep-freed-memory", action="store_true", help="no contestant pays for pages that malloc gave back to the system (glibc)")
     group.addoption("--seconds", type=float, default=1.5, help="how long the contestants of one comparison take turns (at least 5 rounds)")
 
@@ -100,7 +101,8 @@ def threads(request: pytest.FixtureRequest):
 
 @pytest.fixture(scope="session")
 def yardstick(request: pytest.FixtureRequest) -> Yardstick:
-    return Yardstick(torch.device(request.config.getoption("--device")), 1 << 20 if request.config.getoption("--smoke") else COPY_BYTES)
+    device, smoke = torch.device(request.config.getoption("--device")), request.config.getoption("--smoke")
+    return Yardstick(device, 1 << 20 if smoke else COPY_BYTES, warm=request.config.getoption("--warm"))
 
 
 @pytest.fixture

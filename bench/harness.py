@@ -1,6 +1,7 @@
 """Contestants take turns within one process, so that a busy machine slows all of them alike; what counts is the ratio of their medians.
 
-Every call starts with cold caches: between two calls a buffer of at least twice the last-level cache is overwritten. A copy of 1 GiB takes
+Every call starts with cold caches, unless `--warm` asks for warm ones: between two calls a buffer of at least twice the last-level cache is overwritten,
+which evicts code as well as data, as a network between two steps does. A copy of 1 GiB takes
 part in every comparison: its bandwidth is the yardstick for the bytes that a kernel moves.
 """
 
@@ -40,8 +41,8 @@ def keep_freed_memory() -> bool:
 class Yardstick:
     """A copy of `size` bytes, and the memory with which caches are flushed."""
 
-    def __init__(self, device: torch.device, size: int = COPY_BYTES):
-        self.device, self.size = device, size
+    def __init__(self, device: torch.device, size: int = COPY_BYTES, *, warm: bool = False):
+        self.device, self.size, self.warm = device, size, warm
         self._source = torch.ones(size // 4, device=device)
         self._target = torch.zeros_like(self._source).fill_(2)  # written, so that the pages exist
         # On a GPU all of it: that takes longer than Python needs to launch the next call, so launch times stay out of the measurement.
@@ -51,7 +52,8 @@ class Yardstick:
         self._target.copy_(self._source)
 
     def flush(self) -> None:
-        self._flushed.zero_()
+        if not self.warm:
+            self._flushed.zero_()
 
     def bandwidth(self, seconds: float) -> float:
         """Bytes/s, reads and writes, of a copy that took `seconds`."""

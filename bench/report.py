@@ -54,7 +54,7 @@ def render(rows: list[Row], device: str, gpu: str | None) -> str:
 
 
 def _times(rows: list[Row]) -> Table:
-    title = "medians of alternating rounds, cold caches; share: of the bandwidth of copy_ in the same rounds, counting the bytes of the floor (MB)"
+    title = "medians of alternating rounds; share: of the bandwidth of copy_ in the same rounds, counting the bytes of the floor (MB)"
     table = Table(title=title, **_STYLE)
     for name in ("op, shape", "job", "contestant", "backend"):
         table.add_column(name, no_wrap=True)
