@@ -68,6 +68,7 @@ def build_command() -> str:
     return f"{sys.executable} -m pip install --no-deps {what}"
 
 
+@functools.cache
 def _native(name: str) -> Callable:
     return getattr(torch.ops.fastunlearn_native, name).default
 

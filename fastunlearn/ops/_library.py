@@ -46,8 +46,12 @@ def define(
             with torch.autocast(tensor.device.type, enabled=False):  # ops keep their own precision
                 return _one_or_all(eager(*args))
         filled = empty(*args)
-        with torch.cuda.device_of(tensor):  # where Triton launches
-            kernel(*(prepare(args, filled) if prepare else args), *filled)
+        arguments = prepare(args, filled) if prepare else args
+        if tensor.is_cuda:
+            with torch.cuda.device_of(tensor):  # where Triton launches
+                kernel(*arguments, *filled)
+        else:
+            kernel(*arguments, *filled)
         return _one_or_all(filled)
 
     def fake(*args):
