@@ -63,11 +63,12 @@ class CMakeBuild(build_ext):
         out = self._library_folder().resolve()
         out.mkdir(parents=True, exist_ok=True)
         arguments = [f"-DTORCH_DIR={torch}", f"-DOUT={out}", *self._cuda_arguments(torch)]
-        generator = "Ninja" if shutil.which("ninja") else "Unix Makefiles"
-        arguments.append(f"-G{generator}")
-        folder = ROOT / "build" / f"extension-{generator.split()[-1].lower()}"  # kept: the next build compiles only what changed
+        ninja = shutil.which("ninja")
+        arguments += ["-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else ["-GUnix Makefiles"]
+        folder = ROOT / "build" / ("extension-ninja" if ninja else "extension-make")  # kept: the next build compiles only what changed
         folder.mkdir(parents=True, exist_ok=True)
-        subprocess.check_call(["cmake", str(ROOT), *arguments], cwd=folder)
+        if subprocess.call(["cmake", str(ROOT), *arguments], cwd=folder) != 0:  # it may remember tools of a pip environment that is gone
+            subprocess.check_call(["cmake", "--fresh", str(ROOT), *arguments], cwd=folder)
         subprocess.check_call(["cmake", "--build", ".", "--parallel", os.environ.get("MAX_JOBS", "2")], cwd=folder)
 
     @staticmethod

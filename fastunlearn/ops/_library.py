@@ -40,18 +40,21 @@ def define(
 
     def run(*args):
         check(*args)
-        tensor = next(value for value in args if isinstance(value, Tensor))
+        tensor, *others = [value for value in args if isinstance(value, Tensor)]
+        for other in others:  # a kernel would take an address on one device for one on another
+            if other.device != tensor.device:
+                raise ValueError(f"{name}: expected all tensors on one device, got {tensor.device} and {other.device}")
         kernel = None if backend() == "eager" else find_kernel(name, tensor.device, args, required=backend() == "kernels")
         if kernel is None:
             with torch.autocast(tensor.device.type, enabled=False):  # ops keep their own precision
                 return _one_or_all(eager(*args))
         filled = empty(*args)
-        arguments = prepare(args, filled) if prepare else args
+        prepared = prepare(args, filled) if prepare else args
         if tensor.is_cuda:
             with torch.cuda.device_of(tensor):  # where Triton launches
-                kernel(*arguments, *filled)
+                kernel(*prepared, *filled)
         else:
-            kernel(*arguments, *filled)
+            kernel(*prepared, *filled)
         return _one_or_all(filled)
 
     def fake(*args):

@@ -191,6 +191,12 @@ def test_integers_and_floats_of_other_sizes_are_converted(backend, monkeypatch):
     assert torch.equal(F.denoising_loss(inputs.forget, inputs.noise, weight.bfloat16()), F.denoising_loss(inputs.forget, inputs.noise, weight))
 
 
+def test_tensors_on_two_devices_are_refused():
+    elsewhere = torch.rand(3, device="meta")
+    with pytest.raises(ValueError, match="residual: expected all tensors on one device, got cpu and meta"):
+        torch.ops.fastunlearn.residual.default._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, torch.rand(3, 1, 2, 2), torch.rand(3, 1, 2, 2), elsewhere)
+
+
 @pytest.mark.parametrize("backend", ["auto", "eager"])
 def test_float64_rows_with_drawn_noise(backend, monkeypatch):
     monkeypatch.setenv("FASTUNLEARN_BACKEND", backend)
