@@ -7,12 +7,15 @@ import torch
 
 from fastunlearn import LowPass
 from fastunlearn import functional as F
+from fastunlearn.ops._backends import build_command, extension
 from fastunlearn.philox import Noise
 from fastunlearn.store import Rows
 from fastunlearn.testing.budgets import assert_within_budget
 from fastunlearn.testing.factories import linear_schedule, mixture_inputs, redirect_inputs
 
 SCHEDULE = linear_schedule()
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+needs_kernels = pytest.mark.skipif(DEVICE.type == "cpu" and not extension("_C"), reason=f"the C++ extension is not built; build it with: {build_command()}")
 
 
 def permuted(tensor):
@@ -24,19 +27,26 @@ def permuted(tensor):
     return padded[..., 0]
 
 
+def on_device(arguments):
+    """On the GPU where there is one: scripts/gpu_check.sh runs this file there."""
+    moved = [value.detach().to(DEVICE) if isinstance(value, torch.Tensor) else value for value in arguments]
+    return tuple(new.requires_grad_() if isinstance(old, torch.Tensor) and old.requires_grad else new for old, new in zip(arguments, moved, strict=True))
+
+
 def arguments(op, dtype=torch.float32, shape=(3, 5, 7)):
     a = redirect_inputs(shape=shape, dtype=dtype)
     m = mixture_inputs(batch=3, shape=shape, dtype=dtype)
     coefficients = SCHEDULE.coefficients(a.timesteps)
     prediction, weight = a.forget.clone().requires_grad_(), torch.rand(3)
     given = a.noise, None, 0
-    return {
+    inputs = {
         "noising": lambda: (a.forget, None, coefficients, *given, True, dtype, False),
         "redirect": lambda: (a.forget, None, a.neighbors, None, coefficients, None, *given, dtype, False),
         "mixture": lambda: (m.retain, None, m.forget, None, SCHEDULE.coefficients(m.timesteps), m.from_forget, 0.3, None, *given, dtype, False),
         "residual": lambda: (prediction, a.noise, weight),
         "lowpass_residual": lambda: (prediction, a.noise, weight, torch.ones(2, 3), 1.0, 0.5),
-    }[op]()
+    }[op]
+    return on_device(inputs())
 
 
 def from_store(op):
@@ -46,11 +56,12 @@ def from_store(op):
     index, many = torch.tensor([4, 0, 4]), torch.randint(6, (3, 2), generator=generator)
     coefficients, chosen = SCHEDULE.coefficients(torch.tensor([0, 500, 999])), torch.tensor([True, False, True])
     drawn = None, torch.tensor([7, 3, 0]), 5
-    return {
+    inputs = {
         "noising": lambda: (images, index, coefficients, *drawn, True, torch.bfloat16, True),
         "redirect": lambda: (images, index, images, many, coefficients, None, *drawn, torch.float32, True),
         "mixture": lambda: (images, index, images, many[:, 0].contiguous(), coefficients, chosen, 0.3, None, *drawn, torch.float32, True),
-    }[op]()
+    }[op]
+    return on_device(inputs())
 
 
 OPS = ["noising", "redirect", "mixture", "residual", "lowpass_residual"]
@@ -61,6 +72,22 @@ OPS = ["noising", "redirect", "mixture", "residual", "lowpass_residual"]
 def test_opcheck_from_a_store(op, backend, monkeypatch):
     monkeypatch.setenv("FASTUNLEARN_BACKEND", backend)
     torch.library.opcheck(getattr(torch.ops.fastunlearn, op).default, from_store(op))
+
+
+@needs_kernels
+@pytest.mark.parametrize("inputs", [arguments, from_store], ids=["tensors", "store"])
+@pytest.mark.parametrize("op", OPS)
+def test_kernel_agrees_with_the_closed_form(op, inputs, monkeypatch):
+    """Through schema, preparation and choice of backend; how well each kernel agrees with float64 is for the tests of that op."""
+    if inputs is from_store and op not in OPS[:3]:
+        pytest.skip("reads no store")
+    call, given, results = getattr(torch.ops.fastunlearn, op), inputs(op), []
+    for name in ("kernels", "eager"):
+        monkeypatch.setenv("FASTUNLEARN_BACKEND", name)
+        results.append(_tuple(call(*given)))
+    for one, two in zip(*results, strict=True):
+        assert (one.dtype, one.shape, one.stride(), one.device) == (two.dtype, two.shape, two.stride(), two.device)
+        torch.testing.assert_close(one, two, rtol=1e-2 if one.dtype == torch.bfloat16 else 1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("backend", ["auto", "eager"])
