@@ -16,13 +16,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .images import channels_last_offset, to_float
-from .philox import normals
+from .images import channels_last_offset
+from .redirect_parts import (
+    dot_products,
+    load_image,
+    load_noise,
+    load_rows,
+    softmax,
+    squared_distances,
+    store_spread,
+    store_target,
+    store_x_t,
+    sum_of_parts,
+    weighted_mean,
+)
 from .variant import COMPILE_OPTIONS, Variant, pointers, refuse_float64
 
-_BYTE = tl.constexpr(2.0 / 255.0)  # one step of a uint8 image on the network's scale
-_STEP = tl.constexpr(2.0**22 * (2.0 / 255.0))  # one unit of `_exact` for bytes
-_NEGLIGIBLE = tl.constexpr(2.0**-32)  # neighbours of smaller weight are left out of mean and spread
 _NOT_SPECIALIZED = ["K", "purpose"]  # their value makes no new compilation
 
 
@@ -56,32 +65,32 @@ def redirect_kernel(
     sample = tl.program_id(0).to(tl.int64)
     element = tl.max_contiguous(tl.arange(0, BLOCK_D), VECTOR)
     inside = element < D
-    center = _image(images, index, sample, element, inside, D)
-    eps = _noise(noise, counter, purpose, sample, 0, element, inside, D, BLOCK_D)
+    center = load_image(images, index, sample, element, inside, D)
+    eps = load_noise(noise, counter, purpose, sample, 0, element, inside, D, BLOCK_D)
     place = channels_last_offset(element, plane, D) if CHANNELS_LAST else element
-    _store_x_t(x_t + sample * D, place, inside, center, eps, coefficients, sample)
+    store_x_t(x_t + sample * D, place, inside, center, eps, coefficients, sample)
 
     dots = tl.zeros([WIDTH // BLOCK_K, BLOCK_K], tl.float64)
     distances = tl.zeros([WIDTH // BLOCK_K, BLOCK_K], tl.float64)
     for block in range(WIDTH // BLOCK_K):
         column = block * BLOCK_K + tl.arange(0, BLOCK_K)
-        rows = _rows(neighbors, neighbor_index, sample, column, column < K, element, inside, K, D)
+        rows = load_rows(neighbors, neighbor_index, sample, column, column < K, element, inside, K, D)
         here = tl.arange(0, WIDTH // BLOCK_K)[:, None] == block
-        dots = tl.where(here, _dots(rows, center, eps, BYTES).to(tl.float64)[None, :], dots)
+        dots = tl.where(here, dot_products(rows, center, eps, BYTES).to(tl.float64)[None, :], dots)
         if sqdist is None:
-            distances = tl.where(here, _distances(rows, center, BYTES)[None, :], distances)
+            distances = tl.where(here, squared_distances(rows, center, BYTES)[None, :], distances)
 
     column = tl.arange(0, WIDTH)
     if sqdist is None:
         distance = tl.reshape(distances, [WIDTH])
     else:
         distance = tl.load(sqdist + sample * K + column, mask=column < K, other=0)
-    weight, heaviest = _softmax(tl.reshape(dots, [WIDTH]), distance, column, coefficients, sample, K, BYTES)
+    weight, heaviest = softmax(tl.reshape(dots, [WIDTH]), distance, column, coefficients, sample, K, BYTES)
     tl.store(weights + sample * K + column, weight, mask=column < K)
 
-    pivot, mean, variance = _mean(neighbors, neighbor_index, weight, heaviest, column, sample, element, inside, K, D, BYTES, WIDTH, MEAN_K)
-    _store_target(target + sample * D, place, inside, center, eps, pivot, mean, coefficients, sample, BYTES)
-    _store_spread(spread, variance, coefficients, sample)
+    pivot, mean, variance = weighted_mean(neighbors, neighbor_index, weight, heaviest, column, sample, element, inside, K, D, BYTES, WIDTH, MEAN_K)
+    store_target(target + sample * D, place, inside, center, eps, pivot, mean, coefficients, sample, BYTES)
+    store_spread(spread, variance, coefficients, sample)
 
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
@@ -106,20 +115,20 @@ def redirect_dots_kernel(
     start = part * BLOCK_D
     element = tl.max_contiguous(start + tl.arange(0, BLOCK_D), VECTOR)
     inside = element < D
-    center = _image(images, index, sample, element, inside, D)
-    eps = _noise(noise, counter, purpose, sample, start, element, inside, D, BLOCK_D)
+    center = load_image(images, index, sample, element, inside, D)
+    eps = load_noise(noise, counter, purpose, sample, start, element, inside, D, BLOCK_D)
     if first == 0:
         place = channels_last_offset(element, plane, D) if CHANNELS_LAST else element
-        _store_x_t(x_t + sample * D, place, inside, center, eps, coefficients, sample)
+        store_x_t(x_t + sample * D, place, inside, center, eps, coefficients, sample)
         tl.store(arrivals + sample, 0)
 
     for start_k in range(first, tl.minimum(first + group, K), BLOCK_K):
         column = start_k + tl.arange(0, BLOCK_K)
-        rows = _rows(neighbors, neighbor_index, sample, column, column < K, element, inside, K, D)
+        rows = load_rows(neighbors, neighbor_index, sample, column, column < K, element, inside, K, D)
         to = (sample * splits + part) * K + column
-        tl.store(dots + to, _dots(rows, center, eps, BYTES), mask=column < K)
+        tl.store(dots + to, dot_products(rows, center, eps, BYTES), mask=column < K)
         if distances is not None:
-            tl.store(distances + to, _distances(rows, center, BYTES), mask=column < K)
+            tl.store(distances + to, squared_distances(rows, center, BYTES), mask=column < K)
 
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
@@ -147,20 +156,20 @@ def redirect_mean_kernel(
     inside = element < D
 
     column = tl.arange(0, WIDTH)
-    dot = _sum_of_parts(dots, sample, splits, column, K, PARTS)
+    dot = sum_of_parts(dots, sample, splits, column, K, PARTS)
     if sqdist is None:
-        distance = _sum_of_parts(distances, sample, splits, column, K, PARTS)
+        distance = sum_of_parts(distances, sample, splits, column, K, PARTS)
     else:
         distance = tl.load(sqdist + sample * K + column, mask=column < K, other=0)
-    weight, heaviest = _softmax(dot, distance, column, coefficients, sample, K, BYTES)
+    weight, heaviest = softmax(dot, distance, column, coefficients, sample, K, BYTES)
     if part == 0:
         tl.store(weights + sample * K + column, weight, mask=column < K)
 
-    pivot, mean, variance = _mean(neighbors, neighbor_index, weight, heaviest, column, sample, element, inside, K, D, BYTES, WIDTH, MEAN_K)
-    center = _image(images, index, sample, element, inside, D)  # only now: registers are scarce in the loop over neighbours
-    eps = _noise(noise, counter, purpose, sample, start, element, inside, D, BLOCK_D)
+    pivot, mean, variance = weighted_mean(neighbors, neighbor_index, weight, heaviest, column, sample, element, inside, K, D, BYTES, WIDTH, MEAN_K)
+    center = load_image(images, index, sample, element, inside, D)  # only now: registers are scarce in the loop over neighbours
+    eps = load_noise(noise, counter, purpose, sample, start, element, inside, D, BLOCK_D)
     place = channels_last_offset(element, plane, D) if CHANNELS_LAST else element
-    _store_target(target + sample * D, place, inside, center, eps, pivot, mean, coefficients, sample, BYTES)
+    store_target(target + sample * D, place, inside, center, eps, pivot, mean, coefficients, sample, BYTES)
 
     tl.store(variances + sample * splits + part, variance)
     tl.debug_barrier()
@@ -169,148 +178,7 @@ def redirect_mean_kernel(
         for start_part in range(0, splits, PARTS):
             other = start_part + tl.arange(0, PARTS)
             total += tl.load(variances + sample * splits + other, mask=other < splits, other=0, cache_modifier=".cg")
-        _store_spread(spread, tl.sum(total, 0), coefficients, sample)
-
-
-@triton.jit
-def _image(images, index, sample, element, inside, D):
-    """Elements of the forget image, as stored."""
-    row = sample if index is None else tl.load(index + sample)
-    return tl.load(images + row * D + element, mask=inside, other=0)
-
-
-@triton.jit
-def _noise(noise, counter, purpose, sample, start, element, inside, D, BLOCK_D: tl.constexpr):
-    """The elements `start .. start + BLOCK_D - 1` of the noise, float32."""
-    if noise is None:
-        eps = normals(counter, sample, purpose, start // 4 + tl.arange(0, BLOCK_D // 4))
-    else:
-        eps = to_float(tl.load(noise + sample * D + element, mask=inside, other=0))
-    return eps
-
-
-@triton.jit
-def _rows(neighbors, neighbor_index, sample, column, wanted, element, inside, K, D):
-    """`[BLOCK_K, BLOCK_D]` of the neighbours `column`, as stored; unwanted ones are not read."""
-    row = sample * K + column
-    if neighbor_index is not None:
-        row = tl.load(neighbor_index + row, mask=wanted, other=0)
-    return tl.load(neighbors + (row * D)[:, None] + element[None, :], mask=wanted[:, None] & inside[None, :], other=0)
-
-
-@triton.jit
-def _exact(values, BYTES: tl.constexpr):
-    """float32 numbers whose differences are exact: of a byte `u`, `2^-22 u`, in units of `_STEP`.
-
-    The bits of `u` are those of the subnormal number `2^-149 u`, so that conversion and difference are one fused multiply-add at full rate.
-    """
-    if BYTES:
-        return values.to(tl.int32).to(tl.float32, bitcast=True) * 2.0**127
-    return to_float(values)
-
-
-@triton.jit
-def _dots(rows, center, eps, BYTES: tl.constexpr):
-    """`<eps, x_j - a>`, in units of `_STEP` for bytes: float32 `[BLOCK_K]`."""
-    return tl.sum((_exact(rows, BYTES) - _exact(center, BYTES)[None, :]) * eps[None, :], axis=1)
-
-
-@triton.jit
-def _distances(rows, center, BYTES: tl.constexpr):
-    """`||x_j - a||^2` `[BLOCK_K]` in float64; of bytes, exact but for the last factor."""
-    if BYTES:
-        difference = rows.to(tl.int32) - center.to(tl.int32)[None, :]
-        return tl.sum(difference * difference, axis=1).to(tl.float64) * (_BYTE * _BYTE)
-    difference = to_float(rows).to(tl.float64) - to_float(center).to(tl.float64)[None, :]
-    return tl.sum(difference * difference, axis=1)
-
-
-@triton.jit
-def _sum_of_parts(parts, sample, splits, column, K, PARTS: tl.constexpr):
-    """`[B, splits, K]` summed over the splits of `sample`: float64, as long as `column`."""
-    total = tl.zeros(column.shape, tl.float64)
-    for start in range(0, splits, PARTS):
-        part = start + tl.arange(0, PARTS)
-        at = (sample * splits + part)[:, None] * K + column[None, :]
-        total += tl.sum(tl.load(parts + at, mask=(part < splits)[:, None] & (column < K)[None, :], other=0).to(tl.float64), axis=0)
-    return total
-
-
-@triton.jit
-def _reciprocal(x):
-    """1 / x of a float64 to 1e-13, by a float32 quotient and a step of Newton: the division of float64 is a subroutine whose registers spill."""
-    r = (1.0 / x.to(tl.float32)).to(tl.float64)
-    return r * (2.0 - x * r)
-
-
-@triton.jit
-def _softmax(dot, distance, column, coefficients, sample, K, BYTES: tl.constexpr):
-    """`p_j` (float32, 0 beyond K) from the logits `rho <eps, x_j - a> - rho^2 d_j / 2`, and the heaviest neighbour.
-
-    All in float64, for `rho^2 d_j` may be 1e9 and the difference of two logits counts.
-    """
-    rho = tl.load(coefficients + sample * 5) * _reciprocal(tl.load(coefficients + sample * 5 + 1))
-    nearest = tl.min(tl.where(column < K, distance, float("inf")), axis=0)
-    logit = rho * (dot * _STEP if BYTES else dot) - 0.5 * rho * rho * (distance - nearest)
-    logit = tl.where(column < K, logit, float("-inf"))
-    largest = tl.max(logit, axis=0)
-    share = tl.exp(logit - largest)
-    return (share * _reciprocal(tl.sum(share, axis=0))).to(tl.float32), tl.min(tl.where(logit == largest, column, K - 1), axis=0)
-
-
-@triton.jit
-def _mean(
-    neighbors, neighbor_index, weight, heaviest, column, sample, element, inside, K, D,
-    BYTES: tl.constexpr, WIDTH: tl.constexpr, MEAN_K: tl.constexpr,
-):  # fmt: skip
-    """The heaviest neighbour x* and `sum_j p_j (x_j - x*)`, in units of `_exact`, and in float64 `sum_j p_j ||x_j - x*||^2 - ||sum_j p_j (x_j - x*)||^2`.
-
-    The latter is taken element by element: about x*, where the weights are one-hot, nothing cancels.
-    """
-    row = sample * K + heaviest
-    if neighbor_index is not None:
-        row = tl.load(neighbor_index + row)
-    pivot = _exact(tl.load(neighbors + row * D + element, mask=inside, other=0), BYTES)
-    mean = tl.zeros_like(pivot)
-    energy = tl.zeros_like(pivot)
-    counts = (column < K) & (column != heaviest) & ((weight >= _NEGLIGIBLE) | (weight != weight))  # NaN goes through
-    counted = tl.where(counts, column, WIDTH)
-    table = tl.reshape(tl.where(counts, weight, 0.0), [WIDTH // MEAN_K, MEAN_K])
-    block = tl.min(counted, axis=0) // MEAN_K
-    while block < WIDTH // MEAN_K:
-        p = tl.sum(tl.where(tl.arange(0, WIDTH // MEAN_K)[:, None] == block, table, 0.0), axis=0)
-        rows = _rows(neighbors, neighbor_index, sample, block * MEAN_K + tl.arange(0, MEAN_K), p != 0, element, inside, K, D)
-        y = _exact(rows, BYTES) - pivot[None, :]
-        py = p[:, None] * y
-        mean += tl.sum(py, axis=0)
-        energy += tl.sum(py * y, axis=0)
-        block = tl.min(tl.where(column >= (block + 1) * MEAN_K, counted, WIDTH), axis=0) // MEAN_K
-    variance = tl.sum(energy - mean * mean, axis=0).to(tl.float64)
-    return pivot, mean, variance * (_STEP * _STEP) if BYTES else variance
-
-
-@triton.jit
-def _store_x_t(x_t, place, inside, center, eps, coefficients, sample):
-    alpha = tl.load(coefficients + sample * 5).to(tl.float32)
-    sigma = tl.load(coefficients + sample * 5 + 1).to(tl.float32)
-    tl.store(x_t + place, (alpha * to_float(center) + sigma * eps).to(x_t.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _store_target(target, place, inside, center, eps, pivot, mean, coefficients, sample, BYTES: tl.constexpr):
-    a = tl.load(coefficients + sample * 5 + 2).to(tl.float32)
-    b = tl.load(coefficients + sample * 5 + 3).to(tl.float32)
-    c = tl.load(coefficients + sample * 5 + 4).to(tl.float32)
-    toward = (_exact(center, BYTES) - pivot) - mean
-    if BYTES:
-        toward *= _STEP
-    tl.store(target + place, (a * eps + b * to_float(center) + c * toward).to(target.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _store_spread(spread, variance, coefficients, sample):
-    c = tl.load(coefficients + sample * 5 + 4)
-    tl.store(spread + sample, (c * c * tl.where(variance < 0, 0, variance)).to(spread.dtype.element_ty))
+        store_spread(spread, tl.sum(total, 0), coefficients, sample)
 
 
 class Tiles(NamedTuple):
