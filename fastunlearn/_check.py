@@ -41,10 +41,15 @@ def images(name: str, value) -> Tensor:
 def like(name: str, value, other_name: str, other: Tensor) -> Tensor:
     """A floating-point tensor of the shape and device of `other`."""
     tensor(name, value, ndim=other.ndim)
-    if value.shape != other.shape:
-        raise ValueError(f"{name}: expected the shape of {other_name}, {tuple(other.shape)}, got {tuple(value.shape)}")
+    same_shape(name, value, other_name, other)
     same_device(name, value, other_name, other)
     return value
+
+
+def same_shape(name: str, value, other_name: str, other) -> None:
+    """For anything with a shape: tensors, rows of a store, noise that is not drawn yet."""
+    if tuple(value.shape) != tuple(other.shape):
+        raise ValueError(f"{name}: expected the shape of {other_name}, {tuple(other.shape)}, got {tuple(value.shape)}")
 
 
 def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:

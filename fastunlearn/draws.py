@@ -118,8 +118,7 @@ def validate(draws: Draws, needs: frozenset[str], forget: Tensor | Rows | None, 
     for branch, batch in (("forget", forget), ("retain", retain)):
         noise, timesteps = getattr(draws, f"{branch}_noise"), getattr(draws, f"{branch}_timesteps")
         if isinstance(noise, Noise):
-            if tuple(noise.shape) != tuple(batch.shape):
-                raise ValueError(f"draws.{branch}_noise: expected the shape of {branch}, {tuple(batch.shape)}, got {tuple(noise.shape)}")
+            _check.same_shape(f"draws.{branch}_noise", noise, branch, batch)
         elif noise is not None:
             _check.like(f"draws.{branch}_noise", noise, branch, batch)
             if noise.dtype != batch.dtype:

@@ -152,8 +152,7 @@ def mixture(
     """
     _check_images("retain", retain)
     _check_images("forget", forget)
-    if forget.shape != retain.shape:
-        raise ValueError(f"forget: expected the shape of retain, {tuple(retain.shape)}, got {tuple(forget.shape)}")
+    _check.same_shape("forget", forget, "retain", retain)
     _check.same_device("forget", forget, "retain", retain)
     if forget.dtype != retain.dtype:
         raise TypeError(f"forget: expected the dtype of retain, {retain.dtype}, got {forget.dtype}")
@@ -265,8 +264,7 @@ def _channels_last(images: Tensor | Rows) -> bool:
 def _prepare(name: str, images: Tensor | Rows, noise: Tensor | Noise | None, timesteps: Tensor, schedule: NoiseSchedule) -> Tensor:
     _check_images(name, images)
     if isinstance(noise, Noise):
-        if tuple(noise.shape) != tuple(images.shape):
-            raise ValueError(f"noise: expected the shape of {name}, {tuple(images.shape)}, got {tuple(noise.shape)}")
+        _check.same_shape("noise", noise, name, images)
         _check.vector("noise.counter", noise.counter, 3, images.device, floating=False)
     else:
         _check.like("noise", noise, name, images)

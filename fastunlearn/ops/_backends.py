@@ -29,8 +29,10 @@ def find_kernel(name: str, device: torch.device, args: tuple, *, required: bool)
         RuntimeError: there is none and `required` asks for one.
     """
     kernel, reason = None, f"no kernel for {device.type}"
-    if device.type == "cpu":
-        kernel, reason = (_native(name), "") if extension("_C") else (None, f"the C++ extension is not built; build it with: {build_command()}")
+    if device.type == "cpu" and extension("_C"):
+        kernel = _native(name)
+    elif device.type == "cpu" and required:  # the command is made where it is shown, not at every call
+        reason = f"the C++ extension is not built; build it with: {build_command()}"
     elif device.type == "cuda" and any(isinstance(value, Tensor) and value.dtype == torch.float64 and value.ndim >= 4 for value in args):
         reason = "GPU kernels take float16, bfloat16, float32 and uint8 images, got float64"
     elif device.type == "cuda":

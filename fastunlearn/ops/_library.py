@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..store import network_input
 from ._backends import find_kernel
 
 BACKENDS = ("auto", "kernels", "eager", "reference")
@@ -24,7 +25,7 @@ NATIVE = torch.library.Library("fastunlearn_native", "DEF")  # what C++ implemen
 
 
 def define(
-    name: str, arguments: str, outputs: tuple[str, ...], *, check: Callable, empty: Callable, eager: Callable, prepare: Callable | None = None, more: str = ""
+    name: str, arguments: str, outputs: tuple[str, ...], *, check: Callable, empty: Callable, eager: Callable, prepare: Callable, more: str = ""
 ) -> Callable:
     """Registers `fastunlearn::<name>` for every device.
 
@@ -44,17 +45,14 @@ def define(
         for other in others:  # a kernel would take an address on one device for one on another
             if other.device != tensor.device:
                 raise ValueError(f"{name}: expected all tensors on one device, got {tensor.device} and {other.device}")
-        kernel = None if backend() == "eager" else find_kernel(name, tensor.device, args, required=backend() == "kernels")
+        wanted = backend()
+        kernel = None if wanted == "eager" else find_kernel(name, tensor.device, args, required=wanted == "kernels")
         if kernel is None:
             with torch.autocast(tensor.device.type, enabled=False):  # ops keep their own precision
                 return _one_or_all(eager(*args))
         filled = empty(*args)
-        prepared = prepare(args, filled) if prepare else args
-        if tensor.is_cuda:
-            with torch.cuda.device_of(tensor):  # where Triton launches
-                kernel(*prepared, *filled)
-        else:
-            kernel(*prepared, *filled)
+        with torch.cuda.device_of(tensor):  # where Triton launches
+            kernel(*prepare(args, filled), *filled)
         return _one_or_all(filled)
 
     def fake(*args):
@@ -105,7 +103,7 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 def served(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """Stored rows as network input: uint8 `u` as `u / 127.5 - 1`, rounded as in float32 whatever `dtype` is; float rows as they are."""
-    return rows.float().div_(127.5).sub_(1).to(dtype) if rows.dtype == torch.uint8 else rows.to(dtype)
+    return network_input(rows).to(dtype) if rows.dtype == torch.uint8 else rows.to(dtype)
 
 
 def picked(images: Tensor, index: Tensor | None) -> Tensor:
