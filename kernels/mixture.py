@@ -15,11 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .images import element_and_place, order_of, to_float
-from .philox import normals
+from .partial_sums import PARTS, TINY, tile_of
+from .philox import load_noise
 from .variant import COMPILE_OPTIONS, Variant, pointers, refuse_float64
-
-_TINY = 4096  # elements of a sample that one program does alone
-_PARTS = 128  # partial sums read at a time
 
 
 @triton.jit
@@ -60,10 +58,7 @@ def mixture_kernel(
     element, place = element_and_place(tile, plane, D, ORDER)
     keep = to_float(tl.load(retain + retain_row * D + element, mask=inside, other=0))
     erase = to_float(tl.load(forget + forget_row * D + element, mask=inside, other=0))
-    if noise is None:
-        eps = normals(counter, sample, purpose, start // 4 + tl.arange(0, BLOCK // 4))
-    else:
-        eps = to_float(tl.load(noise + sample * D + element, mask=inside, other=0))
+    eps = load_noise(noise, counter, purpose, sample, start, element, inside, D, BLOCK)
 
     alpha = tl.load(coefficients + sample * 5).to(tl.float32)
     sigma = tl.load(coefficients + sample * 5 + 1).to(tl.float32)
@@ -134,7 +129,7 @@ def mixture(
     refuse_float64("mixture", retain=retain, forget=forget, noise=noise, x_t=x_t)
     elements, plane = math.prod(x_t.shape[1:]), math.prod(x_t.shape[2:])
     order = order_of(x_t, channels_last, philox=noise is None)
-    block, warps = _tile(elements)
+    block, warps = tile_of(elements)
     splits = triton.cdiv(elements, block)
     partial = retain_weight.new_empty(len(x_t), splits, 2) if splits > 1 else None
     logit = -math.inf if lambd == 0 else math.inf if lambd == 1 else math.log(lambd) - math.log1p(-lambd)
@@ -146,15 +141,8 @@ def mixture(
     if partial is not None:
         mixture_weights_kernel[(len(x_t),)](
             partial, coefficients, from_forget, time_log_ratio, retain_weight, forget_weight, splits, float(lambd), logit,
-            PARTS=_PARTS, num_warps=4, num_stages=1, **COMPILE_OPTIONS,
+            PARTS=PARTS, num_warps=4, num_stages=1, **COMPILE_OPTIONS,
         )  # fmt: skip
-
-
-def _tile(elements: int) -> tuple[int, int]:
-    """Elements and warps of a program: one program for a tiny sample (one launch), else 8 elements a thread, which share the reductions of a program."""
-    if elements <= 1024:
-        return 1024, 8
-    return (4096, 16) if elements <= _TINY else (2048, 8)
 
 
 def configurations() -> list[Variant]:
@@ -174,12 +162,12 @@ def configurations() -> list[Variant]:
 
 
 def _variant(label: str, elements: int, images: torch.dtype, noise: torch.dtype | None, x_t: torch.dtype, order: str = "same") -> Variant:
-    block, warps = _tile(elements)
+    block, warps = tile_of(elements)
     i64, f32, f64 = torch.int64, torch.float32, torch.float64
     signature, constants = pointers(
         retain=images, retain_index=i64, forget=images, forget_index=i64, coefficients=f64, from_forget=torch.bool, time_log_ratio=None, noise=noise,
         counter=i64 if noise is None else None, x_t=x_t, retain_target=f32, forget_target=f32, retain_weight=f64, forget_weight=f64,
-        partial=f64 if elements > _TINY else None,
+        partial=f64 if elements > TINY else None,
     )  # fmt: skip
     signature |= {"purpose": "i32", "D": "i32", "plane": "i32", "lambd": "fp64", "logit": "fp64"}
     constants |= {"BLOCK": block, "ORDER": order}
@@ -189,4 +177,4 @@ def _variant(label: str, elements: int, images: torch.dtype, noise: torch.dtype 
 def _weights_variant(label: str, time_log_ratio: torch.dtype | None) -> Variant:
     f64 = torch.float64
     signature, constants = pointers(partial=f64, coefficients=f64, from_forget=torch.bool, time_log_ratio=time_log_ratio, retain_weight=f64, forget_weight=f64)
-    return Variant(mixture_weights_kernel, label, signature | {"splits": "i32", "lambd": "fp64", "logit": "fp64"}, constants | {"PARTS": _PARTS}, 4)
+    return Variant(mixture_weights_kernel, label, signature | {"splits": "i32", "lambd": "fp64", "logit": "fp64"}, constants | {"PARTS": PARTS}, 4)

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .images import element_and_place, order_of, to_float
-from .philox import normals
+from .philox import load_noise
 from .variant import COMPILE_OPTIONS, Variant, pointers, refuse_float64
 
 _WARPS = 8
@@ -48,10 +48,7 @@ def noising_kernel(
     inside = tile < D
     element, place = element_and_place(tile, plane, D, ORDER)
     image = to_float(tl.load(images + row * D + element, mask=inside, other=0))
-    if noise is None:
-        eps = normals(counter, sample, purpose, start // 4 + tl.arange(0, BLOCK // 4))
-    else:
-        eps = to_float(tl.load(noise + sample * D + element, mask=inside, other=0))
+    eps = load_noise(noise, counter, purpose, sample, start, element, inside, D, BLOCK)
 
     alpha = tl.load(coefficients + sample * 5).to(tl.float32)
     sigma = tl.load(coefficients + sample * 5 + 1).to(tl.float32)

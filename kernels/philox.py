@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .images import to_float
+
 
 @triton.jit
 def philox_words(counter, sample, purpose, quads):
@@ -33,6 +35,16 @@ def normals(counter, sample, purpose, quads):
     n0, n1 = _box_muller(w0, w1)
     n2, n3 = _box_muller(w2, w3)
     return tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3))
+
+
+@triton.jit
+def load_noise(noise, counter, purpose, sample, start, element, inside, D, BLOCK: tl.constexpr):
+    """The elements `start .. start + BLOCK - 1` of the noise of a sample, float32: read (`element` of `noise` `[B, D]`), or drawn where it is None."""
+    if noise is None:
+        eps = normals(counter, sample, purpose, start // 4 + tl.arange(0, BLOCK // 4))
+    else:
+        eps = to_float(tl.load(noise + sample * D + element, mask=inside, other=0))
+    return eps
 
 
 @triton.jit

@@ -17,10 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .images import channels_last_offset
+from .philox import load_noise
 from .redirect_parts import (
     dot_products,
     load_image,
-    load_noise,
     load_rows,
     softmax,
     squared_distances,

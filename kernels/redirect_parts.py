@@ -6,7 +6,6 @@ import triton
 import triton.language as tl
 
 from .images import to_float
-from .philox import normals
 
 BYTE = tl.constexpr(2.0 / 255.0)  # one step of a uint8 image on the network's scale
 STEP = tl.constexpr(2.0**22 * (2.0 / 255.0))  # one unit of `exact` for bytes
@@ -18,16 +17,6 @@ def load_image(images, index, sample, element, inside, D):
     """Elements of the forget image, as stored."""
     row = sample if index is None else tl.load(index + sample)
     return tl.load(images + row * D + element, mask=inside, other=0)
-
-
-@triton.jit
-def load_noise(noise, counter, purpose, sample, start, element, inside, D, BLOCK_D: tl.constexpr):
-    """The elements `start .. start + BLOCK_D - 1` of the noise, float32."""
-    if noise is None:
-        eps = normals(counter, sample, purpose, start // 4 + tl.arange(0, BLOCK_D // 4))
-    else:
-        eps = to_float(tl.load(noise + sample * D + element, mask=inside, other=0))
-    return eps
 
 
 @triton.jit

@@ -14,10 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .images import to_float
+from .partial_sums import PARTS, TINY, tile_of
 from .variant import COMPILE_OPTIONS, Variant, pointers, refuse_float64
-
-_TINY = 4096  # elements of a sample that one program does alone
-_PARTS = 128  # partial sums read at a time
 
 
 @triton.jit
@@ -75,7 +73,7 @@ def residual(prediction: Tensor, target: Tensor, weight: Tensor, loss: Tensor, g
     """
     refuse_float64("residual", prediction=prediction, target=target)
     elements = math.prod(prediction.shape[1:])
-    block, warps = _tile(elements)
+    block, warps = tile_of(elements)
     splits = triton.cdiv(elements, block)
     partial = loss.new_empty(len(prediction), splits) if splits > 1 else None
     residual_kernel[(len(prediction) * splits,)](
@@ -83,14 +81,7 @@ def residual(prediction: Tensor, target: Tensor, weight: Tensor, loss: Tensor, g
         BLOCK=block, num_warps=warps, num_stages=1, **COMPILE_OPTIONS,
     )  # fmt: skip
     if partial is not None:
-        residual_sum_kernel[(len(prediction),)](partial, weight, loss, splits, PARTS=_PARTS, num_warps=1, num_stages=1, **COMPILE_OPTIONS)
-
-
-def _tile(elements: int) -> tuple[int, int]:
-    """Elements and warps of a program: one program for a tiny sample (one launch), else 8 elements a thread in flight."""
-    if elements <= 1024:
-        return 1024, 8
-    return (4096, 16) if elements <= _TINY else (2048, 8)
+        residual_sum_kernel[(len(prediction),)](partial, weight, loss, splits, PARTS=PARTS, num_warps=1, num_stages=1, **COMPILE_OPTIONS)
 
 
 def configurations() -> list[Variant]:
@@ -102,14 +93,14 @@ def configurations() -> list[Variant]:
         _variant("D <= 4096, odd, bfloat16, float32 target", 3071, bf16, f32),
         _variant("D > 4096, float32", 196608, f32, f32),
         _variant("D > 4096, bfloat16, float32 target", 196608, bf16, f32),
-        Variant(residual_sum_kernel, "any D > 4096", signature | {"splits": "i32"}, constants | {"PARTS": _PARTS}, 1),
+        Variant(residual_sum_kernel, "any D > 4096", signature | {"splits": "i32"}, constants | {"PARTS": PARTS}, 1),
     ]
 
 
 def _variant(label: str, elements: int, prediction: torch.dtype, target: torch.dtype) -> Variant:
-    block, warps = _tile(elements)
+    block, warps = tile_of(elements)
     signature, constants = pointers(
-        prediction=prediction, target=target, weight=torch.float32, gradient=prediction, loss=torch.float32, partial=torch.float32 if elements > _TINY else None
+        prediction=prediction, target=target, weight=torch.float32, gradient=prediction, loss=torch.float32, partial=torch.float32 if elements > TINY else None
     )
     integers = ("D", "prediction_stride", "target_stride", "gradient_stride")
     return Variant(

@@ -37,7 +37,7 @@ TABLE = ROOT / "docs" / "kernels.md"
 BEGIN, END = "<!-- aot_check: begin -->", "<!-- aot_check: end -->"
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block may have on A100, H100/H200
 PROCESSES = 2
-HELPERS = {"images", "philox", "redirect_parts", "variant"}  # modules of kernels/ without a launcher
+HELPERS = {"images", "partial_sums", "philox", "redirect_parts", "variant"}  # modules of kernels/ without a launcher
 
 
 class Usage(NamedTuple):
