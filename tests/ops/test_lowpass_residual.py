@@ -8,7 +8,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fastunlearn.ops._backends import build_command, extension
+from fastunlearn.ops._backends import ISAS, build_command, extension
 from fastunlearn.ops.lowpass_residual import lowpass_residual
 from fastunlearn.reference.lowpass_residual import full_mask
 from fastunlearn.reference.lowpass_residual import lowpass_residual as literal
@@ -16,7 +16,6 @@ from fastunlearn.selection import LowPass
 from fastunlearn.testing.budgets import assert_within_budget, largest_error
 
 needs_extension = pytest.mark.skipif(not extension("_C"), reason=f"the C++ extension is not built; build it with: {build_command()}")
-ISAS = ("portable", "avx2", "avx512")  # a processor without one runs the best that it has
 MASKS = {
     "quarter": LowPass(0.25),
     "half": LowPass(0.5),
@@ -33,15 +32,6 @@ MASKS = {
 }
 # Even and odd sizes, powers of two and primes, narrow and wide, one block of columns and several, planes side by side and planes split.
 SHAPES = [(16, 1, 8, 8), (9, 2, 28, 28), (16, 1, 7, 9), (16, 1, 33, 31), (16, 2, 5, 64), (16, 1, 64, 6), (8, 1, 12, 130), (8, 1, 67, 40), (3, 3, 64, 64)]
-
-
-@pytest.fixture(autouse=True)
-def poisoned():
-    """Outputs start out as NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 def kernel(isa="avx512"):

@@ -8,26 +8,21 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fastunlearn.ops._backends import build_command, extension
+from fastunlearn.ops._backends import ISAS, build_command, extension
 from fastunlearn.ops.noising import noising
+from fastunlearn.store import DTYPES as ROWS
 from fastunlearn.testing.budgets import assert_within_budget
 from fastunlearn.testing.factories import linear_schedule
 
 pytestmark = pytest.mark.skipif(not extension("_C"), reason=f"the C++ extension is not built; build it with: {build_command()}")
-ISAS = ("portable", "avx2", "avx512")  # a processor without one runs the best that it has
-ROWS = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FLOATS = ROWS[1:]
 SCHEDULES = {"epsilon": linear_schedule(), "v": linear_schedule(prediction_type="v_prediction"), "flow": linear_schedule(prediction_type="flow")}
 
 
 @pytest.fixture(autouse=True)
-def poisoned():
-    """Outputs start out as NaN, and only the kernel may answer."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
+def only_kernels():
     with mock.patch.dict(os.environ, FASTUNLEARN_BACKEND="kernels"):
         yield
-    torch.use_deterministic_algorithms(before)
 
 
 def stored(count, shape, dtype, seed=0):

