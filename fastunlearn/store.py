@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -12,9 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import _check, philox
+from ._arrays import as_labels, as_tensor, is_memory_mapped, name, tensor_bytes
+
 DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 CHUNK_BYTES = 64 << 20  # what the streamed checks and hashes hold at a time
 RANGE_ROUNDING = 1e-6  # how far a float image may exceed [-1, 1]: resizing and rescaling in float32 round
+FREEZE_PURPOSE = 0xFFFF  # the last word of the counters of `ImageStore.freeze`: no draw of a step has it
 
 
 class ImageStore:
@@ -22,31 +25,42 @@ class ImageStore:
 
     Values are checked once, here and in chunks, so that nothing has to look at them during a run.
 
+    Latents may come as a distribution, the posterior of a VAE: its means and, in `std`, its standard deviations, both already multiplied by
+    the VAE's scaling factor. A step then draws them anew (`sample`, `draw`), as ReTrack's loader of retain rows does. Everything else reads
+    the means: `images`, `raw`, `chunks`, `overlap` and `nearest_neighbors`. `rows` and `lazy` refuse such a store; `freeze` makes one of fixed rows.
+
     Args:
         images: `[N, C, H, W]`: a tensor, a numpy array (a memory-mapped one stays on disk; rows are read when drawn) or any object with
             `__dlpack__`. None is copied. uint8 images are served as `u * 2 / 255 - 1`; float16, bfloat16, float32 and float64 rows as they are.
+        std: the posterior's standard deviations: of the shape and device of `images`, floating, finite, not negative. For latents only.
         labels: `[N]` integers, or None.
         latents: the rows are latents: float, of any finite value. Otherwise float rows must lie within [-1, 1].
         sources: the files that the rows came from; kept as strings.
 
     Raises:
-        TypeError: `images` is no array, or its dtype is not one of those above; `labels` are not integers.
-        ValueError: wrong rank, an axis of length 0, NaN or Inf, float images outside [-1, 1], uint8 latents, labels of another length.
+        TypeError: `images` or `std` is no array, or its dtype is not one of those above; `labels` are not integers.
+        ValueError: wrong rank, an axis of length 0, NaN or Inf, float images outside [-1, 1], uint8 latents, `std` that is negative, of another
+            shape or device, or given without `latents=True`; labels of another length.
     """
 
-    def __init__(self, images, *, labels=None, latents: bool = False, sources: Iterable[str | os.PathLike] = ()):
-        images = _as_tensor("images", images)
+    def __init__(self, images, *, std=None, labels=None, latents: bool = False, sources: Iterable[str | os.PathLike] = ()):
+        self.images = as_tensor("images", images)
+        self.on_disk = is_memory_mapped(images)  # rows are read from a file when they are used
+        images = self.images
         if images.dtype not in DTYPES:
-            raise TypeError(f"images: expected dtype {', '.join(map(_name, DTYPES[:-1]))} or {_name(DTYPES[-1])}, got {_name(images.dtype)}")
+            raise TypeError(f"images: expected dtype {', '.join(map(name, DTYPES[:-1]))} or {name(DTYPES[-1])}, got {name(images.dtype)}")
         if images.ndim != 4:
             raise ValueError(f"images: expected shape [N, C, H, W], got {list(images.shape)}")
         if images.numel() == 0:
             raise ValueError(f"images: expected at least one row and no axis of length 0, got shape {list(images.shape)}")
         if latents and images.dtype == torch.uint8:
             raise ValueError("latents: expected float rows for latents=True, got uint8 images")
-        self.images = images
+        self.std = None
+        if std is not None:
+            self.std = _as_std(std, images, latents)
+            self.on_disk |= is_memory_mapped(std)
         self.latents = bool(latents)
-        self.labels = None if labels is None else _as_labels(labels, len(images))
+        self.labels = None if labels is None else as_labels(labels, len(images))
         self.sources = tuple(os.fspath(source) for source in ([sources] if isinstance(sources, (str, os.PathLike)) else sources))
         self._content_hash: str | None = None
         if images.is_floating_point():
@@ -56,7 +70,8 @@ class ImageStore:
         return len(self.images)
 
     def __repr__(self) -> str:
-        return f"ImageStore({len(self)} rows of {list(self.shape)}, {_name(self.dtype)}, {self.device})"
+        kind = name(self.dtype) if self.std is None else f"{name(self.dtype)} means with {name(self.std.dtype)} standard deviations"
+        return f"ImageStore({len(self)} rows of {list(self.shape)}, {kind}, {self.device}{', on disk' if self.on_disk else ''})"
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -78,19 +93,69 @@ class ImageStore:
         """Whether rows are uint8 images, whose squared distances are integers."""
         return self.images.dtype == torch.uint8
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows as stored."""
+        return sum(rows.numel() * rows.element_size() for rows in (self.images, self.std) if rows is not None)
+
     def rows(self, index: Tensor) -> Tensor:
         """Rows `index` (`[B]` int64) as network input: float32 `[B, C, H, W]`, images in [-1, 1].
 
         On a CPU the values of uint8 rows are bit-equal to torchvision's `ToTensor` followed by `Normalize(0.5, 0.5)`.
+
+        Raises:
+            ValueError: the store has standard deviations.
         """
+        self._refuse_std("rows")
         return network_input(self.raw(index))
 
     def lazy(self, index: Tensor) -> Rows:
-        """Rows `index` (`[B]` or `[B, K]` int64) for an op to read: nothing is gathered yet."""
+        """Rows `index` (`[B]` or `[B, K]` int64) for an op to read: nothing is gathered yet.
+
+        Raises:
+            ValueError: the store has standard deviations.
+        """
+        self._refuse_std("lazy")
         return Rows(self.images, index.to(self.device))
 
+    def sample(self, index: Tensor, counter: Tensor, purpose: int) -> Tensor:
+        """Draws of the latents `index` (`[B]` int64): `mean + std xi`, float32 `[B, C, H, W]`, where `xi = philox.normal(shape, counter, purpose)`.
+
+        `xi` belongs to the place in the batch, not to the row: one drawn twice in a batch gives two samples.
+
+        Raises:
+            ValueError: the store has no standard deviations.
+        """
+        if self.std is None:
+            raise ValueError("std: expected a store with standard deviations, ImageStore(mean, std=std, latents=True), got one without")
+        index = index.to(self.device)
+        mean, std = self.images.index_select(0, index).float(), self.std.index_select(0, index).float()
+        return torch.addcmul(mean, std, philox.normal(mean.shape, counter, purpose))
+
+    def draw(self, index: Tensor, counter: Tensor, purpose: int) -> Rows | Tensor:
+        """Rows `index` (`[B]` int64) as a step reads them: sampled where the store has standard deviations, gathered by the ops where not."""
+        return self.lazy(index) if self.std is None else self.sample(index, counter, purpose)
+
+    def freeze(self, seed: int | None = None) -> ImageStore:
+        """A store of fixed rows: the means (nothing is copied) or, with a `seed`, one sample of every row (float32, a copy in memory).
+
+        What is compared across steps needs fixed rows: forget rows and their neighbours, whose distances are computed once (ReTrack's code
+        keeps one sample of each).
+        """
+        if self.std is None:
+            return self
+        if seed is None:
+            return self.like(self.images, labels=self.labels, on_disk=self.on_disk)
+        _check.integer("seed", seed, low=0, high=2**63 - 1)
+        samples = torch.empty(self.images.shape, dtype=torch.float32, device=self.device)
+        for start, mean in self.chunks():
+            counter = torch.tensor([seed, 0, start], device=self.device)  # start: every row has noise of its own, whatever the chunks
+            index = torch.arange(start, start + len(mean), device=self.device)
+            samples[start : start + len(mean)] = self.sample(index, counter, FREEZE_PURPOSE)
+        return self.like(samples, labels=self.labels)
+
     def raw(self, index: Tensor) -> Tensor:
-        """Rows `index` (`[B]` int64) as stored, `[B, C, H, W]`, contiguous."""
+        """Rows `index` (`[B]` int64) as stored, `[B, C, H, W]`, contiguous; of a store with standard deviations, the means."""
         return self.images.index_select(0, index.to(self.device))
 
     def chunks(self, max_bytes: int = CHUNK_BYTES) -> Iterator[tuple[int, Tensor]]:
@@ -107,38 +172,54 @@ class ImageStore:
             raise ValueError(f"index: expected shape [M] with M >= 1, got {list(index.shape)}")
         if index.min() < 0 or index.max() >= len(self):
             raise ValueError(f"index: expected rows in [0, {len(self) - 1}], got rows in [{index.min()}, {index.max()}]")
-        return self._replace(self.raw(index), None if self.labels is None else self.labels[index])
+        std = None if self.std is None else self.std.index_select(0, index.to(self.device))
+        return self.like(self.raw(index), std, labels=None if self.labels is None else self.labels[index])
 
     def to(self, device: torch.device | str) -> ImageStore:
         """The same store on `device`; labels stay on the CPU."""
-        moved = self._replace(self.images.to(device), self.labels)
+        images, std = self.images.to(device), None if self.std is None else self.std.to(device)
+        moved = self.like(images, std, labels=self.labels, on_disk=self.on_disk and images.device.type == "cpu")
         moved._content_hash = self._content_hash
         return moved
 
     def content_hash(self) -> str:
-        """SHA-256 (hex) over dtype, shape and the rows' bytes; computed once, streamed."""
+        """SHA-256 (hex) over dtype, shape and the rows' bytes, and those of `std` where there is one; computed once, streamed."""
         if self._content_hash is None:
-            digest = hashlib.sha256(f"{_name(self.dtype)} {list(self.images.shape)}\n".encode())
-            for _, rows in self.chunks():
-                digest.update(_bytes(rows))
+            digest = hashlib.sha256()
+            for store in (self, self._std_rows()):
+                if store is not None:
+                    digest.update(f"{name(store.dtype)} {list(store.images.shape)}\n".encode())
+                    for _, rows in store.chunks():
+                        digest.update(tensor_bytes(rows))
             self._content_hash = digest.hexdigest()
         return self._content_hash
 
-    def _replace(self, images: Tensor, labels: Tensor | None) -> ImageStore:
-        """A store with the same sources and other rows that need no check."""
+    def like(self, images: Tensor, std: Tensor | None = None, *, labels: Tensor | None = None, on_disk: bool = False) -> ImageStore:
+        """A store of the same kind and sources over other rows, which are not checked: a part of this one, or a buffer that rows are copied to."""
         store = object.__new__(ImageStore)
-        store.images, store.labels, store.latents, store.sources, store._content_hash = images, labels, self.latents, self.sources, None
+        store.images, store.std, store.labels, store.on_disk = images, std, labels, on_disk
+        store.latents, store.sources, store._content_hash = self.latents, self.sources, None
         return store
 
+    def _std_rows(self) -> ImageStore | None:
+        """The standard deviations as the rows of a store."""
+        return None if self.std is None else self.like(self.std)
+
+    def _refuse_std(self, method: str) -> None:
+        if self.std is not None:
+            raise ValueError(
+                f"{method}: expected a store of fixed rows, got one with standard deviations, whose rows are drawn anew at every step: "
+                "use sample(index, counter, purpose), or freeze() for the means"
+            )
+
     def _check_values(self) -> None:
-        for start, rows in self.chunks():
-            low, high = (bound.item() for bound in torch.aminmax(rows))
-            if not (np.isfinite(low) and np.isfinite(high)):  # aminmax propagates NaN
-                bad = start + torch.isfinite(rows).flatten(1).all(1).logical_not().nonzero()[0].item()
-                raise ValueError(f"images: expected finite values, got NaN or Inf in row {bad}")
+        for start, low, high, rows in _bounds("images", self):
             if not self.latents and max(-low, high) > 1 + RANGE_ROUNDING:
                 hint = "uint8 images, float images within [-1, 1], or latents=True"
-                raise ValueError(f"images: expected {hint}, got float values in [{low:.6g}, {high:.6g}] (rows {start} to {start + len(rows) - 1})")
+                raise ValueError(f"images: expected {hint}, got float values in [{low:.6g}, {high:.6g}] (rows {start} to {start + rows - 1})")
+        for start, low, _, rows in _bounds("std", self._std_rows()) if self.std is not None else ():
+            if low < 0:
+                raise ValueError(f"std: expected standard deviations >= 0, got {low:.6g} (rows {start} to {start + rows - 1}); exp(log_var / 2) is one")
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,7 +266,7 @@ def network_input(rows: Tensor) -> Tensor:
 
 
 def overlap(forget: ImageStore, retain: ImageStore) -> tuple[Tensor, Tensor]:
-    """Forget rows that also stand in the retain set, exactly equal in every pixel.
+    """Forget rows that also stand in the retain set, exactly equal in every pixel (latents: in every mean).
 
     Rows of one dtype are compared as stored, others as float32 network input. The retain set is streamed; what is kept in memory is
     one 16-byte digest for each distinct forget row.
@@ -219,45 +300,32 @@ def _row_digests(store: ImageStore, as_stored: bool) -> Iterator[bytes]:
         rows = rows if as_stored else network_input(rows)
         if rows.is_floating_point():
             rows = rows + 0.0  # -0.0 equals 0.0
-        for row in _bytes(rows.flatten(1)):
+        for row in tensor_bytes(rows.flatten(1)):
             yield hashlib.blake2b(row, digest_size=16).digest()
 
 
-def _bytes(rows: Tensor) -> np.ndarray:
-    """The bytes of `rows` in C order, uint8 of the same leading axes."""
-    return rows.cpu().contiguous().view(torch.uint8).numpy()
+def _bounds(argument: str, store: ImageStore) -> Iterator[tuple[int, float, float, int]]:
+    """`(start, lowest value, highest value, rows)` of every chunk.
+
+    Raises:
+        ValueError: NaN or Inf.
+    """
+    for start, rows in store.chunks():
+        low, high = (bound.item() for bound in torch.aminmax(rows))
+        if not (np.isfinite(low) and np.isfinite(high)):  # aminmax propagates NaN
+            bad = start + torch.isfinite(rows).flatten(1).all(1).logical_not().nonzero()[0].item()
+            raise ValueError(f"{argument}: expected finite values, got NaN or Inf in row {bad}")
+        yield start, low, high, len(rows)
 
 
-def _as_tensor(argument: str, array) -> Tensor:
-    """`array` as a tensor that shares its memory."""
-    if isinstance(array, Tensor):
-        if array.layout != torch.strided:
-            raise TypeError(f"{argument}: expected a dense tensor, got layout {_name(array.layout)}")
-        return array.detach()
-    if isinstance(array, np.ndarray):
-        if array.dtype.kind not in "buif" or array.dtype.itemsize > 8 or not array.dtype.isnative:
-            raise TypeError(f"{argument}: expected an array of uint8 or of floats in native byte order, got dtype {array.dtype}")
-        if any(stride < 0 for stride in array.strides):
-            raise ValueError(f"{argument}: expected an array without negative strides (numpy.ascontiguousarray copies one), got strides {array.strides}")
-        with warnings.catch_warnings():  # a read-only array is fine: rows are only read
-            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            return torch.from_numpy(array)
-    if hasattr(array, "__dlpack__"):
-        return torch.from_dlpack(array).detach()
-    raise TypeError(f"{argument}: expected a tensor, a numpy array or an object with __dlpack__, got {type(array).__name__}")
-
-
-def _as_labels(labels, count: int) -> Tensor:
-    try:
-        labels = torch.as_tensor(labels.copy() if isinstance(labels, np.ndarray) else labels)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"labels: expected integers of shape [{count}], got {type(labels).__name__} that is no such array ({error})") from None
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"labels: expected integers, got {_name(labels.dtype)}")
-    if labels.shape != (count,):
-        raise ValueError(f"labels: expected shape [{count}], one for each row of images, got {list(labels.shape)}")
-    return labels.to("cpu", torch.int64)
-
-
-def _name(dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _as_std(std, images: Tensor, latents: bool) -> Tensor:
+    if not latents:
+        raise ValueError("std: expected none, or latents=True (the standard deviations of latents), got latents=False")
+    std = as_tensor("std", std)
+    if std.dtype not in DTYPES or not std.is_floating_point():
+        raise TypeError(f"std: expected a floating dtype, got {name(std.dtype)}")
+    if std.shape != images.shape:
+        raise ValueError(f"std: expected the shape of images, {list(images.shape)}, got {list(std.shape)}")
+    if std.device != images.device:
+        raise ValueError(f"std: expected the device of images, {images.device}, got {std.device}")
+    return std

@@ -15,8 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fastunlearn.data import load_images
+from fastunlearn.data import load_images, save_latents
 from fastunlearn.data.idx import idx_header, read_idx
+from fastunlearn.store import ImageStore
 
 HAS_HF = all(importlib.util.find_spec(name) for name in ("pyarrow", "datasets"))
 needs_hf = pytest.mark.skipif(not HAS_HF, reason="pyarrow and datasets are not installed (pip install 'fastunlearn[hf]')")
@@ -263,6 +264,99 @@ def test_idx_gz_is_not_decompressed_beyond_what_its_header_says(tmp_path, monkey
         read_idx(path)
     assert max(taken) < 100
     assert min(taken) > 0
+
+
+# Latents
+
+MEAN, STD = (rows.astype(np.float32) for rows in (images(5, 4, 8, 6) / 9 - 14, images(5, 4, 8, 6) / 99))
+
+
+def latents_folder(folder: Path, **arrays: np.ndarray) -> Path:
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)
+    return folder
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("labels", [False, True])
+def test_latents_round_trip_and_stay_on_disk(dtype, labels, tmp_path, monkeypatch):
+    monkeypatch.setattr(ImageStore.chunks, "__defaults__", (1000,))
+    mean, std = (torch.from_numpy(rows).to(dtype).permute(0, 1, 3, 2) for rows in (MEAN, STD))  # not contiguous
+    store = ImageStore(mean, std=std, latents=True, labels=range(5) if labels else None)
+    save_latents(tmp_path / "set" / "retain", store)
+    read = load_images(tmp_path / "set" / "retain", latents=True, labels=labels)
+    assert read.on_disk
+    assert read.latents
+    assert torch.equal(read.images, mean)
+    assert torch.equal(read.std, std)
+    assert read.images.dtype == read.std.dtype == dtype
+    assert (read.labels.tolist() if labels else read.labels) == (list(range(5)) if labels else None)
+    assert read.content_hash() == store.content_hash()
+    assert (tmp_path / "set" / "retain" / "mean.npy").stat().st_mode & 0o077 == 0
+
+
+def test_latents_without_std_round_trip(tmp_path):
+    save_latents(tmp_path, ImageStore(MEAN, latents=True))
+    read = load_images(tmp_path, latents=True)
+    assert read.std is None
+    assert np.array_equal(read.images.numpy(), MEAN)
+
+
+def test_npz_of_mean_and_std(tmp_path):
+    path = npz(tmp_path, mean=MEAN.transpose(0, 2, 3, 1), std=STD.transpose(0, 2, 3, 1), labels=np.arange(5))
+    store = load_images(path, latents=True, labels=True)
+    assert np.array_equal(store.images.numpy(), MEAN)
+    assert np.array_equal(store.std.numpy(), STD)
+    assert store.labels.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_folders_of_latents_are_joined(tmp_path):
+    for name, rows in (("a", slice(3)), ("b", slice(3, 5))):
+        save_latents(tmp_path / name, ImageStore(MEAN[rows], std=STD[rows], latents=True))
+    store = load_images([tmp_path / "b", tmp_path / "a"], latents=True)
+    assert np.array_equal(store.images.numpy(), MEAN[[3, 4, 0, 1, 2]])
+    assert np.array_equal(store.std.numpy(), STD[[3, 4, 0, 1, 2]])
+
+
+def test_a_write_that_dies_leaves_no_folder_of_latents(tmp_path, monkeypatch):
+    store = ImageStore(MEAN, std=STD, latents=True)
+    chunks = ImageStore.chunks
+    monkeypatch.setattr(ImageStore, "chunks", lambda self: chunks(self) if self is not store else (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        save_latents(tmp_path, store)
+    assert [file.name for file in tmp_path.iterdir()] == ["std.npy"]
+    with pytest.raises(ValueError, match="expected a folder with images"):
+        load_images(tmp_path, latents=True)
+
+
+def test_a_folder_of_pictures_may_hold_a_mean(tmp_path):
+    picture(tmp_path, NCHW[0].transpose(1, 2, 0))
+    latents_folder(tmp_path, mean=MEAN)
+    assert load_images(tmp_path).is_uint8
+
+
+LATENT_CASES = [
+    ("images", lambda d: save_latents(d, ImageStore(NCHW)), ValueError, r"store: expected latents \(latents=True\), got ImageStore\(5 rows"),
+    ("tensor", lambda d: save_latents(d, torch.zeros(2, 4, 8, 8)), TypeError, r"store: expected an ImageStore, got float32 of shape"),
+    ("bfloat16", lambda d: save_latents(d, ImageStore(torch.zeros(2, 4, 8, 8).bfloat16(), latents=True)), TypeError, r"store: .* know bfloat16"),
+    ("twice", lambda d: save_latents(latents_folder(d, std=STD), ImageStore(MEAN, latents=True)), ValueError, r"expected a folder without latents"),
+    ("std-shape", lambda d: load_images(latents_folder(d, mean=MEAN, std=STD[:4]), latents=True), ValueError, r"std: expected the shape of images"),
+    ("rank", lambda d: load_images(latents_folder(d, mean=MEAN[0]), latents=True), ValueError, r"mean.npy: expected an array \[N, C, H, W\], got shape"),
+    ("channels", lambda d: load_images(latents_folder(d, mean=MEAN), latents=True, channels=16), ValueError, r"mean.npy: expected channels 16, got 4"),
+    ("size", lambda d: load_images(latents_folder(d, mean=MEAN), latents=True, size=8), ValueError, r"mean.npy: expected size \(8, 8\), got \(8, 6\)"),
+    ("no-labels", lambda d: load_images(latents_folder(d, mean=MEAN), latents=True, labels=True), ValueError, r"expected labels in labels.npy .* got none"),
+    ("pickle", lambda d: load_images(raw(d, pickle.dumps(1), "mean.npy").parent, latents=True), ValueError, r"mean.npy: expected .* plain numbers"),
+    ("npz-not-latents", lambda d: load_images(npz(d, mean=MEAN, std=STD)), ValueError, r"x.npz: std: expected none, or latents=True"),
+    ("npz-std-shape", lambda d: load_images(npz(d, mean=MEAN, std=STD[:4]), latents=True), ValueError, r"x.npz: expected std of the shape of mean"),
+    ("one-without-std", lambda d: load_images([npz(d, mean=MEAN, std=STD), npz(d, "y.npz", images=MEAN)], latents=True), ValueError,
+     r"y.npz: expected standard deviations of dtype float32, as in .*x.npz .* got None"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "text"), [pytest.param(*case[1:], id=case[0]) for case in LATENT_CASES])
+def test_latents_refuse(call, error, text, tmp_path):
+    with pytest.raises(error, match=text):
+        call(tmp_path)
 
 
 # Pictures

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from fastunlearn import philox
 from fastunlearn.store import ImageStore, overlap
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -23,6 +24,26 @@ def with_value(value: float, row: int = 3) -> torch.Tensor:
     return images
 
 
+def posterior(count: int = 5, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of latents `[count, 4, 2, 3]`."""
+    generator = torch.Generator().manual_seed(seed)
+    mean, log_std = (torch.randn(count, 4, 2, 3, generator=generator) for _ in range(2))
+    return mean.mul(3).to(dtype), log_std.sub(2).exp().to(dtype)
+
+
+def latent_store(count: int = 5, dtype: torch.dtype = torch.float32, **options) -> ImageStore:
+    mean, std = posterior(count, dtype)
+    return ImageStore(mean, std=std, latents=True, **options)
+
+
+def with_std(value: float) -> ImageStore:
+    mean, std = posterior()
+    std[3, 1, 0, 2] = value
+    return ImageStore(mean, std=std, latents=True)
+
+
+ROWS = torch.tensor([1])
+COUNTER = torch.tensor([7, 3, 0])
 # (id, what to call with a temporary folder, type, text)
 CASES = [
     ("list", lambda _: ImageStore([[1.0]]), TypeError, r"images: expected a tensor, a numpy array or an object with __dlpack__, got list"),
@@ -55,6 +76,18 @@ CASES = [
     ("select-outside", lambda _: ImageStore(uint8_images(2)).select([0, 2]), ValueError, r"index: expected rows in \[0, 1\], got rows in \[0, 2\]"),
     ("overlap-shape", lambda _: overlap(ImageStore(uint8_images()), ImageStore(uint8_images(5, (1, 4, 6)))), ValueError,
      r"retain: expected rows of shape \[3, 4, 6\], as in forget, got \[1, 4, 6\]"),
+    ("std-of-images", lambda _: ImageStore(torch.zeros(2, 1, 4, 4), std=torch.zeros(2, 1, 4, 4)), ValueError, r"std: expected none, or latents=True"),
+    ("std-list", lambda _: ImageStore(posterior()[0], std=[1.0], latents=True), TypeError, r"std: expected a tensor, .* got list"),
+    ("std-uint8", lambda _: ImageStore(posterior()[0], std=uint8_images(5, (4, 2, 3)), latents=True), TypeError, r"std: expected a floating .* uint8"),
+    ("std-shape", lambda _: ImageStore(posterior()[0], std=posterior(4)[1], latents=True), ValueError, r"std: .*\[5, 4, 2, 3\], got \[4, 4, 2, 3\]"),
+    ("std-device", lambda _: ImageStore(posterior()[0], std=posterior()[1].to("meta"), latents=True), ValueError, r"std: expected .* cpu, got meta"),
+    ("std-negative", lambda _: with_std(-0.5), ValueError, r"std: expected standard deviations >= 0, got -0.5 \(rows 0 to 4\)"),
+    ("std-nan", lambda _: with_std(float("nan")), ValueError, r"std: expected finite values, got NaN or Inf in row 3"),
+    ("std-inf", lambda _: with_std(float("inf")), ValueError, r"std: expected finite values, got NaN or Inf in row 3"),
+    ("lazy-with-std", lambda _: latent_store().lazy(ROWS), ValueError, r"lazy: expected a store of fixed rows, .* use sample\(.* or freeze\(\)"),
+    ("rows-with-std", lambda _: latent_store().rows(ROWS), ValueError, r"rows: expected a store of fixed rows, .* use sample\(.* or freeze\(\)"),
+    ("freeze-seed", lambda _: latent_store().freeze(seed=-1), ValueError, r"seed: expected an integer in \[0, \d+\], got -1"),
+    ("sample-without-std", lambda _: ImageStore(uint8_images()).sample(ROWS, COUNTER, 0), ValueError, r"std: expected a store with standard deviations"),
 ]
 
 
@@ -214,3 +247,112 @@ def test_overlap_is_streamed(monkeypatch):
     retain = uint8_images(20, seed=1)
     forget_rows, retain_rows = overlap(ImageStore(retain[[19, 0]]), ImageStore(retain))
     assert (forget_rows.tolist(), retain_rows.tolist()) == ([0, 1], [19, 0])
+
+
+# Latents with standard deviations
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_sample_is_mean_plus_std_times_counted_noise(dtype):
+    mean, std = posterior(dtype=dtype)
+    index = torch.tensor([4, 0, 4])
+    drawn = ImageStore(mean, std=std, latents=True).sample(index, COUNTER, 8)
+    noise = philox.normal((3, 4, 2, 3), COUNTER, 8).double()
+    exact = mean[index].double() + std[index].double() * noise
+    literal = (mean[index].float() + std[index].float() * noise.float()).double()  # plain torch in float32: what the error is measured by
+    assert drawn.dtype == torch.float32
+    assert (drawn - exact).abs().max() <= 2 * (literal - exact).abs().max()
+    assert not torch.equal(drawn[0], drawn[2])  # one row, drawn twice
+
+
+def test_samples_have_the_mean_and_standard_deviation():
+    store = latent_store(2)
+    index = torch.tensor([1]).expand(20_000)
+    drawn = store.sample(index, COUNTER, 8).double()
+    mean, std = store.images[1].double(), store.std[1].double()
+    standard = (drawn - mean) / std
+    assert standard.mean(0).abs().max() < 5 / len(index) ** 0.5
+    assert (standard.var(0) - 1).abs().max() < 5 * (2 / len(index)) ** 0.5
+
+
+def test_sample_depends_on_step_and_purpose_only():
+    store = latent_store()
+    first = store.sample(ROWS, COUNTER, 8)
+    assert torch.equal(first, store.sample(ROWS, COUNTER.clone(), 8))
+    assert not torch.equal(first, store.sample(ROWS, COUNTER + torch.tensor([0, 1, 0]), 8))
+    assert not torch.equal(first, store.sample(ROWS, COUNTER, 9))
+
+
+def test_draw_samples_what_has_std_and_leaves_the_rest_to_the_ops():
+    store = latent_store()
+    assert torch.equal(store.draw(ROWS, COUNTER, 8), store.sample(ROWS, COUNTER, 8))
+    images = ImageStore(uint8_images())
+    lazy = images.draw(ROWS, COUNTER, 8)
+    assert lazy.images is images.images
+    assert torch.equal(lazy.index, ROWS)
+
+
+def test_freeze_is_the_means_or_one_sample(monkeypatch):
+    store = latent_store(7, labels=range(7))
+    means = store.freeze()
+    assert means.std is None
+    assert means.images.data_ptr() == store.images.data_ptr()
+    assert torch.equal(means.lazy(ROWS).gather(), store.images[ROWS])
+    sampled = store.freeze(seed=4)
+    assert sampled.labels.tolist() == list(range(7))
+    difference = (sampled.images - store.images) / store.std
+    assert 0.5 < difference.std() < 1.5
+    monkeypatch.setattr(ImageStore.chunks, "__defaults__", (2 * 96,))
+    assert torch.equal(store.freeze(seed=4).images, sampled.images)  # whatever the chunks
+    assert not torch.equal(store.freeze(seed=5).images, sampled.images)
+    assert means.freeze(seed=4) is means
+
+
+def test_select_and_to_keep_std():
+    store = latent_store(labels=range(5))
+    chosen = store.select([4, 1])
+    assert torch.equal(chosen.std, store.std[[4, 1]])
+    assert torch.equal(chosen.images, store.images[[4, 1]])
+    assert chosen.labels.tolist() == [4, 1]
+    moved = store.to("cpu")
+    assert torch.equal(moved.std, store.std)
+    assert moved.content_hash() == store.content_hash()
+
+
+def test_content_hash_sees_std():
+    mean, std = posterior()
+    changed = std.clone()
+    changed[4, 3, 1, 2] += 1
+    stores = [ImageStore(mean, latents=True), ImageStore(mean, std=std, latents=True), ImageStore(mean, std=changed, latents=True),
+              ImageStore(mean, std=std.double(), latents=True)]
+    assert len({store.content_hash() for store in stores}) == 4
+    assert stores[1].content_hash() == ImageStore(mean.clone(), std=std.clone(), latents=True).content_hash()
+
+
+def test_overlap_compares_means():
+    mean, std = posterior()
+    forget_rows, retain_rows = overlap(ImageStore(mean[3:], std=std[:2], latents=True), ImageStore(mean, std=std, latents=True))
+    assert (forget_rows.tolist(), retain_rows.tolist()) == ([0, 1], [3, 4])
+
+
+def test_repr_and_nbytes_tell_std():
+    assert repr(latent_store(dtype=torch.float16)) == "ImageStore(5 rows of [4, 2, 3], float16 means with float16 standard deviations, cpu)"
+    assert latent_store().nbytes == 2 * 5 * 24 * 4
+    assert ImageStore(uint8_images()).nbytes == 5 * 72
+
+
+# Files
+
+def test_on_disk_is_known_of_maps(tmp_path):
+    path = tmp_path / "rows.npy"
+    np.save(path, uint8_images().numpy())
+    view = np.load(path, mmap_mode="r").transpose(0, 2, 3, 1)[1:]
+    assert ImageStore(view).on_disk
+    assert "on disk" in repr(ImageStore(view))
+    assert ImageStore(view).to("cpu").on_disk
+    assert not ImageStore(view).select([0]).on_disk
+    assert not ImageStore(np.load(path)).on_disk
+    shared = torch.from_file(str(tmp_path / "raw"), shared=True, size=5 * 24, dtype=torch.float32).view(5, 4, 2, 3)
+    assert ImageStore(shared).on_disk
+    assert ImageStore(posterior()[0], std=shared, latents=True).on_disk
+    assert ImageStore(shared, std=posterior()[1], latents=True).freeze().on_disk
+    assert not ImageStore(shared, std=posterior()[1], latents=True).freeze(seed=1).on_disk

@@ -5,6 +5,7 @@ Nothing is unpickled, nothing is fetched, and uint8 images stay uint8.
 
 from __future__ import annotations
 
+from .latents import save_latents
 from .load import load_images
 
-__all__ = ["load_images"]
+__all__ = ["load_images", "save_latents"]

@@ -12,6 +12,7 @@ import numpy as np
 from .. import _check
 from ..store import ImageStore
 from .arrays import read_idx_images, read_npy, read_npz
+from .latents import is_latents_folder, read_latents
 from .options import Options, Part
 from .pictures import SUFFIXES, read_folder, read_picture
 from .tables import read_parquet, read_saved_dataset
@@ -20,18 +21,25 @@ REFUSED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
 FORMATS = f"a folder of images, an image ({', '.join(SUFFIXES)}), .npy, .npz, idx (also .gz), .parquet or a data set saved by datasets.save_to_disk"
 
 
-def load_images(paths: str | os.PathLike | Iterable[str | os.PathLike], *, size: int | tuple[int, int] | None = None, channels: int | None = None,
-                labels: bool = False, latents: bool = False) -> ImageStore:
-    """Reads images (or latents) from one or more paths; several are joined in the given order.
+def load_images(
+    paths: str | os.PathLike | Iterable[str | os.PathLike],
+    *,
+    size: int | tuple[int, int] | None = None,
+    channels: int | None = None,
+    labels: bool = False,
+    latents: bool = False,
+) -> ImageStore:
+    """Reads images (or latents) from one or more paths; several are joined in the given order, in memory.
 
     | path | rows |
     |---|---|
     | folder, image file | 8-bit images below it, sorted by path, hidden ones left out; uint8; EXIF orientation applied |
     | `.npy` | the array; stays on disk (memory-mapped) |
-    | `.npz` | its array `images`, or the only one beside `labels` |
+    | `.npz` | its array `images`, or the only one beside `labels`; of latents, also `mean` with `std` |
     | idx, plain or `.gz` | uint8 in three or four axes; a plain one stays on disk |
     | `.parquet` | column `image` or `img`: encoded images as `struct{bytes, path}`, or nested lists |
     | folder of `datasets.save_to_disk` | the same columns |
+    | with `latents=True`, folder of `save_latents` | `mean.npy` and, where there is one, `std.npy`, `[N, C, H, W]`; stay on disk |
 
     uint8 stays uint8. Arrays may be `[N, C, H, W]`, `[N, H, W, C]` or `[N, H, W]` (grey): an axis of length 1, 3 or 4 in the second or last
     place is C. Where both or neither fit, or three axes may be one image, `channels` decides; what stays ambiguous is refused. Parquet and
@@ -44,7 +52,7 @@ def load_images(paths: str | os.PathLike | Iterable[str | os.PathLike], *, size:
         channels: 1 or 3 converts encoded images to grey or RGB; without it all must be of one of these modes. Arrays must have this many channels.
         labels: read class labels too: `labels` of an npz, the labels file beside idx images, column `label` or `labels` of a table, or, for
             a folder, the names of its sub-folders, numbered in sorted order.
-        latents: the rows are latents: float arrays of any finite value.
+        latents: the rows are latents: float arrays of any finite value, multiplied by the VAE's scaling factor, as are their standard deviations.
 
     Raises:
         ValueError: naming the file: missing, damaged, pickled or of unknown format; images of different size or mode; float images
@@ -59,12 +67,12 @@ def load_images(paths: str | os.PathLike | Iterable[str | os.PathLike], *, size:
     paths = [Path(path) for path in paths]
     if not paths:
         raise ValueError("paths: expected at least one path, got none")
-    options = Options(_height_and_width(size), None if channels is None else _check.integer("channels", channels, low=1), bool(labels))
+    options = Options(_height_and_width(size), None if channels is None else _check.integer("channels", channels, low=1), bool(labels), bool(latents))
     parts = [_read(path, options) for path in paths]
     _check_alike(paths, parts)
     try:
-        images = parts[0].images if len(parts) == 1 else np.concatenate([part.images for part in parts])
-        store = ImageStore(images, labels=np.concatenate([part.labels for part in parts]) if labels else None, latents=latents, sources=paths)
+        images, std = _joined([part.images for part in parts]), None if parts[0].std is None else _joined([part.std for part in parts])
+        store = ImageStore(images, std=std, labels=_joined([part.labels for part in parts]) if labels else None, latents=latents, sources=paths)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{', '.join(map(str, paths))}: {error}") from None
     if not store.is_uint8 and not latents and all(rows.amin() >= 0 for _, rows in store.chunks()):
@@ -96,6 +104,8 @@ def _read_directory(path: Path, options: Options) -> Part:
         raise ValueError(f"{path}: expected one split of the saved data set, such as {path / (splits or ['train'])[0]}, got the folder of all splits")
     if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
         return read_saved_dataset(path, options)
+    if options.latents and is_latents_folder(path):
+        return read_latents(path, options)
     return read_folder(path, options)
 
 
@@ -106,6 +116,13 @@ def _check_alike(paths: list[Path], parts: list[Part]) -> None:
             raise ValueError(f"{path}: expected rows of shape {list(first.shape[1:])}, as in {paths[0]}, got {list(part.images.shape[1:])}")
         if part.images.dtype != first.dtype:
             raise ValueError(f"{path}: expected dtype {first.dtype}, as in {paths[0]}, got {part.images.dtype}")
+        dtype, expected = (None if std is None else std.dtype for std in (part.std, parts[0].std))
+        if dtype != expected:
+            raise ValueError(f"{path}: expected standard deviations of dtype {expected}, as in {paths[0]} (None: without), got {dtype}")
+
+
+def _joined(arrays: list[np.ndarray]) -> np.ndarray:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)  # one array, if it is a file, stays on disk
 
 
 def _height_and_width(size) -> tuple[int, int] | None:

@@ -18,14 +18,16 @@ class Options:
     size: tuple[int, int] | None = None  # (height, width)
     channels: int | None = None
     labels: bool = False
+    latents: bool = False
 
 
 @dataclass(frozen=True)
 class Part:
-    """The rows of one path: `images` `[N, C, H, W]`, `labels` `[N]` or None."""
+    """The rows of one path: `images` `[N, C, H, W]`, `labels` `[N]` or None, and of latents `std`, of the shape of `images`, or None."""
 
     images: np.ndarray
     labels: np.ndarray | None = None
+    std: np.ndarray | None = None
 
 
 def to_nchw(array: np.ndarray, name: str | Path, options: Options) -> np.ndarray:
