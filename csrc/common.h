@@ -12,8 +12,9 @@
 
 #include "dispatch.h"
 
-// Raised with every change of the arguments of a kernel; fastunlearn/ops/_backends.py has the same number and refuses a library of another.
-extern "C" __attribute__((visibility("default"), weak)) int fastunlearn_revision() { return 1; }
+// Raised with every new kernel and every change of the arguments of one; fastunlearn/ops/_backends.py has the same
+// number and refuses a library of another.
+extern "C" __attribute__((visibility("default"), weak)) int fastunlearn_revision() { return 2; }
 
 namespace fastunlearn {
 

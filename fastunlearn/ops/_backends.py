@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 _PACKAGE = Path(__file__).parents[1]
-REVISION = 1  # of the arguments of C++ kernels; csrc/common.h has the same number
+REVISION = 2  # of the C++ kernels and their arguments; csrc/common.h has the same number
 ISAS = ("portable", "avx2", "avx512")  # ascending; a processor without one runs the best that it has
 _TRITON = ("noising", "redirect", "mixture", "residual")
 _CUDA = ("lowpass_residual",)
