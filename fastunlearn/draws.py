@@ -46,6 +46,8 @@ class Purpose(IntEnum):
     FORGET_NOISE = 5
     RETAIN_NOISE = 6
     UNIFORM_TARGET = 7
+    FORGET_POSTERIOR = 8
+    RETAIN_POSTERIOR = 9
 
 
 class GeneratorSource:
@@ -67,10 +69,10 @@ class GeneratorSource:
 
 
 class CounterSource:
-    """Numbers that are a function of (seed, step), see `philox.py`; `first_row` is the position of row 0 in the global batch."""
+    """Numbers that are a function of `counter`: int64 `[3]`, seed, step, and the position of row 0 in the global batch; see `philox.py`."""
 
-    def __init__(self, device: torch.device, seed: int, step: int, first_row: int = 0):
-        self.counter = torch.tensor([seed, step, first_row], device=device)
+    def __init__(self, counter: Tensor):
+        self.counter = counter
 
     def noise(self, shape: Sequence[int], purpose: Purpose, dtype: torch.dtype = torch.float32) -> Noise:
         """Not numbers yet: the op that reads the noise makes it."""
@@ -81,6 +83,11 @@ class CounterSource:
 
     def integers(self, count: int, high: int, purpose: Purpose) -> Tensor:
         return philox.integers(count, high, self.counter, purpose)
+
+
+def rows_of_step(count: int, high: int, seed: int, first_row: int, purpose: Purpose, step: int) -> Tensor:
+    """Rows `[count]` in [0, high) that `CounterSource.integers` draws at `step`, computed on the CPU ahead of it."""
+    return philox.integers(count, high, torch.tensor([seed, step, first_row]), purpose)
 
 
 def complete(

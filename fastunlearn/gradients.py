@@ -1,64 +1,21 @@
-"""Parameter gradients: where they accumulate, how two become one (rescale, project), clipping, and an update that a NaN cannot ruin."""
+"""Parameter gradients: how two become one (rescale, project), their mean over processes, clipping, and an update that a NaN cannot ruin."""
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 log = logging.getLogger("fastunlearn")
 
-
-class GradientBuffers:
-    """`.grad` of the parameters, and a second set of buffers for methods that need two gradients apart; swapped, never copied."""
-
-    def __init__(self, parameters: Iterable[nn.Parameter]):
-        self.parameters = list(parameters)
-        for parameter in self.parameters:
-            parameter.grad = None
-        self._parked: list[Tensor | None] = [None] * len(self.parameters)
-        self._role = "retain"
-
-    def select(self, role: str) -> None:
-        """Makes backward passes accumulate the gradient of `role`: `"retain"` (the main one) or `"forget"` (the correction)."""
-        if role == self._role:
-            return
-        for index, parameter in enumerate(self.parameters):
-            parameter.grad, self._parked[index] = self._parked[index], parameter.grad
-        self._role = role
-
-    def main(self) -> list[Tensor]:
-        """The gradients in `.grad`, of the parameters that have one."""
-        self.select("retain")
-        return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-
-    def correction(self) -> list[Tensor]:
-        self.select("retain")
-        return [gradient for gradient in self._parked if gradient is not None]
-
-    def pairs(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Main and correction gradient of the parameters that have both."""
-        self.select("retain")
-        both = [(p.grad, g) for p, g in zip(self.parameters, self._parked, strict=True) if p.grad is not None and g is not None]
-        return [main for main, _ in both], [correction for _, correction in both]
-
-    def subtract_correction(self, factor: Tensor) -> None:
-        """`main -= factor * correction`, in place; frees the correction."""
-        self.select("retain")
-        correction = self.correction()
-        if correction:
-            torch._foreach_mul_(correction, -factor.to(correction[0].dtype))
-        main, paired = self.pairs()
-        if main:
-            torch._foreach_add_(main, paired)
-        for index, parameter in enumerate(self.parameters):
-            if parameter.grad is None:
-                parameter.grad = self._parked[index]
-        self._parked = [None] * len(self.parameters)
+REDUCED_AT_ONCE = 64 << 20  # bytes of gradients in one all-reduce
+MULTIPLIED_AT_ONCE = 64 << 20  # bytes of products that an inner product holds
 
 
 @dataclass(frozen=True)
@@ -69,39 +26,154 @@ class Combined:
     scaling_factor: Tensor | None = None
 
 
-# A combination turns the buffers into one gradient in `.grad`. `unit`: the correction was computed divided by it; `loss_scale`: both are multiplied by it.
-Combination = Callable[[GradientBuffers, Tensor, "Tensor | float"], Combined]
-
-
-def add(buffers: GradientBuffers, unit: Tensor, loss_scale: Tensor | float) -> Combined:
-    """One gradient, nothing to combine."""
-    return Combined()
-
-
-def rescale(scaling_norm: float) -> Combination:
+@dataclass(frozen=True)
+class Rescale:
     """`g = g_x - f g_a` with `f = scaling_norm / ||g_a||` (SISS section 4.2; ReTrack's `backward_with_rescaling`); an infinite f counts as 0."""
 
-    def combine(buffers: GradientBuffers, unit: Tensor, loss_scale: Tensor | float) -> Combined:
-        norm = total_norm(buffers.correction(), unit.device) / loss_scale
-        factor = scaling_norm / norm
-        factor = torch.where(torch.isinf(factor), torch.zeros_like(factor), factor)
-        buffers.subtract_correction(factor)
-        return Combined(norm * unit, factor / unit)
+    scaling_norm: float
+    needs_main: ClassVar[bool] = False  # the factor can be had before there is a main gradient
 
-    return combine
+    def factor(self, norm: Tensor, main: list[Tensor], correction: list[Tensor], loss_scale: Tensor | float) -> Tensor:
+        factor = self.scaling_norm * loss_scale / norm
+        return torch.where(torch.isinf(factor), torch.zeros_like(factor), factor)
 
 
-def project(eta: float) -> Combination:
+@dataclass(frozen=True)
+class Project:
     """`g = g_x + max(eta - <g_x, g_a> / ||g_a||^2, 0) g_a` (EraseDiff, as used by SISS and ReTrack); the factor is reported as f in `g_x - f g_a`."""
 
-    def combine(buffers: GradientBuffers, unit: Tensor, loss_scale: Tensor | float) -> Combined:
-        norm = total_norm(buffers.correction(), unit.device)
-        factor = -torch.clamp(eta - inner_product(*buffers.pairs(), unit.device) / norm / norm, min=0)
-        factor = torch.where(norm == 0, torch.zeros_like(factor), factor)  # a gradient of zero has nothing to project on
-        buffers.subtract_correction(factor)
-        return Combined(norm * unit / loss_scale, factor / unit)
+    eta: float
+    needs_main: ClassVar[bool] = True
 
-    return combine
+    def factor(self, norm: Tensor, main: list[Tensor], correction: list[Tensor], loss_scale: Tensor | float) -> Tensor:
+        factor = -torch.clamp(self.eta - inner_product(main, correction, norm.device) / norm / norm, min=0)
+        return torch.where(norm == 0, torch.zeros_like(factor), factor)  # a gradient of zero has nothing to project on
+
+
+Combination = Rescale | Project
+
+
+class Accumulator:
+    """Backward passes of two roles, `"retain"` (the main gradient) and `"forget"` (the correction), and how they become one gradient in `.grad`.
+
+    With `in_place` all passes of the correction come first: it is then scaled where it lies, and the main gradient is added to it. Otherwise
+    the two have a set of buffers each, swapped between `.grad` and here, never copied.
+
+    Args:
+        combination: None: both roles are one gradient.
+        unit: 0-d; the correction was computed divided by it.
+        loss_scale: both gradients are multiplied by it.
+        group: processes whose mean the gradients are; each gradient is reduced before its norm is taken.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        combination: Combination | None = None,
+        *,
+        in_place: bool = False,
+        unit: Tensor | float = 1.0,
+        loss_scale: Tensor | float = 1.0,
+        group: dist.ProcessGroup | None = None,
+    ):
+        self.parameters = list(parameters)
+        self.combination, self.unit, self.loss_scale, self.group = combination, unit, loss_scale, group
+        for parameter in self.parameters:
+            parameter.grad = None
+        self._parked: list[Tensor | None] = [None] * len(self.parameters)
+        self._combined: Combined | None = None if combination else Combined()
+        self._in_place = in_place and combination is not None and not combination.needs_main
+        self._role = "forget" if self._in_place else "retain"
+
+    def backward(self, role: str, prediction: Tensor, gradient: Tensor, *, retain_graph: bool = False) -> None:
+        """Adds the gradient of `role` that `gradient` (d loss / d prediction) brings."""
+        self._select(role)
+        torch.autograd.backward(prediction, gradient, retain_graph=retain_graph, inputs=self.parameters)
+
+    def finish(self) -> Combined:
+        """Leaves the combined gradient in `.grad`: of all processes, and still multiplied by the loss scale."""
+        self._select("retain")
+        self._reduce()
+        if self._combined is None:
+            main = [parameter.grad for parameter in self.parameters]
+            self._swap()
+            self._reduce()
+            correction = self._present()
+            norm = total_norm(correction, self._device)
+            both = ((first, parameter.grad) for first, parameter in zip(main, self.parameters, strict=True))
+            pairs = [(first, second) for first, second in both if first is not None and second is not None]
+            shared = [list(side) for side in zip(*pairs, strict=True)] or [[], []]
+            factor = self.combination.factor(norm, *shared, self.loss_scale)
+            _multiply(correction, -factor)
+            self._swap()
+            if pairs:
+                torch._foreach_add_(*shared)
+            for parameter, gradient in zip(self.parameters, self._parked, strict=True):
+                parameter.grad = gradient if parameter.grad is None else parameter.grad
+            self._parked = [None] * len(self.parameters)
+            self._combined = self._report(norm, factor)
+        return self._combined
+
+    def _select(self, role: str) -> None:
+        """Lets backward passes accumulate the gradient of `role`."""
+        if role == self._role or self.combination is None:
+            return
+        if self._in_place:
+            if role == "forget":
+                raise RuntimeError("the correction was complete: its passes come first")
+            self._settle()
+        else:
+            self._swap()
+        self._role = role
+
+    def _settle(self) -> None:
+        """Makes the complete correction in `.grad`, g_a, to -f g_a, on which the main gradient comes."""
+        self._reduce()
+        correction = self._present()
+        norm = total_norm(correction, self._device)
+        factor = self.combination.factor(norm, [], [], self.loss_scale)
+        _multiply(correction, -factor)
+        self._combined = self._report(norm, factor)
+
+    def _report(self, norm: Tensor, factor: Tensor) -> Combined:
+        return Combined(norm * self.unit / self.loss_scale, factor / self.unit)
+
+    def _swap(self) -> None:
+        for index, parameter in enumerate(self.parameters):
+            parameter.grad, self._parked[index] = self._parked[index], parameter.grad
+
+    def _present(self) -> list[Tensor]:
+        return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+
+    def _reduce(self) -> None:
+        """Makes `.grad` the mean over the processes. A gradient that is missing here counts as zero; one that is missing everywhere stays missing,
+        since an optimizer would decay the parameter of a zero one."""
+        if self.group is None:
+            return
+        missing = [index for index, parameter in enumerate(self.parameters) if parameter.grad is None]
+        present = torch.ones(len(self.parameters), device=self._device)
+        for index in missing:
+            self.parameters[index].grad = torch.zeros_like(self.parameters[index])
+            present[index].zero_()
+        reduce_mean([*self._present(), present], self.group)
+        if missing:  # only then it is read, which waits for the device
+            shares = present.tolist()
+            for index in missing:
+                if shares[index] == 0:
+                    self.parameters[index].grad = None
+
+    @property
+    def _device(self) -> torch.device:
+        return self.parameters[0].device
+
+
+def reduce_mean(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
+    """The mean of `tensors` over the processes of `group`, in place; every process brings the same shapes in the same order."""
+    for some in _portions(tensors, REDUCED_AT_ONCE):
+        flat = torch.cat([tensor.flatten() for tensor in some])
+        dist.all_reduce(flat, group=group)
+        flat /= dist.get_world_size(group)
+        torch._foreach_copy_(some, [part.view_as(tensor) for part, tensor in zip(flat.split([t.numel() for t in some]), some, strict=True)])
 
 
 def total_norm(gradients: list[Tensor], device: torch.device) -> Tensor:
@@ -114,28 +186,56 @@ def total_norm(gradients: list[Tensor], device: torch.device) -> Tensor:
 
 
 def inner_product(left: list[Tensor], right: list[Tensor], device: torch.device) -> Tensor:
-    """`<left, right>` over all tensors together, 0-d. The two signs are summed apart because foreach has norms but no sums."""
+    """`<left, right>` over all tensors together, 0-d."""
     if not left:
         return torch.zeros((), device=device)
-    products = torch._foreach_mul(*([gradient.float() if gradient.dtype == torch.bfloat16 else gradient for gradient in side] for side in (left, right)))
-    positive = torch._foreach_norm(torch._foreach_clamp_min(products, 0.0), 1)
-    negative = torch._foreach_norm(torch._foreach_clamp_max(products, 0.0), 1)
-    return torch.stack(positive).sum() - torch.stack(negative).sum()
+    if device.type == "cpu":  # foreach on a CPU is a loop over the tensors, too, and writes the products
+        return torch.stack([torch.dot(*(_at_least_float32(side).flatten() for side in pair)) for pair in zip(left, right, strict=True)]).sum()
+    sums = []
+    for some in _portions(list(zip(left, right, strict=True)), MULTIPLIED_AT_ONCE):
+        products = torch._foreach_mul(*([_at_least_float32(gradient) for gradient in side] for side in zip(*some, strict=True)))
+        sums += torch._foreach_norm(torch._foreach_clamp_min(products, 0.0), 1)  # foreach has norms but no sums: the two signs apart
+        torch._foreach_clamp_max_(products, 0.0)
+        sums += torch._foreach_neg(torch._foreach_norm(products, 1))
+    return torch.stack(sums).sum()
 
 
-def clip(parameters: list[nn.Parameter], max_norm: float | None) -> Tensor:
-    """Clips the gradients of `parameters` to `max_norm` in place (as `clip_grad_norm_`) and returns their norm before, 0-d."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = total_norm(gradients, parameters[0].device)
-    if max_norm is not None and gradients:
-        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return norm
+def _at_least_float32(gradient: Tensor) -> Tensor:
+    return gradient.float() if gradient.dtype == torch.bfloat16 else gradient
 
 
-def guarded_step(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
-    """`optimizer.step()`, unless `finite` (0-d bool) is False: on the device where the optimizer takes `found_inf`, else by one host check."""
+def _multiply(gradients: list[Tensor], factor: Tensor) -> None:
+    if gradients:
+        torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
+
+
+def _portions(items: list, limit: int) -> Iterator[list]:
+    """`items`, tensors or tuples of them, in order: runs of one dtype and of at most `limit` bytes (or one item)."""
+    run, size, dtype = [], 0, None
+    for item in items:
+        tensor = item[0] if isinstance(item, tuple) else item
+        if run and (size + tensor.nbytes > limit or tensor.dtype != dtype):
+            yield run
+            run, size = [], 0
+        run.append(item)
+        size, dtype = size + tensor.nbytes, tensor.dtype
+    if run:
+        yield run
+
+
+def clipping(norm: Tensor, max_norm: float | None) -> Tensor | None:
+    """What gradients of L2 norm `norm` are divided by so that it becomes `max_norm` at most, >= 1 (as `clip_grad_norm_` does); None: nothing."""
+    return None if max_norm is None else ((norm + 1e-6) / max_norm).clamp(min=1)
+
+
+def update(optimizer: torch.optim.Optimizer, divisor: Tensor | None, finite: Tensor, gradients: list[Tensor]) -> None:
+    """`optimizer.step()` on `gradients / divisor`, unless `finite` (0-d bool) is False.
+
+    An optimizer that knows `grad_scale` and `found_inf` (fused AdamW) does all of it on the device in the pass that it makes anyway; for others the
+    gradients are divided before, and the host waits for `finite`.
+    """
     if getattr(optimizer, "_step_supports_amp_scaling", False):
-        optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()
+        optimizer.grad_scale, optimizer.found_inf = None if divisor is None else divisor.float(), (~finite).float()
         try:
             optimizer.step()
         finally:
@@ -144,7 +244,14 @@ def guarded_step(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
     if finite.device.type != "cpu":
         _say_host_check(type(optimizer).__name__)
     if bool(finite):
+        divide(gradients, divisor)
         optimizer.step()
+
+
+def divide(gradients: list[Tensor], divisor: Tensor | None) -> None:
+    """`gradients /= divisor`, in place."""
+    if divisor is not None:
+        _multiply(gradients, divisor.reciprocal())
 
 
 @functools.cache

@@ -7,18 +7,18 @@ its batches. Nothing here asks which method it runs.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import _check
 from . import draws as draw
-from . import functional as F
 from .draws import Draws
-from .gradients import GradientBuffers, clip, guarded_step
-from .methods import SISS, Batch, EraseDiff, Method, NegGrad, Pass, ReTrack, Term, Vanilla
+from .evaluation import Compile, evaluate, resolve_compile
+from .gradients import Accumulator, clipping, divide, reduce_mean, total_norm, update
+from .methods import SISS, Batch, EraseDiff, Method, NegGrad, Pass, ReTrack, Vanilla
 from .methods.base import map_tensors
 from .profiling import stage
 from .schedule import NoiseSchedule
@@ -51,127 +51,133 @@ def take_step(
     autocast_dtype: torch.dtype | None = None,
     grad_scaler: torch.amp.GradScaler | None = None,
     micro_batch_size: int | None = None,
+    compile: Compile | None = None,
+    process_group: dist.ProcessGroup | None = None,
 ) -> StepOutput:
     """One unlearning step on a complete `batch` and complete `draws`. The arguments are those of `retrack_step`."""
+    model, process_group = unwrapped(model), processes(model, process_group)
     parameters = _trainable(model, optimizer)
+    device = parameters[0].device
+    compile = resolve_compile(compile, model, device)
     if grad_scaler is not None and not grad_scaler.is_enabled():
         grad_scaler = None  # its step would make the update unconditionally
     if optimizer is not None:
         optimizer.zero_grad(set_to_none=True)
-    buffers = GradientBuffers(parameters)
-    loss_scale = 1.0 if grad_scaler is None else grad_scaler.scale(torch.ones((), device=parameters[0].device))
-    losses = _Losses()
 
     with stage("compose"):
-        passes = [part for whole in method.compose(batch, draws, schedule) for part in whole.split(micro_batch_size)]
+        passes = method.compose(batch, draws, schedule)
+        losses = _Losses(passes, process_group)
+        apart = method.combine is not None
+        # Which rows a gradient needs is data: on an accelerator, reading it would be a wait, and under torch.compile every number of rows a compilation.
+        passes, in_place = _arrange(passes, micro_batch_size, apart=apart, by_role=device.type == "cpu" and not compile, alone=process_group is None)
+        loss_scale = 1.0 if grad_scaler is None else grad_scaler.scale(torch.ones((), device=device))
+        factors = {"retain": loss_scale, "forget": loss_scale if losses.unit_ratio is None else loss_scale * losses.unit_ratio}
+        gradients = Accumulator(parameters, method.combine, in_place=in_place, unit=losses.unit, loss_scale=loss_scale, group=process_group)
 
-    for part in passes:
-        with stage("predict"):
-            prediction = _predict(model, part, schedule, autocast_dtype)
-        with stage("residual"):
-            for role, gradient, more in _output_gradients(prediction.detach(), part, losses, apart=method.two_gradients):
-                buffers.select(role)
-                gradient = (gradient * loss_scale).to(prediction.dtype)
-                torch.autograd.backward(prediction, gradient, retain_graph=more, inputs=parameters)
-        del prediction  # graphs that share no rows never live together
+    for part in passes:  # predict, residual; graphs that share no rows never live together
+        evaluation = evaluate(model, part, schedule, apart=apart, factors=factors, autocast_dtype=autocast_dtype, compile=compile)
+        losses.add(part, evaluation.losses)
+        with stage("combine"):
+            roles = sorted(evaluation.gradients)  # forget before retain
+            for role in roles:
+                gradients.backward(role, evaluation.prediction, evaluation.gradients[role], retain_graph=role != roles[-1])
+        del evaluation
 
     with stage("combine"):
-        combined = method.combine(buffers, losses.unit(parameters[0].device), loss_scale)
-        buffers.select("retain")
+        combined = gradients.finish()
     if all(parameter.grad is None for parameter in parameters):
         raise ValueError("optimizer: expected parameters that the model's output depends on, got none (was it built for another copy of the model?)")
 
     with stage("update"):
-        loss = losses.total(combined.scaling_factor)
-        if optimizer is None:
-            norm = clip(parameters, None)
-            finite = torch.isfinite(loss) & torch.isfinite(norm)
-        else:
-            if grad_scaler is not None:
-                grad_scaler.unscale_(optimizer)
-            norm = clip(parameters, max_grad_norm)
-            finite = torch.isfinite(loss) & torch.isfinite(norm)
+        loss, means = losses.result(combined.scaling_factor)
+        if optimizer is not None and grad_scaler is not None:
+            grad_scaler.unscale_(optimizer)
+        present = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        norm = total_norm(present, device)
+        finite = torch.isfinite(loss) & torch.isfinite(norm)
+        if optimizer is not None:
+            divisor = clipping(norm, max_grad_norm)
             if grad_scaler is not None:
                 for found_inf in grad_scaler._found_inf_per_device(optimizer).values():
                     found_inf.copy_(torch.maximum(found_inf, (~finite).to(found_inf)))  # it has seen the gradients, but not the loss
+                divide(present, divisor)
                 grad_scaler.step(optimizer)
                 grad_scaler.update()
             else:
-                guarded_step(optimizer, finite)
+                update(optimizer, divisor, finite, present)
             optimizer.zero_grad(set_to_none=True)
-    return StepOutput(loss, losses.mean("forget"), losses.mean("retain"), norm, combined.correction_norm, combined.scaling_factor, ~finite)
+    return StepOutput(loss, means.get("forget"), means.get("retain"), norm, combined.correction_norm, combined.scaling_factor, ~finite)
 
 
-def _predict(model: Callable, part: Pass, schedule: NoiseSchedule, autocast_dtype: torch.dtype | None) -> Tensor:
-    """The network's prediction for the rows of `part`, `[R, C, H, W]`."""
-    with nullcontext() if autocast_dtype is None else torch.autocast(part.x_t.device.type, dtype=autocast_dtype):
-        output = model(part.x_t, schedule.model_input(part.timesteps), **part.kwargs)
-    prediction = getattr(output, "sample", output)
-    rows, channels, *plane = part.x_t.shape
-    if not isinstance(prediction, Tensor) or list(prediction.shape) not in ([rows, channels, *plane], [rows, 2 * channels, *plane]):
-        expected = f"an output (or its .sample) of shape {(rows, channels, *plane)}, or with {2 * channels} channels"
-        raise ValueError(f"model: expected {expected}, got {_check.describe(prediction)}")
-    if not prediction.requires_grad:
-        raise ValueError("model: expected an output that depends on trainable parameters, got one without a gradient (is the model frozen, or under no_grad?)")
-    return prediction[:, :channels]  # a learned variance, if there is one, is left alone
+def _arrange(whole: list[Pass], micro_batch_size: int | None, *, apart: bool, by_role: bool, alone: bool) -> tuple[list[Pass], bool]:
+    """The network calls of a step in order, and whether the forget gradient is complete before the retain gradient begins.
 
-
-def _output_gradients(prediction: Tensor, part: Pass, losses: _Losses, *, apart: bool):
-    """Yields (role, d loss / d prediction, whether another follows): one gradient for all terms, or one a role where they are kept `apart`.
-
-    In float32 or better: half precision is rounded to once, after all factors.
+    Where the two are kept `apart`, passes of the forget gradient alone come first and those of the retain gradient alone last.
     """
-    gradients: dict[str, Tensor] = {}
-    prediction = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
-    for term in part.terms:
-        rows = prediction[term.start : term.stop]
-        loss, gradient = F.weighted_residual(rows, term.target, term.weight)
-        losses.add(term, loss)
-        if term.scale != 1:
-            gradient = gradient * term.scale
-        role = term.role if apart else "retain"
-        if len(rows) == len(prediction) and role not in gradients:
-            gradients[role] = gradient
-        else:
-            gradients.setdefault(role, torch.zeros_like(prediction))[term.start : term.stop] += gradient
-    for index, (role, gradient) in enumerate(gradients.items(), start=1):
-        yield role, gradient, index < len(gradients)
+
+    def split(passes: list[Pass]) -> list[Pass]:
+        return [part for composed in passes for part in composed.split(micro_batch_size)]
+
+    passes = split([part for composed in whole for part in composed.by_role()] if apart and by_role else whole)
+    if apart:
+        passes.sort(key=lambda part: ("retain" in part.roles) - ("forget" in part.roles))
+    # Several processes reduce their gradients in the same order: what decides it must not depend on the rows that one of them has.
+    decisive = passes if alone else split(whole)
+    return passes, sum(len(part.roles) > 1 for part in decisive) <= 1
 
 
 class _Losses:
-    """Sums of the terms' losses over the parts of a step, on the device."""
+    """Sums of the terms' losses over the passes of a step, on the device: those of this process, until `result` makes them everyone's."""
 
-    def __init__(self):
-        self._means: dict[str, Tensor] = {}  # role -> weighted mean over its rows
-        self._scales: dict[str, float] = {}
-        self._unit: Tensor | None = None
+    def __init__(self, passes: list[Pass], group: dist.ProcessGroup | None):
+        terms = [term for part in passes for term in part.terms]
+        self._group = group
+        self._scales = {term.role: term.scale for term in terms}
+        self._sums: dict[str, Tensor] = {}
+        units = [term.unit for term in terms if term.unit is not None]
+        self.unit: Tensor | float = units[0] if units else 1.0  # of all processes
+        self.unit_ratio: Tensor | None = None  # what turns weights in units of this process into weights in units of all
+        if units and group is not None:
+            self.unit = units[0].clone()
+            dist.all_reduce(self.unit, op=dist.ReduceOp.MAX, group=group)
+            self.unit_ratio = units[0] / self.unit
 
-    def add(self, term: Term, loss: Tensor) -> None:
-        """`loss` `[B]`: the weighted squared errors of the rows of `term`, without its scale."""
-        total = loss.sum()
-        if term.spread is not None:
-            total = total + (term.weight * term.spread).sum()
-        if term.unit is not None:
-            total, self._unit = total * term.unit, term.unit
-        self._means[term.role] = self._means[term.role] + total if term.role in self._means else total
-        self._scales[term.role] = term.scale
+    def add(self, part: Pass, losses: list[Tensor]) -> None:
+        """`losses`: `[B]` for each term of `part`, the weighted squared errors of its rows, without its scale."""
+        for term, loss in zip(part.terms, losses, strict=True):
+            total = loss.sum()
+            if term.spread is not None:
+                total = total + (term.weight * term.spread).sum()
+            if term.unit is not None:
+                total = total * term.unit
+            self._sums[term.role] = self._sums[term.role] + total if term.role in self._sums else total
 
-    def mean(self, role: str) -> Tensor | None:
-        return self._means.get(role)
-
-    def unit(self, device: torch.device) -> Tensor:
-        return torch.ones((), device=device) if self._unit is None else self._unit
-
-    def total(self, factor: Tensor | None) -> Tensor:
-        """The sum of the scaled means; with two gradients `retain - factor * forget`."""
+    def result(self, factor: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss and the mean of each role. The loss is the sum of the scaled means; with two gradients `retain - factor * forget`."""
+        nothing = torch.zeros_like(next(iter(self._sums.values())))
+        means = torch.stack([self._sums.get(role, nothing) for role in self._scales])
+        if self._group is not None:
+            reduce_mean([means], self._group)
+        means = dict(zip(self._scales, means.unbind(), strict=True))
         if factor is None:
-            return sum(self._scales[role] * mean for role, mean in self._means.items())
-        return self._means["retain"] - factor * self._means["forget"]
+            return sum(self._scales[role] * mean for role, mean in means.items()), means
+        return means["retain"] - factor * means["forget"], means
+
+
+def unwrapped(model: Callable) -> Callable:
+    """The network itself. DistributedDataParallel reduces neither a second backward pass nor one with given inputs: the step calls what it wraps, and
+    reduces itself."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def processes(model: Callable, process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """The processes that train `model` together; None: this one alone."""
+    if process_group is None and isinstance(model, nn.parallel.DistributedDataParallel):
+        process_group = model.process_group
+    return None if process_group is None or dist.get_world_size(process_group) == 1 else process_group
 
 
 def _trainable(model: Callable, optimizer: torch.optim.Optimizer | None) -> list[nn.Parameter]:
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise TypeError("model: expected a network of one process in this version, got DistributedDataParallel, whose gradients would not be reduced")
     if optimizer is None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module where optimizer is None, got {type(model).__name__}")
@@ -184,6 +190,8 @@ def _trainable(model: Callable, optimizer: torch.optim.Optimizer | None) -> list
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"] if parameter.requires_grad]
     if not parameters:
         raise ValueError("model: expected at least one trainable parameter, got none with requires_grad=True")
+    if any(hasattr(parameter, "device_mesh") for parameter in parameters):
+        raise TypeError("model: expected whole parameters in every process, got DTensor shards (FSDP, tensor parallelism), whose norms are partial")
     if any(parameter.dtype == torch.float16 for parameter in parameters):
         raise TypeError("model: expected float32 (or bfloat16) parameters, got float16, in which norms overflow; autocast_dtype runs the network in float16")
     return parameters
@@ -200,7 +208,8 @@ class StepOptions(TypedDict, total=False):
     autocast_dtype: torch.dtype | None
     grad_scaler: torch.amp.GradScaler | None
     micro_batch_size: int | None
-    compile: bool | None
+    compile: Compile | None
+    process_group: dist.ProcessGroup | None
     time_window: None
     lowpass: None
 
@@ -221,7 +230,9 @@ def check_options(model, schedule, max_grad_norm, micro_batch_size, autocast_dty
         _check.integer("micro_batch_size", micro_batch_size, low=1)
     if autocast_dtype is not None and autocast_dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"autocast_dtype: expected torch.bfloat16, torch.float16 or None, got {autocast_dtype!r}")
-    _check.not_in_this_version(compile=compile or None, time_window=time_window, lowpass=lowpass)
+    if compile not in (None, True, False, "try", "regional"):
+        raise ValueError(f"compile: expected None, True, False, 'try' or 'regional', got {compile!r}")
+    _check.not_in_this_version(time_window=time_window, lowpass=lowpass)
 
 
 def _functional_step(
@@ -242,7 +253,8 @@ def _functional_step(
     autocast_dtype: torch.dtype | None = None,
     grad_scaler: torch.amp.GradScaler | None = None,
     micro_batch_size: int | None = None,
-    compile: bool | None = None,
+    compile: Compile | None = None,
+    process_group: dist.ProcessGroup | None = None,
     time_window: None = None,
     lowpass: None = None,
 ) -> StepOutput:
@@ -276,6 +288,7 @@ def _functional_step(
     return take_step(
         method, model, optimizer, schedule, batch, draws,
         max_grad_norm=max_grad_norm, autocast_dtype=autocast_dtype, grad_scaler=grad_scaler, micro_batch_size=micro_batch_size,
+        compile=compile, process_group=process_group,
     )  # fmt: skip
 
 
@@ -316,7 +329,11 @@ def retrack_step(
             unless the optimizer is fused.
         forget_kwargs, retain_kwargs: conditioning, tensors (or dicts of them) with the batch first.
         micro_batch_size: at most this many rows in one network call; gradients accumulate over the calls.
-        compile, time_window, lowpass: not in this version; None.
+        compile: True compiles forward pass and loss as one graph (minutes, once for each set of shapes), `"regional"` only the blocks that a diffusers
+            network repeats; `"try"` goes on eagerly where compiling fails. None: on for GPUs, off for CPUs, where it was measured to gain little.
+        process_group: processes that take this step together, each on its own batch of the same size: gradients, losses and norms are their mean, so
+            all of them make the same update. None: those of a model wrapped in DistributedDataParallel.
+        time_window, lowpass: not in this version; None.
 
     Returns:
         StepOutput, detached 0-d tensors.

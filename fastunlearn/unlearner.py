@@ -4,19 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from . import _check
 from . import draws as draw
 from .draws import CounterSource, Draws, Purpose
+from .evaluation import Compile, compile_seconds, resolve_compile
+from .feeds import HostFeed, open_feed
 from .methods import Batch, Method
 from .neighbors import nearest_neighbors
+from .precision import resolve_autocast
 from .profiling import stage
+from .replay import make_replay
 from .schedule import NoiseSchedule
-from .step import StepOutput, check_options, take_step
-from .store import ImageStore, overlap
+from .step import StepOutput, check_options, processes, take_step, unwrapped
+from .store import ImageStore, Rows, overlap
 
 UINT8_SCALE = (2 / 255) ** 2  # from integer squared distances to those of images in [-1, 1]
 
@@ -32,15 +39,24 @@ class Unlearner:
         forget: images to forget; None where the method does not read them.
         retain: images to keep.
         neighbors: `(index [N, k], sqdist [N, k])` of the forget rows in `retain`, as `nearest_neighbors` returns them; computed if None.
-        batch_size: rows drawn a step from each store, with replacement.
-        micro_batch_size: at most this many rows in one network call.
+        batch_size: rows drawn a step from each store, with replacement; of all processes together, so that a run does not depend on their number.
+        micro_batch_size: at most this many rows in one network call of a process.
         total_steps: how many steps the run will take (no method here has a schedule over them yet); None: unknown.
         seed: every random number of step s is a function of (seed, s).
-        autocast_dtype, grad_scaler, max_grad_norm: as in `retrack_step`; float16 without a grad_scaler loses small gradients.
+        autocast_dtype: dtype of the network call; `"auto"`: bfloat16 on GPUs that have it, elsewhere (as None) that of the weights.
+        grad_scaler, max_grad_norm: as in `retrack_step`; float16 without a grad_scaler loses small gradients.
         ema: an object with `.step(parameters)`, such as diffusers' `EMAModel`, updated after every step.
         lr_scheduler: an object with `.step()`, called after every step.
         allow_overlap: accept forget rows that also stand in `retain`.
-        compile, time_window, lowpass: not in this version; None.
+        residency: `"device"`: both stores lie on the model's device; `"host"`: they stay where they are, and the rows of the next step are brought ahead;
+            `"auto"`: what fits (docs/data_path.md). The numbers are the same.
+        compile: as in `retrack_step`; `compile_seconds` tells what it took.
+        replay: on a GPU: after three steps the whole step but EMA and scheduler is captured as a CUDA graph, and replayed from then on; no Python of the
+            model runs any more. None: where nothing stands against it (several processes, a grad_scaler, rows on the host, an optimizer that is not
+            fused, hooks; the log says what); True: else an error; False: never.
+        process_group: processes that take every step together, each on its share of the batch; all of them must hold the same weights. None: those of a
+            model wrapped in DistributedDataParallel.
+        time_window, lowpass: not in this version; None.
 
     Raises:
         TypeError, ValueError: before any work, naming the argument, what was expected and what was given.
@@ -60,13 +76,16 @@ class Unlearner:
         micro_batch_size: int | None = None,
         total_steps: int | None = None,
         seed: int = 0,
-        autocast_dtype: torch.dtype | None = None,
+        autocast_dtype: torch.dtype | Literal["auto"] | None = "auto",
         grad_scaler: torch.amp.GradScaler | None = None,
         max_grad_norm: float | None = 1.0,
         ema=None,
         lr_scheduler=None,
         allow_overlap: bool = False,
-        compile: bool | None = None,
+        residency: str = "auto",
+        compile: Compile | None = None,
+        replay: bool | None = None,
+        process_group: dist.ProcessGroup | None = None,
         time_window: None = None,
         lowpass: None = None,
     ):
@@ -74,6 +93,8 @@ class Unlearner:
             raise TypeError(f"method: expected a method such as ReTrack(), got {_check.describe(method)}")
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {_check.describe(optimizer)}")
+        device = optimizer.param_groups[0]["params"][0].device
+        autocast_dtype = resolve_autocast(autocast_dtype, device)
         check_options(model, schedule, max_grad_norm, micro_batch_size, autocast_dtype, compile=compile, time_window=time_window, lowpass=lowpass)
         schedule.check_usable()
         _check.integer("batch_size", batch_size, low=1)
@@ -86,32 +107,99 @@ class Unlearner:
         self.batch_size, self.micro_batch_size, self.total_steps, self.seed = batch_size, micro_batch_size, total_steps, seed
         self.autocast_dtype, self.max_grad_norm, self.grad_scaler, self.ema, self.lr_scheduler = autocast_dtype, max_grad_norm, grad_scaler, ema, lr_scheduler
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        self.device = self.parameters[0].device
+        self.device = device
+        self.compile = resolve_compile(compile, unwrapped(model), self.device)
+        self.process_group = processes(model, process_group)
+        self.rank, self.num_processes = (0, 1) if self.process_group is None else (dist.get_rank(self.process_group), dist.get_world_size(self.process_group))
+        if batch_size % self.num_processes:
+            raise ValueError(f"batch_size: expected a multiple of the {self.num_processes} processes, got {batch_size}")
+        self.rows_here = batch_size // self.num_processes
         if self.parameters[0].dtype != torch.float32 and autocast_dtype is None:
             raise TypeError(f"model: expected float32 parameters, or autocast_dtype (stores serve float32 rows), got {self.parameters[0].dtype}")
-        self.forget = forget.to(self.device) if "forget" in method.batches else None
-        self.retain = retain.to(self.device) if {"retain", "neighbors"} & method.batches else None
-        self.neighbors = self._find_neighbors(neighbors) if "neighbors" in method.batches else None
-        self.step_index = 0
-        self.last_lr: float | None = None  # that the latest step was taken with
+        self.forget = forget if "forget" in method.batches else None
+        self.retain = retain if {"retain", "neighbors"} & method.batches else None
+        if "neighbors" in method.batches:
+            self.forget = self.forget.freeze()  # its distances to the neighbours are computed once
+        self._feeds = {
+            branch: open_feed(
+                store,
+                self.device,
+                partial(draw.rows_of_step, self.rows_here, len(store), seed, self.rank * self.rows_here, Purpose[f"{branch.upper()}_ROWS"]),
+                batch_size=self.rows_here,
+                residency=residency,
+            )
+            for branch, store in (("forget", self.forget), ("retain", self.retain))
+            if store is not None
+        }
+        self.neighbors = None
+        if "neighbors" in method.batches:
+            index, sqdist = self._find_neighbors(neighbors)
+            self._neighbor_store, index = self._feeds["retain"].neighbors(index)
+            self.neighbors = index, sqdist
+        self._counter = torch.zeros(3, dtype=torch.int64, device=self.device)  # seed, step, position of this process's first row in the batch
+        self._count_from(0)
+        self._last_lr: float | Tensor | None = None
         self.skipped_steps = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._replay = make_replay(replay, unwrapped(model), optimizer, self.device, forbidden=self._not_replayable())
 
     def step(self, draws: Draws | None = None) -> StepOutput:
         """Takes one step. `draws` may give rows, noise or timesteps; the rest is drawn for (seed, step index)."""
-        with stage("draw"):
-            batch, draws = self._draw(Draws() if draws is None else draws)
-        output = take_step(
-            self.method, self.model, self.optimizer, self.schedule, batch, draws,
-            max_grad_norm=self.max_grad_norm, autocast_dtype=self.autocast_dtype, grad_scaler=self.grad_scaler, micro_batch_size=self.micro_batch_size,
-        )  # fmt: skip
-        self.skipped_steps += output.skipped
-        self.last_lr = float(self.optimizer.param_groups[0]["lr"])
+        if self._replay is not None and draws is None:
+            output = self._replay.step(self._step_on_device, self._settings())
+        else:
+            if self._replay is not None:
+                self._replay.set_aside("draws that the caller gives")
+            output = self._step_on_device(draws)
+        lr = self.optimizer.param_groups[0]["lr"]
+        self._last_lr = lr.clone() if isinstance(lr, Tensor) else lr  # a scheduler fills a tensor in place
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
         if self.ema is not None:
             self.ema.step(self.model.parameters() if isinstance(self.model, torch.nn.Module) else self.parameters)
         self.step_index += 1
         return output
+
+    def _step_on_device(self, draws: Draws | None = None) -> StepOutput:
+        """What a step does on the device. Nothing here may depend on the step but through `_counter`: replayed, this runs once for all steps."""
+        with stage("draw"):
+            batch, draws = self._draw(Draws() if draws is None else draws)
+        output = take_step(
+            self.method, self.model, self.optimizer, self.schedule, batch, draws,
+            max_grad_norm=self.max_grad_norm, autocast_dtype=self.autocast_dtype, grad_scaler=self.grad_scaler, micro_batch_size=self.micro_batch_size,
+            compile=self.compile, process_group=self.process_group,
+        )  # fmt: skip
+        self.skipped_steps += output.skipped
+        self._counter[1] += 1
+        return output
+
+    def _settings(self) -> tuple:
+        """What `_step_on_device` reads on the host, and a caller could change."""
+        training = getattr(self.model, "training", None)
+        return self.method, self.max_grad_norm, self.micro_batch_size, self.autocast_dtype, self.compile, self.rows_here, training
+
+    def _not_replayable(self) -> str | None:
+        """What stands against replay, beside model and optimizer."""
+        if self.process_group is not None or unwrapped(self.model) is not self.model:
+            return "several processes, or DistributedDataParallel around the model"
+        if self.grad_scaler is not None and self.grad_scaler.is_enabled():
+            return "a grad_scaler, which decides on the host"
+        hosted = [branch for branch, feed in self._feeds.items() if isinstance(feed, HostFeed)]
+        return f"rows that are brought from the host ({', '.join(hosted)})" if hosted else None
+
+    @property
+    def last_lr(self) -> float | None:
+        """The learning rate of the latest step, of the first parameter group. Reads the device where it lies there."""
+        return None if self._last_lr is None else float(self._last_lr)
+
+    @property
+    def replayed(self) -> bool:
+        """Whether steps are replays of a CUDA graph by now."""
+        return self._replay is not None and self._replay.captured
+
+    @property
+    def compile_seconds(self) -> float:
+        """What the first calls of the compiled network took so far."""
+        return compile_seconds(unwrapped(self.model))
 
     def state_dict(self) -> dict:
         """What, beside model, optimizer, scheduler and EMA, a resumed run needs; JSON-able. Reads the device."""
@@ -125,30 +213,40 @@ class Unlearner:
         """
         if state["seed"] != self.seed:
             raise ValueError(f"seed: expected the seed of the run that is resumed, {state['seed']}, got {self.seed}")
-        self.step_index = state["step_index"]
+        self._count_from(state["step_index"])
         self.skipped_steps.fill_(state["skipped_steps"])
 
+    def _count_from(self, step: int) -> None:
+        self.step_index = step
+        for index, value in enumerate((self.seed, step, self.rank * self.rows_here)):
+            self._counter[index].fill_(value)  # a copy from the host would wait for the device
+
     def _draw(self, draws: Draws) -> tuple[Batch, Draws]:
-        source = CounterSource(self.device, self.seed, self.step_index)
+        source = CounterSource(self._counter)
         method = self.method
         forget = retain = neighbors = sqdist = None
         if "forget" in method.batches:
-            rows = self._rows("draws.forget_rows", draws.forget_rows, self.forget, source, Purpose.FORGET_ROWS)
-            forget = self.forget.lazy(rows)
+            forget, rows = self._take("forget", draws.forget_rows, source)
             if self.neighbors is not None:
                 index, distances = self.neighbors
-                neighbors, sqdist = self.retain.lazy(index[rows]), distances[rows]
+                neighbors, sqdist = self._neighbor_store.lazy(index[rows]), distances[rows]
         if "retain" in method.batches:
-            rows = self._rows("draws.retain_rows", draws.retain_rows, self.retain, source, Purpose.RETAIN_ROWS)
-            retain = self.retain.lazy(rows)
+            retain, _ = self._take("retain", draws.retain_rows, source)
         draws = replace(draws, **{f"{branch}_rows": None for branch in ("forget", "retain") if branch in method.batches})
         draw.validate(draws, method.draws, forget, retain)
         return Batch(forget, retain, neighbors, sqdist), draw.complete(draws, method, source, forget, retain, len(self.schedule))
 
+    def _take(self, branch: str, given: Tensor | None, source: CounterSource) -> tuple[Rows | Tensor, Tensor]:
+        """This step's images of `branch`, and which rows of its store `[B]` they are."""
+        store = getattr(self, branch)
+        index = self._rows(f"draws.{branch}_rows", given, store, source, Purpose[f"{branch.upper()}_ROWS"]).to(self.device)
+        served, places = self._feeds[branch].take(self.step_index, index, drawn=given is None)
+        return served.draw(places, source.counter, Purpose[f"{branch.upper()}_POSTERIOR"]), index
+
     def _rows(self, name: str, given: Tensor | None, store: ImageStore, source: CounterSource, purpose: Purpose) -> Tensor:
         """Rows of `store`, `[B]`: those given, or `batch_size` drawn ones."""
         if given is None:
-            return source.integers(self.batch_size, len(store), purpose)
+            return source.integers(self.rows_here, len(store), purpose)
         _check.tensor(name, given, ndim=1, floating=False)
         if len(given) == 0:
             raise ValueError(f"{name}: expected at least one row, got none")
@@ -160,7 +258,7 @@ class Unlearner:
         k = _check.integer("k", self.method.k, low=1, high=len(self.retain), of="the rows of retain")
         if given is not None and (not isinstance(given, (tuple, list)) or len(given) != 2):
             raise TypeError(f"neighbors: expected a pair (index, sqdist) as nearest_neighbors returns it, got {_check.describe(given)}")
-        index, sqdist = nearest_neighbors(self.forget, self.retain, k) if given is None else given
+        index, sqdist = nearest_neighbors(self.forget, self._feeds["retain"].store, k) if given is None else given
         _check.tensor("neighbors[0]", index, ndim=2, floating=False)
         _check.tensor("neighbors[1]", sqdist, ndim=2, floating=not self.retain.is_uint8)  # uint8 rows: the integer distance, scaled below
         if index.shape != (len(self.forget), k) or sqdist.shape != index.shape:

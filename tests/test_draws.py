@@ -8,6 +8,10 @@ from fastunlearn.philox import philox
 CPU = torch.device("cpu")
 
 
+def counted(seed, step, first_row=0):
+    return CounterSource(torch.tensor([seed, step, first_row]))
+
+
 def test_philox_known_answers():
     """The known-answer vectors of Random123 (Salmon et al. 2011), all zeros and all ones."""
     zero, ones = torch.tensor(0), torch.tensor(0xFFFFFFFF)
@@ -16,7 +20,7 @@ def test_philox_known_answers():
 
 
 def test_normal_numbers_are_normal():
-    numbers = CounterSource(CPU, seed=1, step=2).noise((64, 1, 28, 28), Purpose.FORGET_NOISE).numbers()
+    numbers = counted(1, 2).noise((64, 1, 28, 28), Purpose.FORGET_NOISE).numbers()
     assert numbers.shape == (64, 1, 28, 28)
     count = numbers.numel()
     assert abs(numbers.mean()) < 4 / count**0.5
@@ -26,7 +30,7 @@ def test_normal_numbers_are_normal():
 
 
 def test_a_row_of_noise_does_not_depend_on_the_others():
-    source = CounterSource(CPU, seed=1, step=2)
+    source = counted(1, 2)
     few, many = (source.noise((rows, 3, 5, 7), Purpose.RETAIN_NOISE).numbers() for rows in (2, 9))
     assert torch.equal(few, many[:2])
     assert not torch.equal(many[0], many[1])
@@ -34,12 +38,12 @@ def test_a_row_of_noise_does_not_depend_on_the_others():
 
 @pytest.mark.parametrize("other", [dict(seed=2, step=2), dict(seed=1, step=3), dict(seed=2**32 + 1, step=2)])
 def test_seed_and_step_change_every_draw(other):
-    one, two = (CounterSource(CPU, **arguments).uniform((4, 1, 8, 8), Purpose.UNIFORM_TARGET) for arguments in (dict(seed=1, step=2), other))
+    one, two = (counted(**arguments).uniform((4, 1, 8, 8), Purpose.UNIFORM_TARGET) for arguments in (dict(seed=1, step=2), other))
     assert (one == two).float().mean() < 0.01
 
 
 def test_purposes_do_not_share_numbers():
-    source = CounterSource(CPU, seed=1, step=2)
+    source = counted(1, 2)
     draws = [source.uniform((2, 64), purpose) for purpose in Purpose]
     for index, one in enumerate(draws):
         for two in draws[index + 1 :]:
@@ -47,7 +51,7 @@ def test_purposes_do_not_share_numbers():
 
 
 def test_integers_cover_their_range_evenly():
-    counts = torch.bincount(CounterSource(CPU, seed=1, step=2).integers(60_000, 6, Purpose.RETAIN_ROWS), minlength=6)
+    counts = torch.bincount(counted(1, 2).integers(60_000, 6, Purpose.RETAIN_ROWS), minlength=6)
     assert len(counts) == 6
     assert (counts - 10_000).abs().max() < 5 * (10_000 * 5 / 6) ** 0.5
 
@@ -67,7 +71,7 @@ def test_complete_draws_what_the_method_needs_and_keeps_what_is_given(dtype):
 @pytest.mark.parametrize("variant", ["mixture", "no_is", "bernoulli"])
 def test_a_siss_pair_shares_noise_and_timestep(variant):
     pair = torch.zeros(6, 1, 4, 4)
-    draws = complete(Draws(), SISS(variant=variant), CounterSource(CPU, 0, 0), pair, pair, 1000)
+    draws = complete(Draws(), SISS(variant=variant), counted(0, 0), pair, pair, 1000)
     assert draws.forget_noise is draws.retain_noise
     assert torch.equal(draws.forget_timesteps, draws.retain_timesteps)
     assert (draws.from_forget is None) == (variant == "no_is")
@@ -75,7 +79,7 @@ def test_a_siss_pair_shares_noise_and_timestep(variant):
 
 def test_erasediff_branches_are_drawn_apart():
     batch = torch.zeros(6, 1, 4, 4)
-    draws = complete(Draws(), EraseDiff(), CounterSource(CPU, 0, 0), batch, batch, 1000)
+    draws = complete(Draws(), EraseDiff(), counted(0, 0), batch, batch, 1000)
     assert not torch.equal(draws.forget_noise.numbers(), draws.retain_noise.numbers())
     assert not torch.equal(draws.forget_timesteps, draws.retain_timesteps)
     assert draws.uniform_target.min() >= 0

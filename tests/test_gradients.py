@@ -8,15 +8,29 @@ from fastunlearn import gradients
 from fastunlearn.reference import combine as reference
 
 
-def parameters_with(main, correction):
-    """Parameters whose buffers hold the given gradients; None: no gradient."""
+class Sum(torch.autograd.Function):
+    """A prediction whose backward pass adds given gradients to the parameters (None: none)."""
+
+    @staticmethod
+    def forward(ctx, values, *parameters):
+        ctx.values = values
+        return torch.zeros((), dtype=torch.float64)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None, *(None if value is None else value * gradient for value in ctx.values)
+
+
+def combined(main, correction, combination, *, in_place, passes=1, unit=1.0, loss_scale=1.0):
+    """Parameters with the combined gradient of `main` and `correction` (lists of gradients; None: none) in `.grad`, and what was reported."""
     parameters = [nn.Parameter(torch.zeros(3, 2, dtype=torch.float64)) for _ in main]
-    buffers = gradients.GradientBuffers(parameters)
+    accumulator = gradients.Accumulator(parameters, combination, in_place=in_place, unit=unit, loss_scale=loss_scale)
     for role, values in (("forget", correction), ("retain", main)):
-        buffers.select(role)
-        for parameter, value in zip(parameters, values, strict=True):
-            parameter.grad = value
-    return parameters, buffers
+        for _ in range(passes):
+            used = [parameter for parameter, value in zip(parameters, values, strict=True) if value is not None]
+            if used:
+                accumulator.backward(role, Sum.apply([value for value in values if value is not None], *used), torch.tensor(1 / passes, dtype=torch.float64))
+    return parameters, accumulator.finish()
 
 
 @pytest.fixture
@@ -25,53 +39,68 @@ def pair():
     return [[torch.randn(3, 2, generator=generator, dtype=torch.float64) for _ in range(4)] for _ in range(2)]
 
 
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("in_place", [True, False])
 @pytest.mark.parametrize("scale", [1.0, 1e-12, 1e12])
-def test_rescale_is_the_paper(pair, scale):
+def test_rescale_is_the_paper(pair, scale, in_place, passes):
     main, correction = pair[0], [scale * g for g in pair[1]]
     expected = reference.rescale(main, correction, 5.0)
-    parameters, buffers = parameters_with([g.clone() for g in main], [g.clone() for g in correction])
-    combined = gradients.rescale(5.0)(buffers, torch.ones(()), 1.0)
+    parameters, report = combined(main, correction, gradients.Rescale(5.0), in_place=in_place, passes=passes)
     torch.testing.assert_close([p.grad for p in parameters], expected.gradients, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(combined.scaling_factor, expected.factor, rtol=1e-12, atol=0)
-    torch.testing.assert_close(combined.correction_norm, expected.correction_norm, rtol=1e-12, atol=0)
+    torch.testing.assert_close(report.scaling_factor, expected.factor, rtol=1e-12, atol=0)
+    torch.testing.assert_close(report.correction_norm, expected.correction_norm, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("eta", [0.0, 1e-3, 0.1, 10.0])
 def test_project_is_the_paper_and_does_what_it_promises(pair, eta):
     main, correction = pair
     expected = reference.project(main, correction, eta)
-    parameters, buffers = parameters_with([g.clone() for g in main], [g.clone() for g in correction])
-    combined = gradients.project(eta)(buffers, torch.ones(()), 1.0)
+    parameters, report = combined(main, correction, gradients.Project(eta), in_place=True)  # in vain: the projection needs both
     torch.testing.assert_close([p.grad for p in parameters], expected.gradients, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(combined.scaling_factor, expected.factor, rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(report.scaling_factor, expected.factor, rtol=1e-10, atol=1e-14)
     inner = sum((p.grad * g).sum() for p, g in zip(parameters, correction, strict=True))
-    assert inner >= eta * combined.correction_norm**2 * (1 - 1e-9)
+    assert inner >= eta * report.correction_norm**2 * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("limit", [1, 100, 1 << 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inner_products_on_accelerators(pair, limit, dtype, monkeypatch):
+    """The way of GPUs, here on a CPU: products in portions, the two signs summed apart."""
+    monkeypatch.setattr(gradients, "MULTIPLIED_AT_ONCE", limit)
+    left, right = ([g.to(dtype) for g in side] for side in pair)
+    expected = sum((a.double() * b.double()).sum() for a, b in zip(left, right, strict=True))
+    for device in (torch.device("cpu"), torch.device("meta")):  # the device only chooses the way
+        error = abs(gradients.inner_product(left, right, device).double() - expected)
+        assert error <= 1e-5 * sum((a * b).abs().sum() for a, b in zip(left, right, strict=True))
 
 
 def test_rescale_reports_the_norm_with_its_unit_and_without_the_loss_scale(pair):
     """Both gradients carry the loss scale, the correction is divided by its unit: the combined gradient is the same, times the loss scale."""
     unit, loss_scale = torch.tensor(1e-3, dtype=torch.float64), 1024.0
-    plain, plain_buffers = parameters_with([g.clone() for g in pair[0]], [g * unit for g in pair[1]])
-    scaled, scaled_buffers = parameters_with([g * loss_scale for g in pair[0]], [g * loss_scale for g in pair[1]])
-    expected = gradients.rescale(5.0)(plain_buffers, torch.ones(()), 1.0)
-    combined = gradients.rescale(5.0)(scaled_buffers, unit, loss_scale)
-    torch.testing.assert_close(combined.correction_norm, expected.correction_norm)
-    torch.testing.assert_close(combined.scaling_factor, expected.scaling_factor)
-    torch.testing.assert_close([p.grad / loss_scale for p in scaled], [p.grad for p in plain])
+    for in_place in (True, False):
+        plain, expected = combined(pair[0], [g * unit for g in pair[1]], gradients.Rescale(5.0), in_place=in_place)
+        both = ([g * loss_scale for g in side] for side in pair)
+        scaled, report = combined(*both, gradients.Rescale(5.0), in_place=in_place, unit=unit, loss_scale=loss_scale)
+        torch.testing.assert_close(report.correction_norm, expected.correction_norm)
+        torch.testing.assert_close(report.scaling_factor, expected.scaling_factor)
+        torch.testing.assert_close([p.grad / loss_scale for p in scaled], [p.grad for p in plain])
 
 
-@pytest.mark.parametrize("combination", [gradients.rescale(5.0), gradients.project(1e-3)])
-def test_a_zero_correction_changes_nothing(pair, combination):
-    parameters, buffers = parameters_with([g.clone() for g in pair[0]], [torch.zeros_like(g) for g in pair[0]])
-    assert combination(buffers, torch.ones(()), 1.0).scaling_factor == 0
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("nothing", [torch.zeros_like, lambda g: None])
+@pytest.mark.parametrize("combination", [gradients.Rescale(5.0), gradients.Project(1e-3)])
+def test_a_zero_correction_changes_nothing(pair, combination, nothing, in_place):
+    parameters, report = combined(pair[0], [nothing(g) for g in pair[0]], combination, in_place=in_place)
+    assert report.scaling_factor == 0
     torch.testing.assert_close([p.grad for p in parameters], pair[0], rtol=0, atol=0)
 
 
-def test_parameters_without_a_gradient_stay_without(pair):
+@pytest.mark.parametrize("in_place", [True, False])
+def test_parameters_without_a_gradient_stay_without(pair, in_place):
     """Frozen layers and LoRA: a parameter may have the main gradient only, the correction only, or none."""
     main, correction = [pair[0][0].clone(), pair[0][1].clone(), None, None], [pair[1][0].clone(), None, pair[1][2].clone(), None]
-    parameters, buffers = parameters_with(main, correction)
-    factor = gradients.rescale(5.0)(buffers, torch.ones(()), 1.0).scaling_factor
+    parameters, report = combined(main, correction, gradients.Rescale(5.0), in_place=in_place)
+    factor = report.scaling_factor
     assert math.isclose(factor.item(), 5 / torch.stack([pair[1][0], pair[1][2]]).norm().item(), rel_tol=1e-9)
     torch.testing.assert_close(parameters[0].grad, pair[0][0] - factor * pair[1][0])
     torch.testing.assert_close(parameters[1].grad, pair[0][1])
@@ -79,16 +108,24 @@ def test_parameters_without_a_gradient_stay_without(pair):
     assert parameters[3].grad is None
 
 
+def test_a_correction_after_the_main_gradient_is_refused(pair):
+    parameters = [nn.Parameter(torch.zeros(3, 2, dtype=torch.float64)) for _ in pair[0]]
+    accumulator = gradients.Accumulator(parameters, gradients.Rescale(5.0), in_place=True)
+    accumulator.backward("retain", Sum.apply(pair[0], *parameters), torch.ones((), dtype=torch.float64))
+    with pytest.raises(RuntimeError, match="its passes come first"):
+        accumulator.backward("forget", Sum.apply(pair[1], *parameters), torch.ones((), dtype=torch.float64))
+
+
 @pytest.mark.parametrize("max_norm", [None, 0.1, 1e9])
 def test_clip_is_torchs(pair, max_norm):
-    ours, theirs = ([nn.Parameter(torch.zeros(3, 2, dtype=torch.float64)) for _ in pair[0]] for _ in range(2))
-    for parameters in (ours, theirs):
-        for parameter, gradient in zip(parameters, pair[0], strict=True):
-            parameter.grad = gradient.clone()
-    norm = gradients.clip(ours, max_norm)
+    ours, theirs = [gradient.clone() for gradient in pair[0]], [nn.Parameter(torch.zeros(3, 2, dtype=torch.float64)) for _ in pair[0]]
+    for parameter, gradient in zip(theirs, pair[0], strict=True):
+        parameter.grad = gradient.clone()
+    norm = gradients.total_norm(ours, torch.device("cpu"))
+    gradients.divide(ours, gradients.clipping(norm, max_norm))
     expected = nn.utils.clip_grad_norm_(theirs, math.inf if max_norm is None else max_norm)
     torch.testing.assert_close(norm, expected, rtol=1e-12, atol=0)
-    torch.testing.assert_close([p.grad for p in ours], [p.grad for p in theirs], rtol=1e-12, atol=0)
+    torch.testing.assert_close(ours, [p.grad for p in theirs], rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -97,6 +134,17 @@ def test_a_non_finite_step_is_not_made(fused, finite):
     parameter = nn.Parameter(torch.ones(4))
     optimizer = torch.optim.AdamW([parameter], lr=0.1, fused=fused)
     parameter.grad = torch.full((4,), 1.0 if finite else float("nan"))
-    gradients.guarded_step(optimizer, torch.tensor(finite))
+    gradients.update(optimizer, None, torch.tensor(finite), [parameter.grad])
     assert torch.isfinite(parameter).all()
     assert torch.equal(parameter, torch.ones(4)) == (not finite)
+
+
+def test_a_fused_optimizer_divides_in_its_own_pass(pair):
+    parameters = [[nn.Parameter(torch.ones(3, 2)) for _ in pair[0]] for _ in range(2)]
+    for fused, own in zip((True, False), parameters, strict=True):
+        optimizer = torch.optim.AdamW(own, lr=0.1, fused=fused)
+        for step in range(1, 4):
+            for parameter, gradient in zip(own, pair[0], strict=True):
+                parameter.grad = gradient.float() * step
+            gradients.update(optimizer, torch.tensor(7.0), torch.tensor(True), [parameter.grad for parameter in own])
+    torch.testing.assert_close(*parameters, rtol=1e-5, atol=1e-6)

@@ -10,18 +10,20 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "fastunlearn"
 # Lower layers first: a module imports only from layers below its own (and from within its own).
 LAYERS = [
-    {"_check", "profiling", "assets"},
+    {"_check", "_arrays", "profiling", "precision", "host_memory", "assets"},
     {"schedule", "store", "state_tree", "philox", "selection"},
     {"checkpoint", "kernels"},
     {"reference", "ops", "data"},
-    {"functional", "neighbor_search", "neighbors"},
+    {"functional", "neighbor_search", "neighbors", "feeds"},
     {"draws", "gradients"},
     {"methods"},
+    {"evaluation", "attention"},
     {"step"},
+    {"replay"},
     {"unlearner"},
     {"models", "sampling", "recipes"},
     {"metrics", "report"},
-    {"run_record", "trackers"},
+    {"run_record", "trackers", "processes"},
     {"resume"},
     {"pretraining", "training"},
     {"demo", "testing"},

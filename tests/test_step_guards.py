@@ -173,7 +173,7 @@ def test_ema_follows_the_model_not_the_order_of_the_optimizer():
     unlearner.model = _Callable(model)
     unlearner.ema = ema
     unlearner.step()
-    torch.testing.assert_close(ema.shadow_params, [parameter.detach() for parameter in model.parameters()], rtol=0, atol=0)
+    torch.testing.assert_close(ema.shadow_params, [parameter.detach() for parameter in model.parameters()], rtol=0, atol=1e-6)  # shadow - (shadow - last)
 
 
 class _Callable(nn.Module):
@@ -197,7 +197,8 @@ def test_conditioning_stays_with_its_rows(micro_batch_size):
     assert torch.cat([labels for labels, *_ in model.seen]).tolist() == list(range(8))
     model.seen.clear()
     siss_step(model, optimizer, SCHEDULE, images(0), images(1), draws=Draws(from_forget=torch.tensor([True, False, False, True])), **options)
-    assert torch.cat([labels for labels, *_ in model.seen]).tolist() == [0, 5, 6, 3]
+    assert torch.cat([labels for labels, *_ in model.seen]).sort().values.tolist() == [0, 3, 5, 6]  # in groups of rows that need the same backward passes
+    assert all(torch.equal(mask, torch.linspace(0, 1, 4)[labels % 4]) for labels, mask, _ in model.seen)
     model.seen.clear()
     erasediff_step(model, optimizer, SCHEDULE, images(0), images(1), **options)
     assert torch.cat([labels for labels, *_ in model.seen]).tolist() == list(range(8))
@@ -216,7 +217,8 @@ def test_a_learned_variance_is_left_alone():
         (lambda *a: vanilla_step(*a, images(0), forget_kwargs=conditions(0)), r"forget_kwargs: expected none \(Vanilla reads no forget images\), got labels"),
         (lambda *a: neggrad_step(*a, images(0), retain_kwargs=conditions(0)), r"retain_kwargs: expected none \(NegGrad reads no retain images\)"),
         (lambda *a: vanilla_step(*a, images(0), retain_kwargs=conditions(0, 9)), r"retain_kwargs: expected tensors with the batch of 4 first, got .*9"),
-        (lambda *a: vanilla_step(*a, images(0), compile=True), r"compile: expected None in this version, got True"),
+        (lambda *a: vanilla_step(*a, images(0), compile="yes"), r"compile: expected None, True, False, 'try' or 'regional', got 'yes'"),
+        (lambda *a: vanilla_step(*a, images(0), retain_kwargs=conditions(0), compile="regional"), r"names its repeated blocks for 'regional', got Conditioned"),
         (lambda *a: vanilla_step(*a, images(0), lowpass=3), r"lowpass: expected None in this version, got 3"),
     ],
 )
@@ -245,17 +247,6 @@ def test_half_precision_masters_and_closures_are_refused():
         vanilla_step(half, torch.optim.SGD(half.parameters(), lr=0.1), SCHEDULE, images(0, torch.float16))
     with pytest.raises(TypeError, match=r"optimizer: expected one whose step\(\) needs no closure, got LBFGS"):
         vanilla_step(model, torch.optim.LBFGS(model.parameters()), SCHEDULE, images(0))
-
-
-def test_several_processes_are_refused(tmp_path):
-    """DDP reduces neither a second backward nor one with given inputs: without this error each process would go its own way."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    try:
-        model = nn.parallel.DistributedDataParallel(TinyDenoiser())
-        with pytest.raises(TypeError, match=r"model: expected a network of one process in this version, got DistributedDataParallel"):
-            vanilla_step(model, torch.optim.SGD(model.parameters(), lr=0.1), SCHEDULE, images(0))
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def test_distances_of_uint8_rows_are_integers():

@@ -63,6 +63,10 @@ class Pass:
     terms: tuple[Term, ...]
     kwargs: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def roles(self) -> set[Role]:
+        return {term.role for term in self.terms}
+
     def split(self, rows: int | None) -> list[Pass]:
         """The same work in calls of at most `rows` rows."""
         if rows is None or rows >= len(self.x_t):
@@ -75,6 +79,28 @@ class Pass:
             parts.append(Pass(self.x_t[start:stop], self.timesteps[start:stop], terms, kwargs))
         return parts
 
+    def by_role(self) -> list[Pass]:
+        """The same work in up to three calls: rows that only the forget gradient needs, rows that both need, rows that only the retain gradient needs.
+
+        A row of weight zero takes part in no backward pass of that role. The number of such rows is data, so this is for CPUs, where reading
+        it is no wait. Only for passes of two terms that share all rows; others come back as they are.
+        """
+        if len(self.terms) != 2 or any(len(term.target) != len(self.x_t) for term in self.terms) or self.terms[0].role == self.terms[1].role:
+            return [self]
+        needed = {term.role: term.weight.tolist() for term in self.terms}
+        parts = []
+        for roles in ({"forget"}, {"forget", "retain"}, {"retain"}):
+            rows = [row for row in range(len(self.x_t)) if {role for role in needed if needed[role][row] != 0} == roles]
+            if rows:
+                parts.append(self._select(torch.tensor(rows), roles))
+        return parts
+
+    def _select(self, rows: Tensor, roles: set[str]) -> Pass:
+        if len(rows) == len(self.x_t):
+            return replace(self, terms=tuple(term for term in self.terms if term.role in roles))
+        terms = tuple(replace(term, target=term.target[rows], weight=term.weight[rows]) for term in self.terms if term.role in roles)
+        return Pass(self.x_t[rows], self.timesteps[rows], terms, map_tensors(lambda value: value[rows], self.kwargs))
+
 
 class Method:
     """Base of the methods. Subclasses are frozen dataclasses; nothing else in the package asks which one it has."""
@@ -86,14 +112,9 @@ class Method:
     forget_probability: float = 0.0  # of `from_forget`
 
     @property
-    def combine(self) -> gradients.Combination:
-        """How the two gradients become one."""
-        return gradients.add
-
-    @property
-    def two_gradients(self) -> bool:
-        """Whether terms of role `"forget"` go to a gradient of their own."""
-        return self.combine is not gradients.add
+    def combine(self) -> gradients.Combination | None:
+        """How the gradient of the terms of role `"forget"`, kept apart, joins that of the others; None: all terms are one gradient."""
+        return None
 
     def compose(self, batch: Batch, draws: Draws, schedule: NoiseSchedule) -> list[Pass]:
         """The network calls of a step. `draws` is complete."""

@@ -28,7 +28,7 @@ class EraseDiff(Method):
 
     @property
     def combine(self) -> gradients.Combination:
-        return gradients.project(self.eta)
+        return gradients.Project(self.eta)
 
     def compose(self, batch: Batch, draws: Draws, schedule: NoiseSchedule) -> list[Pass]:
         forget_x_t, _ = F.noised(batch.forget, draws.forget_noise, draws.forget_timesteps, schedule)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import fastunlearn as fu
+from fastunlearn import reference
 from fastunlearn.testing import golden
 from fastunlearn.testing.budgets import relative_error, relative_l2
 
@@ -40,7 +41,7 @@ class Run:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), **settings)
         self.schedule = fu.NoiseSchedule.from_diffusers(DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear", beta_start=1e-4, beta_end=0.02))
         self.start = self.parameters()
-        self.outputs: list[list[Tensor]] = []  # per step: what the network returned, call by call
+        self.outputs: list[list[tuple[Tensor, Tensor]]] = []  # per step: what the network was given and what it returned, call by call
         self.report: dict[str, list[Tensor]] = {}
         assert [name for name, _ in self.model.named_parameters()] == meta["param_names"]
         assert meta["gradient_accumulation_steps"] == 1
@@ -50,8 +51,8 @@ class Run:
         step(self, 0, optimizer=None)  # leaves the combined, unclipped gradient
         self.first_gradient = [parameter.grad.clone() for parameter in self.model.parameters()]
         for s in range(self.case.meta["micro_steps"]):
-            calls: list[Tensor] = []
-            hook = self.model.register_forward_hook(lambda model, inputs, output, calls=calls: calls.append(output.sample.detach().clone()))
+            calls: list[tuple[Tensor, Tensor]] = []
+            hook = self.model.register_forward_hook(lambda model, inputs, output, calls=calls: calls.append((inputs[0], output.sample.detach().clone())))
             output = step(self, s, optimizer=self.optimizer)
             hook.remove()
             self.outputs.append(calls)
@@ -189,14 +190,19 @@ def _check_outputs(run: Run) -> set[str]:
     return checked
 
 
-def _rows_of(run: Run, s: int, branch: str, calls: list[Tensor]) -> tuple[Tensor, Tensor]:
+def _rows_of(run: Run, s: int, branch: str, calls: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Which stored rows of a branch the package has computed too, and its values for them."""
     method, batch = run.case.meta["method"], len(run.input(s, f"images.{branch}"))
     everything = torch.ones(batch, dtype=torch.bool)
-    if method == "siss":  # the reference makes two forwards and uses one of them in each row; we make that one
+    if method == "siss":  # the reference makes two forwards and uses one of them in each row; we make that one, in groups of rows that need the same passes
         from_forget = run.input(s, "siss_uniform") <= run.case.meta["params"]["lambda"]
         rows = from_forget if branch == "deletion" else ~from_forget
-        return rows, calls[0][rows]
+        noisy = reference.noising(*(run.input(s, f"{kind}.{branch}") for kind in ("images", "noises", "timesteps")), run.schedule)[rows]
+        given, returned = (torch.cat(side) for side in zip(*calls, strict=True))
+        at = torch.cdist(noisy.flatten(1), given.flatten(1)).argmin(dim=1)
+        assert relative_error(given[at], noisy) <= SCALARS
+        return rows, returned[at]
+    calls = [returned for _, returned in calls]
     if method == "retrack":  # one forward: forget rows, then retain rows
         return everything, calls[0][:batch] if branch == "knn" else calls[0][batch:]
     if method == "erasediff":

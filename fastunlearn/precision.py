@@ -1,0 +1,106 @@
+"""Number formats and memory layouts of a run: what `"auto"` means on a device, and the switch for TensorFloat-32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+
+from . import _check
+
+AUTOCAST_DTYPES = (torch.bfloat16, torch.float16)
+MEMORY_FORMATS = (torch.contiguous_format, torch.channels_last)
+
+
+def resolve_autocast(requested: Literal["auto"] | torch.dtype | None, device: torch.device | str) -> torch.dtype | None:
+    """The dtype in which autocast runs the network on `device`, or None for no autocast; weights, losses and norms stay float32 either way.
+
+    `"auto"` is bfloat16 on GPUs that compute in it (compute capability 8.0 and up, and AMD's), which is not yet measured on a GPU here, and None elsewhere:
+    on a CPU with AVX512_BF16 (Zen 5) autocast made the MNIST networks of the papers and of the demo slower, not faster (bench/results/ladder.md).
+
+    Raises:
+        TypeError, ValueError: `requested` is something else.
+    """
+    if requested is None:
+        return None
+    if isinstance(requested, torch.dtype):
+        if requested not in AUTOCAST_DTYPES:
+            raise ValueError(f"autocast_dtype: expected torch.bfloat16, torch.float16, 'auto' or None, got {requested}")
+        return requested
+    if not isinstance(requested, str):
+        raise TypeError(f"autocast_dtype: expected torch.bfloat16, torch.float16, 'auto' or None, got {_check.describe(requested)}")
+    if requested != "auto":
+        raise ValueError(f"autocast_dtype: expected torch.bfloat16, torch.float16, 'auto' or None, got {requested!r}")
+    device = torch.device(device)
+    if device.type != "cuda":
+        return None
+    with torch.cuda.device(device):  # torch asks about the current one
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
+
+
+def memory_format(requested: Literal["auto"] | torch.memory_format, device: torch.device | str) -> torch.memory_format:
+    """The memory format for a network's weights on `device`: `model.to(memory_format=memory_format("auto", device))`. Its activations follow.
+
+    `"auto"` is channels-last on GPUs, whose half-precision convolutions are written for it (not yet measured on a GPU here), and MEASURED on CPUs.
+
+    Raises:
+        TypeError, ValueError: `requested` is something else.
+    """
+    if isinstance(requested, torch.memory_format):
+        if requested not in MEMORY_FORMATS:
+            raise ValueError(f"memory_format: expected torch.channels_last, torch.contiguous_format or 'auto', got {requested}")
+        return requested
+    if not isinstance(requested, str):
+        raise TypeError(f"memory_format: expected torch.channels_last, torch.contiguous_format or 'auto', got {_check.describe(requested)}")
+    if requested != "auto":
+        raise ValueError(f"memory_format: expected torch.channels_last, torch.contiguous_format or 'auto', got {requested!r}")
+    return torch.channels_last if torch.device(device).type == "cuda" else torch.contiguous_format
+
+
+@contextmanager
+def tf32(enabled: bool | None) -> Iterator[None]:
+    """Within the block float32 matrix products and convolutions may (True) or must not (False) be rounded to TensorFloat-32, which keeps 10 bits.
+
+    None leaves torch's settings alone: by default NVIDIA GPUs round convolutions and not products. Products on CPUs are set too; few can do it. The
+    settings are the process's, so two threads must not be inside at once. Only float32 is concerned: under autocast little of a network is.
+
+    torch has two generations of this switch, and reading an old one (`allow_tf32`, `get_float32_matmul_precision`) that disagrees with a new one
+    (`fp32_precision`) is an error, which the compiler runs into (pytorch issue 166387). So both are set here, and both come back as they were; an old
+    one that could not be read before follows the new one.
+
+    Raises:
+        TypeError: `enabled` is neither a bool nor None.
+    """
+    if enabled is not None and not isinstance(enabled, bool):
+        raise TypeError(f"tf32: expected True, False or None, got {_check.describe(enabled)}")
+    if enabled is None:
+        yield
+        return
+    cudnn = torch.backends.cudnn
+    operations = torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn, torch.backends.mkldnn.matmul
+    before = [operation.fp32_precision for operation in operations]
+    old_products = _read_old(torch.get_float32_matmul_precision, "high" if before[0] == "tf32" else "highest")
+    old_convolutions = _read_old(lambda: cudnn.allow_tf32, before[1] == "tf32")
+
+    def put(old_products: str, old_convolutions: bool, precisions: list[str]) -> None:
+        torch.set_float32_matmul_precision(old_products)  # the old ones first: they write the new ones too
+        cudnn.allow_tf32 = old_convolutions
+        for operation, precision in zip(operations, precisions, strict=True):
+            operation.fp32_precision = precision
+
+    wanted = "tf32" if enabled else "ieee"
+    put("high" if enabled else "highest", enabled, [wanted] * len(operations))
+    try:
+        yield
+    finally:
+        put(old_products, old_convolutions, before)
+
+
+def _read_old(read: Callable, follow):
+    """What `read` returns, or `follow` where torch refuses because old and new switches disagree."""
+    try:
+        return read()
+    except RuntimeError:
+        return follow

@@ -1,0 +1,295 @@
+"""Forward pass and loss as one compiled graph. A cheap backend traces them; one test runs the real one."""
+
+import copy
+import gc
+import logging
+import weakref
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+from torch._dynamo.backends.registry import lookup_backend
+
+from fastunlearn import SISS, EraseDiff, ImageStore, NegGrad, ReTrack, Unlearner, Vanilla, evaluation, siss_step, vanilla_step
+from fastunlearn.draws import CounterSource, Draws, complete
+from fastunlearn.methods import Batch
+from fastunlearn.philox import Noise
+from fastunlearn.step import take_step
+from fastunlearn.testing.budgets import assert_within_budget
+from fastunlearn.testing.checkpoints import tiny_unet
+from fastunlearn.testing.factories import TinyDenoiser, linear_schedule, redirect_inputs
+
+SCHEDULE = linear_schedule()
+METHODS = {  # method -> graphs of a step: one for each set of shapes and terms
+    ReTrack(k=2): 1,
+    ReTrack(k=2, lambd=1.0): 1,
+    SISS(): 1,
+    SISS(variant="no_is"): 2,
+    SISS(variant="bernoulli"): 1,
+    EraseDiff(): 2,
+    NegGrad(): 1,
+    Vanilla(): 1,
+}
+
+
+class CountingBackend:
+    """`aot_eager` (or another cheap one): graphs are traced and split in forward and backward, nothing is generated."""
+
+    def __init__(self, name="aot_eager"):
+        self.graphs, self.backend = 0, lookup_backend(name)
+
+    def __call__(self, module, inputs, **options):
+        self.graphs += 1
+        return self.backend(module, inputs, **options)
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    monkeypatch.setattr(evaluation, "BACKEND", CountingBackend())
+    return evaluation.BACKEND
+
+
+@pytest.fixture
+def cheapest(monkeypatch):
+    """Graphs are traced, and run as they are."""
+    monkeypatch.setattr(evaluation, "BACKEND", CountingBackend("eager"))
+    return evaluation.BACKEND
+
+
+def gradients(method, model, *, compile, dtype=torch.float32, rows=3, conditioning=None, device="cpu", **options):
+    """Loss and combined gradient of a step, one vector, on the CPU."""
+    inputs = redirect_inputs(rows, 2, dtype=dtype)
+    retain = redirect_inputs(rows, 1, dtype=dtype, seed=1).forget
+    drawn = complete(Draws(), method, CounterSource(torch.tensor([0, 5, 0])), inputs.forget.float(), retain.float(), len(SCHEDULE))
+    drawn = Draws(**{name: _numbers(value, dtype, device) for name, value in vars(drawn).items()})
+    conditioning = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in (conditioning or {}).items()}
+    batch = Batch(inputs.forget.to(device), retain.to(device), inputs.neighbors.to(device), None, conditioning, conditioning)
+    model = copy.deepcopy(model).to(device, dtype)
+    out = take_step(method, model, None, SCHEDULE, batch, drawn, compile=compile, **options)
+    return out.loss.cpu(), torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]).cpu()
+
+
+def _numbers(value, dtype, device):
+    value = value.numbers() if isinstance(value, Noise) else value
+    return value if value is None else value.to(device, dtype if value.is_floating_point() else value.dtype)
+
+
+def assert_as_eager(method, model, compile=True, **options):
+    loss, gradient = gradients(method, model, compile=compile, **options)
+    plain_loss, plain = gradients(method, model, compile=False, **options)
+    exact = {name: value for name, value in options.items() if name != "autocast_dtype"}
+    true_loss, truth = gradients(method, model, compile=False, dtype=torch.float64, **exact)
+    assert_within_budget("gradient", gradient, plain, truth)
+    assert_within_budget("loss", loss, plain_loss, true_loss)
+
+
+@pytest.mark.parametrize(("method", "graphs"), METHODS.items(), ids=str)
+def test_one_graph_and_the_eager_gradient(backend, method, graphs):
+    """SISS goes back twice through its graph."""
+    assert_as_eager(method, TinyDenoiser())
+    assert backend.graphs == graphs
+
+
+def test_a_diffusers_network_is_one_graph(cheapest):
+    assert_as_eager(SISS(), tiny_unet())
+    assert cheapest.graphs == 1
+
+
+@pytest.mark.parametrize("method", [ReTrack(k=2), SISS(), EraseDiff()], ids=str)
+def test_autocast(backend, method):
+    assert_as_eager(method, TinyDenoiser(), autocast_dtype=torch.bfloat16)
+    assert backend.graphs == METHODS[method]
+
+
+@pytest.mark.parametrize(("method", "graphs"), {ReTrack(k=2): 3, SISS(): 2, Vanilla(): 2}.items(), ids=str)
+def test_micro_batches(backend, method, graphs):
+    """SISS and vanilla: 2, 2 and 1 of 5 rows. ReTrack: 4 forget rows, 1 with 3 retain rows, 2 retain rows."""
+    assert_as_eager(method, TinyDenoiser(), rows=5, micro_batch_size=2 if not isinstance(method, ReTrack) else 4)
+    assert backend.graphs == graphs
+
+
+def test_conditioning(backend):
+    class Conditioned(TinyDenoiser):
+        def forward(self, x_t, t, *, shift, added):
+            return super().forward(x_t + shift[:, None, None, None] * added["scale"][:, None, None, None], t)
+
+    conditioning = {"shift": torch.tensor([0.1, 0.2, 0.3]), "added": {"scale": torch.tensor([1.0, -1.0, 2.0])}}
+    model = Conditioned()
+    _, gradient = gradients(ReTrack(k=2), model, compile=True, conditioning=conditioning)
+    _, plain = gradients(ReTrack(k=2), model, compile=False, conditioning=conditioning)
+    _, without = gradients(ReTrack(k=2), model, compile=False, conditioning={**conditioning, "shift": torch.zeros(3)})
+    torch.testing.assert_close(gradient, plain)
+    assert not torch.allclose(plain, without)
+    assert backend.graphs == 1
+
+
+def test_steps_of_a_run_compile_once(backend):
+    eager, compiled = unlearner(compile=False), unlearner(compile=True)
+    for _ in range(3):
+        one, two = eager.step(), compiled.step()
+        torch.testing.assert_close(two.loss, one.loss, rtol=1e-5, atol=1e-7)
+    for one, two in zip(eager.model.parameters(), compiled.model.parameters(), strict=True):
+        torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5)
+    assert backend.graphs == 1
+    assert compiled.compile_seconds > 0
+    assert eager.compile_seconds == 0
+
+
+def unlearner(**options):
+    images = torch.randint(0, 256, (24, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    model = TinyDenoiser()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    stores = {"forget": ImageStore(images[:4]), "retain": ImageStore(images[4:])}
+    return Unlearner(model, optimizer, SCHEDULE, SISS(scaling_norm=0.1), **stores, batch_size=6, **options)
+
+
+def test_more_networks_and_shapes_than_torch_allows_a_function(cheapest):
+    """TorchDynamo gives up on a function that it has compiled eight times: one network may need more, and so may a process with several."""
+    model = TinyDenoiser()
+    for rows in range(1, 10):
+        vanilla_step(model, None, SCHEDULE, torch.zeros(rows, 1, 8, 8), compile=True)
+    for width in range(2, 11):
+        vanilla_step(TinyDenoiser(width=width), None, SCHEDULE, torch.zeros(2, 1, 8, 8), compile=True)
+    assert cheapest.graphs == 18
+
+
+@pytest.mark.usefixtures("backend")
+def test_a_compiled_network_can_be_freed():
+    model = TinyDenoiser()
+    vanilla_step(model, None, SCHEDULE, torch.zeros(2, 1, 8, 8), compile=True)
+    assert evaluation.compile_seconds(model) > 0
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
+
+
+# --- what cannot be compiled -----------------------------------------------------------------------------------------------------
+
+
+class Breaks(TinyDenoiser):
+    """A graph cannot hold what depends on a value."""
+
+    def forward(self, x_t, t):
+        return super().forward(x_t, t) * (2 if float(x_t.sum()) > 1e9 else 1)
+
+
+@pytest.mark.usefixtures("backend")
+def test_a_failure_names_the_network():
+    with pytest.raises(RuntimeError, match=r"compile: torch\.compile failed on Breaks with \(2, 1, 8, 8\)") as failure:
+        vanilla_step(Breaks(), None, SCHEDULE, torch.zeros(2, 1, 8, 8), compile=True)
+    assert "compile='try'" in str(failure.value)
+    assert failure.value.__cause__ is not None
+
+
+def test_try_goes_on_eagerly(monkeypatch, caplog, backend):
+    attempts = []
+    compile = torch.compile
+
+    def counted(function, **options):
+        compiled = compile(function, **options)
+        return lambda *args: (attempts.append(1), compiled(*args))[1]
+
+    monkeypatch.setattr(torch, "compile", counted)
+    model = Breaks()
+    images = torch.rand(2, 1, 8, 8)
+    with caplog.at_level(logging.WARNING, "fastunlearn"):
+        for _ in range(3):
+            vanilla_step(model, None, SCHEDULE, images, compile="try", generator=torch.Generator().manual_seed(0))
+    gradient = [parameter.grad.clone() for parameter in model.parameters()]
+    vanilla_step(model, None, SCHEDULE, images, compile=False, generator=torch.Generator().manual_seed(0))
+    assert all(torch.equal(one, parameter.grad) for one, parameter in zip(gradient, model.parameters(), strict=True))
+    assert len(attempts) == 1
+    assert len([record for record in caplog.records if "torch.compile failed on Breaks" in record.getMessage()]) == 1
+    assert backend.graphs == 0
+    with pytest.raises(RuntimeError, match=r"torch\.compile failed on Breaks"):  # True still asks for it
+        vanilla_step(model, None, SCHEDULE, images, compile=True)
+
+
+def test_only_modules_are_compiled():
+    model = TinyDenoiser()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    with pytest.raises(TypeError, match=r"compile: expected a torch\.nn\.Module as model, got function"):
+        vanilla_step(lambda x_t, t: model(x_t, t), optimizer, SCHEDULE, torch.zeros(2, 1, 8, 8), compile=True)
+
+
+# --- blocks only -----------------------------------------------------------------------------------------------------------------
+
+
+def conditional_unet():
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4, attention_head_dim=4,
+        cross_attention_dim=8, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )  # fmt: skip
+
+
+def test_regional(backend):
+    """SISS goes back twice through the graph of every block."""
+    conditioning = {"encoder_hidden_states": torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0))}
+    model = conditional_unet()
+    _, gradient = gradients(SISS(), model, compile="regional", conditioning=conditioning)
+    _, plain = gradients(SISS(), model, compile=False, conditioning=conditioning)
+    torch.testing.assert_close(gradient, plain, rtol=1e-4, atol=1e-5 * plain.abs().max().item())
+    assert backend.graphs == 2  # two levels of blocks, four blocks
+
+
+def test_regional_reports_its_first_call(cheapest):
+    model = conditional_unet()
+    images, hidden = torch.rand(2, 2, 1, 8, 8), {"encoder_hidden_states": torch.randn(2, 4, 8)}
+    for _ in range(2):
+        siss_step(model, None, SCHEDULE, *images, compile="regional", forget_kwargs=hidden, retain_kwargs=hidden)
+        seconds, graphs = evaluation.compile_seconds(model), cheapest.graphs
+        assert seconds > 0
+    assert (evaluation.compile_seconds(model), cheapest.graphs) == (seconds, graphs)
+
+
+def test_regional_needs_a_network_that_repeats_blocks():
+    with pytest.raises(ValueError, match="compile: expected a diffusers network that names its repeated blocks for 'regional', got TinyDenoiser"):
+        vanilla_step(TinyDenoiser(), None, SCHEDULE, torch.zeros(2, 1, 8, 8), compile="regional")
+
+
+# --- what None means -------------------------------------------------------------------------------------------------------------
+
+
+def test_by_default_gpus_compile_and_cpus_do_not(monkeypatch):
+    cpu, gpu, model = torch.device("cpu"), torch.device("cuda", 0), TinyDenoiser()
+    assert evaluation.resolve_compile(None, model, cpu) is False
+    assert evaluation.resolve_compile(None, model, gpu) is True
+    assert evaluation.resolve_compile(None, lambda x_t, t: x_t, gpu) is False
+    assert evaluation.resolve_compile("try", model, cpu) == "try"
+    big, small = conditional_unet(), conditional_unet()
+    assert evaluation.resolve_compile(None, small, gpu) is True
+    monkeypatch.setattr(evaluation, "REGIONAL_FROM", 1000)
+    assert evaluation.resolve_compile(None, big, gpu) == "regional"
+    assert evaluation.resolve_compile(None, nn.Linear(40, 40), gpu) is True  # names no blocks
+
+
+# --- the real backend ------------------------------------------------------------------------------------------------------------
+
+
+CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
+REAL = [pytest.param("cpu", marks=pytest.mark.slow), CUDA]
+
+
+@pytest.mark.parametrize("device", REAL)
+@pytest.mark.parametrize("method", [ReTrack(k=2), SISS(), EraseDiff()], ids=str)
+def test_inductor(method, device):
+    assert_as_eager(method, TinyDenoiser(), device=device)
+
+
+@pytest.mark.parametrize("device", REAL)
+def test_inductor_by_blocks(device):
+    conditioning = {"encoder_hidden_states": torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0))}
+    model = conditional_unet()
+    _, gradient = gradients(SISS(), model, compile="regional", conditioning=conditioning, device=device)
+    _, plain = gradients(SISS(), model, compile=False, conditioning=conditioning, device=device)
+    torch.testing.assert_close(gradient, plain, rtol=1e-3, atol=1e-4 * plain.abs().max().item())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_inductor_under_autocast_on_a_gpu(method):
+    """The default of an Unlearner there: each is as far from float64 as the other."""
+    assert_as_eager(method, TinyDenoiser(), device="cuda", autocast_dtype=torch.bfloat16)

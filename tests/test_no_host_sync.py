@@ -1,0 +1,268 @@
+"""No step waits for the device: on a CPU by looking at every op, on the meta device because it has no values to wait for, on a GPU by asking CUDA."""
+
+import copy
+
+import pytest
+import torch
+from diffusers.training_utils import EMAModel
+
+from fastunlearn import (
+    SISS,
+    EraseDiff,
+    ImageStore,
+    NegGrad,
+    NoiseSchedule,
+    ReTrack,
+    Unlearner,
+    Vanilla,
+    erasediff_step,
+    neggrad_step,
+    retrack_step,
+    siss_step,
+    vanilla_step,
+)
+from fastunlearn.methods import Pass
+from fastunlearn.testing.factories import TinyDenoiser, linear_schedule
+from fastunlearn.testing.host_sync import HostSync, no_host_sync
+
+SCHEDULE = linear_schedule()
+METHODS = [ReTrack(k=2), ReTrack(k=1, lambd=1.0), SISS(), SISS(variant="no_is"), SISS(variant="bernoulli"), EraseDiff(), NegGrad(), Vanilla()]
+OPTIONS = {
+    "plain": {},
+    "micro-batches": {"micro_batch_size": 4},
+    "no clipping": {"max_grad_norm": None},
+    "bf16": {"autocast_dtype": torch.bfloat16},
+    "bf16 in micro-batches": {"autocast_dtype": torch.bfloat16, "micro_batch_size": 4, "max_grad_norm": 0.1},
+    "loss scale": {"grad_scaler": torch.amp.GradScaler("cpu", init_scale=2.0**8)},
+}
+STEPS = {
+    "retrack": lambda *args, images, **options: retrack_step(*args, images[0], images[1].unsqueeze(1).repeat(1, 2, 1, 1, 1), images[2], **options),
+    "siss": lambda *args, images, **options: siss_step(*args, *images[:2], **options),
+    "siss no_is": lambda *args, images, **options: siss_step(*args, *images[:2], variant="no_is", **options),
+    "siss bernoulli": lambda *args, images, **options: siss_step(*args, *images[:2], variant="bernoulli", **options),
+    "erasediff": lambda *args, images, **options: erasediff_step(*args, *images[:2], **options),
+    "neggrad": lambda *args, images, **options: neggrad_step(*args, images[0], **options),
+    "vanilla": lambda *args, images, **options: vanilla_step(*args, images[0], **options),
+}
+
+
+class DeviceSGD(torch.optim.Optimizer):
+    """Gradient descent that takes found_inf as fused AdamW does, on any device: torch's fused optimizers refuse the meta device."""
+
+    _step_supports_amp_scaling = True
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 1e-3})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                factor = group["lr"] * (1 - self.found_inf) / (1 if self.grad_scale is None else self.grad_scale)
+                parameter -= factor * parameter.grad
+
+
+def stores():
+    images = torch.randint(0, 256, (24, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    return ImageStore(images[:4]), ImageStore(images[4:])
+
+
+def unlearner(method, device="cpu", **options):
+    forget, retain = stores()
+    model = TinyDenoiser().to(device)
+    optimizer = DeviceSGD(model.parameters()) if device == "meta" else torch.optim.AdamW(model.parameters(), fused=True)
+    if device == "meta" and isinstance(method, ReTrack):  # a search among meta rows would find nothing
+        options["neighbors"] = torch.zeros(4, method.k, dtype=torch.int64), torch.ones(4, method.k, dtype=torch.int64)
+    return Unlearner(model, optimizer, SCHEDULE, method, forget=forget, retain=retain, **{"batch_size": 6, "compile": False, **copy.deepcopy(options)})
+
+
+@pytest.fixture
+def as_on_an_accelerator(monkeypatch):
+    """Steps on a CPU read weights, to leave out rows that count nothing; no other device does. What `check_usable` reads lies on the host anyway."""
+    monkeypatch.setattr(Pass, "by_role", lambda self: [self])
+    monkeypatch.setattr(NoiseSchedule, "check_usable", lambda self: None)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.usefixtures("as_on_an_accelerator")
+def test_unlearner(method, options):
+    run = unlearner(method, **options)
+    run.ema = EMAModel(run.model.parameters(), decay=0.9)
+    run.lr_scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(run.optimizer, 10)
+    run.step()  # tables of the schedule and the optimizer's state are made
+    with no_host_sync():
+        outputs = [run.step() for _ in range(2)]
+    assert not any(output.skipped for output in outputs)
+    assert run.skipped_steps == 0
+
+
+@pytest.mark.parametrize("backend", ["eager", "auto"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+@pytest.mark.usefixtures("as_on_an_accelerator")
+def test_functional_steps(monkeypatch, step, options, backend):
+    monkeypatch.setenv("FASTUNLEARN_BACKEND", backend)
+    model, images = TinyDenoiser(), torch.rand(3, 6, 1, 8, 8) * 2 - 1
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    options = copy.deepcopy(options)
+    step(model, optimizer, SCHEDULE, images=images, **options)
+    with no_host_sync():
+        output = step(model, optimizer, SCHEDULE, images=images, **options)
+    assert not output.skipped
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 4])
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_on_a_device_without_values(method, micro_batch_size):
+    """Everything but the optimizer and autocast takes the branches of an accelerator here: nothing is patched, and no value could be read."""
+    run = unlearner(method, "meta", micro_batch_size=micro_batch_size)
+    run.step()
+    with no_host_sync("meta"):
+        output = run.step()
+    assert output.loss.device.type == "meta"
+    assert run.step_index == 2
+
+
+@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+def test_functional_steps_on_a_device_without_values(step):
+    model, images = TinyDenoiser().to("meta"), torch.empty(3, 6, 1, 8, 8, device="meta")
+    optimizer = DeviceSGD(model.parameters())
+    step(model, optimizer, SCHEDULE, images=images, compile=False)
+    with no_host_sync("meta"):
+        assert step(model, optimizer, SCHEDULE, images=images, compile=False).loss.device.type == "meta"
+
+
+# --- that the check can fail -----------------------------------------------------------------------------------------------------
+
+
+class ReadsGradient(torch.autograd.Function):
+    """Looks at a value in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * (grad.sum().item() + 1)
+
+
+class Reader(TinyDenoiser):
+    """Waits for the device where it is told to."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.read = read
+
+    def forward(self, x_t, t):
+        return self.read(super().forward(x_t, t))
+
+
+READS = {
+    "backward": ReadsGradient.apply,
+    "item": lambda x: x * x.detach().sum().item(),
+    "float": lambda x: x * float(x.detach().sum()),
+    "branch": lambda x: x if x.detach().sum() > 0 else 2 * x,
+    "tolist": lambda x: x * x.detach().sum().tolist(),
+    "numpy": lambda x: x * float(x.detach().numpy().sum()),
+    "to the host": lambda x: x * x.detach().sum().cpu(),
+    "from the host": lambda x: x * torch.tensor([2.0]),
+    "nonzero": lambda x: x + len(x.detach().nonzero()),
+    "mask": lambda x: x + x[x.detach() > 0].sum(),
+    "mask written": lambda x: x.index_put((x.detach() > 0,), x.new_zeros(())),
+    "equal": lambda x: x if torch.equal(x, 2 * x) else 2 * x,
+    "unique": lambda x: x + len(torch.unique(x.detach())),
+    "masked_select": lambda x: x + x.masked_select(x.detach() > 0).sum(),
+}
+
+
+@pytest.mark.parametrize("read", READS.values(), ids=READS)
+def test_a_step_that_waits_is_found(read):
+    model = Reader(read)
+    run = Unlearner(model, torch.optim.AdamW(model.parameters(), fused=True), SCHEDULE, Vanilla(), retain=stores()[1], batch_size=4)
+    run.step()
+    with pytest.raises(HostSync), no_host_sync():
+        run.step()
+
+
+def test_an_optimizer_that_waits_is_found():
+    run = unlearner(Vanilla())
+    run.optimizer = torch.optim.AdamW(run.model.parameters())  # neither fused nor capturable: reads its step count, and the step reads `finite`
+    run.step()
+    with pytest.raises(HostSync), no_host_sync():
+        run.step()
+
+
+def test_splitting_rows_by_their_weights_is_found():
+    """What SISS does on a CPU, where it is no wait, is what the other tests would find on an accelerator."""
+    run = unlearner(SISS())
+    run.step()
+    with pytest.raises(HostSync, match="tolist"), no_host_sync():
+        run.step()
+
+
+def test_own_ops_are_looked_into(monkeypatch):
+    from fastunlearn.ops import _library
+
+    monkeypatch.setenv("FASTUNLEARN_BACKEND", "eager")
+    monkeypatch.setattr(_library, "_one_or_all", lambda outputs: (outputs[0].sum().item(), outputs if len(outputs) > 1 else outputs[0])[1])
+    run = unlearner(Vanilla())
+    run.step()
+    with pytest.raises(HostSync), no_host_sync():
+        run.step()
+
+
+def test_a_copy_between_devices_is_found():
+    with no_host_sync():
+        torch.ones(2, device="meta").to(torch.float16)
+        with pytest.raises(HostSync):
+            torch.ones(2).to("meta")
+        with pytest.raises(HostSync):
+            torch.ones(2, device="meta").copy_(torch.ones(2))
+        torch.ones(2, device="meta").copy_(torch.ones(2), non_blocking=True)
+
+
+def test_last_lr_is_read_when_it_is_asked_for():
+    run = unlearner(Vanilla())
+    run.optimizer.param_groups[0]["lr"] = torch.tensor(0.25)
+    run.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(run.optimizer, lambda step: 0.5**step)
+    assert run.last_lr is None
+    run.step()
+    assert (run.last_lr, run.optimizer.param_groups[0]["lr"]) == (0.25, 0.125)
+
+
+# --- on a GPU --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("replay", [False, True])
+@pytest.mark.parametrize("options", [options for options in OPTIONS.values() if "grad_scaler" not in options], ids=[n for n in OPTIONS if n != "loss scale"])
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_cuda_says_so_too(method, options, replay):
+    run = unlearner(method, "cuda", replay=replay, **options)
+    run.ema = EMAModel(run.model.parameters(), decay=0.9)
+    run.lr_scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(run.optimizer, 10)
+    for _ in range(5):  # with replay: warm-up and capture, which waits
+        run.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            run.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert run.skipped_steps == 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+def test_functional_steps_on_a_gpu(step):
+    model, images = TinyDenoiser().cuda(), torch.rand(3, 6, 1, 8, 8, device="cuda") * 2 - 1
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    step(model, optimizer, SCHEDULE, images=images, compile=False)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        output = step(model, optimizer, SCHEDULE, images=images, compile=False)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert not output.skipped
