@@ -44,6 +44,7 @@ def describe_run(unlearner, arguments: dict[str, Any]) -> dict[str, Any]:
         "arguments": {name: value if isinstance(value, (int, float, str, bool, type(None))) else repr(value) for name, value in arguments.items()},
         **identity(unlearner),
         "seed": unlearner.seed,
+        "num_processes": unlearner.num_processes,
         "step": {name: value if isinstance(value, (int, float, type(None))) else repr(value)
                  for name, value in ((name, getattr(unlearner, name, None)) for name in ("micro_batch_size", "max_grad_norm", "autocast_dtype"))},
         "private_files": [],

@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -15,9 +16,10 @@ from typing import Any
 import torch
 
 from . import _check, checkpoint
+from .processes import Processes
 from .resume import find_checkpoint, load_checkpoint, save_checkpoint
-from .run_record import RUN_FILE, Metrics, describe_run, purge, read_metrics, read_run, update_run, write_run
-from .step import StepOutput
+from .run_record import RUN_FILE, Metrics, describe_run, identity, purge, read_metrics, read_run, update_run, write_run
+from .step import StepOutput, unwrapped
 from .trackers import ProgressBar, Report, Reporter, make_reporter
 
 __all__ = ["History", "RunInterrupted", "TooManySkippedSteps", "purge", "unlearn"]
@@ -64,6 +66,9 @@ def unlearn(
     them at the end. All random numbers come from (seed, step), and a checkpoint holds model, optimizer, scheduler, EMA and torch's random
     state, so on a CPU a resumed run ends with the same bits as one that was never stopped.
 
+    Several processes (an `Unlearner` with a process group) all call it with the same arguments. They start with the weights of process 0, which alone
+    writes and shows; every process reads the checkpoint that it resumes from. A signal to any stops all after the same step (docs/several_processes.md).
+
     Args:
         unlearner: an `Unlearner` whose model is a `torch.nn.Module`; built anew, with the same arguments, for a resumed run.
         num_steps: steps of the whole run, those before a resume included.
@@ -82,60 +87,98 @@ def unlearn(
         TooManySkippedSteps: see `max_skipped_steps`; no checkpoint is written then.
         RunInterrupted: after SIGINT or SIGTERM (seen in the main thread only), when the running step is done and its checkpoint written.
             A second signal ends the process at once.
+        OtherProcessFailed: process 0 could not write, or another one not read, what this one waited for.
     """
     _check_arguments(unlearner, num_steps, checkpointing_steps, checkpoints_total_limit, logging_steps, max_skipped_steps)
     arguments = {name: value for name, value in locals().items() if name not in ("unlearner", "record")}
     output_dir = Path(output_dir)
-    report = make_reporter(report_to, output_dir)
-    found = find_checkpoint(resume_from_checkpoint, output_dir)
-    if found is not None:
-        load_checkpoint(unlearner, found)
-    if unlearner.step_index > num_steps:
-        raise ValueError(f"num_steps: expected at least the {unlearner.step_index} steps that {found or 'unlearner'} has taken, got {num_steps}")
-    output_dir.mkdir(parents=True, exist_ok=True)
-    checkpoint.clean(output_dir)
-    record = describe_run(unlearner, arguments) | (record or {})
-    if found is not None and (output_dir / RUN_FILE).exists():
-        record |= {name: value for name, value in read_run(output_dir).items() if name in ("started", "private_files", "purged")}
-    write_run(output_dir, record)
-    metrics = Metrics(output_dir, unlearner.step_index)
-    loop = _Loop(unlearner, output_dir, checkpoints_total_limit, metrics, report, max_skipped_steps, found)
-    try:
-        with _Signals() as signals, ProgressBar(num_steps, unlearner.step_index, show_progress) as advance:
-            while unlearner.step_index < num_steps:
-                output = unlearner.step()
-                step = unlearner.step_index
-                if step % logging_steps == 0 or step == num_steps:
-                    advance(step, loop.log(output))
-                if (checkpointing_steps is not None and step % checkpointing_steps == 0) or signals.received:
-                    loop.save()
-                if signals.received and step < num_steps:
-                    raise RunInterrupted(signals.received, loop.saved)
-        loop.save()
-    except RunInterrupted as interrupted:
-        update_run(output_dir, status="interrupted", steps=unlearner.step_index)
-        name = signal.Signals(interrupted.signal_number).name
-        print(f"{name}: stopped after step {unlearner.step_index} of {num_steps}. To go on, run again with resume_from_checkpoint='latest' "
-              f"(--resume_from_checkpoint latest); the checkpoint is {interrupted.checkpoint}", file=sys.stderr)  # fmt: skip
-        raise
-    except BaseException as error:
-        update_run(output_dir, status=f"failed: {type(error).__name__}", steps=unlearner.step_index)
-        raise
-    finally:
-        metrics.close()
-        report.finish()
-    update_run(output_dir, status="complete", steps=unlearner.step_index)
-    return History(read_metrics(output_dir), loop.saved, output_dir)
+    with Processes(unlearner.process_group) as processes:
+        loop = _Loop(unlearner, output_dir, checkpoints_total_limit, max_skipped_steps, processes)
+        decisive = {"num_steps": num_steps, "checkpointing_steps": checkpointing_steps, "logging_steps": logging_steps, "max_skipped_steps": max_skipped_steps}
+        processes.check_same("unlearner", identity(unlearner) | {"seed": unlearner.seed, "step_index": unlearner.step_index} | decisive)
+        found = processes.by_first(lambda: loop.prepare(report_to, resume_from_checkpoint))
+        loop.start_from(found)
+        if unlearner.step_index > num_steps:
+            raise ValueError(f"num_steps: expected at least the {unlearner.step_index} steps that {found or 'unlearner'} has taken, got {num_steps}")
+        processes.by_first(lambda: loop.open(describe_run(unlearner, arguments) | (record or {}), resumed=found is not None))
+        try:
+            _run(loop, num_steps, checkpointing_steps, logging_steps, show_progress)
+        except RunInterrupted as interrupted:
+            loop.note(status="interrupted")
+            if processes.rank == 0:
+                name = signal.Signals(interrupted.signal_number).name
+                print(f"{name}: stopped after step {unlearner.step_index} of {num_steps}. To go on, run again with resume_from_checkpoint='latest' "
+                      f"(--resume_from_checkpoint latest); the checkpoint is {interrupted.checkpoint}", file=sys.stderr)  # fmt: skip
+            raise
+        except BaseException as error:
+            loop.note(status=f"failed: {type(error).__name__}")
+            raise
+        finally:
+            loop.close()
+        loop.note(status="complete")
+        return History(processes.by_first(lambda: read_metrics(output_dir)), loop.saved, output_dir)
+
+
+def _run(loop: _Loop, num_steps: int, checkpointing_steps: int | None, logging_steps: int, show_progress: bool) -> None:
+    """The steps, what is logged and saved in between, and the last checkpoint."""
+    unlearner, processes = loop.unlearner, loop.processes
+    with _Signals(processes) as signals, ProgressBar(num_steps, unlearner.step_index, show_progress and processes.rank == 0) as advance:
+        while unlearner.step_index < num_steps:
+            signals.tell()
+            output = unlearner.step()
+            step, received = unlearner.step_index, signals.agreed()
+            if step % logging_steps == 0 or step == num_steps:
+                advance(step, loop.log(output))
+            if (checkpointing_steps is not None and step % checkpointing_steps == 0) or received:
+                loop.save()
+            if received and step < num_steps:
+                raise RunInterrupted(received, loop.saved)
+    loop.save()
 
 
 class _Loop:
-    """What a run does beside stepping: logging, the limit on skipped steps, checkpoints."""
+    """What a run does beside stepping: logging, the limit on skipped steps, checkpoints. Of several processes only process 0 writes."""
 
-    def __init__(self, unlearner, output_dir: Path, keep: int | None, metrics: Metrics, report: Reporter, max_skipped: int, resumed: Path | None):
-        self.unlearner, self.output_dir, self.keep = unlearner, output_dir, keep
-        self.metrics, self.report, self.max_skipped = metrics, report, max_skipped
-        self.saved, self.saved_step = resumed, None if resumed is None else unlearner.step_index
-        self.started = time.perf_counter() - metrics.seconds
+    def __init__(self, unlearner, output_dir: Path, keep: int | None, max_skipped: int, processes: Processes):
+        self.unlearner, self.output_dir, self.keep, self.max_skipped, self.processes = unlearner, output_dir, keep, max_skipped, processes
+        self.metrics: Metrics | None = None  # of process 0
+        self.report = Reporter()
+        self.saved: Path | None = None
+        self.saved_step: int | None = None
+        self.started = 0.0
+
+    def prepare(self, report_to: str | Report | None, resume: str | Path | None) -> Path | None:
+        """The checkpoint to start from, if there is one."""
+        self.report = make_reporter(report_to, self.output_dir)
+        return find_checkpoint(resume, self.output_dir)
+
+    def start_from(self, found: Path | None) -> None:
+        """Gives every process the same state: that of the checkpoint `found`, or the weights of process 0."""
+        if found is None:
+            self.processes.share_weights(unwrapped(self.unlearner.model))
+        else:
+            self.processes.by_all(lambda: load_checkpoint(self.unlearner, found, self.processes))
+            self.saved, self.saved_step = found, self.unlearner.step_index
+
+    def open(self, record: dict[str, Any], *, resumed: bool) -> None:
+        """Makes the run folder ready to be written to."""
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        checkpoint.clean(self.output_dir)
+        if resumed and (self.output_dir / RUN_FILE).exists():
+            record |= {name: value for name, value in read_run(self.output_dir).items() if name in ("started", "private_files", "purged")}
+        write_run(self.output_dir, record)
+        self.metrics = Metrics(self.output_dir, self.unlearner.step_index)
+        self.started = time.perf_counter() - self.metrics.seconds
+
+    def close(self) -> None:
+        if self.metrics is not None:
+            self.metrics.close()
+        self.report.finish()
+
+    def note(self, *, status: str) -> None:
+        """In `run.json`: how the run ended, and where."""
+        if self.processes.rank == 0:
+            update_run(self.output_dir, status=status, steps=self.unlearner.step_index)
 
     def log(self, output: StepOutput) -> dict[str, float]:
         """Reads a step's numbers, all at once, and passes them on. JSON has no NaN: what is not finite is left out, and `skipped` says so."""
@@ -144,7 +187,8 @@ class _Loop:
         values = {name: value for name, value in values.items() if math.isfinite(value)}
         lr, step = self.unlearner.last_lr, self.unlearner.step_index
         values |= {"skipped": bool(values["skipped"]), "lr": lr, "skipped_steps": int(self.unlearner.skipped_steps)}
-        self.metrics.append({"step": step, **values, "seconds": round(time.perf_counter() - self.started, 3)})
+        if self.metrics is not None:
+            self.metrics.append({"step": step, **values, "seconds": round(time.perf_counter() - self.started, 3)})
         self.report(step, values)
         self.check_skipped()
         return values
@@ -163,8 +207,9 @@ class _Loop:
         if self.saved_step == self.unlearner.step_index:
             return
         self.check_skipped()
-        self.metrics.sync()
-        self.saved = save_checkpoint(self.unlearner, self.output_dir, keep=self.keep)
+        if self.metrics is not None:
+            self.metrics.sync()
+        self.saved = save_checkpoint(self.unlearner, self.output_dir, self.processes, keep=self.keep)
         self.saved_step = self.unlearner.step_index
 
 
@@ -181,13 +226,27 @@ def _check_arguments(unlearner, num_steps, checkpointing_steps, checkpoints_tota
 
 
 class _Signals:
-    """Within the block SIGINT and SIGTERM only set `received`; the second one acts as before."""
+    """Within the block SIGINT and SIGTERM only set `received`; the second one acts as before.
+
+    A launcher sends them to all processes, but not at the same step, so the processes agree on one: each tells the others before a step what it has
+    received, and all look at it after that step. What is told travels while the step is taken.
+    """
 
     NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self):
+    def __init__(self, processes: Processes):
         self.received = 0
         self._before: dict[int, Any] = {}
+        self._processes = processes
+        self._told: Callable[[], int] = lambda: 0
+
+    def tell(self) -> None:
+        """Before a step."""
+        self._told = self._processes.begin_largest(self.received)
+
+    def agreed(self) -> int:
+        """After it: the number of the signal to stop for, the same in all processes; 0: none."""
+        return self.received if self._processes.count == 1 else self._told()
 
     def __enter__(self) -> _Signals:
         if threading.current_thread() is threading.main_thread():  # Python allows handlers only there

@@ -26,7 +26,7 @@ class Kills:
 
 
 @cache
-def _start_server() -> None:
+def start_server() -> None:
     here = Path(__file__).parent
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(here), str(here.parent), *filter(None, [before])])  # Python 3.11's server ignores sys.path
@@ -39,7 +39,7 @@ def _start_server() -> None:
 
 
 def start(target: Callable[[str], None], run_dir: Path) -> multiprocessing.Process:
-    _start_server()
+    start_server()
     process = CONTEXT.Process(target=target, args=(str(run_dir),))
     process.start()
     return process

@@ -1,0 +1,121 @@
+"""What the processes of `test_distributed_runs.py` do: whole runs of `unlearn`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from step_cases import SCHEDULE, images
+from torch import Tensor, nn
+
+from fastunlearn import ImageStore, ReTrack, Unlearner
+from fastunlearn.draws import Draws
+from fastunlearn.testing.factories import TinyDenoiser
+from fastunlearn.training import RunInterrupted, unlearn
+
+STEPS = 6
+
+
+class Denoiser(TinyDenoiser):
+    def __init__(self, dropout: float, seed: int):
+        super().__init__(seed=seed)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        return super().forward(self.dropout(x_t), t)
+
+
+class Average:
+    """A moving average of the weights, as diffusers' EMAModel, which takes seconds to import."""
+
+    def __init__(self, parameters):
+        self.shadow = [parameter.detach().clone() for parameter in parameters]
+
+    def step(self, parameters) -> None:
+        torch._foreach_lerp_(self.shadow, [parameter.detach() for parameter in parameters], 0.1)
+
+    def state_dict(self) -> dict:
+        return {"shadow": self.shadow}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.shadow = state["shadow"]
+
+
+class Watched(Unlearner):
+    """Calls `before_step(rank, step)` with the number of the step that is about to be taken; a noise of NaN makes it fail."""
+
+    before_step: Any = None
+
+    def step(self, draws: Draws | None = None):
+        found = None if self.before_step is None else self.before_step(self.rank, self.step_index + 1)
+        return super().step(draws if found is None else found)
+
+
+def build(alone: bool, *, wrapped: bool = True, dropout: float = 0.0, own_weights: bool = False, own_seed: bool = False, before_step: Any = None) -> Unlearner:
+    rank = 0 if alone else dist.get_rank()
+    torch.manual_seed(100 + rank)  # dropout: each process its own
+    model: nn.Module = Denoiser(dropout, seed=rank if own_weights else 0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    parts = {"ema": Average(model.parameters()), "lr_scheduler": torch.optim.lr_scheduler.LinearLR(optimizer, 0.5, 1.0, STEPS)}
+    stores = {"forget": ImageStore(images(4, 1)), "retain": ImageStore(images(20, 2))}
+    if wrapped and not alone:
+        model = nn.parallel.DistributedDataParallel(model)
+    group = None if alone or wrapped else dist.group.WORLD
+    seed = 5 + rank if own_seed else 5
+    unlearner = Watched(model, optimizer, SCHEDULE, ReTrack(k=2, lambd=0.3), batch_size=6, seed=seed, process_group=group, **stores, **parts)
+    unlearner.before_step = before_step
+    return unlearner
+
+
+def run(alone: bool, folder: Path, num_steps: int, options: dict[str, Any], of_unlearner: dict[str, Any]) -> dict[str, Any]:
+    """A run to its end, or until a signal stops it."""
+    unlearner = build(alone, **of_unlearner)
+    stopped = None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            history = unlearn(unlearner, num_steps=num_steps, output_dir=folder, **{"show_progress": False} | options)
+        except RunInterrupted as interrupted:
+            stopped, history = (interrupted.code, interrupted.checkpoint), None
+        except MemoryError:
+            os._exit(7)  # as an error that nobody catches ends a process
+    weights = torch.cat([parameter.detach().flatten() for parameter in unlearner.model.parameters()])
+    told = [str(warning.message) for warning in caught]
+    return {"weights": weights, "history": history, "stopped": stopped, "step": unlearner.step_index, "warnings": told}
+
+
+class SignalAt:
+    """For `before_step`: process `rank` sends itself a signal in step `steps[rank]`."""
+
+    def __init__(self, steps: dict[int, int], number: int = signal.SIGTERM):
+        self.steps, self.number = steps, number
+
+    def __call__(self, rank: int, step: int) -> None:
+        if self.steps.get(rank) == step:
+            os.kill(os.getpid(), self.number)
+
+
+class FailAt:
+    """For `before_step`: an error in one process."""
+
+    def __init__(self, rank: int, step: int):
+        self.rank, self.step = rank, step
+
+    def __call__(self, rank: int, step: int) -> None:
+        if (rank, step) == (self.rank, self.step):
+            raise MemoryError
+
+
+class NotFinite:
+    """For `before_step`: from some step on, noise of one process is NaN."""
+
+    def __init__(self, rank: int, first: int):
+        self.rank, self.first = rank, first
+
+    def __call__(self, rank: int, step: int) -> Draws | None:
+        return Draws(retain_noise=torch.full((3, 1, 8, 8), float("nan"))) if rank == self.rank and step >= self.first else None

@@ -1,0 +1,138 @@
+"""What the processes of `test_distributed_steps.py` do, and the single process they are compared with does: a few steps, and what came of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fastunlearn import ImageStore, Unlearner, erasediff_step, retrack_step, siss_step
+from fastunlearn.draws import Draws
+from fastunlearn.step import StepOutput
+from fastunlearn.testing.factories import TinyDenoiser, linear_schedule
+
+SCHEDULE = linear_schedule()
+BATCH, STEPS = 12, 4
+
+
+class Denoiser(TinyDenoiser):
+    """With a layer that no prediction depends on, and, if asked, a frozen one."""
+
+    def __init__(self, frozen: bool = False):
+        super().__init__()
+        self.unused = nn.Linear(3, 2)
+        nn.init.ones_(self.unused.weight)
+        nn.init.zeros_(self.unused.bias)
+        self.time.requires_grad_(not frozen)
+
+
+def images(count: int, seed: int) -> Tensor:
+    """`[count, 1, 8, 8]` uint8."""
+    return torch.randint(0, 256, (count, 1, 8, 8), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+
+
+def world(alone: bool) -> dist.ProcessGroup | None:
+    return None if alone else dist.group.WORLD
+
+
+def build(
+    method, alone: bool, *, wrapped: bool = False, frozen: bool = False, fused: bool = True, scaled: bool = False, sgd: bool = False, **options
+) -> Unlearner:
+    model: nn.Module = Denoiser(frozen)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if sgd:
+        optimizer = torch.optim.SGD(trainable, lr=1e-4, momentum=0.9)
+    else:
+        optimizer = torch.optim.AdamW(trainable, lr=1e-3, weight_decay=0.1, fused=fused)
+    if wrapped and not alone:
+        model = nn.parallel.DistributedDataParallel(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10) if scaled else None
+    group = None if wrapped else world(alone)
+    stores = {"forget": ImageStore(images(4, 1)), "retain": ImageStore(images(20, 2))}
+    fixed = {"batch_size": BATCH, "seed": 5, "grad_scaler": scaler, "process_group": group}
+    return Unlearner(model, optimizer, SCHEDULE, method, **stores, **fixed | options)
+
+
+def weights(model: nn.Module) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def numbers(output: StepOutput) -> dict[str, float]:
+    return {name: float(value) for name, value in output._asdict().items() if value is not None}
+
+
+def take_steps(method, alone: bool, options: dict[str, Any]) -> tuple[Tensor, list[dict[str, float]]]:
+    """Weights `[P]` after `STEPS` steps of an `Unlearner`, and what each step reported."""
+    unlearner = build(method, alone, **options)
+    reports = [numbers(unlearner.step()) for _ in range(STEPS)]
+    return weights(unlearner.model), reports
+
+
+def drawn_rows(method, alone: bool) -> dict[str, Tensor]:
+    """Rows, timesteps and noise of this process at step 2 of a run."""
+    unlearner = build(method, alone)
+    unlearner._count_from(2)
+    batch, draws = unlearner._draw(Draws())
+    return {
+        "forget_rows": batch.forget.index, "retain_rows": batch.retain.index, "forget_timesteps": draws.forget_timesteps,
+        "retain_timesteps": draws.retain_timesteps, "forget_noise": draws.forget_noise.numbers(), "retain_noise": draws.retain_noise.numbers(),
+    }  # fmt: skip
+
+
+def step_with_a_nan(rank_of_nan: int | None, fused: bool) -> tuple[Tensor, Tensor, list[bool], int]:
+    """Weights before and after a step whose noise is NaN on one process, which of two steps were skipped, and how many were counted."""
+    from fastunlearn.methods import ReTrack
+
+    unlearner = build(ReTrack(k=2), False, fused=fused)
+    before = weights(unlearner.model)
+    noise = torch.full((unlearner.rows_here, 1, 8, 8), float("nan") if unlearner.rank == rank_of_nan else 0.5)
+    skipped = [bool(unlearner.step(Draws(retain_noise=noise)).skipped)]
+    after = weights(unlearner.model)
+    skipped.append(bool(unlearner.step().skipped))
+    return before, after, skipped, int(unlearner.skipped_steps)
+
+
+def own_loop(name: str, alone: bool, prepared: str, micro_batch_size: int | None = None) -> tuple[Tensor, list[dict[str, float]]]:
+    """A caller's loop: each process hands its share of the global batch to a `*_step`, with the rows that it drew itself.
+
+    For SISS the rows of the first process are all one-sided toward the forget image, and those of the others need both gradients or the retain one.
+    """
+    rank, count = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
+    model: nn.Module = Denoiser()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+    group = None
+    if not alone and prepared == "ddp":
+        model = nn.parallel.DistributedDataParallel(model)
+    elif not alone and prepared == "accelerate":
+        from accelerate import Accelerator
+
+        accelerator = Accelerator(cpu=True)
+        model, optimizer = accelerator.prepare(model, optimizer)
+        assert isinstance(model, nn.parallel.DistributedDataParallel)
+    else:
+        group = world(alone)
+    share = slice(rank * BATCH // count, (rank + 1) * BATCH // count)
+    reports = []
+    for step in range(STEPS):
+        forget, retain = (images(BATCH, seed) * (2 / 255) - 1 for seed in (step, 50 + step))
+        generator = torch.Generator().manual_seed(100 + step)
+        noise = torch.randn(2, BATCH, 1, 8, 8, generator=generator)
+        timesteps = torch.randint(1000, (2, BATCH), generator=generator)
+        options = {"process_group": group, "micro_batch_size": micro_batch_size}
+        if name == "siss":
+            timesteps = torch.tensor([100] * (BATCH // 2) + [999, 100] * (BATCH // 4))
+            from_forget = torch.tensor([True] * (BATCH // 2) + [False] * (BATCH - BATCH // 2))
+            draws = Draws(noise[0][share], noise[0][share], timesteps[share], timesteps[share], from_forget=from_forget[share])
+            output = siss_step(model, optimizer, SCHEDULE, forget[share], retain[share], draws=draws, **options)
+        elif name == "erasediff":
+            uniform = torch.rand(forget.shape, generator=generator)[share]
+            draws = Draws(noise[0][share], noise[1][share], timesteps[0][share], timesteps[1][share], uniform_target=uniform)
+            output = erasediff_step(model, optimizer, SCHEDULE, forget[share], retain[share], draws=draws, **options)
+        else:
+            neighbors = (retain[:, None] + torch.tensor([0.1, -0.1]).view(1, 2, 1, 1, 1))[share]
+            draws = Draws(noise[0][share], noise[1][share], timesteps[0][share], timesteps[1][share])
+            output = retrack_step(model, optimizer, SCHEDULE, forget[share], neighbors, retain[share], lambd=0.3, draws=draws, **options)
+        reports.append(numbers(output))
+    return weights(model), reports

@@ -1,0 +1,99 @@
+"""Processes in one gloo group that run functions together, for the tests in this folder.
+
+They are forked from the server of `crash.py`, which has imported torch already, and wait for work: starting a team costs a fraction of a second.
+A function that fails or takes too long ends its team, so that no test waits for another's processes.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import crash
+import torch
+import torch.distributed as dist
+
+PATIENCE = 60  # seconds for one function, of a machine on which others work
+
+
+class Team:
+    """`count` processes; a context that ends them."""
+
+    def __init__(self, count: int):
+        self.count = count
+        self._folder = tempfile.TemporaryDirectory()
+        self._members: list = []
+
+    def __enter__(self) -> Team:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.end()
+        self._folder.cleanup()
+
+    def run(self, function: Callable[..., Any], *arguments: Any, patience: float = PATIENCE) -> list[Any]:
+        """`function(*arguments)` in every process at once; what it returned in each, by rank. `dist.group.WORLD` is the team."""
+        answers = self.answers(function, *arguments, patience=patience)
+        failed = {rank: text for rank, (succeeded, text) in enumerate(answers) if not succeeded}
+        if failed:
+            self.end()
+            raise AssertionError("\n".join(f"--- process {rank}\n{text}" for rank, text in failed.items()))
+        return [value for _, value in answers]
+
+    def answers(self, function: Callable[..., Any], *arguments: Any, patience: float = PATIENCE) -> list[tuple[bool, Any]]:
+        """The same for a function that may fail: (True, what it returned) or (False, the traceback)."""
+        if not self._members:
+            self._start()
+        for _, pipe in self._members:
+            pipe.send_bytes(pickle.dumps((function, arguments)))
+        answers = []
+        for rank, (process, pipe) in enumerate(self._members):
+            try:
+                answered = pipe.poll(patience)
+                answers.append(pickle.loads(pipe.recv_bytes()) if answered else (False, f"no answer after {patience} s"))
+            except EOFError:
+                process.join(5)
+                answers.append((False, f"process {rank} ended with {process.exitcode}"))
+        return answers
+
+    def end(self) -> None:
+        """The next function gets new processes."""
+        members, self._members = self._members, []
+        for process, pipe in members:
+            pipe.close()
+            process.kill()
+        for process, _ in members:
+            process.join()
+
+    def _start(self) -> None:
+        crash.start_server()
+        store = Path(self._folder.name) / f"store-{len(list(Path(self._folder.name).iterdir()))}"
+        for rank in range(self.count):
+            ours, theirs = crash.CONTEXT.Pipe()
+            process = crash.CONTEXT.Process(target=_serve, args=(rank, self.count, str(store), theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._members.append((process, ours))
+
+
+def _serve(rank: int, count: int, store: str, pipe) -> None:
+    torch.set_num_threads(1)
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "OMP_NUM_THREADS": 1}  # what a launcher tells, for accelerate
+    os.environ.update({name: str(value) for name, value in names.items()})
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count, timeout=timedelta(seconds=PATIENCE / 2))
+    while True:
+        try:
+            function, arguments = pickle.loads(pipe.recv_bytes())
+        except EOFError:  # the tests are over, however they ended
+            return
+        try:
+            answer = True, function(*arguments)
+        except BaseException:
+            answer = False, traceback.format_exc()
+        pipe.send_bytes(pickle.dumps(answer))

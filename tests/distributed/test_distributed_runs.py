@@ -1,0 +1,168 @@
+"""`unlearn` on several processes: one of them writes, all end together, and a run goes on where it was, on as many processes as there are then."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from run_cases import STEPS, FailAt, NotFinite, SignalAt, run
+from team import Team
+
+from fastunlearn import checkpoint
+from fastunlearn.run_record import read_metrics, read_run
+
+
+def together(team: Team, folder: Path, num_steps: int = STEPS, *, of_unlearner: dict[str, Any] | None = None, **options: Any) -> list[dict[str, Any]]:
+    return team.run(run, False, folder, num_steps, options, of_unlearner or {})
+
+
+def alone(folder: Path, num_steps: int = STEPS, *, of_unlearner: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:
+    return run(True, folder, num_steps, options, of_unlearner or {})
+
+
+def numbers(folder: Path) -> list[dict]:
+    return [{name: value for name, value in record.items() if name != "seconds"} for record in read_metrics(folder)]
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert torch.linalg.vector_norm(found - expected) <= 1e-5 * torch.linalg.vector_norm(expected)
+
+
+def assert_same_checkpoint(found: Path, expected: Path) -> None:
+    """Bit for bit: weights, optimizer, schedule, average, random states."""
+    for file in ("model", "optimizer", "ema", "random"):
+        assert (found / f"{file}.safetensors").read_bytes() == (expected / f"{file}.safetensors").read_bytes(), file
+    assert checkpoint.load(found).metadata == checkpoint.load(expected).metadata
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_a_run_is_that_of_a_single_process_and_written_once(pair: Team, tmp_path: Path, wrapped: bool):
+    results = together(pair, tmp_path / "pair", checkpointing_steps=4, of_unlearner={"wrapped": wrapped})
+    single = alone(tmp_path / "single", checkpointing_steps=4)
+    for result in results:
+        assert torch.equal(result["weights"], results[0]["weights"])
+        assert result["history"] == results[0]["history"]
+    assert_close(results[0]["weights"], single["weights"])
+    assert sorted(path.name for path in (tmp_path / "pair").iterdir()) == ["checkpoint-4", "checkpoint-6", "metrics.jsonl", "run.json"]
+    assert results[0]["history"].records == read_metrics(tmp_path / "pair")
+    for found, expected in zip(numbers(tmp_path / "pair"), numbers(tmp_path / "single"), strict=True):
+        assert found == pytest.approx(expected, rel=1e-4)
+    found, expected = (checkpoint.load(tmp_path / name / f"checkpoint-{STEPS}") for name in ("pair", "single"))
+    assert found.tensors["model"].keys() == expected.tensors["model"].keys()  # the network's own names, whatever it was wrapped in
+    assert found.metadata == expected.metadata
+    record, expected_record = read_run(tmp_path / "pair"), read_run(tmp_path / "single")
+    assert (record["num_processes"], expected_record["num_processes"]) == (2, 1)
+    assert record["status"] == expected_record["status"] == "complete"
+
+
+def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(pair: Team, tmp_path: Path):
+    """With dropout, whose masks come from each process's own generator."""
+    dropout = {"dropout": 0.3}
+    whole = together(pair, tmp_path / "whole", of_unlearner=dropout)
+    together(pair, tmp_path / "parts", 3, of_unlearner=dropout)
+    parts = together(pair, tmp_path / "parts", resume_from_checkpoint="latest", of_unlearner=dropout)
+    for first, second in zip(whole, parts, strict=True):
+        assert torch.equal(first["weights"], second["weights"])
+        assert not second["warnings"]
+    assert numbers(tmp_path / "parts") == numbers(tmp_path / "whole")
+    assert_same_checkpoint(tmp_path / "parts" / f"checkpoint-{STEPS}", tmp_path / "whole" / f"checkpoint-{STEPS}")
+    states = checkpoint.load(tmp_path / "whole" / f"checkpoint-{STEPS}").states["random"]
+    assert not torch.equal(states[0]["cpu"], states[1]["cpu"])
+
+
+def test_a_run_goes_on_with_another_number_of_processes(pair: Team, tmp_path: Path):
+    whole = alone(tmp_path / "whole")["weights"]
+    together(pair, tmp_path / "from two", 3)
+    one = alone(tmp_path / "from two", resume_from_checkpoint="latest")
+    alone(tmp_path / "from one", 3)
+    two = together(pair, tmp_path / "from one", resume_from_checkpoint="latest")
+    for result in (one, *two):
+        assert_close(result["weights"], whole)
+    assert "written by 2 processes, and 1 resume it" in one["warnings"][0]
+    assert "written by 1 processes, and 2 resume it" in two[0]["warnings"][0]
+    assert read_run(tmp_path / "from one")["num_processes"] == 2
+    assert [record["step"] for record in read_metrics(tmp_path / "from one")] == list(range(1, STEPS + 1))
+
+
+def test_all_start_with_the_weights_of_the_first(pair: Team, tmp_path: Path):
+    results = together(pair, tmp_path / "pair", of_unlearner={"wrapped": False, "own_weights": True})
+    assert torch.equal(results[0]["weights"], results[1]["weights"])
+    assert_close(results[0]["weights"], alone(tmp_path / "single")["weights"])
+
+
+@pytest.mark.parametrize("steps", [{1: 3}, {0: 3}, {0: 3, 1: 3}, {1: 2}], ids=str)
+def test_a_signal_to_any_process_stops_all_at_one_step(pair: Team, tmp_path: Path, steps: dict[int, int]):
+    results = together(pair, tmp_path / "run", of_unlearner={"before_step": SignalAt(steps), "dropout": 0.3})
+    stopped_at = next(iter(steps.values())) + 1  # a signal that comes in a step is told before the next one
+    for result in results:
+        assert result["step"] == stopped_at
+        assert result["stopped"] == (128 + 15, tmp_path / "run" / f"checkpoint-{stopped_at}")
+    assert read_run(tmp_path / "run")["status"] == "interrupted"
+    whole = together(pair, tmp_path / "whole", of_unlearner={"dropout": 0.3})
+    resumed = together(pair, tmp_path / "run", resume_from_checkpoint="latest", of_unlearner={"dropout": 0.3})
+    assert torch.equal(resumed[1]["weights"], whole[1]["weights"])
+
+
+def failing(team: Team, *arguments: Any) -> list[str]:
+    """The tracebacks of a function that fails in all processes."""
+    answers = team.answers(*arguments)
+    assert not any(succeeded for succeeded, _ in answers)
+    return [text.strip().splitlines()[-1] for _, text in answers]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_dies_does_not_leave_the_others_waiting(tmp_path: Path, rank: int):
+    with Team(2) as team:
+        started = time.monotonic()
+        texts = failing(team, run, False, tmp_path / "run", STEPS, {"checkpointing_steps": 2}, {"before_step": FailAt(rank, 4)})
+        assert time.monotonic() - started < 15  # the group would wait for 30 seconds
+    assert texts[rank] == f"process {rank} ended with 7"
+    assert "RuntimeError" in texts[1 - rank]
+    assert read_run(tmp_path / "run")["status"] == ("failed: RuntimeError" if rank == 1 else "failed: MemoryError")
+    assert checkpoint.latest(tmp_path / "run").name == "checkpoint-2"
+
+
+def test_what_fails_in_the_first_process_alone_is_told_to_the_others(pair: Team, tmp_path: Path):
+    (tmp_path / "file").write_text("no folder")
+    texts = failing(pair, run, False, tmp_path / "file" / "run", STEPS, {}, {})
+    assert texts[0].startswith("NotADirectoryError")
+    assert texts[1].startswith("fastunlearn.processes.OtherProcessFailed: process 0: NotADirectoryError")
+    texts = failing(pair, run, False, tmp_path / "run", STEPS, {"report_to": "nobody"}, {})
+    assert "report_to: expected one of tensorboard, wandb" in texts[0]
+    assert "process 0: ValueError: report_to: expected one of tensorboard, wandb" in texts[1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_arguments_that_differ_are_refused(pair: Team, tmp_path: Path):
+    for text in failing(pair, run, False, tmp_path / "run", STEPS, {}, {"own_seed": True}):
+        assert text == "ValueError: unlearner: expected the same seed in all processes, got 5 in process 0 and 6 in process 1"
+
+
+def test_too_many_skipped_steps_end_all(pair: Team, tmp_path: Path):
+    options, unlearner = {"max_skipped_steps": 1, "checkpointing_steps": 1, "logging_steps": 100}, {"before_step": NotFinite(rank=1, first=3)}
+    for text in failing(pair, run, False, tmp_path / "run", STEPS, options, unlearner):
+        assert "TooManySkippedSteps: 2 of 4 steps" in text
+    assert read_run(tmp_path / "run")["status"] == "failed: TooManySkippedSteps"
+
+
+def test_a_part_of_the_processes_is_refused(tmp_path: Path):
+    with Team(3) as trio:
+        texts = failing(trio, run_in_a_part, tmp_path)
+    assert "process_group: expected a group of all 3 processes for unlearn(), got one of 2" in texts[0]
+    assert texts[2] == "AssertionError: not one of them"
+
+
+def run_in_a_part(folder: Path) -> None:
+    import torch.distributed as dist
+    from run_cases import build
+
+    from fastunlearn.training import unlearn
+
+    part = dist.new_group([0, 1])
+    assert dist.get_rank() < 2, "not one of them"
+    unlearner = build(False, wrapped=False)
+    unlearner.process_group = part
+    unlearn(unlearner, num_steps=1, output_dir=folder)

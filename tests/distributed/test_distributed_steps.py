@@ -1,0 +1,85 @@
+"""A step on several processes is the step of one process on the same global batch, and all processes stay bit-equal."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from step_cases import BATCH, drawn_rows, own_loop, step_with_a_nan, take_steps
+from team import Team
+
+from fastunlearn import SISS, EraseDiff, NegGrad, ReTrack, Vanilla
+
+METHODS = [ReTrack(k=2, lambd=0.3), SISS(), SISS(variant="no_is"), SISS(variant="bernoulli"), EraseDiff(), NegGrad(), Vanilla()]
+TWO_GRADIENTS = [SISS(), SISS(variant="bernoulli"), EraseDiff()]
+
+
+def assert_same(found: list, expected: tuple) -> None:
+    """`found`: (weights, reports) of each process; `expected`: those of the single one."""
+    weights, reports = expected
+    for rank, (own_weights, own_reports) in enumerate(found):
+        assert torch.equal(own_weights, found[0][0]), f"the weights of process {rank} are not those of process 0"
+        assert own_reports == found[0][1]
+    distance = torch.linalg.vector_norm(found[0][0] - weights) / torch.linalg.vector_norm(weights)
+    assert distance <= 1e-5, f"relative distance of the weights {distance:.2e}"
+    for step, (own, single) in enumerate(zip(found[0][1], reports, strict=True)):
+        assert own.keys() == single.keys()
+        for name, value in single.items():
+            assert own[name] == pytest.approx(value, rel=1e-4, abs=1e-9), f"{name} of step {step}"
+    assert not any(report["skipped"] for report in reports)
+    assert any(report["grad_norm"] > 0 for report in reports)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_every_method(pair: Team, method):
+    assert_same(pair.run(take_steps, method, False, {}), take_steps(method, True, {}))
+
+
+@pytest.mark.parametrize("options", [{"wrapped": True}, {"frozen": True}, {"micro_batch_size": 2}, {"scaled": True}, {"fused": False}, {"sgd": True}], ids=str)
+@pytest.mark.parametrize("method", [ReTrack(k=2, lambd=0.3), *TWO_GRADIENTS], ids=str)
+def test_what_a_step_can_meet(pair: Team, method, options: dict):
+    assert_same(pair.run(take_steps, method, False, options), take_steps(method, True, options))
+
+
+def test_three_processes():
+    with Team(3) as trio:
+        for method, options in ((SISS(), {"wrapped": True}), (EraseDiff(), {"micro_batch_size": 3})):
+            assert_same(trio.run(take_steps, method, False, options), take_steps(method, True, options))
+
+
+@pytest.mark.parametrize("prepared", ["group", "ddp", "accelerate"])
+@pytest.mark.parametrize("name", ["retrack", "siss", "erasediff"])
+def test_a_loop_of_the_callers_own(pair: Team, name: str, prepared: str):
+    assert_same(pair.run(own_loop, name, False, prepared), own_loop(name, True, prepared))
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
+def test_processes_whose_rows_need_different_passes(pair: Team, micro_batch_size: int):
+    """SISS on a CPU splits rows by what they need: here one process has forget rows only and the other rows of all kinds."""
+    assert_same(pair.run(own_loop, "siss", False, "group", micro_batch_size), own_loop("siss", True, "group", micro_batch_size))
+
+
+@pytest.mark.parametrize("method", [ReTrack(k=2, lambd=0.3), EraseDiff()], ids=str)
+def test_each_process_draws_its_own_rows_of_the_batch(pair: Team, method):
+    """The papers' code gives every process the same rows. Here each has its share of what a single process draws."""
+    shares, whole = pair.run(drawn_rows, method, False), drawn_rows(method, True)
+    for name, expected in whole.items():
+        assert len(expected) == BATCH
+        torch.testing.assert_close(torch.cat([share[name] for share in shares]), expected, rtol=0, atol=0)
+        assert not torch.equal(shares[0][name], shares[1][name]), name
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_nan_on_one_process_skips_the_step_on_all(pair: Team, fused: bool):
+    results = pair.run(step_with_a_nan, 1, fused)
+    for before, after, skipped, counted in results:
+        assert torch.equal(before, after)
+        assert skipped == [True, False]
+        assert counted == 1
+    finite = pair.run(step_with_a_nan, None, fused)
+    assert not torch.equal(finite[0][0], finite[0][1])  # the same step without the NaN changes the weights
+
+
+def test_the_batch_must_divide(pair: Team):
+    for succeeded, text in pair.answers(take_steps, Vanilla(), False, {"batch_size": 13}):
+        assert not succeeded
+        assert "batch_size: expected a multiple of the 2 processes, got 13" in text

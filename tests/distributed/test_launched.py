@@ -1,0 +1,180 @@
+"""`fastunlearn unlearn`, started in several processes as `torchrun` and `accelerate launch` do."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import crash
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastunlearn.cli import main
+from fastunlearn.run_record import read_metrics, read_run
+from fastunlearn.testing.checkpoints import save_tiny_checkpoint
+
+LAUNCHERS = {
+    "torchrun": ("torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
+    "accelerate": ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"),
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> SimpleNamespace:
+    """A checkpoint, four images to forget and twenty to keep."""
+    root = tmp_path_factory.mktemp("world")
+    images = np.random.default_rng(0).integers(0, 256, (24, 1, 8, 8), dtype=np.uint8)
+    np.save(root / "forget.npy", images[:4])
+    np.save(root / "retain.npy", images[4:])
+    return SimpleNamespace(model=save_tiny_checkpoint(root / "model"), forget=root / "forget.npy", retain=root / "retain.npy")
+
+
+def command(world: SimpleNamespace, output: Path, *more: object) -> list[str]:
+    paths = ("--model", world.model, "--forget", world.forget, "--retain", world.retain, "--output", output)
+    fixed = ("--method", "retrack", "--k", "3", "--steps", "4", "--batch-size", "4", "--learning-rate", "1e-3")
+    return [str(argument) for argument in ("unlearn", *paths, *fixed, *more)]
+
+
+def run_as(rank: int, count: int, port: int, log: str, arguments: list[str]) -> None:
+    """What a launcher does for one of its processes."""
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "OMP_NUM_THREADS": 1, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1")
+    with open(f"{log}.{rank}", "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    sys.exit(main(arguments))
+
+
+def launch(tmp_path: Path, arguments: list[str], count: int = 2) -> list[tuple[int, str]]:
+    """Exit code and output of each process."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    crash.start_server()
+    log = tmp_path / "log"
+    processes = [crash.CONTEXT.Process(target=run_as, args=(rank, count, port, str(log), arguments), daemon=True) for rank in range(count)]
+    try:
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(60)
+        return [(process.exitcode, Path(f"{log}.{rank}").read_text()) for rank, process in enumerate(processes)]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def weights(output: Path) -> torch.Tensor:
+    return torch.cat([tensor.flatten() for tensor in load_file(output / "model" / "unet" / "diffusion_pytorch_model.safetensors").values()])
+
+
+def assert_close(found: Path, expected: Path) -> None:
+    distance = torch.linalg.vector_norm(weights(found) - weights(expected))
+    assert distance <= 1e-5 * torch.linalg.vector_norm(weights(expected))
+
+
+@pytest.fixture(scope="module")
+def single(world, tmp_path_factory) -> Path:
+    """The run of one process."""
+    output = tmp_path_factory.mktemp("single") / "run"
+    assert main(command(world, output, "--device", "cpu")) == 0
+    return output
+
+
+def test_the_command_in_two_processes(world, single: Path, tmp_path: Path):
+    averaged = command(world, tmp_path / "run", "--use-ema", "--ema-decay", "0")  # the last weights are the average
+    results = launch(tmp_path, averaged)
+    assert [code for code, _ in results] == [0, 0], results
+    assert_close(tmp_path / "run", single)
+    assert read_run(tmp_path / "run")["num_processes"] == 2
+    assert [record["step"] for record in read_metrics(tmp_path / "run")] == [1, 2, 3, 4]
+    assert "unlearned model: " in results[0][1]
+    assert "unlearned model: " not in results[1][1]
+    assert len(list((tmp_path / "run" / "private").iterdir())) == 1  # the neighbours, searched once
+    resumed = launch(tmp_path, [*averaged, "--steps", "6", "--resume-from-checkpoint", "latest"])
+    assert [code for code, _ in resumed] == [0, 0], resumed
+    assert len(read_metrics(tmp_path / "run")) == 6
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--batch-size", "5"], "batch_size: expected a multiple of the 2 processes, got 5"),
+        (["--device", "cuda:0"], "device: expected"),
+        (["--forget", "nowhere.npy"], "nowhere.npy"),
+    ],
+)
+def test_wrong_input_ends_all_with_a_message(world, tmp_path: Path, more: list[str], message: str):
+    for code, output in launch(tmp_path, command(world, tmp_path / "run", *more)):
+        assert code == 2
+        assert message in output
+        assert "Traceback" not in output
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE: expected RANK and LOCAL_RANK beside it"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "ACCELERATE_USE_FSDP": "true"}, "got one that uses FSDP"),
+    ],
+)
+def test_a_launch_that_cannot_work_is_refused(world, tmp_path: Path, monkeypatch, capsys, environment: dict[str, str], message: str):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert main(command(world, tmp_path / "run")) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_one_gpu_is_not_for_several_processes(monkeypatch):
+    from fastunlearn.cli.launched import _on_cpu
+
+    for name, value in {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert not _on_cpu(None)
+    assert not _on_cpu("cuda")
+    assert _on_cpu("cpu")
+    with pytest.raises(ValueError, match="device: expected cpu or cuda for 4 processes"):
+        _on_cpu("cuda:1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="num_processes: expected at most 2 on this machine, one for each GPU, got 4"):
+        _on_cpu(None)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    assert _on_cpu(None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_the_launchers_themselves(world, single: Path, tmp_path: Path, launcher: str):
+    started = [sys.executable, "-m", *LAUNCHERS[launcher], "-m", "fastunlearn", *command(world, tmp_path / "run", "--device", "cpu")]
+    done = subprocess.run(started, capture_output=True, text=True, timeout=200, env=os.environ | {"HF_HOME": str(tmp_path / "hf")})
+    assert done.returncode == 0, done.stderr
+    assert_close(tmp_path / "run", single)
+
+
+@pytest.mark.slow
+def test_a_launcher_that_is_told_to_end_leaves_a_checkpoint(world, tmp_path: Path):
+    """torchrun passes a signal on to its processes, once, and waits for them."""
+    steps = ("--steps", "100000", "--logging-steps", "10")
+    launcher = subprocess.Popen([sys.executable, "-m", *LAUNCHERS["torchrun"], "-m", "fastunlearn", *command(world, tmp_path / "run", *steps)])
+    try:
+        deadline = time.monotonic() + 120
+        while not read_metrics(tmp_path / "run") and time.monotonic() < deadline:
+            time.sleep(0.2)
+        launcher.send_signal(signal.SIGINT)
+        assert launcher.wait(60) != 0
+    finally:
+        launcher.terminate()
+        launcher.wait(60)
+    assert read_run(tmp_path / "run")["status"] == "interrupted"
+    assert (tmp_path / "run" / f"checkpoint-{read_run(tmp_path / 'run')['steps']}").is_dir()
