@@ -8,7 +8,6 @@ part in every comparison: its bandwidth is the yardstick for the bytes that a ke
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import statistics
 import time
 from collections.abc import Callable
@@ -22,20 +21,7 @@ from fastunlearn.ops._backends import find_kernel
 
 COPY_BYTES = 1 << 30
 _CPU_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 _LAUNCHES = 20  # in a CUDA graph
-
-
-def keep_freed_memory() -> bool:
-    """Makes glibc's malloc keep what is freed, for all contestants alike; False where malloc is not glibc's.
-
-    By default it returns large blocks to the system, sometimes, depending on what was freed before; each new page then costs as much as writing it twice.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except AttributeError:
-        return False
-    return bool(mallopt(_M_TRIM_THRESHOLD, -1) and mallopt(_M_MMAP_MAX, 0))
 
 
 class Yardstick:
@@ -74,13 +60,20 @@ def alternate(calls: dict[str, Callable[[], object]], yardstick: Yardstick, seco
     """
     clock = _gpu_seconds if yardstick.device.type == "cuda" else _cpu_seconds
     clock(calls, yardstick)  # warm-up: pages, plans, compilation
-    started, rounds = time.perf_counter(), clock(calls, yardstick)
-    count = min(100, max(least, int(seconds / (time.perf_counter() - started))))
+    return take_turns(calls, lambda round_of_calls: clock(round_of_calls, yardstick), seconds, least)
+
+
+def take_turns(
+    calls: dict[str, Callable[..., object]], clock: Callable[[dict[str, Callable[..., object]]], dict[str, float]], seconds: float, least: int, most: int = 100
+) -> dict[str, list[float]]:
+    """As `alternate`, without a warm-up, and with a `clock` that times one round: calls by name, in order, to seconds by name."""
+    started, rounds = time.perf_counter(), clock(calls)
+    count = min(most, max(least, int(seconds / (time.perf_counter() - started))))
     samples = {name: [rounds[name]] for name in calls}
     names = list(calls)
     for _ in range(count - 1):
         names = names[1:] + names[:1]
-        for name, value in clock({name: calls[name] for name in names}, yardstick).items():
+        for name, value in clock({name: calls[name] for name in names}).items():
             samples[name].append(value)
     return samples
 

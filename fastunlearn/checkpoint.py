@@ -147,8 +147,16 @@ def latest(run_dir: str | Path) -> Path | None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Checkpoint) -> None:
-    """Puts the optimizer state of `state` into `optimizer`, with the memory layout it was saved with (fused optimizers need that of the parameter)."""
+    """Puts the optimizer state of `state` into `optimizer`, in the memory layout of its parameters, whatever that of the saved model was.
+
+    A fused update walks through parameter and moments in the order of memory: moments of another layout (those of a run on a GPU, resumed on a CPU) would
+    meet the wrong weights, without an error.
+    """
     optimizer.load_state_dict(state.states["optimizer"])
+    for parameter, entries in optimizer.state.items():
+        for name, value in entries.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                entries[name] = torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)
 
 
 def clean(run_dir: str | Path) -> None:

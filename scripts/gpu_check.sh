@@ -1,14 +1,25 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command: builds the extension with CUDA, runs the tests on the device, compute-sanitizer, the benchmarks.
 #
-#   scripts/gpu_check.sh [FOLDER]     FOLDER (default bench/results) gets ops_<gpu>.json (the benchmarks), gpu_check_<gpu>.txt (the summary)
-#                                     and gpu_check_<gpu>.log (all output)
-#   PYTHON=python3                    the Python whose torch sees the GPU; needs no network: nothing is downloaded
+#   scripts/gpu_check.sh [FOLDER]     FOLDER (default bench/results) gets ops_<gpu>.json and steps_<gpu>_<cases>.json (the benchmarks),
+#                                     gpu_check_<gpu>.txt (the summary) and gpu_check_<gpu>.log (all output)
+#   PYTHON=python3                    the Python whose torch sees the GPU; needs no network: nothing is downloaded. Stages `step` and `bench_step` need
+#                                     diffusers
 #   STAGES="build tests sanitizer bench"     what runs; a stage that fails or outlasts its limit does not stop the later ones
-#   TESTS="tests/triton ..."          the tests; default: those of the kernels (the others never touch a GPU)
+#   TESTS="tests/triton ..."          the tests of stage `tests`; default: those of the kernels
+#   STEP_TESTS="tests/test_replay.py ..."    those of stage `step`; default: host syncs, replay, compilation, feeds, precision
+#   STEP_CASES="mnist and (retrack or siss)"    what stage `bench_step` times, as pytest's -k; celeba and sd need BENCH_ARGS=--full. What its limit cuts
+#                                     off is lost, what was timed before is written
+#   STEP_SECONDS=6                    how long the contestants of one case take turns
 #   LIMIT_build=110 LIMIT_tests=110 LIMIT_calls=45 (what the sanitizer watches, run without it) LIMIT_sanitizer=40 (each of four tools)
-#   LIMIT_bench=165                   seconds; by default under ten minutes in all
+#   LIMIT_bench=165 LIMIT_step=180 LIMIT_bench_step=280     seconds
 #   BENCH_ARGS=--full                 further arguments of the benchmarks
+#
+# Calls of less than ten minutes each:
+#
+#   scripts/gpu_check.sh                                                           the kernels
+#   STAGES="build step bench_step" scripts/gpu_check.sh                            the step, and its times on the MNIST network
+#   STAGES="build bench_step" STEP_CASES="cifar and siss" LIMIT_bench_step=460 scripts/gpu_check.sh      the times on another network
 #
 # Exit status: 0 where every stage passed.
 set -euo pipefail
@@ -22,10 +33,15 @@ limit_tests=${LIMIT_tests:-110}
 limit_calls=${LIMIT_calls:-45}
 limit_sanitizer=${LIMIT_sanitizer:-40}
 limit_bench=${LIMIT_bench:-165}
+limit_step=${LIMIT_step:-180}
+limit_bench_step=${LIMIT_bench_step:-280}
+step_cases=${STEP_CASES:-mnist and (retrack or siss)}
+step_seconds=${STEP_SECONDS:-6}
 tests=${TESTS:-tests/triton tests/cuda tests/ops tests/test_functional.py tests/test_backends.py tests/golden/test_losses.py tests/golden/test_losses_functional.py}
+step_tests=${STEP_TESTS:-tests/test_no_host_sync.py tests/test_replay.py tests/test_compile.py tests/test_feeds.py tests/test_precision.py}
 for name in $stages; do
-  [[ " build tests sanitizer bench " == *" $name "* ]] || {
-    echo "STAGES: expected build, tests, sanitizer or bench, got $name"
+  [[ " build tests sanitizer bench step bench_step " == *" $name "* ]] || {
+    echo "STAGES: expected build, tests, sanitizer, bench, step or bench_step, got $name"
     exit 2
   }
 done
@@ -83,7 +99,7 @@ build() {
 # shellcheck disable=SC2329
 run_tests() {
   local paths options=(-q -p no:cacheprovider)
-  read -r -a paths <<<"$tests"
+  read -r -a paths <<<"$1"
   ! "$python" -c 'import xdist' 2>/dev/null || options+=(-n 8)
   "$python" -m pytest "${options[@]}" "${paths[@]}"
 }
@@ -100,10 +116,11 @@ sanitize() {
 }
 
 export -f build run_tests sanitize
-export python capability tests
+export python capability
 
 ! wanted build || stage build "$limit_build" bash -euo pipefail -c build
-! wanted tests || stage tests "$limit_tests" bash -euo pipefail -c run_tests
+! wanted tests || stage tests "$limit_tests" bash -euo pipefail -c 'run_tests "$1"' tests "$tests"
+! wanted step || stage step "$limit_step" bash -euo pipefail -c 'run_tests "$1"' step "$step_tests"
 if wanted sanitizer; then
   stage "sanitizer: plain run" "$limit_calls" "$python" scripts/sanitizer_calls.py # fills Triton's cache
   for tool in memcheck racecheck initcheck synccheck; do
@@ -111,7 +128,9 @@ if wanted sanitizer; then
   done
 fi
 ! wanted bench || stage bench "$limit_bench" "$python" -m pytest bench --benchmark-only --device cuda --results "$output/ops_$gpu" \
-  --ignore bench/bench_neighbors.py -p no:cacheprovider "${bench_args[@]}"
+  --ignore bench/bench_neighbors.py --ignore bench/bench_step.py -p no:cacheprovider "${bench_args[@]}"
+! wanted bench_step || stage bench_step "$limit_bench_step" "$python" -m pytest bench/bench_step.py --benchmark-only --device cuda -k "$step_cases" \
+  --step-seconds "$step_seconds" --results "$output/steps_${gpu}_$(tr -cs a-z0-9 _ <<<"$step_cases" | sed "s/_*$//")" -p no:cacheprovider "${bench_args[@]}"
 
 echo
 cat "$summary"

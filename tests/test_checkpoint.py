@@ -84,6 +84,26 @@ def test_memory_layout_of_optimizer_moments_comes_back(tmp_path: Path):
     assert state[0]["exp_avg"].is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_moments_take_the_layout_of_the_parameters(tmp_path: Path, layout):
+    """A run may go on in another layout: the next update, from the same gradients, has the same bits."""
+    other = torch.channels_last if layout is torch.contiguous_format else torch.contiguous_format
+    model, resumed = small_model().to(memory_format=layout), small_model().to(memory_format=other)
+    optimizer, resumed_optimizer = (torch.optim.AdamW(network.parameters(), lr=1e-2, fused=True) for network in (model, resumed))
+    train(model, optimizer, range(3))
+    state = checkpoint.load(checkpoint.save(tmp_path, 3, {"model": model.state_dict()}, {}, optimizer=optimizer))
+    resumed.load_state_dict(state.tensors["model"])
+    checkpoint.load_optimizer(resumed_optimizer, state)
+    for before, after in zip(model.parameters(), resumed.parameters(), strict=True):
+        assert resumed_optimizer.state[after]["exp_avg"].stride() == after.stride()
+        gradient = torch.randn(before.shape, generator=torch.Generator().manual_seed(before.numel()))
+        before.grad, after.grad = (torch.empty_like(weights).copy_(gradient) for weights in (before, after))
+    optimizer.step()
+    resumed_optimizer.step()
+    for before, after in zip(model.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(before, after)
+
+
 def test_scheduler_ema_and_scaler_states(tmp_path: Path):
     model = small_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

@@ -45,6 +45,14 @@ def world(tmp_path_factory) -> SimpleNamespace:
     return SimpleNamespace(model=save_tiny_checkpoint(root / "model"), forget=root / "forget", retain=root / "retain.npy", images=forget)
 
 
+@pytest.fixture(autouse=True)
+def prepared(monkeypatch) -> list[str]:
+    """Stands in for the setting of malloc, which would outlive the test; one entry a call."""
+    calls: list[str] = []
+    monkeypatch.setattr("fastunlearn.host_memory.keep_freed_memory", lambda: calls.append("kept"))
+    return calls
+
+
 def run(*arguments: object) -> int:
     return main([str(argument) for argument in arguments])
 
@@ -110,6 +118,59 @@ def test_micro_batches_and_mixed_precision(world, tmp_path):
     assert max((whole[name] - parts[name]).abs().max() for name in whole) < 1e-4  # two steps of at most 5e-5 each
     assert unlearn(world, tmp_path / "bf16", "--mixed_precision", "bf16") == 0
     assert weights(tmp_path / "bf16")["conv_in.weight"].dtype == torch.float32
+
+
+def started(monkeypatch, world, output: Path, *more: object) -> tuple[object, str]:
+    """The Unlearner that a command makes, and the precision of float32 products on GPUs while it runs; no step is taken."""
+    seen = []
+
+    def unlearn_nothing(unlearner, **options):
+        seen.append((unlearner, torch.backends.cuda.matmul.fp32_precision))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastunlearn.training.unlearn", unlearn_nothing)
+    assert unlearn(world, output, *more) == 130
+    ((unlearner, precision),) = seen
+    return unlearner, precision
+
+
+def test_on_a_cpu_auto_is_float32_contiguous_uncompiled_and_keeps_memory(monkeypatch, world, tmp_path, prepared):
+    unlearner, precision = started(monkeypatch, world, tmp_path / "run")
+    weight = unlearner.model.conv_out.weight
+    assert (unlearner.autocast_dtype, unlearner.grad_scaler, unlearner.compile) == (None, None, False)
+    assert weight.is_contiguous()
+    assert not weight.is_contiguous(memory_format=torch.channels_last)
+    assert precision == "none"  # torch's default, untouched
+    assert prepared == ["kept"]
+
+
+@pytest.mark.parametrize(("flag", "dtype", "scaled"), [("no", None, False), ("bf16", torch.bfloat16, False), ("fp16", torch.float16, True)])
+def test_mixed_precision_decides_dtype_and_scaler(monkeypatch, world, tmp_path, flag, dtype, scaled):
+    unlearner, _ = started(monkeypatch, world, tmp_path / "run", "--mixed_precision", flag)
+    assert (unlearner.autocast_dtype, unlearner.grad_scaler is not None) == (dtype, scaled)
+
+
+def test_execution_flags_reach_the_run(monkeypatch, world, tmp_path):
+    before = torch.backends.cuda.matmul.fp32_precision
+    unlearner, precision = started(monkeypatch, world, tmp_path / "run", "--channels_last", "on", "--allow_tf32", "--compile", "try")
+    assert unlearner.model.conv_out.weight.is_contiguous(memory_format=torch.channels_last)
+    assert unlearner.compile == "try"
+    assert precision == "tf32"
+    assert torch.backends.cuda.matmul.fp32_precision == before
+    unlearner, precision = started(monkeypatch, world, tmp_path / "run", "--channels-last", "off", "--compile", "on")
+    assert not unlearner.model.conv_out.weight.is_contiguous(memory_format=torch.channels_last)
+    assert unlearner.compile is True
+
+
+def test_auto_on_a_gpu(monkeypatch):
+    """As far as it can be seen without one: what is handed to the library."""
+    from fastunlearn.cli.unlearn_flags import Execution
+
+    monkeypatch.setattr("fastunlearn.precision.resolve_autocast", lambda requested, device: (requested, device))
+    device, execution = torch.device("cuda", 1), Execution()
+    assert execution.autocast_dtype(device) == ("auto", device)
+    assert execution.memory_format(device) is torch.channels_last
+    assert execution.compile_argument is None
 
 
 def test_nothing_shows_or_stores_a_forget_image_unless_asked(world, tmp_path):
@@ -284,7 +345,7 @@ def test_data_says_which_file_is_missing(tmp_path, capsys):
     assert f"{tmp_path}: expected a file train-images-idx3-ubyte" in capsys.readouterr().err
 
 
-def test_pretrain_hands_over_what_it_was_told(world, tmp_path, capsys, monkeypatch):
+def test_pretrain_hands_over_what_it_was_told(world, tmp_path, capsys, monkeypatch, prepared):
     calls = []
     monkeypatch.setattr("fastunlearn.pretraining.pretrain", lambda images, recipe, output, **options: calls.append((len(images), recipe, output, options)))
     np.save(tmp_path / "digits.npy", np.zeros((3, 28, 28), np.uint8))
@@ -292,6 +353,7 @@ def test_pretrain_hands_over_what_it_was_told(world, tmp_path, capsys, monkeypat
     assert run("pretrain", *arguments, "--data", tmp_path / "digits.npy", "--seed", "5") == 0
     ((rows, recipe, output, options),) = calls
     assert (rows, recipe, output, options["seed"], options["resume"]) == (3, PRETRAINING["mnist-tshirt-small"], tmp_path / "out", 5, False)
+    assert prepared == ["kept"]
     assert run("pretrain", *arguments, "--data", world.retain) == 2
     assert "retain.npy: expected images of 28 x 28 (arrays are not resized), got shape [20, 1, 8, 8]" in capsys.readouterr().err
     assert run("pretrain", *arguments, "--data", tmp_path / "digits.npy", "--resume_from_checkpoint", "latest") == 2
@@ -299,7 +361,7 @@ def test_pretrain_hands_over_what_it_was_told(world, tmp_path, capsys, monkeypat
 
 
 @pytest.mark.parametrize("passed", [True, False])
-def test_demo_exits_with_its_verdict(tmp_path, capsys, monkeypatch, passed):
+def test_demo_exits_with_its_verdict(tmp_path, capsys, monkeypatch, prepared, passed):
     calls = []
 
     def run_demo(output_dir, **options):
@@ -311,6 +373,7 @@ def test_demo_exits_with_its_verdict(tmp_path, capsys, monkeypatch, passed):
     assert str(tmp_path / "report.html") in capsys.readouterr().out.splitlines()[-1]
     ((output, options),) = calls
     assert (output, options["steps"], options["seed"], options["num_samples"]) == (tmp_path, 0, 3, 512)
+    assert prepared == ["kept"]
 
 
 def test_purge_needs_a_run(tmp_path, capsys):

@@ -41,11 +41,13 @@ class Demo:
 
     def run(self) -> int:
         from ..demo import run_demo
-        from .options import pick_device
+        from .options import pick_device, prepare_host
 
+        device = pick_device(self.device or "cpu")
+        prepare_host(device)
         result = run_demo(
             self.output, steps=self.max_train_steps, seed=self.seed, num_samples=self.num_samples, batch_size=self.train_batch_size, method=self.method,
-            lr=self.learning_rate, lambd=self.lambd, model_dir=self.model, device=pick_device(self.device or "cpu"),
+            lr=self.learning_rate, lambd=self.lambd, model_dir=self.model, device=device,
         )  # fmt: skip
         print(f"{'passed' if result.passed else 'NOT passed'}: {result.report}")
         return 0 if result.passed else 1

@@ -38,6 +38,14 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
+def prepare_host(device: torch.device) -> None:
+    """Before the work on `device` starts: on a CPU the process keeps the memory that steps free. A command has its process to itself."""
+    from ..host_memory import keep_freed_memory
+
+    if device.type == "cpu":
+        keep_freed_memory()
+
+
 def model_shape(model) -> tuple[int, int, int]:
     """`(C, H, W)` of the images that a diffusers network was trained on."""
     size = model.config.sample_size

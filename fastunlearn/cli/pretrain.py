@@ -39,7 +39,7 @@ class Pretrain:
         from ..data import load_images
         from ..pretraining import pretrain
         from ..recipes.mnist_tshirt import PRETRAINING
-        from .options import pick_device
+        from .options import pick_device, prepare_host
 
         run_dir = self.output.with_name(self.output.name + ".run")
         started, resume = checkpoint.latest(run_dir), self.resume_from_checkpoint is not None
@@ -49,8 +49,10 @@ class Pretrain:
             raise ValueError(f"output: expected a new name, or --resume_from_checkpoint latest, got {self.output}, whose run stands at {started}")
         if started is None and resume:
             raise ValueError(f"resume_from_checkpoint: expected a checkpoint in {run_dir}, got none")
+        device = pick_device(self.device)
+        prepare_host(device)
         recipe = PRETRAINING[self.recipe]
         images = load_images(self.data, size=recipe.unet["sample_size"], channels=recipe.unet["in_channels"])
-        pretrain(images, recipe, self.output, seed=self.seed, resume=resume, checkpointing_steps=self.checkpointing_steps, device=pick_device(self.device))
+        pretrain(images, recipe, self.output, seed=self.seed, resume=resume, checkpointing_steps=self.checkpointing_steps, device=device)
         print(f"trained model: {self.output}")
         return 0

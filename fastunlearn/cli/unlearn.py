@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from .options import unset
-from .unlearn_flags import MethodFlags, MethodName, Optimization, RunFlags
+from .unlearn_flags import Execution, MethodFlags, MethodName, Optimization, RunFlags
 
 if TYPE_CHECKING:
+    import torch
+
+    from ..processes import Processes
     from ..store import ImageStore
 
 REPORTED_IMAGES, REPORTED_CHAINS, REPORTED_TIMESTEP, REPORTED_STEPS = 8, 4, 250, 50  # of --report-images
@@ -46,49 +49,67 @@ class Unlearn:
     """Write private/reconstructions.png (mode 0600), which shows forget images; without it nothing that is written shows or stores one."""
     hyperparameter: MethodFlags = field(default_factory=MethodFlags)
     optimizer: Optimization = field(default_factory=Optimization)
+    execution: Execution = field(default_factory=Execution)
     bookkeeping: RunFlags = field(default_factory=RunFlags)
 
     def run(self) -> int:
+        from .launched import launched
+
+        with launched(self.bookkeeping.device) as (processes, device):
+            self._run(processes, device)
+        return 0
+
+    def _run(self, processes: Processes, device: torch.device) -> None:
         import torch
 
         from .. import run_record, training
-        from ..models import check_replaceable, load_checkpoint, save_checkpoint
+        from ..models import check_replaceable, load_checkpoint
+        from ..precision import tf32
         from ..schedule import NoiseSchedule
         from ..unlearner import Unlearner, check_stores
-        from .options import pick_device
+        from .options import prepare_host
 
-        method, optimization, flags = self.hyperparameter.build(self.method), self.optimizer, self.bookkeeping
+        method, optimization, execution, flags = self.hyperparameter.build(self.method), self.optimizer, self.execution, self.bookkeeping
         check_replaceable(self.output / "model")
-        model, scheduler = load_checkpoint(self.model, device=pick_device(flags.device))
-        model = model.to(memory_format=torch.channels_last).train()
+        prepare_host(device)
+        model, scheduler = load_checkpoint(self.model, device=device)
+        model = model.to(memory_format=execution.memory_format(device)).train()
         forget, retain = self._load(method, model)
         check_stores(method, forget, retain, allow_overlap=self.allow_overlap)
         private = self.output / run_record.PRIVATE_FOLDER
+        autocast_dtype = execution.autocast_dtype(device)
         optimizer, lr_scheduler, ema = optimization.build(model)
         unlearner = Unlearner(
             model, optimizer, NoiseSchedule.from_diffusers(scheduler), method, forget=forget, retain=retain,
-            neighbors=_neighbors(forget, retain, method.k, private) if "neighbors" in method.batches else None,
+            neighbors=processes.by_first(lambda: _neighbors(forget, retain, method.k, private)) if "neighbors" in method.batches else None,
             batch_size=optimization.train_batch_size, micro_batch_size=optimization.micro_batch_size, total_steps=optimization.max_train_steps, seed=flags.seed,
-            autocast_dtype={"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[optimization.mixed_precision],
-            grad_scaler=torch.amp.GradScaler(model.device.type, init_scale=2.0**10) if optimization.mixed_precision == "fp16" else None,
-            max_grad_norm=optimization.max_grad_norm, ema=ema, lr_scheduler=lr_scheduler, allow_overlap=self.allow_overlap,
+            autocast_dtype=autocast_dtype, grad_scaler=torch.amp.GradScaler(device.type, init_scale=2.0**10) if autocast_dtype == torch.float16 else None,
+            max_grad_norm=optimization.max_grad_norm, ema=ema, lr_scheduler=lr_scheduler, allow_overlap=self.allow_overlap, compile=execution.compile_argument,
+            process_group=processes.group,
         )  # fmt: skip
         try:
-            training.unlearn(
-                unlearner, num_steps=optimization.max_train_steps, output_dir=self.output, checkpointing_steps=flags.checkpointing_steps,
-                checkpoints_total_limit=flags.checkpoints_total_limit, resume_from_checkpoint=flags.resume_from_checkpoint, report_to=flags.report_to,
-                logging_steps=flags.logging_steps, record={"base_model": str(self.model.absolute())},
-            )  # fmt: skip
+            with tf32(True if execution.allow_tf32 else None):
+                training.unlearn(
+                    unlearner, num_steps=optimization.max_train_steps, output_dir=self.output, checkpointing_steps=flags.checkpointing_steps,
+                    checkpoints_total_limit=flags.checkpoints_total_limit, resume_from_checkpoint=flags.resume_from_checkpoint, report_to=flags.report_to,
+                    logging_steps=flags.logging_steps, record={"base_model": str(self.model.absolute())},
+                )  # fmt: skip
         finally:
-            self._note_private_files(private)
+            if processes.rank == 0:
+                self._note_private_files(private)
         if ema is not None:
             ema.copy_to(model.parameters())
-        save_checkpoint(self.output / "model", model.eval(), scheduler)
+        processes.by_first(lambda: self._write_results(model.eval(), scheduler, forget, private))
+
+    def _write_results(self, model, scheduler, forget: ImageStore | None, private: Path) -> None:
+        from .. import run_record
+        from ..models import save_checkpoint
+
+        save_checkpoint(self.output / "model", model, scheduler)
         run_record.update_run(self.output, model="model")
         if self.report_images and forget is not None:
             self._draw_reconstructions(model, scheduler, forget, private)
         print(f"unlearned model: {self.output / 'model'}")
-        return 0
 
     def _load(self, method, model) -> tuple[ImageStore | None, ImageStore | None]:
         """Forget and retain set; what the method does not read may be left out."""

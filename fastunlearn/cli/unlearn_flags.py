@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from .options import also, unset
 
 if TYPE_CHECKING:
+    import torch
+
     from ..methods import Method
 
 MethodName = Literal["retrack", "siss", "erasediff", "neggrad", "vanilla"]
@@ -74,8 +76,6 @@ class Optimization:
     """Added to the denominator."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this L2 norm, after the method has combined them."""
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    """Precision of the network calls; weights, losses and norms stay float32."""
     use_ema: bool = False
     """Average the weights over the steps and save the average."""
     ema_decay: float = 0.9999
@@ -107,6 +107,41 @@ class Optimization:
             name = "constant_with_warmup" if self.lr_scheduler == "constant" else self.lr_scheduler
             lr_scheduler = get_scheduler(name, optimizer, num_warmup_steps=self.lr_warmup_steps, num_training_steps=self.max_train_steps)
         return optimizer, lr_scheduler, EMAModel(parameters, decay=self.ema_decay) if self.use_ema else None
+
+
+@dataclass(kw_only=True)
+class Execution:
+    """How the network runs: this changes the speed, and results only by rounding."""
+
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    """Precision of the network calls; weights, losses and norms stay float32. auto: bf16 on GPUs that have it, else no; CPUs with AVX512_BF16 gain too."""
+    allow_tf32: bool = False
+    """Let GPUs round the factors of float32 matrix products to TensorFloat-32 (10 bits); without it they do so in convolutions only, as torch does."""
+    compile: Literal["auto", "on", "off", "try"] = "auto"
+    """Compile the network at the first step, which takes minutes for big ones; try runs it as it is if that fails. auto: on for GPUs, off for CPUs."""
+    channels_last: Literal["auto", "on", "off"] = "auto"
+    """Memory layout of weights and activations. auto: on for GPUs, off for CPUs."""
+
+    @property
+    def compile_argument(self) -> bool | Literal["try"] | None:
+        """`compile` as `Unlearner` takes it."""
+        return {"auto": None, "on": True, "off": False, "try": "try"}[self.compile]
+
+    def autocast_dtype(self, device: torch.device) -> torch.dtype | None:
+        """What autocast runs the network in on `device`; None: no autocast."""
+        import torch
+
+        from ..precision import resolve_autocast
+
+        return resolve_autocast({"auto": "auto", "no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.mixed_precision], device)
+
+    def memory_format(self, device: torch.device) -> torch.memory_format:
+        """The layout of the weights on `device`."""
+        import torch
+
+        from ..precision import memory_format
+
+        return memory_format({"auto": "auto", "on": torch.channels_last, "off": torch.contiguous_format}[self.channels_last], device)
 
 
 @dataclass(kw_only=True)

@@ -1,0 +1,67 @@
+"""A command that `accelerate launch` or `torchrun` started in several processes at once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from typing import TYPE_CHECKING
+
+from .options import pick_device
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..processes import Processes
+
+UNSUPPORTED = ("DEEPSPEED", "FSDP", "MEGATRON_LM")  # of accelerate's configurations: they spread one network over the processes
+
+
+@contextmanager
+def launched(device: str | None) -> Iterator[tuple[Processes, torch.device]]:
+    """The processes of this command, and where this one computes. Several have a process group as long as the block lasts, and leave it together.
+
+    Of several, each has a GPU of its own where there are GPUs (nccl), or all share the CPUs (gloo); accelerate reads what the launcher says.
+
+    Args:
+        device: `--device`: cpu, cuda or cuda:N; None: GPUs if there are any.
+
+    Raises:
+        ValueError: `device` is one GPU for several processes, there are fewer GPUs than processes, or the launcher asks for what is not supported.
+    """
+    from ..processes import Processes
+
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield Processes(None), pick_device(device)
+        return
+    on_cpu = _on_cpu(device)
+    import torch
+    import torch.distributed as dist
+    from accelerate import PartialState
+
+    state = PartialState(cpu=on_cpu)
+    torch.manual_seed(torch.initial_seed() + state.process_index)  # dropout: not the same activations in every process
+    with ExitStack() as silence, Processes(dist.group.WORLD) as processes:
+        if processes.rank != 0:  # process 0 speaks for all; errors go to standard error
+            silence.enter_context(redirect_stdout(silence.enter_context(open(os.devnull, "w"))))
+        yield processes, state.device
+    state.destroy_process_group()  # not after an error: nccl would wait for the others
+
+
+def _on_cpu(device: str | None) -> bool:
+    import torch
+
+    count, here = int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+    if "RANK" not in os.environ or "LOCAL_RANK" not in os.environ:
+        raise ValueError(f"WORLD_SIZE: expected RANK and LOCAL_RANK beside it, as accelerate launch and torchrun set them, got only WORLD_SIZE={count}")
+    for name in UNSUPPORTED:
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            raise ValueError(f"accelerate: expected a configuration with the whole network in every process, got one that uses {name}")
+    if device is None:
+        device = "cpu" if os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true" or not torch.cuda.is_available() else "cuda"
+    chosen = pick_device(device)
+    if chosen.index is not None:
+        raise ValueError(f"device: expected cpu or cuda for {count} processes (each takes a GPU of its own), got {device}")
+    if chosen.type == "cuda" and here > torch.cuda.device_count():
+        raise ValueError(f"num_processes: expected at most {torch.cuda.device_count()} on this machine, one for each GPU, got {here}")
+    return chosen.type == "cpu"
