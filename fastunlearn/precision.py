@@ -17,8 +17,10 @@ MEMORY_FORMATS = (torch.contiguous_format, torch.channels_last)
 def resolve_autocast(requested: Literal["auto"] | torch.dtype | None, device: torch.device | str) -> torch.dtype | None:
     """The dtype in which autocast runs the network on `device`, or None for no autocast; weights, losses and norms stay float32 either way.
 
-    `"auto"` is bfloat16 on GPUs that compute in it (compute capability 8.0 and up, and AMD's), which is not yet measured on a GPU here, and None elsewhere:
-    on a CPU with AVX512_BF16 (Zen 5) autocast made the MNIST networks of the papers and of the demo slower, not faster (bench/results/ladder.md).
+    `"auto"` is bfloat16 on GPUs that compute in it (compute capability 8.0 and up, and AMD's; not yet measured on a GPU), and None elsewhere. Measured on a
+    CPU (Zen 5, contiguous weights, forward, backward and AdamW), bfloat16 takes 0.65 of the time of float32 with the papers' MNIST network and 0.73 with the
+    demo's, so it is worth asking for; but 2.4 and 13 times as long where oneDNN is held to AVX-512 without bfloat16 and to AVX2. A CPU run's numbers are
+    float32's unless something else is asked for.
 
     Raises:
         TypeError, ValueError: `requested` is something else.
@@ -43,7 +45,9 @@ def resolve_autocast(requested: Literal["auto"] | torch.dtype | None, device: to
 def memory_format(requested: Literal["auto"] | torch.memory_format, device: torch.device | str) -> torch.memory_format:
     """The memory format for a network's weights on `device`: `model.to(memory_format=memory_format("auto", device))`. Its activations follow.
 
-    `"auto"` is channels-last on GPUs, whose half-precision convolutions are written for it (not yet measured on a GPU here), and MEASURED on CPUs.
+    `"auto"` is channels-last on GPUs, whose half-precision convolutions are written for it (not yet measured on a GPU), and contiguous on CPUs: there (Zen 5,
+    forward, backward and AdamW, float32) channels-last takes 1.00 of the time with the papers' MNIST network and 0.98 to 1.04 with the demo's, but 1.2
+    under bfloat16 autocast.
 
     Raises:
         TypeError, ValueError: `requested` is something else.

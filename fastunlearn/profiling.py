@@ -1,7 +1,7 @@
 """Names for the profilers: the six stages of a step, as NVTX ranges (domain `fastunlearn`) and `record_function` spans.
 
-Off by default, and then `stage` costs two attribute look-ups (0.1 us measured, a hundred-thousandth of the fastest step). `FASTUNLEARN_NVTX=1` at
-import, or `enable()` at any time, turns them on:
+Off by default, and then `with stage(...)` takes 0.14 us, of which an empty context takes 0.12. `FASTUNLEARN_NVTX=1` at import, or `enable()` at any time,
+turns them on:
 
     FASTUNLEARN_NVTX=1 nsys profile --trace=cuda,nvtx python train.py
 """
