@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -24,6 +25,7 @@ class Combined:
 
     correction_norm: Tensor | None = None
     scaling_factor: Tensor | None = None
+    applied_factor: Tensor | None = None  # the same for the correction as it was computed, divided by its unit: in float range however small the unit is
 
 
 @dataclass(frozen=True)
@@ -95,24 +97,27 @@ class Accumulator:
         self._select("retain")
         self._reduce()
         if self._combined is None:
-            main = [parameter.grad for parameter in self.parameters]
-            self._swap()
-            self._reduce()
-            correction = self._present()
-            norm = total_norm(correction, self._device)
-            both = ((first, parameter.grad) for first, parameter in zip(main, self.parameters, strict=True))
-            pairs = [(first, second) for first, second in both if first is not None and second is not None]
-            shared = [list(side) for side in zip(*pairs, strict=True)] or [[], []]
-            factor = self.combination.factor(norm, *shared, self.loss_scale)
-            _multiply(correction, -factor)
-            self._swap()
-            if pairs:
-                torch._foreach_add_(*shared)
-            for parameter, gradient in zip(self.parameters, self._parked, strict=True):
-                parameter.grad = gradient if parameter.grad is None else parameter.grad
-            self._parked = [None] * len(self.parameters)
-            self._combined = self._report(norm, factor)
+            self._combined = self._merge()
         return self._combined
+
+    def _merge(self) -> Combined:
+        """Adds the parked correction to the main gradient in `.grad`."""
+        self._swap()
+        self._reduce()
+        norm = total_norm(self._present(), self._device)
+        both = [(main, parameter.grad) for main, parameter in zip(self._parked, self.parameters, strict=True) if parameter.grad is not None]
+        mains, corrections = [main for main, _ in both if main is not None], [own for main, own in both if main is not None]
+        factor = self.combination.factor(norm, mains, corrections, self.loss_scale)
+        _multiply([own for main, own in both if main is None], -factor)
+        if mains and self._device.type == "cpu":  # one pass over both; on GPUs foreach has a fast way for tensors of equal shapes only
+            torch._foreach_addcmul_(mains, corrections, [(-factor).to(main.dtype) for main in mains])
+        elif mains:
+            _multiply(corrections, -factor)
+            torch._foreach_add_(mains, corrections)
+        for parameter, main in zip(self.parameters, self._parked, strict=True):
+            parameter.grad = parameter.grad if main is None else main
+        self._parked = [None] * len(self.parameters)
+        return self._report(norm, factor)
 
     def _select(self, role: str) -> None:
         """Lets backward passes accumulate the gradient of `role`."""
@@ -136,7 +141,7 @@ class Accumulator:
         self._combined = self._report(norm, factor)
 
     def _report(self, norm: Tensor, factor: Tensor) -> Combined:
-        return Combined(norm * self.unit / self.loss_scale, factor / self.unit)
+        return Combined(norm * self.unit / self.loss_scale, factor / self.unit, factor)
 
     def _swap(self) -> None:
         for index, parameter in enumerate(self.parameters):
@@ -156,7 +161,9 @@ class Accumulator:
             self.parameters[index].grad = torch.zeros_like(self.parameters[index])
             present[index].zero_()
         reduce_mean([*self._present(), present], self.group)
-        if missing:  # only then it is read, which waits for the device
+        if missing:
+            if self._device.type != "cpu":
+                _say_missing(len(missing))
             shares = present.tolist()
             for index in missing:
                 if shares[index] == 0:
@@ -205,8 +212,9 @@ def _at_least_float32(gradient: Tensor) -> Tensor:
 
 
 def _multiply(gradients: list[Tensor], factor: Tensor) -> None:
-    if gradients:
-        torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
+    """In place. bfloat16 gradients are multiplied by the float32 factor and rounded once."""
+    for some in _portions(gradients, sys.maxsize):
+        torch._foreach_mul_(some, factor if some[0].dtype == torch.bfloat16 else factor.to(some[0].dtype))
 
 
 def _portions(items: list, limit: int) -> Iterator[list]:
@@ -228,24 +236,41 @@ def clipping(norm: Tensor, max_norm: float | None) -> Tensor | None:
     return None if max_norm is None else ((norm + 1e-6) / max_norm).clamp(min=1)
 
 
-def update(optimizer: torch.optim.Optimizer, divisor: Tensor | None, finite: Tensor, gradients: list[Tensor]) -> None:
+def update(
+    optimizer: torch.optim.Optimizer, divisor: Tensor | None, finite: Tensor, gradients: list[Tensor], grad_scaler: torch.amp.GradScaler | None = None
+) -> None:
     """`optimizer.step()` on `gradients / divisor`, unless `finite` (0-d bool) is False.
 
-    An optimizer that knows `grad_scale` and `found_inf` (fused AdamW) does all of it on the device in the pass that it makes anyway; for others the
-    gradients are divided before, and the host waits for `finite`.
+    An optimizer that knows `grad_scale` and `found_inf` (fused AdamW) does all of it on the device in the pass that it makes anyway; for others, and
+    with a `grad_scaler` (whose `unscale_` has been called), the gradients are divided before. For others the host waits for `finite`, too.
     """
-    if getattr(optimizer, "_step_supports_amp_scaling", False):
+    fused = _skips_on_device(optimizer)
+    if grad_scaler is not None:
+        for found_inf in grad_scaler._found_inf_per_device(optimizer).values():
+            found_inf.copy_(torch.maximum(found_inf, (~finite).to(found_inf)))  # it has seen the gradients, but not the loss
+        divide(gradients, divisor)
+        if fused or not getattr(optimizer, "_step_supports_amp_scaling", False) or bool(finite):
+            grad_scaler.step(optimizer)
+        grad_scaler.update()
+    elif fused:
         optimizer.grad_scale, optimizer.found_inf = None if divisor is None else divisor.float(), (~finite).float()
         try:
             optimizer.step()
         finally:
             del optimizer.grad_scale, optimizer.found_inf
-        return
-    if finite.device.type != "cpu":
-        _say_host_check(type(optimizer).__name__)
-    if bool(finite):
-        divide(gradients, divisor)
-        optimizer.step()
+    else:
+        if finite.device.type != "cpu":
+            _say_host_check(type(optimizer).__name__)
+        if bool(finite):
+            divide(gradients, divisor)
+            optimizer.step()
+
+
+def _skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step with `found_inf` changes nothing. Not SGD's first with momentum: torch makes the buffers of unwritten memory, and would leave them so."""
+    if not getattr(optimizer, "_step_supports_amp_scaling", False) or not all(group.get("fused", True) for group in optimizer.param_groups):
+        return False
+    return bool(optimizer.state) or not any(group.get("momentum") for group in optimizer.param_groups)
 
 
 def divide(gradients: list[Tensor], divisor: Tensor | None) -> None:
@@ -256,4 +281,12 @@ def divide(gradients: list[Tensor], divisor: Tensor | None) -> None:
 
 @functools.cache
 def _say_host_check(optimizer: str) -> None:
-    log.warning("%s does not take found_inf: the check for a non-finite step waits for the device once a step (AdamW(fused=True) would not)", optimizer)
+    log.warning("%s takes no found_inf (yet): the check for a non-finite step waits for the device (AdamW(fused=True) would not)", optimizer)
+
+
+@functools.cache
+def _say_missing(count: int) -> None:
+    log.warning(
+        "%d parameters get no gradient: every step waits for the device to learn whether they have one in another process; requires_grad_(False) avoids it",
+        count,
+    )

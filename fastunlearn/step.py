@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from . import _check
 from . import draws as draw
+from .compilation import Compile, resolve_compile
 from .draws import Draws
-from .evaluation import Compile, evaluate, resolve_compile
-from .gradients import Accumulator, clipping, divide, reduce_mean, total_norm, update
+from .evaluation import evaluate
+from .gradients import Accumulator, Combined, clipping, reduce_mean, total_norm, update
 from .methods import SISS, Batch, EraseDiff, Method, NegGrad, Pass, ReTrack, Vanilla
 from .methods.base import map_tensors
 from .profiling import stage
@@ -68,7 +69,7 @@ def take_step(
         passes = method.compose(batch, draws, schedule)
         losses = _Losses(passes, process_group)
         apart = method.combine is not None
-        # Which rows a gradient needs is data: on an accelerator, reading it would be a wait, and under torch.compile every number of rows a compilation.
+        # Which rows a term needs is data: on an accelerator, reading it would be a wait, and under torch.compile every number of rows a compilation.
         passes, in_place = _arrange(passes, micro_batch_size, apart=apart, by_role=device.type == "cpu" and not compile, alone=process_group is None)
         loss_scale = 1.0 if grad_scaler is None else grad_scaler.scale(torch.ones((), device=device))
         factors = {"retain": loss_scale, "forget": loss_scale if losses.unit_ratio is None else loss_scale * losses.unit_ratio}
@@ -89,22 +90,16 @@ def take_step(
         raise ValueError("optimizer: expected parameters that the model's output depends on, got none (was it built for another copy of the model?)")
 
     with stage("update"):
-        loss, means = losses.result(combined.scaling_factor)
+        loss, means = losses.result(combined)
         if optimizer is not None and grad_scaler is not None:
             grad_scaler.unscale_(optimizer)
         present = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norm = total_norm(present, device)
+        if optimizer is None:
+            norm = norm / loss_scale  # the gradients that it leaves are scaled, for the caller's scaler to unscale
         finite = torch.isfinite(loss) & torch.isfinite(norm)
         if optimizer is not None:
-            divisor = clipping(norm, max_grad_norm)
-            if grad_scaler is not None:
-                for found_inf in grad_scaler._found_inf_per_device(optimizer).values():
-                    found_inf.copy_(torch.maximum(found_inf, (~finite).to(found_inf)))  # it has seen the gradients, but not the loss
-                divide(present, divisor)
-                grad_scaler.step(optimizer)
-                grad_scaler.update()
-            else:
-                update(optimizer, divisor, finite, present)
+            update(optimizer, clipping(norm, max_grad_norm), finite, present, grad_scaler)
             optimizer.zero_grad(set_to_none=True)
     return StepOutput(loss, means.get("forget"), means.get("retain"), norm, combined.correction_norm, combined.scaling_factor, ~finite)
 
@@ -118,7 +113,7 @@ def _arrange(whole: list[Pass], micro_batch_size: int | None, *, apart: bool, by
     def split(passes: list[Pass]) -> list[Pass]:
         return [part for composed in passes for part in composed.split(micro_batch_size)]
 
-    passes = split([part for composed in whole for part in composed.by_role()] if apart and by_role else whole)
+    passes = split([part for composed in whole for part in composed.by_role()] if by_role else whole)
     if apart:
         passes.sort(key=lambda part: ("retain" in part.roles) - ("forget" in part.roles))
     # Several processes reduce their gradients in the same order: what decides it must not depend on the rows that one of them has.
@@ -135,33 +130,39 @@ class _Losses:
         self._scales = {term.role: term.scale for term in terms}
         self._sums: dict[str, Tensor] = {}
         units = [term.unit for term in terms if term.unit is not None]
-        self.unit: Tensor | float = units[0] if units else 1.0  # of all processes
+        self.unit: Tensor | float = 1.0  # of the forget term, of all processes
         self.unit_ratio: Tensor | None = None  # what turns weights in units of this process into weights in units of all
-        if units and group is not None:
-            self.unit = units[0].clone()
-            dist.all_reduce(self.unit, op=dist.ReduceOp.MAX, group=group)
-            self.unit_ratio = units[0] / self.unit
+        if units:
+            unit = units[0].clone()
+            if group is not None:
+                dist.all_reduce(unit, op=dist.ReduceOp.MAX, group=group)
+            self.unit = torch.where(unit > 0, unit, torch.ones_like(unit))
+            self.unit_ratio = None if group is None else units[0] / self.unit
 
     def add(self, part: Pass, losses: list[Tensor]) -> None:
-        """`losses`: `[B]` for each term of `part`, the weighted squared errors of its rows, without its scale."""
+        """`losses`: `[B]` for each term of `part`, the weighted squared errors of its rows, without its scale and unit."""
         for term, loss in zip(part.terms, losses, strict=True):
             total = loss.sum()
             if term.spread is not None:
                 total = total + (term.weight * term.spread).sum()
-            if term.unit is not None:
-                total = total * term.unit
             self._sums[term.role] = self._sums[term.role] + total if term.role in self._sums else total
 
-    def result(self, factor: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+    def result(self, combined: Combined) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and the mean of each role. The loss is the sum of the scaled means; with two gradients `retain - factor * forget`."""
         nothing = torch.zeros_like(next(iter(self._sums.values())))
-        means = torch.stack([self._sums.get(role, nothing) for role in self._scales])
+        means = {role: self._sums.get(role, nothing) for role in self._scales}
+        if self.unit_ratio is not None:
+            means["forget"] = means["forget"] * self.unit_ratio
         if self._group is not None:
-            reduce_mean([means], self._group)
-        means = dict(zip(self._scales, means.unbind(), strict=True))
-        if factor is None:
-            return sum(self._scales[role] * mean for role, mean in means.items()), means
-        return means["retain"] - factor * means["forget"], means
+            everyones = torch.stack(list(means.values())).double()  # of one dtype in all processes
+            reduce_mean([everyones], self._group)
+            means = dict(zip(means, everyones.unbind(), strict=True))
+        if combined.applied_factor is None:
+            loss = sum(self._scales[role] * mean for role, mean in means.items())
+        else:
+            loss = means["retain"] - combined.applied_factor * means["forget"]  # in units of the forget term, which may be too small to divide by
+            means["forget"] = means["forget"] * self.unit
+        return loss, means
 
 
 def unwrapped(model: Callable) -> Callable:
@@ -214,7 +215,7 @@ class StepOptions(TypedDict, total=False):
     lowpass: None
 
 
-def check_options(model, schedule, max_grad_norm, micro_batch_size, autocast_dtype, *, compile, time_window, lowpass) -> None:
+def check_options(model, schedule, max_grad_norm, micro_batch_size, autocast_dtype, grad_scaler, *, compile, process_group, time_window, lowpass) -> None:
     """The checks that a `*_step` and an `Unlearner` share; none of them reads the device.
 
     Raises:
@@ -230,6 +231,10 @@ def check_options(model, schedule, max_grad_norm, micro_batch_size, autocast_dty
         _check.integer("micro_batch_size", micro_batch_size, low=1)
     if autocast_dtype is not None and autocast_dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"autocast_dtype: expected torch.bfloat16, torch.float16 or None, got {autocast_dtype!r}")
+    if grad_scaler is not None and not isinstance(grad_scaler, torch.amp.GradScaler):
+        raise TypeError(f"grad_scaler: expected a torch.amp.GradScaler or None, got {_check.describe(grad_scaler)}")
+    if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
+        raise TypeError(f"process_group: expected a torch.distributed.ProcessGroup or None, got {_check.describe(process_group)}")
     if compile not in (None, True, False, "try", "regional"):
         raise ValueError(f"compile: expected None, True, False, 'try' or 'regional', got {compile!r}")
     _check.not_in_this_version(time_window=time_window, lowpass=lowpass)
@@ -259,7 +264,10 @@ def _functional_step(
     lowpass: None = None,
 ) -> StepOutput:
     """Validates what a caller's own loop hands over, draws what it left open, and takes the step."""
-    check_options(model, schedule, max_grad_norm, micro_batch_size, autocast_dtype, compile=compile, time_window=time_window, lowpass=lowpass)
+    check_options(
+        model, schedule, max_grad_norm, micro_batch_size, autocast_dtype, grad_scaler,
+        compile=compile, process_group=process_group, time_window=time_window, lowpass=lowpass,
+    )  # fmt: skip
     for name, images, kwargs in (("forget", forget, forget_kwargs), ("retain", retain, retain_kwargs)):
         if name in method.batches:
             _check.images(name, images)
@@ -326,7 +334,7 @@ def retrack_step(
         max_grad_norm: gradients are clipped to this L2 norm; None: not at all.
         autocast_dtype: bfloat16 or float16 for the network call; None: as it is.
         grad_scaler: a `torch.amp.GradScaler` for float16; norms and factors are those of the unscaled gradients. Its own step waits for the device
-            unless the optimizer is fused.
+            unless the optimizer is fused. With `optimizer=None` the gradients in `.grad` stay scaled.
         forget_kwargs, retain_kwargs: conditioning, tensors (or dicts of them) with the batch first.
         micro_batch_size: at most this many rows in one network call; gradients accumulate over the calls.
         compile: True compiles forward pass and loss as one graph (minutes, once for each set of shapes), `"regional"` only the blocks that a diffusers

@@ -95,7 +95,9 @@ def unlearn(
     with Processes(unlearner.process_group) as processes:
         loop = _Loop(unlearner, output_dir, checkpoints_total_limit, max_skipped_steps, processes)
         decisive = {"num_steps": num_steps, "checkpointing_steps": checkpointing_steps, "logging_steps": logging_steps, "max_skipped_steps": max_skipped_steps}
-        processes.check_same("unlearner", identity(unlearner) | {"seed": unlearner.seed, "step_index": unlearner.step_index} | decisive)
+        settings = {name: getattr(unlearner, name, None) for name in ("seed", "step_index", "micro_batch_size", "max_grad_norm", "compile")}
+        settings |= {"autocast_dtype": str(getattr(unlearner, "autocast_dtype", None)), "grad_scaler": getattr(unlearner, "grad_scaler", None) is not None}
+        processes.check_same("unlearner", identity(unlearner) | settings | decisive)
         found = processes.by_first(lambda: loop.prepare(report_to, resume_from_checkpoint))
         loop.start_from(found)
         if unlearner.step_index > num_steps:

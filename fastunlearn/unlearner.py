@@ -13,8 +13,8 @@ from torch import Tensor
 
 from . import _check
 from . import draws as draw
+from .compilation import Compile, compile_seconds, resolve_compile
 from .draws import CounterSource, Draws, Purpose
-from .evaluation import Compile, compile_seconds, resolve_compile
 from .feeds import HostFeed, open_feed
 from .methods import Batch, Method
 from .neighbors import nearest_neighbors
@@ -95,7 +95,10 @@ class Unlearner:
             raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {_check.describe(optimizer)}")
         device = optimizer.param_groups[0]["params"][0].device
         autocast_dtype = resolve_autocast(autocast_dtype, device)
-        check_options(model, schedule, max_grad_norm, micro_batch_size, autocast_dtype, compile=compile, time_window=time_window, lowpass=lowpass)
+        check_options(
+            model, schedule, max_grad_norm, micro_batch_size, autocast_dtype, grad_scaler,
+            compile=compile, process_group=process_group, time_window=time_window, lowpass=lowpass,
+        )  # fmt: skip
         schedule.check_usable()
         _check.integer("batch_size", batch_size, low=1)
         _check.integer("seed", seed, low=0, high=2**63 - 1)
@@ -118,20 +121,13 @@ class Unlearner:
             raise TypeError(f"model: expected float32 parameters, or autocast_dtype (stores serve float32 rows), got {self.parameters[0].dtype}")
         self.forget = forget if "forget" in method.batches else None
         self.retain = retain if {"retain", "neighbors"} & method.batches else None
+        self._feeds, self.neighbors = {}, None
         if "neighbors" in method.batches:
             self.forget = self.forget.freeze()  # its distances to the neighbours are computed once
-        self._feeds = {
-            branch: open_feed(
-                store,
-                self.device,
-                partial(draw.rows_of_step, self.rows_here, len(store), seed, self.rank * self.rows_here, Purpose[f"{branch.upper()}_ROWS"]),
-                batch_size=self.rows_here,
-                residency=residency,
-            )
-            for branch, store in (("forget", self.forget), ("retain", self.retain))
-            if store is not None
-        }
-        self.neighbors = None
+        for branch, store in (("forget", self.forget), ("retain", self.retain)):
+            if store is not None:
+                rows_of_step = partial(draw.rows_of_step, self.rows_here, len(store), seed, self.rank * self.rows_here, Purpose[f"{branch.upper()}_ROWS"])
+                self._feeds[branch] = open_feed(store, self.device, rows_of_step, batch_size=self.rows_here, residency=residency)
         if "neighbors" in method.batches:
             index, sqdist = self._find_neighbors(neighbors)
             self._neighbor_store, index = self._feeds["retain"].neighbors(index)
@@ -150,13 +146,13 @@ class Unlearner:
             if self._replay is not None:
                 self._replay.set_aside("draws that the caller gives")
             output = self._step_on_device(draws)
+        self.step_index += 1  # at once: the counter has advanced, whatever a scheduler or an EMA may raise
         lr = self.optimizer.param_groups[0]["lr"]
         self._last_lr = lr.clone() if isinstance(lr, Tensor) else lr  # a scheduler fills a tensor in place
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
         if self.ema is not None:
             self.ema.step(self.model.parameters() if isinstance(self.model, torch.nn.Module) else self.parameters)
-        self.step_index += 1
         return output
 
     def _step_on_device(self, draws: Draws | None = None) -> StepOutput:
@@ -174,8 +170,8 @@ class Unlearner:
 
     def _settings(self) -> tuple:
         """What `_step_on_device` reads on the host, and a caller could change."""
-        training = getattr(self.model, "training", None)
-        return self.method, self.max_grad_norm, self.micro_batch_size, self.autocast_dtype, self.compile, self.rows_here, training
+        training = [module.training for module in self.model.modules()] if isinstance(self.model, torch.nn.Module) else None
+        return self.method, id(self.schedule), self.max_grad_norm, self.micro_batch_size, self.autocast_dtype, self.compile, self.rows_here, training
 
     def _not_replayable(self) -> str | None:
         """What stands against replay, beside model and optimizer."""
@@ -282,6 +278,8 @@ def check_stores(method: Method, forget: ImageStore | None, retain: ImageStore |
         return
     if forget.shape != retain.shape:
         raise ValueError(f"forget: expected images of the shape of retain, {tuple(retain.shape)}, got {tuple(forget.shape)}")
+    if forget.latents != retain.latents:
+        raise ValueError(f"forget: expected {'latents' if retain.latents else 'images'}, as in retain, got {'latents' if forget.latents else 'images'}")
     if forget.is_uint8 != retain.is_uint8:
         raise TypeError(f"forget: expected the dtype of retain, {retain.dtype}, got {forget.dtype}")
     if not allow_overlap:

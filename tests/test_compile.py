@@ -11,7 +11,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 from torch._dynamo.backends.registry import lookup_backend
 
-from fastunlearn import SISS, EraseDiff, ImageStore, NegGrad, ReTrack, Unlearner, Vanilla, evaluation, siss_step, vanilla_step
+from fastunlearn import SISS, EraseDiff, ImageStore, NegGrad, ReTrack, Unlearner, Vanilla, compilation, siss_step, vanilla_step
 from fastunlearn.draws import CounterSource, Draws, complete
 from fastunlearn.methods import Batch
 from fastunlearn.philox import Noise
@@ -46,15 +46,15 @@ class CountingBackend:
 
 @pytest.fixture
 def backend(monkeypatch):
-    monkeypatch.setattr(evaluation, "BACKEND", CountingBackend())
-    return evaluation.BACKEND
+    monkeypatch.setattr(compilation, "BACKEND", CountingBackend())
+    return compilation.BACKEND
 
 
 @pytest.fixture
 def cheapest(monkeypatch):
     """Graphs are traced, and run as they are."""
-    monkeypatch.setattr(evaluation, "BACKEND", CountingBackend("eager"))
-    return evaluation.BACKEND
+    monkeypatch.setattr(compilation, "BACKEND", CountingBackend("eager"))
+    return compilation.BACKEND
 
 
 def gradients(method, model, *, compile, dtype=torch.float32, rows=3, conditioning=None, device="cpu", **options):
@@ -154,11 +154,30 @@ def test_more_networks_and_shapes_than_torch_allows_a_function(cheapest):
     assert cheapest.graphs == 18
 
 
+class Read(nn.Module):
+    """A network with texts of any length."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = TinyDenoiser()
+
+    def forward(self, x_t, t, text):
+        return self.network(x_t, t) + text.mean()
+
+
+@pytest.mark.parametrize("compile", [True, "try"])
+def test_conditioning_of_more_lengths_than_torch_allows_a_function(cheapest, compile):
+    model = Read()
+    for length in range(1, 12):
+        vanilla_step(model, None, SCHEDULE, torch.zeros(2, 1, 8, 8), retain_kwargs={"text": torch.zeros(2, length)}, compile=compile)
+    assert cheapest.graphs == 11
+
+
 @pytest.mark.usefixtures("backend")
 def test_a_compiled_network_can_be_freed():
     model = TinyDenoiser()
     vanilla_step(model, None, SCHEDULE, torch.zeros(2, 1, 8, 8), compile=True)
-    assert evaluation.compile_seconds(model) > 0
+    assert compilation.compile_seconds(model) > 0
     alive = weakref.ref(model)
     del model
     gc.collect()
@@ -240,9 +259,32 @@ def test_regional_reports_its_first_call(cheapest):
     images, hidden = torch.rand(2, 2, 1, 8, 8), {"encoder_hidden_states": torch.randn(2, 4, 8)}
     for _ in range(2):
         siss_step(model, None, SCHEDULE, *images, compile="regional", forget_kwargs=hidden, retain_kwargs=hidden)
-        seconds, graphs = evaluation.compile_seconds(model), cheapest.graphs
+        seconds, graphs = compilation.compile_seconds(model), cheapest.graphs
         assert seconds > 0
-    assert (evaluation.compile_seconds(model), cheapest.graphs) == (seconds, graphs)
+    assert (compilation.compile_seconds(model), cheapest.graphs) == (seconds, graphs)
+
+
+def test_regional_leaves_the_network_as_it_was(cheapest):
+    """Sampling with the unlearned network, in any batch size, is not the step's affair."""
+    model, images, hidden = conditional_unet(), torch.rand(2, 1, 8, 8), {"encoder_hidden_states": torch.randn(2, 4, 8)}
+    vanilla_step(model, None, SCHEDULE, images, compile="regional", retain_kwargs=hidden)
+    graphs = cheapest.graphs
+    assert all(module._compiled_call_impl is None for module in model.modules())
+    for rows in range(1, 12):
+        model(torch.rand(rows, 1, 8, 8), 1, encoder_hidden_states=torch.randn(rows, 4, 8))
+    assert cheapest.graphs == graphs
+    vanilla_step(model, None, SCHEDULE, images, compile="regional", retain_kwargs=hidden)
+    assert cheapest.graphs == graphs > 0
+
+
+def test_regional_says_what_failed(monkeypatch):
+    def fails(module, inputs):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(compilation, "BACKEND", fails)
+    with pytest.raises(RuntimeError, match=r"(?s)compile: torch.compile failed on the blocks of UNet2DConditionModel: .*no compiler"):
+        vanilla_step(conditional_unet(), None, SCHEDULE, torch.rand(2, 1, 8, 8), compile="regional",
+                     retain_kwargs={"encoder_hidden_states": torch.randn(2, 4, 8)})  # fmt: skip
 
 
 def test_regional_needs_a_network_that_repeats_blocks():
@@ -255,15 +297,15 @@ def test_regional_needs_a_network_that_repeats_blocks():
 
 def test_by_default_gpus_compile_and_cpus_do_not(monkeypatch):
     cpu, gpu, model = torch.device("cpu"), torch.device("cuda", 0), TinyDenoiser()
-    assert evaluation.resolve_compile(None, model, cpu) is False
-    assert evaluation.resolve_compile(None, model, gpu) is True
-    assert evaluation.resolve_compile(None, lambda x_t, t: x_t, gpu) is False
-    assert evaluation.resolve_compile("try", model, cpu) == "try"
+    assert compilation.resolve_compile(None, model, cpu) is False
+    assert compilation.resolve_compile(None, model, gpu) is True
+    assert compilation.resolve_compile(None, lambda x_t, t: x_t, gpu) is False
+    assert compilation.resolve_compile("try", model, cpu) == "try"
     big, small = conditional_unet(), conditional_unet()
-    assert evaluation.resolve_compile(None, small, gpu) is True
-    monkeypatch.setattr(evaluation, "REGIONAL_FROM", 1000)
-    assert evaluation.resolve_compile(None, big, gpu) == "regional"
-    assert evaluation.resolve_compile(None, nn.Linear(40, 40), gpu) is True  # names no blocks
+    assert compilation.resolve_compile(None, small, gpu) is True
+    monkeypatch.setattr(compilation, "REGIONAL_FROM", 1000)
+    assert compilation.resolve_compile(None, big, gpu) == "regional"
+    assert compilation.resolve_compile(None, nn.Linear(40, 40), gpu) is True  # names no blocks
 
 
 # --- the real backend ------------------------------------------------------------------------------------------------------------

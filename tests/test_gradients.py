@@ -148,3 +148,44 @@ def test_a_fused_optimizer_divides_in_its_own_pass(pair):
                 parameter.grad = gradient.float() * step
             gradients.update(optimizer, torch.tensor(7.0), torch.tensor(True), [parameter.grad for parameter in own])
     torch.testing.assert_close(*parameters, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scaler", [None, {"init_scale": 2.0**10}])
+@pytest.mark.parametrize("make", [
+    lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, fused=True),
+    lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+    lambda p: torch.optim.SGD(p, lr=0.1, fused=True),
+    lambda p: torch.optim.AdamW(p, lr=0.1, fused=True),
+    lambda p: torch.optim.Adagrad(p, lr=0.1, fused=True),
+], ids=["momentum", "momentum, not fused", "SGD", "AdamW", "Adagrad"])  # fmt: skip
+def test_a_skipped_first_step_leaves_no_trace(make, scaler):
+    """torch's fused SGD makes its momentum of unwritten memory in its first step."""
+    results = []
+    for skip in (True, False):
+        parameter = nn.Parameter(torch.ones(4096))
+        optimizer, scaled = make([parameter]), None if scaler is None else torch.amp.GradScaler("cpu", **scaler)
+        for finite in ([False] * skip) + [True, True]:
+            parameter.grad = torch.full((4096,), 1.0 if finite else float("nan"))
+            if scaled is not None:
+                parameter.grad *= scaled.scale(torch.ones(()))
+                scaled.unscale_(optimizer)
+            gradients.update(optimizer, torch.tensor(2.0), torch.tensor(finite), [parameter.grad], scaled)
+        results.append(parameter.detach())
+    torch.testing.assert_close(*results, rtol=1e-6, atol=0)
+
+
+def test_an_optimizer_that_is_fused_in_part_is_not_fused():
+    parameters = [nn.Parameter(torch.ones(4)) for _ in range(2)]
+    optimizer = torch.optim.AdamW([{"params": parameters[:1]}, {"params": parameters[1:], "fused": False}], lr=0.1, fused=True)
+    for parameter in parameters:
+        parameter.grad = torch.ones(4)
+    gradients.update(optimizer, torch.tensor(2.0), torch.tensor(True), [parameter.grad for parameter in parameters])
+    assert not torch.equal(parameters[0], torch.ones(4))
+
+
+@pytest.mark.parametrize("order", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_a_factor_is_not_rounded_to_the_dtype_of_another_gradient(order):
+    values = [torch.ones(3, dtype=dtype) for dtype in order]
+    gradients.divide(values, torch.tensor(3.0))
+    for value in values:
+        torch.testing.assert_close(value, (torch.ones(3) / 3).to(value.dtype), rtol=0 if value.dtype == torch.bfloat16 else 1e-7, atol=0)

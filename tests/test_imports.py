@@ -17,7 +17,7 @@ LAYERS = [
     {"functional", "neighbor_search", "neighbors", "feeds"},
     {"draws", "gradients"},
     {"methods"},
-    {"evaluation", "attention"},
+    {"evaluation", "compilation", "attention"},
     {"step"},
     {"replay"},
     {"unlearner"},

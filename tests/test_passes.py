@@ -40,10 +40,24 @@ def test_rows_that_all_need_both_stay_together():
 
 def test_other_passes_come_back_as_they_are():
     whole = a_pass([0.0, 1.0], [1.0, 0.0])
-    one_term = Pass(whole.x_t, whole.timesteps, whole.terms[:1])
-    other_rows = Pass(torch.cat([whole.x_t, whole.x_t]), torch.arange(4), (whole.terms[0], Term("retain", whole.x_t, torch.ones(2), start=2)))
-    assert one_term.by_role() == [one_term]
-    assert other_rows.by_role() == [other_rows]
+    twice = Pass(torch.cat([whole.x_t, whole.x_t]), torch.arange(4), (whole.terms[1], Term("retain", whole.x_t, torch.ones(2), start=2)))
+    nothing = a_pass([0.0, 0.0], [0.0, 0.0])
+    assert twice.by_role() == [twice]
+    assert nothing.by_role() == [nothing]
+
+
+def test_terms_of_other_rows_are_told_apart():
+    """ReTrack's two branches: on a CPU a call for each holds half the activations."""
+    rows = torch.arange(5.0).view(-1, 1, 1, 1).expand(-1, 1, 8, 8)
+    forget = Term("forget", rows[:2] + 0.25, torch.ones(2), spread=torch.tensor([7.0, 8.0]), scale=0.1)
+    retain = Term("retain", rows[2:] + 0.5, torch.ones(3), start=2, scale=0.9)
+    parts = Pass(rows, torch.arange(5), (forget, retain), {"labels": torch.arange(5)}).by_role()
+    assert [part.timesteps.tolist() for part in parts] == [part.kwargs["labels"].tolist() for part in parts] == [[0, 1], [2, 3, 4]]
+    for part, whole in zip(parts, (forget, retain), strict=True):
+        (term,) = part.terms
+        assert (term.start, term.scale, term.role) == (0, whole.scale, whole.role)
+        torch.testing.assert_close(term.target, whole.target, rtol=0, atol=0)
+    assert parts[0].terms[0].spread.tolist() == [7.0, 8.0]
 
 
 def far_apart(dtype=torch.float64):

@@ -212,6 +212,7 @@ CHANGES = {
     "micro_batch_size": lambda run: setattr(run, "micro_batch_size", 2),
     "method": lambda run: setattr(run, "method", SISS(scaling_norm=0.1)),
     "eval()": lambda run: run.model.eval(),
+    "eval() of a part": lambda run: next(run.model.children()).eval(),
     "weight_decay": lambda run: run.optimizer.param_groups[0].update(weight_decay=0.5),
     "requires_grad": lambda run: next(run.model.parameters()).requires_grad_(False),
     "memory of a parameter": swap_memory,

@@ -9,6 +9,7 @@ from torch import nn
 
 from fastunlearn import SISS, Draws, EraseDiff, ImageStore, ReTrack, Unlearner, Vanilla, erasediff_step, neggrad_step, retrack_step, siss_step, vanilla_step
 from fastunlearn import functional as F
+from fastunlearn.methods import Batch
 from fastunlearn.testing.factories import TinyDenoiser, linear_schedule, redirect_inputs
 
 SCHEDULE = linear_schedule()
@@ -67,6 +68,34 @@ def test_loss_scaling_changes_no_update(step):
         step(model, optimizer, SCHEDULE, images(0), images(1), generator=torch.Generator().manual_seed(0), grad_scaler=scaler, max_grad_norm=None)
     start = flat(TinyDenoiser())
     torch.testing.assert_close(flat(models[0]) - start, flat(models[1]) - start, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("step", [siss_step, erasediff_step])
+def test_what_is_left_to_the_caller_is_scaled_and_what_is_reported_is_not(step):
+    reports, flats = [], []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=2.0**12)):
+        model = TinyDenoiser()
+        reports.append(step(model, None, SCHEDULE, images(0), images(1), generator=torch.Generator().manual_seed(0), grad_scaler=scaler))
+        flats.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    for name, value in reports[0]._asdict().items():
+        torch.testing.assert_close(getattr(reports[1], name), value, rtol=1e-4, atol=1e-5, msg=name)
+    torch.testing.assert_close(flats[1], flats[0] * 2.0**12, rtol=1e-3, atol=1.0)
+
+
+def test_weights_at_the_end_of_float64_make_a_step():
+    """Forget weights of 1e-310: a factor for them overflows, their share of the loss does not."""
+    noise, timesteps = torch.zeros(SHAPE), torch.full((4,), 300)
+    draws = Draws(forget_noise=noise, retain_noise=noise, forget_timesteps=timesteps, retain_timesteps=timesteps, from_forget=torch.zeros(4, dtype=torch.bool))
+    rho = float(SCHEDULE.alpha[300] / SCHEDULE.sigma[300])
+    offset = (2 * 712.0) ** 0.5 / rho / 8  # ||retain - forget||^2 over 64 elements makes u = -712
+    retain = torch.zeros(SHAPE)
+    (whole,) = SISS().compose(Batch(retain + offset, retain), draws, SCHEDULE)
+    assert 0 < whole.terms[0].unit < 1e-307
+    model = TinyDenoiser()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    out = siss_step(model, optimizer, SCHEDULE, retain + offset, retain, draws=draws)
+    assert not out.skipped
+    assert torch.isfinite(out.loss)
 
 
 # --- autocast and dtypes ---------------------------------------------------------------------------------------------------------
@@ -233,6 +262,8 @@ def test_refused(call, text):
     [
         (lambda *a: vanilla_step(*a, images(0), draws=Draws(retain_noise=images(0, torch.float64))), r"draws.retain_noise: expected the dtype of retain"),
         (lambda *a: siss_step(*a, images(0, torch.float64), images(0)), r"forget: expected the dtype of retain, torch.float32, got torch.float64"),
+        (lambda *a: vanilla_step(*a, images(0), grad_scaler=1024.0), r"grad_scaler: expected a torch.amp.GradScaler or None, got 1024.0"),
+        (lambda *a: vanilla_step(*a, images(0), process_group="world"), r"process_group: expected a torch.distributed.ProcessGroup or None, got 'world'"),
     ],
 )
 def test_mixed_dtypes_are_refused_before_the_network(call, text):

@@ -139,3 +139,30 @@ def test_loss_scaling_changes_no_number(method):
         if getattr(one, name) is not None:
             torch.testing.assert_close(getattr(one, name), getattr(two, name), rtol=1e-4, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
     torch.testing.assert_close(state(plain), state(scaled), rtol=0, atol=1e-5)
+
+
+def test_an_ema_that_fails_once_does_not_shift_the_draws():
+    class FailsOnce:
+        failures = 1
+
+        def step(self, parameters):
+            if self.failures:
+                self.failures -= 1
+                raise KeyboardInterrupt
+
+    plain, interrupted = make(ReTrack(k=2)), make(ReTrack(k=2), ema=FailsOnce(), residency="host")
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.step()
+    plain.step()
+    for _ in range(2):
+        assert plain.step().loss == interrupted.step().loss
+    assert plain.step_index == interrupted.step_index == 3
+    assert int(interrupted._counter[1]) == 3
+
+
+def test_images_and_latents_do_not_mix():
+    images = torch.rand(8, 1, 8, 8)
+    model = TinyDenoiser()
+    stores = {"forget": ImageStore(images[:2]), "retain": ImageStore(images[2:], latents=True)}
+    with pytest.raises(ValueError, match="forget: expected latents, as in retain, got images"):
+        Unlearner(model, torch.optim.SGD(model.parameters(), lr=0.1), SCHEDULE, EraseDiff(), **stores)

@@ -38,7 +38,7 @@ class Term:
     start: int = 0
     spread: Tensor | None = None  # [B]
     scale: float = 1.0
-    unit: Tensor | None = None  # 0-d: the weights were divided by it, so that tiny ones survive float32; it cancels in a rescaling
+    unit: Tensor | None = None  # 0-d, >= 0: the weights were divided by it (0: they are 0), so that tiny ones survive float32; it cancels in a rescaling
 
     @property
     def stop(self) -> int:
@@ -80,26 +80,31 @@ class Pass:
         return parts
 
     def by_role(self) -> list[Pass]:
-        """The same work in up to three calls: rows that only the forget gradient needs, rows that both need, rows that only the retain gradient needs.
+        """The same work in up to three calls: rows that only the forget terms need, rows that both need, rows that only the retain terms need.
 
-        A row of weight zero takes part in no backward pass of that role. The number of such rows is data, so this is for CPUs, where reading
-        it is no wait. Only for passes of two terms that share all rows; others come back as they are.
+        A row outside a term, or of weight zero in it, takes no backward pass for it; and several small calls hold fewer activations than a large one. How
+        many rows there are of each kind is data, so this is for CPUs, where reading it is no wait. A pass with two terms of a role comes back as it is.
         """
-        if len(self.terms) != 2 or any(len(term.target) != len(self.x_t) for term in self.terms) or self.terms[0].role == self.terms[1].role:
+        if len({term.role for term in self.terms}) < len(self.terms):
             return [self]
-        needed = {term.role: term.weight.tolist() for term in self.terms}
+        needed = {term.role: {term.start + row for row, weight in enumerate(term.weight.tolist()) if weight != 0} for term in self.terms}
         parts = []
         for roles in ({"forget"}, {"forget", "retain"}, {"retain"}):
-            rows = [row for row in range(len(self.x_t)) if {role for role in needed if needed[role][row] != 0} == roles]
+            rows = [row for row in range(len(self.x_t)) if {role for role in needed if row in needed[role]} == roles]
             if rows:
-                parts.append(self._select(torch.tensor(rows), roles))
-        return parts
+                parts.append(self._select(rows, roles))
+        return parts or [self]
 
-    def _select(self, rows: Tensor, roles: set[str]) -> Pass:
+    def _select(self, rows: list[int], roles: set[str]) -> Pass:
         if len(rows) == len(self.x_t):
             return replace(self, terms=tuple(term for term in self.terms if term.role in roles))
-        terms = tuple(replace(term, target=term.target[rows], weight=term.weight[rows]) for term in self.terms if term.role in roles)
-        return Pass(self.x_t[rows], self.timesteps[rows], terms, map_tensors(lambda value: value[rows], self.kwargs))
+        at, terms = torch.tensor(rows), []
+        for term in self.terms:
+            if term.role in roles:
+                own = at - term.start
+                spread = None if term.spread is None else term.spread[own]
+                terms.append(replace(term, target=term.target[own], weight=term.weight[own], spread=spread, start=0))
+        return Pass(self.x_t[at], self.timesteps[at], tuple(terms), map_tensors(lambda value: value[at], self.kwargs))
 
 
 class Method:

@@ -67,8 +67,7 @@ class SISS(Method):
         sample = F.mixture(batch.retain, batch.forget, noise, timesteps, schedule, self.lambd, draws.from_forget)
         # The rescaling cancels a common factor of the forget weights. Taking it out keeps tiny weights out of float32's subnormal numbers.
         unit = sample.forget_weight.amax()
-        unit = torch.where(unit > 0, unit, torch.ones_like(unit))
-        relative = _without_negligible(sample.forget_weight / unit)
+        relative = _without_negligible(sample.forget_weight / torch.where(unit > 0, unit, torch.ones_like(unit)))
         terms = (
             Term("forget", sample.forget_target, relative / len(relative), unit=unit),
             Term("retain", sample.retain_target, _without_negligible(sample.retain_weight) / len(relative)),

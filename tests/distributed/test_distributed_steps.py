@@ -58,6 +58,14 @@ def test_processes_whose_rows_need_different_passes(pair: Team, micro_batch_size
     assert_same(pair.run(own_loop, "siss", False, "group", micro_batch_size), own_loop("siss", True, "group", micro_batch_size))
 
 
+@pytest.mark.parametrize("micro_batch_size", [None, 2])
+def test_a_process_without_a_forget_weight(pair: Team, micro_batch_size: int | None):
+    """Where the forget weights of one process underflow, the other's tiny ones make the gradient: it is rescaled to norm 5 all the same."""
+    expected = own_loop("faint siss", True, "group", micro_batch_size)
+    assert all(0 < report["correction_norm"] < 1e-16 for report in expected[1])
+    assert_same(pair.run(own_loop, "faint siss", False, "group", micro_batch_size), expected)
+
+
 @pytest.mark.parametrize("method", [ReTrack(k=2, lambd=0.3), EraseDiff()], ids=str)
 def test_each_process_draws_its_own_rows_of_the_batch(pair: Team, method):
     """The papers' code gives every process the same rows. Here each has its share of what a single process draws."""

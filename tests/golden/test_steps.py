@@ -202,12 +202,9 @@ def _rows_of(run: Run, s: int, branch: str, calls: list[tuple[Tensor, Tensor]]) 
         at = torch.cdist(noisy.flatten(1), given.flatten(1)).argmin(dim=1)
         assert relative_error(given[at], noisy) <= SCALARS
         return rows, returned[at]
-    calls = [returned for _, returned in calls]
-    if method == "retrack":  # one forward: forget rows, then retain rows
-        return everything, calls[0][:batch] if branch == "knn" else calls[0][batch:]
-    if method == "erasediff":
-        return everything, calls[0 if branch == "deletion" else 1]
-    return everything, calls[0]
+    calls = torch.cat([returned for _, returned in calls])  # forget rows, then retain rows
+    forget_first = (method == "retrack" and branch == "knn") or (method == "erasediff" and branch == "deletion")
+    return everything, calls[:batch] if forget_first else calls[-batch:]
 
 
 def _scalars(run: Run) -> dict[str, str]:

@@ -1,0 +1,142 @@
+"""`torch.compile` for a step: a function of the network as one graph, or the blocks that a network repeats."""
+
+from __future__ import annotations
+
+import logging
+import time
+import types
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+log = logging.getLogger("fastunlearn")
+
+Compile = bool | Literal["try", "regional"]  # True: a failure is an error; "try": it is logged, and the network runs eagerly
+BACKEND = "inductor"  # of torch.compile
+VARIANTS = 64  # sets of shapes, dtypes and terms that one network is compiled for; torch gives up after 8, micro-batches and several methods need more
+REGIONAL_FROM = 300_000_000  # parameters
+
+
+class _Network:
+    """What is compiled for one network."""
+
+    def __init__(self):
+        self.automatic: Compile | None = None  # what compile=None means for it
+        self.functions: dict[Callable, Callable] = {}
+        self.blocks: list[tuple[nn.Module, Callable]] | None = None  # with their compiled calls
+        self.failed = False
+        self.seconds: dict[Any, float] = {}  # of first calls
+
+
+_NETWORKS: weakref.WeakKeyDictionary[nn.Module, _Network] = weakref.WeakKeyDictionary()
+
+
+def _of(model: nn.Module) -> _Network:
+    return _NETWORKS.get(model) or _NETWORKS.setdefault(model, _Network())
+
+
+def resolve_compile(requested: Compile | None, model: Callable, device: torch.device) -> Compile:
+    """What `compile=None` means for `model`: on for GPUs (blocks only, where a network is big and names those that it repeats), off for CPUs.
+
+    Raises:
+        TypeError: compiling was asked for, and the model is no `torch.nn.Module`.
+    """
+    if requested is None:
+        if device.type == "cpu" or not isinstance(model, nn.Module):
+            return False
+        network = _of(model)
+        if network.automatic is None:
+            big = sum(parameter.numel() for parameter in model.parameters()) >= REGIONAL_FROM
+            network.automatic = "regional" if big and getattr(model, "_repeated_blocks", None) else True
+        return network.automatic
+    if requested and not isinstance(model, nn.Module):
+        raise TypeError(f"compile: expected a torch.nn.Module as model, got {type(model).__name__}")
+    return requested
+
+
+def whole(model: nn.Module, function: Callable, arguments: tuple, *, required: bool) -> Any | None:
+    """`function(model, *arguments)`, compiled as one graph at its first call for each set of shapes and dtypes.
+
+    None where compilation failed and is not `required`: then, and at all later calls.
+
+    Raises:
+        RuntimeError: compilation failed, and is required.
+    """
+    network = _of(model)
+    if network.failed and not required:
+        return None
+    if function not in network.functions:
+        # TorchDynamo keeps what it compiled, and counts how often it did, by code object: a copy of the code for each network, which goes with it.
+        copied = types.FunctionType(function.__code__.replace(), function.__globals__)
+        network.functions[function] = torch.compile(copied, fullgraph=True, dynamic=False, backend=BACKEND)
+    try:
+        with _timed(network, model, arguments), _limits():
+            return network.functions[function](model, *arguments)
+    except Exception as error:
+        shape = tuple(_pytree.tree_leaves(arguments)[0].shape)
+        what = f"torch.compile failed on {type(model).__name__} with {shape}: {type(error).__name__}: {error}"
+        if required:
+            raise RuntimeError(f"compile: {what}\ncompile='try' runs the network eagerly in that case, compile=False always") from error
+        log.warning("%s; the network runs eagerly", what)
+        network.failed = True
+        return None
+
+
+def by_blocks(model: nn.Module, function: Callable, arguments: tuple) -> Any:
+    """`function(model, *arguments)`, with those blocks compiled that a diffusers network repeats: once for all of them, minutes less than a whole network
+    of hundreds of millions of weights takes. Outside of this call the network is as it was.
+
+    Raises:
+        ValueError: the network does not say which blocks it repeats.
+        RuntimeError: compilation failed.
+    """
+    network = _of(model)
+    if network.blocks is None:
+        if not getattr(model, "_repeated_blocks", None):
+            raise ValueError(f"compile: expected a diffusers network that names its repeated blocks for 'regional', got {type(model).__name__}")
+        before = {module for module in model.modules() if module._compiled_call_impl is not None}
+        model.compile_repeated_blocks(fullgraph=True, dynamic=False, backend=BACKEND)
+        compiled = [module for module in model.modules() if module._compiled_call_impl is not None and module not in before]
+        network.blocks = [(module, module._compiled_call_impl) for module in compiled]
+    try:
+        for module, call in network.blocks:
+            module._compiled_call_impl = call
+        with _timed(network, model, arguments), _limits():
+            return function(model, *arguments)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        what = f"torch.compile failed on the blocks of {type(model).__name__}: {type(error).__name__}: {error}"
+        raise RuntimeError(f"compile: {what}\ncompile=False runs the network eagerly") from error
+    finally:
+        for module, _ in network.blocks:
+            module._compiled_call_impl = None
+
+
+@contextmanager
+def _limits() -> Iterator[None]:
+    """Graphs whose buffers a second backward pass over them finds (functorch would hand them to the first one for reuse), for as many shapes as needed."""
+    with torch._functorch.config.patch(donated_buffer=False), torch._dynamo.config.patch(recompile_limit=VARIANTS):
+        yield
+
+
+@contextmanager
+def _timed(network: _Network, model: nn.Module, arguments: tuple) -> Iterator[None]:
+    """Notes what the first call for these shapes and constants takes."""
+    key = tuple((tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in _pytree.tree_leaves(arguments))
+    if key in network.seconds:
+        yield
+        return
+    started = time.perf_counter()
+    yield
+    network.seconds[key] = time.perf_counter() - started
+    log.info("compiled %s: the first forward pass took %.1f s", type(model).__name__, network.seconds[key])
+
+
+def compile_seconds(model: Callable) -> float:
+    """What the first calls of the compiled `model` took, together; what the first backward pass adds is not in it."""
+    network = _NETWORKS.get(model) if isinstance(model, nn.Module) else None
+    return sum(network.seconds.values()) if network else 0.0
