@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 import types
@@ -56,7 +57,15 @@ def resolve_compile(requested: Compile | None, model: Callable, device: torch.de
         return network.automatic
     if requested and not isinstance(model, nn.Module):
         raise TypeError(f"compile: expected a torch.nn.Module as model, got {type(model).__name__}")
+    if requested and device.type == "cpu":
+        _warn_of_cpu()
     return requested
+
+
+@functools.cache
+def _warn_of_cpu() -> None:
+    # Inductor of torch 2.13: zero gradients for every weight before the first upsampling, at every layout; aot_eager is right (bench/results/README.md).
+    log.warning("compile: on a CPU torch.compile gave wrong gradients for the papers' MNIST network; compare them with compile=False before you rely on it")
 
 
 def whole(model: nn.Module, function: Callable, arguments: tuple, *, required: bool) -> Any | None:
