@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import time
 import types
@@ -57,15 +56,7 @@ def resolve_compile(requested: Compile | None, model: Callable, device: torch.de
         return network.automatic
     if requested and not isinstance(model, nn.Module):
         raise TypeError(f"compile: expected a torch.nn.Module as model, got {type(model).__name__}")
-    if requested and device.type == "cpu":
-        _warn_of_cpu()
     return requested
-
-
-@functools.cache
-def _warn_of_cpu() -> None:
-    # Inductor of torch 2.13: zero gradients for every weight before the first upsampling, at every layout; aot_eager is right (bench/results/README.md).
-    log.warning("compile: on a CPU torch.compile gave wrong gradients for the papers' MNIST network; compare them with compile=False before you rely on it")
 
 
 def whole(model: nn.Module, function: Callable, arguments: tuple, *, required: bool) -> Any | None:
@@ -82,7 +73,7 @@ def whole(model: nn.Module, function: Callable, arguments: tuple, *, required: b
     if function not in network.functions:
         # TorchDynamo keeps what it compiled, and counts how often it did, by code object: a copy of the code for each network, which goes with it.
         copied = types.FunctionType(function.__code__.replace(), function.__globals__)
-        network.functions[function] = torch.compile(copied, fullgraph=True, dynamic=False, backend=BACKEND)
+        network.functions[function] = torch.compile(copied, fullgraph=True, dynamic=False, backend=BACKEND, options=_options(model))
     try:
         with _timed(network, model, arguments), _limits():
             return network.functions[function](model, *arguments)
@@ -109,7 +100,7 @@ def by_blocks(model: nn.Module, function: Callable, arguments: tuple) -> Any:
         if not getattr(model, "_repeated_blocks", None):
             raise ValueError(f"compile: expected a diffusers network that names its repeated blocks for 'regional', got {type(model).__name__}")
         before = {module for module in model.modules() if module._compiled_call_impl is not None}
-        model.compile_repeated_blocks(fullgraph=True, dynamic=False, backend=BACKEND)
+        model.compile_repeated_blocks(fullgraph=True, dynamic=False, backend=BACKEND, options=_options(model))
         compiled = [module for module in model.modules() if module._compiled_call_impl is not None and module not in before]
         network.blocks = [(module, module._compiled_call_impl) for module in compiled]
     try:
@@ -123,6 +114,16 @@ def by_blocks(model: nn.Module, function: Callable, arguments: tuple) -> Any:
     finally:
         for module, _ in network.blocks:
             module._compiled_call_impl = None
+
+
+def _options(model: nn.Module) -> dict[str, Any] | None:
+    """Of the backend. On CPUs inductor (torch 2.13) loses gradients of channels-last convolutions, and would make all of them channels-last by itself."""
+    if BACKEND != "inductor" or any(parameter.device.type != "cpu" for parameter in model.parameters()):
+        return None
+    if any(parameter.ndim == 4 and not parameter.is_contiguous() for parameter in model.parameters()):
+        what = f"on a CPU torch.compile gave wrong gradients for a network in channels-last, as this {type(model).__name__} is"
+        log.warning("compile: %s; compare them with compile=False, or use contiguous weights", what)
+    return {"layout_optimization": False}
 
 
 @contextmanager

@@ -308,6 +308,17 @@ def test_by_default_gpus_compile_and_cpus_do_not(monkeypatch):
     assert compilation.resolve_compile(None, nn.Linear(40, 40), gpu) is True  # names no blocks
 
 
+def test_a_channels_last_network_on_a_cpu_is_warned_of(monkeypatch, caplog):
+    """Inductor of torch 2.13 loses gradients of channels-last convolutions there, and makes contiguous ones channels-last unless told otherwise."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: asked.append(options) or function)
+    asked, images = [], torch.zeros(2, 1, 8, 8)
+    for model, warned in ((TinyDenoiser(), False), (TinyDenoiser().to(memory_format=torch.channels_last), True)):
+        with caplog.at_level(logging.WARNING, "fastunlearn"):
+            vanilla_step(model, None, SCHEDULE, images, compile=True)
+        assert asked.pop()["options"] == {"layout_optimization": False}
+        assert ("gave wrong gradients for a network in channels-last" in caplog.text) == warned
+
+
 # --- the real backend ------------------------------------------------------------------------------------------------------------
 
 
