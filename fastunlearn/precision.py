@@ -25,16 +25,8 @@ def resolve_autocast(requested: Literal["auto"] | torch.dtype | None, device: to
     Raises:
         TypeError, ValueError: `requested` is something else.
     """
-    if requested is None:
-        return None
-    if isinstance(requested, torch.dtype):
-        if requested not in AUTOCAST_DTYPES:
-            raise ValueError(f"autocast_dtype: expected torch.bfloat16, torch.float16, 'auto' or None, got {requested}")
+    if requested is None or not _is_auto("autocast_dtype", requested, AUTOCAST_DTYPES, "torch.bfloat16, torch.float16, 'auto' or None"):
         return requested
-    if not isinstance(requested, str):
-        raise TypeError(f"autocast_dtype: expected torch.bfloat16, torch.float16, 'auto' or None, got {_check.describe(requested)}")
-    if requested != "auto":
-        raise ValueError(f"autocast_dtype: expected torch.bfloat16, torch.float16, 'auto' or None, got {requested!r}")
     device = torch.device(device)
     if device.type != "cuda":
         return None
@@ -52,15 +44,22 @@ def memory_format(requested: Literal["auto"] | torch.memory_format, device: torc
     Raises:
         TypeError, ValueError: `requested` is something else.
     """
-    if isinstance(requested, torch.memory_format):
-        if requested not in MEMORY_FORMATS:
-            raise ValueError(f"memory_format: expected torch.channels_last, torch.contiguous_format or 'auto', got {requested}")
+    if not _is_auto("memory_format", requested, MEMORY_FORMATS, "torch.channels_last, torch.contiguous_format or 'auto'"):
         return requested
-    if not isinstance(requested, str):
-        raise TypeError(f"memory_format: expected torch.channels_last, torch.contiguous_format or 'auto', got {_check.describe(requested)}")
-    if requested != "auto":
-        raise ValueError(f"memory_format: expected torch.channels_last, torch.contiguous_format or 'auto', got {requested!r}")
     return torch.channels_last if torch.device(device).type == "cuda" else torch.contiguous_format
+
+
+def _is_auto(argument: str, requested, choices: tuple, expected: str) -> bool:
+    """Whether `requested` is `"auto"` and not one of `choices`; anything else is refused."""
+    if isinstance(requested, type(choices[0])):
+        if requested not in choices:
+            raise ValueError(f"{argument}: expected {expected}, got {requested}")
+        return False
+    if not isinstance(requested, str):
+        raise TypeError(f"{argument}: expected {expected}, got {_check.describe(requested)}")
+    if requested != "auto":
+        raise ValueError(f"{argument}: expected {expected}, got {requested!r}")
+    return True
 
 
 @contextmanager
