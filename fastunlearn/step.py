@@ -18,9 +18,11 @@ from . import draws as draw
 from .compilation import Compile, resolve_compile
 from .draws import Draws
 from .evaluation import evaluate
-from .gradients import Accumulator, Combined, clipping, reduce_mean, total_norm, update
+from .gradients import Accumulator, clipping, total_norm, update
+from .losses import Losses
 from .methods import SISS, Batch, EraseDiff, Method, NegGrad, Pass, ReTrack, Vanilla
 from .methods.base import map_tensors
+from .precision import AUTOCAST_DTYPES
 from .profiling import stage
 from .schedule import NoiseSchedule
 
@@ -67,7 +69,7 @@ def take_step(
 
     with stage("compose"):
         passes = method.compose(batch, draws, schedule)
-        losses = _Losses(passes, process_group)
+        losses = Losses(passes, process_group)
         apart = method.combine is not None
         # Which rows a term needs is data: on an accelerator, reading it would be a wait, and under torch.compile every number of rows a compilation.
         passes, in_place = _arrange(passes, micro_batch_size, apart=apart, by_role=device.type == "cpu" and not compile, alone=process_group is None)
@@ -119,50 +121,6 @@ def _arrange(whole: list[Pass], micro_batch_size: int | None, *, apart: bool, by
     # Several processes reduce their gradients in the same order: what decides it must not depend on the rows that one of them has.
     decisive = passes if alone else split(whole)
     return passes, sum(len(part.roles) > 1 for part in decisive) <= 1
-
-
-class _Losses:
-    """Sums of the terms' losses over the passes of a step, on the device: those of this process, until `result` makes them everyone's."""
-
-    def __init__(self, passes: list[Pass], group: dist.ProcessGroup | None):
-        terms = [term for part in passes for term in part.terms]
-        self._group = group
-        self._scales = {term.role: term.scale for term in terms}
-        self._sums: dict[str, Tensor] = {}
-        units = [term.unit for term in terms if term.unit is not None]
-        self.unit: Tensor | float = 1.0  # of the forget term, of all processes
-        self.unit_ratio: Tensor | None = None  # what turns weights in units of this process into weights in units of all
-        if units:
-            unit = units[0].clone()
-            if group is not None:
-                dist.all_reduce(unit, op=dist.ReduceOp.MAX, group=group)
-            self.unit = torch.where(unit > 0, unit, torch.ones_like(unit))
-            self.unit_ratio = None if group is None else units[0] / self.unit
-
-    def add(self, part: Pass, losses: list[Tensor]) -> None:
-        """`losses`: `[B]` for each term of `part`, the weighted squared errors of its rows, without its scale and unit."""
-        for term, loss in zip(part.terms, losses, strict=True):
-            total = loss.sum()
-            if term.spread is not None:
-                total = total + (term.weight * term.spread).sum()
-            self._sums[term.role] = self._sums[term.role] + total if term.role in self._sums else total
-
-    def result(self, combined: Combined) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss and the mean of each role. The loss is the sum of the scaled means; with two gradients `retain - factor * forget`."""
-        nothing = torch.zeros_like(next(iter(self._sums.values())))
-        means = {role: self._sums.get(role, nothing) for role in self._scales}
-        if self.unit_ratio is not None:
-            means["forget"] = means["forget"] * self.unit_ratio
-        if self._group is not None:
-            everyones = torch.stack(list(means.values())).double()  # of one dtype in all processes
-            reduce_mean([everyones], self._group)
-            means = dict(zip(means, everyones.unbind(), strict=True))
-        if combined.applied_factor is None:
-            loss = sum(self._scales[role] * mean for role, mean in means.items())
-        else:
-            loss = means["retain"] - combined.applied_factor * means["forget"]  # in units of the forget term, which may be too small to divide by
-            means["forget"] = means["forget"] * self.unit
-        return loss, means
 
 
 def unwrapped(model: Callable) -> Callable:
@@ -229,7 +187,7 @@ def check_options(model, schedule, max_grad_norm, micro_batch_size, autocast_dty
         _check.number("max_grad_norm", max_grad_norm, low=0, low_open=True)
     if micro_batch_size is not None:
         _check.integer("micro_batch_size", micro_batch_size, low=1)
-    if autocast_dtype is not None and autocast_dtype not in (torch.bfloat16, torch.float16):
+    if autocast_dtype is not None and autocast_dtype not in AUTOCAST_DTYPES:
         raise ValueError(f"autocast_dtype: expected torch.bfloat16, torch.float16 or None, got {autocast_dtype!r}")
     if grad_scaler is not None and not isinstance(grad_scaler, torch.amp.GradScaler):
         raise TypeError(f"grad_scaler: expected a torch.amp.GradScaler or None, got {_check.describe(grad_scaler)}")

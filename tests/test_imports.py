@@ -17,7 +17,7 @@ LAYERS = [
     {"functional", "neighbor_search", "neighbors", "feeds"},
     {"draws", "gradients"},
     {"methods"},
-    {"evaluation", "compilation", "attention"},
+    {"evaluation", "compilation", "attention", "losses"},
     {"step"},
     {"replay"},
     {"unlearner"},
