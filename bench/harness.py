@@ -17,7 +17,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fastunlearn.ops._backends import find_kernel
+from fastunlearn.ops import _backends
 
 COPY_BYTES = 1 << 30
 _CPU_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
@@ -135,7 +135,7 @@ def kernel_name(op: str, device: torch.device) -> str:
         LookupError: nothing but plain torch; the message says why.
     """
     try:
-        kernel = find_kernel(op, device, (), required=True)
+        kernel = _backends.find_kernel(op, device, (), required=True)
     except RuntimeError as error:
         raise LookupError(str(error)) from None
     if not isinstance(kernel, torch._ops.OpOverload):
@@ -148,7 +148,7 @@ def kernel_name(op: str, device: torch.device) -> str:
 def filling(op: str, module: ModuleType, arguments: tuple) -> Callable[[], tuple[Tensor, ...]]:
     """The kernel of `op` (defined in `module`) alone: into outputs that exist already, as in a CUDA graph, without the dispatcher."""
     device = next(value.device for value in arguments if isinstance(value, Tensor))
-    kernel, outputs = find_kernel(op, device, arguments, required=True), module._empty(*arguments)
+    kernel, outputs = _backends.find_kernel(op, device, arguments, required=True), module._empty(*arguments)
     prepared = module._prepare(arguments, outputs)
 
     def fill() -> tuple[Tensor, ...]:

@@ -66,6 +66,9 @@ class CudaGraphs:
         return graph.replay
 
 
+RECORDERS: dict[str, Callable[[torch.device], Graphs]] = {"cuda": CudaGraphs}  # by type of device; rehearsals add tapes for CPUs
+
+
 class Replay:
     """Takes steps: the first few eagerly, then one that is captured, and from then on replays of it.
 
@@ -239,11 +242,11 @@ def make_replay(
     """
     if requested not in (None, True, False):
         raise TypeError(f"replay: expected None, True or False, got {requested!r}")
-    if requested is False or (requested is None and device.type != "cuda"):
+    if requested is False or (requested is None and device.type not in RECORDERS):
         return None
     obstacle = _obstacle(model, optimizer, device) or forbidden
     if obstacle is None:
-        return Replay(CudaGraphs(device), optimizer, [*model.parameters(), *model.buffers()], required=bool(requested))
+        return Replay(RECORDERS[device.type](device), optimizer, [*model.parameters(), *model.buffers()], required=bool(requested))
     if requested:
         raise ValueError(f"replay: expected a step that a CUDA graph can hold, got {obstacle}")
     log.info("replay: the step runs eagerly: %s", obstacle)
@@ -252,7 +255,7 @@ def make_replay(
 
 def _obstacle(model: Callable, optimizer: torch.optim.Optimizer, device: torch.device) -> str | None:
     """What of a run a CUDA graph cannot hold; None: nothing."""
-    if device.type != "cuda":
+    if device.type not in RECORDERS:
         return f"parameters on {device}"
     if type(optimizer) not in CAPTURABLE or not all(group.get("fused") for group in optimizer.param_groups):
         names = ", ".join(f"{kind.__name__}(fused=True)" for kind in CAPTURABLE)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..store import network_input
-from ._backends import find_kernel
+from . import _backends
 
 BACKENDS = ("auto", "kernels", "eager", "reference")
 LIBRARY = torch.library.Library("fastunlearn", "DEF")
@@ -46,7 +46,7 @@ def define(
             if other.device != tensor.device:
                 raise ValueError(f"{name}: expected all tensors on one device, got {tensor.device} and {other.device}")
         wanted = backend()
-        kernel = None if wanted == "eager" else find_kernel(name, tensor.device, args, required=wanted == "kernels")
+        kernel = None if wanted == "eager" else _backends.find_kernel(name, tensor.device, args, required=wanted == "kernels")
         if kernel is None:
             with torch.autocast(tensor.device.type, enabled=False):  # ops keep their own precision
                 return _one_or_all(eager(*args))

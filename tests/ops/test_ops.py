@@ -14,6 +14,7 @@ from fastunlearn.testing.budgets import assert_within_budget
 from fastunlearn.testing.factories import linear_schedule, mixture_inputs, redirect_inputs
 
 SCHEDULE = linear_schedule()
+pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 needs_kernels = pytest.mark.skipif(DEVICE.type == "cpu" and not extension("_C"), reason=f"the C++ extension is not built; build it with: {build_command()}")
 
