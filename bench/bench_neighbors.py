@@ -23,6 +23,8 @@ from torch import Tensor
 
 from fastunlearn.neighbors import nearest_neighbors
 
+from .comparison import Row
+
 DIGITS = Path(os.environ.get("FASTUNLEARN_MNIST", Path(__file__).parents[2] / "shared" / "data" / "mnist_tshirt_train.npz"))
 SOURCE = "mnist" if DIGITS.exists() else "synthetic"
 K = 10
@@ -94,8 +96,8 @@ def distances_to(forget: Tensor, retain: Tensor, index: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(("kind", "num_forget"), CASES)
-def test_neighbors(benchmark, digits, threads, kind: str, num_forget: int):
-    """`extra_info` holds the medians of runs that took turns, how many times longer each contestant takes than ours, and our operations per second."""
+def test_neighbors(benchmark, digits, threads, journal, kind: str, num_forget: int):
+    """A row for each contestant: medians of runs that took turns."""
     forget, retain = digits[0][:num_forget], digits[1]
     searches = contestants(forget, retain, kind)
     gate(forget, retain, searches)
@@ -110,6 +112,17 @@ def test_neighbors(benchmark, digits, threads, kind: str, num_forget: int):
     benchmark.group = f"one round of all, {K} neighbours of {num_forget:,} {kind} rows among {len(retain):,}, {SOURCE}"
     benchmark.pedantic(one_round, rounds=ROUNDS, iterations=1)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
+    shape = f"{num_forget} x {len(retain)} x {retain.shape[1]}"
+    journal.add(
+        Row(
+            *("nearest_neighbors", shape, f"{kind}, K {K}, {SOURCE}", name, "C++" if name == OURS else ""),
+            seconds=median,
+            best=min(seconds[name]),
+            samples=ROUNDS,
+            times_faster={other: value / median for other, value in medians.items() if other != name},
+        )
+        for name, median in medians.items()
+    )
     ratios = {f"{name} / {OURS}": value / medians[OURS] for name, value in medians.items() if name != OURS}
     operations = 2 * len(forget) * retain.numel()  # the floor: a multiplication and an addition for each pair of values
     benchmark.extra_info.update(source=SOURCE, threads=threads, medians=medians, operations_per_second=operations / medians[OURS], **ratios)

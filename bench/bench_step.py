@@ -6,6 +6,8 @@ and the CIFAR-10 network. `--full` adds the other pairs, torch.compile and, on a
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 
 from .steps.networks import METHODS, NETWORKS, SMOKE
@@ -22,7 +24,9 @@ def _cases() -> list:
 def test_step(compare_steps, network, method, precision):
     if compare_steps.options.smoke != (network == SMOKE):
         pytest.skip("another network runs" if compare_steps.options.smoke else "the network of --smoke")
-    gpu = compare_steps.device.type == "cuda"
+    if NETWORKS[network].needs_diffusers and importlib.util.find_spec("diffusers") is None:
+        pytest.skip("needs diffusers")
+    gpu = compare_steps.accelerator is not None
     if precision == "bfloat16" and not gpu:
         pytest.skip("bfloat16 runs on a GPU: the networks are float32 on a CPU, where the papers run them, too")
     if network in (("small",) if gpu else ("cifar", "celeba", "sd")):

@@ -15,11 +15,14 @@ from fastunlearn.testing.budgets import assert_within_budget
 
 from . import devices, harness
 from .cases import SMOKE, Shape, on_device
+from .journal import Journal
+from .ready import EVERYTHING, Ready
 
 Call = Callable[[], Sequence[Tensor]]
 PAPERS, PAPERS_ROWS, EAGER, COMPILED = "papers", "papers+rows", "eager", "compiled"
 KERNEL, FILL = "kernel", "kernel alone"  # through the op; into outputs that exist already
 KERNEL_BY_AUTOGRAD = "kernel, autograd"  # where the caller asks for the loss and calls backward()
+OURS = (KERNEL, FILL, KERNEL_BY_AUTOGRAD)
 _COMPILED_SHAPES, _COMPILED_JOBS = ("cifar", "celeba"), ("tensors", "float32", "low 1/4")  # under torch.compile, in a default run on a GPU
 
 
@@ -52,21 +55,27 @@ class Options:
     full: bool
     smoke: bool
     seconds: float
+    compile_only: bool = False  # nothing is timed
+    ready: Ready = EVERYTHING  # what inductor has compiled beforehand
 
 
 class Comparison:
     """The fixture `compare` of every benchmark of an op."""
 
-    def __init__(self, benchmark, yardstick: harness.Yardstick, options: Options, threads: int, rows: list[Row]):
-        self.benchmark, self.yardstick, self.options, self.threads, self.rows = benchmark, yardstick, options, threads, rows
+    def __init__(self, benchmark, yardstick: harness.Yardstick, options: Options, threads: int, journal: Journal):
+        self.benchmark, self.yardstick, self.options, self.threads, self.journal = benchmark, yardstick, options, threads, journal
 
     @property
     def device(self) -> torch.device:
         return self.yardstick.device
 
+    @property
+    def on_gpu(self) -> bool:
+        return self.yardstick.accelerator is not None
+
     def _compiles(self, shape: str, job: str) -> bool:
         """Inductor takes seconds a case, too long for all of them in a default run, and for any of them on a few CPU cores."""
-        return self.options.full or (self.device.type == "cuda" and shape.startswith(_COMPILED_SHAPES) and job in _COMPILED_JOBS)
+        return self.options.full or (self.on_gpu and shape.startswith(_COMPILED_SHAPES) and job in _COMPILED_JOBS)
 
     def shape(self, shape: Shape, neighbors: int = 0) -> Shape:
         """`shape` as this run times it."""
@@ -92,7 +101,7 @@ class Comparison:
         closed_form: ModuleType | Callable[..., Sequence[Tensor]],
         arguments: tuple,
     ) -> None:
-        """Checks, then times.
+        """Checks, then times. A contestant that fails is left out and its row says why; if it is one of ours, the benchmark fails in the end.
 
         Args:
             calls: the contestants.
@@ -102,13 +111,14 @@ class Comparison:
             flops: of matrix products, if they can be the bottleneck.
             closed_form, arguments: what the contestants `EAGER` and `COMPILED` call; or the module of the op, whose kernel is then timed alone, too.
         """
-        calls, took, missing = dict(calls), {}, {}
+        calls, failed, missing = dict(calls), {}, {}
         module = closed_form if isinstance(closed_form, ModuleType) else None
         formula = module._eager if module else closed_form
         calls[EAGER] = lambda: formula(*arguments)
-        if self._compiles(str(shape), job):
-            inductor, took = harness.compiled(formula)
-            calls[COMPILED] = lambda: inductor(*arguments)
+        took = self._add_compiled(op, str(shape), job, calls, failed, formula, arguments)
+        if self.options.compile_only:
+            return
+
         try:
             backend = "+".join(dict.fromkeys(harness.kernel_name(kernel, self.device) for kernel in kernels))
         except LookupError as error:
@@ -118,19 +128,28 @@ class Comparison:
         else:
             calls[KERNEL] = calls.pop(KERNEL)  # the last row of the table
             if module:
-                calls[FILL] = harness.filling(op, module, arguments)
-        for name, call in calls.items():
-            if name not in (PAPERS, PAPERS_ROWS):  # which was run in float64 against the reference, see `expect_equal`
-                gate(name, call)
+                calls[FILL] = lazily(lambda: harness.filling(op, module, arguments))
+
+        for name in list(calls):
+            try:
+                calls[name]()
+                # The papers' way was run in float64 against the reference, see `expect_equal`.
+                if name not in (PAPERS, PAPERS_ROWS):
+                    gate(name, calls[name])
+            except Exception as error:
+                failed[name] = f"{type(error).__name__}: {error}"
+                del calls[name]
+
         seconds = self._time(f"{op}, {job}", calls)
         copy_gbps = self.yardstick.bandwidth(statistics.median(seconds.pop("copy"))) / 1e9
         medians = {name: statistics.median(values) for name, values in seconds.items()}
         predicted = {device.name: device.floor_seconds(floor, flops) for device in devices.DEVICES}
+        rows = []
         for name, median in medians.items():
             gbps = floor / median / 1e9
-            self._add(
+            rows.append(
                 Row(
-                    *(op, str(shape), job, name, backend if name in (KERNEL, KERNEL_BY_AUTOGRAD, FILL) else "torch"),
+                    *(op, str(shape), job, name, backend if name in OURS else "torch"),
                     seconds=median,
                     best=min(seconds[name]),
                     samples=len(seconds[name]),
@@ -140,14 +159,46 @@ class Comparison:
                     copy_gbps=copy_gbps,
                     share=gbps / copy_gbps,
                     times_faster={other: value / median for other, value in medians.items() if other != name},
-                    launch_seconds=harness.launch_seconds(calls[name]) if name in (KERNEL, FILL) and self.device.type == "cuda" else None,
                     compile_seconds=took.get("seconds") if name == COMPILED else None,
                     predicted=predicted if name in (KERNEL, FILL) else None,
                 )
             )
-        for name, reason in missing.items():
-            self._add(Row(op, str(shape), job, name, backend, reason=reason, floor=floor, predicted=predicted))
-        self.benchmark.extra_info.update(device=str(self.device), threads=self.threads)
+        rows += [Row(op, str(shape), job, name, backend, reason=reason, floor=floor, predicted=predicted) for name, reason in missing.items()]
+        rows += [Row(op, str(shape), job, name, "none", reason=f"{name}: {reason}") for name, reason in failed.items()]
+        self.journal.add(rows)
+        self._measure_launches(rows, calls, failed)
+        self.benchmark.extra_info.update(device=str(self.device), threads=self.threads, rows=[asdict(row) for row in rows])
+        if wrong := [f"{name}: {failed[name]}" for name in OURS if name in failed]:
+            pytest.fail("; ".join(wrong))
+
+    def _add_compiled(
+        self, op: str, shape: str, job: str, calls: dict[str, Call], failed: dict[str, str], formula: Callable, arguments: tuple
+    ) -> dict[str, float]:
+        """The contestant `COMPILED`, where it takes part; a dict that gets the `seconds` of its first call."""
+        if not self._compiles(shape, job):
+            return {}
+        label = f"{op}, {shape}, {job}"
+        if label not in self.options.ready:
+            failed[COMPILED] = "left out: its compilation was not ready in time"
+            return {}
+        inductor, took = harness.compiled(formula)
+        calls[COMPILED] = lambda: inductor(*arguments)
+        if self.options.compile_only:
+            calls[COMPILED]()
+            self.options.ready.add(label)
+        return took
+
+    def _measure_launches(self, rows: list[Row], calls: dict[str, Call], failed: dict[str, str]) -> None:
+        """On a GPU, after everything is on disk: a capture that fails costs nothing else."""
+        if self.yardstick.accelerator is None:
+            return
+        for row in rows:
+            if row.contestant in (KERNEL, FILL) and row.seconds is not None:
+                try:
+                    row.launch_seconds = harness.launch_seconds(calls[row.contestant], self.yardstick.accelerator)
+                except Exception as error:
+                    row.reason = f"{row.contestant} in a graph: {type(error).__name__}: {error}"
+        self.journal.write()
 
     def _time(self, group: str, calls: dict[str, Call]) -> dict[str, list[float]]:
         """The turns, as one benchmark: what pytest-benchmark itself sees is the whole of them."""
@@ -156,9 +207,17 @@ class Comparison:
         self.benchmark.group = group
         return self.benchmark.pedantic(harness.alternate, args=(turns, self.yardstick, seconds, least), rounds=1, iterations=1)
 
-    def _add(self, row: Row) -> None:
-        self.rows.append(row)
-        self.benchmark.extra_info.setdefault("rows", []).append(asdict(row))
+
+def lazily(make: Callable[[], Call]) -> Call:
+    """A contestant that is built at its first call, so that what hinders it costs nobody else."""
+    built: list[Call] = []
+
+    def call() -> Sequence[Tensor]:
+        if not built:
+            built.append(make())
+        return built[0]()
+
+    return call
 
 
 def from_tensors_and_rows(by_papers: Callable[..., Sequence[Tensor]], images: Callable[[], tuple[Tensor, ...]], job: str) -> dict[str, Call]:

@@ -4,17 +4,23 @@ pytest bench/ --benchmark-only                          the default: every op, s
 pytest bench/bench_step.py --benchmark-only             whole steps alone
 pytest bench/ --benchmark-only --full                   every number of neighbours, mask and dtype, and torch.compile on a CPU too
 pytest bench/ --benchmark-only --results NAME           and writes bench/results/NAME.json (with a directory in it: NAME as it is), and whole
-                                                        steps to steps_cpu.json or steps_<gpu>.json beside it; a directory: only these
+                                                        steps to steps_cpu.json or steps_<gpu>.json beside it; a directory: both, the
+                                                        ops as ops_cpu.json or ops_<gpu>.json. Both anew after every comparison
 pytest bench/ --benchmark-only --memory                 and the peak memory of each contestant's step (on a GPU always)
 pytest bench/ --benchmark-only --official-retrack PATH --official-siss PATH    and the real repositories' step
 pytest bench/ --benchmark-only --threads 2              with so many threads (default: all cores)
 pytest bench/ --benchmark-only --device cpu             default: the GPU where there is one
+pytest bench/ --compile-only --ready FILE               compiles what would be compiled, and says so in FILE, line by line (ready.py)
+pytest bench/ --benchmark-only --ready FILE             leaves out what is not in FILE
 pytest bench/ --smoke                                   every benchmark once at a tiny shape: does it work, not how fast it is
+
+With FASTUNLEARN_DRY=1 a CPU stands in for the GPU: the same contestants, built, checked and timed; no number means anything.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from datetime import datetime, timezone
 from pathlib import Path
@@ -23,30 +29,38 @@ import pytest
 import torch
 
 from fastunlearn.host_memory import keep_freed_memory
+from fastunlearn.testing.accelerator import Accelerator, StandIn, find_accelerator, rehearsal
 
-from .comparison import Comparison, Options, Row
+from .comparison import Comparison, Options
 from .harness import COPY_BYTES, Yardstick
+from .journal import Journal
+from .ready import Ready
 from .report import render
-from .step_comparison import StepComparison, StepOptions, StepRow
+from .step_comparison import StepComparison, StepOptions
 from .step_report import render as render_steps
-from .step_report import write as write_steps
+from .steps.choices import LAYOUTS
 from .steps.contestants import OFFICIAL_RETRACK, OFFICIAL_SISS
 from .steps.networks import SMOKE
 
 HERE = Path(__file__).parent
-MEMORY = pytest.StashKey[str]()  # what becomes of freed memory
 LOAD = os.getloadavg()[0]  # before the run adds its own
-ROWS = pytest.StashKey[list[Row]]()
-STEP_ROWS = pytest.StashKey[list[StepRow]]()
+# On a GPU, where time may be short, the kernels that the papers' shapes need most come first.
+ORDER = ("bench_redirect", "bench_residual", "bench_mixture", "bench_noising", "bench_lowpass_residual", "bench_attention", "bench_neighbors", "bench_step")
+MEMORY = pytest.StashKey[str]()  # what becomes of freed memory
+ACCELERATOR = pytest.StashKey[Accelerator | None]()
+READY = pytest.StashKey[Ready]()
+OPS, STEPS = pytest.StashKey[Journal](), pytest.StashKey[Journal]()
 CHOSEN = pytest.StashKey[dict]()  # for steps: by measurement at the start
-STEP_FOLDER = pytest.StashKey[Path]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastunlearn benchmarks")
     group.addoption("--results", metavar="NAME", help="write the measurements to bench/results/NAME.json")
     group.addoption("--threads", type=int, default=os.cpu_count(), help="threads of torch and of the baselines")
-    group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"), help="where the ops are timed")
+    group.addoption("--device", default="cpu" if find_accelerator() is None else "cuda", choices=("cpu", "cuda"), help="where ops and steps are timed")
+    group.addoption("--layout", choices=LAYOUTS, help="memory format of the networks (default: the faster one)")
+    group.addoption("--compile-only", action="store_true", help="compiles what would be compiled; times nothing")
+    group.addoption("--ready", metavar="FILE", type=Path, help="what --compile-only has compiled: written by it, read otherwise")
     group.addoption("--full", action="store_true", help="every case, and torch.compile on a CPU too")
     group.addoption("--smoke", action="store_true", help="one round at a tiny shape, to see that the benchmarks work")
     group.addoption("--warm", action="store_true", help="caches keep what the contestant before left: no flush between calls")
@@ -62,16 +76,33 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("python_files", "bench_*.py")
     config.addinivalue_line("filterwarnings", "ignore:Dynamo detected a call to a `functools.lru_cache`")  # the tables of lowpass_residual
-    config.stash[ROWS], config.stash[STEP_ROWS], config.stash[CHOSEN] = [], [], {}
-    config.stash[MEMORY] = "kept" if config.getoption("--keep-freed-memory") and keep_freed_memory() else "as malloc does"
-    name = config.getoption("--results")
-    if name and Path(name).is_dir():
-        config.stash[STEP_FOLDER] = Path(name)
-    elif name:
-        path = Path(name if os.path.dirname(name) else HERE / "results" / name).with_suffix(".json")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        config.option.benchmark_json = str(path)
-        config.stash[STEP_FOLDER] = path.parent
+    option = config.getoption
+    patches = rehearsal()
+    patches.__enter__()
+    config.add_cleanup(lambda: patches.__exit__(None, None, None))
+    config.stash[ACCELERATOR] = find_accelerator() if option("--device") == "cuda" else None
+    if option("--device") == "cuda" and config.stash[ACCELERATOR] is None:
+        raise pytest.UsageError("--device cuda: expected a GPU that torch sees, got none")
+    if option("--compile-only") and option("--ready") is None:
+        raise pytest.UsageError("--compile-only: expected --ready FILE beside it, which says what was compiled")
+    config.stash[READY] = Ready(option("--ready"), recording=option("--compile-only"))
+    config.stash[MEMORY] = "kept" if option("--keep-freed-memory") and keep_freed_memory() else "as malloc does"
+    config.stash[CHOSEN] = {}
+    ops, steps = _results(option("--results"), _device_name(config.stash[ACCELERATOR]))
+    common = {"threads": option("--threads"), "dry": isinstance(config.stash[ACCELERATOR], StandIn)}
+    config.stash[OPS] = Journal(ops, _machine(config), common | {"warm": option("--warm")})
+    config.stash[STEPS] = Journal(steps, _machine(config), common | {"chosen": config.stash[CHOSEN]})
+
+
+def _results(name: str | None, device: str) -> tuple[Path | None, Path | None]:
+    """The files of the ops and of the steps."""
+    if name is None:
+        return None, None
+    if Path(name).is_dir():
+        return Path(name) / f"ops_{device}.json", Path(name) / f"steps_{device}.json"
+    path = Path(name if os.path.dirname(name) else HERE / "results" / name).with_suffix(".json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path, path.parent / f"steps_{device}.json"
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
@@ -80,14 +111,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     machine_info.update(torch=torch.__version__, triton=_version("triton"), commit=_commit())
     machine_info.update(load_average=LOAD, freed_memory=config.stash[MEMORY], instruction_set=os.environ.get("FASTUNLEARN_ISA", "best"))
     if torch.cuda.is_available():
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
-        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
-        machine_info.update(gpu=torch.cuda.get_device_name(), driver=driver, cuda=torch.version.cuda, cupy=_version("cupy"))
-
-
-def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output_json: dict) -> None:
-    """Whole steps have a file of their own."""
-    output_json["benchmarks"] = [benchmark for benchmark in output_json["benchmarks"] if "steps" not in benchmark["extra_info"]]
+        machine_info.update(gpu=torch.cuda.get_device_name(), driver=_driver(), cuda=torch.version.cuda, cupy=_version("cupy"))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -96,6 +120,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         kept = [item for item in items if _is_smoke(item)]
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = kept
+    if config.stash[ACCELERATOR] is not None:
+        items.sort(key=lambda item: ORDER.index(item.path.stem))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -106,16 +132,16 @@ def pytest_benchmark_group_stats(config: pytest.Config):
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
-    device = config.getoption("--device")
-    if config.stash[ROWS]:
-        terminalreporter.write("\n" + render(config.stash[ROWS], device, torch.cuda.get_device_name() if device == "cuda" else None))
-    if config.stash[STEP_ROWS]:
-        terminalreporter.write("\n" + render_steps(config.stash[STEP_ROWS], device))
-        if STEP_FOLDER in config.stash:
-            path = config.stash[STEP_FOLDER] / f"steps_{_device_name(device)}.json"
-            write_steps(config.stash[STEP_ROWS], path, _machine(config), {"threads": config.getoption("--threads"), "chosen": config.stash[CHOSEN]})
-            terminalreporter.write_line(f"whole steps: {path}")
-    if (config.stash[ROWS] or config.stash[STEP_ROWS]) and LOAD > 0.5 and device == "cpu":
+    device, ops, steps = config.getoption("--device"), config.stash[OPS], config.stash[STEPS]
+    if ops.rows:
+        gpu = config.stash[ACCELERATOR]
+        terminalreporter.write("\n" + render(ops.rows, device, None if gpu is None else gpu.name))
+    if steps.rows:
+        terminalreporter.write("\n" + render_steps(steps.rows, device))
+    for journal in (ops, steps):
+        if journal.rows and journal.path is not None:
+            terminalreporter.write_line(f"measurements: {journal.path}")
+    if (ops.rows or steps.rows) and LOAD > 0.5 and device == "cpu":
         why = "on a busy machine threads wait for each other: no number above is one to quote"
         terminalreporter.write_line(f"the load average was {LOAD:.1f} at the start; {why}")
 
@@ -132,29 +158,43 @@ def threads(request: pytest.FixtureRequest):
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def journal(request: pytest.FixtureRequest) -> Journal:
+    """Where the rows of a benchmark of its own kind go."""
+    return request.config.stash[OPS]
+
+
 @pytest.fixture(scope="session")
 def yardstick(request: pytest.FixtureRequest) -> Yardstick:
-    device, smoke = torch.device(request.config.getoption("--device")), request.config.getoption("--smoke")
-    return Yardstick(device, 1 << 20 if smoke else COPY_BYTES, warm=request.config.getoption("--warm"))
+    option = request.config.getoption
+    return Yardstick(request.config.stash[ACCELERATOR], 1 << 20 if option("--smoke") else COPY_BYTES, warm=option("--warm"))
 
 
 @pytest.fixture
 def compare(request: pytest.FixtureRequest, benchmark, yardstick: Yardstick, threads: int, monkeypatch) -> Comparison:
     """Compares the contestants of one op. Ops must run their kernel: plain torch is never timed under the kernel's name."""
     monkeypatch.setenv("FASTUNLEARN_BACKEND", "kernels")
-    option = request.config.getoption
-    return Comparison(benchmark, yardstick, Options(option("--full"), option("--smoke"), option("--seconds")), threads, request.config.stash[ROWS])
+    option, stash = request.config.getoption, request.config.stash
+    options = Options(option("--full"), option("--smoke"), option("--seconds"), option("--compile-only"), stash[READY])
+    return Comparison(benchmark, yardstick, options, threads, stash[OPS])
 
 
 @pytest.fixture
 def compare_steps(request: pytest.FixtureRequest, benchmark, threads: int) -> StepComparison:
     """Compares the contestants of one method's whole step."""
-    option = request.config.getoption
+    option, stash = request.config.getoption, request.config.stash
     checkouts = {OFFICIAL_RETRACK: option("--official-retrack"), OFFICIAL_SISS: option("--official-siss")}
-    official = {name: path for name, path in checkouts.items() if path}
-    options = StepOptions(option("--full"), option("--smoke"), option("--full") or option("--memory"), option("--step-seconds"), official)
-    stash = request.config.stash
-    return StepComparison(benchmark, torch.device(option("--device")), options, threads, stash[STEP_ROWS], stash[CHOSEN])
+    options = StepOptions(
+        full=option("--full"),
+        smoke=option("--smoke"),
+        memory=option("--full") or option("--memory"),
+        seconds=option("--step-seconds"),
+        official={name: path for name, path in checkouts.items() if path},
+        layout=option("--layout"),
+        compile_only=option("--compile-only"),
+        ready=stash[READY],
+    )
+    return StepComparison(benchmark, stash[ACCELERATOR], options, threads, stash[STEPS], stash[CHOSEN])
 
 
 def _is_smoke(item: pytest.Item) -> bool:
@@ -163,9 +203,18 @@ def _is_smoke(item: pytest.Item) -> bool:
     return "compare" in item.fixturenames and _shape_name(item) in (None, "cifar", "sd")
 
 
-def _device_name(device: str) -> str:
+def _device_name(accelerator: Accelerator | None) -> str:
     """`"cpu"`, or the GPU's name as files have it: `"h200"`."""
-    return device if device == "cpu" else torch.cuda.get_device_name().lower().removeprefix("nvidia ").replace(" ", "_")
+    return "cpu" if accelerator is None else re.sub(r"[^a-z0-9]+", "_", accelerator.name.lower().removeprefix("nvidia "))
+
+
+def _driver() -> str | None:
+    """The version of the GPU's driver; None where nvidia-smi does not tell."""
+    try:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _machine(config: pytest.Config) -> dict:

@@ -17,22 +17,32 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from fastunlearn import compilation
 from fastunlearn.ops import _backends
+from fastunlearn.testing.accelerator import Accelerator
 
 COPY_BYTES = 1 << 30
+Call = Callable[[], object]
+
 _CPU_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
-_LAUNCHES = 20  # in a CUDA graph
+_LAUNCHES = 20  # in a graph
+_LEAST_WAIT = 50e-6  # seconds of the device before a timed call
 
 
 class Yardstick:
-    """A copy of `size` bytes, and the memory with which caches are flushed."""
+    """A copy of `size` bytes, and the memory with which caches are flushed.
 
-    def __init__(self, device: torch.device, size: int = COPY_BYTES, *, warm: bool = False):
-        self.device, self.size, self.warm = device, size, warm
-        self._source = torch.ones(size // 4, device=device)
+    Args:
+        accelerator: where the calls run; None: on the CPU.
+        warm: nothing is flushed.
+    """
+
+    def __init__(self, accelerator: Accelerator | None, size: int = COPY_BYTES, *, warm: bool = False):
+        self.accelerator, self.size, self.warm = accelerator, size, warm
+        self.device = torch.device("cpu") if accelerator is None else accelerator.device
+        self._source = torch.ones(size // 4, device=self.device)
         self._target = torch.zeros_like(self._source).fill_(2)  # written, so that the pages exist
-        # On a GPU all of it: that takes longer than Python needs to launch the next call, so launch times stay out of the measurement.
-        self._flushed = self._target if device.type == "cuda" else self._target[: min(self._target.numel(), 2 * last_level_cache() // 4)]
+        self._flushed = self._target[: 2 * self._cache() // 4]
 
     def copy(self) -> None:
         self._target.copy_(self._source)
@@ -45,6 +55,12 @@ class Yardstick:
         """Bytes/s, reads and writes, of a copy that took `seconds`."""
         return 2 * self.size / seconds
 
+    def _cache(self) -> int:
+        """Bytes of the last-level cache."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_properties(self.device).L2_cache_size
+        return last_level_cache()
+
 
 def last_level_cache() -> int:
     """Bytes of the CPU's last-level cache; 64 MiB where the system does not tell."""
@@ -53,14 +69,14 @@ def last_level_cache() -> int:
     return 64 << 20
 
 
-def alternate(calls: dict[str, Callable[[], object]], yardstick: Yardstick, seconds: float, least: int) -> dict[str, list[float]]:
+def alternate(calls: dict[str, Call], yardstick: Yardstick, seconds: float, least: int) -> dict[str, list[float]]:
     """The seconds of each call, in rounds in which every call has one turn: about `seconds` in all, but `least` rounds at least.
 
     Whoever starts a round ends the next one, so that no call always follows the same one.
     """
-    clock = _gpu_seconds if yardstick.device.type == "cuda" else _cpu_seconds
-    clock(calls, yardstick)  # warm-up: pages, plans, compilation
-    return take_turns(calls, lambda round_of_calls: clock(round_of_calls, yardstick), seconds, least)
+    clock = _HostClock(yardstick) if yardstick.accelerator is None else _DeviceClock(yardstick, yardstick.accelerator)
+    clock(calls)  # warm-up: pages, plans
+    return take_turns(calls, clock, seconds, least)
 
 
 def take_turns(
@@ -78,49 +94,77 @@ def take_turns(
     return samples
 
 
-def _cpu_seconds(calls: dict[str, Callable[[], object]], yardstick: Yardstick) -> dict[str, float]:
-    taken = {}
-    for name, call in calls.items():
-        yardstick.flush()
-        started = time.perf_counter()
-        result = call()
-        taken[name] = time.perf_counter() - started
-        del result  # freeing the outputs is not timed
-    return taken
+class _HostClock:
+    """Times calls on a CPU."""
+
+    def __init__(self, yardstick: Yardstick):
+        self.yardstick = yardstick
+
+    def __call__(self, calls: dict[str, Call]) -> dict[str, float]:
+        taken = {}
+        for name, call in calls.items():
+            self.yardstick.flush()
+            started = time.perf_counter()
+            result = call()
+            taken[name] = time.perf_counter() - started
+            del result  # freeing the outputs is not timed
+        return taken
 
 
-def _gpu_seconds(calls: dict[str, Callable[[], object]], yardstick: Yardstick) -> dict[str, float]:
-    """By events around each call. The flush before it keeps the GPU busy while Python queues the call."""
-    events = {}
-    for name, call in calls.items():
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        yardstick.flush()
-        start.record()
-        call()
-        end.record()
-        events[name] = (start, end)
-    torch.cuda.synchronize()
-    return {name: start.elapsed_time(end) / 1000 for name, (start, end) in events.items()}
+class _DeviceClock:
+    """Times calls by events on the device.
+
+    The device waits before the first event until Python has queued the whole call behind it, so that what is timed is the
+    work of the device and never the host's pace.
+    """
+
+    def __init__(self, yardstick: Yardstick, accelerator: Accelerator):
+        self.yardstick, self.accelerator = yardstick, accelerator
+        self._host: dict[str, float] = {}  # seconds that a call occupies the host
+
+    def __call__(self, calls: dict[str, Call]) -> dict[str, float]:
+        events = {}
+        for name, call in calls.items():
+            wait = _LEAST_WAIT + 2 * self._host_seconds(name, call)
+            start, end = self.accelerator.event(), self.accelerator.event()
+            self.yardstick.flush()
+            self.accelerator.wait(wait)
+            start.record()
+            call()
+            end.record()
+            events[name] = start, end
+        self.accelerator.synchronize()
+        return {name: start.elapsed_time(end) / 1000 for name, (start, end) in events.items()}
+
+    def _host_seconds(self, name: str, call: Call) -> float:
+        """Measured at the first turn, on a call of its own."""
+        if name not in self._host:
+            call()
+            self.accelerator.synchronize()
+            started = time.perf_counter()
+            call()
+            self._host[name] = time.perf_counter() - started
+        return self._host[name]
 
 
-def launch_seconds(call: Callable[[], object]) -> float:
-    """Of one call out of many in a CUDA graph: caches are warm and Python is not in the way, so this is the launch and the arithmetic."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+def launch_seconds(call: Call, accelerator: Accelerator) -> float:
+    """Of one call out of many in a graph: caches are warm and Python is not in the way, so this is the launch and the arithmetic."""
+    graphs = accelerator.graphs()
+    graphs.warm_up(call)
+
+    def many() -> None:
         for _ in range(_LAUNCHES):
             call()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    replay = graphs.capture(many)
     samples = []
     for _ in range(10):
+        start, end = accelerator.event(), accelerator.event()
+        accelerator.wait(_LEAST_WAIT)
         start.record()
-        graph.replay()
+        replay()
         end.record()
-        torch.cuda.synchronize()
+        accelerator.synchronize()
         samples.append(start.elapsed_time(end) / 1000 / _LAUNCHES)
     return statistics.median(samples)
 
@@ -161,7 +205,7 @@ def filling(op: str, module: ModuleType, arguments: tuple) -> Callable[[], tuple
 def compiled(function: Callable[..., tuple[Tensor, ...]]) -> tuple[Callable[..., tuple[Tensor, ...]], dict[str, float]]:
     """`function` under torch.compile in one graph, and a dict that gets `seconds`, those of its first call."""
     torch.compiler.reset()  # the shapes of earlier comparisons count towards dynamo's limit of recompilations
-    inner, took = torch.compile(function, fullgraph=True, dynamic=False), {}
+    inner, took = torch.compile(function, fullgraph=True, dynamic=False, backend=compilation.BACKEND), {}
 
     def call(*args):
         if took:

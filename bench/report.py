@@ -45,7 +45,7 @@ def render(rows: list[Row], device: str, gpu: str | None) -> str:
     console = Console(file=io.StringIO(), width=max(172, shutil.get_terminal_size().columns), force_terminal=False)
     console.print(_times(rows))
     for reason in dict.fromkeys(row.reason for row in rows if row.reason):
-        console.print(f"not run: {reason}", style=None, soft_wrap=True, markup=False)
+        console.print(reason, style=None, soft_wrap=True, markup=False)
     goals = _goals(rows, device)
     if goals.row_count:
         console.print(goals)
@@ -70,8 +70,9 @@ def _times(rows: list[Row]) -> Table:
         if row.seconds is None:
             table.add_row(*cells, row.contestant, "not run")
             continue
-        numbers = [f"{row.seconds * 1e3:.3f}", *(_ratio(row, other) for other in (PAPERS, PAPERS_ROWS, EAGER, COMPILED)), f"{row.floor / 1e6:.2f}"]
-        numbers += [f"{row.moved / 1e6:.2f}" if row.moved else "", f"{row.gbps:.1f}", f"{row.share:.0%}"]
+        numbers = [f"{row.seconds * 1e3:.3f}", *(_ratio(row, other) for other in (PAPERS, PAPERS_ROWS, EAGER, COMPILED))]
+        numbers += [f"{size / 1e6:.2f}" if size else "" for size in (row.floor, row.moved)]
+        numbers += ["", ""] if row.gbps is None else [f"{row.gbps:.1f}", f"{row.share:.0%}"]
         numbers += [f"{row.launch_seconds * 1e6:.1f}" if row.launch_seconds else "", f"{row.compile_seconds:.1f}" if row.compile_seconds else ""]
         table.add_row(*cells, row.contestant, row.backend, *numbers)
     return table
@@ -113,7 +114,7 @@ def _floors(rows: list[Row], gpu: str | None) -> Table:
         table.add_column(device.name, justify="right")
         table.add_column("share", justify="right")
     for row in rows:
-        if row.contestant != (KERNEL if "+" in row.op or row.seconds is None else FILL):
+        if row.predicted is None or row.contestant != (KERNEL if "+" in row.op or row.seconds is None else FILL):
             continue
         cells = []
         for device in DEVICES:

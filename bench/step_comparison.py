@@ -8,15 +8,37 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
+from fastunlearn.testing.accelerator import Accelerator
+
 from . import harness
+from .journal import Journal
+from .ready import EVERYTHING, Ready
 from .steps import choices, memory, stages
 from .steps.choices import LAYOUTS, synchronize
-from .steps.contestants import COMPILED, GATE, GATE_ROWS, LIMIT, OFFICIAL_RETRACK, OFFICIAL_SISS, OURS, PAPERS, Gate, Setting, names
+from .steps.contestants import (
+    BOTH,
+    COMPILED,
+    EAGERLY,
+    GATE_ROWS,
+    LIMIT,
+    OFFICIAL_RETRACK,
+    OFFICIAL_SISS,
+    OURS,
+    PAPERS,
+    REPLAYED,
+    Gate,
+    Mode,
+    Setting,
+    base_of,
+    mode_of,
+    names,
+)  # fmt: skip
 from .steps.job import Job
 from .steps.networks import NETWORKS, Step
 
 _BURST_SECONDS, _LONGEST_BURST = 0.2, 20  # on a GPU, a turn is that many steps
 _MOST_ROUNDS = 50
+_HOST_SAMPLES = 5
 
 
 @dataclass
@@ -42,6 +64,8 @@ class StepRow:
     step_memory: int | None = None  # bytes at the peak, without the weights
     weights: int | None = None  # bytes
     stages: dict[str, float] = field(default_factory=dict)  # share of the step's time
+    host_seconds: float | None = None  # that a step occupies the host, on a GPU
+    launches: int | None = None  # calls of the GPU by the host in a step: kernels, and graphs of them
 
 
 @dataclass(frozen=True)
@@ -51,135 +75,244 @@ class StepOptions:
     memory: bool
     seconds: float
     official: dict[str, str]  # contestant -> checkout
+    layout: str | None = None  # None: the faster one
+    compile_only: bool = False  # nothing is timed
+    ready: Ready = EVERYTHING  # what inductor has compiled beforehand
 
 
 class StepComparison:
-    """The fixture `compare_steps`."""
+    """The fixture `compare_steps`.
 
-    def __init__(self, benchmark, device: torch.device, options: StepOptions, threads: int, rows: list[StepRow], chosen: dict):
-        self.benchmark, self.device, self.options, self.threads, self.rows, self.chosen = benchmark, device, options, threads, rows, chosen
+    Args:
+        accelerator: where the steps run; None: on the CPU.
+        chosen: what was chosen by measurement in this run, by network and precision; filled.
+    """
+
+    def __init__(self, benchmark, accelerator: Accelerator | None, options: StepOptions, threads: int, journal: Journal, chosen: dict):
+        self.benchmark, self.accelerator, self.options, self.threads = benchmark, accelerator, options, threads
+        self.journal, self.chosen = journal, chosen
         self._round = 0
         self._bursts: dict[str, int] = {}
 
     def __call__(self, network: str, method: str, precision: str = "float32") -> None:
-        """Checks, then times."""
-        job = Job(NETWORKS[network], method, self.device, precision)
+        """Checks, then times. What a contestant cannot do is said in its row; the others stand."""
+        device = torch.device("cpu") if self.accelerator is None else self.accelerator.device
+        job = Job(NETWORKS[network], method, device, precision)
+        if self.options.compile_only:
+            self._compile(job)
+            return
         setting = self._setting(job)
-        weights = sum(parameter.numel() * parameter.element_size() for parameter in setting.models[setting.layout].parameters())
-        rows = {name: self._row(setting, name) for name in names(job, compiled=self.options.full, official=self.options.official)}
+        rows = {name: self._row(setting, name) for name in self._names(job)}
+        self._leave_out(setting, rows)
         self._gate(setting, rows)
         steps: dict[str, Step] = {}
         for name, row in rows.items():
-            row.weights = weights
             if not row.reason:
                 self._start(setting, name, row, steps)
-        seconds = self._time(f"{network}, {method}", steps)
-        medians = {name: statistics.median(values) for name, values in seconds.items()}
-        for name, median in medians.items():
-            row = rows[name]
-            row.seconds, row.best, row.worst, row.samples = median, min(seconds[name]), max(seconds[name]), len(seconds[name])
-            row.images_per_second = row.rows / median
-            row.times_faster = {other: value / median for other, value in medians.items() if other != name}
-        if OURS in steps:
-            rows[OURS].stages = stages.shares(steps[OURS], self.device)
-        self._measure_memory(setting, rows)
-        self.rows.extend(rows.values())
-        self.benchmark.extra_info.update(device=str(self.device), threads=self.threads, steps=[asdict(row) for row in rows.values()], chosen=self.chosen)
+        samples: dict[str, list[float]] = {name: [] for name in steps}
+        try:
+            self._time(f"{network}, {method}", steps, samples, rows)
+        finally:
+            # Also where the run is stopped in the middle: the rounds that were timed count.
+            self._complete(rows, samples)
+            self.journal.add(rows.values())
+        for measure in (self._measure_host, self._measure_stages, self._measure_memory):
+            measure(setting, rows, steps)
+            self.journal.write()
+        self.benchmark.extra_info.update(device=str(device), threads=self.threads, steps=[asdict(row) for row in rows.values()], chosen=self.chosen)
+
+    def _names(self, job: Job) -> list[str]:
+        gpu = self.accelerator is not None
+        return names(job, compiled=self.options.full or gpu, replayed=gpu, official=self.options.official)
+
+    # --- what is chosen, and what is compiled ------------------------------------------------------------------------------------
 
     def _setting(self, job: Job) -> Setting:
         """With the faster layout, measured once for a network and precision, and, for ReTrack, the faster of one call and two."""
         key = f"{job.network.name} {job.precision}"
-        if key not in self.chosen:
-            layout, seconds = choices.faster_layout(job)
-            self.chosen[key] = {"layout": next(name for name, value in LAYOUTS.items() if value == layout), "layout_seconds": seconds}
-        chosen = self.chosen[key]
-        setting = Setting(job, LAYOUTS[chosen["layout"]], joined=True, official=self.options.official)
-        if job.method == "retrack":
+        chosen = self.chosen.setdefault(key, {})
+        only = self.options.layout or chosen.get("layout")
+        settings = choices.by_layout(job, self.accelerator, self.options.official, only)
+        if only is None:
+            mode = self._fastest_mode(job)
+            chosen["layout"], chosen["layout_seconds"] = choices.faster_layout(settings, mode)
+            chosen["layout_mode"] = mode.of("limit")
+        setting = settings[only or chosen["layout"]]
+        # On a GPU one call of all rows, as this package makes it; two would have to be compiled apart.
+        if job.method == "retrack" and self.accelerator is None:
             if "joined" not in chosen:
-                chosen["joined"], chosen["joined_seconds"] = choices.faster_joined(job, setting.models[setting.layout], setting.layout)
+                chosen["joined"], chosen["joined_seconds"] = choices.faster_joined(setting)
             setting.joined = chosen["joined"]
         return setting
+
+    def _fastest_mode(self, job: Job) -> Mode:
+        """Among those that are timed; the layout is chosen under it."""
+        if self.accelerator is None:
+            return EAGERLY
+        ready = all(self._label(job, layout, LIMIT) in self.options.ready for layout in LAYOUTS)
+        return BOTH if ready else REPLAYED
+
+    def _compile(self, job: Job) -> None:
+        """Every compiled contestant takes its first steps, in the layout that was asked for."""
+        for layout, setting in choices.by_layout(job, self.accelerator, {}, self.options.layout).items():
+            for name in self._names(job):
+                if mode_of(name) == COMPILED:
+                    step = setting.build(name)
+                    step()
+                    step()
+                    self.options.ready.add(self._label(job, layout, base_of(name)))
+
+    @staticmethod
+    def _label(job: Job, layout: str, base: str) -> str:
+        return f"{job.network.name}, {job.method}, {job.precision}, {layout}, {base}"
+
+    def _leave_out(self, setting: Setting, rows: dict[str, StepRow]) -> None:
+        for name, row in rows.items():
+            if mode_of(name).compiled and self._label(setting.job, row.layout, base_of(name)) not in self.options.ready:
+                row.reason = f"{name}: left out, its compilation was not ready in time"
+
+    # --- the contestants ---------------------------------------------------------------------------------------------------------
 
     def _row(self, setting: Setting, name: str) -> StepRow:
         job = setting.job
         layout = torch.contiguous_format if name in PAPERS else setting.layout
         precision = "float32" if name in PAPERS else job.precision
-        return StepRow(job.network.name, job.method, precision, name, job.batch, job.rows, next(key for key, value in LAYOUTS.items() if value == layout))
+        layout_name = next(key for key, value in LAYOUTS.items() if value == layout)
+        row = StepRow(job.network.name, job.method, precision, name, job.batch, job.rows, layout_name)
+        row.weights = sum(parameter.numel() * parameter.element_size() for parameter in setting.models[layout].parameters())
+        return row
 
     def _gate(self, setting: Setting, rows: dict[str, StepRow]) -> None:
-        gate = Gate(setting, None if self.options.full or self.device.type == "cuda" else GATE_ROWS)
+        gate = Gate(setting, None if self.options.full or self.accelerator is not None else GATE_ROWS)
         for name, row in rows.items():
-            if name.startswith(LIMIT) or name in (OFFICIAL_RETRACK, OFFICIAL_SISS):
-                continue  # the one learns nothing, the others draw by themselves
-            if COMPILED in name and setting.job.precision != "float32":
-                continue  # the float32 comparison of the same run has it; compiling the network once more takes minutes
-            try:
-                row.update_error, seconds = gate.error(name)
-            except Exception as error:
-                row.reason = f"{name}: {type(error).__name__}: {_first_line(error)}"
+            # The limit learns nothing, and the official code draws by itself.
+            if row.reason or base_of(name) == LIMIT or name in (OFFICIAL_RETRACK, OFFICIAL_SISS):
                 continue
-            if COMPILED in name:
-                row.first_call_seconds = seconds
-            if not row.update_error <= GATE:
-                row.reason = f"{name}: its update differs from the papers' by {row.update_error:.2g} (relative L2, float32), more than {GATE:g}"
+            try:
+                found = gate.check(name)
+            except Exception as error:
+                row.reason = _failure(name, error)
+                continue
+            row.update_error = found.error
+            if mode_of(name).compiled:
+                row.first_call_seconds = found.seconds
+            if not found.error <= found.allowed:
+                row.reason = f"{name}: its update differs from the papers' by {found.error:.2g} (relative L2), more than {found.allowed:.2g}"
 
     def _start(self, setting: Setting, name: str, row: StepRow, steps: dict[str, Step]) -> None:
-        """Builds a contestant and takes its first step, the warm-up; on a GPU a second one, for its memory and the length of its turns."""
-        gpu = self.device.type == "cuda"
-        if gpu:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
+        """Builds a contestant and takes its first steps, the warm-up; on a GPU their peak memory, and the length of its turns."""
+        made: list[Step] = []
+
+        def first_steps() -> None:
+            made.append(setting.build(name))
+            # A step that is replayed is warmed up and captured first.
+            for _ in range(6 if mode_of(name).replayed else 2):
+                made[0]()
+
         try:
-            step = setting.build(name)
-            step()
-            if gpu:
-                seconds = self._seconds(step, 1)
-                row.step_memory = torch.cuda.max_memory_allocated() - before
+            if self.accelerator is None:
+                made.append(setting.build(name))
+                made[0]()
+            else:
+                before = self.accelerator.allocated()
+                row.step_memory = self.accelerator.peak_of(first_steps) - before
+                seconds = self._seconds(made[0], 1)
                 self._bursts[name] = max(1, min(_LONGEST_BURST, int(_BURST_SECONDS / seconds)))
         except Exception as error:
-            row.reason = f"{name}: {type(error).__name__}: {_first_line(error)}"
+            row.reason = _failure(name, error)
             return
-        steps[name] = step
+        steps[name] = made[0]
 
-    def _time(self, group: str, steps: dict[str, Step]) -> dict[str, list[float]]:
+    # --- the turns ---------------------------------------------------------------------------------------------------------------
+
+    def _time(self, group: str, steps: dict[str, Step], samples: dict[str, list[float]], rows: dict[str, StepRow]) -> None:
         """The turns, as one benchmark: what pytest-benchmark itself sees is the whole of them."""
         least = 7 if self.options.smoke else 3
         self.benchmark.group = group
-        arguments = (steps, self._clock, 0.0 if self.options.smoke else self.options.seconds, least, _MOST_ROUNDS)
-        return self.benchmark.pedantic(harness.take_turns, args=arguments, rounds=1, iterations=1)
+        seconds = 0.0 if self.options.smoke else self.options.seconds
 
-    def _clock(self, steps: dict[str, Step]) -> dict[str, float]:
+        def clock(turns: dict[str, Step]) -> dict[str, float]:
+            return self._clock(turns, samples, rows)
+
+        self.benchmark.pedantic(harness.take_turns, args=(steps, clock, seconds, least, _MOST_ROUNDS), rounds=1, iterations=1)
+
+    def _clock(self, steps: dict[str, Step], samples: dict[str, list[float]], rows: dict[str, StepRow]) -> dict[str, float]:
         """One round. Every contestant starts it from the same seed; on a GPU a turn is a step that is not timed, for the memory that another one's
-        `empty_cache` gave back, and then a burst of them."""
+        `empty_cache` gave back, and then a burst of them. Who fails takes no turn any more."""
         self._round += 1
-        taken = {}
         for name, step in steps.items():
+            if rows[name].reason:
+                continue
             torch.manual_seed(self._round)
-            if self.device.type == "cuda":
-                step()
-            taken[name] = self._seconds(step, self._bursts.get(name, 1))
-        return taken
+            try:
+                if self.accelerator is not None:
+                    step()
+                samples[name].append(self._seconds(step, self._bursts.get(name, 1)))
+            except Exception as error:
+                rows[name].reason = _failure(name, error)
+        return dict.fromkeys(steps, 0.0)  # `samples` has them
 
     def _seconds(self, step: Step, count: int) -> float:
-        synchronize(self.device)
+        synchronize(self.accelerator)
         began = time.perf_counter()
         for _ in range(count):
             step()
-        synchronize(self.device)
+        synchronize(self.accelerator)
         return (time.perf_counter() - began) / count
 
-    def _measure_memory(self, setting: Setting, rows: dict[str, StepRow]) -> None:
+    @staticmethod
+    def _complete(rows: dict[str, StepRow], samples: dict[str, list[float]]) -> None:
+        medians = {name: statistics.median(values) for name, values in samples.items() if values and not rows[name].reason}
+        for name, median in medians.items():
+            row = rows[name]
+            row.seconds, row.best, row.worst, row.samples = median, min(samples[name]), max(samples[name]), len(samples[name])
+            row.images_per_second = row.rows / median
+            row.times_faster = {other: value / median for other, value in medians.items() if other != name}
+
+    # --- what else is worth knowing, once the times are on disk --------------------------------------------------------------------
+
+    def _measure_host(self, setting: Setting, rows: dict[str, StepRow], steps: dict[str, Step]) -> None:
+        """On a GPU: how long a step occupies the host, and how often it calls the device."""
+        if self.accelerator is None:
+            return
+        for name, step in steps.items():
+            if rows[name].seconds is None:
+                continue
+            try:
+                rows[name].host_seconds = self._host_seconds(step)
+                rows[name].launches = stages.launches(step, self.accelerator)
+            except Exception as error:
+                rows[name].reason = f"profile of {_failure(name, error)}"
+
+    def _host_seconds(self, step: Step) -> float:
+        taken = []
+        for _ in range(_HOST_SAMPLES):
+            synchronize(self.accelerator)
+            began = time.perf_counter()
+            step()
+            taken.append(time.perf_counter() - began)
+        synchronize(self.accelerator)
+        return statistics.median(taken)
+
+    def _measure_stages(self, setting: Setting, rows: dict[str, StepRow], steps: dict[str, Step]) -> None:
+        if OURS in steps and rows[OURS].seconds is not None:
+            try:
+                rows[OURS].stages = stages.shares(steps[OURS], self.accelerator)
+            except Exception as error:
+                rows[OURS].reason = f"stages of {_failure(OURS, error)}"
+
+    def _measure_memory(self, setting: Setting, rows: dict[str, StepRow], steps: dict[str, Step]) -> None:
         """On a CPU, in a process for each contestant that is not compiled and not an official one."""
-        if self.device.type != "cpu" or not self.options.memory:
+        if self.accelerator is not None or not self.options.memory:
             return
         for name, row in rows.items():
-            if row.seconds is not None and COMPILED not in name and name not in self.options.official:
+            if row.seconds is not None and not mode_of(name).compiled and name not in self.options.official:
                 try:
                     row.step_memory = memory.measure(setting, name, self.threads)["step"]
                 except RuntimeError as error:
                     row.reason = f"memory of {error}"
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "")
+def _failure(name: str, error: Exception) -> str:
+    first_line = next(iter(str(error).strip().splitlines()), "")
+    return f"{name}: {type(error).__name__}: {first_line}"

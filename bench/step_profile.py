@@ -22,9 +22,11 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
+from fastunlearn.testing.accelerator import Accelerator, find_accelerator
+
 from .steps import choices
 from .steps.choices import LAYOUTS, synchronize
-from .steps.contestants import OURS, Setting
+from .steps.contestants import EAGERLY, OURS
 from .steps.job import PRECISIONS, Job
 from .steps.networks import METHODS, NETWORKS, Step
 
@@ -58,7 +60,8 @@ def breakdown(step: Step, device: torch.device, steps: int) -> dict[str, float]:
     with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * gpu) as recorded:
         for _ in range(steps):
             step()
-        synchronize(device)
+        if gpu:
+            torch.cuda.synchronize(device)
     seconds = dict.fromkeys([*KINDS, OTHER], 0.0)
     for event in recorded.key_averages():
         own = event.self_device_time_total if gpu else event.self_cpu_time_total
@@ -66,15 +69,15 @@ def breakdown(step: Step, device: torch.device, steps: int) -> dict[str, float]:
     return dict(sorted(seconds.items(), key=lambda item: (item[0] == OTHER, -item[1])))
 
 
-def counted(step: Step, device: torch.device, steps: int) -> dict[str, float]:
+def counted(step: Step, accelerator: Accelerator | None, steps: int) -> dict[str, float]:
     """Median seconds of a step without the profiler, its CPU seconds, and its page faults (minor: served from memory; each costs about as much as
     writing the page twice)."""
     taken, before = [], resource.getrusage(resource.RUSAGE_SELF)
     for _ in range(steps):
-        synchronize(device)
+        synchronize(accelerator)
         began = time.perf_counter()
         step()
-        synchronize(device)
+        synchronize(accelerator)
         taken.append(time.perf_counter() - began)
     after = resource.getrusage(resource.RUSAGE_SELF)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
@@ -115,17 +118,19 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="written there")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    device, results, layout = torch.device(args.device), [], args.layout and LAYOUTS[args.layout]
+    accelerator = find_accelerator() if args.device == "cuda" else None
+    device, results = torch.device("cpu") if accelerator is None else accelerator.device, []
     for method in args.method or ["siss"]:
         job = Job(NETWORKS[args.network], method, device, args.precision, batch=args.batch)
-        layout = layout or choices.faster_layout(job)[0]
-        setting = Setting(job, layout, joined=True)
+        settings = choices.by_layout(job, accelerator, {}, only=args.layout)
+        layout = args.layout or choices.faster_layout(settings, EAGERLY)[0]
+        setting = settings[layout]
         for contestant in args.contestant or [OURS]:
             step = setting.build(contestant)
             step()
             result = {"network": args.network, "method": method, "contestant": contestant, "batch": job.batch, "precision": args.precision}
-            result["layout"] = next(name for name, value in LAYOUTS.items() if value == layout)
-            result |= {"counted": counted(step, device, args.steps), "operators": breakdown(step, device, args.steps)}
+            result["layout"] = layout
+            result |= {"counted": counted(step, accelerator, args.steps), "operators": breakdown(step, device, args.steps)}
             results.append(result)
     Console(width=max(100, 40 + 24 * len(results))).print(_shown(results))
     if args.json:

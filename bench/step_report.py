@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import io
-import json
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict
-from pathlib import Path
 from typing import NamedTuple
 
 from rich.box import SIMPLE
@@ -15,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .step_comparison import StepRow
-from .steps.contestants import EAGER, LIMIT, OFFICIAL_RETRACK, OFFICIAL_SISS, OURS, RETRACK_REPO, SISS_REPO, STRONGEST, UNLEARNER, papers_baseline
+from .steps.contestants import EAGER, LIMIT, OFFICIAL_RETRACK, OFFICIAL_SISS, OURS, RETRACK_REPO, SISS_REPO, STRONGEST, UNLEARNER, mode_of, papers_baseline
 from .steps.networks import SMOKE, TWO_GRADIENTS
 from .steps.stages import STAGES
 
@@ -53,18 +50,14 @@ MEMORY_GOAL = 0.6  # of contestant (1)'s peak, weights included, for methods wit
 def render(rows: list[StepRow], device: str) -> str:
     """All tables as text, for a terminal or a log."""
     console = Console(file=io.StringIO(), width=max(200, shutil.get_terminal_size().columns), force_terminal=False)
-    console.print(_times(rows))
+    for precision in dict.fromkeys(_precisions(rows)):
+        console.print(_times([row for row, of in zip(rows, _precisions(rows), strict=True) if of == precision], precision))
     for reason in dict.fromkeys(row.reason for row in rows if row.reason):
-        console.print(f"not timed: {reason}", soft_wrap=True, markup=False, highlight=False)
+        console.print(reason, soft_wrap=True, markup=False, highlight=False)
     for table in (_stages(rows), _fidelity(rows), _goals(rows, device)):
         if table.row_count:
             console.print(table)
     return console.file.getvalue()
-
-
-def write(rows: list[StepRow], path: Path, machine: dict, options: dict) -> None:
-    """The measurements as JSON: machine and versions, the options of the run, one object for each row."""
-    path.write_text(json.dumps({"machine_info": machine, "options": options, "rows": [_rounded(asdict(row)) for row in rows]}, indent=1) + "\n")
 
 
 def comparisons(rows: Iterable[StepRow]) -> list[dict[str, StepRow]]:
@@ -79,12 +72,23 @@ def comparisons(rows: Iterable[StepRow]) -> list[dict[str, StepRow]]:
     return found
 
 
-def _times(rows: list[StepRow]) -> Table:
-    title = "whole steps: medians of alternating rounds; img/s: rows that the network learns from; x: times faster than; memory: peak without / with weights"
+def _precisions(rows: list[StepRow]) -> list[str]:
+    """Of the comparison that each row belongs to: that of its limit. The papers' way is float32 in all of them."""
+    found: list[str] = []
+    for row in rows:
+        found.append(row.precision if row.contestant == LIMIT else found[-1])
+    return found
+
+
+def _times(rows: list[StepRow], precision: str) -> Table:
+    title = (
+        f"whole steps, {precision}: medians of alternating rounds; img/s: rows that the network learns from; x: times faster than, limit and strongest "
+        "in the same mode; MB: peak without / with weights"
+    )
     table = Table(title=title, **_STYLE)
     for name in ("network, method", "contestant", "precision", "layout"):
         table.add_column(name, no_wrap=True)
-    headings = ("ms", "best", "worst", "n", "img/s", "x limit", "x papers", "x eager", "x strong.", "gate", "MB", "first call s")
+    headings = ("ms", "best", "worst", "n", "img/s", "x limit", "x papers", "x eager", "x strong.", "gate", "MB", "host ms", "launches", "first call s")
     for name in headings:
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
@@ -94,11 +98,14 @@ def _times(rows: list[StepRow]) -> Table:
         if row.seconds is None:
             table.add_row(label, row.contestant, row.precision, row.layout, "not timed")
             continue
-        others = (LIMIT, papers_baseline(row.method), EAGER, STRONGEST)
+        mode = mode_of(row.contestant)
+        others = (mode.of(LIMIT), papers_baseline(row.method), EAGER, mode.of(STRONGEST))
         cells = [f"{seconds * 1e3:.4g}" for seconds in (row.seconds, row.best, row.worst)] + [str(row.samples), f"{row.images_per_second:.4g}"]
         cells += [f"{row.times_faster[other]:.2f}" if other in row.times_faster else "" for other in others]
         cells += [f"{row.update_error:.0e}" if row.update_error is not None else ""]
         cells += [f"{row.step_memory / 1e6:.0f} / {(row.step_memory + row.weights) / 1e6:.0f}" if row.step_memory is not None else ""]
+        cells += [f"{row.host_seconds * 1e3:.3g}" if row.host_seconds is not None else ""]
+        cells += [str(row.launches) if row.launches is not None else ""]
         cells += [f"{row.first_call_seconds:.1f}" if row.first_call_seconds is not None else ""]
         table.add_row(label, row.contestant, row.precision, row.layout, *cells)
     return table
@@ -169,11 +176,3 @@ def _memory_goal(table: Table, label: tuple[str, str], found: dict[str, StepRow]
 def _met(met: bool) -> str:
     return "met" if met else "missed"
 
-
-def _rounded(value):
-    """Floats to four digits."""
-    if isinstance(value, float):
-        return float(f"{value:.4g}")
-    if isinstance(value, dict):
-        return {key: _rounded(part) for key, part in value.items()}
-    return value

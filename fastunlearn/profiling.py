@@ -17,11 +17,14 @@ import torch
 DOMAIN = "fastunlearn"
 
 _NOTHING = nullcontext()
-_annotate: Callable[..., AbstractContextManager] | None = None  # `nvtx.annotate` while ranges are on
+_annotate: Callable[..., AbstractContextManager] | None = None  # draws the NVTX range, while ranges are on
 
 
-def enable(on: bool = True) -> None:
+def enable(on: bool = True, *, nvtx: bool = True) -> None:
     """Turns the ranges of the whole process on or off; those already open close as they would have.
+
+    Args:
+        nvtx: False leaves out the NVTX ranges: torch's profiler alone is to see the stages.
 
     Raises:
         ImportError: the package nvtx, which draws the ranges, is not installed.
@@ -30,11 +33,19 @@ def enable(on: bool = True) -> None:
     if not on:
         _annotate = None
         return
+    _annotate = _nvtx_annotate() if nvtx else _without_nvtx
+
+
+def _without_nvtx(name: str, domain: str) -> AbstractContextManager:
+    return _NOTHING
+
+
+def _nvtx_annotate() -> Callable[..., AbstractContextManager]:
     try:
         import nvtx
     except ImportError as error:
         raise ImportError(f"FASTUNLEARN_NVTX, profiling.enable(): expected the package nvtx (pip install nvtx), got: {error}") from error
-    _annotate = nvtx.annotate
+    return nvtx.annotate
 
 
 def stage(name: str) -> AbstractContextManager:

@@ -3,56 +3,61 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from contextlib import ExitStack
 
 import torch
-from torch import nn
 
+from fastunlearn.testing.accelerator import Accelerator
+
+from .contestants import LIMIT, Mode, Setting, keeping
 from .job import Job
-from .limit import passes
+from .networks import Step
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+_ROUNDS = 3  # the first is the warm-up
 
 
-def faster_layout(job: Job) -> tuple[torch.memory_format, dict[str, float]]:
-    """The memory format in which the method's network passes are faster on `job.device`, and the seconds in each."""
-    calls, models = {}, {}
-    for name, layout in LAYOUTS.items():
-        models[name] = job.network.build().to(job.device, memory_format=layout)
-        calls[name] = _without_gradients(models[name], passes(job, models[name], job.in_layout(layout), joined=False))
-    seconds = _best_of_two(calls, job.device)
-    return LAYOUTS[min(seconds, key=seconds.get)], seconds
+def by_layout(job: Job, accelerator: Accelerator | None, official: dict[str, str], only: str | None = None) -> dict[str, Setting]:
+    """The settings among which the layout is chosen: all, or the one that is asked for."""
+    layouts = {name: layout for name, layout in LAYOUTS.items() if only in (None, name)}
+    return {name: Setting(job, layout, True, accelerator, official) for name, layout in layouts.items()}
 
 
-def faster_joined(job: Job, model: nn.Module, layout: torch.memory_format) -> tuple[bool, dict[str, float]]:
+def faster_layout(settings: dict[str, Setting], mode: Mode) -> tuple[str, dict[str, float]]:
+    """In which layout the method's network passes and the optimizer are faster in `mode`, and the seconds in each."""
+    with ExitStack() as kept:
+        for setting in settings.values():
+            kept.enter_context(keeping(list(setting.models[setting.layout].parameters())))
+        steps = {name: setting.build(mode.of(LIMIT)) for name, setting in settings.items()}
+        seconds = _best(steps, next(iter(settings.values())).accelerator)
+    return min(seconds, key=seconds.get), seconds
+
+
+def faster_joined(setting: Setting) -> tuple[bool, dict[str, float]]:
     """Whether one network call of 2B rows is faster than two of B rows, and the seconds of each."""
-    images = job.in_layout(layout)
-    calls = {name: _without_gradients(model, passes(job, model, images, name == "joined")) for name in ("joined", "apart")}
-    seconds = _best_of_two(calls, job.device)
+    steps = {}
+    with keeping(list(setting.models[setting.layout].parameters())):
+        for name in ("joined", "apart"):
+            setting.joined = name == "joined"
+            steps[name] = setting.build(LIMIT)
+        seconds = _best(steps, setting.accelerator)
     return seconds["joined"] <= seconds["apart"], seconds
 
 
-def _without_gradients(model: nn.Module, run: Callable[[], None]) -> Callable[[], None]:
-    def call() -> None:
-        run()
-        model.zero_grad(set_to_none=True)
-
-    return call
-
-
-def _best_of_two(calls: dict[str, Callable[[], None]], device: torch.device) -> dict[str, float]:
-    """Alternating, after a warm-up."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(3):
-        for name, call in calls.items():
-            synchronize(device)
+def _best(steps: dict[str, Step], accelerator: Accelerator | None) -> dict[str, float]:
+    """Seconds of each step, alternating."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(_ROUNDS):
+        for name, step in steps.items():
+            synchronize(accelerator)
             began = time.perf_counter()
-            call()
-            synchronize(device)
+            step()
+            synchronize(accelerator)
             seconds[name].append(time.perf_counter() - began)
     return {name: min(values[1:]) for name, values in seconds.items()}
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def synchronize(accelerator: Accelerator | None) -> None:
+    """Waits until the work that was given to the device is done."""
+    if accelerator is not None:
+        accelerator.synchronize()

@@ -6,29 +6,51 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from fastunlearn import compilation
+from fastunlearn.replay import WARM_UP_STEPS
+from fastunlearn.testing.accelerator import Accelerator
+
 from . import limit, official, ours, papers_way, strongest, tuned
 from .job import Draw, Images, Job
 from .networks import Step
+from .replayed import Replayed
 
 LIMIT, RETRACK_REPO, SISS_REPO, EAGER, STRONGEST = "limit", "retrack repo", "siss repo", "eager tuned", "strongest"
 OURS, UNLEARNER = "fastunlearn", "Unlearner"
 OFFICIAL_RETRACK, OFFICIAL_SISS = "official retrack", "official siss"
 PAPERS = (RETRACK_REPO, SISS_REPO, OFFICIAL_RETRACK, OFFICIAL_SISS)  # float32, plain AdamW, torch's own layout, whatever the others have
-COMPILED = ", compiled"
-_OURS = {  # name -> how it is built, keyword arguments
-    OURS: (ours.functional, {}),
-    UNLEARNER: (ours.unlearner, {}),
-    OURS + COMPILED: (ours.functional, {"compile": True}),
-    UNLEARNER + COMPILED: (ours.unlearner, {"compile": True}),
-    UNLEARNER + ", replayed": (ours.unlearner, {"replay": True}),
-}
 GATE = 1e-3  # relative L2 distance of the updates, float32
 GATE_ROWS = 4  # on a CPU
 _LEAST_TIMESTEP = 100  # of the gate: below, the papers' float32 weights are rounding (methods.md, golden/README)
+
+
+class Mode(NamedTuple):
+    """How a step runs: its network compiled or not, as one graph or call by call."""
+
+    compiled: bool = False
+    replayed: bool = False
+
+    def of(self, base: str) -> str:
+        """The name of contestant `base` in this mode."""
+        return base + ", compiled" * self.compiled + ", replayed" * self.replayed
+
+
+EAGERLY, COMPILED, REPLAYED, BOTH = Mode(), Mode(compiled=True), Mode(replayed=True), Mode(True, True)
+
+
+def mode_of(name: str) -> Mode:
+    """The mode of the contestant that is called `name`."""
+    return Mode(", compiled" in name, ", replayed" in name)
+
+
+def base_of(name: str) -> str:
+    """What the contestant is called in its eager mode."""
+    return name.partition(",")[0]
 
 
 @dataclass
@@ -38,6 +60,7 @@ class Setting:
     job: Job
     layout: torch.memory_format
     joined: bool  # ReTrack's branches go through the network together
+    accelerator: Accelerator | None = None
     official: dict[str, str] = field(default_factory=dict)  # contestant -> checkout of the repository
     models: dict[torch.memory_format, nn.Module] = field(default_factory=dict)
     images: Images | None = None
@@ -47,6 +70,7 @@ class Setting:
             if layout not in self.models:
                 self.models[layout] = self.job.network.build().to(self.job.device, memory_format=layout)
         self.images = self.job.in_layout(self.layout)
+        self._compiled: nn.Module | None = None
 
     def model(self, name: str) -> nn.Module:
         return self.models[torch.contiguous_format if name in PAPERS else self.layout]
@@ -60,31 +84,48 @@ class Setting:
         Raises:
             Exception: whatever hinders the contestant from running here.
         """
-        job, model = self.job, self.model(name)
+        job, mode, base = self.job, mode_of(name), base_of(name)
+        model = self.model(name)
+        optimizer = self._optimizer(name, model, plain=plain)
         max_grad_norm = None if plain else 1.0
-        if plain:
-            optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-        else:
-            optimizer = job.network.optimizer(model.parameters(), **({} if name in PAPERS else {"fused": True}))
         common = (job, model, optimizer, max_grad_norm)
-        if name in _OURS:
-            make, options = _OURS[name]
-            return make(*common, self.images, **options)
+        if base == OURS:
+            return ours.functional(*common, self.images, compile=mode.compiled)
+        if base == UNLEARNER:
+            return ours.unlearner(*common, self.images, compile=mode.compiled, replay=mode.replayed)
         if name in self.official:
             return {OFFICIAL_RETRACK: official.retrack, OFFICIAL_SISS: official.siss}[name](*common, self.official[name])
         if name in PAPERS:
             return {RETRACK_REPO: papers_way.retrack_repository, SISS_REPO: papers_way.siss_repository}[name](*common)
-        if name.endswith(COMPILED):
+        step = self._plain_torch(base, self.compiled() if mode.compiled else model, optimizer, max_grad_norm)
+        return Replayed(step, self.accelerator.graphs()) if mode.replayed else step
+
+    def compiled(self) -> nn.Module:
+        """The network under torch.compile, one for all baselines: what was compiled for one serves the others."""
+        if self._compiled is None:
             torch._functorch.config.donated_buffer = False  # a graph that is kept for a second backward pass cannot donate its buffers
-            model = torch.compile(model, dynamic=False)
-        match name.removesuffix(COMPILED):
-            case "limit":
-                return limit.limit(job, model, optimizer, self.images, self.joined)
-            case "eager tuned":
-                return tuned.eager(*common, self.images)
-            case "strongest":
-                return strongest.closed_form(job, model, optimizer, max_grad_norm, self.images, self.joined)
-        raise ValueError(f"name: expected a contestant, got {name!r}")
+            self._compiled = torch.compile(self.models[self.layout], dynamic=False, backend=compilation.BACKEND)
+        return self._compiled
+
+    def _optimizer(self, name: str, model: nn.Module, *, plain: bool) -> torch.optim.Optimizer:
+        mode, base = mode_of(name), base_of(name)
+        if plain:
+            return torch.optim.SGD(model.parameters(), lr=1.0, fused=mode.replayed)
+        if name in PAPERS:
+            return self.job.network.optimizer(model.parameters())
+        # `Unlearner` makes its optimizer capturable by itself.
+        capturable = mode.replayed and base != UNLEARNER
+        return self.job.network.optimizer(model.parameters(), fused=True, capturable=capturable)
+
+    def _plain_torch(self, base: str, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float | None) -> Step:
+        common = (self.job, model, optimizer)
+        if base == LIMIT:
+            return limit.limit(*common, self.images, self.joined)
+        if base == EAGER:
+            return tuned.eager(*common, max_grad_norm, self.images)
+        if base == STRONGEST:
+            return strongest.closed_form(*common, max_grad_norm, self.images, self.joined)
+        raise ValueError(f"name: expected a contestant, got {base!r}")
 
     def in_float32(self) -> Setting:
         """The same weights and rows for the gate."""
@@ -98,47 +139,117 @@ def papers_baseline(method: str) -> str:
     return SISS_REPO if method in ("siss no_is", "siss bernoulli") else RETRACK_REPO
 
 
-def names(job: Job, *, compiled: bool, official: dict[str, str]) -> list[str]:
-    """Who takes part in a comparison, the limit first, this package last."""
+def names(job: Job, *, compiled: bool, replayed: bool, official: dict[str, str]) -> list[str]:
+    """Who takes part in a comparison, the limit first, this package last. Whatever ours may do, the baselines may, too."""
     papers = [RETRACK_REPO, SISS_REPO] if job.method == "siss" else [papers_baseline(job.method)]
     real = [{RETRACK_REPO: OFFICIAL_RETRACK, SISS_REPO: OFFICIAL_SISS}[name] for name in papers]
-    last = [OURS, UNLEARNER] + [OURS + COMPILED, UNLEARNER + COMPILED] * compiled + [UNLEARNER + ", replayed"] * (job.device.type == "cuda")
-    compiled_others = [LIMIT + COMPILED, STRONGEST + COMPILED] if compiled else []
-    return [LIMIT, *papers, *(name for name in real if name in official), EAGER, STRONGEST, *compiled_others, *last]
+    modes = [EAGERLY] + [COMPILED] * compiled + [REPLAYED] * replayed + [BOTH] * (compiled and replayed)
+    return [
+        *(mode.of(LIMIT) for mode in modes),
+        *papers,
+        *(name for name in real if name in official),
+        EAGER,
+        *(mode.of(STRONGEST) for mode in modes),
+        *(mode.of(OURS) for mode in modes if not mode.replayed),  # a function of the caller's loop cannot be replayed
+        *(mode.of(UNLEARNER) for mode in modes),
+    ]
+
+
+class Checked(NamedTuple):
+    """What the gate found."""
+
+    error: float  # relative L2 distance of the update
+    allowed: float
+    seconds: float  # of the first call, with compilation
 
 
 class Gate:
-    """One step of plain gradient descent from equal weights on the same rows and random numbers: do the updates agree with the papers'?"""
+    """One step of plain gradient descent from equal weights on the same rows and random numbers: do the updates agree with the papers'?
+
+    Eager contestants are checked in float32. A compiled or replayed one is checked as it is timed, and may err twice as much as
+    its eager form does in that precision: to check it in float32 would compile the network once more.
+    """
 
     def __init__(self, setting: Setting, rows: int | None):
-        self.setting = setting.in_float32()
+        self.timed, self.setting = setting, setting.in_float32()
         job = self.setting.job
         torch.manual_seed(7)
         draw = job.draw(rows and min(rows, job.batch), least_timestep=_LEAST_TIMESTEP)
         self.draw: Draw = replace(draw, from_forget=torch.arange(len(draw.from_forget), device=job.device) % 2 == 0)  # both branches
-        self.reference = self.update(papers_baseline(job.method))[0]
+        self.reference = self._update(self.setting, papers_baseline(job.method))[0]
+        self._eager_errors: dict[str, float] = {}
+        self._own_draws: list[Tensor] | None = None  # the update of an eager Unlearner that draws by itself
 
-    def error(self, name: str) -> tuple[float, float]:
-        """Relative L2 distance of the update, and the seconds of the call."""
-        update, seconds = self.update(name)
-        difference = sum(float((a - b).double().square().sum()) for a, b in zip(update, self.reference, strict=True))
-        return (difference / sum(float(b.double().square().sum()) for b in self.reference)) ** 0.5, seconds
+    def check(self, name: str) -> Checked:
+        """
+        Raises:
+            Exception: whatever hinders the contestant from taking a step here.
+        """
+        mode = mode_of(name)
+        if mode == EAGERLY:
+            update, seconds = self._update(self.setting, name)
+            return Checked(_distance(update, self.reference), GATE, seconds)
+        if base_of(name) == UNLEARNER and mode.replayed:
+            # Replay takes no draws from outside: the yardstick is the eager Unlearner at the same step, which has passed the gate itself.
+            if self._own_draws is None:
+                self._own_draws = self._update(self.timed, UNLEARNER, draws=False)[0]
+            update, seconds = self._update(self.timed, name, draws=False)
+            return Checked(_distance(update, self._own_draws), self._allowed(UNLEARNER), seconds)
+        update, seconds = self._update(self.timed, name)
+        return Checked(_distance(update, self.reference), self._allowed(base_of(name)), seconds)
 
-    def update(self, name: str) -> tuple[list[Tensor], float]:
-        parameters = list(self.setting.model(name).parameters())
-        start = [parameter.detach().clone() for parameter in parameters]
-        try:
-            with _float32_products():
-                step = self.setting.build(name, plain=True)
+    def _allowed(self, base: str) -> float:
+        """Of a contestant in the precision that is timed."""
+        if self.timed.job.precision == "float32":
+            return GATE
+        if base not in self._eager_errors:
+            self._eager_errors[base] = _distance(self._update(self.timed, base)[0], self.reference)
+        return GATE + 2 * self._eager_errors[base]
+
+    def _update(self, setting: Setting, name: str, *, draws: bool = True) -> tuple[list[Tensor], float]:
+        """What one step does to the weights, which get their values back, and the seconds of the first call.
+
+        Args:
+            draws: the contestant is given the gate's random numbers; otherwise it draws for itself, and the step that counts is one
+                that would be replayed.
+        """
+        parameters = list(setting.model(name).parameters())
+        calls = WARM_UP_STEPS + 2
+        if draws:
+            calls = 2 if mode_of(name).replayed else 1
+        first = None
+        with keeping(parameters) as start, _float32_products():
+            step = setting.build(name, plain=True)
+            for _ in range(calls):
+                _restore(parameters, start)
                 began = time.perf_counter()
-                step(self.draw)
-                update = [(parameter.detach() - before) for parameter, before in zip(parameters, start, strict=True)]
-                return update, time.perf_counter() - began
-        finally:
-            with torch.no_grad():
-                torch._foreach_copy_(parameters, start)
-            for parameter in parameters:
-                parameter.grad = None
+                step(self.draw if draws else None)
+                update = [parameter.detach() - before for parameter, before in zip(parameters, start, strict=True)]
+                first = first or time.perf_counter() - began
+        return update, first
+
+
+@contextlib.contextmanager
+def keeping(parameters: list[nn.Parameter]) -> Iterator[list[Tensor]]:
+    """Gives the values of `parameters`, which have them back after the block, and no gradients."""
+    values = [parameter.detach().clone() for parameter in parameters]
+    try:
+        yield values
+    finally:
+        _restore(parameters, values)
+        for parameter in parameters:
+            parameter.grad = None
+
+
+def _restore(parameters: list[nn.Parameter], values: list[Tensor]) -> None:
+    with torch.no_grad():
+        torch._foreach_copy_(parameters, values)
+
+
+def _distance(update: list[Tensor], reference: list[Tensor]) -> float:
+    """Relative L2."""
+    difference = sum(float((a - b).double().square().sum()) for a, b in zip(update, reference, strict=True))
+    return (difference / sum(float(b.double().square().sum()) for b in reference)) ** 0.5
 
 
 @contextlib.contextmanager

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 import torch
-from diffusers import DDPMScheduler
 from torch import Tensor
 
 import fastunlearn as fu
@@ -14,6 +14,7 @@ import fastunlearn as fu
 from .networks import SISS_LAMBD, K, Network
 
 FORGET_ROWS = 8  # in the store
+TIMESTEPS, BETAS = 1000, (1e-4, 0.02)  # of the linear schedule
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}  # name -> dtype of autocast
 
 
@@ -64,8 +65,8 @@ class Job:
         self.network, self.method, self.device, self.precision = network, method, device, precision
         self.batch = batch or network.batch[device.type]
         self.micro = network.micro.get((device.type, precision))  # None: all rows in one call
-        self.scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear", beta_start=1e-4, beta_end=0.02)
-        self.schedule = fu.NoiseSchedule.from_diffusers(self.scheduler)
+        self.alphas_cumprod = torch.cumprod(1 - torch.linspace(*BETAS, TIMESTEPS), 0)
+        self.schedule = fu.NoiseSchedule.from_alphas_cumprod(self.alphas_cumprod)
         generator = torch.Generator().manual_seed(1)
         forget, retain = (_latents if network.latents else _pictures)(network, generator)
         options = {"latents": network.latents}
@@ -84,6 +85,17 @@ class Job:
     def rows(self) -> int:
         """Rows that the network learns from in one step: each set's batch where both are read, once where SISS mixes the two into one batch."""
         return self.batch * (2 if self.method in ("retrack", "erasediff", "siss no_is") else 1)
+
+    @cached_property
+    def scheduler(self):
+        """As the official code takes it.
+
+        Raises:
+            ImportError: diffusers is not installed.
+        """
+        from diffusers import DDPMScheduler
+
+        return DDPMScheduler(num_train_timesteps=TIMESTEPS, beta_schedule="linear", beta_start=BETAS[0], beta_end=BETAS[1])
 
     def autocast(self) -> AbstractContextManager:
         dtype = PRECISIONS[self.precision]

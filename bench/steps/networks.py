@@ -10,9 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import diffusers
 import torch
-from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
 _DOWN, _UP, _ATTN_DOWN, _ATTN_UP = "DownBlock2D", "UpBlock2D", "AttnDownBlock2D", "AttnUpBlock2D"
@@ -42,6 +40,10 @@ class Network:
     def latents(self) -> bool:
         return self.condition is not None
 
+    @property
+    def needs_diffusers(self) -> bool:
+        return self.name != SMOKE
+
     def build(self) -> nn.Module:
         """With random weights, the same at each call, in training mode, on the CPU."""
         with torch.random.fork_rng(devices=[]):
@@ -51,6 +53,13 @@ class Network:
     def optimizer(self, parameters, **kwargs) -> torch.optim.AdamW:
         """The papers' AdamW; `kwargs` say which implementation."""
         return torch.optim.AdamW(parameters, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay, **kwargs)
+
+
+@dataclass
+class Output:
+    """What a diffusers model returns."""
+
+    sample: Tensor  # [B, C, H, W]
 
 
 class Wide(nn.Module):
@@ -66,13 +75,13 @@ class Wide(nn.Module):
         self.enter, self.time, self.leave = nn.Linear(pixels, width), nn.Linear(2, width), nn.Linear(width, pixels)
         self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
 
-    def forward(self, x_t: Tensor, timesteps: Tensor, return_dict: bool = True) -> UNet2DOutput | tuple[Tensor]:
+    def forward(self, x_t: Tensor, timesteps: Tensor, return_dict: bool = True) -> Output | tuple[Tensor]:
         angle = timesteps.to(x_t.dtype) / 1000
         state = self.enter(x_t.flatten(1)) + self.time(torch.stack([angle.sin(), angle.cos()], dim=1))
         for layer in self.hidden:
             state = state + layer(nn.functional.silu(state))
         sample = self.leave(state).view_as(x_t)
-        return UNet2DOutput(sample) if return_dict else (sample,)
+        return Output(sample) if return_dict else (sample,)
 
 
 def _ddpm(size: int, channels: int, widths: tuple[int, ...], attention: int, **more) -> Callable[[], nn.Module]:
@@ -84,6 +93,8 @@ def _ddpm(size: int, channels: int, widths: tuple[int, ...], attention: int, **m
 
 
 def _diffusers(name: str, config: dict[str, Any]) -> nn.Module:
+    import diffusers
+
     return getattr(diffusers, name)(**config)
 
 

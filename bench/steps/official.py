@@ -73,7 +73,7 @@ def siss(job: Job, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_
     spec = importlib.util.spec_from_file_location("siss_ddpm_deletion_loss", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    alphas = job.scheduler.alphas_cumprod.to(job.device)
+    alphas = job.alphas_cumprod.to(job.device)
     loss = module.DDPMDeletionLoss(gamma=alphas.sqrt(), sigma=(1 - alphas).sqrt())
     name = {"siss": "importance_sampling_with_mixture", "siss no_is": "double_forward_with_neg_del", "siss bernoulli": "subscore_bernoulli"}[job.method]
     more = {} if job.method == "siss no_is" else {"lambd": SISS_LAMBD}

@@ -68,8 +68,8 @@ class _Loop:
         self.terms = objective or (self.retrack_terms if own_draws else self.mixture_terms)
         self.two_gradients = job.method in TWO_GRADIENTS
         self.batches = loaders(job)
-        self.alpha = job.scheduler.alphas_cumprod.sqrt().to(job.device)
-        self.sigma = (1 - job.scheduler.alphas_cumprod).sqrt().to(job.device)
+        self.alpha = job.alphas_cumprod.sqrt().to(job.device)
+        self.sigma = (1 - job.alphas_cumprod).sqrt().to(job.device)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
         method = job.method
         self.branches = [name for name in ("forget", "retain") if method not in {"forget": ("vanilla",), "retain": ("neggrad",)}[name]]
@@ -116,12 +116,17 @@ class _Loop:
     def levels(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         return self.alpha[timesteps].view(-1, 1, 1, 1), self.sigma[timesteps].view(-1, 1, 1, 1)
 
+    def _add_noise(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """As a DDPM scheduler of diffusers does it, with roots taken at every call."""
+        cumulated = self.job.alphas_cumprod.to(clean.device)[timesteps].view(-1, 1, 1, 1)
+        return cumulated**0.5 * clean + (1 - cumulated) ** 0.5 * noise
+
     def retrack_terms(self, images: Images, draw: Draw):
         """The loss, or the two losses of two-gradient methods, as ReTrack's repository computes them: every branch through the network."""
         x_t, predictions = {}, {}
         for name in self.branches:
             timesteps = getattr(draw, f"{name}_timesteps")
-            x_t[name] = self.job.scheduler.add_noise(getattr(images, name), getattr(draw, f"{name}_noise"), timesteps)
+            x_t[name] = self._add_noise(getattr(images, name), getattr(draw, f"{name}_noise"), timesteps)
             predictions[name] = self.predict(x_t[name], timesteps)
         method, network = self.job.method, self.job.network
         if method == "vanilla":
@@ -141,7 +146,7 @@ class _Loop:
     def mixture_terms(self, images: Images, draw: Draw):
         """The two losses as SISS' repository computes them, with the statistics that it logs at every step."""
         timesteps, noise = draw.forget_timesteps, draw.forget_noise
-        noisy = {name: self.job.scheduler.add_noise(getattr(images, name), noise, timesteps) for name in ("forget", "retain")}
+        noisy = {name: self._add_noise(getattr(images, name), noise, timesteps) for name in ("forget", "retain")}
         if self.job.method == "siss no_is":
             terms = tuple((self.predict(noisy[name], timesteps) - noise) ** 2 for name in ("retain", "forget"))
             log_statistics(*terms)

@@ -1,4 +1,4 @@
-"""The share of a step's time that each of its six stages takes, from an eager profile: ranges stand outside compiled regions and graphs."""
+"""What a step spends its time on, from an eager profile: ranges stand outside compiled regions and graphs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from fastunlearn import profiling
+from fastunlearn.testing.accelerator import Accelerator
 
 from .networks import Step
 
@@ -15,21 +16,35 @@ STAGES = ("draw", "compose", "predict", "residual", "combine", "update")
 _PREFIX, _WHOLE = "fastunlearn::", "bench::step"
 
 
-def shares(step: Step, device: torch.device) -> dict[str, float]:
+def shares(step: Step, accelerator: Accelerator | None) -> dict[str, float]:
     """Stage -> share of the time of one call of `step`; `"between"` is what no stage covers. On a GPU, of the time of the kernels that it launches.
 
     The spans are those that the package records under its profiler's switch. Backward passes count to the stage that starts them.
     """
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
-    # Backward passes on the calling thread, so that the profiler sees whose kernels they launch.
-    profiling.enable()
+    profiling.enable(nvtx=False)
     try:
         step()  # what the ranges set up at their first use is not part of it
-        with torch.autograd.set_multithreading_enabled(False), profile(activities=activities) as recorded, record_function(_WHOLE):
-            step()
+        # Backward passes on the calling thread, so that the profiler sees whose kernels they launch.
+        with torch.autograd.set_multithreading_enabled(False):
+            recorded = _profiled(step, accelerator)
     finally:
         profiling.enable(os.environ.get("FASTUNLEARN_NVTX", "0") not in ("", "0"))
-    kind = "device_time_total" if device.type == "cuda" else "cpu_time_total"
+    on_device = accelerator is not None and accelerator.device.type == "cuda"
+    kind = "device_time_total" if on_device else "cpu_time_total"
     seconds = {event.key: getattr(event, kind) for event in recorded.key_averages() if event.is_user_annotation}  # not the ops of the same names
     found = {name: seconds.get(_PREFIX + name, 0.0) / seconds[_WHOLE] for name in STAGES}
     return {**found, "between": 1 - sum(found.values())}
+
+
+def launches(step: Step, accelerator: Accelerator) -> int:
+    """How often one call of `step` calls the device: kernels, and graphs of them."""
+    return accelerator.launches(_profiled(step, accelerator))
+
+
+def _profiled(step: Step, accelerator: Accelerator | None) -> profile:
+    activities = (ProfilerActivity.CPU,) if accelerator is None else accelerator.activities
+    with profile(activities=activities) as recorded, record_function(_WHOLE):
+        step()
+        if accelerator is not None:
+            accelerator.synchronize()
+    return recorded

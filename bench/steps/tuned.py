@@ -67,8 +67,8 @@ class _Terms:
 
     def __init__(self, job: Job, model: nn.Module):
         self.job, self.model = job, model
-        self.alpha = job.scheduler.alphas_cumprod.sqrt().to(job.device)
-        self.sigma = (1 - job.scheduler.alphas_cumprod).sqrt().to(job.device)
+        self.alpha = job.alphas_cumprod.sqrt().to(job.device)
+        self.sigma = (1 - job.alphas_cumprod).sqrt().to(job.device)
 
     def __call__(self, images: Images, draw: Draw):
         method, network = self.job.method, self.job.network

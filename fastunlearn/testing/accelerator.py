@@ -192,8 +192,8 @@ _find_kernel = _backends.find_kernel
 
 
 def _interpreted(name: str, device: torch.device, args: tuple, *, required: bool) -> Callable | None:
-    """`find_kernel`, which takes a CPU for a GPU where Triton has a kernel."""
-    if device.type != "cpu" or name not in _backends._TRITON:
+    """`find_kernel`, which takes a CPU for a GPU where Triton has a kernel. A tape sees only what torch dispatches: not there."""
+    if device.type != "cpu" or name not in _backends._TRITON or torch._C._len_torch_dispatch_stack():
         return _find_kernel(name, device, args, required=required)
     if any(isinstance(value, torch.Tensor) and value.dtype == torch.float64 and value.ndim >= 4 for value in args):
         return None

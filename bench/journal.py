@@ -1,0 +1,47 @@
+"""The measurements of a run on disk: the whole file anew after every comparison, so that whatever comes next, what was measured stays."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fastunlearn.checkpoint import atomic_file
+
+
+class Journal:
+    """Rows, one dataclass object for each contestant of each comparison.
+
+    Args:
+        path: of the JSON file; None: nothing is written.
+        machine: processor, GPU, versions, commit.
+        options: of the run.
+    """
+
+    def __init__(self, path: Path | None = None, machine: dict[str, Any] | None = None, options: dict[str, Any] | None = None):
+        self.path, self.machine, self.options = path, machine or {}, options or {}
+        self.rows: list = []
+
+    def add(self, rows: Iterable) -> None:
+        """Appends the rows of a comparison, and writes all."""
+        self.rows.extend(rows)
+        self.write()
+
+    def write(self) -> None:
+        """Again, where rows have been completed since."""
+        if self.path is None:
+            return
+        rows = [_rounded(asdict(row)) for row in self.rows]
+        with atomic_file(self.path) as file:
+            file.write((json.dumps({"machine_info": self.machine, "options": self.options, "rows": rows}, indent=1) + "\n").encode())
+
+
+def _rounded(value):
+    """Floats to four digits: the rest is noise."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, dict):
+        return {name: _rounded(entry) for name, entry in value.items()}
+    return value
