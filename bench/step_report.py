@@ -49,7 +49,7 @@ MEMORY_GOAL = 0.6  # of contestant (1)'s peak, weights included, for methods wit
 
 def render(rows: list[StepRow], device: str) -> str:
     """All tables as text, for a terminal or a log."""
-    console = Console(file=io.StringIO(), width=max(200, shutil.get_terminal_size().columns), force_terminal=False)
+    console = Console(file=io.StringIO(), width=max(250, shutil.get_terminal_size().columns), force_terminal=False)
     for precision in dict.fromkeys(_precisions(rows)):
         console.print(_times([row for row, of in zip(rows, _precisions(rows), strict=True) if of == precision], precision))
     for reason in dict.fromkeys(row.reason for row in rows if row.reason):

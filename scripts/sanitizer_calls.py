@@ -1,6 +1,6 @@
 """Calls every kernel a few times, at small and awkward shapes, for compute-sanitizer to watch (scripts/gpu_check.sh).
 
-python scripts/sanitizer_calls.py [cuda|cpu]
+python scripts/sanitizer_calls.py [cuda|cpu] [few]      few: each kernel, at the shapes where it is most likely to go wrong, in seconds
 """
 
 from __future__ import annotations
@@ -22,8 +22,12 @@ from fastunlearn.testing.factories import linear_schedule
 
 SHAPES = ((3, 5, 7), (1, 28, 28), (3, 40, 41))  # the last one has more elements than one pass of redirect takes
 PLANES = ((1, 28, 28), (3, 32, 32), (1, 33, 47), (1, 64, 64), (1, 256, 256))
+COUNTS = (1, 10, 70)  # of neighbours
 BATCH, STORED = 3, 9
 DEVICE = sys.argv[1] if len(sys.argv) > 1 else "cuda"
+if "few" in sys.argv[2:]:
+    SHAPES, COUNTS = SHAPES[::2], (10, 70)
+    PLANES = ((1, 28, 28), (1, 33, 47))
 
 
 def images(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -44,7 +48,7 @@ def main() -> None:
             layout = (*drawn, made, channels_last)
             noising(rows, index, coefficients, *drawn, True, made, channels_last)
             mixture(rows, index, rows, index.flip(0), coefficients, from_forget, 0.5, None, *layout)
-            for count in (1, 10, 70):
+            for count in COUNTS:
                 neighbors = torch.randint(STORED, (BATCH, count), device=DEVICE)
                 redirect(rows, index, rows, neighbors, coefficients, None, *layout)
                 redirect(rows[index], None, rows[neighbors], None, coefficients, torch.rand(BATCH, count, device=DEVICE).double(), *layout)

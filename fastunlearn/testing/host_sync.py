@@ -147,7 +147,8 @@ class TapeGraphs:
 
     def capture(self, function: Callable[[], None]) -> Callable[[], None]:
         self.captures += 1
-        with _NoReads("cpu"), Tape() as tape:
+        # Dynamo gives up a frame for good when it meets it under a tape: compiled code runs eagerly there.
+        with torch.compiler.set_stance("force_eager"), _NoReads("cpu"), Tape() as tape:
             function()
 
         def replay() -> None:

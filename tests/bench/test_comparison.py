@@ -1,0 +1,218 @@
+"""What a benchmark does when something goes wrong, and what it times."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bench import harness
+from bench.comparison import COMPILED, EAGER, KERNEL, PAPERS, Comparison, Options
+from bench.journal import Journal
+from bench.ready import Ready
+from bench.step_comparison import StepComparison, StepOptions
+from bench.steps import contestants
+from fastunlearn.ops import residual as op
+
+
+class Benchmark:
+    """As much of pytest-benchmark's fixture as a comparison needs."""
+
+    group = None
+
+    def __init__(self):
+        self.extra_info = {}
+
+    def pedantic(self, function, args, rounds, iterations):
+        return function(*args)
+
+
+def rows_in(path):
+    return {row["contestant"]: row for row in json.loads(path.read_text())["rows"]}
+
+
+# --- ops -------------------------------------------------------------------------------------------------------------------------
+
+
+def compare(path, calls, gate=lambda name, call: None, options=None):
+    """One comparison of `residual` on a CPU."""
+    yardstick = harness.Yardstick(None, 1 << 16)
+    options = options or Options(full=False, smoke=True, seconds=0.0)
+    comparison = Comparison(Benchmark(), yardstick, options, 1, Journal(path))
+    arguments = torch.ones(2, 3), torch.zeros(2, 3), torch.ones(2)
+    comparison(
+        "residual", "any shape", "float32", calls, kernels=["residual"], floor=1, moved=1, gate=gate,
+        closed_form=op._eager, arguments=arguments,
+    )  # fmt: skip
+
+
+def result():
+    return (torch.ones(1),)
+
+
+def fails():
+    raise RuntimeError("out of luck")
+
+
+def test_a_contestant_that_fails_costs_nobody_else(tmp_path):
+    compare(tmp_path / "rows.json", {PAPERS: result, "rfft2": fails, KERNEL: result})
+    rows = rows_in(tmp_path / "rows.json")
+    assert rows["rfft2"]["seconds"] is None
+    assert rows["rfft2"]["reason"] == "rfft2: RuntimeError: out of luck"
+    assert {name for name, row in rows.items() if row["seconds"]} == {PAPERS, EAGER, KERNEL}
+
+
+def test_a_kernel_that_fails_fails_the_benchmark_once_the_others_are_on_disk(tmp_path):
+    with pytest.raises(pytest.fail.Exception, match="kernel: RuntimeError: out of luck"):
+        compare(tmp_path / "rows.json", {PAPERS: result, KERNEL: fails})
+    rows = rows_in(tmp_path / "rows.json")
+    assert rows[PAPERS]["seconds"]
+    assert rows[KERNEL]["reason"] == "kernel: RuntimeError: out of luck"
+
+
+def test_a_wrong_result_is_not_timed(tmp_path):
+    def gate(name, call):
+        assert name != EAGER, "wrong"
+
+    compare(tmp_path / "rows.json", {PAPERS: result, KERNEL: result}, gate)
+    rows = rows_in(tmp_path / "rows.json")
+    assert rows[EAGER]["seconds"] is None
+    assert "wrong" in rows[EAGER]["reason"]
+
+
+def test_what_was_not_compiled_in_time_is_left_out_and_named(tmp_path):
+    (tmp_path / "ready.txt").write_text("residual, any shape, float32\n")
+    for ready, left_out in ((Ready(tmp_path / "ready.txt"), False), (Ready(tmp_path / "none.txt"), True)):
+        options = Options(full=True, smoke=True, seconds=0.0, ready=ready)
+        compare(tmp_path / "rows.json", {PAPERS: result, KERNEL: result}, options=options)
+        row = rows_in(tmp_path / "rows.json")[COMPILED]
+        assert (row["seconds"] is None) == left_out
+        assert ("not ready" in row["reason"]) == left_out
+
+
+def test_compiling_beforehand_says_what_is_ready_and_times_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness.compilation, "BACKEND", "eager")
+    ready = Ready(tmp_path / "ready.txt", recording=True)
+    options = Options(full=True, smoke=True, seconds=0.0, compile_only=True, ready=ready)
+    compare(tmp_path / "rows.json", {PAPERS: fails, KERNEL: fails}, options=options)
+    assert (tmp_path / "ready.txt").read_text() == "residual, any shape, float32\n"
+    assert not (tmp_path / "rows.json").exists()
+
+
+# --- whole steps -----------------------------------------------------------------------------------------------------------------
+
+
+def compare_steps(path, method="vanilla"):
+    options = StepOptions(full=False, smoke=True, memory=False, seconds=0.0, official={}, layout="contiguous")
+    StepComparison(Benchmark(), None, options, 1, Journal(path), {})("tiny", method)
+
+
+def breaking(monkeypatch, name, after):
+    """The contestant `name` raises `KeyboardInterrupt`, `RuntimeError` or the like at its step number `after`."""
+
+    def break_with(error):
+        build = contestants.Setting.build
+
+        def built(setting, asked, **options):
+            step, calls = build(setting, asked, **options), []
+            if asked != name or options.get("plain"):
+                return step
+
+            def broken(draw=None):
+                calls.append(draw)
+                if len(calls) == after:
+                    raise error
+                step(draw)
+
+            return broken
+
+        monkeypatch.setattr(contestants.Setting, "build", built)
+
+    return break_with
+
+
+@pytest.mark.parametrize("after", [1, 3])
+def test_a_step_that_fails_is_reported_and_the_others_stand(tmp_path, monkeypatch, after):
+    """At its first step, or in the middle of the turns."""
+    breaking(monkeypatch, "strongest", after)(RuntimeError("no memory"))
+    compare_steps(tmp_path / "rows.json")
+    rows = rows_in(tmp_path / "rows.json")
+    assert rows["strongest"]["seconds"] is None
+    assert rows["strongest"]["reason"] == "strongest: RuntimeError: no memory"
+    others = [row for name, row in rows.items() if name != "strongest"]
+    assert all(row["seconds"] and "strongest" not in row["times_faster"] for row in others)
+
+
+def test_a_run_that_is_stopped_keeps_the_rounds_that_it_timed(tmp_path, monkeypatch):
+    breaking(monkeypatch, "fastunlearn", 3)(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        compare_steps(tmp_path / "rows.json")
+    rows = rows_in(tmp_path / "rows.json")
+    assert rows["fastunlearn"]["samples"] == 1
+    assert all(row["seconds"] for row in rows.values())
+
+
+def test_times_are_on_disk_before_anything_else_is_measured(tmp_path, monkeypatch):
+    seen = []
+
+    def shares(step, accelerator):
+        seen.append(rows_in(tmp_path / "rows.json")["fastunlearn"]["seconds"])
+        raise ImportError("no profiler")
+
+    monkeypatch.setattr("bench.steps.stages.shares", shares)
+    compare_steps(tmp_path / "rows.json")
+    row = rows_in(tmp_path / "rows.json")["fastunlearn"]
+    assert seen == [row["seconds"]]
+    assert row["reason"] == "stages of fastunlearn: ImportError: no profiler"
+
+
+def test_stage_shares_need_no_nvtx(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "nvtx", None)
+    compare_steps(tmp_path / "rows.json")
+    assert sum(rows_in(tmp_path / "rows.json")["fastunlearn"]["stages"].values()) == pytest.approx(1, abs=1e-2)
+
+
+# --- the clock of a device -------------------------------------------------------------------------------------------------------
+
+
+class Timeline:
+    """A host and a device on one clock that only they move: work is queued by the host and done by the device in order."""
+
+    device = torch.device("cpu")
+
+    def __init__(self):
+        self.now = self.busy_until = 0.0
+
+    def host_works(self, seconds):
+        self.now += seconds
+
+    def device_works(self, seconds):
+        self.busy_until = max(self.busy_until, self.now) + seconds
+
+    wait = device_works
+
+    def synchronize(self):
+        self.now = max(self.now, self.busy_until)
+
+    def event(self):
+        event = SimpleNamespace()
+        event.record = lambda: setattr(event, "at", max(self.busy_until, self.now))
+        event.elapsed_time = lambda end: 1000 * (end.at - event.at)
+        return event
+
+
+def test_python_is_not_timed_on_a_device(monkeypatch):
+    timeline = Timeline()
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: timeline.now)
+
+    def call():
+        timeline.host_works(3e-3)
+        timeline.device_works(1e-4)
+        timeline.host_works(2e-3)
+        timeline.device_works(1e-4)
+
+    yardstick = SimpleNamespace(accelerator=timeline, flush=lambda: timeline.device_works(1e-5))
+    taken = harness._DeviceClock(yardstick, timeline)({"call": call})
+    assert taken["call"] == pytest.approx(2e-4)
+    monkeypatch.setattr(Timeline, "wait", lambda self, seconds: None)
+    assert harness._DeviceClock(yardstick, timeline)({"call": call})["call"] > 2e-3

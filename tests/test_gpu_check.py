@@ -1,0 +1,126 @@
+"""The check of GPUs: its limits, its budget, what is on disk. CI rehearses the whole of it (DRY=1 scripts/gpu_check.sh)."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOREVER = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(1000)"
+STUBBORN = """
+import os, pathlib, signal, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+pathlib.Path({path!r}).write_text(str(os.getpid()))
+time.sleep(1000)
+"""
+
+
+@pytest.fixture
+def gpu_check(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    spec = importlib.util.spec_from_file_location("gpu_check", ROOT / "scripts" / "gpu_check.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "gpu_check", module)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "GRACE", 0.5)
+    monkeypatch.setattr(module, "LEAST", 0.5)
+    return module
+
+
+def on_disk(check):
+    return [(stage["stage"], stage["outcome"]) for stage in json.loads((check.out / "check.json").read_text())["stages"]]
+
+
+def test_a_stage_that_fails_costs_itself_alone(gpu_check, tmp_path):
+    check = gpu_check.Check(tmp_path / "out", 1000, time.time())
+    assert not check.stage("a", "one", 60, [sys.executable, "-c", "print('said'); raise SystemExit(3)"])
+    assert on_disk(check) == [("one", "failed (3)")]
+    assert check.stage("b", "two", 60, [sys.executable, "-c", ""])
+    assert on_disk(check) == [("one", "failed (3)"), ("two", "passed")]
+    assert check.failed
+    assert "said" in check.log.read_text()
+    assert "one                          failed (3)" in (check.out / "summary.txt").read_text()
+
+
+def test_a_limit_ends_a_stage_and_all_that_it_started(gpu_check, tmp_path):
+    pid = tmp_path / "pid"
+    check = gpu_check.Check(tmp_path / "out", 1000, time.time())
+    child = STUBBORN.format(path=str(pid))
+    command = [sys.executable, "-c", FOREVER.format(child=child)]
+    with (tmp_path / "log").open("w") as output:
+        process = gpu_check.start(command, output)
+    while not pid.exists() or not pid.read_text():
+        time.sleep(0.01)
+    gpu_check.end(process)
+    assert process.returncode is not None
+    while not is_gone(int(pid.read_text())):  # killed, but not yet dead
+        time.sleep(0.01)
+    assert not check.stage("b", "endless", 1, command)
+    assert on_disk(check) == [("endless", "stopped at its limit of 1 s")]
+
+
+def is_gone(pid):
+    """Not running any more; perhaps not yet collected by the process that has inherited it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def test_no_stage_begins_when_the_budget_is_spent(gpu_check, tmp_path):
+    check = gpu_check.Check(tmp_path / "out", 100, time.time() - 99)
+    assert not check.stage("c", "late", 60, ["never run"])
+    assert on_disk(check) == [("late", "left out: no time")]
+    assert not check.failed
+
+
+def test_a_stage_gets_what_is_left_of_the_budget(gpu_check, tmp_path):
+    check = gpu_check.Check(tmp_path / "out", 1000, time.time() - 900)
+    check.stage("c", "some", 500, [sys.executable, "-c", ""])
+    assert 0 < check.outcomes[0].limit <= 1000 - 900 - gpu_check.RESERVE
+
+
+def test_the_summary_shows_what_is_there(gpu_check, tmp_path):
+    check = gpu_check.Check(tmp_path, 1000, time.time())
+    (tmp_path / "tests.xml").write_text(
+        '<testsuites><testsuite><testcase classname="a" name="one"/><testcase classname="a" name="two"><failure/></testcase>'
+        '<testcase classname="a" name="three"><skipped/></testcase></testsuite></testsuites>'
+    )
+    ratios = {"papers": 3.0, "compiled": 1.5}
+    op = {"op": "redirect", "shape": "cifar B128 K10", "job": "rows", "contestant": "kernel", "reason": ""}
+    op |= {"seconds": 1e-4, "share": 0.9, "times_faster": ratios}
+    cupyx = op | {"contestant": "cupyx plan", "seconds": None, "reason": "cupyx plan: failed"}
+    (tmp_path / "ops_h200.json").write_text(json.dumps({"rows": [op, cupyx]}))
+    step = {"network": "mnist", "method": "retrack", "precision": "bfloat16", "batch": 128, "layout": "channels_last"}
+    step |= {"contestant": "limit", "seconds": 0.01, "times_faster": {"retrack repo": 4.0}, "update_error": None}
+    step |= {"host_seconds": 0.002, "launches": 600, "stages": {}, "reason": ""}
+    ours = step | {"contestant": "Unlearner, compiled, replayed", "seconds": None, "reason": "left out, its compilation was not ready in time"}
+    (tmp_path / "steps_h200.json").write_text(json.dumps({"rows": [step, ours]}))
+    check.save()
+    summary = (tmp_path / "summary.txt").read_text()
+    assert "tests: 1 passed, 1 failed, 1 skipped\n  failed: a::two" in summary
+    assert "redirect           cifar B128 K10     rows           kernel            100.0      90%      3.00       1.50" in summary
+    assert "cupyx plan: failed" in summary
+    assert "mnist retrack, bfloat16, batch 128, channels_last; the papers' way: float32" in summary
+    assert "  limit                             10.00      4.00              2.00      600" in summary
+    assert "  Unlearner, compiled, replayed  left out, its compilation was not ready in time" in summary
+
+
+def test_files_that_are_cut_off_do_not_hide_the_others(gpu_check, tmp_path):
+    check = gpu_check.Check(tmp_path, 1000, time.time())
+    (tmp_path / "tests.xml").write_text("<testsuites>")
+    check.save()
+    assert "no GPU" in (tmp_path / "summary.txt").read_text()
+
+
+def test_it_says_what_it_cannot_do(tmp_path):
+    for more, message in (({"STAGES": "a z"}, "STAGES: expected letters of a b c d e f, got z"), ({}, "gpu_check: expected a GPU that torch sees, got none")):
+        env = os.environ | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", "DRY": "0", "WHEELS": "none"} | more
+        said = subprocess.run(["bash", "scripts/gpu_check.sh", str(tmp_path)], cwd=ROOT, env=env, capture_output=True, text=True)
+        assert said.returncode == 1
+        assert message in said.stderr
