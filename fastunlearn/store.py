@@ -17,6 +17,12 @@ from ._arrays import as_labels, as_tensor, is_memory_mapped, name, tensor_bytes
 DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 CHUNK_BYTES = 64 << 20  # what the streamed checks and hashes hold at a time
 RANGE_ROUNDING = 1e-6  # how far a float image may exceed [-1, 1]: resizing and rescaling in float32 round
+# 1 / 127.5 in two parts, as in csrc/numeric.h and kernels/images.py. `x / 127.5` would not be one number: on
+# CUDA, torch multiplies by the rounded reciprocal, which is off for 111 of 256 bytes. The upper part has 9
+# bits, so that a byte times it is exact, and the sum of both products is the correctly rounded quotient,
+# whether or not a compiler makes a fused multiply-add of them.
+UPPER_PART = float.fromhex("0x1.01p-7")
+LOWER_PART = float.fromhex("0x1.010102p-23")  # float32(1 / 127.5 - UPPER_PART)
 FREEZE_PURPOSE = 0xFFFF  # the last word of the counters of `ImageStore.freeze`: no draw of a step has it
 
 
@@ -261,8 +267,13 @@ class Rows:
 
 
 def network_input(rows: Tensor) -> Tensor:
-    """Stored rows as the network sees them, float32: uint8 `u` as `u * 2 / 255 - 1`, float rows unchanged."""
-    return rows.float().div_(127.5).sub_(1) if rows.dtype == torch.uint8 else rows.float()
+    """Stored rows as the network sees them, float32: uint8 `u` as `u * 2 / 255 - 1`, float rows unchanged.
+
+    A byte gives the same bits on every device and in every kernel: `u / 127.5`, correctly rounded, minus 1.
+    """
+    if rows.dtype != torch.uint8:
+        return rows.float()
+    return rows.float().mul_(UPPER_PART).add_(rows, alpha=LOWER_PART).sub_(1)
 
 
 def overlap(forget: ImageStore, retain: ImageStore) -> tuple[Tensor, Tensor]:

@@ -6,9 +6,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# 1 / 127.5 as a sum of two float32: u * _UPPER + u * _LOWER with one rounding is the correctly rounded u / 127.5 for every byte (plain u * _UPPER: for half).
-_UPPER = tl.constexpr(0.007843137718737125)
-_LOWER = tl.constexpr(-4.6383515595e-10)
+# 1 / 127.5 in two parts, as in fastunlearn/store.py. The upper one has 9 bits, so that a byte times it is
+# exact, and the sum of both products is the correctly rounded quotient, whether or not the compiler makes a
+# fused multiply-add of them.
+_UPPER_PART = tl.constexpr(float.fromhex("0x1.01p-7"))
+_LOWER_PART = tl.constexpr(float.fromhex("0x1.010102p-23"))
 
 
 @triton.jit
@@ -16,7 +18,7 @@ def to_float(values):
     """Stored values as float32 on the network's scale: uint8 `u` becomes exactly `float32(u) / 127.5 - 1`, other types are converted."""
     if values.dtype == tl.uint8:
         u = values.to(tl.float32)
-        return tl.fma(u, tl.full(u.shape, _UPPER, tl.float32), u * _LOWER) - 1.0
+        return (u * _UPPER_PART + u * _LOWER_PART) - 1.0
     return values.to(tl.float32)
 
 

@@ -18,6 +18,7 @@ from fastunlearn.ops.mixture import mixture
 from fastunlearn.ops.noising import noising
 from fastunlearn.ops.redirect import redirect
 from fastunlearn.ops.residual import residual
+from fastunlearn.store import network_input
 from fastunlearn.testing.factories import linear_schedule
 
 SHAPES = ((3, 5, 7), (1, 28, 28), (3, 40, 41))  # the last one has more elements than one pass of redirect takes
@@ -32,7 +33,7 @@ if "few" in sys.argv[2:]:
 
 def images(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     pixels = torch.randint(256, (STORED, *shape), device=DEVICE, dtype=torch.uint8)
-    return pixels if dtype == torch.uint8 else (pixels / 127.5 - 1).to(dtype)
+    return pixels if dtype == torch.uint8 else network_input(pixels).to(dtype)
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +17,17 @@ def linear_schedule(num_timesteps: int = 1000, prediction_type: str = "epsilon")
         return NoiseSchedule.flow(num_timesteps)
     betas = torch.linspace(1e-4, 0.02, num_timesteps, dtype=torch.float32)
     return NoiseSchedule.from_alphas_cumprod(torch.cumprod(1 - betas, dim=0), prediction_type=prediction_type)
+
+
+def served(rows: Tensor) -> Tensor:
+    """What stored rows mean, on the CPU: uint8 `u` is the float32 `u / 127.5 - 1`, float rows are themselves.
+
+    The truth for every device and backend: numpy divides, where torch on CUDA multiplies by the reciprocal.
+    """
+    rows = rows.cpu()
+    if rows.dtype != torch.uint8:
+        return rows
+    return torch.from_numpy(rows.numpy().astype(np.float32) / np.float32(127.5) - np.float32(1))
 
 
 class RedirectInputs(NamedTuple):

@@ -14,7 +14,7 @@ from fastunlearn.ops.mixture import mixture
 from fastunlearn.ops.noising import noising
 from fastunlearn.store import DTYPES as ROWS
 from fastunlearn.testing.budgets import assert_within_budget
-from fastunlearn.testing.factories import linear_schedule
+from fastunlearn.testing.factories import linear_schedule, served
 
 pytestmark = pytest.mark.skipif(not extension("_C"), reason=f"the C++ extension is not built; build it with: {build_command()}")
 FLOATS = ROWS[1:]
@@ -38,10 +38,6 @@ def pair(count, shape, retain_dtype, forget_dtype, distance, seed=0):
 
 def as_stored(images, dtype):
     return ((images + 1) * 127.5).round().to(torch.uint8) if dtype == torch.uint8 else images.to(dtype)
-
-
-def served(rows):
-    return rows.float() / 127.5 - 1 if rows.dtype == torch.uint8 else rows
 
 
 def normal(shape, dtype=torch.float32):

@@ -12,7 +12,7 @@ from fastunlearn.ops._backends import ISAS, build_command, extension
 from fastunlearn.ops.noising import noising
 from fastunlearn.store import DTYPES as ROWS
 from fastunlearn.testing.budgets import assert_within_budget
-from fastunlearn.testing.factories import linear_schedule
+from fastunlearn.testing.factories import linear_schedule, served
 
 pytestmark = pytest.mark.skipif(not extension("_C"), reason=f"the C++ extension is not built; build it with: {build_command()}")
 FLOATS = ROWS[1:]
@@ -27,11 +27,7 @@ def only_kernels():
 
 def stored(count, shape, dtype, seed=0):
     pixels = torch.randint(256, (count, *shape), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
-    return pixels if dtype == torch.uint8 else (pixels.float() / 127.5 - 1).to(dtype)
-
-
-def served(rows):
-    return rows.float() / 127.5 - 1 if rows.dtype == torch.uint8 else rows
+    return pixels if dtype == torch.uint8 else served(pixels).to(dtype)
 
 
 def normal(shape, dtype=torch.float32):
@@ -131,7 +127,7 @@ def test_every_byte_is_served_as_torch_serves_it(isa, monkeypatch):
     every = torch.arange(256).to(torch.uint8).view(1, 1, 16, 16)
     identity = torch.tensor([[1.0, 0.0, 0.0, 1.0, 0.0]]).double()
     for result in noising(every, None, identity, torch.zeros(1, 1, 16, 16), None, 0, True, torch.float32, False):
-        assert torch.equal(result, every.float() / 127.5 - 1)
+        assert torch.equal(result, served(every))
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -15,7 +15,7 @@ from fastunlearn.ops.redirect import redirect
 from fastunlearn.reference.redirect import redirect as literal
 from fastunlearn.store import DTYPES as ROWS
 from fastunlearn.testing.budgets import assert_within_budget, budget, largest_error
-from fastunlearn.testing.factories import linear_schedule
+from fastunlearn.testing.factories import linear_schedule, served
 
 pytestmark = pytest.mark.skipif(not extension("_C"), reason=f"the C++ extension is not built; build it with: {build_command()}")
 FLOATS = ROWS[1:]
@@ -35,10 +35,6 @@ def stores(shape, rows, levels, forget=3, retain=7, seed=0):
     base = torch.randint(256, shape, generator=generator)
     pixels = [(base + torch.randint(-levels, levels + 1, (n, *shape), generator=generator)).clamp(0, 255).to(torch.uint8) for n in (forget, retain)]
     return pixels if rows == torch.uint8 else [(served(images)).to(rows) for images in pixels]
-
-
-def served(rows):
-    return rows.float() / 127.5 - 1 if rows.dtype == torch.uint8 else rows
 
 
 def picks(batch, k, forget=3, retain=7):

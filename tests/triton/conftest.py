@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import pytest
@@ -17,6 +18,9 @@ import torch
 from torch import Tensor
 
 from fastunlearn import philox
+from fastunlearn.testing.budgets import budget
+from fastunlearn.testing.cuda_division import CudaDivision
+from fastunlearn.testing.factories import served
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 if not INTERPRETED and not torch.cuda.is_available():
@@ -28,6 +32,13 @@ _GUARD = 8192  # elements on both sides of an output that a kernel must leave al
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     return torch.device("cpu" if INTERPRETED else "cuda")
+
+
+@pytest.fixture(autouse=True)
+def division_as_on_cuda():
+    """Under the interpreter torch on a CPU stands for torch on CUDA, and divides by a number as that does."""
+    with CudaDivision() if INTERPRETED else nullcontext():
+        yield
 
 
 @pytest.fixture
@@ -57,9 +68,9 @@ def rows(device) -> Callable[..., tuple[Tensor, Tensor]]:
 
     def make(count: int, shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
         pixels = torch.randint(256, (count, *shape), generator=torch.Generator().manual_seed(seed))
-        served = pixels.float() / 127.5 - 1
-        images = pixels.to(torch.uint8) if dtype == torch.uint8 else served.to(dtype)
-        return images.to(device), (served if dtype == torch.uint8 else images).to(device, torch.float64)
+        pixels = pixels.to(torch.uint8)
+        images = pixels if dtype == torch.uint8 else served(pixels).to(dtype)
+        return images.to(device), served(images).to(device, torch.float64)
 
     return make
 
@@ -71,6 +82,12 @@ class NoiseInput(NamedTuple):
     counter: Tensor | None
     plain: Tensor
     truth: Tensor
+
+    def error(self) -> float:
+        """How far a number that a kernel draws may be from the truth; 0 where the noise is given."""
+        if self.counter is None:
+            return 0.0
+        return budget(self.plain, self.truth)
 
 
 @pytest.fixture
