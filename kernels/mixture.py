@@ -17,10 +17,10 @@ from torch import Tensor
 from .images import element_and_place, order_of, to_float
 from .partial_sums import PARTS, TINY, tile_of
 from .philox import load_noise
-from .variant import COMPILE_OPTIONS, Variant, pointers, refuse_float64
+from .variant import COMPILE_OPTIONS, Variant, Vectors, pointers, refuse_float64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["purpose"])
 def mixture_kernel(
     retain,  # [N, D] uint8, float16, bfloat16 or float32
     retain_index,  # [B] int64; None: row b is sample b
@@ -82,7 +82,7 @@ def mixture_kernel(
         tl.store(partial + tl.program_id(0).to(tl.int64) * 2 + 1, square)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def mixture_weights_kernel(
     partial,  # [B, splits, 2] float64: <eps, x - a> and ||x - a||^2 of parts of a sample
     coefficients,  # [B, 5] float64
@@ -133,8 +133,10 @@ def mixture(
     splits = triton.cdiv(elements, block)
     partial = retain_weight.new_empty(len(x_t), splits, 2) if splits > 1 else None
     logit = -math.inf if lambd == 0 else math.inf if lambd == 1 else math.log(lambd) - math.log1p(-lambd)
+    ratio = time_log_ratio if partial is None else None  # the launch that stores the weights reads it
     mixture_kernel[(len(x_t) * splits,)](
-        retain, retain_index, forget, forget_index, coefficients, from_forget, time_log_ratio, noise, counter if noise is None else None,
+        retain, retain_index, forget, forget_index, coefficients, from_forget, ratio, noise,
+        counter if noise is None else None,
         x_t, retain_target, forget_target, retain_weight, forget_weight, partial, purpose, elements, plane, float(lambd), logit,
         BLOCK=block, ORDER=order, num_warps=warps, num_stages=1, **COMPILE_OPTIONS,
     )  # fmt: skip
@@ -151,6 +153,7 @@ def configurations() -> list[Variant]:
         _variant("D <= 1024, uint8, Philox -> float32", 784, u8, None, f32),
         _variant("D <= 4096, uint8, Philox -> bfloat16", 3072, u8, None, bf16),
         _variant("D <= 4096, odd, float32, noise -> float32", 3071, f32, f32, f32),
+        _variant("D <= 4096, float32, noise, log ratio of times", 3072, f32, f32, f32, ratio=torch.float64),
         _variant("D > 4096, uint8, Philox -> bfloat16", 196608, u8, None, bf16),
         _variant("D > 4096, uint8, noise -> float32", 196608, u8, f32, f32),
         _variant("D > 4096, float32, noise -> float32", 196608, f32, f32, f32),
@@ -161,17 +164,25 @@ def configurations() -> list[Variant]:
     ]
 
 
-def _variant(label: str, elements: int, images: torch.dtype, noise: torch.dtype | None, x_t: torch.dtype, order: str = "same") -> Variant:
+def _variant(
+    label: str, elements: int, images: torch.dtype, noise: torch.dtype | None, x_t: torch.dtype,
+    order: str = "same", ratio: torch.dtype | None = None,
+) -> Variant:  # fmt: skip
     block, warps = tile_of(elements)
     i64, f32, f64 = torch.int64, torch.float32, torch.float64
     signature, constants = pointers(
-        retain=images, retain_index=i64, forget=images, forget_index=i64, coefficients=f64, from_forget=torch.bool, time_log_ratio=None, noise=noise,
-        counter=i64 if noise is None else None, x_t=x_t, retain_target=f32, forget_target=f32, retain_weight=f64, forget_weight=f64,
-        partial=f64 if elements > TINY else None,
+        retain=images, retain_index=i64, forget=images, forget_index=i64, coefficients=f64,
+        from_forget=torch.bool, time_log_ratio=ratio, noise=noise, counter=i64 if noise is None else None, x_t=x_t, retain_target=f32,
+        forget_target=f32, retain_weight=f64, forget_weight=f64, partial=f64 if elements > TINY else None,
     )  # fmt: skip
     signature |= {"purpose": "i32", "D": "i32", "plane": "i32", "lambd": "fp64", "logit": "fp64"}
     constants |= {"BLOCK": block, "ORDER": order}
-    return Variant(mixture_kernel, label, signature, constants, warps, divisible=("D", "plane") if elements % 16 == 0 else ())
+    divisible, vectors = (), None
+    if elements % 16 == 0:
+        divisible = ("D", "plane")
+        reads = {} if order == "gather" else {"retain": 1, "forget": 1, "noise": 1}
+        vectors = Vectors(4, reads, () if order == "scatter" else ("x_t", "retain_target", "forget_target"))
+    return Variant(mixture_kernel, label, signature, constants, warps, divisible=divisible, vectors=vectors)
 
 
 def _weights_variant(label: str, time_log_ratio: torch.dtype | None) -> Variant:

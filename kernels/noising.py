@@ -16,12 +16,12 @@ from torch import Tensor
 
 from .images import element_and_place, order_of, to_float
 from .philox import load_noise
-from .variant import COMPILE_OPTIONS, Variant, pointers, refuse_float64
+from .variant import COMPILE_OPTIONS, Variant, Vectors, pointers, refuse_float64
 
 _WARPS = 8
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["purpose"])
 def noising_kernel(
     images,  # [N, D] uint8, float16, bfloat16 or float32
     index,  # [B] int64; None: row b is sample b
@@ -107,4 +107,9 @@ def _variant(
     )  # fmt: skip
     signature |= {"purpose": "i32", "D": "i32", "plane": "i32"}
     constants |= {"BLOCK": _block(elements, order, philox=noise is None), "ORDER": order}
-    return Variant(noising_kernel, label, signature, constants, _WARPS, divisible=("D", "plane") if elements % 16 == 0 else ())
+    divisible, vectors = (), None
+    if elements % 16 == 0:
+        divisible = ("D", "plane")
+        reads = {} if order == "gather" else {"images": 1, "noise": 1}
+        vectors = Vectors(4, reads, () if order == "scatter" else ("x_t", "target"))
+    return Variant(noising_kernel, label, signature, constants, _WARPS, divisible=divisible, vectors=vectors)

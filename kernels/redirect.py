@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import JITFunction
 
 from .images import channels_last_offset
 from .philox import load_noise
@@ -30,7 +31,7 @@ from .redirect_parts import (
     sum_of_parts,
     weighted_mean,
 )
-from .variant import COMPILE_OPTIONS, Variant, pointers, refuse_float64
+from .variant import COMPILE_OPTIONS, Variant, Vectors, pointers, refuse_float64
 
 _NOT_SPECIALIZED = ["K", "purpose"]  # their value makes no new compilation
 
@@ -93,7 +94,7 @@ def redirect_kernel(
     store_spread(spread, variance, coefficients, sample)
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+@triton.jit(do_not_specialize=[*_NOT_SPECIALIZED, "group"])
 def redirect_dots_kernel(
     images, index, neighbors, neighbor_index, coefficients, noise, counter, x_t, purpose, K, D, plane,  # as above
     dots,  # [B, splits, K] float32: parts of <eps, x_j - a>
@@ -199,7 +200,8 @@ _LARGE = Tiles(4096, 4, 2, 16, 8), Tiles(2048, 2, 2, 16, 4), Tiles(2048, 2, 2, 1
 _ONE_LAUNCH_K = 64
 _PROGRAMS = 4 * 132  # large tiles that fill an H200 (or an A100); with fewer, latency rules, and small tiles spread the work
 _WIDTHS = (16, 64, 1024)  # K, rounded up
-_REGISTERS_WITH_SQUARES = 168  # without given distances; left alone, ptxas spills a few bytes for the sake of occupancy
+_REGISTERS = 168  # a thread may have, see `_register_limit`
+_REGISTERS_IN_ONE_LAUNCH = {4: 168, 8: 128, 16: 128}  # by warps; 3, 2 and 1 programs share a multiprocessor
 
 
 def redirect(
@@ -220,13 +222,15 @@ def redirect(
     sizes = (purpose, k, elements, plane)
     shared = {"CHANNELS_LAST": scattered, "BYTES": images.dtype == neighbors.dtype == torch.uint8, "BLOCK_D": tiles.block_d, "VECTOR": tiles.vector}
     shared |= {"num_warps": tiles.num_warps, "num_stages": 1, **COMPILE_OPTIONS}
+    registers = _register_limit(tiles, split, distances_given=sqdist is not None)
+    if registers is not None:
+        shared["maxnreg"] = registers
     if not split:
         redirect_kernel[(batch,)](
             *rows, sqdist, *draw, x_t, target, spread, weights, *sizes, BLOCK_K=tiles.block_k, MEAN_K=tiles.mean_k, WIDTH=_width(k), **shared
         )
         return
 
-    squares = {"maxnreg": _REGISTERS_WITH_SQUARES} if sqdist is None else {}
     splits = triton.cdiv(elements, tiles.block_d)
     group = _width(k) if batch * splits >= _PROGRAMS else min(_width(k), 64)
     dots = x_t.new_empty((batch, splits, k), dtype=torch.float32)
@@ -234,11 +238,11 @@ def redirect(
     arrivals = x_t.new_empty(batch, dtype=torch.int32)
     variances = x_t.new_empty((batch, splits), dtype=torch.float64)
     redirect_dots_kernel[(batch * triton.cdiv(k, group) * splits,)](
-        *rows, *draw, x_t, *sizes, dots, distances, arrivals, group, BLOCK_K=tiles.block_k, **shared, **squares
+        *rows, *draw, x_t, *sizes, dots, distances, arrivals, group, BLOCK_K=tiles.block_k, **shared
     )
     redirect_mean_kernel[(batch * splits,)](
         *rows, sqdist, *draw, target, spread, weights, *sizes, dots, distances, arrivals, variances,
-        MEAN_K=tiles.mean_k, WIDTH=_width(k), PARTS=_parts(k), **shared, **squares,
+        MEAN_K=tiles.mean_k, WIDTH=_width(k), PARTS=_parts(k), **shared,
     )  # fmt: skip
 
 
@@ -252,6 +256,17 @@ def _tiles(batch: int, elements: int, k: int, access: int) -> tuple[Tiles, bool]
     if elements <= _IMAGE[access].block_d and k <= _ONE_LAUNCH_K:
         return (_SMALL if elements <= _SMALL[access].block_d else _IMAGE)[access], False
     return (_LARGE if batch * triton.cdiv(elements, _LARGE[access].block_d) >= _PROGRAMS else _SMALL)[access], True
+
+
+def _register_limit(tiles: Tiles, split: bool, distances_given: bool) -> int | None:
+    """Registers that a thread may have; None: as many as ptxas thinks good.
+
+    Left alone, it spills a few bytes for the sake of occupancy, on one version of Triton or another: where
+    distances are summed, and in the one-launch kernel, whose programs are no more than the samples of a batch.
+    """
+    if not split:
+        return _REGISTERS_IN_ONE_LAUNCH[tiles.num_warps]
+    return None if distances_given else _REGISTERS
 
 
 def _width(k: int) -> int:
@@ -309,7 +324,24 @@ def _variants(
         pointer_types, absent = pointers(**{name: types[name] for name in kernel.arg_names if name in types})
         signature = pointer_types | {name: integers[name] for name in kernel.arg_names if name in integers}
         given = absent | {name: constants[name] for name in kernel.arg_names if name in constants}
-        registers = _REGISTERS_WITH_SQUARES if split and not sqdist else None
-        return Variant(kernel, label, signature, given, tiles.num_warps, max_registers=registers, divisible=() if elements % 16 else ("D", "plane"))
+        registers = _register_limit(tiles, split, distances_given=sqdist)
+        divisible, vectors = (), None
+        if elements % 16 == 0:
+            divisible = ("D", "plane")
+            vectors = _vectors(kernel, tiles, scattered)
+        options = {"max_registers": registers, "divisible": divisible, "vectors": vectors}
+        return Variant(kernel, label, signature, given, tiles.num_warps, **options)
 
     return [variant(kernel) for kernel in ((redirect_dots_kernel, redirect_mean_kernel) if split else (redirect_kernel,))]
+
+
+def _vectors(kernel: JITFunction, tiles: Tiles, scattered: bool) -> Vectors:
+    """What `kernel` accesses in vectors: rows always, for they are consecutive; results where they are."""
+    rows_for_mean = 1 + tiles.mean_k  # the heaviest neighbour and a block
+    rows = {
+        redirect_kernel: tiles.block_k + rows_for_mean,
+        redirect_dots_kernel: tiles.block_k,
+        redirect_mean_kernel: rows_for_mean,
+    }
+    results = () if scattered else ("x_t", "target")
+    return Vectors(tiles.vector, {"images": 1, "noise": 1, "neighbors": rows[kernel]}, results)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .images import to_float
 from .partial_sums import PARTS, TINY, tile_of
-from .variant import COMPILE_OPTIONS, Variant, pointers, refuse_float64
+from .variant import COMPILE_OPTIONS, Variant, Vectors, pointers, refuse_float64
 
 
 @triton.jit
@@ -49,7 +49,7 @@ def residual_kernel(
         tl.store(partial + tl.program_id(0), energy)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def residual_sum_kernel(
     partial,  # [B, splits] float32
     weight,  # [B] floating
@@ -103,6 +103,7 @@ def _variant(label: str, elements: int, prediction: torch.dtype, target: torch.d
         prediction=prediction, target=target, weight=torch.float32, gradient=prediction, loss=torch.float32, partial=torch.float32 if elements > TINY else None
     )
     integers = ("D", "prediction_stride", "target_stride", "gradient_stride")
+    vectors = Vectors(4, {"prediction": 1, "target": 1}, ("gradient",)) if elements % 16 == 0 else None
     return Variant(
         residual_kernel,
         label,
@@ -110,4 +111,5 @@ def _variant(label: str, elements: int, prediction: torch.dtype, target: torch.d
         constants | {"BLOCK": block},
         warps,
         divisible=integers if elements % 16 == 0 else (),
+        vectors=vectors,
     )

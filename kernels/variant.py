@@ -21,6 +21,20 @@ _TYPES = {
     torch.float64: "fp64",
 }
 
+_ITEMSIZES = {"*" + name: dtype.itemsize for dtype, name in _TYPES.items()}
+
+
+class Vectors(NamedTuple):
+    """Which planes (images, noise, results: `D` elements a row) a thread accesses several elements at a time.
+
+    `scripts/aot_check.py` holds the compiler to it: every such access is as wide as `run` elements, at most 16
+    bytes. Planes whose layout forbids it (channels last, a length that is no multiple of 16) are left out.
+    """
+
+    run: int  # consecutive elements of a thread
+    reads: dict[str, int]  # argument -> rows that a program reads of it
+    writes: tuple[str, ...]
+
 
 class Variant(NamedTuple):
     """One compiled form of a kernel: argument types, compile-time constants and launch options.
@@ -38,6 +52,20 @@ class Variant(NamedTuple):
     max_registers: int | None = None  # a thread may have; None: as many as the compiler thinks good for occupancy
     divisible: tuple[str, ...] = ()
     unaligned: tuple[str, ...] = ()
+    vectors: Vectors | None = None  # None: no plane is accessed in vectors
+
+    def aligned(self) -> list[str]:
+        """Arguments that the compiler takes as divisible by 16."""
+        divisible = []
+        for name, kind in self.signature.items():
+            pointer = kind.startswith("*") and name not in self.unaligned
+            if pointer or name in self.divisible:
+                divisible.append(name)
+        return divisible
+
+    def itemsize(self, name: str) -> int:
+        """Bytes of an element of the pointer argument `name`."""
+        return _ITEMSIZES[self.signature[name]]
 
 
 def pointers(**dtypes: torch.dtype | None) -> tuple[dict[str, str], dict[str, None]]:

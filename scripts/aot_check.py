@@ -1,8 +1,12 @@
-"""Compiles every configuration of every Triton kernel for sm_80 and sm_90, without a GPU: fails on spills and on too much shared memory.
+"""Compiles every configuration of every Triton kernel for sm_80 and sm_90, without a GPU.
 
     python scripts/aot_check.py           write registers and shared memory into docs/kernels.md
     python scripts/aot_check.py --check   fail if docs/kernels.md says something else
     python scripts/aot_check.py --only redirect    compile one op and print its rows
+
+Fails on local memory, on accesses narrower than the layout allows (`vectors` of a configuration), and on too much
+shared memory. Runs with every Triton that pyproject.toml allows; beside it, torch and numpy are all that it needs.
+The table is that of the pinned one. Others allot other registers: `--check` then compares all but the table.
 
 A kernel module `kernels/<op>.py` lists in `configurations()` what its launcher can choose (kernels/variant.py); a kernel that no configuration names fails.
 """
@@ -17,6 +21,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -27,15 +32,16 @@ if os.environ.get("TRITON_INTERPRET", "0") == "1":
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime import JITFunction
 
-from fastunlearn.kernels.variant import COMPILE_OPTIONS
+from fastunlearn.kernels.variant import COMPILE_OPTIONS, Variant
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "docs" / "kernels.md"
 BEGIN, END = "<!-- aot_check: begin -->", "<!-- aot_check: end -->"
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block may have on A100, H100/H200
+WIDEST = 16  # bytes of one access of a thread
 PROCESSES = 2
 HELPERS = {"images", "partial_sums", "philox", "redirect_parts", "variant"}  # modules of kernels/ without a launcher
 
@@ -46,6 +52,7 @@ class Usage(NamedTuple):
     registers: int  # per thread
     stack: int  # bytes per thread in local memory: spills or indexed arrays
     shared: int  # bytes
+    accesses: Counter  # (instruction, bytes) -> how many stand in the code, see `accesses`
 
 
 def main() -> None:
@@ -60,7 +67,7 @@ def main() -> None:
     with ProcessPoolExecutor(PROCESSES, mp_context=multiprocessing.get_context("fork")) as pool:
         usages = dict(zip(jobs, pool.map(compile_one, jobs), strict=True))
     for (op, position, arch), usage in usages.items():
-        problems += complaints(f"{op}: {variants[op][position].label} (sm_{arch})", usage, SHARED_LIMIT[arch])
+        problems += complaints(f"sm_{arch}", variants[op][position], usage, SHARED_LIMIT[arch])
     if problems:
         sys.exit("\n".join(problems))
 
@@ -96,31 +103,42 @@ def unnamed(op: str, variants: list) -> list[str]:
 
 
 def compile_one(job: tuple[str, int, int]) -> Usage | str:
-    """Compile one variant for one architecture; the message of what went wrong, if it did."""
+    """Compile one configuration for one architecture: `(op, position in configurations(op), arch)`."""
     op, position, arch = job
-    variant = configurations(op)[position]
+    return compile_variant(configurations(op)[position], arch)
+
+
+def compile_variant(variant: Variant, arch: int) -> Usage | str:
+    """What a block of `variant` takes on `arch` (80 or 90); the message of what went wrong, if it did."""
     names = variant.kernel.arg_names
     signature = {name: variant.signature.get(name, "constexpr") for name in names}
     undefined = [name for name in names if (name in variant.signature) == (name in variant.constants)]
     if undefined or len(variant.signature) + len(variant.constants) != len(names):
         return f"signature and constants do not name every argument once: {undefined or sorted({*variant.signature, *variant.constants} - {*names})}"
-    aligned = [n for n, kind in variant.signature.items() if n in variant.divisible or (kind.startswith("*") and n not in variant.unaligned)]
     source = ASTSource(
         fn=variant.kernel,
         signature=signature,
         constexprs=variant.constants,
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in variant.aligned()},
     )
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "maxnreg": variant.max_registers, **COMPILE_OPTIONS}
     try:
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     except Exception as error:  # the compiler raises many kinds; each is a row that fails
         return f"{type(error).__name__}: {error}"
-    return resources(compiled.asm["cubin"], compiled.metadata.shared)
+    return resources(compiled)
 
 
-def resources(cubin: bytes, shared: int) -> Usage | str:
-    """Registers and local memory as the assembler recorded them; `shared` is what Triton asks for at launch."""
+def resources(compiled: CompiledKernel) -> Usage | str:
+    """What a block of `compiled` takes; the message of what went wrong, if it did."""
+    found = registers_and_local_memory(compiled.asm["cubin"])
+    if isinstance(found, str):
+        return found
+    return Usage(*found, compiled.metadata.shared, accesses(compiled.asm["ptx"]))
+
+
+def registers_and_local_memory(cubin: bytes) -> tuple[int, int] | str:
+    """Registers and bytes of local memory of a thread, as the assembler recorded them, or what went wrong."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -129,14 +147,79 @@ def resources(cubin: bytes, shared: int) -> Usage | str:
     if found is None:
         return f"cuobjdump says nothing of registers: {report.stdout}{report.stderr}"
     registers, stack, local = map(int, found.groups())
-    return Usage(registers, stack + local, shared)
+    return registers, stack + local
 
 
-def complaints(name: str, usage: Usage | str, shared_limit: int) -> list[str]:
+def accesses(ptx: str) -> Counter:
+    """How many loads (`"ld"`) and stores (`"st"`) of global memory there are, by `(instruction, bytes)`.
+
+    Several narrow elements are accessed as a vector, one number of 8 bytes is not. The latter is counted under
+    `(instruction, 0)`, so that a float64 coefficient or int64 index is not taken for four bfloat16 elements.
+    """
+    found = Counter()
+    for instruction, modifiers in re.findall(r"\b(ld|st)\.global\.([.\w:]+)", ptx):
+        parts = modifiers.split(".")
+        lanes = next((int(part[1:]) for part in parts if re.fullmatch(r"v\d", part)), 1)
+        size = lanes * int(re.sub(r"\D", "", parts[-1])) // 8
+        found[instruction, 0 if size >= 8 and lanes == 1 else size] += 1
+    return found
+
+
+def complaints(arch: str, variant: Variant, usage: Usage | str, shared_limit: int) -> list[str]:
+    """What is wrong with a compiled variant, one line each."""
+    name = f"{variant.kernel.__name__}: {variant.label} ({arch})"
     if isinstance(usage, str):
         return [f"{name}: {usage}"]
-    found = [f"{name}: {usage.stack} bytes of local memory a thread (spills)"] if usage.stack else []
-    return found + ([f"{name}: {usage.shared} bytes of shared memory, {shared_limit} allowed"] if usage.shared > shared_limit else [])
+    found = narrow_accesses(variant, usage.accesses)
+    if usage.stack:
+        found.append(f"{usage.stack} bytes of local memory a thread (spills)")
+    if usage.shared > shared_limit:
+        found.append(f"{usage.shared} bytes of shared memory, {shared_limit} allowed")
+    return [f"{name}: {complaint}" for complaint in found]
+
+
+def narrow_accesses(variant: Variant, found: Counter) -> list[str]:
+    """Complaints about planes that are not accessed in the vectors which `variant.vectors` says they can be."""
+    if variant.vectors is None:
+        return []
+    writes = dict.fromkeys(variant.vectors.writes, 1)
+    complaints = []
+    for instruction, planes in (("ld", variant.vectors.reads), ("st", writes)):
+        given = {name: rows for name, rows in planes.items() if name in variant.signature}
+        if not given:
+            continue
+        for size, count in wanted_accesses(variant, given).items():
+            got = found[instruction, size]
+            if got < count:
+                complaints.append(f"{', '.join(given)}: expected {count} {instruction} of {size} bytes, got {got}")
+
+        # A plane of bytes or half precision that loses its vectors is accessed one element at a time. Few
+        # scalars are so narrow; words are too many to tell, for an int32 is as wide as four bytes.
+        for size in (1, 2):
+            scalars = narrow_scalars(variant, size)
+            got = found[instruction, size]
+            if got > scalars:
+                complaints.append(f"{', '.join(given)}: expected {scalars} {instruction} of {size} bytes, got {got}")
+    return complaints
+
+
+def narrow_scalars(variant: Variant, size: int) -> int:
+    """How many pointers to elements of `size` bytes are no planes that are accessed in vectors."""
+    planes = {*variant.vectors.reads, *variant.vectors.writes}
+    others = [name for name, kind in variant.signature.items() if kind.startswith("*") and name not in planes]
+    return sum(variant.itemsize(name) == size for name in others)
+
+
+def wanted_accesses(variant: Variant, planes: dict[str, int]) -> Counter:
+    """Bytes of an access -> how many a thread makes at least, for argument -> rows in `planes`."""
+    block = variant.constants["BLOCK"] if "BLOCK" in variant.constants else variant.constants["BLOCK_D"]
+    elements = block // (32 * variant.num_warps)
+    wanted = Counter()
+    for name, rows in planes.items():
+        itemsize = variant.itemsize(name)
+        size = min(WIDEST, itemsize * variant.vectors.run)
+        wanted[size] += rows * elements * itemsize // size
+    return wanted
 
 
 def markdown(variants: dict[str, list], usages: dict) -> list[str]:
