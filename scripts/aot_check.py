@@ -115,12 +115,11 @@ def compile_variant(variant: Variant, arch: int) -> Usage | str:
     undefined = [name for name in names if (name in variant.signature) == (name in variant.constants)]
     if undefined or len(variant.signature) + len(variant.constants) != len(names):
         return f"signature and constants do not name every argument once: {undefined or sorted({*variant.signature, *variant.constants} - {*names})}"
-    source = ASTSource(
-        fn=variant.kernel,
-        signature=signature,
-        constexprs=variant.constants,
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in variant.aligned()},
-    )
+    # Written out as the JIT does it, attributes of all arguments: so that Triton's cache takes both for the same.
+    attributes = {(position,): [] for position in range(len(names))}
+    for name in variant.aligned():
+        attributes[names.index(name),] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=variant.kernel, signature=signature, constexprs=variant.constants, attrs=attributes)
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "maxnreg": variant.max_registers, **COMPILE_OPTIONS}
     try:
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
