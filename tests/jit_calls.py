@@ -195,7 +195,8 @@ def main() -> None:
     found = []
     for arch in map(int, sys.argv[1:] or SHARED_MEMORY):
         found += [f"sm_{arch}: {complaint}" for complaint in complaints(arch, check)]
-    sys.exit("\n".join(found))
+    if found:
+        sys.exit("\n".join(found))
 
 
 if __name__ == "__main__":
