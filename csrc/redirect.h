@@ -36,6 +36,19 @@ namespace fastunlearn::FASTUNLEARN_ISA {
 
 constexpr int64_t kSmallRow = 1 << 14;  // bytes
 
+/// Elements whose squares add up in the compute type before they go to float64: 64 to a lane of float32, whatever the
+/// width of the vectors. Squares have one sign, and the spread is a difference of their sums: longer runs would cost it
+/// more digits than torch's sums do. With the widest vectors a run is a block.
+#if defined(__AVX512F__)
+constexpr int64_t kRun = 64 * 16;
+#elif defined(__AVX2__)
+constexpr int64_t kRun = 64 * 8;
+#else
+constexpr int64_t kRun = 64 * 4;
+#endif
+
+static inline int64_t shorter(int64_t a, int64_t b) { return a < b ? a : b; }
+
 /// dots[j] += sum of eps (x_j - center) over a block, for N neighbours, which share the loads of eps and center.
 template <int N, class Real>
 static void add_dots(const Real* const* x, const Real* __restrict__ center, const Real* __restrict__ eps, int64_t count,
@@ -83,20 +96,23 @@ static double add_offsets(const Real* const* x, const double* weights, const Rea
   static_assert(N == 1 || N == 2 || N == 4, "as in add_dots");
   const Real *x0 = x[0], *x1 = x[N > 1 ? 1 : 0], *x2 = x[N > 2 ? 2 : 0], *x3 = x[N > 2 ? 3 : 0];
   const Real p0 = weights[0], p1 = weights[N > 1 ? 1 : 0], p2 = weights[N > 2 ? 2 : 0], p3 = weights[N > 2 ? 3 : 0];
-  Real energy = 0;
-#pragma omp simd reduction(+ : energy)
-  for (int64_t i = 0; i < count; ++i) {
-    const Real y0 = x0[i] - center[i], y1 = x1[i] - center[i], y2 = x2[i] - center[i], y3 = x3[i] - center[i];
-    Real shift = p0 * y0, square = p0 * y0 * y0;
-    if constexpr (N > 1) shift += p1 * y1, square += p1 * y1 * y1;
-    if constexpr (N > 2) shift += p2 * y2 + p3 * y3, square += p2 * y2 * y2 + p3 * y3 * y3;
-    offset[i] += shift;
-    energy += square;
+  double energy = 0;
+  for (int64_t start = 0; start < count; start += kRun) {
+    const int64_t end = shorter(count, start + kRun);
+    Real run = 0;
+#pragma omp simd reduction(+ : run)
+    for (int64_t i = start; i < end; ++i) {
+      const Real y0 = x0[i] - center[i], y1 = x1[i] - center[i], y2 = x2[i] - center[i], y3 = x3[i] - center[i];
+      Real shift = p0 * y0, square = p0 * y0 * y0;
+      if constexpr (N > 1) shift += p1 * y1, square += p1 * y1 * y1;
+      if constexpr (N > 2) shift += p2 * y2 + p3 * y3, square += p2 * y2 * y2 + p3 * y3 * y3;
+      offset[i] += shift;
+      run += square;
+    }
+    energy += run;
   }
   return energy;
 }
-
-static inline int64_t shorter(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /// Calls `run(j, N)` for groups of N = 4, 2 or 1 (a compile-time constant) that make up [0, count).
 template <class Run>
@@ -109,9 +125,14 @@ static void for_groups(int64_t count, Run run) {
 
 template <class Real>
 static double square_norm(const Real* __restrict__ x, int64_t count) {
-  Real sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < count; ++i) sum += x[i] * x[i];
+  double sum = 0;
+  for (int64_t start = 0; start < count; start += kRun) {
+    const int64_t end = shorter(count, start + kRun);
+    Real run = 0;
+#pragma omp simd reduction(+ : run)
+    for (int64_t i = start; i < end; ++i) run += x[i] * x[i];
+    sum += run;
+  }
   return sum;
 }
 
