@@ -157,7 +157,8 @@ def test_residual_accumulates_in_float32_or_better_and_answers_in_the_dtype_of_t
     if dtype == torch.float64:
         torch.testing.assert_close(loss, exact, rtol=1e-14, atol=0)
     else:
-        (plain,) = in_several_orders(lambda *images: ((images[0] - images[1]).square().flatten(1).sum(1),), (prediction.float(), target.float()))
+        images = prediction.float(), target.float()
+        (plain,) = in_several_orders(lambda one, two: ((one - two).square().flatten(1).sum(1),), images)
         assert_within_budget("loss", loss, plain, exact)
     torch.testing.assert_close(gradient, (2 * (prediction.double() - target.double())).to(dtype))
 

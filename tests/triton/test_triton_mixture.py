@@ -55,7 +55,7 @@ def outputs(output):
 
 @pytest.fixture
 def drawn(outputs, device):
-    """`drawn(eps, channels_last)`: the noise as the kernel has it, float32: as given, or as it draws it where it returns nothing else."""
+    """`drawn(eps, channels_last)`: the float32 noise of the kernel, as given, or as it draws it when `x_t` is nothing else."""
 
     def make(eps, channels_last):
         if eps.given is not None:
@@ -63,7 +63,9 @@ def drawn(outputs, device):
         zeros, filled = torch.zeros(eps.plain.shape, device=device), outputs(eps.plain.shape[1:], F32, channels_last)
         only_noise = torch.tensor([0.0, 1.0, 1.0, 0.0, 0.0], dtype=torch.float64, device=device).repeat(BATCH, 1)
         chosen = torch.zeros(BATCH, dtype=torch.bool, device=device)
-        mixture(zeros, None, zeros, None, only_noise, chosen, 0.3, None, None, eps.counter, PURPOSE, F32, channels_last, *filled)
+        mixture(
+            zeros, None, zeros, None, only_noise, chosen, 0.3, None, None, eps.counter, PURPOSE, F32, channels_last, *filled
+        )  # fmt: skip
         assert_within_budget("noise", filled[0], eps.plain, eps.truth)
         return filled[0]
 
@@ -78,8 +80,9 @@ def closed_form(retain, forget, coefficients, from_forget, lambd, ratio, eps, dt
 def assert_weights(weights, keep, erase, coefficients, from_forget, lambd, eps):
     """Weights within their budget, each sample against its own scale: those of one batch lie many orders of magnitude apart.
 
-    Plain torch adds its float64 sums in one of many orders and may have no error at all, so the rounding of the exponent comes on top: its terms go through
-    at most 16 levels of sums. What rounding the noise itself does to an exponent is 10^7 times as much, and random: `eps` is the noise `drawn`.
+    Plain torch adds its float64 sums in one of many orders and may have no error at all, so the rounding of the
+    exponent comes on top: its terms go through at most 16 levels of sums. What rounding the noise itself does to an
+    exponent is 10^7 times as much, and random: `eps` is the noise `drawn`.
     """
     truth = closed_form(keep, erase, coefficients, from_forget, lambd, None, eps.double(), torch.float64)
     plain = closed_form(keep.float(), erase.float(), coefficients, from_forget, lambd, None, eps, F32)

@@ -234,7 +234,10 @@ def call(arguments: tuple, output) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def check(inputs: Inputs, case: Case, output, plain_arguments: tuple | None = None) -> None:
-    """Within the budget that plain torch's closed form in float32 sets; few weights of a batch are neither 0 nor 1, hence in several orders."""
+    """Within the budget that plain torch's closed form in float32 sets.
+
+    Few weights of a batch are neither 0 nor 1: hence in several orders.
+    """
     images, index, neighbors, neighbor_index, coefficients, sqdist, noise, *rest = plain_arguments or inputs.arguments
 
     def closed_form(images, neighbors, noise):
