@@ -6,6 +6,7 @@ Radii are shares of Nyquist per axis. With `outside` = 0 nothing but the band co
 from __future__ import annotations
 
 import importlib.util
+from functools import partial
 
 import pytest
 import torch
@@ -14,10 +15,10 @@ from torch import Tensor
 from fastunlearn.ops import lowpass_residual as op
 from fastunlearn.reference.lowpass_residual import full_mask
 from fastunlearn.reference.lowpass_residual import lowpass_residual as literal
-from fastunlearn.testing.budgets import largest_error
+from fastunlearn.testing.budgets import in_several_orders, shifts
 
 from . import papers
-from .cases import SHAPES, Inputs, Shape
+from .cases import ORDERS, SHAPES, Inputs, Shape
 from .comparison import KERNEL, KERNEL_BY_AUTOGRAD, PAPERS, check, expect_equal, lazily, parametrize_shapes
 
 MASKS = {  # radius / Nyquist, inside, outside
@@ -57,8 +58,10 @@ def test_lowpass_residual(compare, shape: Shape, mask: str):
         return prediction[some].to(dtype), target[some].to(dtype), weight[some].to(dtype), band.cpu() if compare.device.type == "cpu" else band, inside, outside
 
     truth = dict(zip(NAMES, literal(*at(torch.float64)), strict=True))
-    transforms, products = (dict(zip(NAMES, call(*at(torch.float32)), strict=True)) for call in (literal, op._eager))
-    plain = {name: max(transforms[name], products[name], key=lambda value, name=name: largest_error(value, truth[name])) for name in NAMES}
+    images, others = at(torch.float32)[:2], at(torch.float32)[2:]
+    orders = shifts(shape.image, ORDERS)
+    transforms, products = (in_several_orders(partial(_on_images, call, others), images, orders) for call in (literal, op._eager))
+    plain = {name: [*one, *two] for name, one, two in zip(NAMES, transforms, products, strict=True)}
     _expect_papers_to_be_right(at(torch.float64), table, truth)
 
     plane = 4 * shape.height * shape.width
@@ -74,6 +77,10 @@ def test_lowpass_residual(compare, shape: Shape, mask: str):
         closed_form=op,
         arguments=arguments,
     )
+
+
+def _on_images(formula, others: tuple, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    return formula(prediction, target, *others)
 
 
 def disc(shape: Shape, radius: float) -> Tensor:

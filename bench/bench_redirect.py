@@ -6,6 +6,8 @@ neighbour search.
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,14 +15,15 @@ from torch import Tensor
 from fastunlearn import reference
 from fastunlearn.ops import redirect as op
 from fastunlearn.ops import residual
+from fastunlearn.testing.budgets import in_several_orders, shuffles
 
 from . import papers
-from .cases import JOBS, SCHEDULE, SHAPES, Given, Inputs, Shape, draws
+from .cases import JOBS, ORDERS, SCHEDULE, SHAPES, Given, Inputs, Shape, draws
 from .comparison import KERNEL, check, expect_equal, from_tensors_and_rows, parametrize_shapes
 
 ONE_PASS = 4096  # elements up to which a kernel sees every neighbour once
 NEGLIGIBLE = 2.0**-32  # weight below which the second pass leaves a neighbour out
-NAMES = ("x_t", "target", "spread", "weights")
+NAMES, LOSS = ("x_t", "target", "spread", "weights"), ("loss", "gradient")
 
 
 @pytest.mark.parametrize("job", JOBS)
@@ -96,7 +99,10 @@ def _redirect_with_residual(compare, shape: Shape, neighbors: int, job: str) -> 
         loss, gradient = residual.residual(x.prediction, target, weight)
         return loss + weight * spread, gradient
 
-    plain, truth = (_literal_loss(x.at(some, dtype, job), shape.batch) for dtype in (torch.float32, torch.float64))
+    given, exact = (x.at(some, dtype, job) for dtype in (torch.float32, torch.float64))
+    truth = dict(zip(LOSS, _literal_loss(exact, shape.batch, *_images_of(exact)), strict=True))
+    several = in_several_orders(partial(_literal_loss, given, shape.batch), _images_of(given), shuffles(shape.elements, ORDERS))
+    plain = dict(zip(LOSS, several, strict=True))
     floor, moved = _bytes(x, arguments, job)
     both = 3 * 4 * shape.batch * shape.elements
     compare(
@@ -104,7 +110,7 @@ def _redirect_with_residual(compare, shape: Shape, neighbors: int, job: str) -> 
         kernels=["redirect", "residual"],
         floor=floor + both,
         moved=moved + both,
-        gate=check(["loss", "gradient"], some, plain, truth),
+        gate=check(LOSS, some, plain, truth),
         closed_form=closed_form,
         arguments=(x.prediction, weight, *arguments),
     )
@@ -123,10 +129,18 @@ def _literal(y: Given) -> dict[str, Tensor]:
     return reference.redirect(y.images, y.neighbors, y.noise, y.timesteps, SCHEDULE)._asdict()
 
 
-def _literal_loss(y: Given, batch: int) -> dict[str, Tensor]:
-    _, v, p = papers.redirected(y.images, y.neighbors, y.noise, y.alpha, y.sigma)
-    loss, gradient = papers.with_gradient(papers.redirect_losses(y.prediction, v, p) / batch, y.prediction)
-    return {"loss": loss.detach(), "gradient": gradient}
+def _images_of(y: Given) -> tuple[Tensor, ...]:
+    return y.images, y.neighbors, y.noise, y.prediction
+
+
+def _literal_loss(
+    y: Given, batch: int, images: Tensor, neighbors: Tensor, noise: Tensor, prediction: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Loss and gradient at the noise levels of `y`."""
+    prediction = prediction.detach().requires_grad_()
+    _, v, p = papers.redirected(images, neighbors, noise, y.alpha, y.sigma)
+    loss, gradient = papers.with_gradient(papers.redirect_losses(prediction, v, p) / batch, prediction)
+    return loss.detach(), gradient
 
 
 def _bytes(x: Inputs, arguments: tuple, job: str) -> tuple[int, int]:

@@ -6,10 +6,13 @@ import pytest
 import torch
 
 from fastunlearn.ops import residual as op
+from fastunlearn.testing.budgets import in_several_orders, shuffles
 
 from . import papers
-from .cases import SHAPES, Inputs, Shape
+from .cases import ORDERS, SHAPES, Inputs, Shape
 from .comparison import KERNEL, KERNEL_BY_AUTOGRAD, PAPERS, check, parametrize_shapes
+
+NAMES = ("loss", "gradient")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -25,10 +28,10 @@ def test_residual(compare, shape: Shape, dtype: torch.dtype):
     def by_papers():
         return papers.with_gradient(papers.squared_error(leaf, target, weight), leaf)
 
-    def literal(dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        rows = prediction[some].to(dtype).requires_grad_()
-        loss, gradient = papers.with_gradient(papers.squared_error(rows, target[some].to(dtype), weight[some].to(dtype)), rows)
-        return {"loss": loss.detach(), "gradient": gradient}
+    def literal(rows: torch.Tensor, goal: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = rows.requires_grad_()
+        loss, gradient = papers.with_gradient(papers.squared_error(rows, goal, weight[some].to(rows.dtype)), rows)
+        return loss.detach(), gradient
 
     def by_autograd():
         """What `functional.denoising_loss(...).backward()` takes; the step calls `prediction.backward(gradient)` and saves a pass."""
@@ -36,15 +39,17 @@ def test_residual(compare, shape: Shape, dtype: torch.dtype):
 
     calls = {PAPERS: by_papers, KERNEL: lambda: op.residual(prediction, target, weight), KERNEL_BY_AUTOGRAD: by_autograd}
     some = x.some_rows()
-    plain, truth = literal(torch.float32), literal(torch.float64)
-    plain["gradient"] = plain["gradient"].to(dtype)
+    exact, single = ((prediction[some].to(precision), target[some].to(precision)) for precision in (torch.float64, torch.float32))
+    truth = dict(zip(NAMES, literal(*exact), strict=True))
+    plain = dict(zip(NAMES, in_several_orders(literal, single, shuffles(shape.elements, ORDERS)), strict=True))
+    plain["gradient"] = [gradient.to(dtype) for gradient in plain["gradient"]]
     size = shape.batch * shape.elements * (2 * dtype.itemsize + 4)
     compare(
         *("residual", shape, str(dtype).removeprefix("torch."), calls),
         kernels=["residual"],
         floor=size,
         moved=size,
-        gate=check(["loss", "gradient"], some, plain, truth),
+        gate=check(NAMES, some, plain, truth),
         closed_form=op,
         arguments=(prediction, target, weight),
     )

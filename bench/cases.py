@@ -21,6 +21,7 @@ JOBS = {
     "rows": "rows of a store by index, noise given",
     "rows+philox": "rows of a store by index, noise drawn",
 }
+ORDERS = 4  # in which plain torch adds the elements of an image for a gate, so that no lucky sum decides it
 _GATE_ELEMENTS = 1 << 22
 _DISTANCE = 0.1  # of the nearest neighbour, root mean square per element in [-1, 1]; the last one is half as far again
 

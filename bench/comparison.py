@@ -232,12 +232,14 @@ def from_tensors_and_rows(by_papers: Callable[..., Sequence[Tensor]], images: Ca
     return calls if job == "tensors" else calls | {PAPERS_ROWS: lambda: by_papers(*images())}
 
 
-def check(names: Sequence[str | None], rows: Tensor, plain: dict[str, Tensor], truth: dict[str, Tensor]) -> Callable[[str, Call], None]:
+def check(
+    names: Sequence[str | None], rows: Tensor, plain: dict[str, Tensor | Sequence[Tensor]], truth: dict[str, Tensor]
+) -> Callable[[str, Call], None]:
     """A gate: the named results, at `rows` of the batch, err at most twice as much as `plain`, the literal formula in float32, does.
 
     Args:
         names: what each result of a call is; None: not compared.
-        plain, truth: the literal formula in float32 and in float64, at `rows`.
+        plain, truth: the literal formula in float32 (or several evaluations of it) and in float64, at `rows`.
     """
 
     def gate(contestant: str, call: Call) -> None:

@@ -56,6 +56,7 @@ CHOSEN = pytest.StashKey[dict]()  # for steps: by measurement at the start
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastunlearn benchmarks")
     group.addoption("--results", metavar="NAME", help="write the measurements to bench/results/NAME.json")
+    group.addoption("--go-on", action="store_true", help="what the files of --results hold stays; this run's rows come after")
     group.addoption("--threads", type=int, default=os.cpu_count(), help="threads of torch and of the baselines")
     group.addoption("--device", default="cpu" if find_accelerator() is None else "cuda", choices=("cpu", "cuda"), help="where ops and steps are timed")
     group.addoption("--layout", choices=LAYOUTS, help="memory format of the networks (default: the faster one)")
@@ -90,8 +91,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[CHOSEN] = {}
     ops, steps = _results(option("--results"), _device_name(config.stash[ACCELERATOR]))
     common = {"threads": option("--threads"), "dry": isinstance(config.stash[ACCELERATOR], StandIn)}
-    config.stash[OPS] = Journal(ops, _machine(config), common | {"warm": option("--warm")})
-    config.stash[STEPS] = Journal(steps, _machine(config), common | {"chosen": config.stash[CHOSEN]})
+    go_on = option("--go-on")
+    config.stash[OPS] = Journal(ops, _machine(config), common | {"warm": option("--warm")}, go_on=go_on)
+    config.stash[STEPS] = Journal(steps, _machine(config), common | {"chosen": config.stash[CHOSEN]}, go_on=go_on)
 
 
 def _results(name: str | None, device: str) -> tuple[Path | None, Path | None]:

@@ -18,11 +18,22 @@ class Journal:
         path: of the JSON file; None: nothing is written.
         machine: processor, GPU, versions, commit.
         options: of the run.
+        go_on: the rows that the file has stay, before those of this run.
     """
 
-    def __init__(self, path: Path | None = None, machine: dict[str, Any] | None = None, options: dict[str, Any] | None = None):
+    def __init__(
+        self,
+        path: Path | None = None,
+        machine: dict[str, Any] | None = None,
+        options: dict[str, Any] | None = None,
+        *,
+        go_on: bool = False,
+    ):
         self.path, self.machine, self.options = path, machine or {}, options or {}
         self.rows: list = []
+        self._earlier: list[dict] = []
+        if go_on and path is not None and path.exists():
+            self._earlier = json.loads(path.read_text())["rows"]
 
     def add(self, rows: Iterable) -> None:
         """Appends the rows of a comparison, and writes all."""
@@ -33,7 +44,7 @@ class Journal:
         """Again, where rows have been completed since."""
         if self.path is None:
             return
-        rows = [_rounded(asdict(row)) for row in self.rows]
+        rows = self._earlier + [_rounded(asdict(row)) for row in self.rows]
         with atomic_file(self.path) as file:
             file.write((json.dumps({"machine_info": self.machine, "options": self.options, "rows": rows}, indent=1) + "\n").encode())
 

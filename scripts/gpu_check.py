@@ -79,6 +79,8 @@ class Check:
         self.versions: dict[str, str] = {}
         self.outcomes: list[Outcome] = []
         out.mkdir(parents=True, exist_ok=True)
+        for earlier in (*out.glob("ops_*.json"), *out.glob("steps_*.json"), *out.glob("tests.xml")):
+            earlier.unlink()
         self.log = out / "log.txt"
         self.log.write_text("")
 
@@ -274,7 +276,7 @@ def read_versions() -> dict[str, str]:
 
 def take_stages(check: Check, wanted: list[str], scratch: Path) -> None:
     compilations = Compilations(check, scratch)
-    results = ["--benchmark-only", "--results", str(check.out), "--ready", str(compilations.ready)]
+    results = ["--benchmark-only", "--results", str(check.out), "--go-on", "--ready", str(compilations.ready)]
     bench = [*PYTEST, *DEVICE, *SMOKE, *results]
     try:
         if "a" in wanted:

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from fastunlearn import philox
-from fastunlearn.testing.budgets import budget
 from fastunlearn.testing.cuda_division import CudaDivision
 from fastunlearn.testing.factories import served
 
@@ -82,12 +81,6 @@ class NoiseInput(NamedTuple):
     counter: Tensor | None
     plain: Tensor
     truth: Tensor
-
-    def error(self) -> float:
-        """How far a number that a kernel draws may be from the truth; 0 where the noise is given."""
-        if self.counter is None:
-            return 0.0
-        return budget(self.plain, self.truth)
 
 
 @pytest.fixture
