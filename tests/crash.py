@@ -1,22 +1,37 @@
-"""Kills processes at awkward moments: shared by the tests of `unlearn` and `pretrain`.
+"""Kills processes at chosen lines: shared by the tests of `unlearn` and `pretrain`.
 
-Children are forked from a server that has imported torch but never used it, so that starting one costs milliseconds and is safe.
+A child counts the lines of the package that it executes, and ends itself with SIGKILL at the one that it was
+told. So a kill strikes the same place on every machine, busy or not, and no run escapes it.
+
+Children are forked from a server that has imported torch but never used it, so that starting one costs
+milliseconds and is safe.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
-import random
 import signal
-import time
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing import forkserver
 from pathlib import Path
 
+PACKAGE = str(Path(__file__).parents[1] / "fastunlearn")
 CONTEXT = multiprocessing.get_context("forkserver")
+PATIENCE = 300  # seconds for one child: only a defect reaches it, on any machine
+
+Target = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Lines:
+    """How many lines of the package a run executes: in all, and while it writes checkpoints."""
+
+    all: int
+    saving: int
 
 
 @dataclass
@@ -38,41 +53,88 @@ def start_server() -> None:
         os.environ["PYTHONPATH"] = before
 
 
-def start(target: Callable[[str], None], run_dir: Path) -> multiprocessing.Process:
+def run_to_end(target: Target, run_dir: Path) -> None:
+    """Runs `target(run_dir)` in a child; fails if the child does."""
+    process = _start(target, str(run_dir))
+    assert process.exitcode == 0, f"the child ended with {process.exitcode}"
+
+
+def lines_of(target: Target, run_dir: Path) -> Lines:
+    """The same, and how many lines that took."""
+    ours, theirs = CONTEXT.Pipe()
+    process = _start(_counted, target, str(run_dir), theirs)
+    assert process.exitcode == 0, f"the child ended with {process.exitcode}"
+    return ours.recv()
+
+
+def kill_at(
+    line: int, target: Target, run_dir: Path, checkpoint_dir: Path, kills: Kills, *, saving: bool
+) -> None:
+    """Runs `target(run_dir)` in a child that dies at line number `line`, of all or of those that save."""
+    process = _start(_killed, target, str(run_dir), line, saving)
+    assert process.exitcode == -signal.SIGKILL, f"the child ended with {process.exitcode}, not at line {line}"
+    kills.total += 1
+    kills.while_saving += any(checkpoint_dir.glob(f".checkpoint-*.{process.pid}.tmp"))
+
+
+def _start(function: Callable, *arguments) -> multiprocessing.Process:
+    """A child that has done `function(*arguments)`, or has not managed to."""
     start_server()
-    process = CONTEXT.Process(target=target, args=(str(run_dir),))
+    process = CONTEXT.Process(target=function, args=arguments)
     process.start()
+    process.join(PATIENCE)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        raise AssertionError(f"the child was not done after {PATIENCE} s")
     return process
 
 
-def run_to_end(target: Callable[[str], None], run_dir: Path) -> float:
-    """Runs `target(run_dir)` in a child; seconds. Fails if the child does."""
-    started = time.perf_counter()
-    process = start(target, run_dir)
-    process.join(120)
-    assert process.exitcode == 0, f"the child ended with {process.exitcode}"
-    return time.perf_counter() - started
+class _Counter:
+    """Counts lines of the package, by Python's hook for debuggers, for as long as a `with` block lasts."""
+
+    def __init__(self, reached: Callable[[_Counter], None] = lambda counter: None):
+        from fastunlearn import checkpoint
+
+        self.all = self.saving = 0
+        self._save = checkpoint.save.__code__
+        self._in_save = False
+        self._reached = reached
+
+    def __enter__(self) -> _Counter:
+        sys.settrace(self._call)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        sys.settrace(None)
+
+    def _call(self, frame, event, argument):
+        if not frame.f_code.co_filename.startswith(PACKAGE):
+            return None
+        if frame.f_code is self._save:
+            self._in_save = True
+        return self._inside
+
+    def _inside(self, frame, event, argument):
+        if event == "line":
+            self.all += 1
+            self.saving += self._in_save
+            self._reached(self)
+        elif event == "return" and frame.f_code is self._save:
+            self._in_save = False
+        return self._inside
 
 
-def kill_once(target: Callable[[str], None], run_dir: Path, checkpoint_dir: Path, delay: float, kills: Kills, *, while_saving: bool) -> bool:
-    """Starts a child and ends it with SIGKILL after `delay` seconds, or then at the next checkpoint being written; False if it was done before."""
-    process = start(target, run_dir)
-    process.join(delay)
-    while while_saving and process.is_alive() and not _saving(process, checkpoint_dir):
-        pass
-    if process.is_alive():
-        time.sleep(random.Random(delay).random() * 2e-3 if while_saving else 0)
-        os.kill(process.pid, signal.SIGKILL)
-    process.join(60)
-    assert process.exitcode in (0, -signal.SIGKILL), f"the child ended with {process.exitcode}"
-    killed = process.exitcode != 0
-    kills.total += killed
-    kills.while_saving += killed and _saving(process, checkpoint_dir)
-    return killed
+def _counted(target: Target, run_dir: str, answer) -> None:
+    with _Counter() as counter:
+        target(run_dir)
+    answer.send(Lines(counter.all, counter.saving))
 
 
-def _saving(process: multiprocessing.Process, checkpoint_dir: Path) -> bool:
-    try:
-        return any(name.startswith(".checkpoint-") and name.endswith(f".{process.pid}.tmp") for name in os.listdir(checkpoint_dir))
-    except FileNotFoundError:
-        return False
+def _killed(target: Target, run_dir: str, line: int, saving: bool) -> None:
+    def reached(counter: _Counter) -> None:
+        if (counter.saving if saving else counter.all) == line:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with _Counter(reached):
+        target(run_dir)

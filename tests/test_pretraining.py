@@ -8,12 +8,12 @@ from pathlib import Path
 import crash
 import pytest
 import torch
-from diffusers import DDPMPipeline
 from safetensors.torch import load_file
 
 from fastunlearn import checkpoint
 
-STEPS = 60
+diffusers = pytest.importorskip("diffusers")
+STEPS, SAVE_EVERY = 60, 7
 
 
 def pretrain_tiny(output_dir: str) -> None:
@@ -26,20 +26,20 @@ def pretrain_tiny(output_dir: str) -> None:
     blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,)}
     unet = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "layers_per_block": 1, "norm_num_groups": 4, "dropout": 0.1, **blocks}
     recipe = Pretraining(unet=unet, batch_size=4, total_steps=STEPS, lr=1e-3, warmup_steps=5, ema_decay=0.9)
-    pretrain(ImageStore(images), recipe, Path(output_dir) / "model", seed=3, checkpointing_steps=7, show_progress=False)
+    options = {"checkpointing_steps": SAVE_EVERY, "show_progress": False}
+    pretrain(ImageStore(images), recipe, Path(output_dir) / "model", seed=3, **options)
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory) -> tuple[Path, float]:
-    """A finished run, and its seconds."""
+def uninterrupted(tmp_path_factory) -> tuple[Path, crash.Lines]:
+    """A finished run, and its lines."""
     folder = tmp_path_factory.mktemp("pretraining")
-    crash.run_to_end(pretrain_tiny, folder / "warm")
-    return folder / "warm", crash.run_to_end(pretrain_tiny, folder / "timed")
+    return folder, crash.lines_of(pretrain_tiny, folder)
 
 
 def test_result_opens_in_diffusers_and_is_recorded(uninterrupted):
     folder = uninterrupted[0] / "model"
-    pipeline = DDPMPipeline.from_pretrained(folder)
+    pipeline = diffusers.DDPMPipeline.from_pretrained(folder)
     assert pipeline.unet.config.sample_size == 8
     record = json.loads((folder / "pretraining.json").read_text())
     assert [entry["step"] for entry in record["log"]] == [50, 60]
@@ -50,14 +50,16 @@ def test_result_opens_in_diffusers_and_is_recorded(uninterrupted):
 
 def test_killed_and_resumed_run_is_bit_equal(uninterrupted, tmp_path):
     """Checkpoints fall between the entries of the loss log, so the running mean has to come back too."""
-    expected_dir, seconds = uninterrupted
-    kills = crash.Kills()
-    while checkpoint.latest(tmp_path / "model.run") is None:
-        crash.kill_once(pretrain_tiny, tmp_path, tmp_path / "model.run", 0.4 * seconds, kills, while_saving=False)
-    for _ in range(2):
-        crash.kill_once(pretrain_tiny, tmp_path, tmp_path / "model.run", 0.0, kills, while_saving=True)
-    assert kills.total >= 2
-    assert kills.while_saving >= 1
+    expected_dir, lines = uninterrupted
+    kills, run_dir = crash.Kills(), tmp_path / "model.run"
+    crash.kill_at(2 * lines.all // 5, pretrain_tiny, tmp_path, run_dir, kills, saving=False)
+    resumed_from = checkpoint.latest(run_dir)
+    assert resumed_from is not None
+    one_save = lines.saving / -(-STEPS // SAVE_EVERY)
+    for part in (0.4, 0.6):  # in the middle of the first save after it
+        crash.kill_at(int(part * one_save), pretrain_tiny, tmp_path, run_dir, kills, saving=True)
+    assert kills == crash.Kills(total=3, while_saving=2)
+    assert checkpoint.latest(run_dir) == resumed_from
     crash.run_to_end(pretrain_tiny, tmp_path)
     weights = "model/unet/diffusion_pytorch_model.safetensors"
     found, expected = load_file(tmp_path / weights), load_file(expected_dir / weights)
