@@ -1,4 +1,4 @@
-"""The commands, in one process on a tiny network; their exit codes and start-up time in processes of their own."""
+"""The commands, in one process on a tiny network; exit codes and imports in processes of their own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import shutil
 import stat
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args, get_type_hints
@@ -16,7 +15,6 @@ from typing import get_args, get_type_hints
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -26,6 +24,7 @@ from fastunlearn.data import load_images
 from fastunlearn.recipes.mnist_tshirt import PRETRAINING
 from fastunlearn.testing.checkpoints import TINY_SHAPE, save_tiny_checkpoint
 
+pytest.importorskip("tyro")
 COMMANDS = ("demo", "unlearn", "evaluate", "sample", "neighbors", "pretrain", "data", "purge")
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 FAST = ("--steps", "2", "--batch-size", "4", "--device", "cpu")
@@ -35,6 +34,7 @@ METHODS = {"retrack": ["--k", "3"], "siss": ["--variant", "bernoulli"], "erasedi
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> SimpleNamespace:
     """A checkpoint, two images to forget as PNG, twenty to keep as npy."""
+    pytest.importorskip("diffusers")
     root = tmp_path_factory.mktemp("world")
     generator = np.random.default_rng(0)
     (root / "forget").mkdir()
@@ -79,6 +79,8 @@ def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -
 def test_every_method_writes_a_model_that_diffusers_opens(world, tmp_path, capsys, method):
     assert unlearn(world, tmp_path / "run", method=method) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"unlearned model: {tmp_path / 'run' / 'model'}"
+    from diffusers import DDPMPipeline
+
     before = load_file(world.model / WEIGHTS)
     after = dict(DDPMPipeline.from_pretrained(tmp_path / "run" / "model").unet.state_dict())
     assert any(not torch.equal(before[name], after[name]) for name in before)
@@ -419,14 +421,13 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"fastunlearn {__version__}\n"
 
 
-def test_the_program_starts_at_once():
-    started = time.perf_counter()
-    show = "print([name for name in ('torch', 'diffusers', 'numpy') if name in sys.modules])"
+def test_the_program_starts_without_what_takes_long_to_import():
+    heavy = "torch", "diffusers", "numpy", "scipy", "matplotlib"
+    show = f"print([name for name in {heavy} if name in sys.modules])"
     code = f"import sys\nfrom fastunlearn.cli import main\ntry:\n    main(['--help'])\nfinally:\n    {show}"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.splitlines()[-1] == "[]"
     assert all(command in result.stdout for command in COMMANDS)
-    assert time.perf_counter() - started < 3  # 0.3 s measured; loaded machines are slower, but not as slow as torch's import
 
 
 def test_exit_codes_of_the_process(tmp_path):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-import timeit
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -52,9 +52,21 @@ def annotations(profile) -> set[str]:
     return {event.name for event in profile.events() if event.is_user_annotation and event.name.startswith("fastunlearn")}
 
 
+def calls_of(function) -> int:
+    """How many calls of functions, in Python and in C, `function()` makes."""
+    events = []
+    sys.setprofile(lambda frame, event, argument: events.append(event))
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return sum(event in ("call", "c_call") for event in events)
+
+
 def test_off_is_free():
-    """Measured 1.15 times an empty context; a busy machine slows both alike."""
+    """One call more than an empty context: it reads a flag."""
     assert stage("predict") is stage("update")
+    assert type(stage("predict")) is nullcontext
     nothing = nullcontext()
 
     def empty():
@@ -65,12 +77,12 @@ def test_off_is_free():
         with stage("predict"):
             pass
 
-    times = {call: min(timeit.repeat(call, number=5000, repeat=15)) for call in (empty, off)}
-    assert times[off] < 6 * times[empty]
+    assert calls_of(off) == calls_of(empty) + 1
 
 
 def test_a_real_step_shows_its_six_stages(take_siss_step):
     """With the real nvtx, which runs without a GPU too."""
+    pytest.importorskip("nvtx")
     profiling.enable()
     try:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
@@ -139,6 +151,10 @@ def test_a_missing_nvtx_is_named(monkeypatch):
 
 @pytest.mark.parametrize(("value", "on"), [("1", True), ("0", False), ("", False)])
 def test_the_environment_decides_at_import_and_only_then_imports_nvtx(value, on):
+    if on:
+        pytest.importorskip("nvtx")
     code = "import sys, fastunlearn.profiling as p; print('nvtx' in sys.modules, p.stage('a') is not p.stage('b'))"
-    result = subprocess.run([sys.executable, "-c", code], env={"FASTUNLEARN_NVTX": value}, capture_output=True, text=True, check=True)
+    environment = os.environ | {"FASTUNLEARN_NVTX": value}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert result.stdout.split() == [str(on), str(on)]
