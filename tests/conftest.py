@@ -1,4 +1,4 @@
-"""What all tests share: one thread (results and times do not depend on the machine), the golden vectors, and the GPU.
+"""What all tests share: one thread, fixed random numbers, nothing left behind, the golden vectors, and the GPU.
 
 `pytest -m gpu` is what only a GPU can test (scripts/gpu_check.sh). With FASTUNLEARN_DRY=1 a CPU stands in for it, and of every
 test function the first case runs: whether the tests themselves work, not whether every case passes.
@@ -6,15 +6,62 @@ test function the first case runs: whether the tests themselves work, not whethe
 
 from __future__ import annotations
 
+import logging
+import os
+import random
+import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from fastunlearn.testing import golden as golden_vectors
 from fastunlearn.testing.accelerator import DRY, Accelerator, find_accelerator, rehearsal
 
-torch.set_num_threads(1)
+torch.set_num_threads(1)  # results do not depend on the machine
+
+# The same examples at every run, on every machine, however busy it is.
+calm = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("everywhere", derandomize=True, **calm)
+settings.load_profile("everywhere")
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers():
+    """A test draws the same numbers, whatever ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+def process_state() -> dict[str, object]:
+    """What belongs to the whole process, and would reach the tests that run later."""
+    # Not what libraries add when they are first imported.
+    read_here = "FASTUNLEARN_", "ACCELERATE_", "CUDA_", "OMP_", "TRITON_", "RANK", "WORLD_SIZE", "LOCAL_"
+    environment = {name: value for name, value in os.environ.items() if name.startswith(read_here)}
+    return {
+        "environment": environment,
+        "folder": os.getcwd(),
+        "threads of torch": torch.get_num_threads(),
+        "default dtype": torch.get_default_dtype(),
+        "gradients": torch.is_grad_enabled(),
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "cudnn.benchmark": torch.backends.cudnn.benchmark,
+        "float32 products": torch.backends.cuda.matmul.fp32_precision,
+        "log level": logging.getLogger("fastunlearn").level,
+        "signals": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
+    }
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind():
+    """A test that leaves the process in another state fails, rather than one of those after it."""
+    before = process_state()
+    yield
+    for what, value in process_state().items():
+        assert value == before[what], f"{what}: changed by this test"
 
 KERNELS = Path(__file__).parent / "triton"  # tests of what runs on GPUs alone
 
