@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -91,6 +93,16 @@ def one_of(name: str, value, choices: tuple[str, ...]) -> str:
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {describe(value)}")
     return value
+
+
+def package(name: str, needed_by: str) -> ModuleType:
+    """The module `name` of a package that not everybody needs; an error says how to install it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        top = name.partition(".")[0]
+        expected = f"expected the package {top} (pip install {top})"
+        raise ImportError(f"{needed_by}: {expected}, got: {error}") from error
 
 
 def not_in_this_version(**arguments) -> None:

@@ -8,12 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from diffusers.optimization import get_cosine_schedule_with_warmup
-from diffusers.training_utils import EMAModel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from . import checkpoint
+from . import _check, checkpoint
 from .recipes.mnist_tshirt import Pretraining
 from .store import ImageStore
 
@@ -26,17 +23,25 @@ def pretrain(images: ImageStore, recipe: Pretraining, output_dir: Path, *, seed:
 
     Every random number of step s comes from a generator seeded with `(seed, s)`, so a run that is stopped and resumed takes the
     same steps as one that is not. `pretraining.json` beside the weights records recipe, seed, hours and the loss curve.
+
+    Raises:
+        ImportError: the package diffusers is not installed.
     """
+    diffusers = _check.package("diffusers", "pretrain")
+    cosine_with_warmup = _check.package("diffusers.optimization", "pretrain").get_cosine_schedule_with_warmup
+    training_utils = _check.package("diffusers.training_utils", "pretrain")
     output_dir = Path(output_dir)
     run_dir = output_dir.with_name(output_dir.name + ".run")
     torch.manual_seed(seed)
-    model = UNet2DModel(**recipe.unet).to(device)
+    model = diffusers.UNet2DModel(**recipe.unet).to(device)
     if channels_last:
         model = model.to(memory_format=torch.channels_last)
-    scheduler = DDPMScheduler(**recipe.scheduler)
+    scheduler = diffusers.DDPMScheduler(**recipe.scheduler)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True)
-    lr_scheduler = get_cosine_schedule_with_warmup(optimizer, recipe.warmup_steps, recipe.total_steps)
-    ema = EMAModel(model.parameters(), decay=recipe.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+    lr_scheduler = cosine_with_warmup(optimizer, recipe.warmup_steps, recipe.total_steps)
+    ema = training_utils.EMAModel(
+        model.parameters(), decay=recipe.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75
+    )
 
     first_step, log = 0, []
     running = torch.zeros((), device=device)  # sum of the losses since the last entry of the log
@@ -93,7 +98,7 @@ def pretrain(images: ImageStore, recipe: Pretraining, output_dir: Path, *, seed:
 
     ema.copy_to(model.parameters())
     with checkpoint.atomic_directory(output_dir) as folder:
-        DDPMPipeline(unet=model.eval(), scheduler=scheduler).save_pretrained(folder)
+        diffusers.DDPMPipeline(unet=model.eval(), scheduler=scheduler).save_pretrained(folder)
         record = {"recipe": asdict(recipe), "seed": seed, "images": len(images), "hours": log[-1]["seconds"] / 3600, "torch": torch.__version__,
                   "threads": torch.get_num_threads(), "log": log}
         (folder / "pretraining.json").write_text(json.dumps(record, indent=1))

@@ -14,6 +14,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
+from . import _check
+
 DOMAIN = "fastunlearn"
 
 _NOTHING = nullcontext()
@@ -33,19 +35,11 @@ def enable(on: bool = True, *, nvtx: bool = True) -> None:
     if not on:
         _annotate = None
         return
-    _annotate = _nvtx_annotate() if nvtx else _without_nvtx
+    _annotate = _check.package("nvtx", "FASTUNLEARN_NVTX, profiling.enable()").annotate if nvtx else _without_nvtx
 
 
 def _without_nvtx(name: str, domain: str) -> AbstractContextManager:
     return _NOTHING
-
-
-def _nvtx_annotate() -> Callable[..., AbstractContextManager]:
-    try:
-        import nvtx
-    except ImportError as error:
-        raise ImportError(f"FASTUNLEARN_NVTX, profiling.enable(): expected the package nvtx (pip install nvtx), got: {error}") from error
-    return nvtx.annotate
 
 
 def stage(name: str) -> AbstractContextManager:

@@ -153,12 +153,11 @@ def _denoise(model, scheduler, timesteps: list[int], indices, start: Callable[[r
 
 
 def _sampling_scheduler(scheduler, sampler: str):
-    from diffusers import DDIMScheduler, DDPMScheduler
-
     _check.one_of("sampler", sampler, SAMPLERS)
     if not hasattr(scheduler, "alphas_cumprod"):
         raise TypeError(f"scheduler: expected a diffusers scheduler with alphas_cumprod, got {type(scheduler).__name__}")
-    kind = DDPMScheduler if sampler == "ddpm" else DDIMScheduler
+    diffusers = _check.package("diffusers", f"sampler={sampler!r}")
+    kind = diffusers.DDPMScheduler if sampler == "ddpm" else diffusers.DDIMScheduler
     made = kind.from_config(scheduler.config)
     made.alphas_cumprod = scheduler.alphas_cumprod.clone().cpu()
     return made

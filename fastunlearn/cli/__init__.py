@@ -5,6 +5,7 @@ Every command is a dataclass of its flags (tyro makes the parser from it) with a
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 import traceback
@@ -31,6 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"fastunlearn {__version__}")
         return 0
     debug = "--debug" in arguments or os.environ.get("FASTUNLEARN_DEBUG", "0") not in ("", "0")
+    if importlib.util.find_spec("tyro") is None:
+        print("error: commands: expected the package tyro (pip install tyro), got none", file=sys.stderr)
+        return 2
     command = _parse([argument for argument in arguments if argument != "--debug"])
     try:
         return command.run()

@@ -86,10 +86,9 @@ class Optimization:
 
         Raises:
             TypeError, ValueError: a value is outside its range.
+            ImportError: a schedule or an average was asked for, and the package diffusers is not installed.
         """
         import torch
-        from diffusers.optimization import get_scheduler
-        from diffusers.training_utils import EMAModel
 
         from .. import _check
 
@@ -105,8 +104,14 @@ class Optimization:
         lr_scheduler = None
         if self.lr_scheduler != "constant" or self.lr_warmup_steps:
             name = "constant_with_warmup" if self.lr_scheduler == "constant" else self.lr_scheduler
-            lr_scheduler = get_scheduler(name, optimizer, num_warmup_steps=self.lr_warmup_steps, num_training_steps=self.max_train_steps)
-        return optimizer, lr_scheduler, EMAModel(parameters, decay=self.ema_decay) if self.use_ema else None
+            get_scheduler = _check.package("diffusers.optimization", "lr_scheduler").get_scheduler
+            length = {"num_warmup_steps": self.lr_warmup_steps, "num_training_steps": self.max_train_steps}
+            lr_scheduler = get_scheduler(name, optimizer, **length)
+        ema = None
+        if self.use_ema:
+            training_utils = _check.package("diffusers.training_utils", "use_ema")
+            ema = training_utils.EMAModel(parameters, decay=self.ema_decay)
+        return optimizer, lr_scheduler, ema
 
 
 @dataclass(kw_only=True)

@@ -40,6 +40,7 @@ def load_checkpoint(path: str | os.PathLike, *, dtype: torch.dtype = torch.float
     Raises:
         ValueError: naming the file: missing, not JSON, a class that is not supported, code from elsewhere, weights that are pickles, damaged,
             not those of the configuration, or not finite.
+        ImportError: the package diffusers is not installed.
     """
     root = Path(path)
     if not root.is_dir():
@@ -66,17 +67,18 @@ def save_checkpoint(output_dir: str | os.PathLike, model: UNet2DModel, scheduler
     Raises:
         TypeError: for another network or scheduler than those that `load_checkpoint` reads.
         ValueError: `output_dir` is a file, or a folder with something else in it.
+        ImportError: the package diffusers is not installed.
     """
-    from diffusers import DDPMPipeline
-
     if type(model).__name__ not in MODELS:
         raise TypeError(f"model: expected a diffusers {' or '.join(MODELS)}, got {_check.describe(model)}")
     if type(scheduler).__name__ not in SCHEDULERS:
         raise TypeError(f"scheduler: expected one of {', '.join(SCHEDULERS)} of diffusers, got {_check.describe(scheduler)}")
     output_dir = check_replaceable(output_dir)
+    diffusers = _check.package("diffusers", "save_checkpoint")
     model = copy.deepcopy(model).to("cpu", memory_format=torch.contiguous_format)  # safetensors refuses channels-last
     with atomic_directory(output_dir) as folder:
-        DDPMPipeline(unet=model, scheduler=scheduler).save_pretrained(folder, safe_serialization=True)
+        pipeline = diffusers.DDPMPipeline(unet=model, scheduler=scheduler)
+        pipeline.save_pretrained(folder, safe_serialization=True)
     return output_dir
 
 
@@ -126,8 +128,7 @@ def _supported(file: Path, name, allowed: tuple[str, ...], what: str) -> None:
 
 
 def _load_scheduler(root: Path, folder: Path) -> SchedulerMixin:
-    import diffusers
-
+    diffusers = _check.package("diffusers", "load_checkpoint")
     places = (root / "scheduler", root, folder.parent / "scheduler", folder)
     file = next((place / "scheduler_config.json" for place in places if (place / "scheduler_config.json").is_file()), None)
     if file is None:
@@ -145,8 +146,7 @@ def _load_scheduler(root: Path, folder: Path) -> SchedulerMixin:
 
 
 def _load_model(folder: Path, dtype: torch.dtype) -> UNet2DModel:
-    import diffusers
-
+    diffusers = _check.package("diffusers", "load_checkpoint")
     name = _read_json(folder / "config.json")["_class_name"]
     weights = next((folder / file for file in WEIGHTS if (folder / file).is_file()), None)
     if weights is None:
