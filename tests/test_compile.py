@@ -7,7 +7,6 @@ import weakref
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from torch import nn
 from torch._dynamo.backends.registry import lookup_backend
 
@@ -92,6 +91,7 @@ def test_one_graph_and_the_eager_gradient(backend, method, graphs):
 
 
 def test_a_diffusers_network_is_one_graph(cheapest):
+    pytest.importorskip("diffusers")
     assert_as_eager(SISS(), tiny_unet())
     assert cheapest.graphs == 1
 
@@ -237,8 +237,9 @@ def test_only_modules_are_compiled():
 
 
 def conditional_unet():
+    diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
-    return UNet2DConditionModel(
+    return diffusers.UNet2DConditionModel(
         sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4, attention_head_dim=4,
         cross_attention_dim=8, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )  # fmt: skip
@@ -301,6 +302,10 @@ def test_by_default_gpus_compile_and_cpus_do_not(monkeypatch):
     assert compilation.resolve_compile(None, model, gpu) is True
     assert compilation.resolve_compile(None, lambda x_t, t: x_t, gpu) is False
     assert compilation.resolve_compile("try", model, cpu) == "try"
+
+
+def test_by_default_big_networks_compile_by_blocks_on_gpus(monkeypatch):
+    gpu = torch.device("cuda", 0)
     big, small = conditional_unet(), conditional_unet()
     assert compilation.resolve_compile(None, small, gpu) is True
     monkeypatch.setattr(compilation, "REGIONAL_FROM", 1000)

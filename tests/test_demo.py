@@ -6,19 +6,21 @@ import json
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from fastunlearn import demo
 from fastunlearn.demo import evaluation, run_demo
+
+diffusers = pytest.importorskip("diffusers")
 
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
     torch.manual_seed(0)
-    unet = UNet2DModel(sample_size=28, in_channels=1, out_channels=1, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4,
-                       down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"))
+    blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
+    widths = {"block_out_channels": (8, 8), "layers_per_block": 1, "norm_num_groups": 4}
+    unet = diffusers.UNet2DModel(sample_size=28, in_channels=1, out_channels=1, **widths, **blocks)
     folder = tmp_path_factory.mktemp("model")
-    DDPMPipeline(unet=unet, scheduler=DDPMScheduler()).save_pretrained(folder)
+    diffusers.DDPMPipeline(unet=unet, scheduler=diffusers.DDPMScheduler()).save_pretrained(folder)
     return folder
 
 
@@ -41,7 +43,8 @@ def run(model_dir, tmp_path):
 
 
 def parameters(folder) -> torch.Tensor:
-    return torch.cat([p.flatten() for p in DDPMPipeline.from_pretrained(folder, use_safetensors=True).unet.parameters()])
+    unet = diffusers.DDPMPipeline.from_pretrained(folder, use_safetensors=True).unet
+    return torch.cat([parameter.flatten() for parameter in unet.parameters()])
 
 
 def test_it_writes_a_report_and_a_pipeline(run, model_dir):

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from diffusers.training_utils import EMAModel
 
 from fastunlearn import (
     SISS,
@@ -22,7 +21,7 @@ from fastunlearn import (
     vanilla_step,
 )
 from fastunlearn.methods import Pass
-from fastunlearn.testing.factories import TinyDenoiser, linear_schedule
+from fastunlearn.testing.factories import Average, TinyDenoiser, linear_schedule
 from fastunlearn.testing.host_sync import HostSync, no_host_sync
 
 SCHEDULE = linear_schedule()
@@ -88,13 +87,23 @@ def as_on_an_accelerator(monkeypatch):
 @pytest.mark.usefixtures("as_on_an_accelerator")
 def test_unlearner(method, options):
     run = unlearner(method, **options)
-    run.ema = EMAModel(run.model.parameters(), decay=0.9)
+    run.ema = Average(run.model.parameters())
     run.lr_scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(run.optimizer, 10)
     run.step()  # tables of the schedule and the optimizer's state are made
     with no_host_sync():
         outputs = [run.step() for _ in range(2)]
     assert not any(output.skipped for output in outputs)
     assert run.skipped_steps == 0
+
+
+@pytest.mark.usefixtures("as_on_an_accelerator")
+def test_the_ema_of_diffusers_does_not_wait():
+    ema_model = pytest.importorskip("diffusers.training_utils").EMAModel
+    run = unlearner(SISS())
+    run.ema = ema_model(run.model.parameters(), decay=0.9)
+    run.step()
+    with no_host_sync():
+        run.step()
 
 
 @pytest.mark.parametrize("backend", ["eager", "auto"])
@@ -241,7 +250,7 @@ def test_last_lr_is_read_when_it_is_asked_for():
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_cuda_says_so_too(method, options, replay):
     run = unlearner(method, "cuda", replay=replay, **options)
-    run.ema = EMAModel(run.model.parameters(), decay=0.9)
+    run.ema = Average(run.model.parameters())
     run.lr_scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(run.optimizer, 10)
     for _ in range(5):  # with replay: warm-up and capture, which waits
         run.step()

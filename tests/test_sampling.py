@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 from torch import nn
 
 from fastunlearn.sampling import inject_and_denoise, noised, sample, sample_seed
 
+diffusers = pytest.importorskip("diffusers")
 SHAPE = (1, 8, 8)
 CENTER, SPREAD = 0.3, 0.1  # of Gaussian data
 
 
 @pytest.fixture
-def scheduler() -> DDPMScheduler:
-    return DDPMScheduler(num_train_timesteps=100, beta_start=1e-3, beta_end=0.2, clip_sample=False)
+def scheduler():
+    return diffusers.DDPMScheduler(num_train_timesteps=100, beta_start=1e-3, beta_end=0.2, clip_sample=False)
 
 
 @pytest.fixture
@@ -34,16 +34,17 @@ def gaussian_model(scheduler):
 
 
 @pytest.fixture
-def unet() -> UNet2DModel:
+def unet():
     torch.manual_seed(0)
-    return UNet2DModel(sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
-                       down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"))
+    blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
+    widths = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
+    return diffusers.UNet2DModel(sample_size=8, in_channels=1, out_channels=1, **widths, **blocks)
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
 def test_samples_have_the_distribution_of_the_data(sampler):
     """3,200 independent pixels of the perfect model over the whole grid: standard errors 0.002 and 0.0013."""
-    scheduler = DDPMScheduler(clip_sample=False)
+    scheduler = diffusers.DDPMScheduler(clip_sample=False)
     samples = sample(gaussian_model(scheduler), scheduler, 50, shape=SHAPE, num_inference_steps=1000, sampler=sampler)
     assert samples.shape == (50, *SHAPE)
     assert samples.dtype == torch.float32
@@ -64,7 +65,7 @@ def test_samples_do_not_depend_on_the_batch_size(unet, scheduler, sampler):
 
 def test_ddpm_is_the_loop_of_diffusers(unet, scheduler):
     generator = torch.Generator().manual_seed(sample_seed(7, 0))
-    loop = DDPMScheduler.from_config(scheduler.config)
+    loop = diffusers.DDPMScheduler.from_config(scheduler.config)
     loop.set_timesteps(10)
     x = torch.randn((1, *SHAPE), generator=generator)
     with torch.no_grad():
@@ -166,7 +167,7 @@ def test_seeds_of_a_run_are_distinct_and_in_range():
 
 
 def test_a_ddim_checkpoint_samples_by_ddpm(exact, scheduler):
-    ddim = DDIMScheduler.from_config(scheduler.config)
+    ddim = diffusers.DDIMScheduler.from_config(scheduler.config)
     arguments = {"shape": SHAPE, "num_inference_steps": 5}
     torch.testing.assert_close(sample(exact, ddim, 2, **arguments), sample(exact, scheduler, 2, **arguments))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -106,6 +107,24 @@ class TinyDenoiser(nn.Module):
         angle = t.to(x_t.dtype) / 1000
         shift = self.time(torch.stack([angle.sin(), angle.cos()], dim=1))
         return self.leave(torch.nn.functional.silu(self.enter(x_t) + shift[:, :, None, None]))
+
+
+class Average:
+    """A moving average of the weights, with the methods of diffusers' `EMAModel` that a run calls."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], decay: float = 0.9):
+        self.decay = decay
+        self.shadow_params = [parameter.detach().clone() for parameter in parameters]
+
+    def step(self, parameters: Iterable[nn.Parameter]) -> None:
+        weights = [parameter.detach() for parameter in parameters]
+        torch._foreach_lerp_(self.shadow_params, weights, 1 - self.decay)
+
+    def state_dict(self) -> dict:
+        return {"shadow_params": self.shadow_params}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.shadow_params = state["shadow_params"]
 
 
 def _timesteps(timesteps: Tensor | int | None, batch: int, num_timesteps: int, generator: torch.Generator) -> Tensor:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from fastunlearn import reference
 from fastunlearn.testing import golden
 from fastunlearn.testing.budgets import relative_error, relative_l2
 
+diffusers = pytest.importorskip("diffusers")  # the network of the papers
 STEPS = golden.root(Path(__file__).parent / "data") / "steps"
 # float32 limits: the official code against itself, in float64 or with another thread count, is up to 1.5e-4 off in the update, 8e-6 in the gradient.
 UPDATE, FIRST_GRADIENT, SCALARS = 1e-3, 1e-4, 1e-4
@@ -34,12 +34,15 @@ class Run:
     def __init__(self, name: str, dtype: torch.dtype):
         self.case, self.dtype = golden.Case(STEPS / f"{name}.npz"), dtype
         meta = self.case.meta
-        self.model = UNet2DModel(**meta["model"])
+        self.model = diffusers.UNet2DModel(**meta["model"])
         self.model.load_state_dict(load_file(STEPS / meta["init"]))
         self.model.to(dtype).train()
         settings = {key: value for key, value in meta["optimizer"].items() if key != "name"}
         self.optimizer = torch.optim.AdamW(self.model.parameters(), **settings)
-        self.schedule = fu.NoiseSchedule.from_diffusers(DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear", beta_start=1e-4, beta_end=0.02))
+        scheduler = diffusers.DDPMScheduler(
+            num_train_timesteps=1000, beta_schedule="linear", beta_start=1e-4, beta_end=0.02
+        )
+        self.schedule = fu.NoiseSchedule.from_diffusers(scheduler)
         self.start = self.parameters()
         self.outputs: list[list[tuple[Tensor, Tensor]]] = []  # per step: what the network was given and what it returned, call by call
         self.report: dict[str, list[Tensor]] = {}

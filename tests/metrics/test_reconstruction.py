@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
 
 from fastunlearn.metrics.reconstruction import reconstruct
 
-SCHEDULER = DDPMScheduler(num_train_timesteps=50)
+diffusers = pytest.importorskip("diffusers")
+SCHEDULER = diffusers.DDPMScheduler(num_train_timesteps=50)
 IMAGE = torch.full((1, 1, 8, 8), 0.5)
 
 

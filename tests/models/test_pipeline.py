@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler
 from safetensors.torch import load_file, save_file
 
 from fastunlearn.models import load_checkpoint, save_checkpoint
 from fastunlearn.schedule import NoiseSchedule
 from fastunlearn.testing.checkpoints import TINY_TIMESTEPS, save_tiny_checkpoint, tiny_unet
 
+diffusers = pytest.importorskip("diffusers")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -42,24 +42,25 @@ def assert_same_weights(model: torch.nn.Module, other: torch.nn.Module) -> None:
 def test_a_pipeline_is_read_back(saved):
     model, scheduler = load_checkpoint(saved)
     assert_same_weights(model, tiny_unet())
-    assert type(scheduler) is DDPMScheduler
+    assert type(scheduler) is diffusers.DDPMScheduler
     assert len(NoiseSchedule.from_diffusers(scheduler)) == TINY_TIMESTEPS
     assert not model.training
 
 
 def test_diffusers_opens_what_is_saved(saved):
-    assert_same_weights(DDPMPipeline.from_pretrained(saved).unet, tiny_unet())
+    assert_same_weights(diffusers.DDPMPipeline.from_pretrained(saved).unet, tiny_unet())
 
 
 def test_scheduler_class_and_settings_survive(tmp_path):
-    save_checkpoint(tmp_path / "out", tiny_unet(), DDIMScheduler(num_train_timesteps=30, prediction_type="v_prediction"))
+    ddim = diffusers.DDIMScheduler(num_train_timesteps=30, prediction_type="v_prediction")
+    save_checkpoint(tmp_path / "out", tiny_unet(), ddim)
     _, scheduler = load_checkpoint(tmp_path / "out")
-    assert type(scheduler) is DDIMScheduler
+    assert type(scheduler) is diffusers.DDIMScheduler
     assert (len(scheduler), scheduler.config.prediction_type) == (30, "v_prediction")
 
 
 def test_dtype_is_kept_on_disk_and_float32_in_memory(tmp_path):
-    save_checkpoint(tmp_path / "out", tiny_unet().to(torch.bfloat16), DDPMScheduler())
+    save_checkpoint(tmp_path / "out", tiny_unet().to(torch.bfloat16), diffusers.DDPMScheduler())
     assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "unet" / WEIGHTS).values()} == {torch.bfloat16}
     assert load_checkpoint(tmp_path / "out")[0].dtype == torch.float32
     assert load_checkpoint(tmp_path / "out", dtype=torch.bfloat16)[0].dtype == torch.bfloat16
@@ -79,26 +80,26 @@ def test_a_network_alone_with_its_scheduler(pipeline, place):
 
 
 def test_a_saved_pipeline_is_replaced_and_other_folders_are_not(pipeline, tmp_path):
-    save_checkpoint(pipeline, tiny_unet(seed=1), DDPMScheduler())
+    save_checkpoint(pipeline, tiny_unet(seed=1), diffusers.DDPMScheduler())
     assert_same_weights(load_checkpoint(pipeline)[0], tiny_unet(seed=1))
     assert not list(tmp_path.glob(".*"))
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.jpg").write_text("precious")
     with pytest.raises(ValueError, match=r"output_dir: expected a new or empty folder.*got a folder of something else"):
-        save_checkpoint(tmp_path / "photos", tiny_unet(), DDPMScheduler())
+        save_checkpoint(tmp_path / "photos", tiny_unet(), diffusers.DDPMScheduler())
     assert (tmp_path / "photos" / "a.jpg").read_text() == "precious"
 
 
 def test_channels_last_networks_are_saved(tmp_path):
     model = tiny_unet().to(memory_format=torch.channels_last)
-    save_checkpoint(tmp_path / "out", model, DDPMScheduler())
+    save_checkpoint(tmp_path / "out", model, diffusers.DDPMScheduler())
     assert model.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
     assert_same_weights(load_checkpoint(tmp_path / "out")[0], tiny_unet())
 
 
 def test_other_objects_are_not_saved(tmp_path):
     with pytest.raises(TypeError, match=r"model: expected a diffusers UNet2DModel, got Linear"):
-        save_checkpoint(tmp_path / "out", torch.nn.Linear(1, 1), DDPMScheduler())
+        save_checkpoint(tmp_path / "out", torch.nn.Linear(1, 1), diffusers.DDPMScheduler())
     with pytest.raises(TypeError, match=r"scheduler: expected one of DDPMScheduler.*, got None"):
         save_checkpoint(tmp_path / "out", tiny_unet(), None)
     assert not (tmp_path / "out").exists()
