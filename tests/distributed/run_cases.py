@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastunlearn import ImageStore, ReTrack, Unlearner
 from fastunlearn.draws import Draws
-from fastunlearn.testing.factories import TinyDenoiser
+from fastunlearn.testing.factories import Average, TinyDenoiser
 from fastunlearn.training import RunInterrupted, unlearn
 
 STEPS = 6
@@ -28,22 +28,6 @@ class Denoiser(TinyDenoiser):
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         return super().forward(self.dropout(x_t), t)
-
-
-class Average:
-    """A moving average of the weights, as diffusers' EMAModel, which takes seconds to import."""
-
-    def __init__(self, parameters):
-        self.shadow = [parameter.detach().clone() for parameter in parameters]
-
-    def step(self, parameters) -> None:
-        torch._foreach_lerp_(self.shadow, [parameter.detach() for parameter in parameters], 0.1)
-
-    def state_dict(self) -> dict:
-        return {"shadow": self.shadow}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.shadow = state["shadow"]
 
 
 class Watched(Unlearner):

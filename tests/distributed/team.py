@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -19,7 +20,8 @@ import crash
 import torch
 import torch.distributed as dist
 
-PATIENCE = 60  # seconds for one function, of a machine on which others work
+PATIENCE = 300  # seconds for one function: only a defect reaches it, on any machine
+GROUP_PATIENCE = 2 * PATIENCE  # of the processes for each other: a wait for its end is found out before
 
 
 class Team:
@@ -82,11 +84,19 @@ class Team:
             self._members.append((process, ours))
 
 
+def tell_place(rank: int, count: int) -> None:
+    """Sets in this process what a launcher tells: accelerate reads it, and gloo."""
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    os.environ.update({name: str(value) for name, value in places.items()}, OMP_NUM_THREADS="1")
+    if sys.platform == "linux":
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # whatever the machine's name resolves to
+
+
 def _serve(rank: int, count: int, store: str, pipe) -> None:
     torch.set_num_threads(1)
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "OMP_NUM_THREADS": 1}  # what a launcher tells, for accelerate
-    os.environ.update({name: str(value) for name, value in names.items()})
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count, timeout=timedelta(seconds=PATIENCE / 2))
+    tell_place(rank, count)
+    place = {"init_method": f"file://{store}", "rank": rank, "world_size": count}
+    dist.init_process_group("gloo", **place, timeout=timedelta(seconds=GROUP_PATIENCE))
     while True:
         try:
             function, arguments = pickle.loads(pipe.recv_bytes())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -115,10 +114,9 @@ def failing(team: Team, *arguments: Any) -> list[str]:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_that_dies_does_not_leave_the_others_waiting(tmp_path: Path, rank: int):
+    """If the other waited for the group's timeout, the team would say that it did not answer."""
     with Team(2) as team:
-        started = time.monotonic()
         texts = failing(team, run, False, tmp_path / "run", STEPS, {"checkpointing_steps": 2}, {"before_step": FailAt(rank, 4)})
-        assert time.monotonic() - started < 15  # the group would wait for 30 seconds
     assert texts[rank] == f"process {rank} ended with 7"
     assert "RuntimeError" in texts[1 - rank]
     assert read_run(tmp_path / "run")["status"] == ("failed: RuntimeError" if rank == 1 else "failed: MemoryError")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,7 +14,9 @@ import crash
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
+from team import PATIENCE, tell_place
 
 from fastunlearn.cli import main
 from fastunlearn.run_record import read_metrics, read_run
@@ -30,6 +31,8 @@ LAUNCHERS = {
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> SimpleNamespace:
     """A checkpoint, four images to forget and twenty to keep."""
+    pytest.importorskip("diffusers")
+    pytest.importorskip("tyro")
     root = tmp_path_factory.mktemp("world")
     images = np.random.default_rng(0).integers(0, 256, (24, 1, 8, 8), dtype=np.uint8)
     np.save(root / "forget.npy", images[:4])
@@ -45,9 +48,9 @@ def command(world: SimpleNamespace, output: Path, *more: object) -> list[str]:
 
 
 def run_as(rank: int, count: int, port: int, log: str, arguments: list[str]) -> None:
-    """What a launcher does for one of its processes."""
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "OMP_NUM_THREADS": 1, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1")
+    """What torchrun does for one of its processes, with a store of its own at `port` for them to meet."""
+    tell_place(rank, count)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
     with open(f"{log}.{rank}", "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -57,17 +60,19 @@ def run_as(rank: int, count: int, port: int, log: str, arguments: list[str]) -> 
 
 def launch(tmp_path: Path, arguments: list[str], count: int = 2) -> list[tuple[int, str]]:
     """Exit code and output of each process."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    # The port is one that is free, and stays held.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     crash.start_server()
     log = tmp_path / "log"
-    processes = [crash.CONTEXT.Process(target=run_as, args=(rank, count, port, str(log), arguments), daemon=True) for rank in range(count)]
+    processes = [
+        crash.CONTEXT.Process(target=run_as, args=(rank, count, store.port, str(log), arguments), daemon=True)
+        for rank in range(count)
+    ]
     try:
         for process in processes:
             process.start()
         for process in processes:
-            process.join(60)
+            process.join(PATIENCE)
         return [(process.exitcode, Path(f"{log}.{rank}").read_text()) for rank, process in enumerate(processes)]
     finally:
         for process in processes:
