@@ -22,6 +22,11 @@ from fastunlearn.testing.accelerator import DRY, Accelerator, find_accelerator, 
 
 torch.set_num_threads(1)  # results do not depend on the machine
 
+# What is printed is as wide as here, and without colours, whatever terminal the tests are started from.
+os.environ["COLUMNS"] = "120"
+for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+    os.environ.pop(name, None)
+
 # The same examples at every run, on every machine, however busy it is.
 calm = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("everywhere", derandomize=True, **calm)

@@ -26,6 +26,10 @@ def classifier() -> MnistClassifier:
     return load_mnist_classifier()
 
 
+def readme() -> str:
+    return assets.path("README.md").read_text(encoding="utf-8")
+
+
 def probabilities(classifier: MnistClassifier, images: torch.Tensor) -> torch.Tensor:
     with torch.inference_mode():
         return torch.cat([classifier(network_input(chunk)).softmax(1) for chunk in images.split(500)])
@@ -34,7 +38,7 @@ def probabilities(classifier: MnistClassifier, images: torch.Tensor) -> torch.Te
 @pytest.mark.parametrize(("name", "limit"), [("mnist_tshirt_demo.npz", 3_000_000), (ASSET, 500_000)])
 def test_readme_states_size_and_hash(name, limit):
     content = assets.path(name).read_bytes()
-    stated = re.search(rf"`{re.escape(name)}` \| ([\d,]+) \| `(\w{{64}})`", assets.path("README.md").read_text())
+    stated = re.search(rf"`{re.escape(name)}` \| ([\d,]+) \| `(\w{{64}})`", readme())
     assert int(stated[1].replace(",", "")) == len(content) <= limit
     assert stated[2] == hashlib.sha256(content).hexdigest()
 
@@ -101,7 +105,7 @@ def test_classifier_on_the_test_digits(classifier):
     with np.load(SHARED / "mnist_test.npz") as test:
         images, labels = torch.from_numpy(test["images"])[:, None], torch.from_numpy(test["labels"].astype(np.int64))
     p = probabilities(classifier, images).double()
-    assert f"{(p.argmax(1) == labels).double().mean():.2%}".replace("%", " %") in assets.path("README.md").read_text()
+    assert f"{(p.argmax(1) == labels).double().mean():.2%}".replace("%", " %") in readme()
     scores = [(part * (part.log() - part.mean(0).log())).sum(1).mean().exp() for part in p.chunk(10)]
     assert sum(scores) / 10 > 9.75
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import stat
@@ -432,7 +433,9 @@ def test_the_program_starts_without_what_takes_long_to_import():
 
 def test_exit_codes_of_the_process(tmp_path):
     def program(*arguments: object) -> subprocess.CompletedProcess:
-        return subprocess.run([sys.executable, "-m", "fastunlearn", *map(str, arguments)], capture_output=True, text=True, cwd=tmp_path)
+        command = [sys.executable, "-m", "fastunlearn", *map(str, arguments)]
+        options = {"env": os.environ | {"PYTHONUTF8": "1"}, "encoding": "utf-8", "cwd": tmp_path}
+        return subprocess.run(command, capture_output=True, **options)
 
     assert program("--help").returncode == 0
     assert program("unlearn").returncode == 2

@@ -65,7 +65,7 @@ def test_without_steps_nothing_was_forgotten(run, model_dir):
     assert not result.passed
     assert result.results["before"] == result.results["after"]
     assert result.results["log"] == []
-    assert "Not forgotten" in result.report.read_text()
+    assert "Not forgotten" in result.report.read_text(encoding="utf-8")
     assert torch.equal(parameters(result.model), parameters(model_dir))
 
 

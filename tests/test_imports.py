@@ -39,7 +39,7 @@ def unit(path: Path) -> str:
 
 def imported_units(path: Path):
     depth = len(path.relative_to(PACKAGE).parts)  # 1: directly in the package
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.level == depth:
             yield from [node.module.split(".")[0]] if node.module else [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and (node.module or "").split(".")[0] == "fastunlearn":

@@ -165,7 +165,7 @@ def report(samples):
 
 def test_the_page_is_well_formed_and_needs_no_network(report, tmp_path):
     path = report.write(tmp_path / "new" / "folder")
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     page = _Page(text)
     assert page.open == []
     assert len(page.links) == 1
