@@ -60,7 +60,7 @@ class Team:
                 answered = pipe.poll(patience)
                 answers.append(pickle.loads(pipe.recv_bytes()) if answered else (False, f"no answer after {patience} s"))
             except EOFError:
-                process.join(5)
+                process.join(patience)
                 answers.append((False, f"process {rank} ended with {process.exitcode}"))
         return answers
 

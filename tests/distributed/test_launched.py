@@ -163,7 +163,8 @@ def test_one_gpu_is_not_for_several_processes(monkeypatch):
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_the_launchers_themselves(world, single: Path, tmp_path: Path, launcher: str):
     started = [sys.executable, "-m", *LAUNCHERS[launcher], "-m", "fastunlearn", *command(world, tmp_path / "run", "--device", "cpu")]
-    done = subprocess.run(started, capture_output=True, text=True, timeout=200, env=os.environ | {"HF_HOME": str(tmp_path / "hf")})
+    environment = os.environ | {"HF_HOME": str(tmp_path / "hf")}
+    done = subprocess.run(started, capture_output=True, text=True, timeout=PATIENCE, env=environment)
     assert done.returncode == 0, done.stderr
     assert_close(tmp_path / "run", single)
 
@@ -174,13 +175,13 @@ def test_a_launcher_that_is_told_to_end_leaves_a_checkpoint(world, tmp_path: Pat
     steps = ("--steps", "100000", "--logging-steps", "10")
     launcher = subprocess.Popen([sys.executable, "-m", *LAUNCHERS["torchrun"], "-m", "fastunlearn", *command(world, tmp_path / "run", *steps)])
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE
         while not read_metrics(tmp_path / "run") and time.monotonic() < deadline:
             time.sleep(0.2)
         launcher.send_signal(signal.SIGINT)
-        assert launcher.wait(60) != 0
+        assert launcher.wait(PATIENCE) != 0
     finally:
         launcher.terminate()
-        launcher.wait(60)
+        launcher.wait(PATIENCE)
     assert read_run(tmp_path / "run")["status"] == "interrupted"
     assert (tmp_path / "run" / f"checkpoint-{read_run(tmp_path / 'run')['steps']}").is_dir()
