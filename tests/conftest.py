@@ -22,11 +22,6 @@ from fastunlearn.testing.accelerator import DRY, Accelerator, find_accelerator, 
 
 torch.set_num_threads(1)  # results do not depend on the machine
 
-# What is printed is as wide as here, and without colours, whatever terminal the tests are started from.
-os.environ["COLUMNS"] = "120"
-for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
-    os.environ.pop(name, None)
-
 # The same examples at every run, on every machine, however busy it is.
 calm = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("everywhere", derandomize=True, **calm)
@@ -39,6 +34,17 @@ def same_random_numbers():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def same_terminal():
+    """What a test prints is as wide as here, and without colours, wherever the tests are started from."""
+    names = "COLUMNS", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"
+    given = {name: os.environ.pop(name) for name in names if name in os.environ}
+    os.environ["COLUMNS"] = "120"
+    yield
+    del os.environ["COLUMNS"]
+    os.environ.update(given)
 
 
 def process_state() -> dict[str, object]:
