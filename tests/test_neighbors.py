@@ -195,13 +195,16 @@ def test_unproven_rows_are_searched_again(monkeypatch):
 
 def test_bound_holds_where_reduced_precision_products_are_allowed():
     forget, retain = torch.randn(4, 700), torch.randn(200, 700)
-    before = torch.get_float32_matmul_precision()
+    switches = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = [switch.fp32_precision for switch in switches]
     torch.set_float32_matmul_precision("medium")
     try:
         found = nearest_neighbors(forget, retain, 8)
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision("highest")
+        for switch, precision in zip(switches, before, strict=True):
+            switch.fp32_precision = precision
     assert_same(found, brute_force(forget, retain, 8))
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from ..ops.sqdist import FLOAT_COLUMNS, square_norms
+from ..precision import tf32
 from .tiles import MARGIN, Progress, ascending, exact_distances, tile_size
 
 
@@ -81,7 +81,7 @@ def _approximate_tiles(forget: Tensor, retain: Tensor, chunk_bytes: int, progres
         for block in range(0, len(forget), tile_queries):
             queries32 = forget[block : block + tile_queries].to(retain.device).float()
             total = norms.repeat(len(queries32), 1)
-            with _full_float32():
+            with tf32(False):  # the bound holds for no other products, which a caller may have allowed
                 for column in range(0, columns, FLOAT_COLUMNS):
                     part = queries32[:, column : column + FLOAT_COLUMNS] @ rows32[:, column : column + FLOAT_COLUMNS].T
                     total.add_(part, alpha=-2)
@@ -96,14 +96,3 @@ def _error_bound(query_norms: Tensor, largest_norm: float, columns: int) -> Tens
     summed = columns * 2.0**-50  # norms and sums in float64
     underflow = columns * 2.0**-125
     return 2 * gamma * (query_norms * largest_norm).sqrt() + 4 * summed * (query_norms + largest_norm) + underflow
-
-
-@contextmanager
-def _full_float32() -> Iterator[None]:
-    """float32 products in float32: the bound does not hold for TF32 or bfloat16 products, which a caller may have allowed."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

@@ -141,6 +141,7 @@ def test_a_launch_that_cannot_work_is_refused(world, tmp_path: Path, monkeypatch
 
 
 def test_one_gpu_is_not_for_several_processes(monkeypatch):
+    pytest.importorskip("tyro")
     from fastunlearn.cli.launched import _on_cpu
 
     for name, value in {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "RANK": "0", "LOCAL_RANK": "0"}.items():
