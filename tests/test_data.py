@@ -19,8 +19,10 @@ from fastunlearn.data import load_images, save_latents
 from fastunlearn.data.idx import idx_header, read_idx
 from fastunlearn.store import ImageStore
 
-HAS_HF = all(importlib.util.find_spec(name) for name in ("pyarrow", "datasets"))
-needs_hf = pytest.mark.skipif(not HAS_HF, reason="pyarrow and datasets are not installed (pip install 'fastunlearn[hf]')")
+
+def needs(package: str):
+    absent = importlib.util.find_spec(package) is None
+    return pytest.mark.skipif(absent, reason=f"{package} is not installed (pip install 'fastunlearn[hf]')")
 
 
 def images(*shape: int, dtype=np.uint8) -> np.ndarray:
@@ -450,7 +452,7 @@ def cells(rows: np.ndarray) -> list[dict]:
     return [{"bytes": encoded(row.transpose(1, 2, 0)), "path": None} for row in rows]
 
 
-@needs_hf
+@needs("pyarrow")
 @pytest.mark.parametrize("column", ["image", "img"])
 @pytest.mark.parametrize("form", ["struct", "chw-lists", "hwc-lists", "grey-lists"])
 def test_parquet(column, form, tmp_path):
@@ -463,7 +465,7 @@ def test_parquet(column, form, tmp_path):
     assert load_images(path).labels is None
 
 
-@needs_hf
+@needs("datasets")
 def test_saved_dataset(tmp_path):
     import datasets
 
@@ -490,7 +492,7 @@ HF_CASES = [
 ]
 
 
-@needs_hf
+@needs("pyarrow")
 @pytest.mark.parametrize(("call", "error", "text"), [pytest.param(*case[1:], id=case[0]) for case in HF_CASES])
 def test_tables_refuse(call, error, text, tmp_path):
     with pytest.raises(error, match=text):
