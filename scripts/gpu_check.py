@@ -171,45 +171,48 @@ class Compilations:
     def __init__(self, check: Check, scratch: Path):
         self.check, self.scratch = check, scratch
         self.ready = scratch / "ready.txt"
-        self.processes: list[subprocess.Popen] = []
+        self._running: list[tuple[subprocess.Popen, Path]] = []
 
-    def begin(self) -> None:
-        jobs = [["bench/bench_step.py", "-k", steps("retrack")]] if DRY else [
-            ["bench/bench_step.py", "-k", f"mnist-retrack and {precision}", "--layout", layout]
-            for precision in ("bfloat16", "float32")
-            for layout in ("channels_last", "contiguous")
+    def begin(self, method: str, *others: list[str]) -> None:
+        """Starts to compile the steps of `method` on the MNIST network, and whatever else pytest's arguments `others` name."""
+        layouts = ("channels_last",) if DRY else ("channels_last", "contiguous")
+        jobs = [
+            ["bench/bench_step.py", "-k", f"{steps(method)} and {precision}", *(() if DRY else ("--layout", layout))]
+            for precision in (("float32",) if DRY else ("bfloat16", "float32"))
+            for layout in layouts
         ]
-        jobs.append(KERNEL_BENCHMARKS)
-        for number, job in enumerate(jobs):
+        for number, job in enumerate([*jobs, *others]):
             command = [*PYTEST, *job, *DEVICE, *SMOKE, "--compile-only", "--ready", str(self.ready)]
-            with self._output(number).open("w") as output:
-                self.processes.append(start(command, output, {"TRITON_INTERPRET": "0"}))
+            path = self.scratch / f"{method}-{number}.txt"
+            with path.open("w") as output:
+                self._running.append((start(command, output, {"TRITON_INTERPRET": "0"}), path))
 
-    def _output(self, number: int) -> Path:
-        return self.scratch / f"compilation-{number}.txt"
-
-    def finish(self, wait: float) -> None:
+    def finish(self, letter: str, wait: float) -> None:
         """Gives them `wait` more seconds."""
-        if not self.processes:
+        if not self._running:
             return
-        outcome = Outcome("compilations, in background", "b", round(wait, 1))
+        outcome = Outcome("compilations, in background", letter, round(wait, 1))
         began = time.monotonic()
-        for process in self.processes:
+        for process, _ in self._running:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.1, wait - (time.monotonic() - began)))
-        unfinished = [process for process in self.processes if process.poll() is None]
-        for process in unfinished:
-            end(process)
+        ended = [process for process, _ in self._running if process.poll() is None]
+        failed = [process for process, _ in self._running if process.poll() not in (None, 0)]
+        self.end()
         done = len(self.ready.read_text().splitlines()) if self.ready.exists() else 0
-        failed = sum(process.returncode not in (0, None) for process in self.processes) - len(unfinished)
         outcome.seconds = round(time.monotonic() - began, 1)
-        outcome.outcome = f"{done} ready, {failed} failed, {len(unfinished)} ended"
+        outcome.outcome = f"{done} ready, {len(failed)} failed, {len(ended)} ended"
         self.check.outcomes.append(outcome)
-        with self.check.log.open("a") as log:
-            for number in range(len(self.processes)):
-                log.write(f"\n=== compilation {number}\n{self._output(number).read_text()[-20_000:]}")
-        self.processes = []
         self.check.save()
+
+    def end(self) -> None:
+        """Ends what still runs, and puts what all of them said into the log."""
+        with self.check.log.open("a") as log:
+            for process, path in self._running:
+                if process.poll() is None:
+                    end(process)
+                log.write(f"\n=== compilation {path.stem}\n{path.read_text()[-20_000:]}")
+        self._running = []
 
 
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
@@ -224,7 +227,8 @@ INTERPRETER = {"TRITON_INTERPRET": "1" if DRY else "0"}
 
 def steps(method: str, network: str = "mnist") -> str:
     """pytest's -k for the whole steps of a method."""
-    return f"tiny-{method} and float32 and not no_is and not bernoulli" if DRY else f"{network}-{method} and not no_is and not bernoulli"
+    exact = f"{'tiny' if DRY else network}-{method} and not no_is and not bernoulli"
+    return f"{exact} and float32" if DRY else exact
 
 
 def main() -> int:
@@ -282,28 +286,30 @@ def take_stages(check: Check, wanted: list[str], scratch: Path) -> None:
         if "a" in wanted:
             take_first_look(check)
         if {"c", "d"} & set(wanted):
-            compilations.begin()
+            compilations.begin("retrack", KERNEL_BENCHMARKS)
         if "b" in wanted:
             workers = [] if DRY or check.versions["xdist"].startswith("missing") else ["-n", "8"]
             junit = ["--junitxml", str(check.out / "tests.xml")]
             check.stage("b", "tests for GPUs", 120, [*PYTEST, "tests", "-m", "gpu", *workers, *junit], INTERPRETER)
-        compilations.finish(wait=min(1200 if DRY else 60, max(0.0, check.left() - 120)))
+        compilations.finish("b", min(1200 if DRY else 60, max(0.0, check.left() - 120)))
         if "c" in wanted:
             check.stage("c", "kernels", 70, [*bench, *KERNEL_BENCHMARKS, "--seconds", "0.4"], INTERPRETER)
         if "d" in wanted:
             command = [*bench, "bench/bench_step.py", "-k", steps("retrack"), "--step-seconds", "10"]
             check.stage("d", "ReTrack step", 130, command)
+        if "f" in wanted and check.left() > 120:
+            compilations.begin("siss")
         if "e" in wanted:
             for tool in ("memcheck", "racecheck"):
                 sanitize(check, tool)
+        compilations.finish("f", min(1200 if DRY else 60, max(0.0, check.left() - 60)))
         if "f" in wanted:
             for name, method, network in (("SISS step", "siss", "mnist"), ("CIFAR step", "retrack", "cifar"), ("CelebA-HQ step", "retrack", "celeba")):
                 more = ["--full"] if network == "celeba" and not DRY else []
                 command = [*bench, "bench/bench_step.py", "-k", steps(method, network), "--step-seconds", "6", *more]
                 check.stage("f", name, 90, command)
     finally:
-        for process in compilations.processes:
-            end(process)
+        compilations.end()
 
 
 def take_first_look(check: Check) -> None:

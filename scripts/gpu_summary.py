@@ -6,7 +6,7 @@ import json
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-SHOWN_OPS = ("kernel", "kernel alone", "compiled")
+SHOWN_JOBS = ("rows", "float32", "low 1/4")  # the others are in the files
 MOST_FAILURES = 6
 
 
@@ -49,35 +49,95 @@ def _tests(path: Path) -> list[str]:
 
 
 def _ops(rows: list[dict]) -> list[str]:
-    """Each op's kernel: time, share of the bandwidth of a copy, times faster than the papers' way and than inductor."""
-    lines = [f"{'op':<18} {'shape':<18} {'job':<14} {'contestant':<14} {'us':>8} {'of copy':>8} {'x papers':>9} {'x inductor':>10}"]
+    """The kernel of each op alone: time, share of the bandwidth of a copy, times faster than the papers' way and than inductor."""
+    lines = [f"{'op':<18} {'shape':<18} {'job':<14} {'us':>8} {'of copy':>8} {'x papers':>9} {'x inductor':>10}"]
     for row in rows:
-        if row["contestant"] not in SHOWN_OPS or row["seconds"] is None:
+        alone = "kernel" if "+" in row["op"] else "kernel alone"
+        if row["contestant"] != alone or row["job"] not in SHOWN_JOBS or row["seconds"] is None:
             continue
         ratios = row["times_faster"] or {}
-        cells = [f"{row['seconds'] * 1e6:8.1f}", f"{row['share']:8.0%}" if row["share"] else " " * 8]
-        cells += [f"{ratios[name]:{width}.2f}" if name in ratios else " " * width for name, width in (("papers", 9), ("compiled", 10))]
-        lines.append(f"{row['op']:<18} {row['shape']:<18} {row['job']:<14} {row['contestant']:<14} {' '.join(cells)}")
+        cells = [f"{row['seconds'] * 1e6:8.1f}", f"{row['share']:8.0%}"]
+        cells += [_ratio(ratios.get("papers"), 9), _ratio(ratios.get("compiled"), 10)]
+        lines.append(f"{row['op']:<18} {row['shape']:<18} {row['job']:<14} {' '.join(cells)}")
     reasons = dict.fromkeys(row["reason"] for row in rows if row["reason"])
     return (lines if len(lines) > 1 else []) + [f"  {reason[:140]}" for reason in reasons][:MOST_FAILURES]
 
 
 def _steps(rows: list[dict]) -> list[str]:
-    """Each contestant of each comparison; the papers' way is float32 in all of them."""
-    lines = []
+    """The first job's contestants, one precision beside the other, and a line for every comparison."""
+    comparisons: list[list[dict]] = []
     for row in rows:
         if row["contestant"] == "limit":
-            lines += ["", f"{row['network']} {row['method']}, {row['precision']}, batch {row['batch']}, {row['layout']}; the papers' way: float32"]
-            lines.append(f"  {'contestant':<30} {'ms':>8} {'x papers':>9} {'gate':>8} {'host ms':>8} {'launches':>8}")
-        if row["seconds"] is None:
-            lines.append(f"  {row['contestant']:<30} {row['reason'][:100]}")
-            continue
-        papers = next((value for name, value in row["times_faster"].items() if name.endswith("repo")), None)
-        cells = [f"{row['seconds'] * 1e3:8.2f}", f"{papers:9.2f}" if papers else " " * 9]
-        cells.append(f"{row['update_error']:8.0e}" if row["update_error"] is not None else " " * 8)
-        cells.append(f"{row['host_seconds'] * 1e3:8.2f}" if row["host_seconds"] is not None else " " * 8)
-        cells.append(f"{row['launches']:8d}" if row["launches"] is not None else "")
-        lines.append(f"  {row['contestant']:<30} {' '.join(cells)}")
-        if row["stages"]:
-            lines.append("    stages: " + ", ".join(f"{name} {share:.0%}" for name, share in row["stages"].items()))
-    return lines[1:]
+            comparisons.append([])
+        comparisons[-1].append(row)
+    if not comparisons:
+        return []
+    first = [found for found in comparisons if _job(found) == _job(comparisons[0])]
+    lines = [*_side_by_side(first), ""]
+    for found in comparisons:
+        lines.append(_verdict(found))
+    reasons = dict.fromkeys(row["reason"] for row in rows if row["reason"])
+    return lines + [f"  {reason[:140]}" for reason in reasons][:MOST_FAILURES]
+
+
+def _job(found: list[dict]) -> tuple[str, str]:
+    return found[0]["network"], found[0]["method"]
+
+
+def _side_by_side(comparisons: list[list[dict]]) -> list[str]:
+    """Contestants of one job, a block of columns for each precision; the papers' way is float32 in all of them."""
+    network, method = _job(comparisons[0])
+    width = 44
+    heads = [f"{found[0]['precision']}, {found[0]['layout']}".ljust(width) for found in comparisons]
+    columns = f"{'ms':>8} {'x papers':>9} {'gate':>7} {'host ms':>8} {'launches':>8}".ljust(width)
+    lines = [f"{network} {method}, batch {comparisons[0][0]['batch']:<18} {''.join(heads)}".rstrip()]
+    lines.append(f"{'':<32} {columns * len(comparisons)}".rstrip())
+    by_name = [{row["contestant"]: row for row in found} for found in comparisons]
+    for name in by_name[0]:
+        cells = [_numbers(found.get(name)).ljust(width) for found in by_name]
+        lines.append(f"{name:<32} {''.join(cells)}".rstrip())
+    for found in comparisons:
+        for row in found:
+            if row["stages"]:
+                shares = ", ".join(f"{stage} {share:.0%}" for stage, share in row["stages"].items())
+                lines.append(f"stages of {row['contestant']}, {row['precision']}: {shares}")
+    return lines
+
+
+def _numbers(row: dict | None) -> str:
+    if row is None:
+        return ""
+    if row["seconds"] is None:
+        return "not timed"
+    error, host, launches = row["update_error"], row["host_seconds"], row["launches"]
+    cells = [f"{row['seconds'] * 1e3:8.2f}", _ratio(_over_papers(row), 9)]
+    cells += [" " * 7 if error is None else f"{error:7.0e}", " " * 8 if host is None else f"{host * 1e3:8.2f}"]
+    return " ".join([*cells, " " * 8 if launches is None else f"{launches:8d}"])
+
+
+def _verdict(found: list[dict]) -> str:
+    """The quickest of ours against the papers' way, and against the quickest of the strongest plain torch and of the limit."""
+    label = f"{found[0]['network']} {found[0]['method']}, {found[0]['precision']}: "
+    ours, strongest, limit = (_quickest(found, *names) for names in (("fastunlearn", "Unlearner"), ("strongest",), ("limit",)))
+    if ours is None:
+        return f"{label}none of ours was timed"
+    parts = [f"{ours['contestant']} {ours['seconds'] * 1e3:.2f} ms", f"{_over_papers(ours) or float('nan'):.2f}x the papers' (float32)"]
+    if strongest is not None:
+        parts.append(f"{strongest['seconds'] / ours['seconds']:.2f}x {strongest['contestant']}")
+    if limit is not None:
+        parts.append(f"{ours['seconds'] / limit['seconds']:.2f} of {limit['contestant']}")
+    return label + "; ".join(parts)
+
+
+def _quickest(found: list[dict], *names: str) -> dict | None:
+    timed = [row for row in found if row["seconds"] is not None and row["contestant"].startswith(names)]
+    return min(timed, key=lambda row: row["seconds"], default=None)
+
+
+def _over_papers(row: dict) -> float | None:
+    """How many times faster than the papers' way, as the method's own repository takes it."""
+    return next((value for name, value in row["times_faster"].items() if name.endswith("repo")), None)
+
+
+def _ratio(value: float | None, width: int) -> str:
+    return " " * width if value is None else f"{value:{width}.2f}"
