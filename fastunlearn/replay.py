@@ -7,9 +7,10 @@ scheduler of the learning rate, step index) comes after, eagerly.
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from operator import attrgetter
 from typing import Any, NamedTuple, Protocol
 
@@ -54,16 +55,54 @@ class CudaGraphs:
 
     def capture(self, function: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
-        try:
-            # thread_local: what the user's other threads do meanwhile (a DataLoader that pins memory) is none of the graph's business.
-            with torch.cuda.device(self.device), torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-                function()
-        except BaseException:
-            # A capture that fails leaves torch's generator in the state of capturing, in which dropout raises: it gets a fresh one.
-            generator = torch.cuda.default_generators[self.device.index]
-            generator.graphsafe_set_state(generator.clone_state())
-            raise
+        with _recording(graph, self._stream):
+            function()
         return graph.replay
+
+
+_UNFINISHED: list[torch.cuda.CUDAGraph] = []  # torch's allocator of pinned memory holds pointers to them, and has no way to take them back
+
+
+@contextmanager
+def _recording(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> Iterator[None]:
+    """Within the block, work of the device is recorded in `graph` on `stream`, and memory comes from a pool that goes with the graph.
+
+    torch.cuda.graph does the same, but where CUDA ends a capture that went wrong (a tensor was read, say), the call that ends it in
+    torch raises half-way (2.11 to 2.13): the stream stays current, the allocator in the mode of capturing, and so does the generator.
+    Here all of that is as before when the block ends. An error of the block is the one raised, whatever follows from it.
+    """
+    device, pool = stream.device, torch.cuda.graph_pool_handle()
+    torch.cuda.synchronize(device)
+    gc.collect()  # the pool is new memory: what lies around is given back first
+    torch.cuda.empty_cache()
+    try:
+        with torch.cuda.device(device), torch.cuda.stream(stream):
+            # thread_local: what other threads of the user's do meanwhile (a DataLoader that pins memory) is none of the graph's business.
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                yield
+            except BaseException:
+                with suppress(RuntimeError):  # what CUDA says of a capture that the error has ended already
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+    except BaseException:
+        _leave_capture(graph, device, pool)
+        raise
+
+
+def _leave_capture(graph: torch.cuda.CUDAGraph, device: torch.device, pool: tuple[int, int]) -> None:
+    """What torch leaves undone where a capture could not be begun or ended."""
+    try:
+        torch._C._cuda_endAllocateToPool(device.index, pool)
+    except RuntimeError:  # "not currently recording": torch came as far as that, and the pool goes with the graph
+        pass
+    else:
+        torch._C._cuda_releasePool(device.index, pool)
+        _UNFINISHED.append(graph)
+    # In its state of capturing dropout raises: the generator gets a fresh state, with the same seed and position.
+    generator = torch.cuda.default_generators[device.index]
+    generator.graphsafe_set_state(generator.clone_state())
 
 
 RECORDERS: dict[str, Callable[[torch.device], Graphs]] = {"cuda": CudaGraphs}  # by type of device; rehearsals add tapes for CPUs
@@ -151,6 +190,8 @@ class Replay:
                 raise RuntimeError(f"replay: {what}; replay=None or False runs it eagerly") from error
             log.warning("replay: %s: it runs eagerly from now on", what)
             self._outputs, self.failed = None, True
+        if self.failed:
+            gc.collect()  # what the error kept of the graph's memory
         return not self.failed
 
     def _read_constants(self, settings: tuple) -> tuple:
