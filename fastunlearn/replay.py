@@ -12,12 +12,13 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from operator import attrgetter
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from . import _check
+from .packed import Packed
 from .profiling import stage
 from .step import StepOutput
 
@@ -128,7 +129,7 @@ class Replay:
         self._constants: tuple | None = None
         self._warm_up_left = WARM_UP_STEPS
         self._run: Callable[[], None] | None = None
-        self._outputs: _Packed | None = None  # of the graph: every replay overwrites it
+        self._outputs: Packed | None = None  # of the graph: every replay overwrites it
         self._said: set[str] = set()
         self.failed = False  # to capture; every step is eager
         optimizer._warned_capturable_if_run_uncaptured = True  # that warm-up steps are no captures is as it should be
@@ -160,12 +161,12 @@ class Replay:
         if self._warm_up_left > 0:
             self._warm_up_left -= 1
             with self._rates_on_device():
-                return self.graphs.warm_up(lambda: _Packed.of(take())).unpacked()
+                return _unpack(self.graphs.warm_up(lambda: _pack(take())))
         if self._run is None and not self._capture(take):
             return take()
         with stage("step (replayed)"):
             self._run()
-        return self._outputs.unpacked()
+        return _unpack(self._outputs)
 
     def set_aside(self, reason: str) -> None:
         """The caller takes this step eagerly.
@@ -179,7 +180,7 @@ class Replay:
 
     def _capture(self, take: Callable[[], StepOutput]) -> bool:
         def record() -> None:
-            self._outputs = _Packed.of(take())
+            self._outputs = _pack(take())
 
         try:
             with self._rates_on_device():
@@ -248,24 +249,13 @@ class _Same:
     __hash__ = None
 
 
-class _Packed(NamedTuple):
-    """The numbers of a StepOutput in one buffer, so that one copy takes them out of a graph's memory."""
+def _pack(output: StepOutput) -> Packed:
+    """So that one copy takes the numbers out of a graph's memory."""
+    return Packed.of({name: value for name, value in output._asdict().items() if value is not None})
 
-    buffer: Tensor  # uint8: the fields' bytes, wide ones first, so that each is aligned
-    fields: tuple[tuple[str, torch.dtype], ...]
 
-    @classmethod
-    def of(cls, output: StepOutput) -> _Packed:
-        present = sorted(((name, value) for name, value in output._asdict().items() if value is not None), key=lambda field: -field[1].itemsize)
-        return cls(torch.cat([value.reshape(1).view(torch.uint8) for _, value in present]), tuple((name, value.dtype) for name, value in present))
-
-    def unpacked(self) -> StepOutput:
-        """The StepOutput, copied: its numbers stay when the buffer changes."""
-        values, start, copy = dict.fromkeys(StepOutput._fields), 0, self.buffer.clone()
-        for name, dtype in self.fields:
-            values[name] = copy[start : start + dtype.itemsize].view(dtype)[0]
-            start += dtype.itemsize
-        return StepOutput(**values)
+def _unpack(packed: Packed) -> StepOutput:
+    return StepOutput(**dict.fromkeys(StepOutput._fields) | packed.unpacked())
 
 
 def make_replay(

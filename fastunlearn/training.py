@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 from . import _check, checkpoint
+from .packed import Arriving
 from .processes import Processes
 from .resume import find_checkpoint, load_checkpoint, save_checkpoint
 from .run_record import RUN_FILE, Metrics, describe_run, identity, purge, read_metrics, read_run, update_run, write_run
@@ -77,8 +79,9 @@ def unlearn(
         checkpoints_total_limit: keep so many checkpoints; None: all.
         resume_from_checkpoint: `"latest"` (the newest undamaged one in `output_dir`; the start if there is none) or the path of a checkpoint.
         report_to: `"tensorboard"`, `"wandb"` (through accelerate's trackers) or a callable `(step, metrics)`.
-        logging_steps: log every so many steps, and the last. Logging reads the device.
-        max_skipped_steps: with more skipped (non-finite) steps the run stops. Looked at when a step is logged or a checkpoint written.
+        logging_steps: log every so many steps, and the last. Numbers are read when the next step is queued: the device is not waited for.
+        max_skipped_steps: with more skipped (non-finite) steps the run stops. Looked at when a step was logged (one step later) or a checkpoint
+            is written.
         show_progress: a progress bar on standard output.
         record: more entries for `run.json`, such as the path of the model that the run starts from.
 
@@ -113,6 +116,8 @@ def unlearn(
                       f"(--resume_from_checkpoint latest); the checkpoint is {interrupted.checkpoint}", file=sys.stderr)  # fmt: skip
             raise
         except BaseException as error:
+            with suppress(Exception):  # `error` is what ended the run; where the device failed, it can be read no more
+                loop.pass_on()
             loop.note(status=f"failed: {type(error).__name__}")
             raise
         finally:
@@ -125,12 +130,14 @@ def _run(loop: _Loop, num_steps: int, checkpointing_steps: int | None, logging_s
     """The steps, what is logged and saved in between, and the last checkpoint."""
     unlearner, processes = loop.unlearner, loop.processes
     with _Signals(processes) as signals, ProgressBar(num_steps, unlearner.step_index, show_progress and processes.rank == 0) as advance:
+        loop.show = advance
         while unlearner.step_index < num_steps:
             signals.tell()
             output = unlearner.step()
+            loop.pass_on()  # what the step before has logged: its numbers are there by now, or soon, and the device has work
             step, received = unlearner.step_index, signals.agreed()
             if step % logging_steps == 0 or step == num_steps:
-                advance(step, loop.log(output))
+                loop.log(output)
             if (checkpointing_steps is not None and step % checkpointing_steps == 0) or received:
                 loop.save()
             if received and step < num_steps:
@@ -145,6 +152,8 @@ class _Loop:
         self.unlearner, self.output_dir, self.keep, self.max_skipped, self.processes = unlearner, output_dir, keep, max_skipped, processes
         self.metrics: Metrics | None = None  # of process 0
         self.report = Reporter()
+        self.show: Report = lambda step, values: None
+        self._logged: tuple[int, Arriving] | None = None
         self.saved: Path | None = None
         self.saved_step: int | None = None
         self.started = 0.0
@@ -182,33 +191,42 @@ class _Loop:
         if self.processes.rank == 0:
             update_run(self.output_dir, status=status, steps=self.unlearner.step_index)
 
-    def log(self, output: StepOutput) -> dict[str, float]:
-        """Reads a step's numbers, all at once, and passes them on. JSON has no NaN: what is not finite is left out, and `skipped` says so."""
-        tensors = {name: value for name, value in output._asdict().items() if value is not None}
-        values = dict(zip(tensors, torch.stack([value.double() for value in tensors.values()]).tolist(), strict=True))
-        values = {name: value for name, value in values.items() if math.isfinite(value)}
-        lr, step = self.unlearner.last_lr, self.unlearner.step_index
-        values |= {"skipped": bool(values["skipped"]), "lr": lr, "skipped_steps": int(self.unlearner.skipped_steps)}
-        if self.metrics is not None:
-            self.metrics.append({"step": step, **values, "seconds": round(time.perf_counter() - self.started, 3)})
-        self.report(step, values)
-        self.check_skipped()
-        return values
+    def log(self, output: StepOutput) -> None:
+        """Sends for the numbers of the present step; `pass_on` reads them."""
+        numbers = {name: value for name, value in output._asdict().items() if value is not None}
+        numbers |= {"lr": self.unlearner.lr_of_step, "skipped_steps": self.unlearner.skipped_steps}
+        self._logged = self.unlearner.step_index, Arriving(numbers)
 
-    def check_skipped(self) -> None:
-        skipped = int(self.unlearner.skipped_steps)
+    def pass_on(self) -> None:
+        """Tells metrics, trackers and progress bar what was logged last, if that is still to be done.
+
+        JSON has no NaN: what is not finite is left out, and `skipped` says so.
+        """
+        if self._logged is None:
+            return
+        step, arriving = self._logged
+        values = {name: value for name, value in arriving.read().items() if math.isfinite(value)}
+        self._logged = None
+        if self.metrics is not None:
+            self.metrics.append({"step": step, **values, "seconds": round(arriving.since - self.started, 3)})
+        self.report(step, values)
+        self.show(step, values)
+        self.check_skipped(values["skipped_steps"], step)
+
+    def check_skipped(self, skipped: int, step: int) -> None:
         if skipped > self.max_skipped:
             last = f"the last good checkpoint is {self.saved}" if self.saved is not None else "no checkpoint was written yet"
             raise TooManySkippedSteps(
-                f"{skipped} of {self.unlearner.step_index} steps had a loss or gradient that is not finite (max_skipped_steps={self.max_skipped}); {last}. "
+                f"{skipped} of {step} steps had a loss or gradient that is not finite (max_skipped_steps={self.max_skipped}); {last}. "
                 "A lower learning rate, max_grad_norm, or float32 instead of float16 are what usually helps."
             )
 
     def save(self) -> None:
-        """Writes the checkpoint of the present step, unless it stands already."""
+        """Writes the checkpoint of the present step, unless it stands already; what was logged before is passed on first."""
+        self.pass_on()
         if self.saved_step == self.unlearner.step_index:
             return
-        self.check_skipped()
+        self.check_skipped(int(self.unlearner.skipped_steps), self.unlearner.step_index)
         if self.metrics is not None:
             self.metrics.sync()
         self.saved = save_checkpoint(self.unlearner, self.output_dir, self.processes, keep=self.keep)

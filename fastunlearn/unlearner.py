@@ -134,7 +134,7 @@ class Unlearner:
             self.neighbors = index, sqdist
         self._counter = torch.zeros(3, dtype=torch.int64, device=self.device)  # seed, step, position of this process's first row in the batch
         self._count_from(0)
-        self._last_lr: float | Tensor | None = None
+        self.lr_of_step: float | Tensor | None = None  # of the latest step, of the first parameter group; a tensor where it lies on the device
         self.skipped_steps = torch.zeros((), dtype=torch.int64, device=self.device)
         self._replay = make_replay(replay, unwrapped(model), optimizer, self.device, forbidden=self._not_replayable())
 
@@ -148,7 +148,8 @@ class Unlearner:
             output = self._step_on_device(draws)
         self.step_index += 1  # at once: the counter has advanced, whatever a scheduler or an EMA may raise
         lr = self.optimizer.param_groups[0]["lr"]
-        self._last_lr = lr.clone() if isinstance(lr, Tensor) else lr  # a scheduler fills a tensor in place
+        on_device = isinstance(lr, Tensor) and lr.device == self.device
+        self.lr_of_step = lr.clone() if on_device else float(lr)  # a scheduler fills a tensor in place
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
         if self.ema is not None:
@@ -184,8 +185,8 @@ class Unlearner:
 
     @property
     def last_lr(self) -> float | None:
-        """The learning rate of the latest step, of the first parameter group. Reads the device where it lies there."""
-        return None if self._last_lr is None else float(self._last_lr)
+        """`lr_of_step` as a number. Reads the device where it lies there."""
+        return None if self.lr_of_step is None else float(self.lr_of_step)
 
     @property
     def replayed(self) -> bool:

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "fastunlearn"
 # Lower layers first: a module imports only from layers below its own (and from within its own).
 LAYERS = [
-    {"_check", "_arrays", "profiling", "precision", "host_memory", "assets"},
+    {"_check", "_arrays", "profiling", "precision", "host_memory", "assets", "packed"},
     {"schedule", "store", "state_tree", "philox", "selection"},
     {"checkpoint", "kernels"},
     {"reference", "ops", "data"},

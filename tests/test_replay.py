@@ -328,7 +328,7 @@ def test_a_failed_capture_is_an_error_where_replay_is_required():
 @pytest.fixture
 def on_cuda(monkeypatch):
     """`make_replay` for a model that seems to lie on a GPU."""
-    monkeypatch.setattr(replay, "CudaGraphs", lambda device: TapeGraphs())
+    monkeypatch.setitem(replay.RECORDERS, "cuda", lambda device: TapeGraphs())
     monkeypatch.setattr(replay, "_elsewhere", lambda model, device: False)
     device = torch.device("cuda", 0)
 

@@ -33,7 +33,7 @@ class FakeUnlearner:
         self.lr_scheduler, self.ema, self.method, self.batch_size = None, None, method or Vanilla(), 4
         self.forget, self.retain = None, STORE
         self.process_group, self.num_processes = None, 1
-        self.last_lr = 0.1
+        self.lr_of_step = 0.1
         self.step_index, self.skipped_steps, self.seed = 0, torch.zeros((), dtype=torch.int64), seed
         self.bad_steps, self.on_step = set(bad_steps), on_step
 
