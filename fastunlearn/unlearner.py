@@ -140,11 +140,12 @@ class Unlearner:
 
     def step(self, draws: Draws | None = None) -> StepOutput:
         """Takes one step. `draws` may give rows, noise or timesteps; the rest is drawn for (seed, step index)."""
-        if self._replay is not None and draws is None:
+        obstacle = self._not_replayable_now(draws)
+        if self._replay is not None and obstacle is None:
             output = self._replay.step(self._step_on_device, self._settings())
         else:
             if self._replay is not None:
-                self._replay.set_aside("draws that the caller gives")
+                self._replay.set_aside(obstacle)
             output = self._step_on_device(draws)
         self.step_index += 1  # at once: the counter has advanced, whatever a scheduler or an EMA may raise
         lr = self.optimizer.param_groups[0]["lr"]
@@ -166,7 +167,7 @@ class Unlearner:
             compile=self.compile, process_group=self.process_group,
         )  # fmt: skip
         self.skipped_steps += output.skipped
-        self._counter[1] += 1
+        self._counter[1].add_(1)
         return output
 
     def _settings(self) -> tuple:
@@ -182,6 +183,14 @@ class Unlearner:
             return "a grad_scaler, which decides on the host"
         hosted = [branch for branch, feed in self._feeds.items() if isinstance(feed, HostFeed)]
         return f"rows that are brought from the host ({', '.join(hosted)})" if hosted else None
+
+    def _not_replayable_now(self, draws: Draws | None) -> str | None:
+        """What of this one step a graph cannot hold."""
+        if draws is not None:
+            return "draws that the caller gives"
+        if torch.is_autocast_enabled(self.device.type):  # it keeps converted weights, for as long as it lasts: a graph would read those
+            return "an autocast context around the step (autocast_dtype has one within)"
+        return None
 
     @property
     def last_lr(self) -> float | None:

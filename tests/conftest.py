@@ -94,7 +94,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _keep_first_cases(config: pytest.Config, items: list[pytest.Item]) -> None:
     seen, kept, left_out = set(), [], []
     for item in items:
-        function = item.path, item.nodeid.partition("[")[0]
+        function = item.path, item.nodeid.partition("[")[0], item.get_closest_marker("gpu") is not None
         (left_out if function in seen else kept).append(item)
         seen.add(function)
     config.hook.pytest_deselected(items=left_out)

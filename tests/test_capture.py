@@ -219,7 +219,7 @@ def unlearner(model, device):
     images = torch.randint(0, 256, (24, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     model = model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    return Unlearner(model, optimizer, linear_schedule(), Vanilla(), retain=ImageStore(images), batch_size=6, compile=False)
+    return Unlearner(model, optimizer, linear_schedule(), Vanilla(), retain=ImageStore(images), batch_size=2, compile=False)
 
 
 def current_stream(gpu):

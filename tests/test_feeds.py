@@ -7,22 +7,22 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import weakref
+from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
-from fastunlearn import feeds, philox
+from fastunlearn import EraseDiff, Unlearner, feeds, philox
 from fastunlearn.feeds import HostFeed, ResidentFeed, compact_neighbors, open_feed
 from fastunlearn.store import ImageStore
+from fastunlearn.testing.factories import TinyDenoiser, linear_schedule
 
 CPU = torch.device("cpu")
 BATCH, SEED, PURPOSE, POSTERIOR = 6, 5, 1, 9
 PATIENCE = 300  # seconds: only a defect reaches it, on any machine
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: pinned memory, streams and events")
 
 
 def counter(step: int, device=CPU) -> torch.Tensor:
@@ -441,49 +441,78 @@ def test_streams_and_events_are_ordered(monkeypatch):
 
 # On a GPU
 
-@needs_cuda
+@pytest.mark.gpu
 @pytest.mark.parametrize("make", [lambda: ImageStore(images()), latents], ids=["images", "latents"])
-def test_on_a_gpu_the_rows_are_those_of_the_cpu(make):
+def test_on_a_gpu_the_rows_are_those_of_the_cpu(gpu, make):
     """The device is kept behind the host, so that a buffer that is overwritten early, or read before its copy, would be seen."""
     store = make()
-    feed, found = host_feed(store, device="cuda"), []
-    indices = [draw(40, step).cuda() for step in range(20)]  # a copy from pageable memory would wait for the device
+    feed, found = host_feed(store, device=gpu.device), []
+    indices = [
+        draw(40, step).to(gpu.device) for step in range(20)
+    ]  # a copy from pageable memory would wait for the device
     for step in range(20):
         rows, index = feed.take(step, indices[step])
-        torch.cuda._sleep(20_000_000)
+        gpu.wait(0.01)
         found.append([stored[index] for stored in (rows.images, rows.std) if stored is not None])
     for step, rows in enumerate(found):
         wanted = [stored[draw(40, step)] for stored in (store.images, store.std) if stored is not None]
         assert all(torch.equal(row.cpu(), want) for row, want in zip(rows, wanted, strict=True)), step
-    given = torch.tensor([39, 0], device="cuda")
+    given = torch.tensor([39, 0], device=gpu.device)
     rows, index = feed.take(20, given, drawn=False)
     assert torch.equal(rows.raw(index).cpu(), store.images[[39, 0]])
     feed.close()
 
 
-@needs_cuda
-def test_on_a_gpu_a_take_does_not_wait_for_the_device():
-    feed = host_feed(ImageStore(images()), device="cuda")
-    indices = [draw(40, step).cuda() for step in range(7)]
+@pytest.mark.gpu
+def test_on_a_gpu_a_take_does_not_wait_for_the_device(gpu):
+    feed = host_feed(ImageStore(images()), device=gpu.device)
+    indices = [draw(40, step).to(gpu.device) for step in range(7)]
     feed.take(0, indices[0])
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    gpu.synchronize()
+    with gpu.waiting_raises():
         for step in range(1, 6):
             feed.take(step, indices[step])
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    start = time.perf_counter()
-    torch.cuda._sleep(2_000_000_000)  # about a second
-    feed.take(6, indices[6])
-    assert time.perf_counter() - start < 0.5
+        idle(feed)
+        gpu.wait(2.0)
+        feed.take(6, indices[6])
+        assert gpu.busy()
     feed.close()
 
 
-@needs_cuda
+@pytest.mark.gpu
+def test_on_a_gpu_steps_with_rows_from_the_host_are_those_with_rows_on_the_device(gpu):
+    """A whole run: the buffers take turns beside the network, and no step waits."""
+
+    def run(residency):
+        model = TinyDenoiser(channels=3).to(gpu.device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=2.0**-10, fused=True)
+        stores = {"forget": ImageStore(images(8)), "retain": ImageStore(images(40).flip(0))}
+        options = {
+            "batch_size": 2,
+            "compile": False,
+            "autocast_dtype": None,
+            "replay": False,
+            "allow_overlap": True,
+        }
+        return Unlearner(
+            model, optimizer, linear_schedule(), EraseDiff(), **stores, residency=residency, **options
+        )
+
+    host, device = run("host"), run("device")
+    for step in range(6):
+        with gpu.waiting_raises() if step > 1 else nullcontext():
+            gpu.wait(0.005)
+            one, two = host.step(), device.step()
+        torch.testing.assert_close(one.loss, two.loss, rtol=1e-3, atol=1e-5)
+        device.model.load_state_dict(host.model.state_dict())
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("residency", ["auto", "device", "host"])
-def test_on_a_gpu_open_feed_chooses(residency):
-    feed = open_feed(ImageStore(images()), "cuda", partial(draw, 40), batch_size=BATCH, residency=residency)
+def test_on_a_gpu_open_feed_chooses(gpu, residency):
+    feed = open_feed(
+        ImageStore(images()), gpu.device, partial(draw, 40), batch_size=BATCH, residency=residency
+    )
     assert isinstance(feed, HostFeed if residency == "host" else ResidentFeed)
-    assert torch.equal(served(feed, 0, device="cuda").cpu(), expected(ImageStore(images()), 0))
+    assert torch.equal(served(feed, 0, device=gpu.device).cpu(), expected(ImageStore(images()), 0))
     feed.close()

@@ -40,10 +40,10 @@ def test_auto_is_bfloat16_where_a_gpu_computes_in_it(monkeypatch, device, native
     assert asked == ([] if device == "cpu" else [torch.device(device)])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_auto_on_this_gpu():
-    dtype = resolve_autocast("auto", "cuda")
-    assert dtype is (torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) or torch.version.hip else None)
+@pytest.mark.gpu
+def test_auto_on_this_gpu(gpu):
+    native = gpu.device.type == "cuda" and (torch.cuda.get_device_capability(gpu.device) >= (8, 0) or torch.version.hip is not None)
+    assert resolve_autocast("auto", gpu.device) is (torch.bfloat16 if native else None)
 
 
 @pytest.mark.parametrize("requested", [torch.channels_last, torch.contiguous_format])
@@ -160,9 +160,11 @@ def test_blocks_nest():
     assert switches() == found
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_tf32_rounds_products_on_this_gpu():
-    a, b = (torch.randn(256, 256, device="cuda", generator=torch.Generator("cuda").manual_seed(seed)) for seed in (0, 1))
+@pytest.mark.gpu
+def test_tf32_rounds_products_on_this_gpu(gpu):
+    if gpu.device.type != "cuda":
+        pytest.skip("cannot be rehearsed: a CPU has no TF32")
+    a, b = (torch.randn(256, 256, device=gpu.device, generator=torch.Generator(gpu.device).manual_seed(seed)) for seed in (0, 1))
     truth = a.double() @ b.double()
     errors = {}
     for enabled in (False, True):

@@ -22,14 +22,14 @@ def emulator(tmp_path_factory) -> Path:
     return emulated.build(tmp_path_factory.mktemp("emulator"))
 
 
-@pytest.fixture(params=["emulator", "extension", "cupy"])
+@pytest.fixture(params=["emulator", *(pytest.param(loader, marks=pytest.mark.gpu) for loader in ("extension", "cupy"))])
 def kernel(request) -> Callable:
     """`kernel(prediction, target, weight, band, inside, outside)` -> energy and gradient, from and to the CPU."""
     if request.param == "emulator":
         program = request.getfixturevalue("emulator")
         return lambda *args: emulated.lowpass_residual(program, *args)
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU")
+    if request.getfixturevalue("gpu").device.type != "cuda":
+        pytest.skip("cannot be rehearsed: the compiled kernels need a GPU; the emulator runs their source")
     if request.param == "extension":
         if not _backends.extension("_C_cuda"):
             pytest.skip(f"the CUDA extension is not built: {_backends.build_command()}")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastunlearn import ImageStore, Unlearner, erasediff_step, retrack_step, siss_step
 from fastunlearn.draws import Draws
+from fastunlearn.precision import tf32
 from fastunlearn.step import StepOutput
 from fastunlearn.testing.factories import TinyDenoiser, linear_schedule
 
@@ -38,9 +39,10 @@ def world(alone: bool) -> dist.ProcessGroup | None:
 
 
 def build(
-    method, alone: bool, *, wrapped: bool = False, frozen: bool = False, fused: bool = True, scaled: bool = False, sgd: bool = False, **options
-) -> Unlearner:
-    model: nn.Module = Denoiser(frozen)
+    method, alone: bool, *, wrapped: bool = False, frozen: bool = False, fused: bool = True, scaled: bool = False, sgd: bool = False,
+    device: str = "cpu", **options,
+) -> Unlearner:  # fmt: skip
+    model: nn.Module = Denoiser(frozen).to(device)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if sgd:
         optimizer = torch.optim.SGD(trainable, lr=1e-4, momentum=0.9)
@@ -68,6 +70,13 @@ def take_steps(method, alone: bool, options: dict[str, Any]) -> tuple[Tensor, li
     unlearner = build(method, alone, **options)
     reports = [numbers(unlearner.step()) for _ in range(STEPS)]
     return weights(unlearner.model), reports
+
+
+def take_steps_on(device: str, method, alone: bool, options: dict[str, Any]) -> tuple[Tensor, list[dict[str, float]]]:
+    """`take_steps` on `device`, where all processes may share one GPU; float32 throughout, and the weights on the CPU."""
+    with tf32(False):
+        found, reports = take_steps(method, alone, {"device": device, "compile": False, "autocast_dtype": None, "replay": False} | options)
+    return found.cpu(), reports
 
 
 def drawn_rows(method, alone: bool) -> dict[str, Tensor]:

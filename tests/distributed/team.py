@@ -1,11 +1,13 @@
 """Processes in one gloo group that run functions together, for the tests in this folder.
 
-They are forked from the server of `crash.py`, which has imported torch already, and wait for work: starting a team costs a fraction of a second.
+They are forked from the server of `crash.py`, which has imported torch already, and wait for work: starting a team costs a fraction of a second (for a
+team that uses a GPU, some seconds).
 A function that fails or takes too long ends its team, so that no test waits for another's processes.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
 import sys
@@ -25,10 +27,11 @@ GROUP_PATIENCE = 2 * PATIENCE  # of the processes for each other: a wait for its
 
 
 class Team:
-    """`count` processes; a context that ends them."""
+    """`count` processes; a context that ends them. `fresh` ones share nothing with the server, which may have asked for GPUs: CUDA refuses its children."""
 
-    def __init__(self, count: int):
+    def __init__(self, count: int, *, fresh: bool = False):
         self.count = count
+        self._context = multiprocessing.get_context("spawn") if fresh else crash.CONTEXT
         self._folder = tempfile.TemporaryDirectory()
         self._members: list = []
 
@@ -74,11 +77,12 @@ class Team:
             process.join()
 
     def _start(self) -> None:
-        crash.start_server()
+        if self._context is crash.CONTEXT:
+            crash.start_server()
         store = Path(self._folder.name) / f"store-{len(list(Path(self._folder.name).iterdir()))}"
         for rank in range(self.count):
-            ours, theirs = crash.CONTEXT.Pipe()
-            process = crash.CONTEXT.Process(target=_serve, args=(rank, self.count, str(store), theirs), daemon=True)
+            ours, theirs = self._context.Pipe()
+            process = self._context.Process(target=_serve, args=(rank, self.count, str(store), theirs), daemon=True)
             process.start()
             theirs.close()
             self._members.append((process, ours))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from step_cases import BATCH, drawn_rows, own_loop, step_with_a_nan, take_steps
+from step_cases import BATCH, drawn_rows, own_loop, step_with_a_nan, take_steps, take_steps_on
 from team import Team
 
 from fastunlearn import SISS, EraseDiff, NegGrad, ReTrack, Vanilla
@@ -91,3 +91,17 @@ def test_the_batch_must_divide(pair: Team):
     for succeeded, text in pair.answers(take_steps, Vanilla(), False, {"batch_size": 13}):
         assert not succeeded
         assert "batch_size: expected a multiple of the 2 processes, got 13" in text
+
+
+ON_ONE_GPU = [(Vanilla(), {}), (ReTrack(k=2, lambd=0.3), {}), (EraseDiff(), {}), (SISS(), {"wrapped": True})]
+
+
+@pytest.mark.gpu
+def test_two_processes_on_one_gpu(gpu):
+    """The tensors that gloo adds up lie on the GPU. One test: making a team of processes there takes longer than all of their steps."""
+    device = str(gpu.device)
+    cases = ON_ONE_GPU if gpu.device.type == "cuda" else ON_ONE_GPU[:1]
+    with Team(2, fresh=True) as pair:
+        for method, options in cases:
+            found = pair.run(take_steps_on, device, method, False, options, patience=150)  # kernels are compiled in every process
+            assert_same(found, take_steps_on(device, method, True, options))
