@@ -29,7 +29,10 @@ class Packed(NamedTuple):
     def unpacked(self) -> dict[str, Tensor]:
         """The tensors, copied: they stay when the buffer changes."""
         copy = self.buffer.clone()
-        return {name: copy[start : start + dtype.itemsize].view(dtype)[0] for name, (dtype, start) in self.fields.items()}
+        return {
+            name: copy[start : start + dtype.itemsize].view(dtype)[0]
+            for name, (dtype, start) in self.fields.items()
+        }
 
 
 class Arriving:
@@ -55,7 +58,10 @@ class Arriving:
         self.since = time.perf_counter()
 
     def read(self) -> dict[str, float]:
-        """The numbers, in the order given. Waits for the work that was queued before the copy, and for none that was queued since."""
+        """The numbers, in the order given.
+
+        Waits for the work that was queued before the copy, and for none that was queued since.
+        """
         if self._copied is not None:
             self._copied.synchronize()
             self._copied, self.since = None, time.perf_counter()

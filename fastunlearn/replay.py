@@ -62,16 +62,18 @@ class CudaGraphs:
         return graph.replay
 
 
-_UNFINISHED: list[torch.cuda.CUDAGraph] = []  # torch's allocator of pinned memory holds pointers to them, and has no way to take them back
+# Torch's allocator of pinned memory goes on asking them whether they capture; nothing can tell it to stop.
+_UNFINISHED: list[torch.cuda.CUDAGraph] = []
 
 
 @contextmanager
 def _recording(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> Iterator[None]:
-    """Within the block, work of the device is recorded in `graph` on `stream`, and memory comes from a pool that goes with the graph.
+    """Within the block, work of the device is recorded in `graph` on `stream`; its memory is the graph's own.
 
-    torch.cuda.graph does the same, but where CUDA ends a capture that went wrong (a tensor was read, say), the call that ends it in
-    torch raises half-way (2.11 to 2.13): the stream stays current, the allocator in the mode of capturing, and so does the generator.
-    Here all of that is as before when the block ends. An error of the block is the one raised, whatever follows from it.
+    torch.cuda.graph does the same. But where CUDA ends a capture that went wrong (a tensor was read, say),
+    the call that ends it in torch raises half-way (2.11 to 2.13): the stream stays current, and allocator and
+    generator stay in the mode of capturing. Here all of that is as before when the block ends. An error of
+    the block is the one raised, whatever follows from it.
     """
     device, pool = stream.device, torch.cuda.graph_pool_handle()
     torch.cuda.synchronize(device)
@@ -79,7 +81,8 @@ def _recording(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> Iterat
     torch.cuda.empty_cache()
     try:
         with torch.cuda.device(device), torch.cuda.stream(stream):
-            # thread_local: what other threads of the user's do meanwhile (a DataLoader that pins memory) is none of the graph's business.
+            # thread_local: what the user's other threads do meanwhile (a DataLoader that pins memory)
+            # is none of the graph's business.
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 yield
@@ -97,12 +100,12 @@ def _leave_capture(graph: torch.cuda.CUDAGraph, device: torch.device, pool: tupl
     """What torch leaves undone where a capture could not be begun or ended."""
     try:
         torch._C._cuda_endAllocateToPool(device.index, pool)
-    except RuntimeError:  # "not currently recording": torch came as far as that, and the pool goes with the graph
-        pass
+    except RuntimeError:
+        pass  # "not currently recording": torch came as far as that, and the pool goes with the graph
     else:
         torch._C._cuda_releasePool(device.index, pool)
         _UNFINISHED.append(graph)
-    # In its state of capturing dropout raises: the generator gets a fresh state, with the same seed and position.
+    # While it captures, dropout raises: the generator gets a fresh state, with the same seed and position.
     generator = torch.cuda.default_generators[device.index]
     generator.graphsafe_set_state(generator.clone_state())
 

@@ -79,9 +79,10 @@ def unlearn(
         checkpoints_total_limit: keep so many checkpoints; None: all.
         resume_from_checkpoint: `"latest"` (the newest undamaged one in `output_dir`; the start if there is none) or the path of a checkpoint.
         report_to: `"tensorboard"`, `"wandb"` (through accelerate's trackers) or a callable `(step, metrics)`.
-        logging_steps: log every so many steps, and the last. Numbers are read when the next step is queued: the device is not waited for.
-        max_skipped_steps: with more skipped (non-finite) steps the run stops. Looked at when a step was logged (one step later) or a checkpoint
-            is written.
+        logging_steps: log every so many steps, and the last. Numbers are read when the next step is queued,
+            so that the device never runs out of work.
+        max_skipped_steps: with more skipped (non-finite) steps the run stops. Looked at when the numbers of a
+            logged step are read, and before a checkpoint is written.
         show_progress: a progress bar on standard output.
         record: more entries for `run.json`, such as the path of the model that the run starts from.
 
@@ -116,7 +117,7 @@ def unlearn(
                       f"(--resume_from_checkpoint latest); the checkpoint is {interrupted.checkpoint}", file=sys.stderr)  # fmt: skip
             raise
         except BaseException as error:
-            with suppress(Exception):  # `error` is what ended the run; where the device failed, it can be read no more
+            with suppress(Exception):  # `error` ended the run; a device that failed can be read no more
                 loop.pass_on()
             loop.note(status=f"failed: {type(error).__name__}")
             raise
@@ -134,7 +135,7 @@ def _run(loop: _Loop, num_steps: int, checkpointing_steps: int | None, logging_s
         while unlearner.step_index < num_steps:
             signals.tell()
             output = unlearner.step()
-            loop.pass_on()  # what the step before has logged: its numbers are there by now, or soon, and the device has work
+            loop.pass_on()  # the numbers of the step before: they are there, or soon, and the device has work
             step, received = unlearner.step_index, signals.agreed()
             if step % logging_steps == 0 or step == num_steps:
                 loop.log(output)
@@ -217,12 +218,13 @@ class _Loop:
         if skipped > self.max_skipped:
             last = f"the last good checkpoint is {self.saved}" if self.saved is not None else "no checkpoint was written yet"
             raise TooManySkippedSteps(
-                f"{skipped} of {step} steps had a loss or gradient that is not finite (max_skipped_steps={self.max_skipped}); {last}. "
+                f"{skipped} of {step} steps had a loss or gradient that is not finite "
+                f"(max_skipped_steps={self.max_skipped}); {last}. "
                 "A lower learning rate, max_grad_norm, or float32 instead of float16 are what usually helps."
             )
 
     def save(self) -> None:
-        """Writes the checkpoint of the present step, unless it stands already; what was logged before is passed on first."""
+        """Passes on what was logged; writes the checkpoint of the present step, unless it stands already."""
         self.pass_on()
         if self.saved_step == self.unlearner.step_index:
             return

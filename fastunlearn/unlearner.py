@@ -134,7 +134,8 @@ class Unlearner:
             self.neighbors = index, sqdist
         self._counter = torch.zeros(3, dtype=torch.int64, device=self.device)  # seed, step, position of this process's first row in the batch
         self._count_from(0)
-        self.lr_of_step: float | Tensor | None = None  # of the latest step, of the first parameter group; a tensor where it lies on the device
+        # Of the latest step, of the first parameter group; a tensor where it lies on the device.
+        self.lr_of_step: float | Tensor | None = None
         self.skipped_steps = torch.zeros((), dtype=torch.int64, device=self.device)
         self._replay = make_replay(replay, unwrapped(model), optimizer, self.device, forbidden=self._not_replayable())
 
@@ -188,7 +189,7 @@ class Unlearner:
         """What of this one step a graph cannot hold."""
         if draws is not None:
             return "draws that the caller gives"
-        if torch.is_autocast_enabled(self.device.type):  # it keeps converted weights, for as long as it lasts: a graph would read those
+        if torch.is_autocast_enabled(self.device.type):  # it keeps converted weights: a graph would read them
             return "an autocast context around the step (autocast_dtype has one within)"
         return None
 

@@ -1,4 +1,5 @@
-"""What a capture leaves behind, above all one that fails: the order of events with a stand-in for torch.cuda, and on a GPU."""
+"""What a capture leaves behind, above all one that fails: the order of events with a stand-in for torch.cuda,
+and on a GPU."""
 
 from __future__ import annotations
 
@@ -148,7 +149,7 @@ def test_a_capture_that_fails_leaves_nothing_behind(cuda, fails, expected):
         CudaGraphs(DEVICE).capture(function)
     assert f"{caught.type.__name__}: {caught.value}" == message
     torch_cuda.assert_left()
-    assert list(torch_cuda.pools.values()) == [0 if ours else 1]  # what torch ended goes with the graph, at its own destructor
+    assert list(torch_cuda.pools.values()) == [0 if ours else 1]  # what torch ended goes with the graph
     assert len(replay._UNFINISHED) == ours
 
 
@@ -171,7 +172,7 @@ def test_an_interrupt_leaves_nothing_behind(cuda):
     torch_cuda.assert_left()
 
 
-# --- on a GPU --------------------------------------------------------------------------------------------------------------------
+# --- on a GPU ---------------------------------------------------------------------------------------
 
 
 class Drops(TinyDenoiser):
@@ -201,7 +202,7 @@ class Raises(Drops):
 
 
 class Outgrows(Drops):
-    """Asks for more memory than any machine has, in the step that is captured only; `needs` bytes it takes in every step."""
+    """Takes `needs` bytes in every step, and asks for `asks` more, too many, in the one that is captured."""
 
     def __init__(self, needs: int = 1 << 20, asks: int = 1 << 48):
         super().__init__()
@@ -215,11 +216,13 @@ class Outgrows(Drops):
         return super().forward(x_t + kept[0], t)
 
 
-def unlearner(model, device):
-    images = torch.randint(0, 256, (24, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+def unlearner(model, device, **options):
+    generator = torch.Generator().manual_seed(0)
+    retain = ImageStore(torch.randint(0, 256, (24, 1, 8, 8), generator=generator, dtype=torch.uint8))
     model = model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    return Unlearner(model, optimizer, linear_schedule(), Vanilla(), retain=ImageStore(images), batch_size=2, compile=False)
+    options = {"retain": retain, "batch_size": 2, "compile": False} | options
+    return Unlearner(model, optimizer, linear_schedule(), Vanilla(), **options)
 
 
 def current_stream(gpu):
@@ -241,7 +244,7 @@ def assert_steps_go_on(run, gpu, caplog, error: str) -> None:
 
 
 def assert_usable(gpu) -> None:
-    """Memory is served and taken back, dropout draws, and other functions can be captured, by torch's own context, too."""
+    """Memory is served and taken back, dropout draws, and others can capture, in torch's own way, too."""
     allocated = gpu.allocated()
     fresh = torch.zeros(1 << 20, device=gpu.device)
     del fresh
@@ -280,18 +283,19 @@ def test_steps_go_on_after_a_failed_capture(gpu, caplog, model, error):
 
 @pytest.mark.gpu
 def test_steps_go_on_where_memory_is_short(gpu, caplog):
-    """The process may have little more than an eager step takes: it needs what the failed capture had taken."""
+    """The process may have little more than an eager step takes: it needs what the failed capture took."""
     if gpu.device.type != "cuda":
         pytest.skip("cannot be rehearsed: on a CPU no process is kept to a share of the memory")
     mib = 1 << 20
+    unlearner(Drops(), gpu.device, replay=False).step()  # libraries keep some memory for every stream
     run = unlearner(Outgrows(64 * mib, 128 * mib), gpu.device)
     for _ in range(WARM_UP_STEPS):
         run.step()
     gc.collect()
     torch.cuda.empty_cache()
-    # 64 for a step and 48 for what libraries keep for a stream: the eager steps come on another one than the capture.
-    allowed = torch.cuda.memory_reserved(gpu.device) + 112 * mib
-    torch.cuda.set_per_process_memory_fraction(allowed / torch.cuda.get_device_properties(gpu.device).total_memory, gpu.device)
+    allowed = torch.cuda.memory_reserved(gpu.device) + (64 + 48) * mib
+    total = torch.cuda.get_device_properties(gpu.device).total_memory
+    torch.cuda.set_per_process_memory_fraction(allowed / total, gpu.device)
     try:
         assert_steps_go_on(run, gpu, caplog, "OutOfMemoryError")
     finally:

@@ -347,11 +347,14 @@ def assert_blocks_as_eager(device):
     torch.testing.assert_close(gradient, plain, rtol=1e-3, atol=1e-4 * plain.abs().max().item())
 
 
-# --- on a GPU --------------------------------------------------------------------------------------------------------------------
+# --- on a GPU ---------------------------------------------------------------------------------------
 
 
 class Upsampling(nn.Module):
-    """What UNets are made of, small: a stride, an upsampling, a skip connection, group norms. Inductor has lost gradients of such networks on CPUs."""
+    """What UNets are made of, small: a stride, an upsampling, a skip connection, a group norm.
+
+    Inductor has lost gradients of such networks on CPUs.
+    """
 
     def __init__(self):
         super().__init__()
@@ -364,13 +367,19 @@ class Upsampling(nn.Module):
     def forward(self, x_t, t):
         angle = t.to(x_t.dtype) / 1000
         entered = nn.functional.silu(self.enter(x_t))
-        inner = self.norm(self.down(entered)) + self.time(torch.stack([angle.sin(), angle.cos()], dim=1))[:, :, None, None]
+        inner = (
+            self.norm(self.down(entered))
+            + self.time(torch.stack([angle.sin(), angle.cos()], dim=1))[:, :, None, None]
+        )
         upsampled = nn.functional.interpolate(nn.functional.silu(inner), scale_factor=2.0, mode="nearest")
         return self.leave(torch.cat([self.up(upsampled), entered], dim=1))
 
 
 def assert_as_accurate_as_eager(method, model, gpu, *, layout=torch.contiguous_format, **options):
-    """Gradients are as far from float64 as eager ones, within a factor of 2 and a rounding. TF32, whose rounding would hide much, is off."""
+    """Gradients are as far from float64 as eager ones, within a factor of 2 and a rounding.
+
+    TF32, whose rounding would hide much, is off.
+    """
     model, dtype = model.to(memory_format=layout), options.get("autocast_dtype", torch.float32)
     with tf32(False):
         loss, gradient = gradients(method, model, compile=True, device=gpu.device, **options)
@@ -406,7 +415,9 @@ def test_inductor_on_a_gpu_with_every_kind_of_method(gpu, method):
 @pytest.mark.parametrize("method", [Vanilla(), ReTrack(k=2), SISS()], ids=str)
 def test_inductor_under_autocast_on_a_gpu(gpu, method):
     """What an Unlearner does by default there."""
-    assert_as_accurate_as_eager(method, Upsampling(), gpu, layout=torch.channels_last, autocast_dtype=torch.bfloat16)
+    assert_as_accurate_as_eager(
+        method, Upsampling(), gpu, layout=torch.channels_last, autocast_dtype=torch.bfloat16
+    )
 
 
 @pytest.mark.gpu

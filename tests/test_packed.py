@@ -1,4 +1,5 @@
-"""Numbers that leave the device together, and a run that reads them a step late: it never waits for the step that it has just queued."""
+"""Numbers that leave the device together, and a run that reads them a step late: it never waits for the step
+that it has just queued."""
 
 from __future__ import annotations
 
@@ -17,9 +18,13 @@ from fastunlearn.testing.factories import TinyDenoiser, linear_schedule
 from fastunlearn.training import TooManySkippedSteps, unlearn
 
 VALUES = {
-    "small": torch.tensor(1.5, dtype=torch.bfloat16), "yes": torch.tensor(True), "exact": torch.tensor(0.1, dtype=torch.float64),
-    "single": torch.tensor(0.1), "count": torch.tensor(2**40 + 1), "none": torch.tensor(float("nan")),
-}  # fmt: skip
+    "small": torch.tensor(1.5, dtype=torch.bfloat16),
+    "yes": torch.tensor(True),
+    "exact": torch.tensor(0.1, dtype=torch.float64),
+    "single": torch.tensor(0.1),
+    "count": torch.tensor(2**40 + 1),
+    "none": torch.tensor(float("nan")),
+}
 
 
 @pytest.mark.parametrize("names", [list(VALUES), list(VALUES)[::-1], ["yes"]], ids=str)
@@ -48,7 +53,7 @@ def test_arriving_numbers_are_those_of_when_they_were_sent_for():
     assert type(arriving.read()["total"]) is int
 
 
-# --- runs ------------------------------------------------------------------------------------------------------------------------
+# --- runs --------------------------------------------------------------------------------------------
 
 
 class Watched(Unlearner):
@@ -65,11 +70,22 @@ class Watched(Unlearner):
 
 
 def watched(device="cpu", method=None, **options) -> Watched:
-    images = torch.randint(0, 256, (24, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    images = torch.randint(
+        0, 256, (24, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
     model = TinyDenoiser().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(2.0**-10, device=device), fused=True)
     stores = {"forget": ImageStore(images[:4]), "retain": ImageStore(images[4:])}
-    return Watched(model, optimizer, linear_schedule(), method or SISS(), **stores, batch_size=2, compile=False, **options)
+    return Watched(
+        model,
+        optimizer,
+        linear_schedule(),
+        method or SISS(),
+        **stores,
+        batch_size=2,
+        compile=False,
+        **options,
+    )
 
 
 class Reads(TorchFunctionMode):
@@ -121,7 +137,19 @@ def test_one_step_makes_one_buffer(monkeypatch):
     loop = training._Loop(run, None, None, 10, training.Processes(None))
     loop.log(run.step())
     loop.pass_on()
-    assert made == [["loss", "forget_loss", "retain_loss", "grad_norm", "correction_norm", "scaling_factor", "skipped", "lr", "skipped_steps"]]
+    assert made == [
+        [
+            "loss",
+            "forget_loss",
+            "retain_loss",
+            "grad_norm",
+            "correction_norm",
+            "scaling_factor",
+            "skipped",
+            "lr",
+            "skipped_steps",
+        ]
+    ]
 
 
 def test_what_was_logged_before_an_error_is_in_the_metrics(tmp_path):
@@ -159,7 +187,9 @@ def test_an_error_of_the_device_is_not_hidden_by_numbers_that_cannot_be_read(tmp
 def test_metrics_are_written_before_their_checkpoint(tmp_path):
     seen = {}
     run = watched()
-    run.before = lambda step: seen.update({step: (len(read_metrics(tmp_path)), len(list(tmp_path.glob("checkpoint-*"))))})
+    run.before = lambda step: seen.update(
+        {step: (len(read_metrics(tmp_path)), len(list(tmp_path.glob("checkpoint-*"))))}
+    )
     unlearn(run, num_steps=6, output_dir=tmp_path, checkpointing_steps=2, show_progress=False)
     assert seen == {1: (0, 0), 2: (0, 0), 3: (2, 1), 4: (2, 1), 5: (4, 2), 6: (4, 2)}
     assert len(read_metrics(tmp_path)) == 6
@@ -177,7 +207,7 @@ def test_too_many_skipped_steps_are_those_of_the_step_that_is_named(tmp_path):
 @pytest.mark.gpu
 def test_a_logged_step_does_not_wait_for_the_device(gpu, tmp_path):
     run, inside = watched(gpu.device, Vanilla()), ExitStack()
-    # In the stand-in the host's memory is the device's: what may be read there cannot be told from what may not.
+    # The stand-in's memory is the host's: what may be read cannot be told from what may not.
     waiting_raises = gpu.waiting_raises if gpu.device.type == "cuda" else nullcontext
     run.before = lambda step: inside.enter_context(waiting_raises()) if step == 6 else None
     run.after = lambda step: inside.close() if step == 9 else None
@@ -198,18 +228,24 @@ def test_arriving_numbers_of_a_gpu(gpu):
             total += 1
             arriving.append(Arriving({"total": total, "half": total / 2}))
             total += 10
-    assert [numbers.read() for numbers in arriving] == [{"total": 1, "half": 0.5}, {"total": 12, "half": 6.0}, {"total": 23, "half": 11.5}]
+    assert [numbers.read() for numbers in arriving] == [
+        {"total": 1, "half": 0.5},
+        {"total": 12, "half": 6.0},
+        {"total": 23, "half": 11.5},
+    ]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("replay", [False, True])
 def test_a_run_on_a_gpu_resumes_where_it_was(gpu, tmp_path, replay):
-    """The state that comes back is the one that was saved, to the bit; steps from it are the same to the rounding of float32, as far as one goes."""
+    """The state that comes back is the one that was saved, to the bit; the step from it is so to rounding."""
 
     def run(folder, num_steps, **options):
         unlearner = watched(gpu.device, Vanilla(), replay=replay)
         seen = []
-        unlearner.before = lambda step: seen.append((step, torch.cat([p.detach().flatten() for p in unlearner.model.parameters()])))
+        unlearner.before = lambda step: seen.append(
+            (step, torch.cat([p.detach().flatten() for p in unlearner.model.parameters()]))
+        )
         history = unlearn(unlearner, num_steps=num_steps, output_dir=folder, show_progress=False, **options)
         return history.records, dict(seen)
 
@@ -219,5 +255,7 @@ def test_a_run_on_a_gpu_resumes_where_it_was(gpu, tmp_path, replay):
     assert list(resumed) == [6, 7, 8]
     assert torch.equal(resumed[6], weights[6])
     assert [record["step"] for record in records] == list(range(1, 9))
-    assert records[5]["loss"] == pytest.approx(whole[5]["loss"], rel=1e-3)  # one step apart: TF32 and the order of sums
+    assert records[5]["loss"] == pytest.approx(
+        whole[5]["loss"], rel=1e-3
+    )  # one step apart: TF32 and the order of sums
     assert [record["lr"] for record in records] == [record["lr"] for record in whole]

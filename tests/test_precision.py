@@ -42,7 +42,9 @@ def test_auto_is_bfloat16_where_a_gpu_computes_in_it(monkeypatch, device, native
 
 @pytest.mark.gpu
 def test_auto_on_this_gpu(gpu):
-    native = gpu.device.type == "cuda" and (torch.cuda.get_device_capability(gpu.device) >= (8, 0) or torch.version.hip is not None)
+    native = gpu.device.type == "cuda" and (
+        torch.cuda.get_device_capability(gpu.device) >= (8, 0) or torch.version.hip is not None
+    )
     assert resolve_autocast("auto", gpu.device) is (torch.bfloat16 if native else None)
 
 
@@ -164,7 +166,10 @@ def test_blocks_nest():
 def test_tf32_rounds_products_on_this_gpu(gpu):
     if gpu.device.type != "cuda":
         pytest.skip("cannot be rehearsed: a CPU has no TF32")
-    a, b = (torch.randn(256, 256, device=gpu.device, generator=torch.Generator(gpu.device).manual_seed(seed)) for seed in (0, 1))
+    a, b = (
+        torch.randn(256, 256, device=gpu.device, generator=torch.Generator(gpu.device).manual_seed(seed))
+        for seed in (0, 1)
+    )
     truth = a.double() @ b.double()
     errors = {}
     for enabled in (False, True):

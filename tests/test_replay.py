@@ -475,7 +475,8 @@ def test_cuda_graphs_of_compiled_steps_take_the_same(gpu, method):
 
 
 def assert_replayed_as_eager(gpu, method, options):
-    """To rounding: a capture may choose other algorithms and orders of atomic sums. One step apart at most: chaos would hide an error otherwise.
+    """To rounding: a capture may choose other algorithms and orders of atomic sums. One step apart at most:
+    chaos would hide an error otherwise.
 
     An update that is missing, made twice or of another step is off by as much as its own length.
     """
@@ -486,7 +487,8 @@ def assert_replayed_as_eager(gpu, method, options):
         assert other.replayed == (step >= WARM_UP_STEPS)
         torch.testing.assert_close(two.loss, one.loss, rtol=2e-2 if "autocast_dtype" in options else 1e-3, atol=1e-5)
         updates = [
-            [after.detach() - old for after, old in zip(run.model.parameters(), before, strict=True)] for run in (other, eager)
+            [after.detach() - old for after, old in zip(run.model.parameters(), before, strict=True)]
+            for run in (other, eager)
         ]
         assert relative_l2(*updates) < 0.5
         eager.model.load_state_dict(other.model.state_dict())
@@ -527,16 +529,28 @@ def test_dropout_of_a_cuda_graph(gpu):
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD])
 def test_a_scheduler_moves_the_learning_rate_of_a_cuda_graph(gpu, kind):
-    """The second half of the steps has rate 0: their updates would be seen if the graph had kept the rate of its capture."""
+    """The last steps have rate 0: an update would be seen if the graph had kept the rate of its capture."""
     other = on_gpu(gpu, Vanilla())
     extra = {"momentum": 0.9} if kind is torch.optim.SGD else {"weight_decay": 0.0}
     optimizer = kind(other.model.parameters(), lr=LR, fused=True, **extra)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(step < WARM_UP_STEPS + 3))
-    run = Unlearner(other.model, optimizer, SCHEDULE, Vanilla(), retain=other.retain, batch_size=2, compile=False, replay=True, lr_scheduler=schedule)
+    run = Unlearner(
+        other.model,
+        optimizer,
+        SCHEDULE,
+        Vanilla(),
+        retain=other.retain,
+        batch_size=2,
+        compile=False,
+        replay=True,
+        lr_scheduler=schedule,
+    )
     for step in range(WARM_UP_STEPS + 5):
         before = torch.cat([parameter.detach().flatten() for parameter in run.model.parameters()])
         run.step()
-        moved = not torch.equal(torch.cat([parameter.detach().flatten() for parameter in run.model.parameters()]), before)
+        moved = not torch.equal(
+            torch.cat([parameter.detach().flatten() for parameter in run.model.parameters()]), before
+        )
         assert moved == (step < WARM_UP_STEPS + 3)
     assert run.replayed
 

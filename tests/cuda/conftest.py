@@ -22,7 +22,9 @@ def emulator(tmp_path_factory) -> Path:
     return emulated.build(tmp_path_factory.mktemp("emulator"))
 
 
-@pytest.fixture(params=["emulator", *(pytest.param(loader, marks=pytest.mark.gpu) for loader in ("extension", "cupy"))])
+@pytest.fixture(
+    params=["emulator", *(pytest.param(loader, marks=pytest.mark.gpu) for loader in ("extension", "cupy"))]
+)
 def kernel(request) -> Callable:
     """`kernel(prediction, target, weight, band, inside, outside)` -> energy and gradient, from and to the CPU."""
     if request.param == "emulator":

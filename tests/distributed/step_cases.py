@@ -39,8 +39,8 @@ def world(alone: bool) -> dist.ProcessGroup | None:
 
 
 def build(
-    method, alone: bool, *, wrapped: bool = False, frozen: bool = False, fused: bool = True, scaled: bool = False, sgd: bool = False,
-    device: str = "cpu", **options,
+    method, alone: bool, *, wrapped: bool = False, frozen: bool = False, fused: bool = True,
+    scaled: bool = False, sgd: bool = False, device: str = "cpu", **options,
 ) -> Unlearner:  # fmt: skip
     model: nn.Module = Denoiser(frozen).to(device)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -72,10 +72,16 @@ def take_steps(method, alone: bool, options: dict[str, Any]) -> tuple[Tensor, li
     return weights(unlearner.model), reports
 
 
-def take_steps_on(device: str, method, alone: bool, options: dict[str, Any]) -> tuple[Tensor, list[dict[str, float]]]:
-    """`take_steps` on `device`, where all processes may share one GPU; float32 throughout, and the weights on the CPU."""
+def take_steps_on(
+    device: str, method, alone: bool, options: dict[str, Any]
+) -> tuple[Tensor, list[dict[str, float]]]:
+    """`take_steps` on `device`, in float32 throughout; the weights come back on the CPU."""
     with tf32(False):
-        found, reports = take_steps(method, alone, {"device": device, "compile": False, "autocast_dtype": None, "replay": False} | options)
+        found, reports = take_steps(
+            method,
+            alone,
+            {"device": device, "compile": False, "autocast_dtype": None, "replay": False} | options,
+        )
     return found.cpu(), reports
 
 

@@ -1,7 +1,7 @@
 """Processes in one gloo group that run functions together, for the tests in this folder.
 
-They are forked from the server of `crash.py`, which has imported torch already, and wait for work: starting a team costs a fraction of a second (for a
-team that uses a GPU, some seconds).
+They are forked from the server of `crash.py`, which has imported torch already, and wait for work: starting a
+team costs a fraction of a second (of fresh processes, some seconds).
 A function that fails or takes too long ends its team, so that no test waits for another's processes.
 """
 
@@ -27,7 +27,10 @@ GROUP_PATIENCE = 2 * PATIENCE  # of the processes for each other: a wait for its
 
 
 class Team:
-    """`count` processes; a context that ends them. `fresh` ones share nothing with the server, which may have asked for GPUs: CUDA refuses its children."""
+    """`count` processes; a context that ends them.
+
+    `fresh` ones share nothing with the server, which may have asked for GPUs: CUDA then refuses its children.
+    """
 
     def __init__(self, count: int, *, fresh: bool = False):
         self.count = count
@@ -82,7 +85,9 @@ class Team:
         store = Path(self._folder.name) / f"store-{len(list(Path(self._folder.name).iterdir()))}"
         for rank in range(self.count):
             ours, theirs = self._context.Pipe()
-            process = self._context.Process(target=_serve, args=(rank, self.count, str(store), theirs), daemon=True)
+            process = self._context.Process(
+                target=_serve, args=(rank, self.count, str(store), theirs), daemon=True
+            )
             process.start()
             theirs.close()
             self._members.append((process, ours))

@@ -98,10 +98,15 @@ ON_ONE_GPU = [(Vanilla(), {}), (ReTrack(k=2, lambd=0.3), {}), (EraseDiff(), {}),
 
 @pytest.mark.gpu
 def test_two_processes_on_one_gpu(gpu):
-    """The tensors that gloo adds up lie on the GPU. One test: making a team of processes there takes longer than all of their steps."""
+    """The tensors that gloo adds up lie on the GPU.
+
+    One test: making a team of processes there takes longer than all of their steps.
+    """
     device = str(gpu.device)
     cases = ON_ONE_GPU if gpu.device.type == "cuda" else ON_ONE_GPU[:1]
     with Team(2, fresh=True) as pair:
         for method, options in cases:
-            found = pair.run(take_steps_on, device, method, False, options, patience=150)  # kernels are compiled in every process
+            found = pair.run(
+                take_steps_on, device, method, False, options, patience=150
+            )  # kernels are compiled in every process
             assert_same(found, take_steps_on(device, method, True, options))
