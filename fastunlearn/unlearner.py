@@ -141,11 +141,11 @@ class Unlearner:
 
     def step(self, draws: Draws | None = None) -> StepOutput:
         """Takes one step. `draws` may give rows, noise or timesteps; the rest is drawn for (seed, step index)."""
-        obstacle = self._not_replayable_now(draws)
+        obstacle = None if self._replay is None else self._not_replayable_now(draws)
         if self._replay is not None and obstacle is None:
             output = self._replay.step(self._step_on_device, self._settings())
         else:
-            if self._replay is not None:
+            if obstacle is not None:
                 self._replay.set_aside(obstacle)
             output = self._step_on_device(draws)
         self.step_index += 1  # at once: the counter has advanced, whatever a scheduler or an EMA may raise
