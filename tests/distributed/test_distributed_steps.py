@@ -106,7 +106,5 @@ def test_two_processes_on_one_gpu(gpu):
     cases = ON_ONE_GPU if gpu.device.type == "cuda" else ON_ONE_GPU[:1]
     with Team(2, fresh=True) as pair:
         for method, options in cases:
-            found = pair.run(
-                take_steps_on, device, method, False, options, patience=150
-            )  # kernels are compiled in every process
+            found = pair.run(take_steps_on, device, method, False, options)
             assert_same(found, take_steps_on(device, method, True, options))
