@@ -264,6 +264,7 @@ def set_environment(scratch: Path) -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(scratch / "inductor")
     os.environ["TRITON_CACHE_DIR"] = str(scratch / "triton")
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "2"  # of each process: eight tests and four compilations run at once
     os.environ["PYTHONUNBUFFERED"] = "1"
     os.environ["FASTUNLEARN_DRY"] = "1" if DRY else "0"
     if "FASTUNLEARN_COMMIT" not in os.environ:
