@@ -30,6 +30,8 @@ mkdir -p "$folder"
 python3 -m pip --disable-pip-version-check download --quiet --no-deps --only-binary=:all: --implementation cp \
   --python-version "$version" "${platforms[@]}" --platform manylinux2014_x86_64 --dest "$folder" "${packages[@]}"
 
+git describe --always --dirty --abbrev=40 >"$folder/COMMIT" # the sources travel without their history
+
 size() { du --bytes --total "$@" | tail -n 1 | cut -f 1; }
 wheels=$(size "$folder"/*.whl)
 extension=(fastunlearn/_C.abi3.so fastunlearn/_C_cuda.abi3.so)

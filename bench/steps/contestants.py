@@ -104,7 +104,10 @@ class Setting:
         """The network under torch.compile, one for all baselines: what was compiled for one serves the others."""
         if self._compiled is None:
             torch._functorch.config.donated_buffer = False  # a graph that is kept for a second backward pass cannot donate its buffers
-            self._compiled = torch.compile(self.models[self.layout], dynamic=False, backend=compilation.BACKEND)
+            # Past its limit dynamo would run the network eagerly without a word: in full graphs that is an error.
+            torch._dynamo.config.recompile_limit = compilation.VARIANTS
+            model = self.models[self.layout]
+            self._compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=compilation.BACKEND)
         return self._compiled
 
     def _optimizer(self, name: str, model: nn.Module, *, plain: bool) -> torch.optim.Optimizer:

@@ -27,7 +27,7 @@ from .host_sync import TapeGraphs, no_host_sync
 DRY = os.environ.get("FASTUNLEARN_DRY", "0") not in ("", "0")
 
 _CYCLES = 2e9  # a second, of a GPU that runs at its fastest
-_LAUNCH = re.compile(r"cu(da)?(Launch(Cooperative)?Kernel\w*|GraphLaunch)")  # as the profiler names the calls of CUDA
+_LAUNCH = re.compile(r"cu(da)?(Launch(Cooperative)?Kernel|GraphLaunch)\w*")  # as the profiler names the calls of CUDA
 
 
 class Event(Protocol):
