@@ -117,6 +117,8 @@ class Comparison:
         calls[EAGER] = lambda: formula(*arguments)
         took = self._add_compiled(op, str(shape), job, calls, failed, formula, arguments)
         if self.options.compile_only:
+            for name in {KERNEL, KERNEL_BY_AUTOGRAD} & calls.keys():  # Triton compiles, too
+                calls[name]()
             return
 
         try:
@@ -178,15 +180,23 @@ class Comparison:
         if not self._compiles(shape, job):
             return {}
         label = f"{op}, {shape}, {job}"
-        if label not in self.options.ready:
-            failed[COMPILED] = "left out: its compilation was not ready in time"
+        reason = self.options.ready.missing(label)
+        if reason is not None:
+            failed[COMPILED] = reason
             return {}
         inductor, took = harness.compiled(formula)
         calls[COMPILED] = lambda: inductor(*arguments)
         if self.options.compile_only:
-            calls[COMPILED]()
-            self.options.ready.add(label)
+            self._compile(label, calls[COMPILED])
         return took
+
+    def _compile(self, label: str, call: Call) -> None:
+        try:
+            call()
+        except Exception as error:
+            self.options.ready.add(label, error)
+        else:
+            self.options.ready.add(label)
 
     def _measure_launches(self, rows: list[Row], calls: dict[str, Call], failed: dict[str, str]) -> None:
         """On a GPU, after everything is on disk: a capture that fails costs nothing else."""

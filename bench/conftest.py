@@ -60,6 +60,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--threads", type=int, default=os.cpu_count(), help="threads of torch and of the baselines")
     group.addoption("--device", default="cpu" if find_accelerator() is None else "cuda", choices=("cpu", "cuda"), help="where ops and steps are timed")
     group.addoption("--layout", choices=LAYOUTS, help="memory format of the networks (default: the faster one)")
+    group.addoption("--contestants", metavar="A,B", help="of whole steps only these, in all their modes: limit,strongest,Unlearner")
     group.addoption("--compile-only", action="store_true", help="compiles what would be compiled; times nothing")
     group.addoption("--ready", metavar="FILE", type=Path, help="what --compile-only has compiled: written by it, read otherwise")
     group.addoption("--full", action="store_true", help="every case, and torch.compile on a CPU too")
@@ -182,8 +183,10 @@ def compare(request: pytest.FixtureRequest, benchmark, yardstick: Yardstick, thr
 
 
 @pytest.fixture
-def compare_steps(request: pytest.FixtureRequest, benchmark, threads: int) -> StepComparison:
-    """Compares the contestants of one method's whole step."""
+def compare_steps(request: pytest.FixtureRequest, benchmark, threads: int, monkeypatch) -> StepComparison:
+    """Compares the contestants of one method's whole step. On a GPU ours must run its kernels, never plain torch."""
+    if request.config.stash[ACCELERATOR] is not None:
+        monkeypatch.setenv("FASTUNLEARN_BACKEND", "kernels")
     option, stash = request.config.getoption, request.config.stash
     checkouts = {OFFICIAL_RETRACK: option("--official-retrack"), OFFICIAL_SISS: option("--official-siss")}
     options = StepOptions(
@@ -193,6 +196,7 @@ def compare_steps(request: pytest.FixtureRequest, benchmark, threads: int) -> St
         seconds=option("--step-seconds"),
         official={name: path for name, path in checkouts.items() if path},
         layout=option("--layout"),
+        contestants=tuple(filter(None, (option("--contestants") or "").split(","))),
         compile_only=option("--compile-only"),
         ready=stash[READY],
     )
@@ -201,7 +205,8 @@ def compare_steps(request: pytest.FixtureRequest, benchmark, threads: int) -> St
 
 def _is_smoke(item: pytest.Item) -> bool:
     if "compare_steps" in item.fixturenames:
-        return item.callspec.params["network"] == SMOKE and item.callspec.params["precision"] == "float32"
+        on_gpu = item.config.stash[ACCELERATOR] is not None
+        return item.callspec.params["network"] == SMOKE and (on_gpu or item.callspec.params["precision"] == "float32")
     return "compare" in item.fixturenames and _shape_name(item) in (None, "cifar", "sd")
 
 

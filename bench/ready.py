@@ -1,12 +1,15 @@
 """What was compiled beforehand: a run with little time leaves out what it would have to compile first.
 
 `pytest bench --compile-only --ready FILE` compiles each contestant, times nothing, and writes a line a contestant into FILE as
-it is done; several such runs share a file, and inductor's cache (`TORCHINDUCTOR_CACHE_DIR`). `--ready FILE` alone reads it.
+it is done, or has failed; several such runs share a file, and inductor's cache (`TORCHINDUCTOR_CACHE_DIR`). `--ready FILE`
+alone reads it.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+
+_DONE = "done"
 
 
 class Ready:
@@ -18,18 +21,24 @@ class Ready:
 
     def __init__(self, path: Path | None = None, *, recording: bool = False):
         self.path, self.recording = path, recording
-        self._found = set()
+        self._found: dict[str, str] = {}  # label -> how its compilation went
         if path is not None and path.exists() and not recording:
-            self._found = set(path.read_text().splitlines())
+            self._found = dict(line.split("\t", 1) for line in path.read_text().splitlines())
 
-    def __contains__(self, label: str) -> bool:
-        return self.path is None or self.recording or label in self._found
+    def missing(self, label: str) -> str | None:
+        """Why `label` must not be compiled now; None where it is ready."""
+        if self.path is None or self.recording:
+            return None
+        outcome = self._found.get(label, "left out, its compilation was not ready in time")
+        return None if outcome == _DONE else outcome
 
-    def add(self, label: str) -> None:
-        """Says that `label` is compiled."""
-        if self.path is not None and self.recording:
-            with self.path.open("a") as file:
-                file.write(f"{label}\n")
+    def add(self, label: str, failure: Exception | None = None) -> None:
+        """Says that `label` is compiled, or what hindered it."""
+        if self.path is None or not self.recording:
+            return
+        outcome = _DONE if failure is None else f"its compilation failed: {' '.join(str(failure).split())[:300]}"
+        with self.path.open("a") as file:
+            file.write(f"{label}\t{outcome}\n")
 
 
 EVERYTHING = Ready()

@@ -26,19 +26,24 @@ from .steps.contestants import (
     OURS,
     PAPERS,
     REPLAYED,
+    RETRACK_REPO,
+    SISS_REPO,
+    STRONGEST,
+    UNLEARNER,
     Gate,
-    Mode,
     Setting,
     base_of,
     mode_of,
     names,
-)  # fmt: skip
+)
 from .steps.job import Job
 from .steps.networks import NETWORKS, Step
 
 _BURST_SECONDS, _LONGEST_BURST = 0.2, 20  # on a GPU, a turn is that many steps
 _MOST_ROUNDS = 50
 _HOST_SAMPLES = 5
+_PROFILED = (RETRACK_REPO, SISS_REPO, STRONGEST, OURS, UNLEARNER)  # whose launches are counted
+_GATE_ELEMENTS = 1 << 20  # of the images of one branch, on a GPU
 
 
 @dataclass
@@ -56,7 +61,8 @@ class StepRow:
     best: float | None = None
     worst: float | None = None
     samples: int = 0
-    reason: str = ""  # why it was not timed, or its memory not measured
+    reason: str = ""  # why it was not timed, or something about it not measured
+    note: str = ""  # what a reader of its time must know
     images_per_second: float | None = None  # rows / seconds
     times_faster: dict[str, float] = field(default_factory=dict)  # than each other contestant
     update_error: float | None = None  # relative L2 distance to the papers' update, at the gate; None: not gated
@@ -64,7 +70,7 @@ class StepRow:
     step_memory: int | None = None  # bytes at the peak, without the weights
     weights: int | None = None  # bytes
     stages: dict[str, float] = field(default_factory=dict)  # share of the step's time
-    host_seconds: float | None = None  # that a step occupies the host, on a GPU
+    host_seconds: float | None = None  # that a step occupies the host, on a GPU; where that is slower, its full queue holds the host back
     launches: int | None = None  # calls of the GPU by the host in a step: kernels, and graphs of them
 
 
@@ -76,6 +82,7 @@ class StepOptions:
     seconds: float
     official: dict[str, str]  # contestant -> checkout
     layout: str | None = None  # None: the faster one
+    contestants: tuple[str, ...] = ()  # by their eager names; (): all
     compile_only: bool = False  # nothing is timed
     ready: Ready = EVERYTHING  # what inductor has compiled beforehand
 
@@ -104,7 +111,7 @@ class StepComparison:
         setting = self._setting(job)
         rows = {name: self._row(setting, name) for name in self._names(job)}
         self._leave_out(setting, rows)
-        self._gate(setting, rows)
+        self._check(setting, rows)
         steps: dict[str, Step] = {}
         for name, row in rows.items():
             if not row.reason:
@@ -123,7 +130,8 @@ class StepComparison:
 
     def _names(self, job: Job) -> list[str]:
         gpu = self.accelerator is not None
-        return names(job, compiled=self.options.full or gpu, replayed=gpu, official=self.options.official)
+        every = names(job, compiled=self.options.full or gpu, replayed=gpu, official=self.options.official)
+        return [name for name in every if not self.options.contestants or base_of(name) in self.options.contestants]
 
     # --- what is chosen, and what is compiled ------------------------------------------------------------------------------------
 
@@ -134,9 +142,7 @@ class StepComparison:
         only = self.options.layout or chosen.get("layout")
         settings = choices.by_layout(job, self.accelerator, self.options.official, only)
         if only is None:
-            mode = self._fastest_mode(job)
-            chosen["layout"], chosen["layout_seconds"] = choices.faster_layout(settings, mode)
-            chosen["layout_mode"] = mode.of("limit")
+            self._choose_layout(settings, chosen, job)
         setting = settings[only or chosen["layout"]]
         # On a GPU one call of all rows, as this package makes it; two would have to be compiled apart.
         if job.method == "retrack" and self.accelerator is None:
@@ -145,22 +151,37 @@ class StepComparison:
             setting.joined = chosen["joined"]
         return setting
 
-    def _fastest_mode(self, job: Job) -> Mode:
-        """Among those that are timed; the layout is chosen under it."""
-        if self.accelerator is None:
-            return EAGERLY
-        ready = all(self._label(job, layout, LIMIT) in self.options.ready for layout in LAYOUTS)
-        return BOTH if ready else REPLAYED
+    def _choose_layout(self, settings: dict[str, Setting], chosen: dict, job: Job) -> None:
+        """Under the fastest mode that is timed; where that fails, under the next one, and `chosen` says so."""
+        modes = [EAGERLY]
+        if self.accelerator is not None:
+            compiled = all(self.options.ready.missing(self._label(job, layout, LIMIT)) is None for layout in LAYOUTS)
+            modes = [BOTH] * compiled + [REPLAYED, EAGERLY]
+        for mode in modes:
+            try:
+                chosen["layout"], chosen["layout_seconds"] = choices.faster_layout(settings, mode)
+            except Exception as error:
+                chosen.setdefault("layout_failures", []).append(_failure(mode.of(LIMIT), error))
+            else:
+                chosen["layout_mode"] = mode.of(LIMIT)
+                return
+        chosen["layout"] = "contiguous" if self.accelerator is None else "channels_last"
 
     def _compile(self, job: Job) -> None:
         """Every compiled contestant takes its first steps, in the layout that was asked for."""
         for layout, setting in choices.by_layout(job, self.accelerator, {}, self.options.layout).items():
             for name in self._names(job):
-                if mode_of(name) == COMPILED:
+                if mode_of(name) != COMPILED:
+                    continue
+                label = self._label(job, layout, base_of(name))
+                try:
                     step = setting.build(name)
                     step()
                     step()
-                    self.options.ready.add(self._label(job, layout, base_of(name)))
+                except Exception as error:
+                    self.options.ready.add(label, error)
+                else:
+                    self.options.ready.add(label)
 
     @staticmethod
     def _label(job: Job, layout: str, base: str) -> str:
@@ -168,8 +189,9 @@ class StepComparison:
 
     def _leave_out(self, setting: Setting, rows: dict[str, StepRow]) -> None:
         for name, row in rows.items():
-            if mode_of(name).compiled and self._label(setting.job, row.layout, base_of(name)) not in self.options.ready:
-                row.reason = f"{name}: left out, its compilation was not ready in time"
+            missing = self.options.ready.missing(self._label(setting.job, row.layout, base_of(name)))
+            if mode_of(name).compiled and missing is not None:
+                row.reason = f"{name}: {missing}"
 
     # --- the contestants ---------------------------------------------------------------------------------------------------------
 
@@ -182,8 +204,14 @@ class StepComparison:
         row.weights = sum(parameter.numel() * parameter.element_size() for parameter in setting.models[layout].parameters())
         return row
 
-    def _gate(self, setting: Setting, rows: dict[str, StepRow]) -> None:
-        gate = Gate(setting, None if self.options.full or self.accelerator is not None else GATE_ROWS)
+    def _check(self, setting: Setting, rows: dict[str, StepRow]) -> None:
+        """The gate. Where the papers' way itself cannot be run there is none, and every row says so."""
+        try:
+            gate = Gate(setting, self._gate_rows(setting.job))
+        except Exception as error:
+            for name, row in rows.items():
+                row.note = f"{name}: not checked, for the papers' way failed: {_failure('', error)}"
+            return
         for name, row in rows.items():
             # The limit learns nothing, and the official code draws by itself.
             if row.reason or base_of(name) == LIMIT or name in (OFFICIAL_RETRACK, OFFICIAL_SISS):
@@ -198,6 +226,13 @@ class StepComparison:
                 row.first_call_seconds = found.seconds
             if not found.error <= found.allowed:
                 row.reason = f"{name}: its update differs from the papers' by {found.error:.2g} (relative L2), more than {found.allowed:.2g}"
+
+    def _gate_rows(self, job: Job) -> int | None:
+        """Rows of the gate's batch; None: all."""
+        if self.accelerator is None:
+            return None if self.options.full else GATE_ROWS
+        large = job.batch * job.images.forget[0].numel() > _GATE_ELEMENTS
+        return max(GATE_ROWS, _GATE_ELEMENTS // job.images.forget[0].numel()) if large else None
 
     def _start(self, setting: Setting, name: str, row: StepRow, steps: dict[str, Step]) -> None:
         """Builds a contestant and takes its first steps, the warm-up; on a GPU their peak memory, and the length of its turns."""
@@ -276,13 +311,16 @@ class StepComparison:
         if self.accelerator is None:
             return
         for name, step in steps.items():
-            if rows[name].seconds is None:
+            row = rows[name]
+            if row.seconds is None:
                 continue
             try:
-                rows[name].host_seconds = self._host_seconds(step)
-                rows[name].launches = stages.launches(step, self.accelerator)
+                row.host_seconds = self._host_seconds(step)
+                if base_of(name) in _PROFILED:
+                    row.launches = stages.launches(step, self.accelerator)
             except Exception as error:
-                rows[name].reason = f"profile of {_failure(name, error)}"
+                row.reason = f"profile of {_failure(name, error)}"
+            self.journal.write()
 
     def _host_seconds(self, step: Step) -> float:
         taken = []

@@ -52,7 +52,7 @@ def render(rows: list[StepRow], device: str) -> str:
     console = Console(file=io.StringIO(), width=max(250, shutil.get_terminal_size().columns), force_terminal=False)
     for precision in dict.fromkeys(_precisions(rows)):
         console.print(_times([row for row, of in zip(rows, _precisions(rows), strict=True) if of == precision], precision))
-    for reason in dict.fromkeys(row.reason for row in rows if row.reason):
+    for reason in dict.fromkeys(said for row in rows for said in (row.note, row.reason) if said):
         console.print(reason, soft_wrap=True, markup=False, highlight=False)
     for table in (_stages(rows), _fidelity(rows), _goals(rows, device)):
         if table.row_count:

@@ -51,7 +51,8 @@ def process_state() -> dict[str, object]:
     """What belongs to the whole process, and would reach the tests that run later."""
     # Not what libraries add when they are first imported.
     read_here = "FASTUNLEARN_", "ACCELERATE_", "CUDA_", "OMP_", "TRITON_", "RANK", "WORLD_SIZE", "LOCAL_"
-    environment = {name: value for name, value in os.environ.items() if name.startswith(read_here)}
+    by_inductor = "TRITON_PTXAS_PATH", "TRITON_CACHE_DIR"  # set where it first compiles a kernel
+    environment = {name: value for name, value in os.environ.items() if name.startswith(read_here) and name not in by_inductor}
     return {
         "environment": environment,
         "folder": os.getcwd(),

@@ -21,11 +21,11 @@ time.sleep(1000)
 
 
 @pytest.fixture
-def gpu_check(monkeypatch):
+def gpu_run(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    spec = importlib.util.spec_from_file_location("gpu_check", ROOT / "scripts" / "gpu_check.py")
+    spec = importlib.util.spec_from_file_location("gpu_run", ROOT / "scripts" / "gpu_run.py")
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "gpu_check", module)
+    monkeypatch.setitem(sys.modules, "gpu_run", module)
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "GRACE", 0.5)
     monkeypatch.setattr(module, "LEAST", 0.5)
@@ -36,8 +36,8 @@ def on_disk(check):
     return [(stage["stage"], stage["outcome"]) for stage in json.loads((check.out / "check.json").read_text())["stages"]]
 
 
-def test_a_stage_that_fails_costs_itself_alone(gpu_check, tmp_path):
-    check = gpu_check.Check(tmp_path / "out", 1000, time.time())
+def test_a_stage_that_fails_costs_itself_alone(gpu_run, tmp_path):
+    check = gpu_run.Check(tmp_path / "out", 1000, time.time())
     assert not check.stage("a", "one", 60, [sys.executable, "-c", "print('said'); raise SystemExit(3)"])
     assert on_disk(check) == [("one", "failed (3)")]
     assert check.stage("b", "two", 60, [sys.executable, "-c", ""])
@@ -47,16 +47,16 @@ def test_a_stage_that_fails_costs_itself_alone(gpu_check, tmp_path):
     assert "one                          failed (3)" in (check.out / "summary.txt").read_text()
 
 
-def test_a_limit_ends_a_stage_and_all_that_it_started(gpu_check, tmp_path):
+def test_a_limit_ends_a_stage_and_all_that_it_started(gpu_run, tmp_path):
     pid = tmp_path / "pid"
-    check = gpu_check.Check(tmp_path / "out", 1000, time.time())
+    check = gpu_run.Check(tmp_path / "out", 1000, time.time())
     child = STUBBORN.format(path=str(pid))
     command = [sys.executable, "-c", FOREVER.format(child=child)]
     with (tmp_path / "log").open("w") as output:
-        process = gpu_check.start(command, output)
+        process = gpu_run.start(command, output)
     while not pid.exists() or not pid.read_text():
         time.sleep(0.01)
-    gpu_check.end(process)
+    gpu_run.end(process)
     assert process.returncode is not None
     while not is_gone(int(pid.read_text())):  # killed, but not yet dead
         time.sleep(0.01)
@@ -72,21 +72,58 @@ def is_gone(pid):
         return True
 
 
-def test_no_stage_begins_when_the_budget_is_spent(gpu_check, tmp_path):
-    check = gpu_check.Check(tmp_path / "out", 100, time.time() - 99)
+def test_no_stage_begins_when_the_budget_is_spent(gpu_run, tmp_path):
+    check = gpu_run.Check(tmp_path / "out", 100, time.time() - 99)
     assert not check.stage("c", "late", 60, ["never run"])
     assert on_disk(check) == [("late", "left out: no time")]
     assert not check.failed
 
 
-def test_a_stage_gets_what_is_left_of_the_budget(gpu_check, tmp_path):
-    check = gpu_check.Check(tmp_path / "out", 1000, time.time() - 900)
+def test_a_stage_gets_what_is_left_of_the_budget(gpu_run, tmp_path):
+    check = gpu_run.Check(tmp_path / "out", 1000, time.time() - 900)
     check.stage("c", "some", 500, [sys.executable, "-c", ""])
-    assert 0 < check.outcomes[0].limit <= 1000 - 900 - gpu_check.RESERVE
+    assert 0 < check.outcomes[0].limit <= 1000 - 900 - gpu_run.RESERVE
 
 
-def test_the_summary_shows_what_is_there(gpu_check, tmp_path):
-    check = gpu_check.Check(tmp_path, 1000, time.time())
+def test_a_smaller_budget_shortens_the_limits(gpu_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_run, "DRY", False)
+    assert gpu_run.Check(tmp_path, 210, time.time()).share(120) == 60
+    assert gpu_run.Check(tmp_path, 840, time.time()).share(120) == 120
+
+
+def test_a_benchmark_that_skips_everything_has_failed(gpu_run, tmp_path):
+    check = gpu_run.Check(tmp_path, 1000, time.time())
+    assert not check.stage("d", "steps", 60, [sys.executable, "-c", ""], measures="steps")
+    assert on_disk(check) == [("steps", "failed: measured nothing")]
+    rows = tmp_path / "steps_h200.json"
+    write = f"import pathlib; pathlib.Path({str(rows)!r}).write_text('{{\"rows\": [1]}}')"
+    assert check.stage("d", "steps", 60, [sys.executable, "-c", write], measures="steps")
+
+
+def test_a_summary_that_cannot_be_drawn_costs_no_stage(gpu_run, tmp_path):
+    check = gpu_run.Check(tmp_path, 1000, time.time())
+    (tmp_path / "steps_h200.json").write_text('{"rows": [{"contestant": "limit"}]}')
+    assert check.stage("d", "steps", 60, [sys.executable, "-c", ""])
+    assert "no summary" in (tmp_path / "summary.txt").read_text()
+    assert on_disk(check) == [("steps", "passed")]
+
+
+def test_what_a_run_has_left_is_removed_where_it_is_written_anew(gpu_run, tmp_path):
+    for name in ("ops_h200.json", "steps_h200.json"):
+        (tmp_path / name).write_text('{"rows": []}')
+    gpu_run.Check(tmp_path, 1000, time.time()).clear("steps_*.json")
+    assert [path.name for path in tmp_path.glob("*_h200.json")] == ["ops_h200.json"]
+
+
+def test_a_log_is_cut_in_the_middle(gpu_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_run, "LOG_LIMIT", 8)
+    (tmp_path / "log.txt").write_text("begin" + 100 * "." + "end!")
+    gpu_run.shorten(tmp_path / "log.txt")
+    assert (tmp_path / "log.txt").read_text() == "begi\n[...]\nend!"
+
+
+def test_the_summary_shows_what_is_there(gpu_run, tmp_path):
+    check = gpu_run.Check(tmp_path, 1000, time.time())
     (tmp_path / "tests.xml").write_text(
         '<testsuites><testsuite><testcase classname="a" name="one"/><testcase classname="a" name="two"><failure/></testcase>'
         '<testcase classname="a" name="three"><skipped/></testcase></testsuite></testsuites>'
@@ -113,8 +150,8 @@ def test_the_summary_shows_what_is_there(gpu_check, tmp_path):
     assert "left out, its compilation was not ready in time" in summary
 
 
-def test_files_that_are_cut_off_do_not_hide_the_others(gpu_check, tmp_path):
-    check = gpu_check.Check(tmp_path, 1000, time.time())
+def test_files_that_are_cut_off_do_not_hide_the_others(gpu_run, tmp_path):
+    check = gpu_run.Check(tmp_path, 1000, time.time())
     (tmp_path / "tests.xml").write_text("<testsuites>")
     check.save()
     assert "no GPU" in (tmp_path / "summary.txt").read_text()

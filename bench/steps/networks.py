@@ -121,7 +121,7 @@ NETWORKS = {
             _ddpm(256, 3, (128, 128, 256, 256, 512, 512), 4, **_DDPM_STYLE),
             (3, 256, 256),
             {"cpu": 4, "cuda": 64},
-            {("cpu", "float32"): 2, ("cuda", "float32"): 16, ("cuda", "bfloat16"): 32},
+            {("cpu", "float32"): 2, ("cuda", "float32"): 8, ("cuda", "bfloat16"): 16},  # several graphs lie in memory at once
             papers_micro=4,
             retain_rows=64,
             scaling_norm=500.0,

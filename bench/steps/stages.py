@@ -30,10 +30,19 @@ def shares(step: Step, accelerator: Accelerator | None) -> dict[str, float]:
     finally:
         profiling.enable(os.environ.get("FASTUNLEARN_NVTX", "0") not in ("", "0"))
     on_device = accelerator is not None and accelerator.device.type == "cuda"
-    kind = "device_time_total" if on_device else "cpu_time_total"
-    seconds = {event.key: getattr(event, kind) for event in recorded.key_averages() if event.is_user_annotation}  # not the ops of the same names
+    seconds = span_times(recorded.key_averages(), "device_time_total" if on_device else "cpu_time_total")
     found = {name: seconds.get(_PREFIX + name, 0.0) / seconds[_WHOLE] for name in STAGES}
     return {**found, "between": 1 - sum(found.values())}
+
+
+def span_times(averages, kind: str) -> dict[str, float]:
+    """Span -> `kind` of its entry in a profile.
+
+    A profile of a GPU has every span twice. The host's entry sums up the kernels that were launched within it; the
+    device's is the time from the first of them to the last, gaps included.
+    """
+    on_host = (event for event in averages if event.device_type == torch.autograd.DeviceType.CPU)
+    return {event.key: getattr(event, kind) for event in on_host if event.is_user_annotation}  # not the ops of the same names
 
 
 def launches(step: Step, accelerator: Accelerator) -> int:

@@ -11,7 +11,7 @@ from bench.comparison import COMPILED, EAGER, KERNEL, PAPERS, Comparison, Option
 from bench.journal import Journal
 from bench.ready import Ready
 from bench.step_comparison import StepComparison, StepOptions
-from bench.steps import contestants
+from bench.steps import contestants, stages
 from fastunlearn.ops import residual as op
 
 
@@ -81,7 +81,7 @@ def test_a_wrong_result_is_not_timed(tmp_path):
 
 
 def test_what_was_not_compiled_in_time_is_left_out_and_named(tmp_path):
-    (tmp_path / "ready.txt").write_text("residual, any shape, float32\n")
+    (tmp_path / "ready.txt").write_text("residual, any shape, float32\tdone\n")
     for ready, left_out in ((Ready(tmp_path / "ready.txt"), False), (Ready(tmp_path / "none.txt"), True)):
         options = Options(full=True, smoke=True, seconds=0.0, ready=ready)
         compare(tmp_path / "rows.json", {PAPERS: result, KERNEL: result}, options=options)
@@ -94,9 +94,24 @@ def test_compiling_beforehand_says_what_is_ready_and_times_nothing(tmp_path, mon
     monkeypatch.setattr(harness.compilation, "BACKEND", "eager")
     ready = Ready(tmp_path / "ready.txt", recording=True)
     options = Options(full=True, smoke=True, seconds=0.0, compile_only=True, ready=ready)
-    compare(tmp_path / "rows.json", {PAPERS: fails, KERNEL: fails}, options=options)
-    assert (tmp_path / "ready.txt").read_text() == "residual, any shape, float32\n"
+    compare(tmp_path / "rows.json", {PAPERS: fails, KERNEL: result}, options=options)
+    assert (tmp_path / "ready.txt").read_text() == "residual, any shape, float32\tdone\n"
     assert not (tmp_path / "rows.json").exists()
+
+
+def test_a_compilation_that_fails_is_called_a_failure(tmp_path, monkeypatch):
+    def backend(module, inputs):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(harness.compilation, "BACKEND", backend)
+    ready = Ready(tmp_path / "ready.txt", recording=True)
+    options = Options(full=True, smoke=True, seconds=0.0, compile_only=True, ready=ready)
+    compare(tmp_path / "rows.json", {PAPERS: result, KERNEL: result}, options=options)
+    options = Options(full=True, smoke=True, seconds=0.0, ready=Ready(tmp_path / "ready.txt"))
+    compare(tmp_path / "rows.json", {PAPERS: result, KERNEL: result}, options=options)
+    reason = rows_in(tmp_path / "rows.json")[COMPILED]["reason"]
+    assert "its compilation failed" in reason
+    assert "no compiler" in reason
 
 
 # --- whole steps -----------------------------------------------------------------------------------------------------------------
@@ -164,6 +179,33 @@ def test_times_are_on_disk_before_anything_else_is_measured(tmp_path, monkeypatc
     row = rows_in(tmp_path / "rows.json")["fastunlearn"]
     assert seen == [row["seconds"]]
     assert row["reason"] == "stages of fastunlearn: ImportError: no profiler"
+
+
+def test_a_layout_that_cannot_be_chosen_costs_no_contestant(tmp_path, monkeypatch):
+    monkeypatch.setattr("bench.steps.choices.faster_layout", lambda settings, mode: fails())
+    options, chosen = StepOptions(full=False, smoke=True, memory=False, seconds=0.0, official={}), {}
+    StepComparison(Benchmark(), None, options, 1, Journal(tmp_path / "rows.json"), chosen)("tiny", "vanilla")
+    assert all(row["seconds"] for row in rows_in(tmp_path / "rows.json").values())
+    assert chosen["tiny float32"]["layout_failures"] == ["limit: RuntimeError: out of luck"]
+
+
+def test_without_the_papers_way_rows_say_that_nothing_was_checked(tmp_path, monkeypatch):
+    breaking(monkeypatch, "retrack repo", 1)(RuntimeError("no memory"))
+    monkeypatch.setattr("bench.step_comparison.Gate", lambda setting, rows: fails())
+    compare_steps(tmp_path / "rows.json")
+    row = rows_in(tmp_path / "rows.json")["fastunlearn"]
+    assert row["seconds"]
+    assert "not checked, for the papers' way failed" in row["note"]
+
+
+def test_a_profile_of_a_gpu_has_spans_twice():
+    cpu, cuda = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
+
+    def event(key, device, kernels, annotation=True):
+        return SimpleNamespace(key=key, device_type=device, device_time_total=kernels, is_user_annotation=annotation)
+
+    events = [event("a", cpu, 10.0), event("a", cuda, 295.0), event("a", cpu, 3.0, annotation=False), event("b", cpu, 5.0)]
+    assert stages.span_times(events, "device_time_total") == {"a": 10.0, "b": 5.0}
 
 
 def test_stage_shares_need_no_nvtx(tmp_path, monkeypatch):
