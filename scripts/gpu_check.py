@@ -57,16 +57,21 @@ class Compilations:
         self.ready = scratch / "ready.txt"
         self._running: list[tuple[subprocess.Popen, Path]] = []
 
-    def begin(self, method: str, *others: list[str]) -> None:
+    def begin(self, method: str, precisions: tuple[str, ...], *others: list[str]) -> None:
         """Starts to compile the steps of `method` on the MNIST network, and whatever else pytest's arguments `others` name.
 
-        Ours and the baselines are compiled apart: which of the two are ready must not depend on who comes first.
+        Ours and the baselines are compiled apart: which of the two are ready must not depend on who comes first. A
+        rehearsal has two cores, and one process for all.
         """
-        jobs = [
-            ["bench/bench_step.py", "-k", steps(method, precision=precision), "--layout", layout, "--contestants", contestants]
-            for precision in (("float32",) if DRY else ("bfloat16", "float32"))
+        parts = [
+            ["--layout", layout, "--contestants", contestants]
             for layout in ("channels_last", "contiguous")
             for contestants in ("fastunlearn,Unlearner", "limit,strongest")
+        ]
+        jobs = [
+            ["bench/bench_step.py", "-k", steps(method, precision=precision), *part]
+            for precision in precisions
+            for part in ([[]] if DRY else parts)
         ]
         for number, job in enumerate([*jobs, *others]):
             command = [*PYTEST, *job, *DEVICE, *SMOKE, "--compile-only", "--ready", str(self.ready)]
@@ -189,7 +194,7 @@ def take_stages(check: Check, wanted: list[str], scratch: Path) -> None:
         if "a" in wanted:
             take_first_look(check)
         if {"c", "d"} & set(wanted):
-            compilations.begin("retrack", KERNEL_BENCHMARKS)
+            compilations.begin("retrack", ("bfloat16", "float32"), KERNEL_BENCHMARKS)
         if "b" in wanted:
             test(check)
         wait = min(check.share(60), max(0.0, check.left() - check.share(220)))
@@ -204,7 +209,7 @@ def take_stages(check: Check, wanted: list[str], scratch: Path) -> None:
                 command = [*bench, "bench/bench_step.py", "-k", steps("retrack", precision=precision), "--step-seconds", "8"]
                 check.stage("d", f"ReTrack step, {precision}", 75, command, measures="steps")
         if "f" in wanted and check.left() > 120:
-            compilations.begin("siss")
+            compilations.begin("siss", ("bfloat16",))
         if "e" in wanted:
             for tool in ("memcheck", "racecheck"):
                 sanitize(check, tool)
@@ -212,9 +217,8 @@ def take_stages(check: Check, wanted: list[str], scratch: Path) -> None:
         if "f" in wanted:
             for name, method, network in (("SISS", "siss", "mnist"), ("CIFAR-10", "retrack", "cifar"), ("CelebA-HQ", "retrack", "celeba")):
                 more = ["--layout", "channels_last", *(["--full"] if not DRY else [])] if network == "celeba" else []
-                precision = "float32" if DRY else "bfloat16"
-                command = [*bench, "bench/bench_step.py", "-k", steps(method, network, precision), "--step-seconds", "6", *more]
-                check.stage("f", f"{name} step, {precision}", 90, command, measures="steps")
+                command = [*bench, "bench/bench_step.py", "-k", steps(method, network), "--step-seconds", "6", *more]
+                check.stage("f", f"{name} step, bfloat16", 90, command, measures="steps")
     finally:
         compilations.end()
 
