@@ -1,4 +1,4 @@
-"""The measurements of a run on disk: the whole file anew after every comparison, so that whatever comes next, what was measured stays."""
+"""The measurements of a run on disk: the whole file anew after every comparison, so that nothing is lost."""
 
 from __future__ import annotations
 
@@ -45,8 +45,9 @@ class Journal:
         if self.path is None:
             return
         rows = self._earlier + [_rounded(asdict(row)) for row in self.rows]
+        whole = {"machine_info": self.machine, "options": self.options, "rows": rows}
         with atomic_file(self.path) as file:
-            file.write((json.dumps({"machine_info": self.machine, "options": self.options, "rows": rows}, indent=1) + "\n").encode())
+            file.write((json.dumps(whole, indent=1) + "\n").encode())
 
 
 def _rounded(value):

@@ -1,8 +1,8 @@
 """What was compiled beforehand: a run with little time leaves out what it would have to compile first.
 
-`pytest bench --compile-only --ready FILE` compiles each contestant, times nothing, and writes a line a contestant into FILE as
-it is done, or has failed; several such runs share a file, and inductor's cache (`TORCHINDUCTOR_CACHE_DIR`). `--ready FILE`
-alone reads it.
+`pytest bench --compile-only --ready FILE` compiles each contestant, times nothing, and writes a line into
+FILE as each is done, or has failed; several such runs share a file, and inductor's cache
+(`TORCHINDUCTOR_CACHE_DIR`). `--ready FILE` alone reads it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ class Ready:
         """Says that `label` is compiled, or what hindered it."""
         if self.path is None or not self.recording:
             return
-        outcome = _DONE if failure is None else f"its compilation failed: {' '.join(str(failure).split())[:300]}"
+        outcome = _DONE
+        if failure is not None:
+            outcome = f"its compilation failed: {' '.join(str(failure).split())[:300]}"
         with self.path.open("a") as file:
             file.write(f"{label}\t{outcome}\n")
 

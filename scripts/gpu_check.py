@@ -1,7 +1,8 @@
-"""What scripts/gpu_check.sh runs: stages in the order of their worth, each within its limit, all within one budget.
+"""What scripts/gpu_check.sh runs: stages in the order of their worth, each within its limit.
 
-Nothing that was found out is lost: check.json and summary.txt are written anew after every stage, and the benchmarks write their
-rows after every comparison. A stage that fails or outlasts its limit costs itself alone.
+Nothing that was found out is lost: check.json and summary.txt are written anew after every stage, and the
+benchmarks write their rows after every comparison. A stage that fails or outlasts its limit costs itself
+alone.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -47,7 +49,7 @@ for library in sys.argv[1:]:
 
 
 class Compilations:
-    """What inductor has to compile, in the background, into one cache; done, or ended, before anything is timed.
+    """What inductor has to compile, in the background, into one cache; over before anything is timed.
 
     The layout of the networks is chosen when the steps are timed, so both are compiled.
     """
@@ -58,10 +60,10 @@ class Compilations:
         self._running: list[tuple[subprocess.Popen, Path]] = []
 
     def begin(self, method: str, precisions: tuple[str, ...], *others: list[str]) -> None:
-        """Starts to compile the steps of `method` on the MNIST network, and whatever else pytest's arguments `others` name.
+        """Starts to compile the steps of `method` on the MNIST network, and what the arguments `others` name.
 
-        Ours and the baselines are compiled apart: which of the two are ready must not depend on who comes first. A
-        rehearsal has two cores, and one process for all.
+        Ours and the baselines are compiled apart: which of the two are ready must not depend on who comes
+        first. A rehearsal has two cores, and one process for all.
         """
         parts = [
             ["--layout", layout, "--contestants", contestants]
@@ -94,12 +96,13 @@ class Compilations:
         lines = self.ready.read_text().splitlines() if self.ready.exists() else []
         done = sum(line.endswith("\tdone") for line in lines)
         outcome.seconds = round(time.monotonic() - began, 1)
-        outcome.outcome = f"{done} ready, {len(lines) - done} failed; processes: {len(failed)} failed, {len(ended)} ended"
+        processes = f"processes: {len(failed)} failed, {len(ended)} ended"
+        outcome.outcome = f"{done} ready, {len(lines) - done} failed; {processes}"
         self.check.outcomes.append(outcome)
         self.check.save()
 
     def end(self) -> None:
-        """Ends what still runs, all at once (what was compiled is in the cache), and puts what they said into the log."""
+        """Ends what still runs, all at once: what was compiled is in the cache. What they said goes to the log."""
         for process, _ in self._running:
             if process.poll() is None:
                 kill(process)
@@ -109,7 +112,8 @@ class Compilations:
         self._running = []
 
 
-PYTEST = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider"]
+PYTEST.append("--continue-on-collection-errors")
 DEVICE = ["--device", "cuda"]
 SMOKE = ["--smoke", "--threads", "1"] if DRY else []
 KERNEL_BENCHMARKS = [
@@ -136,7 +140,8 @@ def main() -> int:
         set_environment(Path(scratch))
         versions = read_versions()
         if not DRY and "gpu" not in versions:
-            sys.exit(f"gpu_check: expected a GPU that torch sees, got none ({sys.executable}); DRY=1 rehearses the check on a CPU")
+            wanted_gpu = f"gpu_check: expected a GPU that torch sees, got none ({sys.executable})"
+            sys.exit(f"{wanted_gpu}; DRY=1 rehearses the check on a CPU")
         check = Check(out.resolve(), budget, float(os.environ.get("GPU_CHECK_STARTED") or time.time()))
         check.versions = versions
         check.save()
@@ -152,7 +157,8 @@ def main() -> int:
 
 def said_by_contestants(out: Path) -> list[str]:
     """Why some were not timed, or not measured in full."""
-    rows = [row for path in sorted(out.glob("*_stand_in.json")) for row in json.loads(path.read_text())["rows"]]
+    files = [json.loads(path.read_text()) for path in sorted(out.glob("*_stand_in.json"))]
+    rows = [row for file in files for row in file["rows"]]
     return [said for row in rows for said in (row["reason"], row.get("note")) if said]
 
 
@@ -161,7 +167,8 @@ def set_environment(scratch: Path) -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(scratch / "inductor")
     os.environ["TRITON_CACHE_DIR"] = str(scratch / "triton")
-    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "2"  # of each process: eight tests and four compilations run at once
+    # Of each process: eight of tests and nine that compile run at once.
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "2"
     os.environ["PYTHONUNBUFFERED"] = "1"
     os.environ["FASTUNLEARN_DRY"] = "1" if DRY else "0"
     if "FASTUNLEARN_COMMIT" not in os.environ:
@@ -171,8 +178,9 @@ def set_environment(scratch: Path) -> None:
 def commit() -> str:
     """Of the checkout; where the sources travel without their history, what gpu_wheels.sh wrote down."""
     noted = Path(os.environ.get("WHEELS", ROOT / ".wheels")) / "COMMIT"
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
     try:
-        describe = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=ROOT, capture_output=True, text=True)
+        describe = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         said = describe.stdout.strip()
     except OSError:  # no git there
         said = ""
@@ -182,7 +190,8 @@ def commit() -> str:
 def read_versions() -> dict[str, str]:
     said = subprocess.run([sys.executable, "-c", VERSIONS], cwd=ROOT, capture_output=True, text=True)
     if said.returncode:
-        sys.exit(f"gpu_check: expected torch and triton in {sys.executable}, got: {said.stderr.strip().splitlines()[-1]}")
+        reason = said.stderr.strip().splitlines()[-1]
+        sys.exit(f"gpu_check: expected torch and triton in {sys.executable}, got: {reason}")
     return json.loads(said.stdout.strip().splitlines()[-1]) | {"commit": os.environ["FASTUNLEARN_COMMIT"]}
 
 
@@ -201,12 +210,14 @@ def take_stages(check: Check, wanted: list[str], scratch: Path) -> None:
         compilations.finish("b", wait)
         if "c" in wanted:
             check.clear("ops_*.json")
-            check.stage("c", "kernels", 70, [*bench, *KERNEL_BENCHMARKS, "--seconds", "0.4"], INTERPRETER, measures="ops")
+            command = [*bench, *KERNEL_BENCHMARKS, "--seconds", "0.4"]
+            check.stage("c", "kernels", 70, command, INTERPRETER, measures="ops")
         if {"d", "f"} & set(wanted):
             check.clear("steps_*.json")
         if "d" in wanted:
             for precision in ("bfloat16", "float32"):
-                command = [*bench, "bench/bench_step.py", "-k", steps("retrack", precision=precision), "--step-seconds", "8"]
+                case = steps("retrack", precision=precision)
+                command = [*bench, "bench/bench_step.py", "-k", case, "--step-seconds", "8"]
                 check.stage("d", f"ReTrack step, {precision}", 75, command, measures="steps")
         if "f" in wanted and check.left() > 120:
             compilations.begin("siss", ("bfloat16",))
@@ -215,9 +226,15 @@ def take_stages(check: Check, wanted: list[str], scratch: Path) -> None:
                 sanitize(check, tool)
         compilations.finish("f", min(check.share(60), max(0.0, check.left() - 60)))
         if "f" in wanted:
-            for name, method, network in (("SISS", "siss", "mnist"), ("CIFAR-10", "retrack", "cifar"), ("CelebA-HQ", "retrack", "celeba")):
-                more = ["--layout", "channels_last", *(["--full"] if not DRY else [])] if network == "celeba" else []
-                command = [*bench, "bench/bench_step.py", "-k", steps(method, network), "--step-seconds", "6", *more]
+            # Of the largest network two layouts do not fit beside each other, and only --full times it.
+            large = ["--layout", "channels_last"] if DRY else ["--layout", "channels_last", "--full"]
+            more_steps = [
+                ("SISS", steps("siss"), []),
+                ("CIFAR-10", steps("retrack", "cifar"), []),
+                ("CelebA-HQ", steps("retrack", "celeba"), large),
+            ]
+            for name, case, more in more_steps:
+                command = [*bench, "bench/bench_step.py", "-k", case, "--step-seconds", "6", *more]
                 check.stage("f", f"{name} step, bfloat16", 90, command, measures="steps")
     finally:
         compilations.end()
@@ -228,12 +245,13 @@ def test(check: Check) -> None:
     workers = [] if check.versions["pytest-xdist"] == "missing" else ["-n", "2" if DRY else "8"]
     patience = [] if DRY else ["--timeout", "60"]
     check.clear("tests.xml")
-    command = [*PYTEST, "tests", "-m", "gpu and not slow", *workers, *patience, "--junitxml", str(check.out / "tests.xml")]
+    junit = ["--junitxml", str(check.out / "tests.xml")]
+    command = [*PYTEST, "tests", "-m", "gpu and not slow", *workers, *patience, *junit]
     check.stage("b", "tests for GPUs", 120, command, INTERPRETER)
 
 
 def take_first_look(check: Check) -> None:
-    """The extension that was built beforehand, or one that is built here; then every kernel once, against float64."""
+    """The extension, built beforehand or built here; then every kernel once, against float64."""
     libraries = ["_C"] if DRY else ["_C", "_C_cuda"]
     if not check.stage("a", "extension loads", 30, [sys.executable, "-c", LOAD, *libraries]):
         build = {
@@ -242,7 +260,8 @@ def take_first_look(check: Check) -> None:
             "FASTUNLEARN_EXTENSION": "require",
             "MAX_JOBS": str(os.cpu_count()),
         }
-        check.stage("a", "extension is built", 90, [sys.executable, "setup.py", "build_ext", "--inplace"], build)
+        command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+        check.stage("a", "extension is built", 90, command, build)
         check.stage("a", "extension loads", 30, [sys.executable, "-c", LOAD, *libraries])
     smoke = ["--smoke", "--threads", "1", "--benchmark-only", *DEVICE]
     check.stage("a", "kernels against float64", 60, [*PYTEST, *KERNEL_BENCHMARKS, *smoke], INTERPRETER)
@@ -254,17 +273,13 @@ def sanitize(check: Check, tool: str) -> None:
     if DRY:
         check.stage("e", tool, 45, calls)
         return
-    sanitizer = next((path for path in ("/usr/local/cuda/bin/compute-sanitizer", *which("compute-sanitizer")) if Path(path).is_file()), None)
+    sanitizer = shutil.which("compute-sanitizer", path=f"/usr/local/cuda/bin:{os.environ.get('PATH', '')}")
     if sanitizer is None:
         check.leave_out("e", tool, "compute-sanitizer is neither on the PATH nor in /usr/local/cuda/bin")
         return
-    # Without torch's caching every tensor is an allocation of its own, so that no access beyond its end hits another tensor.
+    # Without torch's caching every tensor is an allocation of its own: no access beyond its end hits another.
     command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *calls]
     check.stage("e", tool, 45, command, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
-
-
-def which(name: str) -> list[str]:
-    return [str(Path(folder) / name) for folder in os.environ.get("PATH", "").split(os.pathsep)]
 
 
 if __name__ == "__main__":

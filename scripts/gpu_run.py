@@ -20,7 +20,8 @@ FULL_BUDGET = 420  # seconds, for which the limits are made; a smaller one short
 BUDGET = 3600 if DRY else FULL_BUDGET
 RESERVE = 4  # seconds that are left for the summary
 LEAST = 12  # seconds under which no stage is begun
-GRACE = 20  # seconds between SIGINT, upon which pytest ends its workers (10 s) and writes what it has, and SIGKILL
+# Seconds between SIGINT, upon which pytest ends its workers (10 s) and writes what it has, and SIGKILL.
+GRACE = 20
 LOG_LIMIT = 12 << 20  # bytes: what is fetched from a lent machine may have 16 MiB a file
 
 
@@ -80,8 +81,8 @@ class Check:
         """Runs `command` within `limit` seconds or what is left; whether it passed.
 
         Args:
-            measures: the kind of rows, "ops" or "steps", of which the stage must add some: one that skips everything has
-                measured nothing, however it ends.
+            measures: the kind of rows, "ops" or "steps", of which the stage must add some: one that skips
+                everything has measured nothing, however it ends.
         """
         limit = min(self.share(limit), self.left())
         outcome = Outcome(name, letter, round(limit, 1), command=list(command))
@@ -128,8 +129,13 @@ class Check:
         return any(outcome.outcome.startswith(("failed", "stopped")) for outcome in self.outcomes)
 
 
-def run(command: Sequence[str], limit: float, log: Path, env: dict[str, str] | None = None) -> tuple[str, float]:
-    """How `command` ended, and its seconds; what it prints goes to `log`. After `limit` seconds it and all that it started are ended."""
+def run(
+    command: Sequence[str], limit: float, log: Path, env: dict[str, str] | None = None
+) -> tuple[str, float]:
+    """How `command` ended, and its seconds; what it prints goes to `log`.
+
+    After `limit` seconds it and all that it started are ended.
+    """
     began = time.monotonic()
     with log.open("a") as output:
         print(f"\n=== {' '.join(command)}", file=output, flush=True)
@@ -148,8 +154,9 @@ def run(command: Sequence[str], limit: float, log: Path, env: dict[str, str] | N
 
 def start(command: Sequence[str], output, env: dict[str, str] | None = None) -> subprocess.Popen:
     """In a process group of its own, so that all of it can be ended."""
+    streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
     more = os.environ | (env or {})
-    return subprocess.Popen(command, cwd=ROOT, env=more, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True)
+    return subprocess.Popen(command, cwd=ROOT, env=more, start_new_session=True, **streams)
 
 
 def end(process: subprocess.Popen) -> None:

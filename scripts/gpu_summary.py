@@ -17,14 +17,16 @@ def render(found: dict, out: Path) -> str:
         out: the folder with the other files.
     """
     versions = found["versions"]
+    device = versions.get("gpu", "no GPU: a rehearsal, no number means anything")
     lines = [
-        f"{versions.get('gpu', 'no GPU: a rehearsal, no number means anything')}, commit {versions.get('commit', 'unknown')}",
+        f"{device}, commit {versions.get('commit', 'unknown')}",
         ", ".join(f"{name} {version}" for name, version in versions.items() if name not in ("gpu", "commit")),
         f"{found['seconds']:.0f} of {found['budget']:.0f} s",
         "",
     ]
     for stage in found["stages"]:
-        lines.append(f"{stage['letter']}  {stage['stage']:<28} {stage['outcome']:<36} {stage['seconds']:6.1f} s")
+        name = f"{stage['letter']}  {stage['stage']:<28}"
+        lines.append(f"{name} {stage['outcome']:<48} {stage['seconds']:6.1f} s")
     for part in (_tests(out / "tests.xml"), _ops(_rows(out, "ops")), _steps(_rows(out, "steps"))):
         if part:
             lines += ["", *part]
@@ -32,7 +34,8 @@ def render(found: dict, out: Path) -> str:
 
 
 def _rows(out: Path, kind: str) -> list[dict]:
-    return [row for path in sorted(out.glob(f"{kind}_*.json")) for row in json.loads(path.read_text())["rows"]]
+    files = [json.loads(path.read_text()) for path in sorted(out.glob(f"{kind}_*.json"))]
+    return [row for file in files for row in file["rows"]]
 
 
 def _tests(path: Path) -> list[str]:
@@ -49,8 +52,9 @@ def _tests(path: Path) -> list[str]:
 
 
 def _ops(rows: list[dict]) -> list[str]:
-    """The kernel of each op alone: time, share of the bandwidth of a copy, times faster than the papers' way and than inductor."""
-    lines = [f"{'op':<18} {'shape':<18} {'job':<14} {'us':>8} {'of copy':>8} {'x papers':>9} {'x inductor':>10}"]
+    """The kernel of each op alone: time, share of a copy's bandwidth, times faster than papers and inductor."""
+    heads = f"{'us':>8} {'of copy':>8} {'x papers':>9} {'x inductor':>10}"
+    lines = [f"{'op':<18} {'shape':<18} {'job':<14} {heads}"]
     for row in rows:
         alone = "kernel" if "+" in row["op"] else "kernel alone"
         if row["contestant"] != alone or row["job"] not in SHOWN_JOBS or row["seconds"] is None:
@@ -85,7 +89,7 @@ def _job(found: list[dict]) -> tuple[str, str]:
 
 
 def _side_by_side(comparisons: list[list[dict]]) -> list[str]:
-    """Contestants of one job, a block of columns for each precision; the papers' way is float32 in all of them."""
+    """Contestants of one job, a block of columns for each precision; the papers' way is float32 in all."""
     network, method = _job(comparisons[0])
     width = 44
     heads = [f"{found[0]['precision']}, {found[0]['layout']}".ljust(width) for found in comparisons]
@@ -111,17 +115,22 @@ def _numbers(row: dict | None) -> str:
         return "not timed"
     error, host, launches = row["update_error"], row["host_seconds"], row["launches"]
     cells = [f"{row['seconds'] * 1e3:8.2f}", _ratio(_over_papers(row), 9)]
-    cells += [" " * 7 if error is None else f"{error:7.0e}", " " * 8 if host is None else f"{host * 1e3:8.2f}"]
+    cells.append(" " * 7 if error is None else f"{error:7.0e}")
+    cells.append(" " * 8 if host is None else f"{host * 1e3:8.2f}")
     return " ".join([*cells, " " * 8 if launches is None else f"{launches:8d}"])
 
 
 def _verdict(found: list[dict]) -> str:
-    """The quickest of ours against the papers' way, and against the quickest of the strongest plain torch and of the limit."""
+    """The quickest of ours against the papers' way, and the quickest of strongest and limit."""
     label = f"{found[0]['network']} {found[0]['method']}, {found[0]['precision']}: "
-    ours, strongest, limit = (_quickest(found, *names) for names in (("fastunlearn", "Unlearner"), ("strongest",), ("limit",)))
+    ours = _quickest(found, "fastunlearn", "Unlearner")
+    strongest, limit = _quickest(found, "strongest"), _quickest(found, "limit")
     if ours is None:
         return f"{label}none of ours was timed"
-    parts = [f"{ours['contestant']} {ours['seconds'] * 1e3:.2f} ms", f"{_over_papers(ours) or float('nan'):.2f}x the papers' (float32)"]
+    parts = [f"{ours['contestant']} {ours['seconds'] * 1e3:.2f} ms"]
+    over_papers = _over_papers(ours)
+    if over_papers is not None:
+        parts.append(f"{over_papers:.2f}x the papers' (float32)")
     if strongest is not None:
         parts.append(f"{strongest['seconds'] / ours['seconds']:.2f}x {strongest['contestant']}")
     if limit is not None:

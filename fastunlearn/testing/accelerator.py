@@ -1,8 +1,9 @@
 """The GPU that checks and benchmarks run on, and a stand-in for it on machines without one.
 
-GPUs are at hand rarely, so whatever a check does there is rehearsed before: with `FASTUNLEARN_DRY=1` a CPU stands in for
-the GPU. Triton's interpreter runs the kernels, tapes take the place of CUDA graphs, torch's eager backend that of inductor,
-and what would wait for the device is an error where CUDA would say so. What comes out is no measurement.
+GPUs are at hand rarely, so whatever a check does there is rehearsed before: with `FASTUNLEARN_DRY=1` a CPU
+stands in for the GPU. Triton's interpreter runs the kernels, tapes take the place of CUDA graphs, torch's
+eager backend that of inductor, and what would wait for the device is an error where CUDA would say so. What
+comes out is no measurement.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from .host_sync import TapeGraphs, no_host_sync
 DRY = os.environ.get("FASTUNLEARN_DRY", "0") not in ("", "0")
 
 _CYCLES = 2e9  # a second, of a GPU that runs at its fastest
-_LAUNCH = re.compile(r"cu(da)?(Launch(Cooperative)?Kernel|GraphLaunch)\w*")  # as the profiler names the calls of CUDA
+# As the profiler names the calls of CUDA.
+_LAUNCH = re.compile(r"cu(da)?(Launch(Cooperative)?Kernel|GraphLaunch)\w*")
 
 
 class Event(Protocol):
@@ -206,9 +208,12 @@ _find_kernel = _backends.find_kernel
 
 
 def _interpreted(name: str, device: torch.device, args: tuple, *, required: bool) -> Callable | None:
-    """`find_kernel`, which takes a CPU for a GPU where Triton has a kernel. A tape sees only what torch dispatches: not there."""
+    """`find_kernel`, which takes a CPU for a GPU where Triton has a kernel. Not under a tape, which sees only
+    what torch dispatches.
+    """
     if device.type != "cpu" or name not in _backends._TRITON or torch._C._len_torch_dispatch_stack():
         return _find_kernel(name, device, args, required=required)
-    if any(isinstance(value, torch.Tensor) and value.dtype == torch.float64 and value.ndim >= 4 for value in args):
+    images = [value for value in args if isinstance(value, torch.Tensor) and value.ndim >= 4]
+    if any(image.dtype == torch.float64 for image in images):
         return None
     return _backends._on_gpu(name)[0]
