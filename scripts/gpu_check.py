@@ -243,7 +243,7 @@ def take_stages(check: Check, wanted: list[str], scratch: Path) -> None:
 def test(check: Check) -> None:
     """What only a GPU can test, in several processes where pytest-xdist is there."""
     workers = [] if check.versions["pytest-xdist"] == "missing" else ["-n", "2" if DRY else "8"]
-    patience = [] if DRY else ["--timeout", "60"]
+    patience = [] if DRY else ["--timeout", "100"]
     check.clear("tests.xml")
     junit = ["--junitxml", str(check.out / "tests.xml")]
     command = [*PYTEST, "tests", "-m", "gpu and not slow", *workers, *patience, *junit]
