@@ -142,7 +142,7 @@ class Comparison:
                 failed[name] = f"{type(error).__name__}: {error}"
                 del calls[name]
 
-        seconds = self._time(f"{op}, {job}", calls)
+        seconds = self._time_the_others(f"{op}, {job}", calls, failed)
         copy_gbps = self.yardstick.bandwidth(statistics.median(seconds.pop("copy"))) / 1e9
         medians = {name: statistics.median(values) for name, values in seconds.items()}
         predicted = {device.name: device.floor_seconds(floor, flops) for device in devices.DEVICES}
@@ -216,6 +216,28 @@ class Comparison:
         turns = {**calls, "copy": self.yardstick.copy}
         self.benchmark.group = group
         return self.benchmark.pedantic(harness.alternate, args=(turns, self.yardstick, seconds, least), rounds=1, iterations=1)
+
+    def _time_the_others(self, group: str, calls: dict[str, Call], failed: dict[str, str]) -> dict[str, list[float]]:
+        """The turns of all contestants; of the others anew, where one fails in the middle."""
+        while True:
+            running: list[str] = []
+            try:
+                return self._time(group, {name: _noted(name, call, running) for name, call in calls.items()})
+            except Exception as error:
+                if not running or running[-1] not in calls:
+                    raise
+                failed[running[-1]] = f"{type(error).__name__}: {error}"
+                del calls[running[-1]]
+
+
+def _noted(name: str, call: Call, running: list[str]) -> Call:
+    """`call`, whose name stands last in `running` from its start on."""
+
+    def noted() -> Sequence[Tensor]:
+        running.append(name)
+        return call()
+
+    return noted
 
 
 def lazily(make: Callable[[], Call]) -> Call:

@@ -33,7 +33,16 @@ class Journal:
         self.rows: list = []
         self._earlier: list[dict] = []
         if go_on and path is not None and path.exists():
-            self._earlier = json.loads(path.read_text())["rows"]
+            self._earlier = self._read(path)
+
+    @staticmethod
+    def _read(path: Path) -> list[dict]:
+        """The rows of a file; one that cannot be read is put aside."""
+        try:
+            return json.loads(path.read_text())["rows"]
+        except (ValueError, KeyError):
+            path.rename(path.with_suffix(".damaged"))
+            return []
 
     def add(self, rows: Iterable) -> None:
         """Appends the rows of a comparison, and writes all."""

@@ -23,7 +23,8 @@ class Ready:
         self.path, self.recording = path, recording
         self._found: dict[str, str] = {}  # label -> how its compilation went
         if path is not None and path.exists() and not recording:
-            self._found = dict(line.split("\t", 1) for line in path.read_text().splitlines())
+            lines = path.read_text(errors="replace").splitlines()
+            self._found = dict(line.split("\t", 1) for line in lines if "\t" in line)  # a writer may have been ended
 
     def missing(self, label: str) -> str | None:
         """Why `label` must not be compiled now; None where it is ready."""

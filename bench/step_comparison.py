@@ -224,7 +224,7 @@ class StepComparison:
             row.update_error = found.error
             if mode_of(name).compiled:
                 row.first_call_seconds = found.seconds
-            if not found.error <= found.allowed:
+            if not found.error <= found.allowed:  # NaN, too
                 row.reason = f"{name}: its update differs from the papers' by {found.error:.2g} (relative L2), more than {found.allowed:.2g}"
 
     def _gate_rows(self, job: Job) -> int | None:
@@ -253,10 +253,23 @@ class StepComparison:
                 row.step_memory = self.accelerator.peak_of(first_steps) - before
                 seconds = self._seconds(made[0], 1)
                 self._bursts[name] = max(1, min(_LONGEST_BURST, int(_BURST_SECONDS / seconds)))
+            self._expect_to_learn(setting, name, made[0])
         except Exception as error:
             row.reason = _failure(name, error)
             return
         steps[name] = made[0]
+
+    def _expect_to_learn(self, setting: Setting, name: str, step: Step) -> None:
+        """What is timed was built anew after the gate: it must at least change the weights.
+
+        Raises:
+            RuntimeError: it does not.
+        """
+        parameters = list(setting.model(name).parameters())
+        before = [parameter.detach().clone() for parameter in parameters]
+        step()
+        if all(torch.equal(one, two) for one, two in zip(before, parameters, strict=True)):
+            raise RuntimeError("its step changes no weights")
 
     # --- the turns ---------------------------------------------------------------------------------------------------------------
 

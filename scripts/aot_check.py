@@ -29,6 +29,8 @@ from typing import NamedTuple
 if os.environ.get("TRITON_INTERPRET", "0") == "1":
     sys.exit("aot_check: TRITON_INTERPRET=1 replaces the compiler: unset it")
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the package is not installed
+
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget

@@ -132,10 +132,11 @@ def main() -> int:
     default = ROOT / "out" / "gpu_check_dry" if DRY else ROOT / "bench" / "results" / "gpu"
     out = Path(sys.argv[1]) if len(sys.argv) > 1 else default
     budget = float(os.environ.get("BUDGET") or BUDGET)
-    wanted = os.environ.get("STAGES", " ".join(LETTERS)).split()
+    wanted = (os.environ.get("STAGES") or " ".join(LETTERS)).split()
     if unknown := set(wanted) - set(LETTERS):
         sys.exit(f"STAGES: expected letters of {' '.join(LETTERS)}, got {' '.join(sorted(unknown))}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda received, _: sys.exit(128 + received))
     with tempfile.TemporaryDirectory() as scratch:
         set_environment(Path(scratch))
         versions = read_versions()
@@ -209,16 +210,16 @@ def take_stages(check: Check, wanted: list[str], scratch: Path) -> None:
         wait = min(check.share(60), max(0.0, check.left() - check.share(220)))
         compilations.finish("b", wait)
         if "c" in wanted:
-            check.clear("ops_*.json")
             command = [*bench, *KERNEL_BENCHMARKS, "--seconds", "0.4"]
-            check.stage("c", "kernels", 70, command, INTERPRETER, measures="ops")
-        if {"d", "f"} & set(wanted):
-            check.clear("steps_*.json")
+            clears = [f"ops_{check.device}.json"]
+            check.stage("c", "kernels", 70, command, INTERPRETER, measures="ops", clears=clears)
         if "d" in wanted:
+            clears = [f"steps_{check.device}.json"]
             for precision in ("bfloat16", "float32"):
                 case = steps("retrack", precision=precision)
                 command = [*bench, "bench/bench_step.py", "-k", case, "--step-seconds", "8"]
-                check.stage("d", f"ReTrack step, {precision}", 75, command, measures="steps")
+                check.stage("d", f"ReTrack step, {precision}", 75, command, measures="steps", clears=clears)
+                clears = []
         if "f" in wanted and check.left() > 120:
             compilations.begin("siss", ("bfloat16",))
         if "e" in wanted:
@@ -244,10 +245,9 @@ def test(check: Check) -> None:
     """What only a GPU can test, in several processes where pytest-xdist is there."""
     workers = [] if check.versions["pytest-xdist"] == "missing" else ["-n", "2" if DRY else "8"]
     patience = [] if DRY else ["--timeout", "100"]
-    check.clear("tests.xml")
     junit = ["--junitxml", str(check.out / "tests.xml")]
     command = [*PYTEST, "tests", "-m", "gpu and not slow", *workers, *patience, *junit]
-    check.stage("b", "tests for GPUs", 120, command, INTERPRETER)
+    check.stage("b", "tests for GPUs", 120, command, INTERPRETER, clears=["tests.xml"])
 
 
 def take_first_look(check: Check) -> None:

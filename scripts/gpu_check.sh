@@ -34,4 +34,13 @@ if compgen -G "$wheels/*.whl" >/dev/null; then
   export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
 fi
 
-"$python" scripts/gpu_check.py "$@"
+# A signal to this shell ends the check in an orderly way, and its wheels stay until it is over.
+"$python" scripts/gpu_check.py "$@" &
+check=$!
+trap 'kill -TERM "$check" 2>/dev/null || true' TERM INT HUP
+status=0
+wait "$check" || status=$?
+while kill -0 "$check" 2>/dev/null; do
+  wait "$check" || status=$?
+done
+exit "$status"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from gpu_summary import render
+from gpu_summary import read_rows, render
 
 ROOT = Path(__file__).resolve().parents[1]
 DRY = os.environ.get("DRY", "0") not in ("", "0")
@@ -77,20 +78,23 @@ class Check:
         env: dict[str, str] | None = None,
         *,
         measures: str | None = None,
+        clears: Sequence[str] = (),
     ) -> bool:
         """Runs `command` within `limit` seconds or what is left; whether it passed.
 
         Args:
             measures: the kind of rows, "ops" or "steps", of which the stage must add some: one that skips
                 everything has measured nothing, however it ends.
+            clears: files that an earlier run left and this stage writes anew; they stay where it does not run.
         """
         limit = min(self.share(limit), self.left())
         outcome = Outcome(name, letter, round(limit, 1), command=list(command))
         self.outcomes.append(outcome)
-        before = self.rows(measures)
         if limit < LEAST:
             outcome.outcome = "left out: no time"
         else:
+            self.clear(*clears)
+            before = self.rows(measures)
             outcome.outcome, outcome.seconds = run(command, limit, self.log, env)
             if outcome.outcome == "passed" and measures and self.rows(measures) == before:
                 outcome.outcome = "failed: measured nothing"
@@ -100,8 +104,7 @@ class Check:
 
     def rows(self, kind: str | None) -> int:
         """How many rows of a kind are on disk."""
-        paths = self.out.glob(f"{kind}_*.json") if kind else ()
-        return sum(len(json.loads(path.read_text())["rows"]) for path in paths)
+        return len(read_rows(self.out, kind, self.device)) if kind else 0
 
     def leave_out(self, letter: str, name: str, reason: str) -> None:
         """Says that a stage did not run."""
@@ -119,14 +122,23 @@ class Check:
         }
         write(self.out / "check.json", json.dumps(found, indent=1) + "\n")
         try:
-            summary = render(found, self.out)
+            summary = render(found, self.out, self.device, self.started)
         except Exception as error:  # a table that cannot be drawn costs no stage
             summary = f"no summary, see check.json: {type(error).__name__}: {error}\n"
         write(self.out / "summary.txt", summary)
 
     @property
+    def device(self) -> str:
+        """The GPU's name as the benchmarks' files have it."""
+        name = self.versions.get("gpu", "stand-in").lower().removeprefix("nvidia ")
+        return re.sub(r"[^a-z0-9]+", "_", name)
+
+    @property
     def failed(self) -> bool:
-        return any(outcome.outcome.startswith(("failed", "stopped")) for outcome in self.outcomes)
+        """Whether a stage failed (the last of its name counts), or, in a rehearsal, was left out."""
+        last = {outcome.stage: outcome.outcome for outcome in self.outcomes}
+        bad = ("failed", "stopped", "left out") if DRY else ("failed", "stopped")
+        return any(outcome.startswith(bad) for outcome in last.values())
 
 
 def run(
@@ -146,9 +158,8 @@ def run(
         except subprocess.TimeoutExpired:
             end(process)
             outcome = f"stopped at its limit of {limit:.0f} s"
-        except BaseException:  # the check itself is ended: nothing goes on without it
+        finally:  # nothing that it started goes on, whoever ended it
             kill(process)
-            raise
     return outcome, round(time.monotonic() - began, 1)
 
 

@@ -10,16 +10,18 @@ SHOWN_JOBS = ("rows", "float32", "low 1/4")  # the others are in the files
 MOST_FAILURES = 6
 
 
-def render(found: dict, out: Path) -> str:
+def render(found: dict, out: Path, device: str, started: float) -> str:
     """
     Args:
         found: what check.json says.
         out: the folder with the other files.
+        device: as the benchmarks' files name it.
+        started: seconds since the epoch; older files are an earlier run's.
     """
     versions = found["versions"]
-    device = versions.get("gpu", "no GPU: a rehearsal, no number means anything")
+    name = versions.get("gpu", "no GPU: a rehearsal, no number means anything")
     lines = [
-        f"{device}, commit {versions.get('commit', 'unknown')}",
+        f"{name}, commit {versions.get('commit', 'unknown')}",
         ", ".join(f"{name} {version}" for name, version in versions.items() if name not in ("gpu", "commit")),
         f"{found['seconds']:.0f} of {found['budget']:.0f} s",
         "",
@@ -27,20 +29,27 @@ def render(found: dict, out: Path) -> str:
     for stage in found["stages"]:
         name = f"{stage['letter']}  {stage['stage']:<28}"
         lines.append(f"{name} {stage['outcome']:<48} {stage['seconds']:6.1f} s")
-    for part in (_tests(out / "tests.xml"), _ops(_rows(out, "ops")), _steps(_rows(out, "steps"))):
+    ops, steps = (read_rows(out, kind, device, since=started) for kind in ("ops", "steps"))
+    for part in (_tests(out / "tests.xml", started), _ops(ops), _steps(steps)):
         if part:
             lines += ["", *part]
     return "\n".join(lines) + "\n"
 
 
-def _rows(out: Path, kind: str) -> list[dict]:
-    files = [json.loads(path.read_text()) for path in sorted(out.glob(f"{kind}_*.json"))]
-    return [row for file in files for row in file["rows"]]
+def read_rows(out: Path, kind: str, device: str, since: float = 0.0) -> list[dict]:
+    """The benchmarks' rows on disk, "ops" or "steps", of one device; none from an older or a damaged file."""
+    path = out / f"{kind}_{device}.json"
+    try:
+        return json.loads(path.read_text())["rows"] if path.stat().st_mtime >= since else []
+    except (OSError, ValueError, KeyError):
+        return []
 
 
-def _tests(path: Path) -> list[str]:
+def _tests(path: Path, started: float) -> list[str]:
     """Counts, and the names of the first failures."""
     try:
+        if path.stat().st_mtime < started:
+            return []
         cases = list(ElementTree.parse(path).iter("testcase"))
     except (OSError, ElementTree.ParseError):
         return []
@@ -80,7 +89,7 @@ def _steps(rows: list[dict]) -> list[str]:
     lines = [*_side_by_side(first), ""]
     for found in comparisons:
         lines.append(_verdict(found))
-    reasons = dict.fromkeys(row["reason"] for row in rows if row["reason"])
+    reasons = dict.fromkeys(said for row in rows for said in (row.get("note"), row["reason"]) if said)
     return lines + [f"  {reason[:140]}" for reason in reasons][:MOST_FAILURES]
 
 

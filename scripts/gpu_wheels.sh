@@ -25,11 +25,17 @@ for glibc in 2_17 2_24 2_27 2_28 2_34 2_35; do
   platforms+=(--platform "manylinux_${glibc}_x86_64")
 done
 
-rm -rf "$folder"
-mkdir -p "$folder"
+if [ -d "$folder" ] && find "$folder" -mindepth 1 ! -name '*.whl' ! -name COMMIT | grep -q .; then
+  echo "gpu_wheels: expected a folder of wheels or none, got $folder with other files"
+  exit 1
+fi
+fetched=$(mktemp -d)
+trap 'rm -rf "$fetched"' EXIT
 python3 -m pip --disable-pip-version-check download --quiet --no-deps --only-binary=:all: --implementation cp \
-  --python-version "$version" "${platforms[@]}" --platform manylinux2014_x86_64 --dest "$folder" "${packages[@]}"
-
+  --python-version "$version" "${platforms[@]}" --platform manylinux2014_x86_64 --dest "$fetched" "${packages[@]}"
+mkdir -p "$folder"
+rm -f "$folder"/*.whl
+cp "$fetched"/*.whl "$folder"
 git describe --always --dirty --abbrev=40 >"$folder/COMMIT" # the sources travel without their history
 
 size() { du --bytes --total "$@" | tail -n 1 | cut -f 1; }
@@ -37,6 +43,8 @@ wheels=$(size "$folder"/*.whl)
 extension=(fastunlearn/_C.abi3.so fastunlearn/_C_cuda.abi3.so)
 carry=("$folder")
 for library in "${extension[@]}"; do
+  newer=$(find csrc CMakeLists.txt -newer "$library" 2>/dev/null | head -n 1)
+  [ -f "$library" ] && [ -n "$newer" ] && echo "gpu_wheels: $library is older than $newer: build it again"
   [ -f "$library" ] && carry+=("$library") && continue
   echo "gpu_wheels: $library is not built: it would be built on the machine (FASTUNLEARN_CUDA=check make test builds it here)"
 done

@@ -58,10 +58,17 @@ def test_a_limit_ends_a_stage_and_all_that_it_started(gpu_run, tmp_path):
         time.sleep(0.01)
     gpu_run.end(process)
     assert process.returncode is not None
-    while not is_gone(int(pid.read_text())):  # killed, but not yet dead
-        time.sleep(0.01)
+    wait_until_gone(int(pid.read_text()))
     assert not check.stage("b", "endless", 1, command)
     assert on_disk(check) == [("endless", "stopped at its limit of 1 s")]
+
+
+def wait_until_gone(pid):
+    """Killed processes are dead soon; one that was not killed fails the test."""
+    end = time.monotonic() + 60
+    while not is_gone(pid):
+        assert time.monotonic() < end, f"process {pid} goes on"
+        time.sleep(0.01)
 
 
 def is_gone(pid):
@@ -70,6 +77,68 @@ def is_gone(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except FileNotFoundError:
         return True
+
+
+def test_a_stage_that_was_stopped_has_failed(gpu_run, tmp_path):
+    check = gpu_run.Check(tmp_path, 1000, time.time())
+    check.stage("b", "endless", 1, [sys.executable, "-c", "import time; time.sleep(1000)"])
+    assert check.failed
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_what_a_stage_leaves_running_is_ended(gpu_run, tmp_path, status):
+    pid = tmp_path / "pid"
+    child = STUBBORN.format(path=str(pid))
+    parent = f"""
+import pathlib, subprocess, sys, time
+subprocess.Popen([sys.executable, '-c', {child!r}])
+while not (pathlib.Path({str(pid)!r}).exists() and pathlib.Path({str(pid)!r}).read_text()): time.sleep(0.01)
+sys.exit({status})
+"""
+    gpu_run.Check(tmp_path / "out", 1000, time.time()).stage("b", "leaves", 60, [sys.executable, "-c", parent])
+    wait_until_gone(int(pid.read_text()))
+
+
+def test_a_check_that_is_interrupted_ends_its_stage(gpu_run, tmp_path, monkeypatch):
+    started = []
+    start = gpu_run.start
+
+    def interrupted(*args):
+        process = start(*args)
+        started.append(process)
+        wait, calls = process.wait, []
+
+        def first_wait(timeout=None):
+            calls.append(timeout)
+            if len(calls) == 1:
+                raise KeyboardInterrupt
+            return wait(timeout)
+
+        process.wait = first_wait
+        return process
+
+    monkeypatch.setattr(gpu_run, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        gpu_run.run([sys.executable, "-c", "import time; time.sleep(1000)"], 100, tmp_path / "log")
+    wait_until_gone(started[0].pid)
+
+
+def test_a_stage_that_does_not_run_removes_nothing(gpu_run, tmp_path):
+    rows = tmp_path / "steps_stand_in.json"
+    rows.write_text('{"rows": [1, 2]}')
+    gpu_run.Check(tmp_path, 100, time.time() - 99).stage("d", "late", 60, ["never run"], measures="steps", clears=[rows.name])
+    assert rows.exists()
+    check = gpu_run.Check(tmp_path, 100, time.time())
+    check.stage("d", "runs", 60, [sys.executable, "-c", ""], measures="steps", clears=[rows.name])
+    assert not rows.exists()
+
+
+def test_a_second_try_counts(gpu_run, tmp_path):
+    check = gpu_run.Check(tmp_path, 1000, time.time())
+    check.stage("a", "loads", 60, [sys.executable, "-c", "raise SystemExit(1)"])
+    assert check.failed
+    check.stage("a", "loads", 60, [sys.executable, "-c", ""])
+    assert not check.failed
 
 
 def test_no_stage_begins_when_the_budget_is_spent(gpu_run, tmp_path):
@@ -95,14 +164,14 @@ def test_a_benchmark_that_skips_everything_has_failed(gpu_run, tmp_path):
     check = gpu_run.Check(tmp_path, 1000, time.time())
     assert not check.stage("d", "steps", 60, [sys.executable, "-c", ""], measures="steps")
     assert on_disk(check) == [("steps", "failed: measured nothing")]
-    rows = tmp_path / "steps_h200.json"
+    rows = tmp_path / "steps_stand_in.json"
     write = f"import pathlib; pathlib.Path({str(rows)!r}).write_text('{{\"rows\": [1]}}')"
     assert check.stage("d", "steps", 60, [sys.executable, "-c", write], measures="steps")
 
 
 def test_a_summary_that_cannot_be_drawn_costs_no_stage(gpu_run, tmp_path):
-    check = gpu_run.Check(tmp_path, 1000, time.time())
-    (tmp_path / "steps_h200.json").write_text('{"rows": [{"contestant": "limit"}]}')
+    check = gpu_run.Check(tmp_path, 1000, time.time() - 10)
+    (tmp_path / "steps_stand_in.json").write_text('{"rows": [{"contestant": "limit"}]}')
     assert check.stage("d", "steps", 60, [sys.executable, "-c", ""])
     assert "no summary" in (tmp_path / "summary.txt").read_text()
     assert on_disk(check) == [("steps", "passed")]
@@ -111,7 +180,7 @@ def test_a_summary_that_cannot_be_drawn_costs_no_stage(gpu_run, tmp_path):
 def test_what_a_run_has_left_is_removed_where_it_is_written_anew(gpu_run, tmp_path):
     for name in ("ops_h200.json", "steps_h200.json"):
         (tmp_path / name).write_text('{"rows": []}')
-    gpu_run.Check(tmp_path, 1000, time.time()).clear("steps_*.json")
+    gpu_run.Check(tmp_path, 1000, time.time()).clear("steps_h200.json")
     assert [path.name for path in tmp_path.glob("*_h200.json")] == ["ops_h200.json"]
 
 
@@ -122,8 +191,25 @@ def test_a_log_is_cut_in_the_middle(gpu_run, tmp_path, monkeypatch):
     assert (tmp_path / "log.txt").read_text() == "begi\n[...]\nend!"
 
 
+def test_the_summary_shows_nothing_of_earlier_runs_and_other_devices(gpu_run, tmp_path):
+    op = {"op": "redirect", "shape": "cifar", "job": "rows", "contestant": "kernel alone", "reason": "said"}
+    op |= {"seconds": 1e-4, "share": 0.9, "times_faster": {}}
+    check = gpu_run.Check(tmp_path, 1000, time.time() - 10)
+    check.versions = {"gpu": "NVIDIA H100 80GB HBM3"}
+    (tmp_path / "ops_h200.json").write_text(json.dumps({"rows": [op]}))
+    check.save()
+    assert "redirect" not in (tmp_path / "summary.txt").read_text()
+    (tmp_path / "ops_h100_80gb_hbm3.json").write_text(json.dumps({"rows": [op]}))
+    check.save()
+    assert "redirect" in (tmp_path / "summary.txt").read_text()
+    os.utime(tmp_path / "ops_h100_80gb_hbm3.json", (0, 0))
+    check.save()
+    assert "redirect" not in (tmp_path / "summary.txt").read_text()
+
+
 def test_the_summary_shows_what_is_there(gpu_run, tmp_path):
-    check = gpu_run.Check(tmp_path, 1000, time.time())
+    check = gpu_run.Check(tmp_path, 1000, time.time() - 10)
+    check.versions = {"gpu": "NVIDIA H200"}
     (tmp_path / "tests.xml").write_text(
         '<testsuites><testsuite><testcase classname="a" name="one"/><testcase classname="a" name="two"><failure/></testcase>'
         '<testcase classname="a" name="three"><skipped/></testcase></testsuite></testsuites>'

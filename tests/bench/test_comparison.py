@@ -1,6 +1,7 @@
 """What a benchmark does when something goes wrong, and what it times."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,12 @@ from bench.journal import Journal
 from bench.ready import Ready
 from bench.step_comparison import StepComparison, StepOptions
 from bench.steps import contestants, stages
+from bench.steps.choices import by_layout
+from bench.steps.job import Job
+from bench.steps.networks import NETWORKS
 from fastunlearn.ops import residual as op
+from fastunlearn.testing import accelerator
+from fastunlearn.testing.host_sync import TapeGraphs
 
 
 class Benchmark:
@@ -68,6 +74,39 @@ def test_a_kernel_that_fails_fails_the_benchmark_once_the_others_are_on_disk(tmp
     rows = rows_in(tmp_path / "rows.json")
     assert rows[PAPERS]["seconds"]
     assert rows[KERNEL]["reason"] == "kernel: RuntimeError: out of luck"
+
+
+def test_a_contestant_that_fails_in_the_turns_costs_nobody_else(tmp_path):
+    calls = []
+
+    def fails_later():
+        calls.append(None)
+        return result() if len(calls) < 3 else fails()
+
+    compare(tmp_path / "rows.json", {PAPERS: result, "rfft2": fails_later, KERNEL: result})
+    rows = rows_in(tmp_path / "rows.json")
+    assert rows["rfft2"]["reason"] == "rfft2: RuntimeError: out of luck"
+    assert all(rows[name]["seconds"] for name in (PAPERS, EAGER, KERNEL))
+
+
+def test_results_can_be_continued_and_damaged_ones_are_put_aside(tmp_path):
+    path = tmp_path / "rows.json"
+    compare(path, {PAPERS: result, KERNEL: result})
+    before = json.loads(path.read_text())["rows"]
+    journal = Journal(path, go_on=True)
+    journal.write()
+    assert json.loads(path.read_text())["rows"] == before
+    path.write_text('{"rows": [')
+    Journal(path, go_on=True).write()
+    assert json.loads(path.read_text())["rows"] == []
+    assert (tmp_path / "rows.damaged").read_text() == '{"rows": ['
+
+
+def test_a_line_of_a_writer_that_was_ended_is_no_line(tmp_path):
+    (tmp_path / "ready.txt").write_text("one\tdone\ntw")
+    ready = Ready(tmp_path / "ready.txt")
+    assert ready.missing("one") is None
+    assert "not ready in time" in ready.missing("tw")
 
 
 def test_a_wrong_result_is_not_timed(tmp_path):
@@ -146,7 +185,7 @@ def breaking(monkeypatch, name, after):
     return break_with
 
 
-@pytest.mark.parametrize("after", [1, 3])
+@pytest.mark.parametrize("after", [1, 4])
 def test_a_step_that_fails_is_reported_and_the_others_stand(tmp_path, monkeypatch, after):
     """At its first step, or in the middle of the turns."""
     breaking(monkeypatch, "strongest", after)(RuntimeError("no memory"))
@@ -159,7 +198,7 @@ def test_a_step_that_fails_is_reported_and_the_others_stand(tmp_path, monkeypatc
 
 
 def test_a_run_that_is_stopped_keeps_the_rounds_that_it_timed(tmp_path, monkeypatch):
-    breaking(monkeypatch, "fastunlearn", 3)(KeyboardInterrupt())
+    breaking(monkeypatch, "fastunlearn", 4)(KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         compare_steps(tmp_path / "rows.json")
     rows = rows_in(tmp_path / "rows.json")
@@ -179,6 +218,128 @@ def test_times_are_on_disk_before_anything_else_is_measured(tmp_path, monkeypatc
     row = rows_in(tmp_path / "rows.json")["fastunlearn"]
     assert seen == [row["seconds"]]
     assert row["reason"] == "stages of fastunlearn: ImportError: no profiler"
+
+
+class Stale:
+    """A step that repeats its first update for ever, as a graph over memory that nobody writes to would."""
+
+    def __init__(self, step, parameters):
+        self.step, self.parameters, self.update = step, list(parameters), None
+
+    def __call__(self, draw=None):
+        before = [parameter.detach().clone() for parameter in self.parameters]
+        if self.update is None:
+            self.step(draw)
+            self.update = [one.detach() - two for one, two in zip(self.parameters, before, strict=True)]
+            return
+        with torch.no_grad():
+            torch._foreach_add_(self.parameters, self.update)
+
+
+def wrong_sign(step, parameters):
+    parameters = list(parameters)
+
+    def wrong(draw=None):
+        before = [parameter.detach().clone() for parameter in parameters]
+        step(draw)
+        with torch.no_grad():
+            for parameter, value in zip(parameters, before, strict=True):
+                parameter.copy_(2 * value - parameter)
+
+    return wrong
+
+
+def not_a_number(step, parameters):
+    def wrong(draw=None):
+        step(draw)
+        with torch.no_grad():
+            next(iter(parameters)).fill_(torch.nan)
+
+    return wrong
+
+
+WRONG = {
+    "does nothing": lambda step, parameters: lambda draw=None: None,
+    "wrong sign": wrong_sign,
+    "not a number": not_a_number,
+    "repeats itself": Stale,
+}
+
+
+def replacing(monkeypatch, name, wrong):
+    """At the gate, contestant `name` takes the step that `wrong` makes of its own."""
+    build = contestants.Setting.build
+
+    def built(setting, asked, **options):
+        step = build(setting, asked, **options)
+        if asked != name or not options.get("plain"):
+            return step
+        return wrong(step, list(setting.model(asked).parameters()))
+
+    monkeypatch.setattr(contestants.Setting, "build", built)
+
+
+@pytest.fixture(scope="module")
+def setting():
+    """ReTrack on the smallest network, where a tape takes the place of a CUDA graph."""
+    job = Job(NETWORKS["tiny"], "retrack", torch.device("cpu"))
+    return by_layout(job, accelerator.StandIn(), {}, "contiguous")["contiguous"]
+
+
+@pytest.fixture
+def with_tapes(monkeypatch):
+    monkeypatch.setitem(accelerator.replay.RECORDERS, "cpu", lambda device: TapeGraphs())
+    monkeypatch.setattr(accelerator.Pass, "by_role", lambda self: [self])
+
+
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
+@pytest.mark.parametrize("name", ["strongest", "strongest, replayed", "Unlearner", "Unlearner, replayed"])
+@pytest.mark.usefixtures("with_tapes")
+def test_the_gate_lets_nothing_wrong_pass(setting, monkeypatch, name, wrong):
+    if wrong is Stale and "replayed" not in name:
+        pytest.skip("an eager contestant takes one step at the gate")
+    right = contestants.Gate(setting, 4).check(name)
+    assert right.error <= right.allowed
+    replacing(monkeypatch, name, wrong)
+    found = contestants.Gate(setting, 4).check(name)
+    assert not found.error <= found.allowed
+
+
+@pytest.mark.parametrize("wrong", [wrong_sign, not_a_number], ids=["wrong sign", "not a number"])
+def test_what_does_not_pass_the_gate_is_not_timed(tmp_path, monkeypatch, wrong):
+    replacing(monkeypatch, "strongest", wrong)
+    compare_steps(tmp_path / "rows.json")
+    rows = rows_in(tmp_path / "rows.json")
+    assert rows["strongest"]["seconds"] is None
+    assert "its update differs from the papers'" in rows["strongest"]["reason"]
+    assert rows["fastunlearn"]["seconds"]
+
+
+def test_a_step_that_changes_no_weights_is_not_timed(tmp_path, monkeypatch):
+    """What is timed is built anew after the gate."""
+    build = contestants.Setting.build
+
+    def built(setting, asked, **options):
+        idle = asked == "strongest" and not options.get("plain")
+        return (lambda draw=None: None) if idle else build(setting, asked, **options)
+
+    monkeypatch.setattr(contestants.Setting, "build", built)
+    compare_steps(tmp_path / "rows.json")
+    row = rows_in(tmp_path / "rows.json")["strongest"]
+    assert row["seconds"] is None
+    assert row["reason"] == "strongest: RuntimeError: its step changes no weights"
+
+
+def test_a_compiled_step_that_was_not_ready_is_left_out_and_named(tmp_path):
+    line = "tiny, vanilla, float32, contiguous, strongest\tits compilation failed: no luck\n"
+    (tmp_path / "ready.txt").write_text(line)
+    options = StepOptions(full=True, smoke=True, memory=False, seconds=0.0, official={}, layout="contiguous")
+    options = replace(options, ready=Ready(tmp_path / "ready.txt"))
+    StepComparison(Benchmark(), None, options, 1, Journal(tmp_path / "rows.json"), {})("tiny", "vanilla")
+    rows = rows_in(tmp_path / "rows.json")
+    assert rows["strongest, compiled"]["reason"] == "strongest, compiled: its compilation failed: no luck"
+    assert "not ready in time" in rows["fastunlearn, compiled"]["reason"]
+    assert rows["fastunlearn"]["seconds"]
 
 
 def test_a_layout_that_cannot_be_chosen_costs_no_contestant(tmp_path, monkeypatch):
