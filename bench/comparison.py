@@ -168,7 +168,7 @@ class Comparison:
         rows += [Row(op, str(shape), job, name, backend, reason=reason, floor=floor, predicted=predicted) for name, reason in missing.items()]
         rows += [Row(op, str(shape), job, name, "none", reason=f"{name}: {reason}") for name, reason in failed.items()]
         self.journal.add(rows)
-        self._measure_launches(rows, calls, failed)
+        self._measure_launches(rows, calls)
         self.benchmark.extra_info.update(device=str(self.device), threads=self.threads, rows=[asdict(row) for row in rows])
         if wrong := [f"{name}: {failed[name]}" for name in OURS if name in failed]:
             pytest.fail("; ".join(wrong))
@@ -187,18 +187,11 @@ class Comparison:
         inductor, took = harness.compiled(formula)
         calls[COMPILED] = lambda: inductor(*arguments)
         if self.options.compile_only:
-            self._compile(label, calls[COMPILED])
+            with self.options.ready.compiling(label):
+                calls[COMPILED]()
         return took
 
-    def _compile(self, label: str, call: Call) -> None:
-        try:
-            call()
-        except Exception as error:
-            self.options.ready.add(label, error)
-        else:
-            self.options.ready.add(label)
-
-    def _measure_launches(self, rows: list[Row], calls: dict[str, Call], failed: dict[str, str]) -> None:
+    def _measure_launches(self, rows: list[Row], calls: dict[str, Call]) -> None:
         """On a GPU, after everything is on disk: a capture that fails costs nothing else."""
         if self.yardstick.accelerator is None:
             return

@@ -7,6 +7,8 @@ FILE as each is done, or has failed; several such runs share a file, and inducto
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _DONE = "done"
@@ -33,15 +35,17 @@ class Ready:
         outcome = self._found.get(label, "left out, its compilation was not ready in time")
         return None if outcome == _DONE else outcome
 
-    def add(self, label: str, failure: Exception | None = None) -> None:
-        """Says that `label` is compiled, or what hindered it."""
-        if self.path is None or not self.recording:
-            return
+    @contextmanager
+    def compiling(self, label: str) -> Iterator[None]:
+        """The block compiles `label`; what hinders it is noted, and ends there."""
         outcome = _DONE
-        if failure is not None:
-            outcome = f"its compilation failed: {' '.join(str(failure).split())[:300]}"
-        with self.path.open("a") as file:
-            file.write(f"{label}\t{outcome}\n")
+        try:
+            yield
+        except Exception as error:
+            outcome = f"its compilation failed: {' '.join(str(error).split())[:300]}"
+        if self.path is not None and self.recording:
+            with self.path.open("a") as file:
+                file.write(f"{label}\t{outcome}\n")
 
 
 EVERYTHING = Ready()

@@ -173,15 +173,10 @@ class StepComparison:
             for name in self._names(job):
                 if mode_of(name) != COMPILED:
                     continue
-                label = self._label(job, layout, base_of(name))
-                try:
+                with self.options.ready.compiling(self._label(job, layout, base_of(name))):
                     step = setting.build(name)
                     step()
                     step()
-                except Exception as error:
-                    self.options.ready.add(label, error)
-                else:
-                    self.options.ready.add(label)
 
     @staticmethod
     def _label(job: Job, layout: str, base: str) -> str:

@@ -55,11 +55,10 @@ class Check:
         self.log = out / "log.txt"
         self.log.write_text("")
 
-    def clear(self, *patterns: str) -> None:
+    def clear(self, *names: str) -> None:
         """Removes what an earlier run has left of the files that are about to be written."""
-        for pattern in patterns:
-            for path in self.out.glob(pattern):
-                path.unlink()
+        for name in names:
+            (self.out / name).unlink(missing_ok=True)
 
     def left(self) -> float:
         """Seconds of the budget."""
