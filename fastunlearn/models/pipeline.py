@@ -12,6 +12,7 @@ import torch
 
 from .. import _check
 from ..checkpoint import atomic_directory
+from .supported import check_network, check_parts, check_runs, check_surroundings
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin, UNet2DModel
@@ -38,8 +39,8 @@ def load_checkpoint(path: str | os.PathLike, *, dtype: torch.dtype = torch.float
         `(model, scheduler)`: a diffusers `UNet2DModel` in eval mode, and the diffusers scheduler that the folder names.
 
     Raises:
-        ValueError: naming the file: missing, not JSON, a class that is not supported, code from elsewhere, weights that are pickles, damaged,
-            not those of the configuration, or not finite.
+        ValueError: naming the file: missing, not JSON, a class that is not supported, a pipeline of latents, a network that needs labels or
+            cannot be called, code from elsewhere, weights that are pickles, damaged, not those of the configuration, or not finite.
         ImportError: the package diffusers is not installed.
     """
     root = Path(path)
@@ -48,9 +49,17 @@ def load_checkpoint(path: str | os.PathLike, *, dtype: torch.dtype = torch.float
         raise ValueError(f"{root}: expected {LAYOUT}, got {found}")
     folder = _model_folder(root)
     config_file = folder / "config.json"
-    _supported(config_file, _read_json(config_file).get("_class_name"), MODELS, "network")
+    config = _read_json(config_file)
+    _supported(config_file, config.get("_class_name"), MODELS, "network")
+    index_file = folder.parent / "model_index.json"  # also where the folder of the network alone was given
+    if index_file.is_file():
+        check_parts(index_file, _read_json(index_file))
+    check_surroundings(folder)
     scheduler = _load_scheduler(root, folder)
-    return _load_model(folder, dtype).to(device), scheduler
+    check_network(config_file, config, len(scheduler))
+    model = _load_model(folder, dtype).to(device)
+    check_runs(config_file, model, len(scheduler))
+    return model, scheduler
 
 
 def save_checkpoint(output_dir: str | os.PathLike, model: UNet2DModel, scheduler: SchedulerMixin) -> Path:
@@ -153,6 +162,8 @@ def _load_model(folder: Path, dtype: torch.dtype) -> UNet2DModel:
         pickles = sorted(file.name for file in folder.iterdir() if file.suffix in REFUSED_SUFFIXES)
         found = f"{', '.join(pickles)}: such files are pickles, and unpickling runs whatever code they hold" if pickles else "no weights"
         raise ValueError(f"{folder}: expected {WEIGHTS[0]}, got {found}")
+    if (folder / WEIGHTS[1]).is_file():  # diffusers prefers the shards, whatever else there is
+        _check_shards(folder / WEIGHTS[1])
     try:
         model, info = getattr(diffusers, name).from_pretrained(
             folder, use_safetensors=True, local_files_only=True, torch_dtype=dtype, low_cpu_mem_usage=False, output_loading_info=True
@@ -166,6 +177,23 @@ def _load_model(folder: Path, dtype: torch.dtype) -> UNet2DModel:
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ValueError(f"{weights}: expected finite weights, got NaN or Inf in {key}")
     return model.eval()
+
+
+def _check_shards(index_file: Path) -> None:
+    """Refuses an index that names anything but safetensors beside it: diffusers reads what it names, and unpickles a .bin.
+
+    Raises:
+        ValueError: naming the entry.
+    """
+    shards = _read_json(index_file).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise ValueError(f"{index_file}: expected weight_map to name a file for each tensor, got {_check.describe(shards)}")
+    for tensor, shard in shards.items():
+        plain = isinstance(shard, str) and Path(shard).name == shard and "\\" not in shard and shard.endswith(".safetensors")
+        if not plain:
+            raise ValueError(f"{index_file}: expected the name of a .safetensors file in {index_file.parent} for {tensor}, got {shard!r}")
+        if not (index_file.parent / shard).is_file():
+            raise ValueError(f"{index_file}: expected {shard}, which holds {tensor}, beside it, got no such file")
 
 
 def _read_json(file: Path) -> dict:

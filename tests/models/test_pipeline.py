@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -95,6 +96,34 @@ def test_channels_last_networks_are_saved(tmp_path):
     save_checkpoint(tmp_path / "out", model, diffusers.DDPMScheduler())
     assert model.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
     assert_same_weights(load_checkpoint(tmp_path / "out")[0], tiny_unet())
+
+
+def test_shards_are_read(pipeline):
+    shards(pipeline, "shard.safetensors")
+    (pipeline / "unet" / WEIGHTS).rename(pipeline / "unet" / "shard.safetensors")
+    assert_same_weights(load_checkpoint(pipeline)[0], tiny_unet())
+
+
+@pytest.mark.parametrize("place", ["", "unet"])
+def test_a_shard_that_acts_is_not_opened(pipeline, place):
+    """A pickle that an index names, in a folder that holds the plain weights as well: diffusers alone would run it."""
+    ran = pipeline / "ran"
+
+    class Acts:
+        def __reduce__(self):
+            return Path.touch, (ran,)
+
+    shards(pipeline, "shard.bin")
+    (pipeline / "unet" / "shard.bin").write_bytes(pickle.dumps(Acts()))
+    with pytest.raises(ValueError, match=r"got 'shard\.bin'"):
+        load_checkpoint(pipeline / place)
+    assert not ran.exists()
+
+
+def test_the_unet_of_a_pipeline_of_latents_is_not_taken_for_one_of_pictures(pipeline):
+    ldm(pipeline)
+    with pytest.raises(ValueError, match=r"model_index.json: expected a network of pictures alone"):
+        load_checkpoint(pipeline / "unet")
 
 
 def test_other_objects_are_not_saved(tmp_path):
@@ -207,7 +236,104 @@ def a_file(folder: Path) -> None:
     folder.write_text("")
 
 
+def ldm(folder: Path) -> None:
+    edit_json(folder / "model_index.json", _class_name="LDMPipeline", vqvae=["diffusers", "VQModel"])
+
+
+def audio(folder: Path) -> None:
+    edit_json(folder / "model_index.json", mel=["audio_diffusion", "Mel"], vqvae=[None, None])
+
+
+def vqvae_beside(folder: Path) -> None:
+    (folder / "model_index.json").unlink()
+    (folder / "vqvae").mkdir()
+    (folder / "vqvae" / "config.json").write_text("{}")
+
+
+def class_labels(folder: Path) -> None:
+    save_checkpoint(folder, tiny_unet(num_class_embeds=10), diffusers.DDPMScheduler(TINY_TIMESTEPS))
+
+
+def class_times(folder: Path) -> None:
+    edit_json(folder / "unet" / "config.json", class_embed_type="timestep")
+
+
+def super_resolution(folder: Path) -> None:
+    save_checkpoint(folder, tiny_unet(in_channels=3), diffusers.DDPMScheduler(TINY_TIMESTEPS))
+
+
+def fourier(folder: Path) -> None:
+    edit_json(folder / "unet" / "config.json", time_embedding_type="fourier")
+
+
+def few_times(folder: Path) -> None:
+    network = tiny_unet(time_embedding_type="learned", num_train_timesteps=TINY_TIMESTEPS - 1)
+    save_checkpoint(folder, network, diffusers.DDPMScheduler(TINY_TIMESTEPS))
+
+
+def odd_size(folder: Path) -> None:
+    edit_json(folder / "unet" / "config.json", sample_size=7)
+
+
+def overflowing(folder: Path) -> None:
+    network = tiny_unet()
+    with torch.no_grad():
+        network.conv_in.bias.fill_(torch.finfo(torch.float32).max)
+        network.conv_in.weight.fill_(torch.finfo(torch.float32).max)
+    save_checkpoint(folder, network, diffusers.DDPMScheduler(TINY_TIMESTEPS))
+
+
+def shards(folder: Path, file: str) -> None:
+    """The weights in one shard, which an index calls `file`."""
+    names = list(load_file(folder / "unet" / WEIGHTS))
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, file)}
+    (folder / "unet" / (WEIGHTS + ".index.json")).write_text(json.dumps(index))
+
+
+def pickled_shard(folder: Path) -> None:
+    shards(folder, "shard.bin")
+    (folder / "unet" / "shard.bin").write_bytes(b"")
+
+
+def shard_elsewhere(folder: Path) -> None:
+    shards(folder, "../shard.safetensors")
+    shutil.copy(folder / "unet" / WEIGHTS, folder / "shard.safetensors")
+
+
+def shard_anywhere(folder: Path) -> None:
+    shutil.copy(folder / "unet" / WEIGHTS, folder / "shard.safetensors")
+    shards(folder, str(folder / "shard.safetensors"))
+
+
+def no_shard(folder: Path) -> None:
+    shards(folder, "shard.safetensors")
+
+
+def odd_shard(folder: Path) -> None:
+    shards(folder, 3)
+
+
+def no_shards(folder: Path) -> None:
+    (folder / "unet" / (WEIGHTS + ".index.json")).write_text('{"weight_map": []}')
+
+
 REFUSED = [
+    (ldm, r"model_index.json: expected a network of pictures alone .*, got one that works on the latents of its vqvae, which is not supported yet"),
+    (audio, r"model_index.json: expected a network of pictures alone .*, got a pipeline with mel too"),
+    (vqvae_beside, r"unet: expected a network of pictures alone .*, got one that works on the latents of .*vqvae"),
+    (class_labels, r"config.json: expected an unconditional network, num_class_embeds: null .*, got 10"),
+    (class_times, r"config.json: expected an unconditional network, class_embed_type: null .*, got 'timestep'"),
+    (super_resolution, r"config.json: expected .* out_channels equal to in_channels, 3, or twice as many .*, got 1"),
+    (fourier, r"config.json: expected a time_embedding_type of timesteps, positional or learned, got 'fourier'"),
+    (few_times, r"config.json: expected num_train_timesteps of at least the scheduler's 20, got 19"),
+    (odd_size, r"config.json: expected a network that can be called on pictures of 1x7x7.*, got "),
+    (overflowing, r"config.json: expected a network that can be called on .* and answers with finite numbers, got NaN or Inf"),
+    (pickled_shard, r"index.json: expected the name of a .safetensors file in .*unet for .*, got 'shard.bin'"),
+    (shard_elsewhere, r"index.json: expected the name of a .safetensors file in .*unet for .*, got '../shard.safetensors'"),
+    (shard_anywhere, r"index.json: expected the name of a .safetensors file in .*unet for .*, got '/.*shard.safetensors'"),
+    (no_shard, r"index.json: expected shard.safetensors, which holds .*, beside it, got no such file"),
+    (odd_shard, r"index.json: expected the name of a .safetensors file in .*, got 3"),
+    (no_shards, r"index.json: expected weight_map to name a file for each tensor, got list"),
     (no_weights, r"unet: expected diffusion_pytorch_model.safetensors, got no weights"),
     (pickled_weights, r"unet: expected diffusion_pytorch_model.safetensors, got diffusion_pytorch_model.bin: such files are pickles"),
     (nan_weights, r"diffusion_pytorch_model.safetensors: expected finite weights, got NaN or Inf in conv_in.bias"),

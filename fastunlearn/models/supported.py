@@ -1,0 +1,92 @@
+"""What may be trained as it is: a network that takes a noisy picture and a timestep, and nothing else. All that is not is refused by name.
+
+A pipeline with more parts than a network and a scheduler does something with its pictures before the network sees them. Trained on the
+pictures themselves, such a network would lose what it can do, and no error would say so.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .. import _check
+
+PARTS = ("unet", "transformer", "scheduler")  # what a pipeline of pictures is made of
+AUTOENCODERS = ("vae", "vqvae", "vqgan", "movq")  # diffusers' names of the part that makes latents
+NOT_CALLED_SO = "expected a network of pictures alone (DDPMPipeline)"
+
+
+def check_parts(index_file: Path, index: dict) -> None:
+    """Refuses a pipeline that has more parts than a network and a scheduler; `index` is its `model_index.json`.
+
+    Raises:
+        ValueError: naming the parts.
+    """
+    parts = [name for name, value in index.items() if isinstance(value, list) and value != [None, None]]
+    more = [name for name in parts if name not in PARTS]
+    latents = [name for name in more if name in AUTOENCODERS]
+    if latents:
+        raise ValueError(f"{index_file}: {NOT_CALLED_SO}, got one that works on the latents of its {latents[0]}, which is not supported yet")
+    if more:
+        raise ValueError(f"{index_file}: {NOT_CALLED_SO}, got a pipeline with {', '.join(more)} too, which is not supported yet")
+
+
+def check_surroundings(folder: Path) -> None:
+    """Refuses the network in `folder` if it is a part of a pipeline of latents, whose other parts lie beside it.
+
+    Raises:
+        ValueError: naming the folder of the autoencoder.
+    """
+    for name in AUTOENCODERS:
+        beside = folder.parent / name
+        if (beside / "config.json").is_file():
+            raise ValueError(f"{folder}: {NOT_CALLED_SO}, got one that works on the latents of {beside}, which is not supported yet")
+
+
+def check_network(config_file: Path, config: dict, num_timesteps: int) -> None:
+    """Refuses networks that ask for more than a picture and one of `num_timesteps` timesteps, or that answer with something else.
+
+    Raises:
+        ValueError: naming `config_file`, the entry and its value.
+    """
+    for entry in ("class_embed_type", "num_class_embeds"):
+        if config.get(entry) is not None:
+            expected = f"{entry}: null (the *_step functions take class_labels in forget_kwargs and retain_kwargs)"
+            raise ValueError(f"{config_file}: expected an unconditional network, {expected}, got {config[entry]!r}")
+    channels, answered = config.get("in_channels", 3), config.get("out_channels", 3)
+    if answered not in (channels, 2 * channels):
+        expected = f"out_channels equal to in_channels, {channels}, or twice as many (a learned variance)"
+        raise ValueError(f"{config_file}: {NOT_CALLED_SO}, {expected}, got {answered}")
+    embedding = config.get("time_embedding_type", "positional")
+    if embedding == "fourier":  # it takes noise levels for timesteps, and divides by them
+        raise ValueError(f"{config_file}: expected a time_embedding_type of timesteps, positional or learned, got 'fourier'")
+    known = config.get("num_train_timesteps")
+    if embedding == "learned" and known is not None and known < num_timesteps:
+        raise ValueError(f"{config_file}: expected num_train_timesteps of at least the scheduler's {num_timesteps}, got {known}")
+
+
+@torch.no_grad()
+def check_runs(config_file: Path, model: nn.Module, num_timesteps: int) -> None:
+    """Calls the network once, on an empty picture, so that one that cannot be called is refused before hours of work.
+
+    Raises:
+        ValueError: it raises, or answers with something else than one finite picture, or one with a variance.
+    """
+    size = model.config.sample_size
+    if size is None:  # the commands refuse it: they would not know what pictures to make
+        return
+    channels = model.config.in_channels
+    height, width = (size, size) if isinstance(size, int) else size
+    parameter = next(model.parameters())
+    picture = torch.zeros(1, channels, height, width, device=parameter.device, dtype=parameter.dtype)
+    expected = f"{config_file}: expected a network that can be called on pictures of {channels}x{height}x{width}"
+    try:
+        answer = model(picture, torch.tensor([num_timesteps - 1], device=parameter.device)).sample
+    except Exception as error:  # whatever a layer makes of what does not fit
+        raise ValueError(f"{expected}, got {type(error).__name__}: {error}") from error
+    if tuple(answer.shape) not in ((1, channels, height, width), (1, 2 * channels, height, width)):
+        raise ValueError(f"{expected} and answers with their shape, got {_check.describe(answer)}")
+    if not torch.isfinite(answer).all():
+        raise ValueError(f"{expected} and answers with finite numbers, got NaN or Inf for an empty picture")
