@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,8 +16,11 @@ from torch import Tensor
 from . import _check, philox
 from ._arrays import as_labels, as_tensor, is_memory_mapped, name, tensor_bytes
 
+log = logging.getLogger("fastunlearn")
+
 DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 CHUNK_BYTES = 64 << 20  # what the streamed checks and hashes hold at a time
+CHUNKS_LOOKED_AT = 16  # for a warning: the first GB
 RANGE_ROUNDING = 1e-6  # how far a float image may exceed [-1, 1]: resizing and rescaling in float32 round
 # 1 / 127.5 in two parts, as in csrc/numeric.h and kernels/images.py. `x / 127.5` would not be one number: on
 # CUDA, torch multiplies by the rounded reciprocal, which is off for 111 of 256 bytes. The upper part has 9
@@ -71,6 +76,8 @@ class ImageStore:
         self._content_hash: str | None = None
         if images.is_floating_point():
             self._check_values()
+        if not latents:
+            self._warn_of_another_range()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -226,6 +233,16 @@ class ImageStore:
         for start, low, _, rows in _bounds("std", self._std_rows()) if self.std is not None else ():
             if low < 0:
                 raise ValueError(f"std: expected standard deviations >= 0, got {low:.6g} (rows {start} to {start + rows - 1}); exp(log_var / 2) is one")
+
+    def _warn_of_another_range(self) -> None:
+        """Pictures in [0, 1] are half as contrasted as what networks are trained on, and nothing else would say so."""
+        looked_at = itertools.islice(self.chunks(), CHUNKS_LOOKED_AT)
+        if any(rows.max() > 1 if self.is_uint8 else rows.min() < 0 for _, rows in looked_at):
+            return
+        if self.is_uint8:
+            log.warning("images: %d rows of uint8 have no value above 1; uint8 is [0, 255]: masks, or pictures in [0, 1]?", len(self))
+        else:
+            log.warning("images: %d rows have no value below 0; floats are [-1, 1]: pictures in [0, 1] are 2 * x - 1", len(self))
 
 
 @dataclass(frozen=True, eq=False)

@@ -128,6 +128,29 @@ def test_rounding_at_the_border_is_accepted():
     assert len(ImageStore(images)) == 1
 
 
+PICTURES = torch.linspace(0, 1, 5 * 3 * 4 * 4).view(5, 3, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (PICTURES, "5 rows have no value below 0"),
+        (PICTURES.half().numpy(), "5 rows have no value below 0"),
+        ((PICTURES > 0.5).byte(), "5 rows of uint8 have no value above 1"),
+        (2 * PICTURES - 1, None),
+        ((255 * PICTURES).byte(), None),
+    ],
+)
+def test_pictures_in_another_range_are_spoken_of(images, message, caplog):
+    ImageStore(images)
+    assert [message in record.message for record in caplog.records] == ([True] if message else [])
+
+
+def test_latents_may_all_be_positive(caplog):
+    ImageStore(PICTURES, latents=True)
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("wrap", [torch.clone, torch.Tensor.numpy, lambda t: np.lib.stride_tricks.as_strided(t.numpy(), writeable=False)],
                          ids=["tensor", "numpy", "read-only"])
 def test_no_copy(wrap):
