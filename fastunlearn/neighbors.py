@@ -21,6 +21,8 @@ from .store import ImageStore
 CACHE_FORMAT = "fastunlearn-neighbors"
 CACHE_VERSION = 1  # raised whenever a search could give another answer
 DEFAULT_CHUNK_BYTES = 2**28
+ROWS_MEASURED = 256  # of neighbours that a caller gives
+DISTANCE_ROUNDING = 1e-6  # between float rows, for callers who measured in float32
 BACKENDS = ("auto", "exact", "faiss")
 
 
@@ -75,6 +77,31 @@ def nearest_neighbors(
             _write_cache(path, *found)
     index, sqdist = found
     return index.to(forget_rows.device), sqdist.to(forget_rows.device)
+
+
+def check_neighbors(forget: ImageStore, retain: ImageStore, index: Tensor, sqdist: Tensor) -> None:
+    """Whether `index` and `sqdist`, `[N, k]`, can be neighbours of the forget rows: in order, and as far away as they say.
+
+    Found for other images, or for these in another order, they would redirect every forget image to strangers, and no error would say so. At
+    most 256 forget rows, spread over the set, are measured.
+
+    Raises:
+        ValueError: distances that descend, that are not finite, or that are not those of the rows.
+    """
+    if not bool(torch.isfinite(sqdist).all()) or bool((sqdist.diff(dim=1) < 0).any()) or bool((sqdist < 0).any()):
+        raise ValueError("neighbors: expected finite squared distances, ascending in each row, got others")
+    for row in torch.linspace(0, len(forget) - 1, min(len(forget), ROWS_MEASURED)).long().tolist():
+        own = forget.images[row].flatten()
+        others = retain.images[index[row].to(retain.device)].flatten(1).to(own.device)
+        if forget.is_uint8:
+            measured = (others.long() - own.long()).square().sum(1)
+            agree = torch.equal(measured, sqdist[row].to(measured))
+        else:
+            measured = (others.double() - own.double()).square().sum(1)
+            agree = torch.allclose(measured, sqdist[row].to(measured), rtol=DISTANCE_ROUNDING, atol=0)
+        if not agree:
+            expected = f"neighbours of these forget rows, as nearest_neighbors returns them (row {row} has {measured[0].item():g} to its first)"
+            raise ValueError(f"neighbors: expected {expected}, got a squared distance of {sqdist[row, 0].item():g}")
 
 
 def _rows(name: str, images: ImageStore | Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from .compilation import Compile, compile_seconds, resolve_compile
 from .draws import CounterSource, Draws, Purpose
 from .feeds import HostFeed, open_feed
 from .methods import Batch, Method
-from .neighbors import nearest_neighbors
+from .neighbors import check_neighbors, nearest_neighbors
 from .precision import resolve_autocast
 from .profiling import stage
 from .replay import make_replay
@@ -272,6 +272,8 @@ class Unlearner:
             raise ValueError(f"neighbors: expected index and sqdist of shape ({len(self.forget)}, {k}), got {tuple(index.shape)} and {tuple(sqdist.shape)}")
         if int(index.min()) < 0 or int(index.max()) >= len(self.retain):
             raise ValueError(f"neighbors: expected rows of retain, [0, {len(self.retain) - 1}], got [{int(index.min())}, {int(index.max())}]")
+        if given is not None:
+            check_neighbors(self.forget, self._feeds["retain"].store, index, sqdist)
         sqdist = sqdist.double() * UINT8_SCALE if self.retain.is_uint8 else sqdist.double()
         return index.to(self.device), sqdist.to(self.device)
 

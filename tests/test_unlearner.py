@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 
-from fastunlearn import SISS, Draws, EraseDiff, ImageStore, NegGrad, ReTrack, Unlearner, Vanilla, retrack_step
+from fastunlearn import SISS, Draws, EraseDiff, ImageStore, NegGrad, ReTrack, Unlearner, Vanilla, nearest_neighbors, retrack_step
 from fastunlearn.testing.factories import TinyDenoiser, linear_schedule
 
 METHODS = [ReTrack(k=2), SISS(), SISS(variant="no_is"), SISS(variant="bernoulli"), EraseDiff(), NegGrad(), Vanilla()]
@@ -166,3 +166,31 @@ def test_images_and_latents_do_not_mix():
     stores = {"forget": ImageStore(images[:2]), "retain": ImageStore(images[2:], latents=True)}
     with pytest.raises(ValueError, match="forget: expected latents, as in retain, got images"):
         Unlearner(model, torch.optim.SGD(model.parameters(), lr=0.1), SCHEDULE, EraseDiff(), **stores)
+
+
+def swapped(index, sqdist):
+    return index[[1, 0, 2, 3]], sqdist[[1, 0, 2, 3]]
+
+
+def of_other_rows(index, sqdist):
+    return index, sqdist + 1
+
+
+def descending(index, sqdist):
+    return index.flip(1), sqdist.flip(1)
+
+
+def not_finite(index, sqdist):
+    return index, sqdist.double().fill_(float("nan"))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("spoil", [swapped, of_other_rows, descending, not_finite])
+def test_neighbours_of_other_images_are_refused(dtype, spoil):
+    forget, retain = stores(dtype)
+    found = nearest_neighbors(forget, retain, 2)
+    make(ReTrack(k=2), dtype=dtype, neighbors=found)  # as they were found: accepted
+    if spoil is not_finite and dtype == torch.uint8:
+        pytest.skip("integers have no NaN")
+    with pytest.raises(ValueError, match="neighbors: expected"):
+        make(ReTrack(k=2), dtype=dtype, neighbors=spoil(*found))
