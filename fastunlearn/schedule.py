@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow")
+FLOW_MATCHING = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
 
 
 class NoiseSchedule:
@@ -49,12 +50,20 @@ class NoiseSchedule:
 
     @classmethod
     def from_diffusers(cls, scheduler) -> NoiseSchedule:
-        """The schedule a diffusers scheduler trains with; its float32 `alphas_cumprod` is what the checkpoint has seen, so it is the source."""
+        """The schedule a diffusers scheduler trains with; its float32 `alphas_cumprod` is what the checkpoint has seen, so it is the source.
+
+        Flow matching: diffusers' FlowMatch schedulers. One with `use_dynamic_shifting` shifts its noise levels when it
+        samples, by the size of the image; diffusers' scripts train with those that are not shifted.
+        """
         if hasattr(scheduler, "alphas_cumprod"):
             return cls.from_alphas_cumprod(scheduler.alphas_cumprod, prediction_type=scheduler.config.get("prediction_type", "epsilon"))
-        if "shift" in getattr(scheduler, "config", {}):  # flow matching
-            return cls.flow(scheduler.config.num_train_timesteps, shift=scheduler.config.shift)
-        raise TypeError(f"scheduler: expected a diffusers scheduler with alphas_cumprod or flow matching, got {type(scheduler).__name__}")
+        if type(scheduler).__name__ in FLOW_MATCHING:
+            config = scheduler.config
+            if config.get("invert_sigmas"):
+                raise ValueError("scheduler: expected noise levels that rise with t, got invert_sigmas=True")
+            return cls.flow(config.num_train_timesteps, shift=1.0 if config.get("use_dynamic_shifting") else config.shift)
+        expected = f"a diffusers scheduler with alphas_cumprod, or one of {', '.join(FLOW_MATCHING)}"
+        raise TypeError(f"scheduler: expected {expected}, got {type(scheduler).__name__}")
 
     @classmethod
     def flow(cls, num_timesteps: int = 1000, shift: float = 1.0) -> NoiseSchedule:
