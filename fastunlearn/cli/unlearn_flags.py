@@ -96,7 +96,11 @@ class Optimization:
             _check.number(name, getattr(self, name), low=0, low_open=True)
         for name in ("adam_beta1", "adam_beta2", "adam_weight_decay", "ema_decay"):
             _check.number(name, getattr(self, name), low=0, high=1)
-        _check.integer("lr_warmup_steps", self.lr_warmup_steps, low=0)
+            if name.startswith("adam_beta") and getattr(self, name) == 1:
+                raise ValueError(f"{name}: expected a number in [0, 1), got 1: the average would never move")
+        # A run that forgets nothing, because it takes no step or never comes out of the warm-up, would end as one that does.
+        _check.integer("max_train_steps", self.max_train_steps, low=1)
+        _check.integer("lr_warmup_steps", self.lr_warmup_steps, low=0, high=self.max_train_steps - 1, of="max_train_steps - 1")
         parameters = list(model.parameters())
         optimizer = torch.optim.AdamW(
             parameters, lr=self.learning_rate, betas=(self.adam_beta1, self.adam_beta2), weight_decay=self.adam_weight_decay, eps=self.adam_epsilon, fused=True
