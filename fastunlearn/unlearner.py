@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import _check
 from . import draws as draw
+from .agreement import check_agreement
 from .compilation import Compile, compile_seconds, resolve_compile
 from .draws import CounterSource, Draws, Purpose
 from .feeds import HostFeed, open_feed
@@ -54,8 +55,8 @@ class Unlearner:
         replay: on a GPU: after three steps the whole step but EMA and scheduler is captured as a CUDA graph, and replayed from then on; no Python of the
             model runs any more. None: where nothing stands against it (several processes, a grad_scaler, rows on the host, an optimizer that is not
             fused, hooks; the log says what); True: else an error; False: never.
-        process_group: processes that take every step together, each on its share of the batch; all of them must hold the same weights. None: those of a
-            model wrapped in DistributedDataParallel.
+        process_group: processes that take every step together, each on its share of the batch; all of them must hold the same weights, which the first
+            step checks. None: those of a model wrapped in DistributedDataParallel.
         time_window, lowpass: not in this version; None.
 
     Raises:
@@ -137,10 +138,13 @@ class Unlearner:
         # Of the latest step, of the first parameter group; a tensor where it lies on the device.
         self.lr_of_step: float | Tensor | None = None
         self.skipped_steps = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._agreed = self.process_group is None
         self._replay = make_replay(replay, unwrapped(model), optimizer, self.device, forbidden=self._not_replayable())
 
     def step(self, draws: Draws | None = None) -> StepOutput:
         """Takes one step. `draws` may give rows, noise or timesteps; the rest is drawn for (seed, step index)."""
+        if not self._agreed:  # not before: unlearn() shares the weights first
+            self._check_agreement()
         obstacle = None if self._replay is None else self._not_replayable_now(draws)
         if self._replay is not None and obstacle is None:
             output = self._replay.step(self._step_on_device, self._settings())
@@ -157,6 +161,11 @@ class Unlearner:
         if self.ema is not None:
             self.ema.step(self.model.parameters() if isinstance(self.model, torch.nn.Module) else self.parameters)
         return output
+
+    def _check_agreement(self) -> None:
+        rows = {f"number of {name} rows": 0 if store is None else len(store) for name, store in (("forget", self.forget), ("retain", self.retain))}
+        check_agreement(self.parameters, {"seed": self.seed, "step": self.step_index, **rows}, self.process_group)
+        self._agreed = True
 
     def _step_on_device(self, draws: Draws | None = None) -> StepOutput:
         """What a step does on the device. Nothing here may depend on the step but through `_counter`: replayed, this runs once for all steps."""

@@ -15,7 +15,7 @@ LAYERS = [
     {"checkpoint", "kernels"},
     {"reference", "ops", "data"},
     {"functional", "neighbor_search", "neighbors", "feeds"},
-    {"draws", "gradients"},
+    {"draws", "gradients", "agreement"},
     {"methods"},
     {"evaluation", "compilation", "attention", "losses"},
     {"step"},

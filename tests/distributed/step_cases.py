@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastunlearn import ImageStore, Unlearner, erasediff_step, retrack_step, siss_step
+from fastunlearn import SISS, ImageStore, Unlearner, erasediff_step, retrack_step, siss_step
 from fastunlearn.draws import Draws
 from fastunlearn.precision import tf32
 from fastunlearn.step import StepOutput
@@ -153,3 +153,20 @@ def own_loop(name: str, alone: bool, prepared: str, micro_batch_size: int | None
             output = retrack_step(model, optimizer, SCHEDULE, forget[share], neighbors, retain[share], lambd=0.3, draws=draws, **options)
         reports.append(numbers(output))
     return weights(model), reports
+
+
+def begin_apart(what: str) -> None:
+    """A first step of processes of which the second one has something else."""
+    unlearner = build(SISS(), False)
+    if dist.get_rank() == 1:
+        if what == "weights":
+            with torch.no_grad():
+                swapped = unlearner.parameters[0].flatten()[:2].flip(0)  # the same numbers in other places
+                unlearner.parameters[0].view(-1)[:2] = swapped
+        elif what == "step":
+            unlearner._count_from(1)
+    unlearner.step()
+
+
+def begin_with_other_seeds() -> None:
+    build(SISS(), False, seed=dist.get_rank()).step()

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from step_cases import BATCH, drawn_rows, own_loop, step_with_a_nan, take_steps, take_steps_on
+from step_cases import (
+    BATCH,
+    begin_apart,
+    begin_with_other_seeds,
+    drawn_rows,
+    own_loop,
+    step_with_a_nan,
+    take_steps,
+    take_steps_on,
+)
 from team import Team
 
 from fastunlearn import SISS, EraseDiff, NegGrad, ReTrack, Vanilla
@@ -91,6 +100,21 @@ def test_the_batch_must_divide(pair: Team):
     for succeeded, text in pair.answers(take_steps, Vanilla(), False, {"batch_size": 13}):
         assert not succeeded
         assert "batch_size: expected a multiple of the 2 processes, got 13" in text
+
+
+APART = [
+    (begin_apart, ("weights",), "got different the weights of model"),
+    (begin_apart, ("step",), "got different step"),
+    (begin_with_other_seeds, (), "got different seed"),
+]
+
+
+@pytest.mark.parametrize(("begin", "arguments", "named"), APART)
+def test_processes_that_begin_apart_are_refused(pair: Team, begin, arguments: tuple, named: str):
+    for succeeded, text in pair.answers(begin, *arguments):
+        assert not succeeded
+        assert "process_group: expected the same in all processes" in text
+        assert named in text
 
 
 ON_ONE_GPU = [(Vanilla(), {}), (ReTrack(k=2, lambd=0.3), {}), (EraseDiff(), {}), (SISS(), {"wrapped": True})]

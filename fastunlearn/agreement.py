@@ -1,0 +1,43 @@
+"""Whether the processes that take a step together begin with the same: averaged gradients of different weights train nothing."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of an element
+SUMMED_AT_ONCE = 1 << 20  # elements
+
+
+def check_agreement(weights: list[Tensor], numbers: dict[str, int], group: dist.ProcessGroup) -> None:
+    """Compares `weights` (their bits) and `numbers` over the processes of `group`; every process calls it.
+
+    One pass over the weights and one wait for the device: worth it once, before the first step.
+
+    Raises:
+        ValueError: in every process, naming what differs.
+    """
+    named = {"the weights of model": _bits(weights), **numbers}
+    device = weights[0].device
+    lowest = torch.tensor([int(number) for number in named.values()], dtype=torch.int64).to(device)
+    highest = lowest.clone()
+    dist.all_reduce(lowest, op=dist.ReduceOp.MIN, group=group)
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
+    differ = [name for name, same in zip(named, (lowest == highest).tolist(), strict=True) if not same]
+    if differ:
+        remedy = "DistributedDataParallel and unlearn() share the weights of process 0"
+        raise ValueError(f"process_group: expected the same in all processes ({remedy}), got different {', '.join(differ)}")
+
+
+def _bits(tensors: list[Tensor]) -> Tensor:
+    """A sum over the bits of all `tensors` in which every element's place counts; it may wrap around."""
+    total = torch.zeros((), dtype=torch.int64, device=tensors[0].device)
+    first = 1
+    for tensor in tensors:
+        flat = tensor.detach().contiguous().flatten()
+        for part in flat.view(INTEGERS[flat.element_size()]).split(SUMMED_AT_ONCE):
+            places = torch.arange(first, first + len(part), device=part.device)
+            total += (part.to(torch.int64) * places).sum()
+            first += len(part)
+    return total
