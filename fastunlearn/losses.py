@@ -18,6 +18,7 @@ class Losses:
         self._group = group
         self._scales = {term.role: term.scale for term in terms}
         self._sums: dict[str, Tensor] = {}
+        self._rows = [sum(len(term.target) for term in terms if term.role == role) for role in self._scales]
         units = [term.unit for term in terms if term.unit is not None]
         self.unit: Tensor | float = 1.0  # of the forget term, of all processes
         self.unit_ratio: Tensor | None = None  # what turns weights in units of this process into weights in units of all
@@ -43,12 +44,30 @@ class Losses:
         if self.unit_ratio is not None:
             means["forget"] = means["forget"] * self.unit_ratio
         if self._group is not None:
-            everyones = torch.stack(list(means.values())).double()  # of one dtype in all processes
-            reduce_mean([everyones], self._group)
-            means = dict(zip(means, everyones.unbind(), strict=True))
+            means = self._everyones(means)
         if combined.applied_factor is None:
             loss = sum(self._scales[role] * mean for role, mean in means.items())
         else:
             loss = means["retain"] - combined.applied_factor * means["forget"]  # in units of the forget term, which may be too small to divide by
             means["forget"] = means["forget"] * self.unit
         return loss, means
+
+    def _everyones(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The mean of `means` over the processes, which is that over all rows only where each process has as many as the others.
+
+        NaN where they have not, so that the step is skipped.
+
+        Raises:
+            ValueError: they have not, and reading it costs nothing: on CPUs.
+        """
+        own = torch.stack(list(means.values())).double()  # of one dtype in all processes
+        rows = torch.stack([torch.full_like(own[0], count) for count in self._rows])
+        told = torch.stack([own, rows, rows.square()])
+        reduce_mean([told], self._group)
+        mean, rows_mean, square_mean = told.unbind()
+        alike = (square_mean == rows_mean.square()).all()  # integers: exact, and no spread about their mean
+        if mean.device.type == "cpu" and not alike:
+            found = ", ".join(f"{count} for {role}" for role, count in zip(means, self._rows, strict=True))
+            expected = "as many rows in every process"
+            raise ValueError(f"process_group: expected {expected}, got {found} here and {rows_mean.tolist()} on average")
+        return dict(zip(means, torch.where(alike, mean, torch.nan).unbind(), strict=True))

@@ -170,3 +170,12 @@ def begin_apart(what: str) -> None:
 
 def begin_with_other_seeds() -> None:
     build(SISS(), False, seed=dist.get_rank()).step()
+
+
+def step_with_other_rows(roles: tuple[str, ...]) -> None:
+    """A step of which the second process has a row more."""
+    model = Denoiser()
+    optimizer = torch.optim.AdamW(model.parameters())
+    rows = {role: 3 + (dist.get_rank() if role in roles else 0) for role in ("forget", "retain")}
+    forget, retain = (images(rows[role], 1) * (2 / 255) - 1 for role in ("forget", "retain"))
+    erasediff_step(model, optimizer, SCHEDULE, forget, retain, process_group=dist.group.WORLD)

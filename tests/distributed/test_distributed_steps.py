@@ -11,6 +11,7 @@ from step_cases import (
     drawn_rows,
     own_loop,
     step_with_a_nan,
+    step_with_other_rows,
     take_steps,
     take_steps_on,
 )
@@ -115,6 +116,15 @@ def test_processes_that_begin_apart_are_refused(pair: Team, begin, arguments: tu
         assert not succeeded
         assert "process_group: expected the same in all processes" in text
         assert named in text
+
+
+@pytest.mark.parametrize("roles", [("forget",), ("retain",), ("forget", "retain")])
+def test_processes_with_other_numbers_of_rows_are_refused(pair: Team, roles: tuple[str, ...]):
+    """The mean of their means would not be the mean over all rows."""
+    for rank, (succeeded, text) in enumerate(pair.answers(step_with_other_rows, roles)):
+        assert not succeeded
+        here = ", ".join(f"{3 + (rank if role in roles else 0)} for {role}" for role in ("forget", "retain"))
+        assert f"process_group: expected as many rows in every process, got {here} here" in text
 
 
 ON_ONE_GPU = [(Vanilla(), {}), (ReTrack(k=2, lambd=0.3), {}), (EraseDiff(), {}), (SISS(), {"wrapped": True})]
