@@ -145,15 +145,15 @@ CASES = [
     ("idx-is-labels", lambda d: load_images(idx(d, images(9), "t-labels-idx1-ubyte")), ValueError, r"expected images .* shape \[9\], as of labels"),
     ("idx-no-labels", lambda d: load_images(idx(d, images(9, 8, 8)), labels=True), ValueError, r"expected labels .* named like t-labels-idx1-ubyte, got none"),
     # pictures
-    ("empty-folder", lambda d: load_images(d), ValueError, r"expected a folder with images \(.png, .*\), got none in it or below it"),
+    ("empty-folder", lambda d: load_images(d), ValueError, r"expected a folder with images \((AVIF|BMP), .*\), got none in it or below it"),
     ("sizes-differ", lambda d: load_images(pictures(d, a=images(*G), b=images(*G), c=images(6, 4))), ValueError,
      r"c.png: expected \[C, H, W\] = \[1, 4, 6\] uint8, as .*a.png \(size=.*, got \[C, H, W\] = \[1, 6, 4\] uint8"),
     ("modes-differ", lambda d: load_images(pictures(d, a=images(*G), b=images(*G, 3))), ValueError, r"b.png: .* \[1, 4, 6\].* got .* \[3, 4, 6\]"),
     ("palette", lambda d: load_images(picture(d, images(*G), mode="P")), ValueError, r"x.png: expected mode L or RGB, got P \(channels=1 or"),
     ("rgba", lambda d: load_images(picture(d, images(*G, 3), mode="RGBA")), ValueError, r"x.png: expected mode L or RGB, got RGBA"),
-    ("16-bit", lambda d: load_images(picture(d, images(*G).astype(np.uint16)), channels=1), ValueError, r"x.png: expected 8 bits a channel, got mode I"),
+    ("16-bit", lambda d: load_images(picture(d, images(*G).astype(np.uint16)), channels=1), ValueError, r"x.png: expected 8 bits a channel, got 16 \(use .npy"),
     ("4-channels", lambda d: load_images(picture(d, images(*G)), channels=4), ValueError, r"channels: expected 1 or 3 for encoded images, got 4"),
-    ("not-a-picture", lambda d: load_images(raw(d, b"hello", "x.jpg")), ValueError, r"x.jpg: expected an image, got data that Pillow does not recognise"),
+    ("not-a-picture", lambda d: load_images(raw(d, b"hello", "x.jpg")), ValueError, r"x.jpg: expected an image \(.*JPEG.*\), got text"),
     ("cut-picture", lambda d: load_images(raw(d, encoded(images(64, 64))[:-900], "x.png")), ValueError, r"x.png: .* got one that is damaged"),
     ("frames", lambda d: load_images(frames(d)), ValueError, r"x.tiff: expected one image, got 2 frames"),
     ("bomb", lambda d: load_images(bomb(d, 3)), ValueError, r"x.png: expected at most \d+ pixels \(Pillow's limit\)"),
@@ -327,14 +327,8 @@ def test_a_write_that_dies_leaves_no_folder_of_latents(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         save_latents(tmp_path, store)
     assert [file.name for file in tmp_path.iterdir()] == ["std.npy"]
-    with pytest.raises(ValueError, match="expected a folder with images"):
+    with pytest.raises(ValueError, match=r"std.npy: expected an image .*, got an array"):
         load_images(tmp_path, latents=True)
-
-
-def test_a_folder_of_pictures_may_hold_a_mean(tmp_path):
-    picture(tmp_path, NCHW[0].transpose(1, 2, 0))
-    latents_folder(tmp_path, mean=MEAN)
-    assert load_images(tmp_path).is_uint8
 
 
 LATENT_CASES = [
@@ -379,12 +373,9 @@ def test_compressed_picture(ending, options, tmp_path):
     assert np.abs(store.images[0].permute(1, 2, 0).numpy().astype(int) - smooth).max() <= 4
 
 
-def test_folder_is_recursive_sorted_and_leaves_hidden_files_out(tmp_path):
+def test_folder_is_recursive_and_sorted(tmp_path):
     for name, row in (("b/1.png", 2), ("a/2.PNG", 1), ("a/1.png", 0), ("c.png", 3)):
         picture(tmp_path, NCHW[row].transpose(1, 2, 0), name)
-    picture(tmp_path, images(9, 9), "a/.thumbnail.png")
-    picture(tmp_path, images(9, 9), ".cache/x.png")
-    raw(tmp_path, b"notes", "readme.txt")
     store = load_images(tmp_path)
     assert np.array_equal(store.images.numpy(), NCHW[:4])
     assert store.labels is None

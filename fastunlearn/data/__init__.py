@@ -7,5 +7,6 @@ from __future__ import annotations
 
 from .latents import save_latents
 from .load import load_images
+from .options import Reading
 
-__all__ = ["load_images", "save_latents"]
+__all__ = ["Reading", "load_images", "save_latents"]

@@ -28,8 +28,12 @@ def map_npy(path: Path) -> np.ndarray:
     """
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
+        beyond = path.stat().st_size - array.offset - array.nbytes
     except (ValueError, OSError, EOFError) as error:
         raise ValueError(f"{path}: expected a .npy file of plain numbers ({NO_PICKLE}), got one that numpy does not read: {error}") from None
+    if beyond > 0:
+        got = f"{beyond} bytes after it, which would not be read (was np.save called twice on one file?)"
+        raise ValueError(f"{path}: expected one array, got {got}")
     return _native(array)
 
 

@@ -14,6 +14,7 @@ from .. import _check
 from ..checkpoint import atomic_file
 from ..store import ImageStore
 from .arrays import check_labels, map_npy
+from .folders import list_known
 from .options import Options, Part
 
 MEAN, STD, LABELS = "mean.npy", "std.npy", "labels.npy"
@@ -51,7 +52,12 @@ def is_latents_folder(path: Path) -> bool:
 
 
 def read_latents(folder: Path, options: Options) -> Part:
-    """The rows of such a folder, `[N, C, H, W]`; `std.npy` may be missing."""
+    """The rows of such a folder, `[N, C, H, W]`; `std.npy` may be missing.
+
+    Raises:
+        Refused: naming the files that are none of latents.
+    """
+    listing = list_known(folder, (MEAN, STD, LABELS), f"latents ({MEAN}, {STD}, {LABELS})")
     mean = map_npy(folder / MEAN)
     if mean.ndim != 4:
         raise ValueError(f"{folder / MEAN}: expected an array [N, C, H, W], got shape {list(mean.shape)}")
@@ -63,7 +69,7 @@ def read_latents(folder: Path, options: Options) -> Part:
     if options.labels:
         labels = map_npy(folder / LABELS) if (folder / LABELS).is_file() else None
         check_labels(labels, len(mean), f"{folder}", f"labels in {LABELS}")
-    return Part(mean, labels, std)
+    return Part(mean, labels, std, passed_over=listing.passed_over, entered_before=listing.entered_before)
 
 
 def _write(path: Path, array: Tensor, chunks: Iterator[Tensor]) -> None:

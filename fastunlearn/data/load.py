@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +12,15 @@ import numpy as np
 from .. import _check
 from ..store import ImageStore
 from .arrays import read_idx_images, read_npy, read_npz
+from .folders import read_folder
 from .latents import is_latents_folder, read_latents
-from .options import Options, Part
-from .pictures import SUFFIXES, read_folder, read_picture
+from .options import Options, Part, Reading
+from .pictures import SUFFIXES, content_in_words, may_be_picture, read_picture
+from .refusals import Refused, in_words
 from .tables import read_parquet, read_saved_dataset
 
 REFUSED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
-FORMATS = f"a folder of images, an image ({', '.join(SUFFIXES)}), .npy, .npz, idx (also .gz), .parquet or a data set saved by datasets.save_to_disk"
+FORMATS = "a folder of images, an image, .npy, .npz, idx (also .gz), .parquet or a data set saved by datasets"
 
 
 def load_images(
@@ -28,12 +30,17 @@ def load_images(
     channels: int | None = None,
     labels: bool = False,
     latents: bool = False,
+    exif: str = "apply",
+    crop: str = "center",
+    resample: str = "bilinear",
+    alpha: str = "refuse",
+    tell: Callable[[Reading], None] | None = None,
 ) -> ImageStore:
     """Reads images (or latents) from one or more paths; several are joined in the given order, in memory.
 
     | path | rows |
     |---|---|
-    | folder, image file | 8-bit images below it, sorted by path, hidden ones left out; uint8; EXIF orientation applied |
+    | folder, image file | every file below it, sorted by path: 8-bit images, told by their content; uint8 |
     | `.npy` | the array; stays on disk (memory-mapped) |
     | `.npz` | its array `images`, or the only one beside `labels`; of latents, also `mean` with `std` |
     | idx, plain or `.gz` | uint8 in three or four axes; a plain one stays on disk |
@@ -41,23 +48,45 @@ def load_images(
     | folder of `datasets.save_to_disk` | the same columns |
     | with `latents=True`, folder of `save_latents` | `mean.npy` and, where there is one, `std.npy`, `[N, C, H, W]`; stay on disk |
 
+    No row is left out silently. A file below a folder is read or named in an error, whatever its name: hidden
+    ones, and those behind links to folders, too; a folder that several paths lead to is read once. Only
+    `.DS_Store`, `Thumbs.db`, `desktop.ini`, `metadata.jsonl` and `metadata.csv` are passed over, which a
+    warning says, or `tell`. One error names all files, or rows of a table, that cannot be read: the first 20,
+    and how many there are.
+
+    Formats are PNG, JPEG, WebP, BMP, TIFF, GIF and, where Pillow has it, AVIF, of one frame and at most 8
+    bits a channel. Palettes become the colours they stand for; CMYK is converted as Pillow does it, without
+    profiles.
+
     uint8 stays uint8. Arrays may be `[N, C, H, W]`, `[N, H, W, C]` or `[N, H, W]` (grey): an axis of length 1, 3 or 4 in the second or last
     place is C. Where both or neither fit, or three axes may be one image, `channels` decides; what stays ambiguous is refused. Parquet and
     `datasets` need `pip install "fastunlearn[hf]"`.
 
     Args:
         paths: a path, or several.
-        size: height and width, or one number for both. Encoded images are cropped about their centre to this aspect ratio, then resized (bilinear,
-            antialiased); arrays must have this size. Without it all images must have one size.
+        size: height and width, or one number for both, which encoded images are made to fit (`crop`,
+            `resample`); arrays must have it. Without it all images must have one size.
         channels: 1 or 3 converts encoded images to grey or RGB; without it all must be of one of these modes. Arrays must have this many channels.
         labels: read class labels too: `labels` of an npz, the labels file beside idx images, column `label` or `labels` of a table, or, for
             a folder, the names of its sub-folders, numbered in sorted order.
         latents: the rows are latents: float arrays of any finite value, multiplied by the VAE's scaling factor, as are their standard deviations.
+        exif: `"apply"`: encoded images are turned upright as their EXIF orientation says. `"ignore"`: pixels
+            as stored.
+        crop: with `size`: `"center"` cuts an encoded image about its centre to the aspect ratio of `size`,
+            `"stretch"` distorts it, `"none"` refuses one of another aspect ratio. Then it is resized.
+        resample: with `size`, Pillow's filter: nearest, box, bilinear, hamming, bicubic or lanczos.
+        alpha: what becomes of encoded images with pixels that are not opaque. `"refuse"`: an error. `"drop"`:
+            the colours behind the transparency, as `convert("RGB")` leaves them in most training scripts. A
+            colour, `"white"` or `"#rrggbb"`: it is put under them.
+        tell: called with a `Reading` once all is read: rows, files, what was passed over, options. None: a
+            warning if anything was passed over.
 
     Raises:
-        ValueError: naming the file: missing, damaged, pickled or of unknown format; images of different size or mode; float images
-            outside [-1, 1]; NaN or Inf; an image of more pixels than Pillow allows; labels asked for and not there.
-        TypeError: `paths`, `size` or `channels` of another type; an array whose dtype is neither uint8 nor a float.
+        ValueError: naming the files: missing, damaged, pickled or of unknown format; images of different size
+            or mode; float images outside [-1, 1]; NaN or Inf; an image of more pixels than Pillow allows;
+            labels asked for and not there; an option outside its choices.
+        TypeError: `paths`, `size`, `channels` or `alpha` of another type; an array whose dtype is neither
+            uint8 nor a float.
         ImportError: an optional package is missing; the text names the command that installs it.
     """
     paths = [paths] if isinstance(paths, (str, os.PathLike)) or not isinstance(paths, Iterable) else list(paths)
@@ -67,8 +96,10 @@ def load_images(
     paths = [Path(path) for path in paths]
     if not paths:
         raise ValueError("paths: expected at least one path, got none")
-    options = Options(_height_and_width(size), None if channels is None else _check.integer("channels", channels, low=1), bool(labels), bool(latents))
-    parts = [_read(path, options) for path in paths]
+    channels = None if channels is None else _check.integer("channels", channels, low=1)
+    pictures = {"exif": exif, "crop": crop, "resample": resample, "alpha": alpha}
+    options = Options(_height_and_width(size), channels, bool(labels), bool(latents), **pictures)
+    parts = _read_all(paths, options)
     _check_alike(paths, parts)
     try:
         images, std = _joined([part.images for part in parts]), None if parts[0].std is None else _joined([part.std for part in parts])
@@ -77,7 +108,32 @@ def load_images(
         raise type(error)(f"{', '.join(map(str, paths))}: {error}") from None
     if not store.is_uint8 and not latents and all(rows.amin() >= 0 for _, rows in store.chunks()):
         warnings.warn(f"{', '.join(map(str, paths))}: no pixel is below 0; float images are expected in [-1, 1], not [0, 1]", stacklevel=2)
+    reading = _reading(parts, options)
+    if tell is not None:
+        tell(reading)
+    elif reading.passed_over or reading.entered_before:
+        warnings.warn(f"{', '.join(map(str, paths))}: {reading}", stacklevel=2)
     return store
+
+
+def _read_all(paths: list[Path], options: Options) -> list[Part]:
+    """The parts of all paths, or one error about what of any of them cannot be read."""
+    parts, refusals = [], []
+    for path in paths:
+        try:
+            parts.append(_read(path, options))
+        except Refused as refused:
+            refusals.append(refused)
+    if refusals:
+        raise ValueError(in_words(refusals))
+    return parts
+
+
+def _reading(parts: list[Part], options: Options) -> Reading:
+    rows, files = sum(len(part.images) for part in parts), sum(part.files for part in parts)
+    passed_over = tuple(str(path) for part in parts for path in part.passed_over)
+    entered_before = tuple(str(path) for part in parts for path in part.entered_before)
+    return Reading(rows, files, passed_over, entered_before, options.of_pictures())
 
 
 def _read(path: Path, options: Options) -> Part:
@@ -86,16 +142,21 @@ def _read(path: Path, options: Options) -> Part:
         raise ValueError(f"{path}: expected {FORMATS}, got a path that does not exist")
     if path.is_dir():
         return _read_directory(path, options)
-    if suffix in REFUSED:
-        raise ValueError(f"{path}: expected {FORMATS}, got {suffix}: such files are pickles, and unpickling runs whatever code they hold")
-    if suffix in SUFFIXES:
-        return read_picture(path, options)
+    if not path.is_file():
+        got = "a pipe, a socket or a device, which is never opened"
+        raise ValueError(f"{path}: expected {FORMATS}, got {got}")
     readers = {".npy": read_npy, ".npz": read_npz, ".parquet": read_parquet}
     if suffix in readers:
         return readers[suffix](path, options)
+    if suffix in SUFFIXES or may_be_picture(path):
+        return read_picture(path, options)
+    if suffix in REFUSED:
+        why = "such files are pickles, and unpickling runs whatever code they hold"
+        raise ValueError(f"{path}: expected {FORMATS}, got {suffix}: {why}")
     if "idx" in path.name or suffix == ".gz" or path.name.endswith("ubyte"):
         return read_idx_images(path, options)
-    raise ValueError(f"{path}: expected {FORMATS}, got {f'a file that ends in {suffix}' if suffix else 'a file without an ending'}")
+    ending = f"a file that ends in {suffix}" if suffix else "a file without an ending"
+    raise ValueError(f"{path}: expected {FORMATS}, got {ending}: {content_in_words(path)}")
 
 
 def _read_directory(path: Path, options: Options) -> Part:

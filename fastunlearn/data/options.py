@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from PIL import Image, ImageColor
 
+from .. import _check
+from .refusals import Refused, listed
+
+EXIF = ("apply", "ignore")
+CROPS = ("center", "stretch", "none")
+FILTERS = tuple(sorted(filter_.name.lower() for filter_ in Image.Resampling))
+ALPHA_WORDS = ("refuse", "drop")
 CHANNEL_COUNTS = (1, 3, 4)  # an axis of such a length in the second or last place holds channels
 
 
@@ -19,15 +28,65 @@ class Options:
     channels: int | None = None
     labels: bool = False
     latents: bool = False
+    # Of encoded images:
+    exif: str = "apply"
+    crop: str = "center"
+    resample: str = "bilinear"
+    alpha: str = "refuse"  # or "drop", or a colour
+
+    def __post_init__(self) -> None:
+        _check.one_of("exif", self.exif, EXIF)
+        _check.one_of("crop", self.crop, CROPS)
+        _check.one_of("resample", self.resample, FILTERS)
+        _check_alpha(self.alpha)
+
+    def of_pictures(self) -> dict[str, Any]:
+        """What decides which rows encoded images become, for the record of a run."""
+        return {name: value for name, value in asdict(self).items() if name not in ("labels", "latents")}
 
 
 @dataclass(frozen=True)
 class Part:
-    """The rows of one path: `images` `[N, C, H, W]`, `labels` `[N]` or None, and of latents `std`, of the shape of `images`, or None."""
+    """The rows of one path: `images` and, of latents, `std` or None, `[N, C, H, W]`; `labels` `[N]` or None.
+
+    `files` is how many files they came from; the rest of a folder is in `passed_over` and `entered_before`.
+    """
 
     images: np.ndarray
     labels: np.ndarray | None = None
     std: np.ndarray | None = None
+    files: int = 1
+    passed_over: Sequence[Path] = ()
+    entered_before: Sequence[Path] = ()
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What `load_images` has read, and what it has passed over. `str()` says it in a line."""
+
+    rows: int
+    files: int  # that the rows came from
+    passed_over: tuple[str, ...]  # files that are no images and known to lie beside them
+    entered_before: tuple[str, ...]  # further paths to folders whose files were read by another path, once
+    options: dict[str, Any]  # size, channels, exif, crop, resample, alpha
+
+    def __str__(self) -> str:
+        parts = [f"{_number(self.rows, 'row')} from {_number(self.files, 'file')}"]
+        if self.passed_over:
+            parts.append(f"passed over {_number(len(self.passed_over), 'file')}: {listed(self.passed_over)}")
+        if self.entered_before:
+            parts.append(f"read once, though other paths lead there, too: {listed(self.entered_before)}")
+        return "; ".join(parts)
+
+    def record(self) -> dict[str, Any]:
+        """Numbers and options, for the record of a run. No names: that of a file may be that of a person."""
+        return {
+            "rows": self.rows,
+            "files": self.files,
+            "passed_over": len(self.passed_over),
+            "folders_entered_before": len(self.entered_before),
+            "options": self.options,
+        }
 
 
 def to_nchw(array: np.ndarray, name: str | Path, options: Options) -> np.ndarray:
@@ -57,18 +116,51 @@ def to_nchw(array: np.ndarray, name: str | Path, options: Options) -> np.ndarray
     return images
 
 
-def stack(rows: Iterable[tuple[str | Path, np.ndarray]], count: int) -> np.ndarray:
+def stack(
+    rows: Iterable[tuple[str, np.ndarray | ValueError]],
+    count: int,
+    where: str | Path = "",
+    unit: str = "files",
+) -> np.ndarray:
     """`count` named arrays of one shape and dtype as one array, filled row by row.
 
+    An error in place of an array says why there is none; `where` and `unit` are for `Refused`.
+
     Raises:
-        ValueError: naming the first that differs.
+        Refused: naming all without an array, and all that differ from the first.
     """
     images = first_name = None
+    problems = []
     for row, (name, array) in enumerate(rows):
+        if isinstance(array, ValueError):
+            problems.append(str(array))
+            continue
         if images is None:
             images, first_name = np.empty((count, *array.shape), array.dtype), name
         elif (array.shape, array.dtype) != (images.shape[1:], images.dtype):
             wanted, got = (f"[C, H, W] = {list(shape)} {dtype}" for shape, dtype in ((images.shape[1:], images.dtype), (array.shape, array.dtype)))
-            raise ValueError(f"{name}: expected {wanted}, as {first_name} (size=... and channels=... make images alike), got {got}")
+            expected = f"{wanted}, as {first_name} (size=... and channels=... make images alike)"
+            problems.append(f"{name}: expected {expected}, got {got}")
+            continue
         images[row] = array
+    if problems:
+        raise Refused(problems, where, count, unit)
     return images
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def _check_alpha(alpha: str) -> None:
+    expected = "alpha: expected 'refuse', 'drop' or an opaque colour such as 'white' or '#ffffff'"
+    if not isinstance(alpha, str):
+        raise TypeError(f"{expected}, got {_check.describe(alpha)}")
+    if alpha in ALPHA_WORDS:
+        return
+    try:
+        colour = ImageColor.getrgb(alpha)
+    except ValueError:
+        raise ValueError(f"{expected}, got {alpha!r}") from None
+    if len(colour) != 3:
+        raise ValueError(f"{expected}, got {alpha!r}, which is transparent itself")

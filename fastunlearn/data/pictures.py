@@ -1,89 +1,221 @@
-"""Encoded images (png, jpg, ...) in files, folders and table cells, decoded by Pillow."""
+"""Encoded images (png, jpg, ...) in files and table cells: told by their content, decoded by Pillow.
+
+What would change a value without a word is refused: more than 8 bits, transparency, several frames, damage.
+"""
 
 from __future__ import annotations
 
 import io
-import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageColor, ImageFile, ImageOps, UnidentifiedImageError
 
-from .options import Options, Part, stack
+from .content import HEAD, described, formats, in_words, is_picture
+from .options import Options, Part
+from .refusals import Refused, shown
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # files that are said to be images
 MODE = {1: "L", 3: "RGB"}
 CHANNELS = {mode: channels for channels, mode in MODE.items()}
-EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB")
+READ_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # Pillow turns them into L and RGB
+ORIENTATION, BITS_PER_SAMPLE = 0x0112, 258  # tags of EXIF and TIFF
+ZEROS = 512  # bytes of a sector
+AV1_HIGH_DEPTH, AV1_TWELVE_BITS = 0x40, 0x20
+
+
+class _Unusable(Exception):
+    """`expected ..., got ...`."""
 
 
 def read_picture(path: Path, options: Options) -> Part:
     """One image file, as one row."""
     if options.labels:
         raise ValueError(f"{path}: expected labels too (labels=True), got a single image, which has none")
-    return Part(decode(path, path, options)[None])
+    check_pillow(options)
+    try:
+        return Part(decode(path, path, options)[None])
+    except ValueError as error:
+        raise Refused([str(error)], path) from None
 
 
-def read_folder(path: Path, options: Options) -> Part:
-    """Every image file below `path`, sorted by its path; hidden files and folders are left out."""
-    found = (file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
-    files = sorted(file for file in found if not any(part.startswith(".") for part in file.relative_to(path).parts))
-    if not files:
-        raise ValueError(f"{path}: expected a folder with images ({', '.join(SUFFIXES)}), got none in it or below it")
-    labels = _folder_labels(path, files) if options.labels else None
-    return Part(stack(_decode_all(files, options), len(files)), labels)
+def may_be_picture(path: Path) -> bool:
+    """Whether the content of the file is that of an image, whatever its name says."""
+    try:
+        with open(path, "rb") as file:
+            return is_picture(file)
+    except OSError:
+        return False
+
+
+def content_in_words(path: Path) -> str:
+    """What the content of a file that is no image looks like."""
+    try:
+        with open(path, "rb") as file:
+            return described(file.read(HEAD))
+    except OSError as error:
+        return f"{error.strerror}"
+
+
+def check_pillow(options: Options) -> None:
+    """Before the first of many images is decoded: what would be wrong with each of them.
+
+    Raises:
+        ValueError: channels that no image has, or a Pillow that was told to fill in what damaged images lack.
+    """
+    if options.channels not in (None, *MODE):
+        raise ValueError(f"channels: expected 1 or 3 for encoded images, got {options.channels}")
+    if ImageFile.LOAD_TRUNCATED_IMAGES:
+        setting = "PIL.ImageFile.LOAD_TRUNCATED_IMAGES"
+        raise ValueError(f"{setting}: expected False, got True: what a damaged image lacks would be grey")
 
 
 def decode(source: Path | bytes, name: str | Path, options: Options) -> np.ndarray:
     """One encoded image as uint8 `[C, H, W]`; errors call it `name`.
 
     Raises:
-        ValueError: damaged, more pixels than Pillow allows, several frames, more than 8 bits a channel, or a mode that is neither L nor RGB
+        ValueError: no image, damaged, more pixels than Pillow allows, several frames, more than 8 bits a
+            channel, transparency that `options.alpha` does not allow, or a mode that is neither L nor RGB
             while no `channels` is given.
     """
-    if options.channels not in (None, *MODE):
-        raise ValueError(f"channels: expected 1 or 3 for encoded images, got {options.channels}")
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            limit = Image.MAX_IMAGE_PIXELS
-            if limit is not None and image.width * image.height > limit:  # Pillow itself only warns up to twice its limit
-                raise ValueError(f"{name}: expected at most {limit} pixels (Pillow's limit), got {image.width} x {image.height}")
-            if getattr(image, "n_frames", 1) != 1:
-                raise ValueError(f"{name}: expected one image, got {image.n_frames} frames")
-            if image.mode not in EIGHT_BIT_MODES:
-                raise ValueError(f"{name}: expected 8 bits a channel, got mode {image.mode} (use .npy for other numbers)")
-            image = ImageOps.exif_transpose(image)
-            if options.channels is None and image.mode not in CHANNELS:
-                raise ValueError(f"{name}: expected mode L or RGB, got {image.mode} (channels=1 or channels=3 converts it)")
-            image = image.convert(image.mode if options.channels is None else MODE[options.channels])
-            if options.size is not None:
-                height, width = options.size
-                image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
-            array = np.array(image)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(f"{name}: expected at most {Image.MAX_IMAGE_PIXELS} pixels (Pillow's limit), got more: {error}") from None
-    except UnidentifiedImageError:
-        raise ValueError(f"{name}: expected an image, got data that Pillow does not recognise") from None
-    except (OSError, SyntaxError, EOFError) as error:  # what Pillow's decoders raise for damaged files
-        raise ValueError(f"{name}: expected a whole image, got one that is damaged ({error})") from None
+        file = io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")  # noqa: SIM115
+    except OSError as error:
+        raise ValueError(f"{shown(name)}: expected a file that can be read, got {error.strerror}") from None
+    with file:
+        try:
+            array = _pixels(file, options)
+        except MemoryError:
+            raise
+        except Exception as error:  # Pillow's decoders raise whatever they stumble over
+            raise ValueError(f"{shown(name)}: {_reason(error, file)}") from None
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 
 
-def _decode_all(files: list[Path], options: Options) -> Iterator[tuple[Path, np.ndarray]]:
-    """Files decoded by several threads (Pillow releases the GIL), in order; after an error the rest is dropped."""
-    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
-    try:
-        yield from zip(files, pool.map(lambda file: decode(file, file, options), files), strict=True)
-    finally:
-        pool.shutdown(cancel_futures=True)
+def _pixels(file: BinaryIO, options: Options) -> np.ndarray:
+    """`[H, W]` or `[H, W, 3]`."""
+    image = Image.open(file, formats=formats())
+    _check_header(image, file, options)
+    if image.format == "PNG":  # decoding does not look at the checksums: zeros for the last rows may pass
+        image.verify()
+        image = Image.open(file, formats=formats())
+    image.load()
+    if options.exif == "apply":
+        image = ImageOps.exif_transpose(image)
+    image = _opaque(image, options)
+    image = image.convert(image.mode if options.channels is None else MODE[options.channels])
+    return np.array(_fitted(image, options))
 
 
-def _folder_labels(root: Path, files: list[Path]) -> np.ndarray:
-    loose = next((file for file in files if file.parent == root), None)
-    if loose is not None:
-        raise ValueError(f"{loose}: expected every image in a sub-folder of {root} that names its class (labels=True), got one outside")
-    classes = [file.relative_to(root).parts[0] for file in files]
-    number = {name: label for label, name in enumerate(sorted(set(classes)))}
-    return np.array([number[name] for name in classes], np.int64)
+def _reason(error: Exception, file: BinaryIO) -> str:
+    """`expected ..., got ...` for an image that could not be decoded."""
+    if isinstance(error, _Unusable):
+        return str(error)
+    if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
+        return f"expected at most {Image.MAX_IMAGE_PIXELS} pixels (Pillow's limit), got more: {error}"
+    if isinstance(error, UnidentifiedImageError):
+        file.seek(0)
+        return f"expected an image ({in_words()}), got {described(file.read(HEAD))}"
+    return f"expected a whole image, got one that is damaged ({str(error) or type(error).__name__})"
+
+
+def _check_header(image: Image.Image, file: BinaryIO, options: Options) -> None:
+    """What can be said before a pixel is decoded."""
+    limit, size = Image.MAX_IMAGE_PIXELS, f"{image.width} x {image.height}"
+    if limit is not None and image.width * image.height > limit:  # Pillow only warns up to twice its limit
+        raise _Unusable(f"expected at most {limit} pixels (Pillow's limit), got {size}")
+    frames = getattr(image, "n_frames", 1)
+    if frames != 1:
+        raise _Unusable(f"expected one image, got {frames} frames (save the one that was trained on)")
+    bits = _bits(image, file)
+    if bits > 8:
+        raise _Unusable(f"expected 8 bits a channel, got {bits} (use .npy for other numbers)")
+    if image.mode not in READ_MODES:
+        expected = "expected 8 bits a channel in grey, RGB or CMYK"
+        raise _Unusable(f"{expected}, got mode {image.mode} (use .npy for other numbers)")
+    if options.channels is None and image.mode not in CHANNELS:
+        raise _Unusable(f"expected mode L or RGB, got {image.mode} (channels=1 or channels=3 converts it)")
+    if image.format in ("WEBP", "AVIF") and _ends_in_zeros(file):
+        raise _Unusable(f"expected a whole image, got one that is damaged (it ends in {ZEROS} zeros or more)")
+    if image.format == "TIFF" and options.exif == "ignore" and image.getexif().get(ORIENTATION, 1) != 1:
+        got = "a TIFF file with an orientation, which Pillow always applies"
+        raise _Unusable(f"expected an upright image with exif='ignore', got {got}")
+
+
+def _bits(image: Image.Image, file: BinaryIO) -> int:
+    """Bits a channel as the file says: Pillow gives colour of 16 bits as mode RGB, less the lower eight."""
+    if image.format == "PNG":
+        if _at(file, 12, 4) != b"IHDR":
+            raise _Unusable("expected a PNG file that begins with its header, got one that is damaged")
+        return _at(file, 24)[0]
+    if image.format == "TIFF":
+        return max(image.tag_v2.get(BITS_PER_SAMPLE, (1,)))
+    if image.format == "AVIF":
+        _, *configurations = _at(file, 0, -1).split(b"av1C")
+        return max(_av1_bits(configuration) for configuration in configurations)
+    return 8
+
+
+def _ends_in_zeros(file: BinaryIO) -> bool:
+    """Whether a sector of zeros ends the file, as after a download that allots all of it first.
+
+    The decoders of WebP and AVIF make up an image then.
+    """
+    length = file.seek(0, io.SEEK_END)
+    return length > ZEROS and not any(_at(file, length - ZEROS, ZEROS))
+
+
+def _av1_bits(configuration: bytes) -> int:
+    """Bits a channel as the content of a box av1C says, in the third byte."""
+    flags = configuration[2] if len(configuration) > 2 else 0
+    if not flags & AV1_HIGH_DEPTH:
+        return 8
+    return 12 if flags & AV1_TWELVE_BITS else 10
+
+
+def _at(file: BinaryIO, place: int, count: int = 1) -> bytes:
+    """Bytes of the file, whose position is left as it was."""
+    before = file.tell()
+    file.seek(place)
+    content = file.read(count)
+    file.seek(before)
+    return content
+
+
+def _opaque(image: Image.Image, options: Options) -> Image.Image:
+    """`image` without transparency. One that is opaque everywhere keeps its colours, whatever its mode."""
+    with_alpha = image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info
+    palette_with_alpha = image.palette is not None and image.palette.mode.endswith("A")
+    if not with_alpha and not palette_with_alpha:
+        return image
+    layers = image.convert("RGBA")
+    least, _ = layers.getchannel("A").getextrema()
+    image.info.pop("transparency", None)
+    if least == 255 or options.alpha == "drop":
+        return image
+    if options.alpha == "refuse":
+        raise _Unusable(
+            "expected an opaque image, got one with transparent pixels (alpha='drop' takes the colours "
+            "behind them, as Pillow's convert('RGB') does; a colour such as alpha='white' is put under them)"
+        )
+    ground = Image.new("RGBA", image.size, ImageColor.getrgb(options.alpha))
+    flat = Image.alpha_composite(ground, layers)
+    return flat.convert(image.mode) if image.mode in CHANNELS else flat.convert("RGB")
+
+
+def _fitted(image: Image.Image, options: Options) -> Image.Image:
+    """`image` in the size that was asked for."""
+    if options.size is None:
+        return image
+    height, width = options.size
+    filter_ = Image.Resampling[options.resample.upper()]
+    if options.crop == "center":
+        return ImageOps.fit(image, (width, height), filter_)
+    if options.crop == "none" and image.width * height != image.height * width:
+        raise _Unusable(
+            f"expected the aspect ratio of {height} x {width} with crop='none', got {image.height} x "
+            f"{image.width} (crop='center' cuts its longer side, crop='stretch' distorts it)"
+        )
+    return image.resize((width, height), filter_)
+

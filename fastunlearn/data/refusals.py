@@ -1,0 +1,57 @@
+"""What cannot be read, collected: one error names it all, since a set of images never shrinks silently."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+NAMED = 20  # problems that one error spells out
+
+
+class Refused(Exception):
+    """What of a folder, a file or a table cannot become rows. `load_images` turns it into a ValueError.
+
+    Attributes:
+        problems: one sentence each, `NAME: expected ..., got ...`, in the order of the rows.
+        where: the folder, file or table.
+        count: how many files or rows there are, those that can be read included.
+        unit: "files" or "rows".
+    """
+
+    def __init__(self, problems: list[str], where: str | Path, count: int = 1, unit: str = "files"):
+        super().__init__(problems)
+        self.problems, self.where, self.count, self.unit = problems, where, count, unit
+
+
+def in_words(refusals: list[Refused]) -> str:
+    """One message for all `refusals`: a line for one problem, else a list of the first and their number."""
+    problems = [problem for refused in refusals for problem in refused.problems]
+    first = refusals[0]
+    where = shown(first.where)
+    if len(problems) == 1 and first.count == 1:
+        return problems[0]
+    if len(problems) == 1:
+        return f"{problems[0]} (the only one of {first.count} {first.unit} in {where} that cannot be read)"
+
+    if len(refusals) > 1:
+        where = f"{len(refusals)} paths"
+    unit = first.unit if len({refused.unit for refused in refusals}) == 1 else "files and rows"
+    count = sum(refused.count for refused in refusals)
+    lines = [f"{where}: expected {unit} that can all be read, got {len(problems)} of {count} that cannot:"]
+    lines += [f"  {problem}" for problem in problems[:NAMED]]
+    if len(problems) > NAMED:
+        lines.append(f"  and {len(problems) - NAMED} more")
+    return "\n".join(lines)
+
+
+def shown(path: str | Path) -> str:
+    """`path` as a terminal may show it: control characters, and bytes that are no UTF-8, are escaped."""
+    return "".join(_escaped(character) for character in str(path))
+
+
+def listed(paths: Iterable[str | Path]) -> str:
+    return ", ".join(shown(path) for path in paths)
+
+
+def _escaped(character: str) -> str:
+    return character if character.isprintable() else character.encode("unicode_escape").decode("ascii")

@@ -1,0 +1,199 @@
+"""Files that act are never run, and files that are damaged are refused."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import io
+import os
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import EpsImagePlugin, Image, ImageFile, features
+
+from fastunlearn.data import load_images
+from fastunlearn.data.content import formats
+
+PACKAGE = Path(__file__).parents[1] / "fastunlearn"
+needs_avif = pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")
+needs_pyarrow = pytest.mark.skipif(importlib.util.find_spec("pyarrow") is None, reason="no pyarrow")
+needs_datasets = pytest.mark.skipif(importlib.util.find_spec("datasets") is None, reason="no datasets")
+COLOURS = np.random.default_rng(0).integers(0, 256, (8, 6, 3)).astype(np.uint8)
+GREY = COLOURS[..., 0]
+
+
+def encoded(image: np.ndarray | Image.Image, kind: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def put(folder: Path, content: bytes, name: str = "x.png") -> Path:
+    (folder / name).write_bytes(content)
+    return folder / name
+
+
+def read(folder: Path, content: bytes, **options) -> np.ndarray:
+    """The one row, `[H, W, C]`."""
+    return load_images(put(folder, content), **options).images[0].permute(1, 2, 0).numpy()
+
+
+def table(folder: Path, **columns) -> Path:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table(columns), folder / "x.parquet")
+    return folder / "x.parquet"
+
+
+# --- formats ---------------------------------------------------------------------------------------------
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 6\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+@pytest.fixture
+def ghostscript(tmp_path, monkeypatch) -> Path:
+    """A program called `gs`; the file appears when it is started."""
+    folder, started = tmp_path / "bin", tmp_path / "started"
+    folder.mkdir()
+    program = put(folder, f"#!/bin/sh\ntouch {started}\nexit 1\n".encode(), "gs")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    return started
+
+
+def test_the_stand_in_for_ghostscript_is_what_pillow_starts(ghostscript):
+    with pytest.raises((OSError, subprocess.CalledProcessError)), Image.open(io.BytesIO(POSTSCRIPT)) as image:
+        image.load()
+    assert ghostscript.exists()
+
+
+@pytest.mark.parametrize("name", ["cat.png", "cat", "cat.eps"])
+def test_postscript_is_never_run(name, tmp_path, ghostscript):
+    path = put(tmp_path, POSTSCRIPT, name)
+    with pytest.raises(
+        ValueError, match=rf"{name}: expected .*got .*PostScript, which is a program and is never run"
+    ):
+        load_images(path, channels=3)
+    with pytest.raises(ValueError, match=rf"{name}: expected an image .*PostScript"):
+        load_images(put_in_a_folder(path), channels=3)
+    assert not ghostscript.exists()
+
+
+def put_in_a_folder(path: Path) -> Path:
+    folder = path.parent / "set"
+    folder.mkdir()
+    (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+@needs_pyarrow
+@pytest.mark.parametrize(
+    "cell", [POSTSCRIPT, {"bytes": POSTSCRIPT, "path": "cat.png"}], ids=["binary", "struct"]
+)
+def test_postscript_in_a_table_is_never_run(cell, tmp_path, ghostscript):
+    with pytest.raises(ValueError, match=r"x.parquet row 0: expected an image .*PostScript"):
+        load_images(table(tmp_path, image=[cell]), channels=3)
+    assert not ghostscript.exists()
+
+
+@needs_datasets
+def test_postscript_in_a_saved_data_set_is_never_run(tmp_path, ghostscript):
+    import datasets
+
+    rows = {"image": [{"bytes": POSTSCRIPT, "path": None}]}
+    datasets.Dataset.from_dict(rows, datasets.Features(image=datasets.Image())).save_to_disk(tmp_path / "set")
+    with pytest.raises(ValueError, match=r"set row 0: expected an image .*PostScript"):
+        load_images(tmp_path / "set", channels=3)
+    assert not ghostscript.exists()
+
+
+def test_pillow_is_asked_for_these_formats_alone():
+    assert set(formats()) <= {"PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF"}
+    opened = []
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("Image.open", "PIL.Image.open"):
+                opened.append([ast.unparse(word.value) for word in node.keywords if word.arg == "formats"])
+    assert opened
+    assert all(asked == ["formats()"] for asked in opened)
+
+
+@pytest.mark.parametrize("kind", ["ICO", "TGA", "PPM", "JPEG2000", "PDF", "SGI", "PCX", "DDS"])
+def test_other_formats_of_pillow_are_refused(kind, tmp_path):
+    with pytest.raises(ValueError, match=r"x.png: expected an image \("):
+        read(tmp_path, encoded(Image.new("RGB", (16, 16)), kind))
+
+
+# --- damage ----------------------------------------------------------------------------------------------
+
+WAVES = (np.add.outer(np.arange(64) * 3, np.arange(64))[..., None] + np.array([0, 40, 80])).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("PNG", {}),
+        ("JPEG", {}),
+        ("JPEG", {"progressive": True}),
+        ("WEBP", {}),
+        ("BMP", {}),
+        ("TIFF", {}),
+        ("GIF", {}),
+        pytest.param("AVIF", {}, marks=needs_avif),
+    ],
+)
+@pytest.mark.parametrize("kept", [0.5, 0.9])
+def test_a_file_that_was_cut_is_refused(kind, options, kept, tmp_path):
+    content = encoded(WAVES, kind, **options)
+    damaged, unknown = "a whole image, got one that is damaged", r"an image \(.*\), got data that begins like"
+    with pytest.raises(ValueError, match=f"x.png: expected ({damaged}|{unknown})"):
+        read(tmp_path, content[: int(kept * len(content))], channels=3)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", pytest.param("AVIF", marks=needs_avif)])
+@pytest.mark.parametrize("kept", [0.3, 0.5, 0.7])
+def test_an_image_whose_end_is_zeros_is_refused(kind, kept, tmp_path):
+    """What a download that allots the whole file first, or a crash, leaves: Pillow may decode it."""
+    noise = np.random.default_rng(0).integers(0, 30, (128, 128, 3))
+    ramp = np.add.outer(np.arange(128), np.arange(128))[..., None] + np.array([0, 20, 40])
+    content = encoded((ramp + noise).clip(0, 255).astype(np.uint8), kind)
+    whole = int(kept * len(content))
+    with pytest.raises(ValueError, match=r"x.png: expected a whole image, got one that is damaged"):
+        read(tmp_path, content[:whole] + bytes(len(content) - whole), channels=3)
+
+
+def test_pillow_may_not_have_been_told_to_fill_in_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    (tmp_path / "set").mkdir()
+    put(tmp_path / "set", encoded(GREY))
+    for path in (put(tmp_path, encoded(GREY)), tmp_path / "set"):
+        with pytest.raises(
+            ValueError, match=r"PIL.ImageFile.LOAD_TRUNCATED_IMAGES: expected False, got True"
+        ):
+            load_images(path)
+
+
+def test_whatever_pillow_stumbles_over_is_named(tmp_path, monkeypatch):
+    def stumble(self, *arguments):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", stumble)
+    with pytest.raises(
+        ValueError, match=r"x.png: expected a whole image, got one that is damaged \(ZeroDivisionError\)"
+    ):
+        read(tmp_path, encoded(GREY))
+
+
+@pytest.mark.parametrize(
+    "kind", ["GIF", "WEBP", "PNG", "TIFF", "MPO", pytest.param("AVIF", marks=needs_avif)]
+)
+def test_more_than_one_frame_is_refused(kind, tmp_path):
+    other = Image.fromarray(255 - COLOURS)
+    content = encoded(COLOURS, kind, save_all=True, append_images=[other])
+    with pytest.raises(ValueError, match=r"x.png: expected one image, got 2 frames"):
+        read(tmp_path, content, channels=3)

@@ -1,0 +1,322 @@
+"""Encoded images: no value changes without a word, and what is done to them is an option."""
+
+from __future__ import annotations
+
+import base64
+import io
+import struct
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, features
+
+from fastunlearn.data import load_images
+
+needs_avif = pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")
+COLOURS = np.random.default_rng(0).integers(0, 256, (8, 6, 3)).astype(np.uint8)
+GREY = COLOURS[..., 0]
+WAVES = (np.add.outer(np.arange(64) * 3, np.arange(64))[..., None] + np.array([0, 40, 80])).astype(np.uint8)
+
+
+def encoded(image: np.ndarray | Image.Image, kind: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def put(folder: Path, content: bytes, name: str = "x.png") -> Path:
+    (folder / name).write_bytes(content)
+    return folder / name
+
+
+def read(folder: Path, content: bytes, **options) -> np.ndarray:
+    """The one row, `[H, W, C]`."""
+    return load_images(put(folder, content), **options).images[0].permute(1, 2, 0).numpy()
+
+
+# --- values ----------------------------------------------------------------------------------------------
+
+
+def palette(**options) -> Image.Image:
+    image = Image.fromarray(GREY % 4, "L").convert("P")
+    image.putpalette([10, 20, 30, 200, 0, 0, 0, 200, 0, 0, 0, 200])
+    return image
+
+
+PALETTE = np.array([[10, 20, 30], [200, 0, 0], [0, 200, 0], [0, 0, 200]], np.uint8)[GREY % 4]
+OPAQUE = np.concatenate([COLOURS, np.full((8, 6, 1), 255, np.uint8)], 2)
+MODES = {
+    "L": (encoded(GREY), np.repeat(GREY[..., None], 3, 2)),
+    "1": (encoded(Image.fromarray(GREY > 99)), np.repeat((GREY > 99)[..., None], 3, 2) * np.uint8(255)),
+    "P": (encoded(palette()), PALETTE),
+    "GIF": (encoded(palette(), "GIF"), PALETTE),
+    "RGBA, opaque": (encoded(OPAQUE), COLOURS),
+    "LA, opaque": (encoded(Image.fromarray(GREY).convert("LA")), np.repeat(GREY[..., None], 3, 2)),
+    "P, opaque": (encoded(palette(), transparency=b"\xff\xff\xff\xff"), PALETTE),
+    "P, a transparent colour that no pixel has": (encoded(palette(), transparency=77), PALETTE),
+    "RGB, a transparent colour that no pixel has": (encoded(COLOURS, transparency=(1, 2, 3)), COLOURS),
+    "WebP, opaque": (encoded(OPAQUE, "WEBP", lossless=True), COLOURS),
+}
+
+
+def by_pillow(content: bytes, mode: str) -> np.ndarray:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of palettes with opacities
+        return np.array(Image.open(io.BytesIO(content)).convert(mode))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("alpha", ["refuse", "drop", "#804020"])
+@pytest.mark.filterwarnings("error")
+def test_opaque_images_keep_their_colours(mode, alpha, tmp_path):
+    content, expected = MODES[mode]
+    assert np.array_equal(read(tmp_path, content, channels=3, alpha=alpha), expected)
+    assert np.array_equal(read(tmp_path, content, channels=1, alpha=alpha)[..., 0], by_pillow(content, "L"))
+
+
+CLEAR = np.concatenate([COLOURS, np.full((8, 6, 1), 255, np.uint8)], 2)
+CLEAR[0, 0, 3], CLEAR[1, 1, 3] = 0, 51  # 51 / 255 is a fifth
+RED_ON_KEY = np.zeros((8, 6, 3), np.uint8)
+RED_ON_KEY[:] = (9, 9, 9)
+RED_ON_KEY[2:] = (200, 0, 0)
+TRANSPARENT = {
+    "RGBA": (encoded(CLEAR), CLEAR[..., :3], (CLEAR[..., 3:] / 255)),
+    "WebP": (encoded(CLEAR, "WEBP", lossless=True, exact=True), CLEAR[..., :3], (CLEAR[..., 3:] / 255)),
+    "TIFF": (encoded(CLEAR, "TIFF"), CLEAR[..., :3], (CLEAR[..., 3:] / 255)),
+    "P": (
+        encoded(palette(), transparency=b"\x00\xff\x80"),
+        PALETTE,
+        np.array([0, 255, 128, 255])[GREY % 4][..., None] / 255,
+    ),
+    "GIF": (encoded(palette(), "GIF", transparency=1), PALETTE, np.array([1, 0, 1, 1])[GREY % 4][..., None]),
+    "RGB with a transparent colour": (
+        encoded(RED_ON_KEY, transparency=(9, 9, 9)),
+        RED_ON_KEY,
+        (RED_ON_KEY != 9).any(2, keepdims=True),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", TRANSPARENT)
+def test_transparent_images_are_refused_unless_an_option_says_what_they_become(kind, tmp_path):
+    content, colours, opacity = TRANSPARENT[kind]
+    with pytest.raises(
+        ValueError, match=r"x.png: expected an opaque image, got one with transparent pixels \(alpha='drop'"
+    ):
+        read(tmp_path, content, channels=3)
+    assert np.array_equal(read(tmp_path, content, channels=3, alpha="drop"), by_pillow(content, "RGB"))
+    assert np.array_equal(read(tmp_path, content, channels=3, alpha="drop"), colours)
+    over = colours * opacity + np.array([0, 128, 255]) * (1 - opacity)
+    assert np.abs(read(tmp_path, content, channels=3, alpha="#0080ff") - over).max() <= 1
+    assert np.array_equal(
+        read(tmp_path, content, channels=3, alpha="white")[opacity[..., 0] == 1],
+        colours[opacity[..., 0] == 1],
+    )
+
+
+def test_a_transparent_grey_is_refused(tmp_path):
+    for content in (
+        encoded(GREY, transparency=int(GREY[0, 0])),
+        encoded(Image.fromarray(np.dstack([GREY, GREY]), "LA")),
+    ):
+        with pytest.raises(ValueError, match="expected an opaque image"):
+            read(tmp_path, content, channels=1)
+    assert read(tmp_path, encoded(GREY, transparency=int(GREY[0, 0])), alpha="white")[0, 0] == 255
+
+
+def png_of_16_bits(colour_type: int, channels: int, text: bytes = b"") -> bytes:
+    """A PNG of 2 x 2 pixels with 16 bits a channel, which Pillow reads but does not write."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        )
+
+    rows = (b"\0" + bytes(range(1, 4 * channels + 1))) * 2
+    header = chunk(b"IHDR", struct.pack(">2I5B", 2, 2, 16, colour_type, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + text + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("colour_type", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)], ids=["grey", "RGB", "grey-alpha", "RGBA"]
+)
+def test_a_png_of_16_bits_is_refused_not_cut_to_8(colour_type, channels, tmp_path):
+    content = png_of_16_bits(colour_type, channels)
+    with Image.open(io.BytesIO(content)) as image:
+        image.load()  # Pillow takes it
+    for wanted in (1, 3):
+        with pytest.raises(ValueError, match=r"x.png: expected 8 bits a channel, got 16 \(use .npy"):
+            read(tmp_path, content, channels=wanted, alpha="drop")
+
+
+def test_a_png_whose_header_is_not_where_it_belongs_is_refused(tmp_path):
+    content = b"tEXt" + b"a\0b"
+    text = struct.pack(">I", 3) + content + struct.pack(">I", zlib.crc32(content))
+    with pytest.raises(ValueError, match=r"x.png: expected a PNG file that begins with its header"):
+        read(tmp_path, png_of_16_bits(2, 3, text), channels=3)
+
+
+def test_a_tiff_of_16_bits_is_refused(tmp_path):
+    size, bits, plain = ((256, 3, 1, 2), (257, 3, 1, 2)), (258, 3, 3, 128), ((259, 3, 1, 1), (262, 3, 1, 2))
+    place = ((273, 4, 1, 134), (277, 3, 1, 3), (278, 3, 1, 2), (279, 4, 1, 24))
+    entries = (*size, bits, *plain, *place)
+    directory = (
+        struct.pack("<H", len(entries))
+        + b"".join(struct.pack("<2H2I", *entry) for entry in entries)
+        + bytes(4)
+    )
+    content = (
+        (b"II*\0" + struct.pack("<I", 8) + directory).ljust(128, b"\0")
+        + struct.pack("<3H", 16, 16, 16)
+        + bytes(range(24))
+    )
+    with Image.open(io.BytesIO(content)) as image:
+        image.load()
+        assert image.mode == "RGB"
+    with pytest.raises(ValueError, match=r"x.png: expected 8 bits a channel, got 16"):
+        read(tmp_path, content)
+
+
+# 8 x 8 pixels of 10 bits a channel, which Pillow reads but does not write; made with libavif.
+AVIF_OF_10_BITS = (
+    "AAAAIGZ0eXBhdmlmAAAAAGF2aWZtaWYxbWlhZk1BMUEAAADrbWV0YQAAAAAAAAAhaGRscgAAAAAAAAAAcGljdAAAAAAAAAAAAAAA"
+    "AAAAAAAOcGl0bQAAAAAAAQAAAB5pbG9jAAAAAEQAAAEAAQAAAAEAAAETAAAAIAAAAChpaW5mAAAAAAABAAAAGmluZmUCAAAAAAEA"
+    "AGF2MDFDb2xvcgAAAABqaXBycAAAAEtpcGNvAAAAFGlzcGUAAAAAAAAACAAAAAgAAAAQcGl4aQAAAAADCgoKAAAADGF2MUOBIEAA"
+    "AAAAE2NvbHJuY2x4AAIAAgAGgAAAABdpcG1hAAAAAAAAAAEAAQQBAoMEAAAAKG1kYXQSAAoIOAi/awICBpAyEh/yYoTv///xZ+GA"
+    "kDWOuPq5SA=="
+)
+
+
+@needs_avif
+def test_an_avif_of_10_bits_is_refused(tmp_path):
+    content = base64.b64decode(AVIF_OF_10_BITS)
+    with Image.open(io.BytesIO(content)) as image:
+        image.load()  # Pillow takes it
+        assert image.mode == "RGB"
+    with pytest.raises(ValueError, match=r"x.png: expected 8 bits a channel, got 10"):
+        read(tmp_path, content)
+    assert read(tmp_path, encoded(COLOURS, "AVIF")).shape == (8, 6, 3)
+
+
+def test_modes_that_pillow_cannot_convert_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"x.png: expected 8 bits a channel, got 32"):
+        read(tmp_path, encoded(GREY.astype(np.float32), "TIFF"), channels=1)
+    with pytest.raises(
+        ValueError, match=r"x.png: expected 8 bits a channel in grey, RGB or CMYK, got mode LAB"
+    ):
+        read(tmp_path, encoded(Image.new("LAB", (4, 4)), "TIFF"), channels=3)
+
+
+# --- options ---------------------------------------------------------------------------------------------
+
+
+def turned(kind: str) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by 90 degrees
+    return encoded(np.arange(128, dtype=np.uint8).reshape(8, 16), kind, exif=exif)
+
+
+def test_exif_orientation_is_an_option(tmp_path):
+    stored = np.arange(128, dtype=np.uint8).reshape(8, 16)
+    assert np.array_equal(read(tmp_path, turned("PNG"))[..., 0], np.rot90(stored, -1))
+    assert np.array_equal(read(tmp_path, turned("PNG"), exif="apply")[..., 0], np.rot90(stored, -1))
+    assert np.array_equal(read(tmp_path, turned("PNG"), exif="ignore")[..., 0], stored)
+
+
+def test_an_orientation_that_cannot_be_ignored_is_refused(tmp_path):
+    stored = np.arange(128, dtype=np.uint8).reshape(8, 16)
+    assert np.array_equal(read(tmp_path, turned("TIFF"))[..., 0], np.rot90(stored, -1))
+    with pytest.raises(
+        ValueError,
+        match=r"x.png: expected an upright image with exif='ignore', got a TIFF file with an orientation",
+    ):
+        read(tmp_path, turned("TIFF"), exif="ignore")
+    assert np.array_equal(read(tmp_path, encoded(GREY, "TIFF"), exif="ignore")[..., 0], GREY)
+
+
+def test_crop_is_an_option(tmp_path):
+    wide = np.zeros((8, 16), np.uint8)
+    wide[:, 8:] = 200
+    wide[:, 4:8] = 100
+    content = encoded(wide)
+    columns = {"center": [100, 100, 200, 200], "stretch": [0, 100, 200, 200]}
+    for crop, expected in columns.items():
+        assert read(tmp_path, content, size=4, crop=crop, resample="box")[0, :, 0].tolist() == expected
+    with pytest.raises(
+        ValueError, match=r"x.png: expected the aspect ratio of 4 x 4 with crop='none', got 8 x 16"
+    ):
+        read(tmp_path, content, size=4, crop="none")
+    assert read(tmp_path, content, size=(4, 8), crop="none", resample="box")[0, :, 0].tolist() == [
+        0,
+        0,
+        100,
+        100,
+        200,
+        200,
+        200,
+        200,
+    ]
+
+
+@pytest.mark.parametrize("resample", ["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"])
+def test_resample_is_an_option(resample, tmp_path):
+    image = Image.fromarray(WAVES)
+    expected = np.array(image.resize((24, 24), Image.Resampling[resample.upper()]))
+    for crop in ("center", "stretch", "none"):
+        assert np.array_equal(read(tmp_path, encoded(image), size=24, crop=crop, resample=resample), expected)
+    assert (resample == "bilinear") == np.array_equal(read(tmp_path, encoded(image), size=24), expected)
+
+
+def test_options_are_told(tmp_path):
+    told = []
+    load_images(
+        put(tmp_path, encoded(GREY)),
+        channels=1,
+        size=(8, 6),
+        exif="ignore",
+        crop="none",
+        resample="box",
+        alpha="white",
+        tell=told.append,
+    )
+    expected = {
+        "size": (8, 6),
+        "channels": 1,
+        "exif": "ignore",
+        "crop": "none",
+        "resample": "box",
+        "alpha": "white",
+    }
+    assert told[0].record() == {
+        "rows": 1,
+        "files": 1,
+        "passed_over": 0,
+        "folders_entered_before": 0,
+        "options": expected,
+    }
+    assert str(told[0]) == "1 row from 1 file"
+
+
+WRONG = [
+    ({"exif": "no"}, ValueError, r"exif: expected one of apply, ignore, got 'no'"),
+    ({"crop": "left"}, ValueError, r"crop: expected one of center, stretch, none, got 'left'"),
+    ({"resample": "cubic"}, ValueError, r"resample: expected one of bicubic, .*, got 'cubic'"),
+    ({"resample": 2}, ValueError, r"resample: expected one of bicubic, .*, got 2"),
+    (
+        {"alpha": "whitish"},
+        ValueError,
+        r"alpha: expected 'refuse', 'drop' or an opaque colour .*, got 'whitish'",
+    ),
+    ({"alpha": "#ffffff80"}, ValueError, r"alpha: expected .* got '#ffffff80', which is transparent itself"),
+    ({"alpha": None}, TypeError, r"alpha: expected .* got None"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "text"), WRONG)
+def test_options_outside_their_choices_are_refused_before_a_file_is_opened(options, error, text, tmp_path):
+    with pytest.raises(error, match=text):
+        load_images(tmp_path / "gone", **options)
