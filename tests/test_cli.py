@@ -257,6 +257,61 @@ def test_image_files_are_made_to_fit(world, tmp_path):
     assert json.loads((tmp_path / "run" / "run.json").read_text())["data"]["forget"]["shape"] == list(TINY_SHAPE)
 
 
+@pytest.fixture
+def photos(world, tmp_path) -> Path:
+    """Two photos, one of them wide, transparent and named after a person, and what a file manager left."""
+    folder = tmp_path / "photos"
+    shutil.copytree(world.forget, folder)
+    Image.new("RGBA", (20, 10), (200, 100, 50, 0)).save(folder / "jane-doe.png")
+    (folder / ".DS_Store").write_bytes(b"x")
+    (folder / "1.png").unlink()
+    return folder
+
+
+DEFAULTS = {"exif": "apply", "crop": "center", "resample": "bilinear", "alpha": "refuse"}
+CHANGED = {"exif": "ignore", "crop": "stretch", "resample": "lanczos", "alpha": "white"}
+CHANGED_FLAGS = [part for name, value in CHANGED.items() for part in (f"--{name}", value)]
+
+
+def test_what_was_read_is_printed_and_recorded_without_names(world, tmp_path, capsys, photos):
+    assert unlearn(world, tmp_path / "run", "--forget", photos, *CHANGED_FLAGS) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert f"forget: 2 rows from 2 files; passed over 1 file: {photos / '.DS_Store'}" in lines
+    assert "retain: 20 rows from 1 file" in lines
+    text = (tmp_path / "run" / "run.json").read_text()
+    options = {"size": [8, 8], "channels": 1} | CHANGED
+    counts = {"rows": 2, "files": 2, "passed_over": 1, "folders_entered_before": 0}
+    read = json.loads(text)["images"]
+    assert read["forget"] == counts | {"options": options}
+    assert read["retain"] == counts | {"rows": 20, "files": 1, "passed_over": 0, "options": options}
+    assert "jane-doe" not in text
+
+
+def test_what_becomes_of_pictures_is_recorded_where_nothing_was_asked_for(world, tmp_path):
+    assert unlearn(world, tmp_path / "run") == 0
+    read = json.loads((tmp_path / "run" / "run.json").read_text())["images"]
+    options = {"size": [8, 8], "channels": 1} | DEFAULTS
+    assert read["forget"]["options"] == read["retain"]["options"] == options
+
+
+def test_the_flags_of_pictures_reach_the_rows(monkeypatch, world, tmp_path, photos):
+    unlearner, _ = started(monkeypatch, world, tmp_path / "run", "--forget", photos, *CHANGED_FLAGS)
+    expected = load_images(photos, size=8, channels=1, tell=lambda reading: None, **CHANGED)
+    assert torch.equal(unlearner.forget.images, expected.images)
+
+
+def test_a_forget_set_does_not_shrink(world, tmp_path, capsys, photos):
+    (photos / "a.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(40))
+    (photos / "notes.txt").write_text("notes")
+    assert unlearn(world, tmp_path / "run", "--forget", photos) == 2
+    error = capsys.readouterr().err
+    expected = "expected files that can all be read, got 3 of 4 that cannot:\n"
+    assert error.startswith(f"error: {photos}: {expected}")
+    named = [line.split(":")[0].split("/")[-1] for line in error.splitlines()[1:]]
+    assert named == ["a.heic", "jane-doe.png", "notes.txt"]
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_cannot_be_saved_is_said_before_the_work(world, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "model").write_text("mine")
@@ -309,7 +364,8 @@ def test_sample(world, tmp_path, capsys):
 def test_evaluate_compares_two_checkpoints(world, tmp_path, capsys):
     unlearn(world, tmp_path / "run")
     few = ("--num_images", "6", "--num_inference_steps", "3", "--timestep", "5", "--chains", "2", "--nll_tolerance", "0.1", "--device", "cpu")
-    arguments = ("--model", tmp_path / "run" / "model", "--against", world.model, "--forget", world.forget, "--threshold", "2.5")
+    arguments = ("--model", tmp_path / "run" / "model", "--against", world.model, "--forget", world.forget)
+    arguments += ("--threshold", "2.5", "--resample", "box")
     assert run("evaluate", *arguments, "--output", tmp_path / "out", *few) == 0
     shown = capsys.readouterr().out
     assert shown.splitlines()[-1] == f"evaluation: {tmp_path / 'out' / 'evaluation.json'}"
@@ -317,6 +373,10 @@ def test_evaluate_compares_two_checkpoints(world, tmp_path, capsys):
     assert "after" in shown
     result = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert result["forget_images"] == 2
+    options = {"size": [8, 8], "channels": 1} | DEFAULTS | {"resample": "box"}
+    counts = {"rows": 2, "files": 2, "passed_over": 0, "folders_entered_before": 0}
+    assert result["images"] == {"forget": counts | {"options": options}}
+    assert shown.splitlines()[0] == "forget: 2 rows from 2 files"
     assert result["measured"].keys() == {"before", "after"}
     assert result["measured"]["before"]["reconstruction"]["total"] == 4
     assert result["measured"]["before"]["frequency"]["total"] == 6
@@ -338,6 +398,9 @@ def test_neighbors(world, tmp_path):
     np.testing.assert_array_equal(found["index"], index)
     np.testing.assert_array_equal(found["sqdist"], sqdist)
     assert found["sqdist"].dtype == np.int64
+    read = json.loads(str(found["read"]))
+    assert (read["forget"]["files"], read["retain"]["rows"]) == (2, 20)
+    assert read["forget"]["options"]["crop"] == "center"
     assert stat.S_IMODE((tmp_path / "near.npz").stat().st_mode) == 0o600
 
 

@@ -18,7 +18,8 @@ DESCRIPTION = """Make a trained diffusion model forget given training images.
 Start with `fastunlearn demo`: it needs no data and no GPU. `fastunlearn COMMAND --help` explains a command, with an example.
 
 Flags may be written with dashes or underscores, and are called as in diffusers' training scripts. Exit codes: 0 done, 1 not passed or \
-failed, 2 wrong input. Errors are one line; --debug or FASTUNLEARN_DEBUG=1 adds the traceback."""
+failed, 2 wrong input. Errors are one line, and one more for each file of a list; --debug or \
+FASTUNLEARN_DEBUG=1 adds the traceback."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

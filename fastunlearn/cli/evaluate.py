@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from .options import also, unset
+from .picture_flags import PictureFlags
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,6 +69,7 @@ class Evaluate:
     """Folder for evaluation.json."""
     device: Annotated[str | None, unset("the first GPU, else cpu", "cpu|cuda|cuda:N")] = None
     """Where it runs."""
+    pictures: PictureFlags = field(default_factory=PictureFlags)
 
     def run(self) -> int:
         from .. import _check
@@ -77,17 +79,24 @@ class Evaluate:
         device = pick_device(self.device)
         models = {"model": _load(self.model, device)} if self.against is None else {"before": _load(self.against, device), "after": _load(self.model, device)}
         model, _ = next(iter(models.values()))
-        forget = load_for(model, "forget", self.forget)
+        read: dict[str, Any] = {}
+        forget = load_for(model, "forget", self.forget, self.pictures, read)
         if {"fid", "is"} & set(wanted) and forget.shape != CLASSIFIED_SHAPE:
             raise ValueError(f"metrics: expected fid and is for images of shape {CLASSIFIED_SHAPE} only (the shipped classifier's), got {forget.shape}")
-        real = load_for(model, "retain", self.retain) if {"fid", "is"} & set(wanted) else None
+        real = None
+        if {"fid", "is"} & set(wanted):
+            real = load_for(model, "retain", self.retain, self.pictures, read)
         images, real_images = _distinct(forget), None if real is None else _evenly(real, MOST_REAL_IMAGES)
         measured = {name: self._measure(*loaded, wanted, images, real_images) for name, loaded in models.items()}
 
         self.output.mkdir(parents=True, exist_ok=True)
         file = self.output / "evaluation.json"
-        settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(self).items() if name not in ("forget", "retain")}
-        file.write_text(json.dumps({"settings": settings, "forget_images": len(images), "measured": measured}, indent=1) + "\n")
+        elsewhere = ("forget", "retain", "pictures")  # the last with the numbers of what was read
+        noted = {name: value for name, value in vars(self).items() if name not in elsewhere}
+        settings = {name: str(value) if isinstance(value, Path) else value for name, value in noted.items()}
+        sets = {"images": read, "forget_images": len(images)}
+        evaluation = {"settings": settings, **sets, "measured": measured}
+        file.write_text(json.dumps(evaluation, indent=1) + "\n")
         _print_table(wanted, measured)
         print(f"evaluation: {file}")
         return 0

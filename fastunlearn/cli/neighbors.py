@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from .options import unset
+from .picture_flags import PictureFlags
 
 
 @dataclass(kw_only=True)
 class Neighbors:
     """Find the k nearest images to keep of every image to forget: exact Euclidean distance, ties by the lower row.
 
-    Sets larger than memory are streamed (npy, idx). The file has index [N, k] and sqdist [N, k], nearest first; the squared distances
-    of uint8 images are exact integers in grey levels.
+    Sets larger than memory are streamed (npy, idx). The file has index [N, k] and sqdist [N, k], nearest
+    first, and read, in JSON: what was read, and how. The squared distances of uint8 images are exact integers
+    in grey levels.
 
     Try: fastunlearn neighbors --forget forget/ --retain retain.npy --k 10 --output neighbors.npz
     """
@@ -29,20 +32,22 @@ class Neighbors:
     """A file .npz (mode 0600: distances say something about the images to forget)."""
     resolution: Annotated[int | None, unset("as they are", "INT")] = None
     """Crop and resize image files to this height and width, in pixels."""
+    pictures: PictureFlags = field(default_factory=PictureFlags)
 
     def run(self) -> int:
         import numpy as np
 
         from ..checkpoint import atomic_file
-        from ..data import load_images
         from ..neighbors import nearest_neighbors
 
         if self.output.suffix != ".npz":
             raise ValueError(f"output: expected a path that ends in .npz, got {self.output}")
-        forget, retain = (load_images(paths, size=self.resolution) for paths in (self.forget, self.retain))
+        read: dict[str, Any] = {}
+        sets = (("forget", self.forget), ("retain", self.retain))
+        forget, retain = (self.pictures.load(name, paths, read, size=self.resolution) for name, paths in sets)
         index, sqdist = nearest_neighbors(forget, retain, self.k, show_progress=True)
         self.output.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(self.output, mode=0o600) as file:
-            np.savez(file, index=index.numpy(), sqdist=sqdist.numpy())
+            np.savez(file, index=index.numpy(), sqdist=sqdist.numpy(), read=np.array(json.dumps(read)))
         print(f"{self.k} neighbours of {len(forget)} images among {len(retain)}: {self.output}")
         return 0

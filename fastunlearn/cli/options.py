@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tyro.conf import arg
 
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..store import ImageStore
+    from .picture_flags import PictureFlags
 
 
 def unset(default: str, metavar: str | None = None, *aliases: str):
@@ -55,15 +56,18 @@ def model_shape(model) -> tuple[int, int, int]:
     return model.config.in_channels, height, width
 
 
-def load_for(model, name: str, paths: tuple[Path, ...]) -> ImageStore:
+def load_for(
+    model, name: str, paths: tuple[Path, ...], pictures: PictureFlags, record: dict[str, Any]
+) -> ImageStore:
     """The images in `paths` as `model` takes them: image files are cropped, resized and converted; arrays must have its shape.
+
+    Says how many rows and files there are, and what was passed over; notes the numbers and `pictures` in
+    `record`, under `name`.
 
     Raises:
         ValueError: naming the file, or the flag `name` where there are no paths.
     """
-    from ..data import load_images
-
     if not paths:
         raise ValueError(f"{name}: expected at least one path, got none")
     channels, height, width = model_shape(model)
-    return load_images(paths, size=(height, width), channels=channels)
+    return pictures.load(name, paths, record, size=(height, width), channels=channels)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 from .options import unset
+from .picture_flags import PictureFlags
 
 
 @dataclass(kw_only=True)
@@ -33,10 +34,10 @@ class Pretrain:
     """Continue a run that was stopped: it takes the same steps as one that was not."""
     device: Annotated[str | None, unset("the first GPU, else cpu", "cpu|cuda|cuda:N")] = None
     """Where it runs."""
+    pictures: PictureFlags = field(default_factory=PictureFlags)
 
     def run(self) -> int:
         from .. import checkpoint
-        from ..data import load_images
         from ..pretraining import pretrain
         from ..recipes.mnist_tshirt import PRETRAINING
         from .options import pick_device, prepare_host
@@ -52,7 +53,8 @@ class Pretrain:
         device = pick_device(self.device)
         prepare_host(device)
         recipe = PRETRAINING[self.recipe]
-        images = load_images(self.data, size=recipe.unet["sample_size"], channels=recipe.unet["in_channels"])
+        shape = {"size": recipe.unet["sample_size"], "channels": recipe.unet["in_channels"]}
+        images = self.pictures.load("data", self.data, {}, **shape)
         pretrain(images, recipe, self.output, seed=self.seed, resume=resume, checkpointing_steps=self.checkpointing_steps, device=device)
         print(f"trained model: {self.output}")
         return 0

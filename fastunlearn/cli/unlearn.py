@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from .options import unset
+from .picture_flags import PictureFlags
 from .unlearn_flags import Execution, MethodFlags, MethodName, Optimization, RunFlags
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class Unlearn:
     """Leave the forget images out of the images to keep: --retain may then be the whole training set."""
     report_images: bool = False
     """Write private/reconstructions.png (mode 0600), which shows forget images; without it nothing that is written shows or stores one."""
+    pictures: PictureFlags = field(default_factory=PictureFlags)
     hyperparameter: MethodFlags = field(default_factory=MethodFlags)
     optimizer: Optimization = field(default_factory=Optimization)
     execution: Execution = field(default_factory=Execution)
@@ -74,7 +76,8 @@ class Unlearn:
         prepare_host(device)
         model, scheduler = load_checkpoint(self.model, device=device)
         model = model.to(memory_format=execution.memory_format(device)).train()
-        forget, retain = self._load(method, model)
+        images: dict[str, Any] = {}  # what was read, for run.json
+        forget, retain = self._load(method, model, images)
         check_stores(method, forget, retain, allow_overlap=self.allow_overlap)
         private = self.output / run_record.PRIVATE_FOLDER
         autocast_dtype = execution.autocast_dtype(device)
@@ -92,7 +95,8 @@ class Unlearn:
                 training.unlearn(
                     unlearner, num_steps=optimization.max_train_steps, output_dir=self.output, checkpointing_steps=flags.checkpointing_steps,
                     checkpoints_total_limit=flags.checkpoints_total_limit, resume_from_checkpoint=flags.resume_from_checkpoint, report_to=flags.report_to,
-                    logging_steps=flags.logging_steps, record={"base_model": str(self.model.absolute())},
+                    logging_steps=flags.logging_steps,
+                    record={"base_model": str(self.model.absolute()), "images": images},
                 )  # fmt: skip
         finally:
             if processes.rank == 0:
@@ -111,14 +115,17 @@ class Unlearn:
             self._draw_reconstructions(model, scheduler, forget, private)
         print(f"unlearned model: {self.output / 'model'}")
 
-    def _load(self, method, model) -> tuple[ImageStore | None, ImageStore | None]:
+    def _load(self, method, model, images: dict[str, Any]) -> tuple[ImageStore | None, ImageStore | None]:
         """Forget and retain set; what the method does not read may be left out."""
         from .options import load_for
 
         for name, paths, reads in (("forget", self.forget, {"forget"}), ("retain", self.retain, {"retain", "neighbors"})):
             if not paths and reads & method.batches:
                 raise ValueError(f"--{name}: expected at least one path with --method {self.method}, got none")
-        forget, retain = (load_for(model, name, paths) if paths else None for name, paths in (("forget", self.forget), ("retain", self.retain)))
+        sets = (("forget", self.forget), ("retain", self.retain))
+        forget, retain = (
+            load_for(model, name, paths, self.pictures, images) if paths else None for name, paths in sets
+        )
         if self.drop_overlap and forget is not None and retain is not None:
             retain = _without(retain, forget)
         return forget, retain
