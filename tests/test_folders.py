@@ -167,12 +167,25 @@ def test_images_that_differ_are_named_among_them(tmp_path):
 def test_paths_of_single_files_are_named_in_one_go(tmp_path):
     paths = [put(tmp_path / f"{number}.png", encoded() if number % 2 else b"notes") for number in range(6)]
     text = refused(*paths)
-    assert text.startswith("3 paths: expected files that can all be read, got 3 of 3 that cannot:\n")
+    assert text.startswith("3 paths: expected files that can all be read, got 3 of 6 that cannot:\n")
     assert [str(path) in text for path in paths] == [True, False] * 3
 
 
+def test_paths_of_other_kinds_are_named_in_one_go(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    fine, notes = put(tmp_path / "a", encoded()), put(tmp_path / "notes.txt", b"notes")
+    pickled = put(tmp_path / "model.pt", b"\x80\x02}.")
+    text = refused(fine, notes, tmp_path / "gone", pickled, tmp_path / "pipe")
+    assert text.startswith("4 paths: expected files that can all be read, got 4 of 5 that cannot:\n")
+    reasons = ("ends in .txt: text", "does not exist", ".pt: such files are pickles", "a pipe, a socket or")
+    assert all(reason in line for reason, line in zip(reasons, text.split("\n")[1:], strict=True))
+
+
 def test_one_file_alone_is_named_in_one_line(tmp_path):
-    assert refused(put(tmp_path / "x.png", b"notes")).endswith("got text")
+    notes = put(tmp_path / "x.png", b"notes")
+    assert refused(notes).endswith("got text")
+    fine = put(tmp_path / "fine", encoded())
+    assert refused(fine, notes).endswith("got text (the only one of 2 files that cannot be read)")
 
 
 def test_names_cannot_write_to_the_terminal(tmp_path):

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from fastunlearn.data import load_images
+from fastunlearn.data.options import stack
 
 needs_pyarrow = pytest.mark.skipif(importlib.util.find_spec("pyarrow") is None, reason="no pyarrow")
 COLOURS = np.random.default_rng(0).integers(0, 256, (8, 6, 3)).astype(np.uint8)
@@ -78,6 +79,23 @@ def test_nulls_in_lists_and_labels_are_named(tmp_path):
         match=r"(?s)got 2 of 3 that cannot:.*row 1: expected an integer label, got None.*row 2: .*None",
     ):
         load_images(table(tmp_path, image=cells, label=[1, None, None]), labels=True)
+
+
+@needs_pyarrow
+def test_lists_of_numbers_are_no_encoded_images(tmp_path, monkeypatch):
+    """What is wrong with encoded images alone is no matter: four channels, and Pillow's settings."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    rows = np.random.default_rng(0).integers(0, 256, (2, 4, 8, 6))
+    assert np.array_equal(load_images(table(tmp_path, image=rows.tolist()), channels=4).images.numpy(), rows)
+
+
+@needs_pyarrow
+@pytest.mark.parametrize("rows", [0, 1, 3])
+def test_a_table_with_another_number_of_rows_than_it_says_is_refused(rows):
+    given = [(f"row {row}", np.zeros((1, 8, 8), np.uint8)) for row in range(rows)]
+    got = "more" if rows > 2 else rows
+    with pytest.raises(ValueError, match=f"x.parquet: expected 2 rows, .*, got {got}"):
+        stack(iter(given), 2, "x.parquet", "rows")
 
 
 @needs_pyarrow

@@ -117,7 +117,7 @@ def read_folder(path: Path, options: Options) -> Part:
         but = " in it or below it"
         if listing.passed_over:
             but = f" but what is passed over: {listed(listing.passed_over)}"
-        raise ValueError(f"{path}: expected a folder with images ({in_words()}), got none{but}")
+        raise ValueError(f"{shown(path)}: expected a folder with images ({in_words()}), got none{but}")
     problems, images = listing.sentences(), None
     try:
         images = stack(_decode_all(listing.files, options), len(listing.files))

@@ -16,7 +16,7 @@ from .folders import read_folder
 from .latents import is_latents_folder, read_latents
 from .options import Options, Part, Reading
 from .pictures import SUFFIXES, content_in_words, may_be_picture, read_picture
-from .refusals import Refused, in_words
+from .refusals import Refused, in_words, shown
 from .tables import read_parquet, read_saved_dataset
 
 REFUSED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
@@ -125,7 +125,7 @@ def _read_all(paths: list[Path], options: Options) -> list[Part]:
         except Refused as refused:
             refusals.append(refused)
     if refusals:
-        raise ValueError(in_words(refusals))
+        raise ValueError(in_words(refusals, fine=sum(part.files for part in parts)))
     return parts
 
 
@@ -138,25 +138,24 @@ def _reading(parts: list[Part], options: Options) -> Reading:
 
 def _read(path: Path, options: Options) -> Part:
     suffix = path.suffix.lower()
-    if not path.exists():
-        raise ValueError(f"{path}: expected {FORMATS}, got a path that does not exist")
     if path.is_dir():
         return _read_directory(path, options)
     if not path.is_file():
-        got = "a pipe, a socket or a device, which is never opened"
-        raise ValueError(f"{path}: expected {FORMATS}, got {got}")
+        special = "a pipe, a socket or a device, which is never opened"
+        got = special if path.exists() else "a path that does not exist"
+        raise Refused([f"{shown(path)}: expected {FORMATS}, got {got}"], path)
     readers = {".npy": read_npy, ".npz": read_npz, ".parquet": read_parquet}
     if suffix in readers:
         return readers[suffix](path, options)
     if suffix in SUFFIXES or may_be_picture(path):
         return read_picture(path, options)
-    if suffix in REFUSED:
-        why = "such files are pickles, and unpickling runs whatever code they hold"
-        raise ValueError(f"{path}: expected {FORMATS}, got {suffix}: {why}")
-    if "idx" in path.name or suffix == ".gz" or path.name.endswith("ubyte"):
+    if suffix not in REFUSED and ("idx" in path.name or suffix == ".gz" or path.name.endswith("ubyte")):
         return read_idx_images(path, options)
-    ending = f"a file that ends in {suffix}" if suffix else "a file without an ending"
-    raise ValueError(f"{path}: expected {FORMATS}, got {ending}: {content_in_words(path)}")
+    got = f"a file that ends in {suffix}: " if suffix else "a file without an ending: "
+    got += content_in_words(path)
+    if suffix in REFUSED:
+        got = f"{suffix}: such files are pickles, and unpickling runs whatever code they hold"
+    raise Refused([f"{shown(path)}: expected {FORMATS}, got {got}"], path)
 
 
 def _read_directory(path: Path, options: Options) -> Part:

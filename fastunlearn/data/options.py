@@ -128,10 +128,15 @@ def stack(
 
     Raises:
         Refused: naming all without an array, and all that differ from the first.
+        ValueError: there are more rows or fewer.
     """
     images = first_name = None
     problems = []
+    seen = 0
     for row, (name, array) in enumerate(rows):
+        seen = row + 1
+        if seen > count:
+            break
         if isinstance(array, ValueError):
             problems.append(str(array))
             continue
@@ -145,6 +150,9 @@ def stack(
         images[row] = array
     if problems:
         raise Refused(problems, where, count, unit)
+    if seen != count:  # of a table; the rest of `images` would be whatever the memory held
+        got = "more" if seen > count else seen
+        raise ValueError(f"{where}: expected {count} {unit}, as it says itself, got {got}")
     return images
 
 

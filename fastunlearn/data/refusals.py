@@ -23,20 +23,22 @@ class Refused(Exception):
         self.problems, self.where, self.count, self.unit = problems, where, count, unit
 
 
-def in_words(refusals: list[Refused]) -> str:
-    """One message for all `refusals`: a line for one problem, else a list of the first and their number."""
+def in_words(refusals: list[Refused], fine: int = 0) -> str:
+    """One message for all `refusals`: a line for one problem, else a list of the first and their number.
+
+    `fine`: how many files can be read that are in none of the `refusals`.
+    """
     problems = [problem for refused in refusals for problem in refused.problems]
+    count = fine + sum(refused.count for refused in refusals)
     first = refusals[0]
-    where = shown(first.where)
-    if len(problems) == 1 and first.count == 1:
+    unit = first.unit if len({refused.unit for refused in refusals}) == 1 else "files and rows"
+    where = shown(first.where) if len(refusals) == 1 else f"{len(refusals)} paths"
+    if len(problems) == 1 and count == 1:
         return problems[0]
     if len(problems) == 1:
-        return f"{problems[0]} (the only one of {first.count} {first.unit} in {where} that cannot be read)"
+        inside = f" in {where}" if fine == 0 else ""
+        return f"{problems[0]} (the only one of {count} {unit}{inside} that cannot be read)"
 
-    if len(refusals) > 1:
-        where = f"{len(refusals)} paths"
-    unit = first.unit if len({refused.unit for refused in refusals}) == 1 else "files and rows"
-    count = sum(refused.count for refused in refusals)
     lines = [f"{where}: expected {unit} that can all be read, got {len(problems)} of {count} that cannot:"]
     lines += [f"  {problem}" for problem in problems[:NAMED]]
     if len(problems) > NAMED:

@@ -103,11 +103,12 @@ def _check_files(path: Path) -> tuple[list[str], Listing]:
 def _images(cells: Iterable[object], count: int, path: Path, options: Options) -> np.ndarray:
     if count == 0:
         raise ValueError(f"{path}: expected at least one row, got none")
-    check_pillow(options)
 
     def rows() -> Iterator[tuple[str, np.ndarray | ValueError]]:
         for row, cell in enumerate(cells):
             name = f"{shown(path)} row {row}"
+            if isinstance(cell, (dict, bytes)):
+                check_pillow(options)
             try:
                 yield name, _image(cell, name, options)
             except ValueError as error:
