@@ -101,7 +101,7 @@ def _pixels(file: BinaryIO, options: Options) -> np.ndarray:
         image.verify()
         image = Image.open(file, formats=formats())
     image.load()
-    if options.exif == "apply":
+    if options.exif == "apply" and image.format != "TIFF":  # Pillow has turned that already
         image = ImageOps.exif_transpose(image)
     image = _opaque(image, options)
     image = image.convert(image.mode if options.channels is None else MODE[options.channels])
