@@ -304,8 +304,8 @@ def test_options_are_told(tmp_path):
 WRONG = [
     ({"exif": "no"}, ValueError, r"exif: expected one of apply, ignore, got 'no'"),
     ({"crop": "left"}, ValueError, r"crop: expected one of center, stretch, none, got 'left'"),
-    ({"resample": "cubic"}, ValueError, r"resample: expected one of bicubic, .*, got 'cubic'"),
-    ({"resample": 2}, ValueError, r"resample: expected one of bicubic, .*, got 2"),
+    ({"resample": "cubic"}, ValueError, r"resample: expected one of nearest, .*, lanczos, got 'cubic'"),
+    ({"resample": 2}, ValueError, r"resample: expected one of nearest, .*, lanczos, got 2"),
     (
         {"alpha": "whitish"},
         ValueError,
@@ -313,6 +313,7 @@ WRONG = [
     ),
     ({"alpha": "#ffffff80"}, ValueError, r"alpha: expected .* got '#ffffff80', which is transparent itself"),
     ({"alpha": None}, TypeError, r"alpha: expected .* got None"),
+    ({"tell": 5}, TypeError, r"tell: expected a function of a Reading, or None, got 5"),
 ]
 
 

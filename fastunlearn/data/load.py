@@ -85,8 +85,8 @@ def load_images(
         ValueError: naming the files: missing, damaged, pickled or of unknown format; images of different size
             or mode; float images outside [-1, 1]; NaN or Inf; an image of more pixels than Pillow allows;
             labels asked for and not there; an option outside its choices.
-        TypeError: `paths`, `size`, `channels` or `alpha` of another type; an array whose dtype is neither
-            uint8 nor a float.
+        TypeError: `paths`, `size`, `channels`, `alpha` or `tell` of another type; an array whose dtype is
+            neither uint8 nor a float.
         ImportError: an optional package is missing; the text names the command that installs it.
     """
     paths = [paths] if isinstance(paths, (str, os.PathLike)) or not isinstance(paths, Iterable) else list(paths)
@@ -96,6 +96,8 @@ def load_images(
     paths = [Path(path) for path in paths]
     if not paths:
         raise ValueError("paths: expected at least one path, got none")
+    if tell is not None and not callable(tell):
+        raise TypeError(f"tell: expected a function of a Reading, or None, got {_check.describe(tell)}")
     channels = None if channels is None else _check.integer("channels", channels, low=1)
     pictures = {"exif": exif, "crop": crop, "resample": resample, "alpha": alpha}
     options = Options(_height_and_width(size), channels, bool(labels), bool(latents), **pictures)

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageColor
+from PIL import ImageColor
 
 from .. import _check
 from .refusals import Refused, listed
 
 EXIF = ("apply", "ignore")
 CROPS = ("center", "stretch", "none")
-FILTERS = tuple(sorted(filter_.name.lower() for filter_ in Image.Resampling))
+FILTERS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 ALPHA_WORDS = ("refuse", "drop")
 CHANNEL_COUNTS = (1, 3, 4)  # an axis of such a length in the second or last place holds channels
 
