@@ -147,7 +147,7 @@ def _image(cell, name: str, options: Options) -> np.ndarray:
 
 
 def _labels(cells: list, path: Path) -> np.ndarray:
-    wrong = [row for row, cell in enumerate(cells) if type(cell) is not int]
+    wrong = [row for row, cell in enumerate(cells) if not isinstance(cell, int)]
     if wrong:
         name = shown(path)
         problems = [f"{name} row {row}: expected an integer label, got {cells[row]!r}" for row in wrong]
