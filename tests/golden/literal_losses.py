@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bernoulli
 import torch
 from torch import Tensor
 
@@ -189,17 +190,14 @@ def _bernoulli(case: golden.Case) -> dict[str, Tensor | int]:
     from_forget = case("in.mask_uniform") <= lambd
     loss_x, loss_a = objectives.siss_bernoulli_losses(output, noise, from_forget, lambd)
     per_sample = denoising_loss(output, noise)
-    values = {
-        "n_forward": 1,
-        "n_remain_n_deletion": [int((~from_forget).sum()), int(from_forget.sum())],
-        "loss_x": loss_x,
-        "loss_a": loss_a,
+    rows = {
         "per_sample_x": per_sample[~from_forget] / (1 - lambd),
         "per_sample_a": per_sample[from_forget],
         "grad_x.first": _gradient(loss_x, output),
         "grad_a.first": _gradient(loss_a, output),
     }
-    return _prefixed("subscore_bernoulli", values)
+    known = {"n_forward": 1, "n_remain_n_deletion": bernoulli.counts(from_forget), "loss_x": loss_x, "loss_a": loss_a}
+    return _prefixed(bernoulli.PREFIX, known | bernoulli.without_replaced(rows, from_forget, case))
 
 
 def _prefixed(prefix: str, values: dict[str, Tensor | int]) -> dict[str, Tensor | int]:

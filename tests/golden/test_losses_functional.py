@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import bernoulli
 import pytest
 import torch
 from literal_losses import retrack_losses, siss_losses
@@ -43,7 +44,7 @@ def test_float32_functional_matches_siss(name):
     case = golden.Case(LOSSES / f"{name}.npz")
     computed = _importance_sampling(case) | _two_forwards(case) | _single_terms(case)
     if "f32.subscore_bernoulli.loss_x" in case:
-        computed |= _bernoulli(case)
+        computed |= bernoulli_terms(case)
     counts = {key for key in case.keys("f32.") if key.endswith(tuple(NOT_NUMBERS))}
     _assert_matches(case, computed, siss_losses, SISS_EXCEPTIONS | counts)
 
@@ -226,8 +227,8 @@ def _single_terms(case: golden.Case) -> dict[str, Tensor]:
     return values
 
 
-def _bernoulli(case: golden.Case) -> dict[str, Tensor]:
-    """Rows of the other branch weigh 0."""
+def bernoulli_terms(case: golden.Case) -> dict[str, Tensor]:
+    """Rows of the other branch weigh 0. A forget term without any retain row is ours alone: the papers' code loses it."""
     lambd, values = case.meta["case"]["lambd"], {}
     from_forget = case("in.mask_uniform") <= lambd
     for branch, rows, weight in (("x", ~from_forget, 1 / (1 - lambd)), ("a", from_forget, 1.0)):
@@ -236,7 +237,9 @@ def _bernoulli(case: golden.Case) -> dict[str, Tensor]:
         values[f"per_sample_{branch}"] = per_sample[rows]
         values[f"loss_{branch}"] = per_sample.mean()
         values[f"grad_{branch}.first"] = _gradient(per_sample.mean(), output)
-    return {f"subscore_bernoulli.{key}": value for key, value in values.items()}
+        assert (per_sample.mean() > 0) == rows.any()
+    stored = bernoulli.without_replaced(values, from_forget, case)
+    return {f"{bernoulli.PREFIX}.{key}": value for key, value in stored.items()}
 
 
 def _pick(from_forget: Tensor, retain: Tensor, forget: Tensor) -> Tensor:
