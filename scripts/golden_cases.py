@@ -22,10 +22,14 @@ class Setting:
     params: dict[str, float] = field(default_factory=dict)  # of the loss
     extra: dict[str, float] = field(default_factory=dict)  # of the step
     batch: int = 2
-    rows: dict[str, int | list[int]] = field(default_factory=dict)  # branch -> its batch (of every micro-step)
+    rows: dict[str, int | list[int]] = field(
+        default_factory=dict
+    )  # branch -> its batch (of every micro-step)
     neighbors: int = 3
     side: int = 8  # digits have 8 x 8 pixels; 16 repeats each
-    uniforms: dict[int, list[float]] = field(default_factory=dict)  # micro-step -> the numbers that pick the branch
+    uniforms: dict[int, list[float]] = field(
+        default_factory=dict
+    )  # micro-step -> the numbers that pick the branch
     timesteps: tuple[int, int] = (50, 950)
     seed: int = 0
 
@@ -86,15 +90,18 @@ class Setting:
 
 
 def selection(which: str) -> dict[str, Setting]:
-    """`small`: what is committed. `wide`: every method and loss, accumulated over several numbers of micro-steps."""
+    """`small`: what is committed. `wide`: every method and loss, with several numbers of micro-steps."""
     siss = Setting(RETRACK, "siss", 4, 4, {"lambda": 0.5}, {"rescale_factor": 5}, seed=101)
     erasediff = Setting(
         RETRACK, "erasediff", 2, 3, {}, {"eta": 0.1}, rows={"remain": 2, "deletion": 1}, seed=102
     )
-    # Picks: each branch; the forget branch alone, at which the official loss loses its term; then the retain branch alone.
+    # Picks: each branch; the forget branch alone, at which the official loss loses its term; then the retain
+    # branch alone.
     bernoulli = Setting(
         SISS, "subscore_bernoulli", 3, 6, {"lambd": 0.4}, {"scaling_norm": 5}, seed=103,
-        uniforms={0: [0.9, 0.1], 1: [0.2, 0.3], 2: [0.7, 0.8], 3: [0.5, 0.6], 4: [0.95, 0.45], 5: [0.41, 0.99]},
+        uniforms={
+            0: [0.9, 0.1], 1: [0.2, 0.3], 2: [0.7, 0.8], 3: [0.5, 0.6], 4: [0.95, 0.45], 5: [0.41, 0.99],
+        },
     )  # fmt: skip
     small = {
         "step_siss_accumulation4": siss,
@@ -121,7 +128,9 @@ def _wide(siss: Setting, erasediff: Setting, bernoulli: Setting) -> dict[str, Se
             f"step_erasediff_eta0.001_n{n}": replace(erasediff, rows={}, extra={"eta": 0.001}, **large),
             f"step_erasediff_unequal_n{n}": replace(erasediff, rows={"remain": 5, "deletion": 3}, **large),
             f"step_siss_n{n}": replace(siss, **large),
-            f"sissloop_bernoulli_n{n}": replace(bernoulli, uniforms={0: [0.9, 0.1, 0.5, 0.2][:batch]}, **whole),
+            f"sissloop_bernoulli_n{n}": replace(
+                bernoulli, uniforms={0: [0.9, 0.1, 0.5, 0.2][:batch]}, **whole
+            ),
         }
         for loss, params, extra in (
             ("importance_sampling_with_mixture", {"lambd": 0.5}, {"scaling_norm": 5}),

@@ -1,8 +1,8 @@
 """What golden vectors hold of SISS' Bernoulli loss where a batch has rows of one branch only.
 
-The official code then puts a single zero in place of a term: of the forget term `a` without a forget row, but of *both* terms
-without a retain row, so that a forget term that exists is lost. Such a term has no gradient, and none is stored. The package
-computes the term that exists.
+The official code then puts a single zero in place of a term: of the forget term `a` without a forget row, but
+of *both* terms without a retain row, so that a forget term that exists is lost. Such a term has no gradient,
+and none is stored. The package computes the term that exists.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def replaced_terms(from_forget: Tensor) -> set[str]:
 
 
 def without_replaced(values: dict[str, Tensor], from_forget: Tensor, case: golden.Case) -> dict[str, Tensor]:
-    """`values` (`loss_x`, `per_sample_a`, `grad_x.first`, ...) with zeros for replaced terms, as far as vectors hold them."""
+    """`values` (`loss_x`, `per_sample_a`, `grad_x.first`, ...) with zeros for replaced terms, if they are stored."""
     replaced = replaced_terms(from_forget)
     kept = {}
     for key, value in values.items():

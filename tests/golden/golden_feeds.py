@@ -1,12 +1,14 @@
-"""How the micro-steps of golden runs are fed to the public `*_step` functions, and how the papers weigh their rows.
+"""Feeds the micro-steps of golden runs to the public `*_step` functions; knows how the papers weigh rows.
 
-The official code accumulates: every micro-step adds the mean over its own batch, divided by the number of micro-steps. The package
-takes the mean over the joined batch. Where all micro-steps have the same number of rows the two are one; where they have not, rows
-are repeated until they do. What then still differs is a factor for all rows of a term (`Feed.main`, `Feed.correction`):
+The official code accumulates: every micro-step adds the mean over its own batch, divided by the number of
+micro-steps. The package takes the mean over the joined batch. Where all micro-steps have the same number of
+rows the two are one; where they have not, rows are repeated until they do. What then still differs is a
+factor for all rows of a term (`Feed.main`, `Feed.correction`):
 
 * ReTrack's EraseDiff divides both of its terms by the rows of the deletion batch.
 * SISS' loop divides by the configured batch, whatever a micro-step has.
-* SISS' Bernoulli loss returns zeros for both terms of a micro-step without a retain row, so that this micro-step is lost.
+* SISS' Bernoulli loss returns zeros for both terms of a micro-step without a retain row, so that this
+  micro-step is lost.
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ if TYPE_CHECKING:
 class Feed:
     """Micro-steps of a run, joined to one batch.
 
-    Attributes:
-        main, correction: what the papers' gradients (of the retain term or the only term, of the forget term) are times ours.
+    Attributes: main, correction: what the papers' gradients (of the retain term or the only term, of the
+    forget term) are times ours.
     """
 
     main: float = 1.0
@@ -40,7 +42,7 @@ class Feed:
 
     @property
     def ratio(self) -> float:
-        """The papers' factor between the two gradients, times ours: `main g_x - f correction g_a` is `main (g_x - f' g_a)`."""
+        """The papers' f over ours: `main g_x - f correction g_a` is `main (g_x - f' g_a)`."""
         return self.main / self.correction if self.correction else 1.0
 
     @property
@@ -88,13 +90,17 @@ class ReTrackFeed(Feed):
         if method == "vanilla":
             return fu.vanilla_step(*common, self._images("remain"), draws=self._draws(None), **options)
         if method == "neggrad":
-            return fu.neggrad_step(*common, self._images("deletion"), draws=self._draws("deletion", None), **options)
+            return fu.neggrad_step(
+                *common, self._images("deletion"), draws=self._draws("deletion", None), **options
+            )
         if method == "retrack":
             lambd = self.meta["params"]["lambda"]
             retain = "remain" if lambd < 1 else None  # with 1 the step takes no retain images
             images = self._images("knn"), self._joined("knn_neighbors", self.copies["knn"])
             retain_images = None if retain is None else self._images(retain)
-            return fu.retrack_step(*common, *images, retain_images, lambd=lambd, draws=self._draws("knn", retain), **options)
+            return fu.retrack_step(
+                *common, *images, retain_images, lambd=lambd, draws=self._draws("knn", retain), **options
+            )
         pair = self._images("deletion"), self._images("remain")
         if method == "erasediff":
             uniform = self._joined("erasediff_uniform", self.copies["deletion"])
@@ -104,7 +110,10 @@ class ReTrackFeed(Feed):
         assert method == "siss", f"a method of ReTrack that the harness does not know: {method}"
         lambd, scaling_norm = self.meta["params"]["lambda"], float(self.meta["extra"]["rescale_factor"])
         from_forget = torch.cat(
-            [picked.repeat(times) for picked, times in zip(self._picks(lambd), self.copies["deletion"], strict=True)]
+            [
+                picked.repeat(times)
+                for picked, times in zip(self._picks(lambd), self.copies["deletion"], strict=True)
+            ]
         )
         draws = self._draws("deletion", from_forget=from_forget)
         return fu.siss_step(*common, *pair, lambd=lambd, scaling_norm=scaling_norm, draws=draws, **options)
@@ -184,7 +193,7 @@ def feed_of(meta: dict) -> type[Feed]:
 
 
 def picks(run: Run, s: int, lambd: float) -> Tensor:
-    """`from_forget` `[B]` of a micro-step: the official code takes the retain image where its uniform number exceeds lambda."""
+    """`from_forget` `[B]` of a micro-step: retain where the uniform number exceeds lambda."""
     for name in ("siss_uniform", "mask_uniform"):
         if f"in.step{s}.{name}" in run.case:
             return run.input(s, name) <= lambd
@@ -192,7 +201,7 @@ def picks(run: Run, s: int, lambd: float) -> Tensor:
 
 
 def loses_both_terms(run: Run, s: int) -> bool:
-    """Whether the official Bernoulli loss returns zeros for both terms of a micro-step: no row is from the retain image."""
+    """Whether the official Bernoulli loss returns zeros for both terms: no row is from the retain image."""
     if run.case.meta.get("loss") != "subscore_bernoulli":
         return False
     return len(replaced_terms(picks(run, s, run.case.meta["loss_params"]["lambd"]))) == 2

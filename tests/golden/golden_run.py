@@ -1,4 +1,4 @@
-"""Golden runs of golden/steps, repeated by the package: what it reports at every step, its first gradient and its updates."""
+"""Golden runs of golden/steps, repeated by the package: its reports, its first gradient and its updates."""
 
 from __future__ import annotations
 
@@ -30,15 +30,18 @@ class Call:
 class Run:
     """One golden run in one precision.
 
-    An optimizer step of the official code may accumulate several micro-steps. The package takes it as one step on their joined
-    batch, which `micro_batch_size` splits; what each micro-step alone would report is asked for before, without an update.
+    An optimizer step of the official code may accumulate several micro-steps. The package takes it as one
+    step on their joined batch, which `micro_batch_size` splits; what each micro-step alone would report is
+    asked for before, without an update.
     """
 
     def __init__(self, name: str, dtype: torch.dtype):
         self.case, self.dtype = golden.Case(STEPS / f"{name}.npz"), dtype
         meta = self.case.meta
         self.accumulation, self.micro_steps = meta["gradient_accumulation_steps"], meta["micro_steps"]
-        self.updates = self.micro_steps // self.accumulation  # micro-steps after the last update are left over
+        self.updates = (
+            self.micro_steps // self.accumulation
+        )  # micro-steps after the last update are left over
         logging.getLogger("diffusers").setLevel(logging.ERROR)  # it advises against casting the network
         self.model = diffusers.UNet2DModel(**meta["model"])
         self.model.load_state_dict(load_file(STEPS / meta["init"]))
@@ -52,7 +55,9 @@ class Run:
         self.start = self.parameters()
         self.first_gradient: list[Tensor] | None = None  # before clipping; None where the run makes no update
         self.calls: list[list[Call]] = []  # of the network, micro-step by micro-step
-        self.report: dict[str, list[Tensor]] = {}  # in the papers' weights: one entry a micro-step, or an optimizer step
+        self.report: dict[
+            str, list[Tensor]
+        ] = {}  # in the papers' weights: one entry a micro-step, or an optimizer step
         self.joined: dict[str, list[Tensor]] = {}  # the losses that the steps on joined batches report
         assert [name for name, _ in self.model.named_parameters()] == meta["param_names"]
         assert meta["lr_scheduler"] == "constant"
@@ -68,12 +73,16 @@ class Run:
                 micro = whole = self._watched(s, optimizer=self.optimizer)
             else:
                 micro = self._watched(s, optimizer=None)
-                whole = self._step(window, optimizer=self.optimizer) if (s + 1) % self.accumulation == 0 else None
+                whole = (
+                    self._step(window, optimizer=self.optimizer) if (s + 1) % self.accumulation == 0 else None
+                )
             self._note({key: getattr(micro, key) for key in PER_MICRO_STEP})
             self._note({"param_norm": norm(self.parameters()), "delta_norm": norm(self.update())})
             if whole is not None:
                 assert not whole.skipped
-                self._note({key: value for key, value in whole._asdict().items() if key not in PER_MICRO_STEP})
+                self._note(
+                    {key: value for key, value in whole._asdict().items() if key not in PER_MICRO_STEP}
+                )
                 for key in PER_MICRO_STEP:
                     self.joined.setdefault(key, []).append(getattr(whole, key))
 
@@ -93,7 +102,8 @@ class Run:
     def _step(self, steps: range, *, optimizer: torch.optim.Optimizer | None) -> fu.StepOutput:
         """One step of the package on the joined micro-steps `steps`, reported in the papers' weights.
 
-        Where those differ from ours by a factor, the gradient is multiplied by it before it is clipped and applied.
+        Where those differ from ours by a factor, the gradient is multiplied by it before it is clipped and
+        applied.
         """
         feed, clip = self.feed(steps), self.case.meta["clip_max_norm"]
         if optimizer is not None and "out.f32.main_norm" in self.case:
@@ -134,7 +144,7 @@ class Run:
 
 
 def _in_the_papers_weights(output: fu.StepOutput, feed: Feed) -> fu.StepOutput:
-    """`main` and `correction` multiply the two gradients, so their losses and norms; the factor makes up for the rest."""
+    """`main` and `correction` multiply the two gradients, so their losses and norms, too."""
     changes = {"loss": output.loss * feed.main, "grad_norm": output.grad_norm * feed.main}
     if output.retain_loss is not None:
         changes["retain_loss"] = output.retain_loss * feed.main

@@ -1,4 +1,4 @@
-"""SISS' Bernoulli loss on batches with rows of one branch only: what golden vectors hold of it, and what the package computes."""
+"""SISS' Bernoulli loss on batches with rows of one branch only: the vectors, and the package."""
 
 from __future__ import annotations
 
@@ -17,15 +17,18 @@ from fastunlearn.testing.budgets import relative_error
 
 BOTH, FORGET = {"x", "a"}, {"a"}
 CASES = [
-    name for name in golden.case_names(LOSSES, "siss_") if 0 < golden.Case(LOSSES / f"{name}.npz").meta["case"]["lambd"] < 1
+    name
+    for name in golden.case_names(LOSSES, "siss_")
+    if 0 < golden.Case(LOSSES / f"{name}.npz").meta["case"]["lambd"] < 1
 ]
 
 
 def _one_sided(name: str, folder: Path, *, from_forget: bool, stand_in: int) -> golden.Case:
     """A stored case as the official code stores it if all rows are picked from one branch.
 
-    All from the retain image: it is the official naive deletion divided by `1 - lambd`, whose numbers are in the case. All from the
-    forget image: zeros. A term that is replaced has `stand_in` samples and no gradient.
+    All from the retain image: it is the official naive deletion divided by `1 - lambd`, whose numbers are in
+    the case. All from the forget image: zeros. A term that is replaced has `stand_in` samples and no
+    gradient.
     """
     stored = golden.Case(LOSSES / f"{name}.npz")
     arrays = {key: stored(key).numpy() for key in stored.keys("")}
@@ -40,7 +43,11 @@ def _one_sided(name: str, folder: Path, *, from_forget: bool, stand_in: int) -> 
             arrays.pop(f"{prefix}.grad_{side}.first", None)
         arrays[f"{prefix}.n_remain_n_deletion"] = np.array([0, rows] if from_forget else [rows, 0])
         if not from_forget:
-            for key, source in (("loss_x", "loss"), ("per_sample_x", "per_sample"), ("grad_x.first", "grad.first")):
+            for key, source in (
+                ("loss_x", "loss"),
+                ("per_sample_x", "per_sample"),
+                ("grad_x.first", "grad.first"),
+            ):
                 arrays[f"{prefix}.{key}"] = arrays[f"{naive}.{source}"] / (1 - lambd)
     path = folder / "one_sided.npz"
     np.savez(path, meta=np.array(json.dumps(stored.meta)), **arrays)
@@ -61,7 +68,10 @@ def test_vectors_of_a_one_sided_batch(name, from_forget, stand_in, tmp_path):
         golden.assert_all_checked({key for key in names if ".n_" not in key}, terms.keys() - counted)
         for key in terms.keys() - counted:
             assert relative_error(terms[key], case(f"f64.{key}")) <= tolerance, key
-    assert literal[f"{bernoulli.PREFIX}.n_remain_n_deletion"] == case(f"f64.{bernoulli.PREFIX}.n_remain_n_deletion").tolist()
+    assert (
+        literal[f"{bernoulli.PREFIX}.n_remain_n_deletion"]
+        == case(f"f64.{bernoulli.PREFIX}.n_remain_n_deletion").tolist()
+    )
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,8 @@ FLOAT64 = 1e-7
 SPREAD = {
     f"tensor.{name}"
     for name in (
-        "delta_maxdiff_f32_f64", "delta_relL2_f32_f64", "delta_maxdiff_1thread_2threads", "grad0_maxdiff_f32_f64",
+        "delta_maxdiff_f32_f64", "delta_relL2_f32_f64", "delta_maxdiff_1thread_2threads",
+        "grad0_maxdiff_f32_f64",
     )
 }  # fmt: skip
 CASES = {name: golden.Case(STEPS / f"{name}.npz") for name in golden.case_names(STEPS)}
@@ -47,7 +48,7 @@ IN_FLOAT64 = [name for name, case in CASES.items() if case.keys("out.f64.")]
 
 
 def _truth(case: golden.Case) -> str:
-    """The precision of the reference that a float32 run is compared with: float64 where its float32 is rounding noise by its own account."""
+    """What to compare a float32 run with: the float64 reference where its float32 is noise, by its own account."""
     limits = {"rel_l2_delta_f32_vs_f64": UPDATE, "rel_l2_grad0_f32_vs_f64": FIRST_GRADIENT}
     return "f64" if any(case.meta.get(own, 0.0) > limit / 2 for own, limit in limits.items()) else "f32"
 
@@ -60,13 +61,15 @@ def _scalars(run: Run) -> dict[str, str]:
     meta, names = run.case.meta, {}
     if meta["kind"] == "retrack_train_step":
         names |= {"param_norm": "param_norm", "delta_norm": "delta_norm"}
-        two_terms = {"loss_main": "retain_loss", "loss_correction": "forget_loss"} if meta["method"] in ("siss", "erasediff") else {}
+        two_terms = {"loss_main": "retain_loss", "loss_correction": "forget_loss"}
+        one_term = meta["method"] not in ("siss", "erasediff")
     else:
-        two_terms = {} if meta["loss"] in ("simple_neg_del", "naive_del") else {"loss_x": "retain_loss", "loss_a": "forget_loss"}
-    names |= two_terms or {"loss": "loss"}
+        two_terms = {"loss_x": "retain_loss", "loss_a": "forget_loss"}
+        one_term = meta["loss"] in ("simple_neg_del", "naive_del")
+    names |= {"loss": "loss"} if one_term else two_terms
     if run.updates:
         names["grad_norm_preclip"] = "grad_norm"
-    if run.updates and two_terms:
+    if run.updates and not one_term:
         names |= {"correction_norm": "correction_norm", "scaling_factor": "scaling_factor"}
         if meta["kind"] == "siss_train_loop":
             names["main_norm"] = "main_norm"
@@ -97,7 +100,8 @@ def _check_scalars(run: Run, precision: str, tolerance: float) -> set[str]:
 
 def _check_inner_product(run: Run, precision: str, tolerance: float) -> set[str]:
     """EraseDiff: `f = -max(eta - <g_x, g_a> / ||g_a||^2, 0)`, so a factor below 0 tells the inner product."""
-    factor, norm, eta = run.series("scaling_factor"), run.series("correction_norm"), run.case.meta["extra"]["eta"]
+    factor, norm = run.series("scaling_factor"), run.series("correction_norm")
+    eta = run.case.meta["extra"]["eta"]
     stored = run.case(f"out.{precision}.inner_product")
     implied = torch.where(factor < 0, (eta + factor) * norm.square(), stored.clamp_min(eta * norm.square()))
     assert relative_error(implied, stored) <= tolerance
@@ -107,10 +111,11 @@ def _check_inner_product(run: Run, precision: str, tolerance: float) -> set[str]
 def _check_joined_losses(run: Run, tolerance: float) -> None:
     """A step on joined micro-steps reports the mean of their losses."""
     for stored, ours in _scalars(run).items():
-        if stored.startswith("loss"):
-            alone = run.series(ours)[: run.updates * run.accumulation].view(run.updates, run.accumulation).mean(dim=1)
-            joined = torch.stack([value.double() for value in run.joined.get(ours, [])] or [alone.sum()])
-            assert not run.updates or relative_error(joined, alone) <= tolerance, f"{run.case.name} joined {ours}"
+        if run.updates and stored.startswith("loss"):
+            complete = run.series(ours)[: run.updates * run.accumulation]
+            alone = complete.unflatten(0, (run.updates, -1)).mean(dim=1)
+            joined = torch.stack([value.double() for value in run.joined[ours]])
+            assert relative_error(joined, alone) <= tolerance, f"{run.case.name} joined {ours}"
 
 
 def _check_tensors(run: Run, precision: str, gradient_tolerance: float, update_tolerance: float) -> set[str]:
@@ -158,7 +163,8 @@ def _rows_of(run: Run, s: int, branch: str, calls: list[Call]) -> tuple[Tensor, 
     everything = torch.ones(batch, dtype=torch.bool)
     given, returned = (torch.cat([getattr(call, side) for call in calls]) for side in ("given", "returned"))
     if meta["method"] == "siss":
-        # The reference makes two forwards and uses one of them in each row; we make that one, in groups of rows that need the same passes.
+        # The reference makes two forwards and uses one of them in each row; we make that one, in groups of
+        # rows that need the same passes.
         from_forget = picks(run, s, meta["params"]["lambda"])
         rows = from_forget if branch == "deletion" else ~from_forget
         noisy = reference.noising(*(run.input(s, f"{kind}.{branch}") for kind in ("images", "noises", "timesteps")), run.schedule)[rows]
@@ -167,7 +173,7 @@ def _rows_of(run: Run, s: int, branch: str, calls: list[Call]) -> tuple[Tensor, 
         return rows, returned[at]
     if meta["method"] == "retrack" and meta["params"]["lambda"] == 1 and branch == "remain":
         return ~everything, returned[:0]  # a term without weight: the package makes no such forward
-    forget_first = (meta["method"] == "retrack" and branch == "knn") or (meta["method"] == "erasediff" and branch == "deletion")
+    forget_first = (meta["method"], branch) in (("retrack", "knn"), ("erasediff", "deletion"))
     return everything, returned[:batch] if forget_first else returned[-batch:]
 
 
@@ -176,7 +182,8 @@ def _assert_matches(run: Run, precision: str, scalars: float, gradient: float, u
     checked = _check_scalars(run, precision, scalars)
     _check_joined_losses(run, scalars)
     tensors = _check_tensors(run, precision, gradient, update)
-    golden.assert_all_checked({key for key in run.case.keys("out.") if key.startswith(f"{precision}.")}, checked)
+    stored = {key for key in run.case.keys("out.") if key.startswith(f"{precision}.")}
+    golden.assert_all_checked(stored, checked)
     stored = {f"tensor.{key}" for key in run.case.keys("tensor.") if key.endswith(f"l2_{precision}")}
     golden.assert_all_checked(stored, tensors)
 
@@ -193,11 +200,13 @@ def everything_in_float64(monkeypatch) -> Iterator[None]:
 @pytest.mark.parametrize("name", CASES)
 def test_every_array_is_an_input_or_compared(name):
     case = CASES[name]
-    series = {key for key in case.keys("out.") if key.startswith(("f32.", "f64."))}
-    outputs = {key for key in case.keys("out.") if ".model_outputs." in key and case.meta["kind"] == "retrack_train_step"}
-    norms_of_parameters = {f"tensor.{what}_l2_{precision}" for what in ("delta", "grad0") for precision in ("f32", "f64")}
-    known = {f"out.{key}" for key in series | outputs} | {f"in.{key}" for key in case.keys("in.")} | norms_of_parameters
-    assert not case.keys("") - known - SPREAD
+    known = {f"in.{key}" for key in case.keys("in.")} | SPREAD
+    known |= {f"tensor.{what}_l2_{precision}" for what in ("delta", "grad0") for precision in ("f32", "f64")}
+    for key in case.keys("out."):
+        of_network = ".model_outputs." in key and case.meta["kind"] == "retrack_train_step"
+        if key.startswith(("f32.", "f64.")) or of_network:
+            known.add(f"out.{key}")
+    assert not case.keys("") - known
 
 
 @pytest.mark.parametrize("name", RETRACK)
@@ -241,7 +250,7 @@ def test_network_gets_as_many_rows_as_in_siss_training_loop(name):
 
 @pytest.mark.parametrize("name", BERNOULLI)
 def test_bernoulli_keeps_the_forget_term_that_the_papers_code_loses(name):
-    """Where a micro-step has no retain row, the official loss is zero in both terms; ours has the forget term."""
+    """Without a retain row in a micro-step the official loss is zero in both terms; ours has a forget term."""
     run = Run(name, torch.float32)
     for s in range(run.micro_steps):
         from_forget = picks(run, s, run.case.meta["loss_params"]["lambd"])
@@ -256,7 +265,8 @@ def test_bernoulli_keeps_the_forget_term_that_the_papers_code_loses(name):
         assert (output.forget_loss == 0) == (~from_forget).all()
         if from_forget.all():
             (call,) = calls
-            expected = (call.returned.double() - run.input(s, "noise").double()).square().sum() / len(from_forget)
+            residual = call.returned.double() - run.input(s, "noise").double()
+            expected = residual.square().sum() / len(from_forget)
             torch.testing.assert_close(output.forget_loss.double(), expected, rtol=1e-5, atol=0)
             for stored in ("loss_x", "loss_a"):
                 assert run.case(f"out.f32.{stored}")[s] == 0
