@@ -23,7 +23,7 @@ def replaced_terms(from_forget: Tensor) -> set[str]:
 
 
 def without_replaced(values: dict[str, Tensor], from_forget: Tensor, case: golden.Case) -> dict[str, Tensor]:
-    """`values` (`loss_x`, `per_sample_a`, `grad_x.first`, ...) with zeros for replaced terms, if they are stored."""
+    """`values` (`loss_x`, `per_sample_a`, `grad_x.first`, ...) with zeros for replaced terms, if stored."""
     replaced = replaced_terms(from_forget)
     kept = {}
     for key, value in values.items():
