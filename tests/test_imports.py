@@ -10,8 +10,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "fastunlearn"
 # Lower layers first: a module imports only from layers below its own (and from within its own).
 LAYERS = [
-    {"_check", "_arrays", "profiling", "precision", "host_memory", "assets", "packed"},
-    {"schedule", "store", "state_tree", "philox", "selection"},
+    {"_check", "_arrays", "lock_owner", "profiling", "precision", "host_memory", "assets", "packed"},
+    {"schedule", "store", "state_tree", "philox", "selection", "folder_lock"},
     {"checkpoint", "kernels"},
     {"reference", "ops", "data"},
     {"functional", "neighbor_search", "neighbors", "feeds"},

@@ -1,0 +1,244 @@
+"""One writer at a time: the lock on a folder or file that a run writes. `lock_owner.py` says who holds it.
+
+What holds, and where:
+
+- The lock is the kernel's (`flock` on an open file). It is gone the moment its owner is, however that
+  ended. What a killed run leaves is a file with a note, which stops nobody, in whatever container or under
+  whatever process number the next run starts. Threads of one process exclude each other as processes do.
+- Among hosts that share a file system it holds where that system's flock does (NFS with its lock service,
+  Lustre mounted with `flock`, GPFS, CephFS). Where locks stay on their own host, an owner is known by its
+  heartbeat: it touches the file while it holds it, and the note of another host counts for as long as that
+  goes on.
+- On a file system without any flock the file itself is the lock. One that a killed run left has to be
+  removed by hand there; the error says so.
+- It does not hold against programs that know nothing of it, nor after somebody has removed the file of a
+  running one. On Windows, which has no flock, there is no lock.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from . import lock_owner
+from .lock_owner import Owner
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+LOCK_FILE = ".fastunlearn.lock"  # in a folder; beside a file NAME it is .NAME.lock
+NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+ATTEMPTS = 1000  # each of them fails because another owner is leaving at this moment
+
+
+class FolderLocked(RuntimeError):
+    """Another run writes there. `owner` says which; None: it has not said."""
+
+    def __init__(self, path: Path, owner: Owner | None, remedy: str = "wait for its end, or write elsewhere"):
+        self.path, self.owner = path, owner
+        named = "a process that has not said who it is" if owner is None else owner
+        expected = "expected a place that no other run writes to"
+        super().__init__(f"{path}: {expected}, got one held by {named}: {remedy}")
+
+
+@contextmanager
+def locked(folder: str | Path, work: str) -> Iterator[None]:
+    """This thread alone writes to `folder` while the block lasts. It may enter again; folders below are free.
+
+    The folder is made if it is missing, and removed again if nothing but the lock was put into it.
+
+    Args:
+        work: what the lock is held for, in a word, for those who find it held.
+
+    Raises:
+        FolderLocked: another process, or another thread, holds it.
+        OSError: nothing can be written there; naming the folder.
+    """
+    folder = Path(os.path.abspath(folder))
+    with _held(folder / LOCK_FILE, folder, work):
+        yield
+
+
+@contextmanager
+def locked_file(path: str | Path, work: str) -> Iterator[None]:
+    """The same for one file: others in its folder may be written meanwhile."""
+    path = Path(os.path.realpath(path))
+    with _held(path.with_name(f".{path.name}.lock"), path, work):
+        yield
+
+
+@dataclass
+class _Lock:
+    file: Path
+    descriptor: int
+    made: list[Path]  # folders that were missing, the innermost first
+    process: int = field(default_factory=os.getpid)
+    thread: int = field(default_factory=threading.get_ident)
+    entered: int = 1
+    leaving: threading.Event = field(default_factory=threading.Event)
+
+    def beat(self) -> None:
+        """Touches the file until the lock is given back."""
+        while not self.leaving.wait(lock_owner.HEARTBEAT):
+            with suppress(OSError):
+                os.utime(self.file, follow_symlinks=False)
+
+
+_locks: dict[tuple[int, int], _Lock] = {}  # those of this process, by device and inode of their file
+
+
+@contextmanager
+def _held(file: Path, target: Path, work: str) -> Iterator[None]:
+    if fcntl is None:
+        yield
+        return
+    try:
+        lock = _take(file, target, work)
+    except OSError as error:
+        text = f"{target}: expected a place that can be written to, got: {error.strerror}"
+        raise OSError(error.errno, text) from error
+    try:
+        yield
+    finally:
+        _give_back(lock)
+
+
+def _take(file: Path, target: Path, work: str) -> _Lock:
+    made: list[Path] = []
+    for attempt in range(ATTEMPTS):
+        try:
+            made += _make_folders(file.parent)
+            descriptor, created = _open(file)
+        except FileNotFoundError:  # who left has just removed its file, or its empty folder
+            if attempt == ATTEMPTS - 1:
+                raise
+            continue
+        except OSError:
+            _remove_empty(made)
+            raise
+        own = _locks.get(_identity(os.fstat(descriptor)))
+        if own is not None and own.thread == threading.get_ident():
+            os.close(descriptor)
+            own.entered += 1
+            return own
+        try:
+            if _lock(descriptor, created, file, target):
+                return _own(_Lock(file, descriptor, made), work)
+        except BaseException:
+            os.close(descriptor)
+            _remove_empty(made)
+            raise
+        os.close(descriptor)
+    raise OSError(errno.EBUSY, "the lock changes hands all the time")
+
+
+def _open(file: Path) -> tuple[int, bool]:
+    """A descriptor, which programs started from here do not inherit, and whether the file is new."""
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        return os.open(file, flags | os.O_CREAT | os.O_EXCL, 0o666), True
+    except FileExistsError:
+        descriptor = os.open(file, flags)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, f"{file.name} is not a regular file")
+    return descriptor, False
+
+
+def _lock(descriptor: int, created: bool, file: Path, target: Path) -> bool:
+    """Whether the lock is ours now; False: its owner removed the file when it left, and another counts."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise FolderLocked(target, lock_owner.wait_for_note(descriptor)) from None
+    except OSError as error:
+        if error.errno not in NO_FLOCK:
+            raise
+        if created:
+            return True
+        remedy = f"wait for its end, or remove {file} if it was killed (without flock nothing tells)"
+        raise FolderLocked(target, lock_owner.wait_for_note(descriptor), remedy) from None
+    if not _is_at(descriptor, file):
+        return False
+    left_by = lock_owner.read(descriptor)
+    if left_by is not None and left_by.is_foreign and lock_owner.beats(file, left_by):
+        raise FolderLocked(target, left_by)
+    return True
+
+
+def _own(lock: _Lock, work: str) -> _Lock:
+    """Says who holds it."""
+    try:
+        lock_owner.write(lock.descriptor, Owner.here(work))
+        threading.Thread(target=lock.beat, name="fastunlearn lock", daemon=True).start()
+    except BaseException:
+        lock.file.unlink(missing_ok=True)
+        raise
+    _locks[_identity(os.fstat(lock.descriptor))] = lock
+    return lock
+
+
+def _give_back(lock: _Lock) -> None:
+    if lock.process != os.getpid():  # a child that was forked inside the block, and has never held it
+        return
+    lock.entered -= 1
+    if lock.entered:
+        return
+    del _locks[_identity(os.fstat(lock.descriptor))]
+    lock.leaving.set()
+    # The file goes while it is still locked. Who opened it before finds that out, and opens another.
+    with suppress(OSError):
+        if _is_at(lock.descriptor, lock.file):
+            lock.file.unlink()
+    _remove_empty(lock.made)
+    with suppress(OSError):
+        fcntl.flock(lock.descriptor, fcntl.LOCK_UN)
+    os.close(lock.descriptor)
+
+
+def _forget_in_child() -> None:
+    """A forked child shares the open file, and would go on holding the lock of a parent that was killed."""
+    for lock in _locks.values():
+        os.close(lock.descriptor)
+    _locks.clear()
+
+
+if fcntl is not None:
+    os.register_at_fork(after_in_child=_forget_in_child)
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+def _is_at(descriptor: int, file: Path) -> bool:
+    """Whether `file` is still the one that was opened."""
+    try:
+        return _identity(os.fstat(descriptor)) == _identity(os.lstat(file))
+    except FileNotFoundError:
+        return False
+
+
+def _make_folders(folder: Path) -> list[Path]:
+    """Makes `folder`; those that were missing, the innermost first."""
+    missing = []
+    for each in (folder, *folder.parents):
+        if each.exists():
+            break
+        missing.append(each)
+    folder.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()

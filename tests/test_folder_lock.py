@@ -1,0 +1,359 @@
+"""One writer at a time: who comes second is told who was first, and what a killed owner leaves stops nobody."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from datetime import datetime
+from pathlib import Path
+
+import crash
+import pytest
+from locks import at_one_instant, held_elsewhere
+
+from fastunlearn import folder_lock, lock_owner
+from fastunlearn.folder_lock import LOCK_FILE, FolderLocked, locked, locked_file
+
+ELSEWHERE = {"pid": 7, "host": "another.host", "started": "2026-01-01T00:00:00+00:00", "work": "unlearn"}
+
+
+# --- two at once -----------------------------------------------------------------------------------------------------
+
+
+def take_in_rounds(folder: str, rounds: int, start, done) -> list:
+    """For each round the number of this process, if it got the lock, or that of the owner named in the error."""
+    found = []
+    for _ in range(rounds):
+        start.wait(crash.PATIENCE)
+        try:
+            with locked(folder, "test"):
+                found.append(("mine", os.getpid()))
+                done.wait(crash.PATIENCE)
+        except FolderLocked as error:
+            found.append(("theirs", error.owner.pid))
+            done.wait(crash.PATIENCE)
+    return found
+
+
+def test_of_processes_that_start_at_one_instant_exactly_one_wins(tmp_path: Path):
+    rounds = 8
+    answers = at_one_instant(4, take_in_rounds, str(tmp_path / "run"), rounds)
+    for taken in zip(*answers, strict=True):
+        winners = [pid for outcome, pid in taken if outcome == "mine"]
+        assert len(winners) == 1
+        assert {pid for _, pid in taken} == set(winners)  # the others name it
+    assert not (tmp_path / "run").exists()
+
+
+def take_turns(folder: str, times: int, start, done) -> int:
+    """How often this process was inside together with another one, out of `times`."""
+    together, turns = 0, 0
+    inside = Path(folder + ".inside")
+    start.wait(crash.PATIENCE)
+    while turns < times:
+        try:
+            with locked(folder, "test"):
+                turns += 1
+                try:
+                    inside.mkdir()
+                except FileExistsError:
+                    together += 1
+                else:
+                    inside.rmdir()
+        except FolderLocked:
+            pass
+    return together
+
+
+def test_a_lock_that_changes_hands_never_has_two_owners(tmp_path: Path):
+    """The file, and here its folder, too, is removed and made anew with every turn."""
+    assert at_one_instant(3, take_turns, str(tmp_path / "run"), 40) == [0, 0, 0]
+
+
+def test_who_opened_the_file_of_one_that_then_leaves_takes_the_new_file(tmp_path: Path, monkeypatch):
+    """The race itself: between opening and locking the owner removes its file, and a third one takes the place."""
+    entered, leave = threading.Event(), threading.Event()
+    opened = folder_lock._open
+    others = []
+
+    def open_then_wait(file: Path):
+        descriptor = opened(file)
+        if threading.current_thread() is threading.main_thread() and not others:
+            others.append(file)
+            leave.set()
+            first.join()
+            second.start()
+            assert entered.wait(crash.PATIENCE)
+        return descriptor
+
+    def hold(until: threading.Event) -> None:
+        with locked(tmp_path, "test"):
+            entered.set()
+            until.wait(crash.PATIENCE)
+
+    over = threading.Event()
+    first = threading.Thread(target=hold, args=(leave,))
+    second = threading.Thread(target=hold, args=(over,))
+    first.start()
+    assert entered.wait(crash.PATIENCE)
+    entered.clear()
+    monkeypatch.setattr(folder_lock, "_open", open_then_wait)
+    try:
+        with pytest.raises(FolderLocked), locked(tmp_path, "test"):
+            pass
+    finally:
+        over.set()
+        second.join()
+    with locked(tmp_path, "test"):
+        pass
+
+
+def test_the_error_names_owner_host_and_start(tmp_path: Path):
+    before = datetime.now().astimezone().replace(microsecond=0)
+    with held_elsewhere(locked, tmp_path / "run", "purge"), pytest.raises(FolderLocked) as refused:
+        with locked(tmp_path / "run", "unlearn"):
+            pytest.fail("two owners")
+    owner = refused.value.owner
+    assert (owner.pid, owner.host, owner.work) == (os.getpid(), socket.gethostname(), "purge")
+    assert before <= datetime.fromisoformat(owner.started) <= datetime.now().astimezone()
+    named = f"process {owner.pid} on {owner.host} (purge, since {owner.started})"
+    assert str(refused.value).startswith(f"{tmp_path / 'run'}: expected a place that no other run writes to, got one held by {named}")
+
+
+def test_a_thread_may_enter_again_and_keeps_it_until_it_has_left_as_often(tmp_path: Path):
+    with locked(tmp_path, "unlearn"):
+        with locked(tmp_path / "." / ".." / tmp_path.name, "purge"):
+            pass
+        assert (tmp_path / LOCK_FILE).exists()
+        outcome = []
+        thread = threading.Thread(target=lambda: outcome.append(is_free(tmp_path)))
+        thread.start()
+        thread.join()
+        assert outcome == [False]
+    assert is_free(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def is_free(folder: Path) -> bool:
+    try:
+        with locked(folder, "test"):
+            return True
+    except FolderLocked:
+        return False
+
+
+def test_a_folder_below_and_files_beside_are_not_concerned(tmp_path: Path):
+    with held_elsewhere(locked, tmp_path), held_elsewhere(locked_file, tmp_path / "a.npz"):
+        with locked(tmp_path / "below", "test"), locked_file(tmp_path / "b.npz", "test"):
+            pass
+        (tmp_path / "link.npz").symlink_to(tmp_path / "a.npz")
+        (tmp_path / "link").symlink_to(tmp_path)
+        with pytest.raises(FolderLocked, match=r"a\.npz: expected"), locked_file(tmp_path / "link.npz", "test"):
+            pass
+        with pytest.raises(FolderLocked), locked(tmp_path / "link", "test"):
+            pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "link.npz"]
+
+
+def test_what_was_made_for_the_lock_alone_goes_and_what_has_content_stays(tmp_path: Path, monkeypatch):
+    with locked(tmp_path / "a" / "b" / "c", "test"):
+        (tmp_path / "a" / "kept").write_text("x")
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["kept"]
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with locked("empty", "test"):
+        os.chdir("/")
+    assert (tmp_path / "empty").is_dir()
+    assert not list((tmp_path / "empty").iterdir())
+
+
+# --- owners that die -------------------------------------------------------------------------------------------------
+
+
+def hold_until_killed(folder: str, pipe) -> None:
+    with locked(folder, "unlearn"):
+        pipe.send(os.getpid())
+        pipe.recv()
+
+
+def hold_with_a_child(folder: str, pipe) -> None:
+    """The child is forked inside, and waits for the end of the pipe."""
+    with locked(folder, "unlearn"):
+        child = os.fork()
+        if child == 0:
+            pipe.poll(crash.PATIENCE)
+            os._exit(0)
+        pipe.send(child)
+        signal.pause()
+
+
+def started(target, folder: Path):
+    crash.start_server()
+    ours, theirs = crash.CONTEXT.Pipe()
+    process = crash.CONTEXT.Process(target=target, args=(str(folder), theirs), daemon=True)
+    process.start()
+    assert ours.poll(crash.PATIENCE)
+    return process, ours, theirs, ours.recv()
+
+
+def test_what_a_killed_owner_leaves_stops_nobody(tmp_path: Path):
+    process, _, _, pid = started(hold_until_killed, tmp_path)
+    with pytest.raises(FolderLocked, match=f"held by process {pid} on "), locked(tmp_path, "test"):
+        pass
+    process.kill()
+    process.join()
+    assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == pid
+    with locked(tmp_path, "test"):
+        assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == os.getpid()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_child_that_outlives_its_killed_parent_does_not_hold_the_lock(tmp_path: Path):
+    process, ours, _, child = started(hold_with_a_child, tmp_path)
+    process.kill()
+    process.join()
+    os.kill(child, 0)  # lives
+    assert is_free(tmp_path)
+    ours.send("end")
+
+
+def test_a_forked_child_neither_holds_nor_gives_back_what_its_parent_holds(tmp_path: Path):
+    read, write = os.pipe()
+    with locked(tmp_path, "test"):
+        child = os.fork()
+        if child == 0:
+            os.write(write, b"free" if is_free(tmp_path) else b"held")
+            os._exit(0)
+        os.waitpid(child, 0)
+        assert os.read(read, 4) == b"held"
+        assert (tmp_path / LOCK_FILE).exists()
+        (lock,) = folder_lock._locks.values()
+        assert not os.get_inheritable(lock.descriptor)  # by programs that are started
+    os.close(read)
+    os.close(write)
+
+
+# --- owners on other hosts -------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Stands for the module `time`; sleeping moves it on."""
+
+    def __init__(self):
+        self.now = time.time()
+
+    def time(self) -> float:
+        return self.now
+
+    monotonic = time
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(lock_owner, "time", clock)
+    return clock
+
+
+def leave_note(folder: Path, *, age: float) -> None:
+    (folder / LOCK_FILE).write_text(json.dumps(ELSEWHERE))
+    os.utime(folder / LOCK_FILE, (time.time() - age, time.time() - age))
+
+
+@pytest.mark.parametrize(("age", "waits"), [(5, True), (3600, False)])
+def test_an_owner_elsewhere_that_is_silent_has_ended(tmp_path: Path, clock: Clock, age: float, waits: bool):
+    leave_note(tmp_path, age=age)
+    before = clock.now
+    assert is_free(tmp_path)
+    assert (clock.now - before >= lock_owner.SILENCE) == waits
+
+
+def test_an_owner_elsewhere_whose_heart_beats_is_respected(tmp_path: Path, clock: Clock, monkeypatch):
+    """On a file system whose locks do not reach other hosts: ours is granted."""
+    leave_note(tmp_path, age=5)
+    moments = iter(range(100))
+    monkeypatch.setattr(lock_owner, "_touched", lambda file: int(clock.now * 1e9) + next(moments) // 9)
+    with pytest.raises(FolderLocked, match=r"process 7 on another\.host \(unlearn, since 2026-01-01"), locked(tmp_path, "test"):
+        pass
+    assert json.loads((tmp_path / LOCK_FILE).read_text()) == ELSEWHERE
+
+
+def test_the_heart_beats_while_the_lock_is_held(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(lock_owner, "HEARTBEAT", 0.01)
+    with locked(tmp_path, "test"):
+        os.utime(tmp_path / LOCK_FILE, (0, 0))
+        deadline = time.monotonic() + crash.PATIENCE
+        while (tmp_path / LOCK_FILE).stat().st_mtime == 0 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert (tmp_path / LOCK_FILE).stat().st_mtime > 0
+
+
+def test_without_flock_the_file_is_the_lock(tmp_path: Path, monkeypatch):
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(folder_lock.fcntl, "flock", flock)
+    with held_elsewhere(locked, tmp_path):
+        with pytest.raises(FolderLocked, match=rf"process {os.getpid()} on .*or remove .*{LOCK_FILE} if it was killed"), locked(tmp_path, "test"):
+            pass
+    assert is_free(tmp_path)
+    leave_note(tmp_path, age=3600)
+    assert not is_free(tmp_path)
+    assert json.loads((tmp_path / LOCK_FILE).read_text()) == ELSEWHERE
+
+
+# --- hostile files, folders that cannot be written -------------------------------------------------------------------
+
+
+NOTES = [b"", b"\xff\x00", b"[" * 100_000, b"[]", b"null", b"{}", b'{"pid": "1", "host": 2}', b"x" * 10_000]
+CONTROL = json.dumps(ELSEWHERE | {"host": "\x1b[2J"}).encode()
+NEGATIVE = json.dumps(ELSEWHERE | {"pid": -1}).encode()
+
+
+@pytest.mark.parametrize("note", [*NOTES, CONTROL, NEGATIVE], ids=lambda note: repr(note[:20]))
+def test_any_content_of_the_file_is_survived(tmp_path: Path, monkeypatch, note: bytes):
+    (tmp_path / LOCK_FILE).write_bytes(note)
+    monkeypatch.setattr(lock_owner, "NOTE_PATIENCE", 0)
+    descriptor = os.open(tmp_path / LOCK_FILE, os.O_RDWR)
+    folder_lock.fcntl.flock(descriptor, folder_lock.fcntl.LOCK_EX)
+    with pytest.raises(FolderLocked, match="held by a process that has not said who it is"), locked(tmp_path, "test"):
+        pass
+    os.close(descriptor)
+    assert is_free(tmp_path)
+
+
+def test_a_lock_that_leads_elsewhere_is_not_followed(tmp_path: Path):
+    (tmp_path / "precious").write_text("x")
+    for number, make in enumerate((lambda path: path.symlink_to(tmp_path / "precious"), os.mkfifo, Path.mkdir)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        make(folder / LOCK_FILE)
+        with pytest.raises(OSError, match=f"{folder}: expected a place that can be written to"), locked(folder, "test"):
+            pass
+    assert (tmp_path / "precious").read_text() == "x"
+
+
+def test_a_read_only_folder_is_named(tmp_path: Path, monkeypatch):
+    def refuse(*arguments, **options):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(arguments[0]))
+
+    monkeypatch.setattr(folder_lock.os, "open", refuse)
+    with pytest.raises(OSError, match=f"{tmp_path / 'run'}: expected a place that can be written to, got: Read-only file system"):
+        with locked(tmp_path / "run", "test"):
+            pass
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc refuses new folders with ENOENT")
+def test_a_place_that_cannot_be_is_an_error_and_no_endless_loop():
+    with pytest.raises(OSError, match="/proc/fastunlearn: expected a place that can be written to"), locked("/proc/fastunlearn", "test"):
+        pass
