@@ -1,4 +1,4 @@
-"""What tests of `folder_lock` share: a lock that another thread holds, and processes that start at one instant."""
+"""Shared by tests of locks: one that another thread holds, and processes that start at one instant."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import crash
+import pytest
+
+from fastunlearn.folder_lock import FolderLocked
 
 
 @contextmanager
@@ -31,14 +34,22 @@ def held_elsewhere(lock: Callable[..., Any], path: Path, work: str = "unlearn") 
         thread.join()
 
 
+def refused(lock: Callable[..., Any], path: str | Path) -> FolderLocked:
+    """What `lock(path)` raises here and now; without an error the test fails."""
+    with pytest.raises(FolderLocked) as caught, lock(path, "test"):
+        pytest.fail("two owners")
+    return caught.value
+
+
 def at_one_instant(count: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """`function(*arguments, start, done)` in processes: what each returned. `start` and `done` are barriers of all of them."""
+    """`function(*arguments, start, done)`, in processes: what each returned. `start`, `done`: barriers."""
     crash.start_server()
     start, done = crash.CONTEXT.Barrier(count), crash.CONTEXT.Barrier(count)
     pipes, processes = [], []
     for _ in range(count):
         ours, theirs = crash.CONTEXT.Pipe()
-        process = crash.CONTEXT.Process(target=_answer, args=(theirs, function, arguments, start, done), daemon=True)
+        given = theirs, function, arguments, start, done
+        process = crash.CONTEXT.Process(target=_answer, args=given, daemon=True)
         process.start()
         theirs.close()
         pipes.append(ours)

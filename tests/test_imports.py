@@ -10,8 +10,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "fastunlearn"
 # Lower layers first: a module imports only from layers below its own (and from within its own).
 LAYERS = [
-    {"_check", "_arrays", "lock_owner", "profiling", "precision", "host_memory", "assets", "packed"},
-    {"schedule", "store", "state_tree", "philox", "selection", "folder_lock"},
+    {"_check", "_arrays", "profiling", "precision", "host_memory", "assets", "packed"},
+    {"lock_owner"},
+    {"schedule", "store", "state_tree", "philox", "selection", "folder_lock", "run_health"},
     {"checkpoint", "kernels"},
     {"reference", "ops", "data"},
     {"functional", "neighbor_search", "neighbors", "feeds"},
