@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,12 +14,29 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from . import _check, checkpoint
+from .folder_lock import locked
 from .recipes.mnist_tshirt import Pretraining
+from .run_health import WeightsNotFinite, check_finite, remedy
 from .store import ImageStore
 
 LOG_EVERY = 50
 
 
+def run_folder(output_dir: Path) -> Path:
+    """Where the checkpoints of a pre-training go whose model goes to `output_dir`."""
+    return output_dir.with_name(output_dir.name + ".run")
+
+
+def _alone(train: Callable[..., Path]) -> Callable[..., Path]:
+    @functools.wraps(train)
+    def train_alone(images: ImageStore, recipe: Pretraining, output_dir: Path, **options) -> Path:
+        with locked(run_folder(Path(output_dir)), "pretrain"):
+            return train(images, recipe, output_dir, **options)
+
+    return train_alone
+
+
+@_alone
 def pretrain(images: ImageStore, recipe: Pretraining, output_dir: Path, *, seed: int = 0, resume: bool = True, checkpointing_steps: int = 500,
              channels_last: bool = True, device: torch.device | str = "cpu", show_progress: bool = True) -> Path:
     """Trains `recipe` on `images` and writes `output_dir` as a folder that `DDPMPipeline.from_pretrained` opens (EMA weights).
@@ -25,13 +45,15 @@ def pretrain(images: ImageStore, recipe: Pretraining, output_dir: Path, *, seed:
     same steps as one that is not. `pretraining.json` beside the weights records recipe, seed, hours and the loss curve.
 
     Raises:
+        FolderLocked: another process, or another thread, trains the model of `output_dir`.
+        WeightsNotFinite: a loss, the weights or their average are NaN or Inf; nothing of it is written.
         ImportError: the package diffusers is not installed.
     """
     diffusers = _check.package("diffusers", "pretrain")
     cosine_with_warmup = _check.package("diffusers.optimization", "pretrain").get_cosine_schedule_with_warmup
     training_utils = _check.package("diffusers.training_utils", "pretrain")
     output_dir = Path(output_dir)
-    run_dir = output_dir.with_name(output_dir.name + ".run")
+    run_dir = run_folder(output_dir)
     torch.manual_seed(seed)
     model = diffusers.UNet2DModel(**recipe.unet).to(device)
     if channels_last:
@@ -45,7 +67,7 @@ def pretrain(images: ImageStore, recipe: Pretraining, output_dir: Path, *, seed:
 
     first_step, log = 0, []
     running = torch.zeros((), device=device)  # sum of the losses since the last entry of the log
-    found = checkpoint.latest(run_dir) if resume else None
+    found = saved = checkpoint.latest(run_dir) if resume else None
     if found is not None:
         state = checkpoint.load(found)
         model.load_state_dict(state.tensors["model"])
@@ -60,8 +82,11 @@ def pretrain(images: ImageStore, recipe: Pretraining, output_dir: Path, *, seed:
 
     def save(step: int) -> None:
         tensors = {"model": model.state_dict(), "ema": dict(zip((name for name, _ in model.named_parameters()), ema.shadow_params, strict=True))}
+        nonlocal saved
+        check_finite(f"step {step}", tensors, remedy(saved))
         states = {"lr_scheduler": lr_scheduler.state_dict(), "running_loss": running, "random": torch.get_rng_state()}
-        checkpoint.save(run_dir, step, tensors, {"step": step, "log": log}, optimizer=optimizer, states=states, keep=2)
+        metadata = {"step": step, "log": log}
+        saved = checkpoint.save(run_dir, step, tensors, metadata, optimizer=optimizer, states=states, keep=2)
 
     alphas_cumprod = scheduler.alphas_cumprod.to(device)
     generator = torch.Generator(device)
@@ -90,6 +115,9 @@ def pretrain(images: ImageStore, recipe: Pretraining, output_dir: Path, *, seed:
             done = step + 1
             if done % LOG_EVERY == 0 or done == recipe.total_steps:
                 mean = running.item() / ((done - 1) % LOG_EVERY + 1)
+                if not math.isfinite(mean):
+                    text = f"step {done}: expected a finite mean loss, got {mean}; {remedy(saved)}"
+                    raise WeightsNotFinite(text)
                 running.zero_()
                 log.append({"step": done, "loss": mean, "lr": lr_scheduler.get_last_lr()[0], "seconds": earlier_seconds + time.perf_counter() - started})
                 progress.update(task, completed=done, loss=mean)

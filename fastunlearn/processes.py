@@ -7,13 +7,17 @@ error at once, not a timeout.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
+
+from .folder_lock import locked
 
 PATIENCE = timedelta(hours=6)  # of the processes that wait for what process 0 does alone, such as a search for neighbours
 
@@ -97,6 +101,17 @@ class Processes:
         values: list[Any] = [None] * self.count
         dist.all_gather_object(values, value, group=self._control)
         return values
+
+    @contextmanager
+    def alone_in(self, folder: Path, work: str) -> Iterator[None]:
+        """No other run writes to `folder` while the block lasts: process 0 holds its lock, for all of them.
+
+        Raises:
+            FolderLocked, OSError: as `folder_lock.locked`, in process 0; OtherProcessFailed in the others.
+        """
+        with ExitStack() as held:
+            self.by_first(lambda: held.enter_context(locked(folder, work)))
+            yield
 
     def check_same(self, argument: str, values: dict[str, Any]) -> None:
         """Whether all processes were given the same.

@@ -19,6 +19,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from .checkpoint import atomic_file
+from .folder_lock import locked
 from .neighbors import CACHE_FORMAT
 
 RUN_FILE = "run.json"
@@ -84,8 +85,13 @@ def read_run(run_dir: str | Path) -> dict[str, Any]:
 
 
 def update_run(run_dir: str | Path, **entries: Any) -> None:
-    """Replaces entries of `run.json`."""
-    write_run(run_dir, read_run(run_dir) | entries)
+    """Replaces entries of `run.json`.
+
+    Raises:
+        FolderLocked: another process, or another thread, writes to `run_dir`.
+    """
+    with locked(run_dir, "run.json"):
+        write_run(run_dir, read_run(run_dir) | entries)
 
 
 def write_run(run_dir: str | Path, record: dict[str, Any]) -> None:
@@ -97,16 +103,17 @@ def list_private(run_dir: str | Path, *paths: str | Path) -> None:
 
     Raises:
         ValueError: a path that `purge` would refuse to remove.
+        FolderLocked: another process, or another thread, writes to `run_dir`.
     """
-    record, run_dir = read_run(run_dir), Path(run_dir)
+    run_dir = Path(run_dir)
     for path in map(Path, paths):
         reason = _refusal(path, run_dir)
         if reason is not None:
             raise ValueError(f"paths: expected files in {run_dir / PRIVATE_FOLDER} or neighbour caches, got {path} ({reason})")
-        name = str(path.absolute())
-        if name not in record["private_files"]:
-            record["private_files"].append(name)
-    write_run(run_dir, record)
+    with locked(run_dir, "run.json"):
+        record = read_run(run_dir)
+        names = [*record["private_files"], *(str(path.absolute()) for path in map(Path, paths))]
+        write_run(run_dir, record | {"private_files": list(dict.fromkeys(names))})
 
 
 # --- purge -----------------------------------------------------------------------------------------------------------------------
@@ -135,8 +142,16 @@ def purge(run_dir: str | Path) -> Purged:
 
     Raises:
         ValueError: `run_dir` has no readable `run.json`, nor a private folder of a run that died before it wrote one.
+        FolderLocked: the run goes on, or another one does in its place: it would bring back what is removed.
     """
-    run_dir, result = Path(run_dir), Purged()
+    if not Path(run_dir).is_dir():
+        read_run(run_dir)  # says so
+    with locked(run_dir, "purge"):
+        return _purge(Path(run_dir))
+
+
+def _purge(run_dir: Path) -> Purged:
+    result = Purged()
     private = run_dir / PRIVATE_FOLDER
     died_early = not (run_dir / RUN_FILE).exists() and private.is_dir() and not private.is_symlink()
     record = {"private_files": []} if died_early else read_run(run_dir)

@@ -16,15 +16,16 @@ from typing import Any
 
 import torch
 
-from . import _check, checkpoint
+from . import _check, checkpoint, launcher
 from .packed import Arriving
 from .processes import Processes
 from .resume import find_checkpoint, load_checkpoint, save_checkpoint
+from .run_health import SkipLimit, TooManySkippedSteps, WeightsNotFinite, check_finite, remedy
 from .run_record import RUN_FILE, Metrics, describe_run, identity, purge, read_metrics, read_run, update_run, write_run
 from .step import StepOutput, unwrapped
 from .trackers import ProgressBar, Report, Reporter, make_reporter
 
-__all__ = ["History", "RunInterrupted", "TooManySkippedSteps", "purge", "unlearn"]
+__all__ = ["History", "RunInterrupted", "TooManySkippedSteps", "WeightsNotFinite", "purge", "unlearn"]
 
 
 @dataclass(frozen=True)
@@ -37,15 +38,15 @@ class History:
 
 
 class RunInterrupted(SystemExit):
-    """SIGINT or SIGTERM: the step was finished and a checkpoint written. Ends the process with 128 + the signal's number unless it is caught."""
+    """SIGINT or SIGTERM: the step was finished and a checkpoint written.
+
+    Ends the process with 128 + the signal's number unless it is caught. It counts as SIGTERM that the
+    launcher (torchrun, accelerate launch) has ended which started the process.
+    """
 
     def __init__(self, signal_number: int, checkpoint_path: Path):
         super().__init__(128 + signal_number)
         self.signal_number, self.checkpoint = signal_number, checkpoint_path
-
-
-class TooManySkippedSteps(RuntimeError):
-    """More steps than allowed had a non-finite loss or gradient. The checkpoints written before are kept."""
 
 
 def unlearn(
@@ -59,6 +60,7 @@ def unlearn(
     report_to: str | Report | None = None,
     logging_steps: int = 1,
     max_skipped_steps: int = 10,
+    max_skipped_share: float = 0.5,
     show_progress: bool = True,
     record: dict[str, Any] | None = None,
 ) -> History:
@@ -74,7 +76,8 @@ def unlearn(
     Args:
         unlearner: an `Unlearner` whose model is a `torch.nn.Module`; built anew, with the same arguments, for a resumed run.
         num_steps: steps of the whole run, those before a resume included.
-        output_dir: made if missing. A new run refuses a folder that holds checkpoints.
+        output_dir: made if missing. A new run refuses a folder that holds checkpoints; every run refuses one
+            that another run, or `purge`, writes to.
         checkpointing_steps: also write a checkpoint every so many steps; None: at the end only.
         checkpoints_total_limit: keep so many checkpoints; None: all.
         resume_from_checkpoint: `"latest"` (the newest undamaged one in `output_dir`; the start if there is none) or the path of a checkpoint.
@@ -83,22 +86,30 @@ def unlearn(
             so that the device never runs out of work.
         max_skipped_steps: with more skipped (non-finite) steps the run stops. Looked at when the numbers of a
             logged step are read, and before a checkpoint is written.
+        max_skipped_share: the same for a share of `num_steps`; it counts over the whole run, the steps before
+            a resume included.
         show_progress: a progress bar on standard output.
         record: more entries for `run.json`, such as the path of the model that the run starts from.
 
     Raises:
         TypeError, ValueError: before any step, naming the argument.
-        TooManySkippedSteps: see `max_skipped_steps`; no checkpoint is written then.
+        FolderLocked: another process, or another thread, writes to `output_dir`; naming it.
+        TooManySkippedSteps: see `max_skipped_steps` and `max_skipped_share`; no checkpoint is written then.
+        WeightsNotFinite: the weights, or the EMA, hold NaN or Inf when a checkpoint is due (it is not
+            written), or in the one resumed from.
         RunInterrupted: after SIGINT or SIGTERM (seen in the main thread only), when the running step is done and its checkpoint written.
             A second signal ends the process at once.
         OtherProcessFailed: process 0 could not write, or another one not read, what this one waited for.
     """
-    _check_arguments(unlearner, num_steps, checkpointing_steps, checkpoints_total_limit, logging_steps, max_skipped_steps)
+    _check_arguments(unlearner, num_steps, checkpointing_steps, checkpoints_total_limit, logging_steps)
     arguments = {name: value for name, value in locals().items() if name not in ("unlearner", "record")}
+    limit = SkipLimit(max_skipped_steps, max_skipped_share)
     output_dir = Path(output_dir)
-    with Processes(unlearner.process_group) as processes:
-        loop = _Loop(unlearner, output_dir, checkpoints_total_limit, max_skipped_steps, processes)
-        decisive = {"num_steps": num_steps, "checkpointing_steps": checkpointing_steps, "logging_steps": logging_steps, "max_skipped_steps": max_skipped_steps}
+    with Processes(unlearner.process_group) as processes, processes.alone_in(output_dir, "unlearn"):
+        loop = _Loop(unlearner, output_dir, num_steps, checkpoints_total_limit, limit, processes)
+        decisive = {"num_steps": num_steps, "checkpointing_steps": checkpointing_steps}
+        decisive |= {"logging_steps": logging_steps, "max_skipped_steps": max_skipped_steps}
+        decisive |= {"max_skipped_share": max_skipped_share}
         settings = {name: getattr(unlearner, name, None) for name in ("seed", "step_index", "micro_batch_size", "max_grad_norm", "compile")}
         settings |= {"autocast_dtype": str(getattr(unlearner, "autocast_dtype", None)), "grad_scaler": getattr(unlearner, "grad_scaler", None) is not None}
         processes.check_same("unlearner", identity(unlearner) | settings | decisive)
@@ -149,8 +160,17 @@ def _run(loop: _Loop, num_steps: int, checkpointing_steps: int | None, logging_s
 class _Loop:
     """What a run does beside stepping: logging, the limit on skipped steps, checkpoints. Of several processes only process 0 writes."""
 
-    def __init__(self, unlearner, output_dir: Path, keep: int | None, max_skipped: int, processes: Processes):
-        self.unlearner, self.output_dir, self.keep, self.max_skipped, self.processes = unlearner, output_dir, keep, max_skipped, processes
+    def __init__(
+        self,
+        unlearner,
+        output_dir: Path,
+        num_steps: int,
+        keep: int | None,
+        limit: SkipLimit,
+        processes: Processes,
+    ):
+        self.unlearner, self.output_dir, self.num_steps = unlearner, output_dir, num_steps
+        self.keep, self.limit, self.processes = keep, limit, processes
         self.metrics: Metrics | None = None  # of process 0
         self.report = Reporter()
         self.show: Report = lambda step, values: None
@@ -170,6 +190,7 @@ class _Loop:
             self.processes.share_weights(unwrapped(self.unlearner.model))
         else:
             self.processes.by_all(lambda: load_checkpoint(self.unlearner, found, self.processes))
+            self.check_weights(f"resume_from_checkpoint: {found}", "go on from an earlier one, or begin anew")
             self.saved, self.saved_step = found, self.unlearner.step_index
 
     def open(self, record: dict[str, Any], *, resumed: bool) -> None:
@@ -215,32 +236,33 @@ class _Loop:
         self.check_skipped(values["skipped_steps"], step)
 
     def check_skipped(self, skipped: int, step: int) -> None:
-        if skipped > self.max_skipped:
-            last = f"the last good checkpoint is {self.saved}" if self.saved is not None else "no checkpoint was written yet"
-            raise TooManySkippedSteps(
-                f"{skipped} of {step} steps had a loss or gradient that is not finite "
-                f"(max_skipped_steps={self.max_skipped}); {last}. "
-                "A lower learning rate, max_grad_norm, or float32 instead of float16 are what usually helps."
-            )
+        self.limit.check(skipped, step, self.num_steps, self.saved)
+
+    def check_weights(self, name: str, what_now: str) -> None:
+        """That weights and average are finite, in every process."""
+        states = {"model": unwrapped(self.unlearner.model).state_dict()}
+        if self.unlearner.ema is not None:
+            states["ema"] = self.unlearner.ema.state_dict()
+        self.processes.by_all(lambda: check_finite(name, states, what_now))
 
     def save(self) -> None:
         """Passes on what was logged; writes the checkpoint of the present step, unless it stands already."""
         self.pass_on()
+        self.check_skipped(int(self.unlearner.skipped_steps), self.unlearner.step_index)
         if self.saved_step == self.unlearner.step_index:
             return
-        self.check_skipped(int(self.unlearner.skipped_steps), self.unlearner.step_index)
+        self.check_weights(f"step {self.unlearner.step_index}", remedy(self.saved))
         if self.metrics is not None:
             self.metrics.sync()
         self.saved = save_checkpoint(self.unlearner, self.output_dir, self.processes, keep=self.keep)
         self.saved_step = self.unlearner.step_index
 
 
-def _check_arguments(unlearner, num_steps, checkpointing_steps, checkpoints_total_limit, logging_steps, max_skipped_steps) -> None:
+def _check_arguments(unlearner, num_steps, checkpointing_steps, checkpoints_total_limit, logging_steps):
     if not isinstance(getattr(unlearner, "model", None), torch.nn.Module):
         raise TypeError(f"unlearner: expected an Unlearner whose model is a torch.nn.Module (its state is saved), got {_check.describe(unlearner)}")
     _check.integer("num_steps", num_steps, low=0)
     _check.integer("logging_steps", logging_steps, low=1)
-    _check.integer("max_skipped_steps", max_skipped_steps, low=0)
     if checkpointing_steps is not None:
         _check.integer("checkpointing_steps", checkpointing_steps, low=1)
     if checkpoints_total_limit is not None:
@@ -264,6 +286,8 @@ class _Signals:
 
     def tell(self) -> None:
         """Before a step."""
+        if not self.received and launcher.notice():
+            self.received = signal.SIGTERM
         self._told = self._processes.begin_largest(self.received)
 
     def agreed(self) -> int:

@@ -16,12 +16,14 @@ from typing import get_args, get_type_hints
 import numpy as np
 import pytest
 import torch
+from locks import held_elsewhere
 from PIL import Image
 from safetensors.torch import load_file
 
 from fastunlearn import __version__, nearest_neighbors
 from fastunlearn.cli import main
 from fastunlearn.data import load_images
+from fastunlearn.folder_lock import locked, locked_file
 from fastunlearn.recipes.mnist_tshirt import PRETRAINING
 from fastunlearn.testing.checkpoints import TINY_SHAPE, save_tiny_checkpoint
 
@@ -326,6 +328,63 @@ def test_a_finished_run_is_not_overwritten(world, tmp_path, capsys):
     assert unlearn(world, tmp_path / "run", "--seed", "3") == 2
     assert "expected a folder without checkpoints for a new run" in capsys.readouterr().err
     assert_same(weights(tmp_path / "run"), kept)
+
+
+def test_a_run_that_skips_most_steps_fails_and_writes_no_model(world, tmp_path, capsys):
+    """The learning rate sends the weights to where every loss overflows."""
+    assert unlearn(world, tmp_path / "run", "--lr", "1e30", "--steps", "10", method="neggrad") == 1
+    error = capsys.readouterr().err
+    limit = r"\(max_skipped_share=0.5 of 10 steps\); no checkpoint was written yet"
+    assert re.match(rf"error: \d of \d steps had a loss or gradient that is not finite {limit}", error)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed: TooManySkippedSteps"
+    assert not (tmp_path / "run" / "model").exists()
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+    stricter = ("--lr", "1e30", "--steps", "10", "--max_skipped_steps", "0")
+    assert unlearn(world, tmp_path / "few", *stricter, method="neggrad") == 1
+    assert "(max_skipped_steps=0)" in capsys.readouterr().err
+
+
+WRITERS = {  # command: what it writes there, how that is locked, and what else it is told
+    "unlearn": ("run", locked, ["--model", "MODEL", "--forget", "FORGET", "--method", "neggrad", *FAST]),
+    "evaluate": ("out", locked, ["--model", "MODEL", "--forget", "FORGET", "--metrics", "frequency"]),
+    "demo": ("demo", locked, []),
+    "sample": ("samples.npz", locked_file, ["--model", "MODEL", "--num_images", "1"]),
+    "neighbors": ("near.npz", locked_file, ["--forget", "FORGET", "--retain", "RETAIN", "--k", "1"]),
+    "pretrain": ("model", locked, ["--recipe", "mnist-tshirt-small", "--data", "RETAIN"]),
+    "data": ("set.npz", locked_file, ["mnist-tshirt", "--mnist", "MODEL", "--fashion_mnist", "MODEL"]),
+}
+
+
+@pytest.mark.parametrize("command", [*WRITERS, "sample into a folder", "purge"])
+def test_every_command_that_writes_refuses_what_another_run_writes_to(world, tmp_path, capsys, command):
+    if command == "purge":
+        arguments, lock, target = ["purge", tmp_path], locked, tmp_path
+    else:
+        command, _, folder = command.partition(" into ")
+        name, lock, more = WRITERS[command]
+        paths = {"MODEL": world.model, "FORGET": world.forget, "RETAIN": world.retain}
+        output = tmp_path if folder else tmp_path / name
+        arguments = [command, *(paths.get(word, word) for word in more), "--output", output]
+        target = tmp_path / (f"{name}.run" if command == "pretrain" else name)
+    with held_elsewhere(lock, target):
+        before = sorted(tmp_path.rglob("*"))
+        assert run(*arguments) == 1
+        assert sorted(tmp_path.rglob("*")) == before
+    error = capsys.readouterr().err
+    refusal = f"error: {target}: expected a place that no other run writes to, got one held by process"
+    assert error.startswith(f"{refusal} {os.getpid()} on ")
+    assert error.count("\n") == 1
+
+
+def test_every_command_is_among_them():
+    assert {*WRITERS, "purge"} == set(COMMANDS)
+
+
+def test_a_place_that_cannot_be_written_to_is_named(world, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    for output in (tmp_path / "file", tmp_path / "file" / "run"):
+        assert unlearn(world, output) == 2
+        assert f"{output}: expected a place that can be written to, got: " in capsys.readouterr().err
 
 
 def test_debug_shows_the_traceback(world, tmp_path, capsys, monkeypatch):

@@ -6,9 +6,12 @@ import json
 
 import pytest
 import torch
+from locks import held_elsewhere
 
 from fastunlearn import demo
 from fastunlearn.demo import evaluation, run_demo
+from fastunlearn.folder_lock import FolderLocked, locked
+from fastunlearn.run_health import TooManySkippedSteps
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -114,6 +117,17 @@ def test_bad_arguments_are_refused_before_any_work(run, tmp_path, arguments, mes
     with pytest.raises(ValueError, match=message):
         run(**arguments)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_steps_that_destroy_the_model_end_it_and_nothing_is_written(run, tmp_path):
+    with pytest.raises(TooManySkippedSteps, match="of 4 steps had a loss or gradient that is not finite"):
+        run(method="neggrad", lr=1e30, steps=4)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_into_one_folder_are_refused(run, tmp_path):
+    with held_elsewhere(locked, tmp_path / "demo"), pytest.raises(FolderLocked, match="held by process"):
+        run()
 
 
 @pytest.mark.slow

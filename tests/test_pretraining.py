@@ -56,9 +56,10 @@ def test_killed_and_resumed_run_is_bit_equal(uninterrupted, tmp_path):
     resumed_from = checkpoint.latest(run_dir)
     assert resumed_from is not None
     one_save = lines.saving / -(-STEPS // SAVE_EVERY)
-    for part in (0.4, 0.6):  # in the middle of the first save after it
+    for part in (0.6, 0.8):  # in the middle of the first save after it, when its files are being written
         crash.kill_at(int(part * one_save), pretrain_tiny, tmp_path, run_dir, kills, saving=True)
-    assert kills == crash.Kills(total=3, while_saving=2)
+    assert kills.total == 3
+    assert kills.while_saving >= 2
     assert checkpoint.latest(run_dir) == resumed_from
     crash.run_to_end(pretrain_tiny, tmp_path)
     weights = "model/unet/diffusion_pytorch_model.safetensors"
@@ -67,3 +68,35 @@ def test_killed_and_resumed_run_is_bit_equal(uninterrupted, tmp_path):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     logs = [json.loads((folder / "model" / "pretraining.json").read_text())["log"] for folder in (tmp_path, expected_dir)]
     assert [(entry["step"], entry["loss"], entry["lr"]) for entry in logs[0]] == [(entry["step"], entry["loss"], entry["lr"]) for entry in logs[1]]
+
+
+@pytest.mark.parametrize(
+    ("lr", "every", "found"),
+    [(1e30, 100, "a finite mean loss, got nan"), (float("inf"), 1, "finite weights, got NaN or Inf in ")],
+)
+def test_weights_that_are_not_finite_end_it_and_are_never_written(tmp_path, lr, every, found):
+    """The first checkpoint finds them, or, before one is due, the log its loss."""
+    from fastunlearn.pretraining import pretrain
+    from fastunlearn.recipes.mnist_tshirt import Pretraining
+    from fastunlearn.run_health import WeightsNotFinite
+    from fastunlearn.store import ImageStore
+
+    unet = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": (8,)}
+    unet |= {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    unet |= {"layers_per_block": 1, "norm_num_groups": 4}
+    recipe = Pretraining(unet=unet, batch_size=4, total_steps=60, lr=lr, warmup_steps=0, ema_decay=0.9)
+    images = ImageStore(torch.zeros(4, 1, 8, 8, dtype=torch.uint8))
+    with pytest.raises(WeightsNotFinite, match=rf"step \d+: expected {found}.*no checkpoint was written yet"):
+        pretrain(images, recipe, tmp_path / "model", checkpointing_steps=every, show_progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_into_one_output_are_refused(tmp_path):
+    from locks import held_elsewhere
+
+    from fastunlearn.folder_lock import FolderLocked, locked
+
+    refused = pytest.raises(FolderLocked, match=r"model\.run: .*held by process")
+    with held_elsewhere(locked, tmp_path / "model.run"), refused:
+        pretrain_tiny(str(tmp_path))
+    assert not list(tmp_path.iterdir())

@@ -5,20 +5,23 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
+from locks import at_one_instant, held_elsewhere
 from torch import nn
 
 from fastunlearn import checkpoint, run_record
+from fastunlearn.folder_lock import FolderLocked, locked
 from fastunlearn.methods import NegGrad, Vanilla
 from fastunlearn.neighbors import nearest_neighbors
 from fastunlearn.step import StepOutput
 from fastunlearn.store import ImageStore
-from fastunlearn.training import RunInterrupted, TooManySkippedSteps, purge, unlearn
+from fastunlearn.training import RunInterrupted, TooManySkippedSteps, WeightsNotFinite, purge, unlearn
 
 STORE = ImageStore(torch.arange(2 * 16, dtype=torch.uint8).view(2, 1, 4, 4))
 
@@ -167,6 +170,8 @@ class NotAModule(FakeUnlearner):
         ({"checkpoints_total_limit": 0}, ValueError, "checkpoints_total_limit: expected an integer >= 1, got 0"),
         ({"logging_steps": 0}, ValueError, "logging_steps: expected an integer >= 1, got 0"),
         ({"max_skipped_steps": -1}, ValueError, "max_skipped_steps: expected an integer >= 0, got -1"),
+        ({"max_skipped_share": 1.5}, ValueError, r"max_skipped_share: expected a finite number in \[0, 1\]"),
+        ({"max_skipped_share": None}, TypeError, "max_skipped_share: expected a number, got None"),
         ({"report_to": "stdout"}, ValueError, "report_to: expected one of tensorboard, wandb, got 'stdout'"),
         ({"resume_from_checkpoint": "/nowhere"}, ValueError, "resume_from_checkpoint: expected 'latest' or the folder of a checkpoint, got '/nowhere'"),
         ({"unlearner": NotAModule()}, TypeError, "unlearner: expected an Unlearner whose model is a torch.nn.Module"),
@@ -236,6 +241,146 @@ def test_too_many_skipped_steps_stop_with_the_last_good_checkpoint(tmp_path: Pat
     assert run_record.read_run(tmp_path)["status"] == "failed: TooManySkippedSteps"
     with pytest.raises(TooManySkippedSteps, match="no checkpoint was written yet"):
         run(FakeUnlearner(bad_steps={1}), tmp_path / "early", max_skipped_steps=0)
+
+
+@pytest.mark.parametrize("logging_steps", [1, 100])
+@pytest.mark.parametrize(("skipped", "share"), [(9, 0.5), (6, 0.5), (1, 0.0), (10, 0.9)])
+def test_a_run_of_skipped_steps_is_not_complete(tmp_path: Path, skipped, share, logging_steps):
+    """Within max_skipped_steps, but more than the share: it fails, and leaves no checkpoint of its end."""
+    bad = FakeUnlearner(bad_steps=range(1, skipped + 1))
+    certain = int(share * 10) + 1  # when it can no longer be made up for
+    found = f"{certain} of {certain}" if logging_steps == 1 else f"{skipped} of 10"
+    with pytest.raises(TooManySkippedSteps, match=f"{found} steps .*max_skipped_share={share:g} of 10 steps"):
+        run(bad, tmp_path, logging_steps=logging_steps, max_skipped_share=share, checkpointing_steps=None)
+    assert checkpoints(tmp_path) == []
+    assert run_record.read_run(tmp_path)["status"] == "failed: TooManySkippedSteps"
+
+
+@pytest.mark.parametrize(("skipped", "share"), [(5, 0.5), (10, 1.0), (0, 0.0), (9, 0.9)])
+def test_a_share_within_the_limit_is_complete(tmp_path: Path, skipped: int, share: float):
+    run(FakeUnlearner(bad_steps=range(1, skipped + 1)), tmp_path, max_skipped_share=share)
+    assert run_record.read_run(tmp_path)["status"] == "complete"
+
+
+def test_the_share_counts_over_the_whole_run(tmp_path: Path):
+    """Three of the first five steps skipped, and three of the last five: six of ten."""
+    stopped = FakeUnlearner(bad_steps={1, 2, 3})
+    stopped.on_step = lambda step: step == 5 and signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(RunInterrupted):
+        run(stopped, tmp_path)
+    with pytest.raises(TooManySkippedSteps, match="6 of 10 steps"):
+        run(FakeUnlearner(bad_steps={6, 9, 10}), tmp_path, resume_from_checkpoint="latest")
+    assert checkpoints(tmp_path) == [3, 5, 6, 9]
+
+
+# --- weights that are not finite ----------------------------------------------------------------------------
+
+
+class Ruined(FakeUnlearner):
+    """From step 5 on a number of `part` is `value`, and no step says so: an update overflowed."""
+
+    def __init__(self, part: str = "model", value: float = float("nan"), at: int = 5):
+        super().__init__(on_step=self.ruin)
+        self.model.register_buffer("running_mean", torch.zeros(3))
+        self.ema = nn.Linear(3, 2)
+        self.at, self.part, self.value = at, part, value
+
+    def ruin(self, step: int) -> None:
+        if step == self.at:
+            parts = {"model": self.model.weight, "buffer": self.model.running_mean, "ema": self.ema.bias}
+            parts[self.part].data.view(-1)[-1] = self.value
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    ("part", "name"), [("model", "model.weight"), ("buffer", "model.running_mean"), ("ema", "ema.bias")]
+)
+def test_weights_that_are_not_finite_are_never_written(tmp_path: Path, part: str, name: str, value: float):
+    found = rf"step 6: .*got NaN or Inf in {name} \(of 5 .*last good checkpoint is .*checkpoint-3\."
+    with pytest.raises(WeightsNotFinite, match=found):
+        run(Ruined(part, value), tmp_path)
+    assert checkpoints(tmp_path) == [3]
+    assert run_record.read_run(tmp_path)["status"] == "failed: WeightsNotFinite"
+
+
+def test_neither_the_last_checkpoint_nor_that_of_a_signal_is_spared(tmp_path: Path):
+    with pytest.raises(WeightsNotFinite, match=r"step 10: .*no checkpoint was written yet"):
+        run(Ruined(at=10), tmp_path / "end", checkpointing_steps=None)
+    stopped = Ruined(at=4)
+    stopped.on_step = lambda step: step == 4 and (stopped.ruin(step), signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(WeightsNotFinite, match="step 4: "):
+        run(stopped, tmp_path / "signal")
+    assert checkpoints(tmp_path / "end") == []
+    assert checkpoints(tmp_path / "signal") == [3]
+
+
+def test_a_checkpoint_with_weights_that_are_not_finite_is_not_resumed(tmp_path: Path):
+    run(FakeUnlearner(), tmp_path, num_steps=3)
+    state = FakeUnlearner()
+    state.step_index = 6
+    state.model.weight.data.fill_(float("nan"))
+    found = checkpoint.load(tmp_path / "checkpoint-3")
+    found.metadata["unlearner"]["step_index"] = 6
+    checkpoint.save(tmp_path, 6, {"model": state.model.state_dict()}, found.metadata, states=found.states)
+    text = "resume_from_checkpoint: .*checkpoint-6: expected finite weights, got NaN or Inf in model.weight"
+    for num_steps in (10, 6):  # also where nothing is left to do
+        with pytest.raises(WeightsNotFinite, match=text):
+            run(FakeUnlearner(), tmp_path, num_steps=num_steps, resume_from_checkpoint="latest")
+    run(FakeUnlearner(), tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert run_record.read_run(tmp_path)["status"] == "complete"
+
+
+def test_weights_that_are_large_are_finite(tmp_path: Path):
+    assert run(Ruined(value=3e38), tmp_path).checkpoint.name == "checkpoint-10"
+
+
+# --- two runs into one folder -------------------------------------------------------------------------------
+
+
+def test_a_second_run_into_the_folder_of_one_that_goes_on_is_refused(tmp_path: Path):
+    refused = []
+
+    def second() -> None:
+        try:
+            run(FakeUnlearner(), tmp_path / "run", checkpointing_steps=None)
+        except FolderLocked as error:
+            refused.append(error)
+
+    def meanwhile(step: int) -> None:
+        if step in (1, 7):
+            thread = threading.Thread(target=second)
+            thread.start()
+            thread.join()
+
+    run(FakeUnlearner(on_step=meanwhile), tmp_path / "run", checkpointing_steps=None)
+    assert [error.owner.pid for error in refused] == [os.getpid()] * 2
+    assert [record["step"] for record in run_record.read_metrics(tmp_path / "run")] == list(range(1, 11))
+    left = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert left == ["checkpoint-10", "metrics.jsonl", "run.json"]
+
+
+def run_at_once(folder: str, start, done) -> tuple[int, str]:
+    """This process, and how its run ended. No run takes its second step before all have begun."""
+    start.wait(300)
+    try:
+        run(FakeUnlearner(on_step=lambda step: done.wait(300) if step == 1 else None), Path(folder))
+    except FolderLocked as error:
+        done.wait(300)
+        return os.getpid(), str(error)
+    return os.getpid(), "complete"
+
+
+def test_of_two_runs_that_start_at_one_instant_one_goes_through(tmp_path: Path):
+    answers = at_one_instant(2, run_at_once, str(tmp_path / "run"))
+    ((winner, _),) = [answer for answer in answers if answer[1] == "complete"]
+    ((_, message),) = [answer for answer in answers if answer[1] != "complete"]
+    assert f"got one held by process {winner} on " in message
+    assert run_record.read_run(tmp_path / "run")["status"] == "complete"
+
+
+def test_a_run_in_a_folder_below_a_locked_one_is_free(tmp_path: Path):
+    with held_elsewhere(locked, tmp_path):
+        run(FakeUnlearner(), tmp_path / "run")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -361,6 +506,27 @@ def test_purge_removes_what_is_listed_and_says_so(finished: Path, tmp_path: Path
     assert record["private_files"] == []
     assert str(cache) in record["purged"][0]["removed"]
     assert str(purge(finished)) == "nothing to remove"
+
+
+def list_one_more(run_dir: Path) -> None:
+    run_record.list_private(run_dir, run_dir / "private" / "more")
+
+
+def test_a_run_that_goes_on_is_not_purged_nor_its_record_changed(finished: Path):
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    (finished / "private" / "more").write_text("x")
+    with held_elsewhere(locked, finished):
+        for change in (purge, list_one_more, run_record.update_run):
+            with pytest.raises(FolderLocked, match=rf"{finished}: .*held by process {os.getpid()} on "):
+                change(finished)
+    (finished / "private" / "more").unlink()
+    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
+
+
+def test_purge_makes_no_folder(tmp_path: Path):
+    with pytest.raises(ValueError, match="run_dir: expected a run folder"):
+        purge(tmp_path / "nowhere")
+    assert not list(tmp_path.iterdir())
 
 
 def test_purge_removes_unlisted_files_of_the_private_folder(finished: Path):

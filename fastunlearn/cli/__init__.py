@@ -1,6 +1,7 @@
 """`fastunlearn ...`: one file a command. Parsing imports no torch, so that `--help` is instant; a command imports what it runs.
 
 Every command is a dataclass of its flags (tyro makes the parser from it) with a method `run() -> exit code`.
+One whose `run` does not lock what it writes has a method `lock()`, a context for the time of `run`.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import nullcontext
 
-from .. import __version__
+from .. import __version__, launcher
 
 DESCRIPTION = """Make a trained diffusion model forget given training images.
 
@@ -38,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     command = _parse([argument for argument in arguments if argument != "--debug"])
     try:
-        return command.run()
+        with launcher.watched(), getattr(command, "lock", nullcontext)():
+            return command.run()
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130

@@ -27,6 +27,11 @@ class Data:
     output: Path
     """A file .npz."""
 
+    def lock(self):
+        from ..folder_lock import locked_file
+
+        return locked_file(self.output, "data")
+
     def run(self) -> int:
         from ..recipes.mnist_tshirt import save_mnist_tshirt
 

@@ -71,6 +71,11 @@ class Evaluate:
     """Where it runs."""
     pictures: PictureFlags = field(default_factory=PictureFlags)
 
+    def lock(self):
+        from ..folder_lock import locked
+
+        return locked(self.output, "evaluate")
+
     def run(self) -> int:
         from .. import _check
         from .options import load_for, pick_device

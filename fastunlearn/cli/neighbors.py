@@ -34,6 +34,11 @@ class Neighbors:
     """Crop and resize image files to this height and width, in pixels."""
     pictures: PictureFlags = field(default_factory=PictureFlags)
 
+    def lock(self):
+        from ..folder_lock import locked_file
+
+        return locked_file(self.output, "neighbors")
+
     def run(self) -> int:
         import numpy as np
 

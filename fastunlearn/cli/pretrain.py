@@ -36,13 +36,19 @@ class Pretrain:
     """Where it runs."""
     pictures: PictureFlags = field(default_factory=PictureFlags)
 
+    def lock(self):
+        from ..folder_lock import locked
+        from ..pretraining import run_folder
+
+        return locked(run_folder(self.output), "pretrain")
+
     def run(self) -> int:
         from .. import checkpoint
-        from ..pretraining import pretrain
+        from ..pretraining import pretrain, run_folder
         from ..recipes.mnist_tshirt import PRETRAINING
         from .options import pick_device, prepare_host
 
-        run_dir = self.output.with_name(self.output.name + ".run")
+        run_dir = run_folder(self.output)
         started, resume = checkpoint.latest(run_dir), self.resume_from_checkpoint is not None
         if self.output.exists():
             raise ValueError(f"output: expected a folder that does not exist yet, got {self.output}")

@@ -37,6 +37,15 @@ class Sample:
     device: Annotated[str | None, unset("the first GPU, else cpu", "cpu|cuda|cuda:N")] = None
     """Where it runs."""
 
+    @property
+    def file(self) -> Path:
+        return self.output if self.output.suffix == ".npz" else self.output / "samples.npz"
+
+    def lock(self):
+        from ..folder_lock import locked_file
+
+        return locked_file(self.file, "sample")
+
     def run(self) -> int:
         import numpy as np
 
@@ -50,7 +59,7 @@ class Sample:
             model, scheduler, self.num_images, shape=model_shape(model), num_inference_steps=self.num_inference_steps, sampler=self.sampler,
             batch_size=self.batch_size, seed=self.seed, show_progress=True,
         )  # fmt: skip
-        file = self.output if self.output.suffix == ".npz" else self.output / "samples.npz"
+        file = self.file
         file.parent.mkdir(parents=True, exist_ok=True)
         np.savez(file, images=((images + 1) * 127.5).round().byte().numpy())
         shown = images[:GRID]

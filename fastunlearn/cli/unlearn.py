@@ -57,7 +57,8 @@ class Unlearn:
     def run(self) -> int:
         from .launched import launched
 
-        with launched(self.bookkeeping.device) as (processes, device):
+        work = "unlearn"
+        with launched(self.bookkeeping.device) as (processes, device), processes.alone_in(self.output, work):
             self._run(processes, device)
         return 0
 
@@ -95,7 +96,8 @@ class Unlearn:
                 training.unlearn(
                     unlearner, num_steps=optimization.max_train_steps, output_dir=self.output, checkpointing_steps=flags.checkpointing_steps,
                     checkpoints_total_limit=flags.checkpoints_total_limit, resume_from_checkpoint=flags.resume_from_checkpoint, report_to=flags.report_to,
-                    logging_steps=flags.logging_steps,
+                    logging_steps=flags.logging_steps, max_skipped_steps=flags.max_skipped_steps,
+                    max_skipped_share=flags.max_skipped_share,
                     record={"base_model": str(self.model.absolute()), "images": images},
                 )  # fmt: skip
         finally:

@@ -167,6 +167,10 @@ class RunFlags:
     """Continue from the newest checkpoint of the run (latest) or from one of them."""
     logging_steps: int = 1
     """Steps between lines of metrics.jsonl; every line waits for the device."""
+    max_skipped_steps: int = 10
+    """The run fails when more steps than this were skipped, because a loss or a gradient was not finite."""
+    max_skipped_share: float = 0.5
+    """The same for a share of all steps."""
     report_to: Annotated[Literal["tensorboard", "wandb"] | None, unset("metrics.jsonl alone", "tensorboard|wandb")] = None
     """tensorboard or wandb, if it is installed."""
     device: Annotated[str | None, unset("the first GPU, else cpu", "cpu|cuda|cuda:N")] = None

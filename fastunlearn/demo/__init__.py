@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -10,10 +12,12 @@ import torch
 from torch import Tensor
 
 from .. import __version__, _check, assets
+from ..folder_lock import locked
 from ..methods import SISS, EraseDiff, Method, NegGrad, ReTrack, Vanilla
 from ..models import load_checkpoint, save_checkpoint
 from ..recipes.mnist_tshirt import load_demo
 from ..report import Criterion
+from ..run_health import SkipLimit, check_finite, remedy
 from ..schedule import NoiseSchedule
 from ..store import ImageStore
 from ..trackers import ProgressBar
@@ -22,6 +26,7 @@ from .evaluation import INFERENCE_STEPS, Evaluator, decide, timed
 from .page import print_summary, report
 
 MODEL = "mnist-tshirt-small"
+MOST_SKIPPED = SkipLimit(steps=10, share=0.5)
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,16 @@ class DemoResult:
     results: dict
 
 
+def _alone(run: Callable[..., DemoResult]) -> Callable[..., DemoResult]:
+    @functools.wraps(run)
+    def run_alone(output_dir: str | os.PathLike = "out/demo", **options) -> DemoResult:
+        with locked(output_dir, "demo"):
+            return run(output_dir, **options)
+
+    return run_alone
+
+
+@_alone
 def run_demo(
     output_dir: str | os.PathLike = "out/demo",
     *,
@@ -85,6 +100,8 @@ def run_demo(
 
     Raises:
         TypeError, ValueError: for an argument outside its range, before any work.
+        FolderLocked: another process, or another thread, writes to `output_dir`.
+        TooManySkippedSteps, WeightsNotFinite: the steps destroyed the model; nothing is written then.
     """
     _check.integer("steps", steps, low=0)
     _check.integer("num_samples", num_samples, low=2)
@@ -158,5 +175,7 @@ def forget_tshirt(
             entry = {name: value.item() for name, value in output._asdict().items() if isinstance(value, Tensor)}
             log.append({"step": step, **entry})
             advance(step, {**entry, "skipped_steps": int(unlearner.skipped_steps)})
+    MOST_SKIPPED.check(int(unlearner.skipped_steps), steps, steps, None)
+    check_finite("the unlearned model", model.state_dict(), remedy(None))
     model.eval()
     return log

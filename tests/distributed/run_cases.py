@@ -53,6 +53,8 @@ def build(alone: bool, *, wrapped: bool = True, dropout: float = 0.0, own_weight
     seed = 5 + rank if own_seed else 5
     unlearner = Watched(model, optimizer, SCHEDULE, ReTrack(k=2, lambd=0.3), batch_size=6, seed=seed, process_group=group, **stores, **parts)
     unlearner.before_step = before_step
+    if isinstance(before_step, Ruin):
+        before_step.ema = unlearner.ema
     return unlearner
 
 
@@ -103,3 +105,16 @@ class NotFinite:
 
     def __call__(self, rank: int, step: int) -> Draws | None:
         return Draws(retain_noise=torch.full((3, 1, 8, 8), float("nan"))) if rank == self.rank and step >= self.first else None
+
+
+class Ruin:
+    """For `before_step`: in one process a number of the average, which no step reads, becomes NaN."""
+
+    ema: Any = None
+
+    def __init__(self, rank: int, step: int):
+        self.rank, self.step = rank, step
+
+    def __call__(self, rank: int, step: int) -> None:
+        if (rank, step) == (self.rank, self.step):
+            self.ema.shadow_params[0].view(-1)[0] = float("nan")

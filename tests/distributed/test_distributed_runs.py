@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from run_cases import STEPS, FailAt, NotFinite, SignalAt, run
+from run_cases import STEPS, FailAt, NotFinite, Ruin, SignalAt, run
 from team import Team
 
 from fastunlearn import checkpoint
@@ -144,6 +144,17 @@ def test_too_many_skipped_steps_end_all(pair: Team, tmp_path: Path):
     for text in failing(pair, run, False, tmp_path / "run", STEPS, options, unlearner):
         assert "TooManySkippedSteps: 2 of 4 steps" in text
     assert read_run(tmp_path / "run")["status"] == "failed: TooManySkippedSteps"
+
+
+def test_weights_that_are_not_finite_in_one_process_end_all(pair: Team, tmp_path: Path):
+    """Only a fault of its device makes them differ: then nobody goes on."""
+    ruin = {"before_step": Ruin(rank=1, step=5)}
+    texts = failing(pair, run, False, tmp_path / "run", STEPS, {"checkpointing_steps": 2}, ruin)
+    assert "OtherProcessFailed: process 1: WeightsNotFinite: step 6: expected finite weights" in texts[0]
+    assert "WeightsNotFinite: step 6: expected finite weights, got NaN or Inf in " in texts[1]
+    assert f"last good checkpoint is {tmp_path / 'run' / 'checkpoint-4'}" in texts[1]
+    written = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
+    assert written == ["checkpoint-2", "checkpoint-4"]
 
 
 def test_a_part_of_the_processes_is_refused(tmp_path: Path):

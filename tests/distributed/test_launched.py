@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from locks import held_elsewhere, refused
 from safetensors.torch import load_file
 from team import PATIENCE, tell_place
 
 from fastunlearn.cli import main
+from fastunlearn.folder_lock import LOCK_FILE, locked
 from fastunlearn.run_record import read_metrics, read_run
 from fastunlearn.testing.checkpoints import save_tiny_checkpoint
 
@@ -126,6 +128,16 @@ def test_wrong_input_ends_all_with_a_message(world, tmp_path: Path, more: list[s
         assert "Traceback" not in output
 
 
+def test_a_folder_that_another_run_writes_to_is_refused_by_all(world, tmp_path: Path):
+    with held_elsewhere(locked, tmp_path / "run"):
+        results = launch(tmp_path, command(world, tmp_path / "run", "--device", "cpu"))
+    assert [code for code, _ in results] == [1, 1]
+    refusal = "expected a place that no other run writes to, got one held by process"
+    assert f"error: {tmp_path / 'run'}: {refusal} {os.getpid()} on " in results[0][1]
+    assert "error: process 0: FolderLocked: " in results[1][1]
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
@@ -186,3 +198,35 @@ def test_a_launcher_that_is_told_to_end_leaves_a_checkpoint(world, tmp_path: Pat
         launcher.wait(PATIENCE)
     assert read_run(tmp_path / "run")["status"] == "interrupted"
     assert (tmp_path / "run" / f"checkpoint-{read_run(tmp_path / 'run')['steps']}").is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_the_workers_of_a_launcher_that_is_killed_end_and_give_way(world, tmp_path: Path, launcher: str):
+    """In order: a checkpoint, the lock given back. A second run is refused before, and goes on after."""
+    psutil = pytest.importorskip("psutil")
+    output = tmp_path / "run"
+    arguments = command(world, output, "--device", "cpu", "--logging-steps", "10", "--steps", "100000")
+    program = [sys.executable, "-m", *LAUNCHERS[launcher], "-m", "fastunlearn", *arguments]
+    killed = subprocess.Popen(program, env=os.environ | {"HF_HOME": str(tmp_path / "hf")})
+    workers = []
+    try:
+        deadline = time.monotonic() + PATIENCE
+        while not read_metrics(output) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        workers = psutil.Process(killed.pid).children(recursive=True)
+        assert refused(locked, output).owner.pid in [worker.pid for worker in workers]
+        killed.kill()
+        killed.wait()
+        _, alive = psutil.wait_procs(workers, PATIENCE)
+        assert not alive
+    finally:
+        killed.kill()
+        killed.wait()
+        for worker in workers:
+            if worker.is_running():
+                worker.kill()
+    record = read_run(output)
+    assert record["status"] == "interrupted"
+    assert not (output / LOCK_FILE).exists()
+    assert main([*arguments, "--steps", str(record["steps"] + 1), "--resume-from-checkpoint", "latest"]) == 0
