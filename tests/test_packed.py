@@ -134,7 +134,7 @@ def test_one_step_makes_one_buffer(monkeypatch):
     run, made = watched(), []
     of = Packed.of
     monkeypatch.setattr(packed.Packed, "of", lambda values: made.append(list(values)) or of(values))
-    loop = training._Loop(run, None, None, 10, training.Processes(None))
+    loop = training._Loop(run, None, 1, None, training.SkipLimit(10, 0.5), training.Processes(None))
     loop.log(run.step())
     loop.pass_on()
     assert made == [
