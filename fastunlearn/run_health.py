@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,9 +80,17 @@ def remedy(saved: Path | None) -> str:
 def _are_finite(tensors: list[Tensor]) -> list[bool]:
     if not tensors:
         return []
-    largest = torch._foreach_norm(tensors, torch.inf)  # no buffer of their size; NaN wins over any number
-    device = tensors[0].device
-    return torch.stack([value.isfinite().to(device) for value in largest]).tolist()
+    # The fast way, without a buffer of their size. For the largest numbers the sum of squares overflows, too.
+    finite = _read(torch._foreach_norm(tensors))
+    suspects = [tensor for tensor, good in zip(tensors, finite, strict=True) if not good]
+    if not suspects:
+        return finite
+    exact = iter(_read(torch._foreach_norm(suspects, torch.inf)))
+    return [good or next(exact) for good in finite]
+
+
+def _read(norms: Sequence[Tensor]) -> list[bool]:
+    return torch.stack([norm.isfinite().to(norms[0].device) for norm in norms]).tolist()
 
 
 def _tensors(name: str, state: Any) -> Iterator[tuple[str, Tensor]]:
