@@ -62,7 +62,7 @@ def locked(folder: str | Path, work: str) -> Iterator[None]:
         FolderLocked: another process, or another thread, holds it.
         OSError: nothing can be written there; naming the folder.
     """
-    folder = Path(os.path.abspath(folder))
+    folder = Path(folder).absolute()  # whatever folder the process works in when it ends
     with _held(folder / LOCK_FILE, folder, work):
         yield
 
@@ -88,7 +88,7 @@ class _Lock:
     def beat(self) -> None:
         """Touches the file until the lock is given back."""
         while not self.leaving.wait(lock_owner.HEARTBEAT):
-            with suppress(OSError):
+            with suppress(OSError, NotImplementedError):
                 os.utime(self.file, follow_symlinks=False)
 
 
@@ -166,12 +166,10 @@ def _lock(descriptor: int, created: bool, file: Path, target: Path) -> bool:
             return True
         remedy = f"wait for its end, or remove {file} if it was killed (without flock nothing tells)"
         raise FolderLocked(target, lock_owner.wait_for_note(descriptor), remedy) from None
-    if not _is_at(descriptor, file):
-        return False
     left_by = lock_owner.read(descriptor)
     if left_by is not None and left_by.is_foreign and lock_owner.beats(file, left_by):
         raise FolderLocked(target, left_by)
-    return True
+    return _is_at(descriptor, file)
 
 
 def _own(lock: _Lock, work: str) -> _Lock:

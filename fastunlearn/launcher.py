@@ -38,7 +38,7 @@ def is_gone() -> bool:
 
 
 def notice() -> bool:
-    """`is_gone()`, but for the first who asks only, and with a line on standard error."""
+    """`is_gone()`, said on standard error; True for the first who asks alone."""
     if not is_gone() or not _noticed.acquire(blocking=False):
         return False
     text = f"the launcher (process {_parent}) has ended: process {os.getpid()}, which it started, ends too"

@@ -86,20 +86,24 @@ def _has_ended(owner: Owner) -> bool:
 def beats(file: Path, owner: Owner) -> bool:
     """Whether `owner`, on another host, whose lock is perhaps not seen from here, still touches `file`."""
     last = _touched(file)
-    if abs(time.time() - last / 1e9) > CERTAIN_SILENCE:
+    if last is None or abs(time.time() - last / 1e9) > CERTAIN_SILENCE:
         return False
     log.warning("%s: left by %s; for %g s we look whether it still runs", file, owner, SILENCE)
     deadline = time.monotonic() + SILENCE
     while time.monotonic() < deadline:
         time.sleep(SILENCE / 60)
-        if _touched(file) != last:
-            return True
+        touched = _touched(file)
+        if touched != last:
+            return touched is not None
     return False
 
 
-def _touched(file: Path) -> int:
-    """When, in nanoseconds. The file is opened anew, because NFS asks its server then."""
-    descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW)
+def _touched(file: Path) -> int | None:
+    """When, in nanoseconds; None: it is gone. The file is opened anew, because NFS asks its server then."""
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return None
     try:
         return os.fstat(descriptor).st_mtime_ns
     finally:

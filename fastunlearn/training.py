@@ -286,7 +286,8 @@ class _Signals:
 
     def tell(self) -> None:
         """Before a step."""
-        if not self.received and launcher.notice():
+        if not self.received and launcher.is_gone():
+            launcher.notice()
             self.received = signal.SIGTERM
         self._told = self._processes.begin_largest(self.received)
 

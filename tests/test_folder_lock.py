@@ -159,6 +159,14 @@ def test_a_folder_below_and_files_beside_are_not_concerned(tmp_path: Path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "link.npz"]
 
 
+def test_the_folder_is_that_of_the_system_behind_a_link_and_back(tmp_path: Path):
+    """`link/..` is where the link leads to, and up; not the folder of the link."""
+    (tmp_path / "far" / "away").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "far" / "away")
+    with held_elsewhere(locked, tmp_path / "far" / "run"):
+        refused(locked, tmp_path / "link" / ".." / "run")
+
+
 def test_what_was_made_for_the_lock_alone_goes_and_what_has_content_stays(tmp_path: Path, monkeypatch):
     with locked(tmp_path / "a" / "b" / "c", "test"):
         (tmp_path / "a" / "kept").write_text("x")
@@ -281,6 +289,19 @@ def test_an_owner_elsewhere_whose_heart_beats_is_respected(tmp_path: Path, clock
     monkeypatch.setattr(lock_owner, "_touched", lambda file: int(clock.now * 1e9) + next(moments) // 9)
     assert "process 7 on another.host (unlearn, since 2026-01-01" in str(refused(locked, tmp_path))
     assert json.loads((tmp_path / LOCK_FILE).read_text()) == ELSEWHERE
+
+
+def test_an_owner_elsewhere_that_leaves_while_we_look_has_ended(tmp_path: Path, clock: Clock, monkeypatch):
+    """It removes the file that we have locked: the lock is that of a new one."""
+    leave_note(tmp_path, age=5)
+
+    def leave(seconds: float) -> None:
+        clock.now += seconds
+        (tmp_path / LOCK_FILE).unlink()
+
+    monkeypatch.setattr(clock, "sleep", leave)
+    with locked(tmp_path, "test"):
+        assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == os.getpid()
 
 
 def test_the_heart_beats_while_the_lock_is_held(tmp_path: Path, monkeypatch):

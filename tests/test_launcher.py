@@ -66,6 +66,8 @@ def run_ten_steps(folder: Path, pipe) -> None:
         run(FakeUnlearner(on_step=wait), folder / "run", checkpointing_steps=None)
     except RunInterrupted as interrupted:
         pipe.send((interrupted.code, interrupted.checkpoint.name))
+        with pytest.raises(RunInterrupted):  # nor does another run of the same process go on
+            run(FakeUnlearner(), folder / "next")
     else:
         pipe.send("complete")
 
