@@ -51,7 +51,9 @@ class FolderLocked(RuntimeError):
 
 @contextmanager
 def locked(folder: str | Path, work: str) -> Iterator[None]:
-    """This thread alone writes to `folder` while the block lasts. It may enter again; folders below are free.
+    """This thread alone writes to `folder` while the block lasts. Folders below are free.
+
+    For a part of its work, which then has another name, the thread may enter again.
 
     The folder is made if it is missing, and removed again if nothing but the lock was put into it.
 
@@ -59,7 +61,7 @@ def locked(folder: str | Path, work: str) -> Iterator[None]:
         work: what the lock is held for, in a word, for those who find it held.
 
     Raises:
-        FolderLocked: another process, or another thread, holds it.
+        FolderLocked: another process, another thread, or the same work of this one holds it.
         OSError: nothing can be written there; naming the folder.
     """
     folder = Path(folder).absolute()  # whatever folder the process works in when it ends
@@ -80,9 +82,9 @@ class _Lock:
     file: Path
     descriptor: int
     made: list[Path]  # folders that were missing, the innermost first
+    works: list[str]  # what it is held for, the innermost last
     process: int = field(default_factory=os.getpid)
     thread: int = field(default_factory=threading.get_ident)
-    entered: int = 1
     leaving: threading.Event = field(default_factory=threading.Event)
 
     def beat(self) -> None:
@@ -125,13 +127,13 @@ def _take(file: Path, target: Path, work: str) -> _Lock:
             _remove_empty(made)
             raise
         own = _locks.get(_identity(os.fstat(descriptor)))
-        if own is not None and own.thread == threading.get_ident():
+        if own is not None and own.thread == threading.get_ident() and work not in own.works:
             os.close(descriptor)
-            own.entered += 1
+            own.works.append(work)
             return own
         try:
             if _lock(descriptor, created, file, target):
-                return _own(_Lock(file, descriptor, made), work)
+                return _own(_Lock(file, descriptor, made, [work]))
         except BaseException:
             os.close(descriptor)
             _remove_empty(made)
@@ -172,10 +174,10 @@ def _lock(descriptor: int, created: bool, file: Path, target: Path) -> bool:
     return _is_at(descriptor, file)
 
 
-def _own(lock: _Lock, work: str) -> _Lock:
+def _own(lock: _Lock) -> _Lock:
     """Says who holds it."""
     try:
-        lock_owner.write(lock.descriptor, Owner.here(work))
+        lock_owner.write(lock.descriptor, Owner.here(lock.works[0]))
         threading.Thread(target=lock.beat, name="fastunlearn lock", daemon=True).start()
     except BaseException:
         lock.file.unlink(missing_ok=True)
@@ -187,8 +189,8 @@ def _own(lock: _Lock, work: str) -> _Lock:
 def _give_back(lock: _Lock) -> None:
     if lock.process != os.getpid():  # a child that was forked inside the block, and has never held it
         return
-    lock.entered -= 1
-    if lock.entered:
+    lock.works.pop()
+    if lock.works:
         return
     del _locks[_identity(os.fstat(lock.descriptor))]
     lock.leaving.set()

@@ -359,6 +359,16 @@ def test_a_second_run_into_the_folder_of_one_that_goes_on_is_refused(tmp_path: P
     assert left == ["checkpoint-10", "metrics.jsonl", "run.json"]
 
 
+def test_a_run_inside_a_run_into_the_same_folder_is_refused(tmp_path: Path):
+    """From the function that a run reports to: in the same thread."""
+    def report(step: int, values: dict) -> None:
+        run(FakeUnlearner(), tmp_path, checkpointing_steps=None)
+
+    with pytest.raises(FolderLocked):
+        run(FakeUnlearner(), tmp_path, report_to=report)
+    assert run_record.read_run(tmp_path)["status"] == "failed: FolderLocked"
+
+
 def run_at_once(folder: str, start, done) -> tuple[int, str]:
     """This process, and how its run ended. No run takes its second step before all have begun."""
     start.wait(300)

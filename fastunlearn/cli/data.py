@@ -30,7 +30,7 @@ class Data:
     def lock(self):
         from ..folder_lock import locked_file
 
-        return locked_file(self.output, "data")
+        return locked_file(self.output, "fastunlearn data")
 
     def run(self) -> int:
         from ..recipes.mnist_tshirt import save_mnist_tshirt

@@ -74,7 +74,7 @@ class Evaluate:
     def lock(self):
         from ..folder_lock import locked
 
-        return locked(self.output, "evaluate")
+        return locked(self.output, "fastunlearn evaluate")
 
     def run(self) -> int:
         from .. import _check

@@ -37,7 +37,7 @@ class Neighbors:
     def lock(self):
         from ..folder_lock import locked_file
 
-        return locked_file(self.output, "neighbors")
+        return locked_file(self.output, "fastunlearn neighbors")
 
     def run(self) -> int:
         import numpy as np

@@ -40,7 +40,7 @@ class Pretrain:
         from ..folder_lock import locked
         from ..pretraining import run_folder
 
-        return locked(run_folder(self.output), "pretrain")
+        return locked(run_folder(self.output), "fastunlearn pretrain")
 
     def run(self) -> int:
         from .. import checkpoint

@@ -44,7 +44,7 @@ class Sample:
     def lock(self):
         from ..folder_lock import locked_file
 
-        return locked_file(self.file, "sample")
+        return locked_file(self.file, "fastunlearn sample")
 
     def run(self) -> int:
         import numpy as np

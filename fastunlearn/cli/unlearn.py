@@ -57,7 +57,7 @@ class Unlearn:
     def run(self) -> int:
         from .launched import launched
 
-        work = "unlearn"
+        work = "fastunlearn unlearn"
         with launched(self.bookkeeping.device) as (processes, device), processes.alone_in(self.output, work):
             self._run(processes, device)
         return 0
