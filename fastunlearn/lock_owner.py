@@ -28,6 +28,7 @@ class Owner:
     host: str
     started: str  # when it took the lock, with the offset of its time zone
     work: str  # "unlearn", "purge", ...
+    kernel: str  # whose locks it takes part in: the same in all containers of a host, another after a reboot
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host} ({self.work}, since {self.started})"
@@ -36,11 +37,18 @@ class Owner:
     def here(cls, work: str) -> Owner:
         """This process, from now on."""
         now = datetime.now().astimezone().isoformat(timespec="seconds")
-        return cls(os.getpid(), socket.gethostname(), now, work)
+        return cls(os.getpid(), socket.gethostname(), now, work, _kernel())
 
     @property
     def is_foreign(self) -> bool:
-        return self.host != socket.gethostname()
+        return self.kernel != _kernel()
+
+
+def _kernel() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:  # not Linux
+        return socket.gethostname()
 
 
 def write(descriptor: int, owner: Owner) -> None:
@@ -55,7 +63,7 @@ def read(descriptor: int) -> Owner | None:
         owner = Owner(**{entry.name: note[entry.name] for entry in fields(Owner)})
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
-    words = owner.host, owner.started, owner.work
+    words = owner.host, owner.started, owner.work, owner.kernel
     printable = all(isinstance(word, str) and word.isprintable() for word in words)
     return owner if printable and type(owner.pid) is int and owner.pid > 0 else None
 

@@ -21,6 +21,7 @@ from fastunlearn import folder_lock, lock_owner
 from fastunlearn.folder_lock import LOCK_FILE, FolderLocked, locked, locked_file
 
 ELSEWHERE = {"pid": 7, "host": "another.host", "started": "2026-01-01T00:00:00+00:00", "work": "unlearn"}
+ELSEWHERE["kernel"] = "another"
 
 
 # --- two at once --------------------------------------------------------------------------------------------
@@ -281,6 +282,16 @@ def test_an_owner_elsewhere_that_is_silent_has_ended(tmp_path: Path, clock: Cloc
     before = clock.now
     assert is_free(tmp_path)
     assert (clock.now - before >= lock_owner.SILENCE) == waits
+
+
+def test_an_owner_in_another_container_of_this_host_needs_no_watching(tmp_path: Path, clock: Clock):
+    """It has another host name, but its lock is seen: it holds none any more."""
+    leave_note(tmp_path, age=5)
+    note = json.loads((tmp_path / LOCK_FILE).read_text())
+    (tmp_path / LOCK_FILE).write_text(json.dumps(note | {"kernel": lock_owner.Owner.here("test").kernel}))
+    before = clock.now
+    assert is_free(tmp_path)
+    assert clock.now == before
 
 
 def test_an_owner_elsewhere_whose_heart_beats_is_respected(tmp_path: Path, clock: Clock, monkeypatch):
