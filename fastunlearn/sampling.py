@@ -14,9 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import _check
+from . import _check, _finite
 
 SAMPLERS = ("ddpm", "ddim")
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+LEARNED = ("learned", "learned_range")  # variance types whose networks return 2C channels
 
 
 def sample(model: nn.Module | Callable, scheduler, num_images: int, *, shape: tuple[int, int, int], num_inference_steps: int = 50, sampler: str = "ddpm",
@@ -25,7 +27,8 @@ def sample(model: nn.Module | Callable, scheduler, num_images: int, *, shape: tu
 
     Args:
         model: a diffusers model, or any `callable(x_t, t)` (`x_t` `[B, C, H, W]`, `t` int64 `[B]`) that returns a tensor or an object with
-            `.sample`. A module is put in eval mode meanwhile; of 2C output channels the first C count unless the scheduler learns the variance.
+            `.sample`. A module is put in eval mode meanwhile. Of 2C output channels the first C count, unless the scheduler learns the
+            variance and the sampler uses one: `"ddim"` does not.
         scheduler: the diffusers scheduler of the checkpoint: its noise levels, prediction type, clipping and timestep spacing are used.
         num_images: N.
         shape: `(C, H, W)` of one sample.
@@ -40,20 +43,36 @@ def sample(model: nn.Module | Callable, scheduler, num_images: int, *, shape: tu
         float32 `[N, C, H, W]` on the CPU, clamped to [-1, 1].
 
     Raises:
-        TypeError, ValueError: for an argument outside its range, before any work.
+        TypeError, ValueError: for an argument outside its range, a noise level from which there is no way back, or weights that are not
+            finite, before any work; for a network that returns another shape.
+        NotFiniteError: a ValueError; the network returned NaN or Inf. No image of such a batch is handed out.
     """
     num_images = _check.integer("num_images", num_images, low=1)
-    if len(shape) != 3 or not all(isinstance(size, int) and size > 0 for size in shape):
-        raise ValueError(f"shape: expected (channels, height, width), got {tuple(shape)!r}")
-    scheduler = _sampling_scheduler(scheduler, sampler)
-    _check.integer("num_inference_steps", num_inference_steps, low=1, high=len(scheduler), of="the scheduler's training timesteps")
-    scheduler.set_timesteps(num_inference_steps)
-    timesteps = scheduler.timesteps.tolist()
+    shape = _image_shape(shape)
+    scheduler, timesteps = _sampling_grid(scheduler, sampler, num_inference_steps)
 
     def start(rows: range, generators: list[torch.Generator]) -> Tensor:
         return _noise(shape, generators)
 
     return _denoise(model, scheduler, timesteps, timesteps, start, num_images, batch_size, seed, show_progress, description)
+
+
+def check_sampling(
+    model: nn.Module | Callable, scheduler, *, shape: tuple[int, int, int], num_inference_steps: int = 50,
+    sampler: str = "ddpm",
+) -> None:  # fmt: skip
+    """Whether `sample` can finish, by its first step for one image: one network call.
+
+    Raises:
+        TypeError, ValueError: what `sample` would raise with these arguments.
+    """
+    shape = _image_shape(shape)
+    scheduler, timesteps = _sampling_grid(scheduler, sampler, num_inference_steps)
+
+    def start(rows: range, generators: list[torch.Generator]) -> Tensor:
+        return _noise(shape, generators)
+
+    _denoise(model, scheduler, timesteps[:1], timesteps[:1], start, 1, 1, 0, False, "")
 
 
 def inject_and_denoise(model: nn.Module | Callable, scheduler, images: Tensor, timestep: int, *, chains: int = 1, num_inference_steps: int | None = None,
@@ -74,22 +93,11 @@ def inject_and_denoise(model: nn.Module | Callable, scheduler, images: Tensor, t
         float32 `[M * chains, C, H, W]` on the CPU, clamped to [-1, 1].
 
     Raises:
-        TypeError, ValueError: for an argument outside its range, before any work.
+        TypeError, ValueError, NotFiniteError: as `sample`; for images with NaN or Inf.
     """
-    images = _check.images("images", images).detach().to("cpu", torch.float32)
+    images = _clean_images(images)
     _check.integer("chains", chains, low=1)
-    scheduler = _sampling_scheduler(scheduler, sampler)
-    timestep = _check.integer("timestep", timestep, low=0, high=len(scheduler) - 1, of="the scheduler's training timesteps")
-    if num_inference_steps is None:
-        num_inference_steps = timestep + 1
-    _check.integer("num_inference_steps", num_inference_steps, low=1, high=timestep + 1, of="timestep + 1")
-    timesteps = np.linspace(timestep, 0, num_inference_steps).round().astype(int).tolist() if num_inference_steps > 1 else [timestep]
-    alpha_squared = scheduler.alphas_cumprod[timestep].item()
-    if sampler == "ddpm":
-        scheduler.set_timesteps(timesteps=timesteps)
-        indices = timesteps
-    else:
-        scheduler, indices = _restricted_to(scheduler, timesteps), range(len(timesteps) - 1, -1, -1)
+    scheduler, timesteps, indices, alpha_squared = _injection_grid(scheduler, sampler, timestep, num_inference_steps)
 
     def start(rows: range, generators: list[torch.Generator]) -> Tensor:
         return _noised(images[torch.tensor(rows) // chains], alpha_squared, generators)
@@ -97,9 +105,27 @@ def inject_and_denoise(model: nn.Module | Callable, scheduler, images: Tensor, t
     return _denoise(model, scheduler, timesteps, indices, start, len(images) * chains, batch_size, seed, show_progress, description)
 
 
+def check_injection(
+    model: nn.Module | Callable, scheduler, image: Tensor, timestep: int, *, num_inference_steps: int | None = None,
+    sampler: str = "ddpm",
+) -> None:  # fmt: skip
+    """Whether `inject_and_denoise` can finish for `image` `[1, C, H, W]`, by the first step of one chain: one network call.
+
+    Raises:
+        TypeError, ValueError: what `inject_and_denoise` would raise with these arguments.
+    """
+    image = _clean_images(image)
+    scheduler, timesteps, indices, alpha_squared = _injection_grid(scheduler, sampler, timestep, num_inference_steps)
+
+    def start(rows: range, generators: list[torch.Generator]) -> Tensor:
+        return _noised(image, alpha_squared, generators)
+
+    _denoise(model, scheduler, timesteps[:1], indices[:1], start, 1, 1, 0, False, "")
+
+
 def noised(scheduler, images: Tensor, timestep: int, *, seed: int = 0) -> Tensor:  # [M, C, H, W]
     """Where the chains of `inject_and_denoise(chains=1)` start: `x_t`, float32 on the CPU; arguments as there."""
-    images = _check.images("images", images).detach().to("cpu", torch.float32)
+    images = _clean_images(images)
     timestep = _check.integer("timestep", timestep, low=0, high=len(scheduler) - 1, of="the scheduler's training timesteps")
     return _noised(images, scheduler.alphas_cumprod[timestep].item(), [torch.Generator().manual_seed(sample_seed(seed, row)) for row in range(len(images))])
 
@@ -130,10 +156,12 @@ def _denoise(model, scheduler, timesteps: list[int], indices, start: Callable[[r
 
     batch_size = _check.integer("batch_size", batch_size, low=1)
     _check.integer("seed", seed, low=0)
+    _finite.weights(model)
     parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
     device, dtype = (parameters[0].device, parameters[0].dtype) if parameters else (torch.device("cpu"), torch.float32)
     memory_format = torch.channels_last if _is_channels_last(parameters) else torch.contiguous_format
-    learned_variance = getattr(scheduler, "variance_type", None) in ("learned", "learned_range")
+    # Only diffusers' DDPM scheduler has a variance; another one may still carry the setting in its configuration.
+    learned_variance = vars(scheduler).get("variance_type") in LEARNED
     done = []
     batches = [range(first, min(first + batch_size, num_images)) for first in range(0, num_images, batch_size)]
     with torch.inference_mode(), evaluation_mode(model), Progress(disable=not show_progress) as progress:
@@ -141,25 +169,125 @@ def _denoise(model, scheduler, timesteps: list[int], indices, start: Callable[[r
         for rows in batches:
             generators = [torch.Generator().manual_seed(sample_seed(seed, row)) for row in rows]
             x = start(rows, generators).to(device)
+            finite = torch.ones(len(rows), dtype=torch.bool, device=device)
             for timestep, index in zip(timesteps, indices, strict=True):
                 output = model(x.to(dtype, memory_format=memory_format), torch.full((len(rows),), timestep, device=device))
-                prediction = getattr(output, "sample", output).float()
-                if not learned_variance:
-                    prediction = prediction[:, : x.shape[1]]
+                prediction = _prediction(output, x, learned_variance)
+                # An Inf would not be seen in the end: the scheduler clips it to a plausible picture.
+                finite &= _finite_rows(prediction)
                 x = scheduler.step(prediction, index, x, generator=generators, return_dict=False)[0]
                 progress.advance(task)
+            _refuse_not_finite(finite & _finite_rows(x), rows)
             done.append(x.clamp(-1, 1).cpu().contiguous())
     return torch.cat(done)  # outside: an ordinary tensor, that autograd may save
+
+
+def _prediction(output, x: Tensor, learned_variance: bool) -> Tensor:
+    """What the network returned for `x` `[B, C, H, W]`, float32: C channels, or 2C where the sampler reads the variance."""
+    prediction = getattr(output, "sample", output)
+    channels = x.shape[1]
+    wanted = (2 * channels,) if learned_variance else (channels, 2 * channels)
+    batch, height, width = x.shape[0], *x.shape[2:]
+    shapes = [(batch, count, height, width) for count in wanted]
+    if tuple(prediction.shape) not in shapes:
+        reason = " (the scheduler learns the variance)" if learned_variance else ""
+        expected = " or ".join(str(list(shape)) for shape in shapes)
+        raise ValueError(f"model: expected a prediction of shape {expected}{reason}, got {list(prediction.shape)}")
+    return (prediction if learned_variance else prediction[:, :channels]).float()
+
+
+def _finite_rows(value: Tensor) -> Tensor:
+    return torch.isfinite(value).flatten(1).all(1)
+
+
+def _refuse_not_finite(finite: Tensor, rows: range) -> None:
+    """Refuses the batch of samples `rows` if one of them is not `finite` `[B]`; those before it were."""
+    bad = (~finite).nonzero().flatten().tolist()
+    if bad:
+        raise _finite.NotFiniteError(
+            f"samples: expected finite values from the model, got NaN or Inf in {len(bad)} of the first {rows.stop} "
+            f"(first: sample {rows.start + bad[0]})"
+        )
+
+
+def _image_shape(shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    if len(shape) != 3 or not all(isinstance(size, int) and size > 0 for size in shape):
+        raise ValueError(f"shape: expected (channels, height, width), got {tuple(shape)!r}")
+    return tuple(shape)
+
+
+def _clean_images(images: Tensor) -> Tensor:
+    """`images` `[M, C, H, W]`, finite, float32 on the CPU."""
+    images = _check.images("images", images).detach().to("cpu", torch.float32)
+    return _finite.rows("images", images)
+
+
+def _sampling_grid(scheduler, sampler: str, num_inference_steps: int) -> tuple:
+    """The scheduler of `sampler`, and the timesteps that it visits."""
+    scheduler = _sampling_scheduler(scheduler, sampler)
+    _check.integer("num_inference_steps", num_inference_steps, low=1, high=len(scheduler), of="the scheduler's training timesteps")
+    scheduler.set_timesteps(num_inference_steps)
+    timesteps = scheduler.timesteps.tolist()
+    _check_levels(scheduler, timesteps)
+    return scheduler, timesteps
+
+
+def _injection_grid(scheduler, sampler: str, timestep: int, num_inference_steps: int | None) -> tuple:
+    """The scheduler, the timesteps from `timestep` down to 0, what the scheduler calls them, and `alpha_t^2` at the first."""
+    scheduler = _sampling_scheduler(scheduler, sampler)
+    timestep = _check.integer("timestep", timestep, low=0, high=len(scheduler) - 1, of="the scheduler's training timesteps")
+    if num_inference_steps is None:
+        num_inference_steps = timestep + 1
+    _check.integer("num_inference_steps", num_inference_steps, low=1, high=timestep + 1, of="timestep + 1")
+    timesteps = [timestep]
+    if num_inference_steps > 1:
+        timesteps = np.linspace(timestep, 0, num_inference_steps).round().astype(int).tolist()
+    _check_levels(scheduler, timesteps)
+    alpha_squared = scheduler.alphas_cumprod[timestep].item()
+    if sampler == "ddpm":
+        scheduler.set_timesteps(timesteps=timesteps)
+        return scheduler, timesteps, timesteps, alpha_squared
+    return _restricted_to(scheduler, timesteps), timesteps, range(len(timesteps) - 1, -1, -1), alpha_squared
+
+
+def _check_levels(scheduler, timesteps: list[int]) -> None:
+    """Refuses a grid with a timestep that the schedule has not, or at which a step back divides by zero."""
+    if timesteps[0] >= len(scheduler):  # steps_offset, with as many steps as there are timesteps
+        raise ValueError(
+            f"num_inference_steps: expected timesteps in [0, {len(scheduler) - 1}], got {timesteps[0]} "
+            "(by the scheduler's steps_offset)"
+        )
+    levels = scheduler.alphas_cumprod[torch.tensor(timesteps)]
+    if scheduler.config.prediction_type == "epsilon" and (levels == 0).any():
+        first = timesteps[int((levels == 0).nonzero()[0])]
+        raise ValueError(
+            f"scheduler: expected alpha_t > 0 for a network that predicts epsilon, got alpha = 0 at t = {first} "
+            "(zero terminal SNR)"
+        )
+    if (levels >= 1).any():
+        first = timesteps[int((levels >= 1).nonzero()[0])]
+        raise ValueError(f"scheduler: expected sigma_t > 0 at every timestep, got sigma = 0 at t = {first}")
 
 
 def _sampling_scheduler(scheduler, sampler: str):
     _check.one_of("sampler", sampler, SAMPLERS)
     if not hasattr(scheduler, "alphas_cumprod"):
         raise TypeError(f"scheduler: expected a diffusers scheduler with alphas_cumprod, got {type(scheduler).__name__}")
+    if len(scheduler.alphas_cumprod) != len(scheduler):  # trained_betas of another length
+        raise ValueError(
+            f"scheduler: expected as many noise levels as num_train_timesteps, {len(scheduler)}, "
+            f"got {len(scheduler.alphas_cumprod)}"
+        )
     diffusers = _check.package("diffusers", f"sampler={sampler!r}")
+    _check.one_of("prediction_type of the scheduler", scheduler.config.get("prediction_type", "epsilon"), PREDICTION_TYPES)
     kind = diffusers.DDPMScheduler if sampler == "ddpm" else diffusers.DDIMScheduler
-    made = kind.from_config(scheduler.config)
+    try:
+        made = kind.from_config(scheduler.config)
+    except NotImplementedError:  # DDIMScheduler knows fewer beta schedules; what it would compute of one is replaced below
+        made = kind.from_config(scheduler.config, beta_schedule="linear")
     made.alphas_cumprod = scheduler.alphas_cumprod.clone().cpu()
+    if sampler == "ddim" and not made.config.set_alpha_to_one:
+        made.final_alpha_cumprod = made.alphas_cumprod[0]
     return made
 
 

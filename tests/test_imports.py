@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "fastunlearn"
 # Lower layers first: a module imports only from layers below its own (and from within its own).
 LAYERS = [
-    {"_check", "_arrays", "profiling", "precision", "host_memory", "assets", "packed", "launcher"},
+    {"_check", "_arrays", "_finite", "profiling", "precision", "host_memory", "assets", "packed", "launcher"},
     {"lock_owner"},
     {"schedule", "store", "state_tree", "philox", "selection", "folder_lock", "run_health"},
     {"checkpoint", "kernels"},
