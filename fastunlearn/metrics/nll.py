@@ -1,8 +1,10 @@
-"""Likelihood in bits per dimension by the probability-flow ODE of the variance-preserving SDE (Song et al. 2021, eq. 39 and D.1).
+"""Likelihood in bits per dimension by the probability-flow ODE of a variance-preserving diffusion (Song et al. 2021, eq. 39 and D.1).
 
-The papers (SISS, ReTrack) evaluate a discrete-time DDPM as if it were continuous: at ODE time t in [0, 1] the network is told
-`floor((T-1) t)` and its prediction is divided by the sigma of that timestep. This is the same computation, on the model's device instead
-of in SciPy.
+Two forms of the same ODE. `"papers"`: the papers (SISS, ReTrack) evaluate a discrete-time DDPM of linear betas as if it were
+continuous. At ODE time t in [0, 1] the network is told `floor((T-1) t)` and its prediction is divided by the sigma of that
+timestep. This is the same computation, on the model's device instead of in SciPy. `"angle"`: for any schedule. With
+`alpha = cos(phi)`, `sigma = sin(phi)` the flow is `dx/dphi = v`, what a v-prediction predicts; between two timesteps the network is
+told the fraction that their angles say.
 """
 
 from __future__ import annotations
@@ -14,24 +16,71 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .. import _check
+from .. import _check, _finite
 from ..sampling import evaluation_mode, sample_seed
 from ..schedule import NoiseSchedule
 
-START = 1e-5  # the ODE's lower end, as in Song et al.'s code
+START = 1e-5  # the lower end of the papers' ODE, as in Song et al.'s code
+ODES = ("papers", "angle")
+ENDS_IN_NOISE = 0.01  # alphas_cumprod up to which N(0, I) stands for the last noise level: less than 0.01 bit
+IS_NOISE = 1e-5  # alphas_cumprod below which nothing is left to integrate
 
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Negative log-likelihood in bits per dimension of each image, their mean, and the network evaluations (with gradient) that it took."""
+    """Negative log-likelihood in bits per dimension of each image, and their mean.
+
+    `evaluations`: how many calls of the network, with gradient, it took. `ode`: which form of it, `"papers"` or `"angle"`; their
+    numbers differ by some hundredths of a bit.
+    """
 
     bits_per_dim: tuple[float, ...]
     mean: float
     evaluations: int
+    ode: str = "papers"
+
+    def __post_init__(self):
+        each = {f"image {row}": bits for row, bits in enumerate(self.bits_per_dim)}
+        _finite.numbers("likelihood", mean=self.mean, **each)
 
 
-def bits_per_dim(model: nn.Module | Callable, schedule: NoiseSchedule, images: Tensor, *, seed: int = 0, rtol: float = 1e-5, atol: float = 1e-5,
-                 interpolate: bool = False) -> Likelihood:
+def check_schedule(schedule: NoiseSchedule, ode: str | None = None) -> str:
+    """Which ODE gives the likelihood of a model with this schedule: `"papers"` for linear betas, `"angle"` for any other.
+
+    Args:
+        schedule: of the model.
+        ode: the one that is wanted, or None.
+
+    Raises:
+        ValueError: a flow schedule; noise levels that do not grow, or do not end in noise; `"papers"` for betas that are not linear.
+    """
+    if schedule.prediction_type == "flow":
+        raise ValueError("schedule: expected a variance-preserving schedule, got flow matching")
+    if ode is not None:
+        _check.one_of("ode", ode, ODES)
+    last = schedule.alpha[-1].item() ** 2
+    if last > ENDS_IN_NOISE:
+        raise ValueError(
+            f"schedule: expected one that ends in noise (alphas_cumprod of at most {ENDS_IN_NOISE:g} at its last timestep), "
+            f"got {last:.3g}"
+        )
+    deviation = _linear_betas(schedule)[2]
+    linear = deviation <= 1e-5
+    if ode == "papers" and not linear:
+        raise ValueError(
+            "schedule: expected linear betas (the discrete VP SDE of the papers' likelihood ODE), got noise levels off that form "
+            f"by {deviation:.2g} in alphas_cumprod"
+        )
+    ode = ode or ("papers" if linear else "angle")
+    if ode == "angle" and (len(schedule) < 2 or not _angles(schedule).diff().gt(0).all()):
+        raise ValueError("schedule: expected at least two noise levels, each above the one before, got others")
+    return ode
+
+
+def bits_per_dim(
+    model: nn.Module | Callable, schedule: NoiseSchedule, images: Tensor, *, seed: int = 0, rtol: float = 1e-5, atol: float = 1e-5,
+    interpolate: bool = False, ode: str | None = None,
+) -> Likelihood:  # fmt: skip
     """Bits per dimension of `images` under the model, by the instantaneous change of variables along the probability-flow ODE.
 
     The divergence is estimated with one Rademacher probe an image (Hutchinson); dopri5 in float64, one error norm over all images, as
@@ -39,88 +88,164 @@ def bits_per_dim(model: nn.Module | Callable, schedule: NoiseSchedule, images: T
 
     Args:
         model: `callable(x_t, t)`, differentiable in `x_t`; called with float32 `[N, C, H, W]` (or its own dtype) and float32 `t` `[N]`.
-        schedule: must be the linear DDPM schedule (the discrete VP SDE); any prediction type but flow.
+        schedule: variance-preserving, of any prediction type but flow.
         images: `[N, C, H, W]` in [-1, 1]; integrated together, so give few.
         seed: selects the probes; probe i depends on `(seed, i)` alone.
         rtol, atol: of the ODE solver; 1e-5 in the papers. 1e-3 costs a fraction and is right to about 0.01 bit where the score is smooth.
-        interpolate: tell the network `(T-1) t` itself and interpolate sigma, instead of rounding down. The integrand becomes continuous,
-            which the solver rewards with far fewer evaluations; the number differs slightly from the papers' convention.
+        interpolate: of `"papers"`: tell the network `(T-1) t` itself and interpolate sigma, instead of rounding down. The integrand
+            becomes continuous, which the solver rewards with far fewer evaluations; the number differs slightly from the papers' convention.
+        ode: `"papers"` (linear betas only) or `"angle"` (any schedule); None: the papers' where the betas are linear.
 
     Raises:
-        TypeError, ValueError: for an argument outside its range, a flow schedule, or noise levels that are not those of a linear schedule.
+        TypeError, ValueError: for an argument outside its range, or a schedule that `check_schedule` refuses.
+        NotFiniteError: a ValueError; an image, a weight, a prediction or the result is not finite.
     """
     from torchdiffeq import odeint
 
-    _check.images("images", images)
+    _finite.rows("images", _check.images("images", images))
     _check.number("rtol", rtol, low=0, low_open=True)
     _check.number("atol", atol, low=0, low_open=True)
     _check.integer("seed", seed, low=0)
-    beta_min, beta_max = _linear_betas(schedule)
+    ode = check_schedule(schedule, ode)
+    _finite.weights(model)
+    flow = _PapersFlow(schedule, interpolate) if ode == "papers" else _AngleFlow(schedule)
     parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
     device, dtype = (parameter.device, parameter.dtype) if parameter is not None else (images.device, torch.float32)
+    flow.table = flow.table.to(device)
     probes = torch.stack([_rademacher(images.shape[1:], sample_seed(seed, row)) for row in range(len(images))]).to(device)
-    table = torch.stack([schedule.alpha, schedule.sigma]).to(device)
     num_dims = images[0].numel()
     evaluations = 0
 
     def velocity(time: Tensor, state: Tensor) -> Tensor:  # state [N, D + 1]: pixels, log-density so far
         nonlocal evaluations
         evaluations += 1
-        position = (len(schedule) - 1) * time
-        timestep, alpha, sigma = _look_up(table, position, interpolate)
-        beta = beta_min + time * (beta_max - beta_min)
+        position = state[:, :num_dims].reshape(images.shape)
         with torch.enable_grad():
-            x = state[:, :num_dims].reshape(images.shape).to(dtype).requires_grad_()
-            output = model(x, timestep.to(torch.float32).expand(len(x)))
-            prediction = getattr(output, "sample", output)[:, : images.shape[1]].double()
-            noise = _as_noise(prediction, x.double(), alpha, sigma, schedule.prediction_type)
-            (projected,) = torch.autograd.grad((noise * probes).sum(), x)
-        drift = 0.5 * beta * (noise.detach() / sigma - state[:, :num_dims].reshape(images.shape))  # f - g^2 score / 2, score = -noise / sigma
-        divergence = 0.5 * beta * ((projected.double() * probes).flatten(1).sum(1) / sigma - num_dims)
-        return torch.cat([drift.flatten(1), divergence[:, None]], dim=1)
+            x = position.to(dtype).requires_grad_()
+            output = model(x, flow.timestep(time).to(torch.float32).expand(len(x)))
+            signal = flow.signal(time, _prediction(output, x).double(), x.double())
+            (projected,) = torch.autograd.grad((signal * probes).sum(), x)
+        trace = (projected.double() * probes).flatten(1).sum(1)
+        drift, divergence = flow.velocity(time, signal.detach(), trace, position)
+        return _finite.rows("predictions", torch.cat([drift.flatten(1), divergence[:, None]], dim=1))
 
-    start = torch.cat([images.to(device, torch.float64).flatten(1), torch.zeros(len(images), 1, dtype=torch.float64, device=device)], dim=1)
-    span = torch.tensor([START, 1.0], dtype=torch.float64, device=device)
+    first, last = flow.span
+    pixels = flow.scale_at_start * images.to(device, torch.float64).flatten(1)
+    start = torch.cat([pixels, torch.zeros(len(images), 1, dtype=torch.float64, device=device)], dim=1)
+    span = torch.tensor([first, last], dtype=torch.float64, device=device)
     with evaluation_mode(model), torch.no_grad():
-        # `step_t`: the last step ends at 1, as SciPy's does; torchdiffeq would step past it, where there is no schedule, and interpolate.
+        # `step_t`: the last step ends there, as SciPy's does; torchdiffeq would step past it, where there is no schedule, and interpolate.
         end = odeint(velocity, start, span, rtol=rtol, atol=atol, method="dopri5", options={"step_t": span[1:]})[-1]
     prior = -0.5 * (num_dims * math.log(2 * math.pi) + end[:, :num_dims].square().sum(1))
-    bits = (-(prior + end[:, num_dims]) / (num_dims * math.log(2)) + 7).tolist()
-    return Likelihood(tuple(bits), sum(bits) / len(bits), evaluations)
+    log_density = prior + end[:, num_dims] + num_dims * math.log(flow.scale_at_start)
+    bits = (-log_density / (num_dims * math.log(2)) + 7).tolist()
+    return Likelihood(tuple(bits), sum(bits) / len(bits), evaluations, ode)
 
 
-def _look_up(table: Tensor, position: Tensor, interpolate: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Timestep, alpha and sigma at a real-valued position in the table `[2, T]`."""
-    below = position.floor().long()
-    if not interpolate:
-        return below, *table[:, below]
-    weight = position - below
-    alpha, sigma = torch.lerp(table[:, below], table[:, (below + 1).clamp(max=table.shape[1] - 1)], weight)
-    return position, alpha, sigma
+class _PapersFlow:
+    """`dx/dt = beta(t) / 2 (eps / sigma - x)`, t in [1e-5, 1], of linear betas."""
+
+    scale_at_start = 1.0
+    span = (START, 1.0)
+
+    def __init__(self, schedule: NoiseSchedule, interpolate: bool):
+        self.prediction_type, self.interpolate = schedule.prediction_type, interpolate
+        self.beta_min, self.beta_max, _ = _linear_betas(schedule)
+        self.table = torch.stack([schedule.alpha, schedule.sigma])
+
+    def timestep(self, time: Tensor) -> Tensor:
+        return self._look_up(time)[0]
+
+    def signal(self, time: Tensor, prediction: Tensor, x: Tensor) -> Tensor:
+        """eps, from what the network predicts."""
+        _, alpha, sigma = self._look_up(time)
+        if self.prediction_type == "v_prediction":  # v = alpha eps - sigma x_0
+            return alpha * prediction + sigma * x
+        if self.prediction_type == "sample":
+            return (x - alpha * prediction) / sigma
+        return prediction
+
+    def velocity(self, time: Tensor, noise: Tensor, trace: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        """dx/dt and its divergence, from eps and the trace of its Jacobian: f - g^2 score / 2, score = -eps / sigma."""
+        _, _, sigma = self._look_up(time)
+        beta = self.beta_min + time * (self.beta_max - self.beta_min)
+        drift = 0.5 * beta * (noise / sigma - position)
+        return drift, 0.5 * beta * (trace / sigma - position[0].numel())
+
+    def _look_up(self, time: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Timestep, alpha and sigma at ODE time `time`."""
+        position = (self.table.shape[1] - 1) * time
+        below = position.floor().long()
+        if not self.interpolate:
+            return below, *self.table[:, below]
+        above = (below + 1).clamp(max=self.table.shape[1] - 1)
+        alpha, sigma = torch.lerp(self.table[:, below], self.table[:, above], position - below)
+        return position, alpha, sigma
 
 
-def _as_noise(prediction: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: str) -> Tensor:
-    if prediction_type == "v_prediction":  # v = alpha eps - sigma x_0
-        return alpha * prediction + sigma * x
-    if prediction_type == "sample":
-        return (x - alpha * prediction) / sigma
-    return prediction
+class _AngleFlow:
+    """`dx/dphi = v`, from the angle of the first timestep to that of the last, or to where nothing but noise is left.
+
+    The start is the image as the first timestep shows it, without its noise: the density is that of the image under noise of
+    standard deviation `sigma_0 / alpha_0`, below which the network knows nothing.
+    """
+
+    def __init__(self, schedule: NoiseSchedule):
+        self.prediction_type = schedule.prediction_type
+        self.table = _angles(schedule)
+        first, last = self.table[0].item(), self.table[-1].item()
+        self.span = first, min(last, math.acos(math.sqrt(IS_NOISE)))
+        self.scale_at_start = math.cos(first)
+
+    def timestep(self, angle: Tensor) -> Tensor:
+        above = torch.searchsorted(self.table, angle).clamp(1, len(self.table) - 1)
+        low, high = self.table[above - 1], self.table[above]
+        return above - 1 + ((angle - low) / (high - low)).clamp(0, 1)
+
+    def signal(self, angle: Tensor, prediction: Tensor, x: Tensor) -> Tensor:
+        """v = alpha eps - sigma x_0, from what the network predicts."""
+        alpha, sigma = angle.cos(), angle.sin()
+        if self.prediction_type == "sample":
+            return (alpha * x - prediction) / sigma
+        if self.prediction_type == "epsilon":
+            return (prediction - sigma * x) / alpha
+        return prediction
+
+    def velocity(self, angle: Tensor, v: Tensor, trace: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        return v, trace
 
 
-def _linear_betas(schedule: NoiseSchedule) -> tuple[float, float]:
-    """`beta(0)` and `beta(1)` of the SDE whose discretisation the schedule is: T times its first and last beta (0.1 and 20 for DDPM's)."""
-    if schedule.prediction_type == "flow":
-        raise ValueError("schedule: expected a variance-preserving schedule, got flow matching")
+def _angles(schedule: NoiseSchedule) -> Tensor:
+    """`phi` of every timestep, `[T]`: its tangent is sigma / alpha."""
+    return torch.atan2(schedule.sigma, schedule.alpha)
+
+
+def _prediction(output, x: Tensor) -> Tensor:
+    """The first C of the C or 2C channels that the network returned for `x` `[N, C, H, W]`."""
+    prediction = getattr(output, "sample", output)
+    channels = x.shape[1]
+    shapes = [[len(x), count, *x.shape[2:]] for count in (channels, 2 * channels)]
+    if list(prediction.shape) not in shapes:
+        expected = " or ".join(map(str, shapes))
+        raise ValueError(f"model: expected a prediction of shape {expected}, got {list(prediction.shape)}")
+    return prediction[:, :channels]
+
+
+def _linear_betas(schedule: NoiseSchedule) -> tuple[float, float, float]:
+    """`beta(0)` and `beta(1)` of the SDE whose discretisation the schedule is: T times its first and last beta (0.1 and 20 for DDPM's).
+
+    And how far alphas_cumprod is from that of such a schedule, at most.
+    """
     steps = len(schedule)
     alphas_cumprod = schedule.alpha.square()
-    ratio = alphas_cumprod / torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
+    before = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
+    betas = 1 - alphas_cumprod / before.clamp(min=torch.finfo(torch.float64).tiny)
     position = torch.linspace(0, 1, steps, dtype=torch.float64)
-    line = torch.linalg.lstsq(torch.stack([torch.ones_like(position), position], dim=1), (1 - ratio)[:, None]).solution[:, 0]
+    basis = torch.stack([torch.ones_like(position), position], dim=1)
+    line = torch.linalg.lstsq(basis, betas[:, None]).solution[:, 0]
     fitted = (1 - line[0] - line[1] * position).cumprod(0)
-    if not torch.allclose(fitted, alphas_cumprod, rtol=0, atol=1e-5):
-        raise ValueError("schedule: expected linear betas (the discrete VP SDE of the likelihood ODE), got noise levels off that form by "
-                         f"{(fitted - alphas_cumprod).abs().max():.2g} in alphas_cumprod")
-    return steps * line[0].item(), steps * (line[0] + line[1]).item()
+    deviation = (fitted - alphas_cumprod).abs().max().item()
+    return steps * line[0].item(), steps * (line[0] + line[1]).item(), deviation
 
 
 def _rademacher(shape: tuple[int, ...], seed: int) -> Tensor:
