@@ -11,19 +11,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .. import _check
+from .. import _check, _finite
 from ..sampling import evaluation_mode
 
 
 @dataclass(frozen=True)
 class InceptionScores:
-    """`fid` against the real images (lower is better), `inception_score` (at most the number of classes), mean of the largest softmax probability."""
+    """What the classifier makes of the samples: finite numbers, or none at all.
+
+    `fid` against the real images: lower is better. `inception_score`: at most the number of classes, 1 where all samples look
+    alike. `mean_confidence`: mean of the largest softmax probability. `note`: what limits the numbers, in words, or nothing.
+    """
 
     fid: float
     inception_score: float
     mean_confidence: float
     num_samples: int
     num_real: int
+    note: str = ""
+
+    def __post_init__(self):
+        scores = {"fid": self.fid, "inception_score": self.inception_score, "mean_confidence": self.mean_confidence}
+        _finite.numbers("scores", **scores)
 
 
 class _Precomputed(nn.Module):
@@ -51,10 +60,13 @@ def inception_scores(samples: Tensor, real: Tensor, classifier: nn.Module, *, sp
 
     Raises:
         TypeError, ValueError: for an argument outside its range.
+        NotFiniteError: a ValueError; an image, a weight, a feature or a score is not finite.
     """
     for name, images in (("samples", samples), ("real", real)):
         if len(_check.images(name, images)) < 2:
             raise ValueError(f"{name}: expected at least two images, got {len(images)}")
+        _finite.rows(name, images)
+    _finite.weights(classifier, "classifier")
     _check.integer("splits", splits, low=1, high=len(samples), of="the samples")
     from torchmetrics.image.fid import FrechetInceptionDistance
     from torchmetrics.image.inception import InceptionScore
@@ -73,7 +85,17 @@ def inception_scores(samples: Tensor, real: Tensor, classifier: nn.Module, *, sp
         warnings.filterwarnings("ignore", message=r"std\(\): degrees of freedom")  # of one split; only the mean is read
         inception_score = score.compute()[0].item()
     confidence = logits.softmax(dim=1).amax(dim=1).mean().item()
-    return InceptionScores(distance.compute().item(), inception_score, confidence, len(samples), len(real))
+    fid = distance.compute().item()
+    note = _note(len(samples), len(real), real_features.shape[1])
+    return InceptionScores(fid, inception_score, confidence, len(samples), len(real), note)
+
+
+def _note(num_samples: int, num_real: int, num_features: int) -> str:
+    """Fewer images than features span no Gaussian: FID is then defined, but biased upwards by their number."""
+    few = [f"{count} {what}" for what, count in (("samples", num_samples), ("real images", num_real)) if count <= num_features]
+    if not few:
+        return ""
+    return f"{' and '.join(few)} for {num_features} features: compare this FID with none of another number of images"
 
 
 @torch.inference_mode()
@@ -86,4 +108,4 @@ def _run(classifier: nn.Module, images: Tensor, batch_size: int) -> tuple[Tensor
             batch = batch.to(device, torch.float32)
             features.append(classifier.features(batch).double().cpu())
             logits.append(classifier(batch).double().cpu())
-    return torch.cat(features), torch.cat(logits)
+    return _finite.rows("features", torch.cat(features)), _finite.rows("logits", torch.cat(logits))

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastunlearn.metrics.inception import inception_scores
+from fastunlearn._finite import NotFiniteError
+from fastunlearn.metrics.inception import InceptionScores, inception_scores
 
 
 class Quadrants(nn.Module):
@@ -83,6 +84,47 @@ def test_the_classifier_runs_in_eval_mode_and_is_restored(generator):
     scores = inception_scores(images(torch.rand(5, 4, generator=generator)), images(torch.rand(5, 4, generator=generator)), classifier)
     assert classifier.training
     assert math.isfinite(scores.fid)
+
+
+def test_what_is_not_finite_gets_no_score(generator):
+    some = images(torch.rand(6, 4, generator=generator))
+    holed = some.clone()
+    holed[4, 0, 0, 0] = math.nan
+    with pytest.raises(NotFiniteError, match=r"samples: expected finite values, got NaN or Inf in 1 of 6 \(first: 4\)"):
+        inception_scores(holed, some, Quadrants())
+    with pytest.raises(NotFiniteError, match="real: expected finite values, got NaN or Inf in 1 of 6"):
+        inception_scores(some, holed, Quadrants())
+    broken = Quadrants()
+    torch.nn.init.constant_(broken.scale, math.nan)
+    with pytest.raises(NotFiniteError, match="classifier: expected finite weights, got NaN or Inf in scale"):
+        inception_scores(some, some, broken)
+
+    class Overflowing(Quadrants):
+        def features(self, x):
+            return super().features(x) * 1e30 * 1e30
+
+    with pytest.raises(NotFiniteError, match="features: expected finite values, got NaN or Inf in 6 of 6"):
+        inception_scores(some, some, Overflowing())
+    with pytest.raises(NotFiniteError, match="scores: expected finite numbers, got inception_score = nan"):
+        InceptionScores(1.0, math.nan, 0.5, 10, 10)
+
+
+def test_constant_images_have_finite_scores(generator):
+    """The covariance of their features is zero: FID is the squared distance of the means plus the variance of the other side."""
+    spread = torch.rand(50, 4, generator=generator)
+    grey, white = torch.zeros(20, 1, 4, 4), torch.ones(20, 1, 4, 4)
+    assert inception_scores(grey, white, Quadrants()).fid == pytest.approx(4, rel=1e-6)
+    expected = (spread.double().mean(0).square().sum() + spread.double().T.cov().trace()).item()
+    assert inception_scores(grey, images(spread), Quadrants()).fid == pytest.approx(expected, rel=1e-5)
+    assert inception_scores(grey, grey, Quadrants()).inception_score == pytest.approx(1)
+
+
+def test_fewer_images_than_features_are_said(generator):
+    few, many = images(torch.rand(4, 4, generator=generator)), images(torch.rand(5, 4, generator=generator))
+    assert inception_scores(many, many, Quadrants()).note == ""
+    expected = "4 samples for 4 features: compare this FID with none of another number of images"
+    assert inception_scores(few, many, Quadrants()).note == expected
+    assert inception_scores(few, few, Quadrants()).note.startswith("4 samples and 4 real images for 4 features")
 
 
 def test_bad_arguments():
