@@ -7,18 +7,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import _check
+from .. import _check, _finite
+from .distance import distances
+from .threshold import resolve
 
 
 @dataclass(frozen=True)
 class Share:
-    """`count` of `total`, with the exact 95 % interval [`low`, `high`] of the underlying probability."""
+    """`count` of `total`, with the exact 95 % interval [`low`, `high`] of the underlying probability; made by `of`."""
 
     count: int
     total: int
     share: float
     low: float
     high: float
+
+    def __post_init__(self):
+        _check.integer("total", self.total, low=1)
+        _check.integer("count", self.count, low=0, high=self.total, of="total")
+        _finite.numbers("share", share=self.share, low=self.low, high=self.high)
 
     @classmethod
     def of(cls, count: int, total: int) -> Share:
@@ -36,26 +43,21 @@ class Share:
         return f"{self.count} of {self.total} ({self.share:.{digits}%}; 95% interval {self.low:.{digits}%} to {self.high:.{digits}%})"
 
 
-def distances(samples: Tensor, image: Tensor) -> Tensor:  # [N]
-    """L2 distances of `samples` `[N, C, H, W]` to `image` `[C, H, W]` or `[1, C, H, W]`, both in [-1, 1], in units of [0, 1] pixels: float32 `[N]`."""
-    _check.images("samples", samples)
-    image = _check.images("image", image if image.ndim == 4 else image[None])
-    if image.shape != (1, *samples.shape[1:]):
-        raise ValueError(f"image: expected one image of the samples' shape, {tuple(samples.shape[1:])}, got {tuple(image.shape)}")
-    return ((samples.float() - image.to(samples.device).float()) / 2).flatten(1).norm(dim=1)
-
-
 @torch.no_grad()
-def frequency(samples: Tensor, image: Tensor, threshold: float = 10.0) -> Share:
+def frequency(samples: Tensor, image: Tensor, threshold: float | None = None) -> Share:
     """Share of `samples` closer to `image` than `threshold`: "Frequency" of the ReTrack paper (MNIST T-Shirt: L2 < 10 over 784 pixels).
 
     Args:
         samples: `[N, C, H, W]` in [-1, 1].
         image: `[C, H, W]` or `[1, C, H, W]` in [-1, 1].
-        threshold: L2 distance between images scaled to [0, 1].
+        threshold: L2 distance between images scaled to [0, 1]; None: the papers' 10, for images of 1x28x28 alone.
+            `threshold.calibrate` finds one for images of other sizes.
 
     Raises:
-        TypeError, ValueError: shapes that do not fit, no samples, or a threshold that is not positive.
+        TypeError, ValueError: shapes that do not fit, no samples, a threshold that is not positive, none for images of another
+            size, or one within which there is a picture that shows nothing (`threshold.refuse_empty_matches`).
+        NotFiniteError: NaN or Inf in a sample or the image.
     """
-    _check.number("threshold", threshold, low=0, low_open=True)
-    return Share.of(int((distances(samples, image) < threshold).sum()), len(samples))
+    distance = distances(samples, image)
+    threshold = resolve(threshold, image)
+    return Share.of(int((distance < threshold).sum()), len(samples))

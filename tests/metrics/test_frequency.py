@@ -4,17 +4,52 @@ import pytest
 import torch
 from scipy.stats import binom
 
-from fastunlearn.metrics.frequency import Share, distances, frequency
+from fastunlearn._finite import NotFiniteError
+from fastunlearn.metrics.distance import distances
+from fastunlearn.metrics.frequency import Share, frequency
+
+STRIPES = torch.tensor([-1.0, -1.0, 1.0, 1.0]).expand(1, 4, 4).contiguous()  # 2 away from the nearest constant picture
 
 
 def test_counts_samples_within_the_threshold():
-    image = torch.zeros(1, 4, 4)
-    samples = torch.zeros(3, 1, 4, 4)
-    samples[1] += 0.5  # L2 in [0, 1] pixels: 0.25 * 4 = 1
-    samples[2] += 1.0  # 2
-    torch.testing.assert_close(distances(samples, image), torch.tensor([0.0, 1.0, 2.0]))
-    assert [frequency(samples, image, threshold).count for threshold in (1e-3, 1.0, 1.001, 2.5)] == [1, 1, 2, 3]
-    assert frequency(samples, image[None], 2.5).share == 1
+    image = STRIPES
+    samples = image.repeat(3, 1, 1, 1)
+    samples[1, :, :, 0] += 1.0  # L2 in [0, 1] pixels: 0.5 * 2 = 1
+    samples[2, :, :, 0] += 1.5  # 1.5
+    torch.testing.assert_close(distances(samples, image), torch.tensor([0.0, 1.0, 1.5]))
+    assert [frequency(samples, image, threshold).count for threshold in (1e-3, 1.0, 1.001, 1.7)] == [1, 1, 2, 3]
+    assert frequency(samples, image[None], 1.7).share == 1
+
+
+def test_a_sample_that_is_not_finite_is_no_miss():
+    samples = STRIPES.repeat(4, 1, 1, 1)
+    samples[2, 0, 1, 1] = torch.nan
+    samples[3, 0, 0, 0] = torch.inf
+    message = r"samples: expected finite values, got NaN or Inf in 2 of 4 \(first: 2\)"
+    for measure in (lambda: frequency(samples, STRIPES, 1.0), lambda: distances(samples, STRIPES)):
+        with pytest.raises(NotFiniteError, match=message):
+            measure()
+    with pytest.raises(NotFiniteError, match="image: expected finite values, got NaN or Inf in 1 of 1"):
+        frequency(samples[:2], samples[2], 1.0)
+    with pytest.raises(NotFiniteError, match="share: expected finite numbers, got low = nan"):
+        Share(1, 2, 0.5, torch.nan, 1.0)
+
+
+def test_a_share_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="total: expected an integer >= 1, got 0"):
+        Share.of(0, 0)
+    with pytest.raises(ValueError, match="samples: expected at least one image"):
+        frequency(torch.zeros(0, 1, 4, 4), STRIPES, 1.0)
+    assert frequency(STRIPES[None], STRIPES, 1.0).share == 1  # one row
+
+
+def test_the_papers_threshold_is_for_their_size_alone():
+    image = torch.ones(1, 28, 28)
+    image[:, ::2] = -1
+    samples = torch.stack([image, -image])
+    assert frequency(samples, image).count == 1
+    with pytest.raises(ValueError, match=r"threshold: expected a number, or images to keep .* of 1x4x4, got neither"):
+        frequency(STRIPES[None], STRIPES)
 
 
 @pytest.mark.parametrize(("count", "total"), [(1, 10), (5, 512), (300, 512), (63, 64)])
@@ -33,9 +68,9 @@ def test_the_interval_at_the_ends():
 
 
 def test_bad_arguments():
-    samples = torch.zeros(2, 1, 4, 4)
+    samples = STRIPES.repeat(2, 1, 1, 1)
     with pytest.raises(ValueError, match=r"image: expected one image of the samples' shape, \(1, 4, 4\), got \(1, 1, 5, 4\)"):
-        frequency(samples, torch.zeros(1, 5, 4))
+        frequency(samples, torch.zeros(1, 5, 4), 1.0)
     with pytest.raises(ValueError, match="threshold: expected a finite number"):
         frequency(samples, samples[0], 0)
     with pytest.raises(ValueError, match=r"count: expected an integer in \[0, 3\]"):

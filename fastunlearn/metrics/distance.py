@@ -1,0 +1,28 @@
+"""How far two images are apart, in the papers' unit."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import _check, _finite
+
+
+def distances(samples: Tensor, image: Tensor) -> Tensor:  # [N]
+    """L2 distances of `samples` to `image`, in units of [0, 1] pixels.
+
+    Args:
+        samples: `[N, C, H, W]` in [-1, 1].
+        image: `[C, H, W]` or `[1, C, H, W]` in [-1, 1].
+
+    Returns:
+        float32 `[N]`.
+
+    Raises:
+        TypeError, ValueError: shapes that do not fit, or no samples.
+        NotFiniteError: a ValueError; NaN or Inf in a sample or the image, which would be no match of anything.
+    """
+    _finite.rows("samples", _check.images("samples", samples))
+    image = _finite.rows("image", _check.images("image", image if image.ndim == 4 else image[None]))
+    if image.shape != (1, *samples.shape[1:]):
+        raise ValueError(f"image: expected one image of the samples' shape, {tuple(samples.shape[1:])}, got {tuple(image.shape)}")
+    return ((samples.float() - image.to(samples.device).float()) / 2).flatten(1).norm(dim=1)

@@ -1,0 +1,197 @@
+"""Within which distance is a sample the image to forget? A number that belongs to a data set, and can be wrong.
+
+The papers' 10 belongs to the T-shirt among MNIST digits. Elsewhere the threshold is calibrated on the distances among the images
+to keep. No threshold may call a picture that shows nothing a match: a constant, the noise that sampling starts from, the mean of
+the images to keep. A network that has learned nothing draws such pictures.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import _check, _finite
+from .distance import distances
+
+PAPERS_SHAPE = (1, 28, 28)
+PAPERS_THRESHOLD = 10.0
+QUANTILE = 0.001  # of the distances among images to keep: one pair in a thousand is called the same
+MOST_IMAGES = 1000
+MOST_BYTES = 64 << 20  # of the images to keep that are compared with each other, as float32
+NOISE_PICTURES = 64
+SAME = 1e-3  # below it an image is the picture that shows nothing: one grey level in one pixel is 0.004
+COPY = 5 / 255  # root mean square of the difference, in [0, 1] pixels, up to which images to keep are copies of each other
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """L2 distances in [0, 1] pixels: `value` is what is used; `how` says in words where it comes from.
+
+    `calibrated` is that of the images to keep, or None where there were none; `papers` is theirs, for 1x28x28 alone.
+    """
+
+    value: float
+    how: str
+    calibrated: float | None
+    papers: float | None
+
+
+def choose(threshold: float | None, images: Tensor, retain: Tensor | None = None) -> Threshold:
+    """What to use for the forget `images`.
+
+    A number is taken as given. Without one images of 1x28x28 are compared by the papers' 10, unless it calls a picture that shows
+    nothing a match; then, and at any other size, the threshold is calibrated on `retain`.
+
+    Args:
+        threshold: L2 distance between images scaled to [0, 1], or None.
+        images: `[N, C, H, W]` in [-1, 1], the images to forget.
+        retain: `[M, C, H, W]` in [-1, 1], some of the images to keep, or None.
+
+    Raises:
+        TypeError, ValueError: for an argument outside its range; a threshold within which there is a picture that shows nothing;
+            none given, and nothing to calibrate it on.
+    """
+    _images(images, retain)
+    papers = PAPERS_THRESHOLD if images.shape[1:] == PAPERS_SHAPE else None
+    if threshold is not None:
+        refuse_empty_matches(threshold, images, retain)
+        return Threshold(float(threshold), "given", _calibrated_if_possible(images, retain), papers)
+    reason = f"the papers' {PAPERS_THRESHOLD:g} belongs to images of {_size(PAPERS_SHAPE)}"
+    if papers is not None:
+        try:
+            refuse_empty_matches(papers, images, retain)
+            how = f"the papers', for images of {_size(PAPERS_SHAPE)}"
+            return Threshold(papers, how, _calibrated_if_possible(images, retain), papers)
+        except ValueError as error:
+            reason = f"the papers' {papers:g} cannot serve here: {error}"
+    if retain is None:
+        raise ValueError(
+            f"threshold: expected a number, or images to keep to calibrate one on, for images of {_size(images.shape[1:])}, "
+            f"got neither ({reason})"
+        )
+    value, how = calibrate(images, retain)
+    return Threshold(value, how, value, papers)
+
+
+def calibrate(images: Tensor, retain: Tensor) -> tuple[float, str]:
+    """A threshold from the images themselves, and how it was found, in words.
+
+    It is the 0.1 % quantile of the distances among different images to keep (copies, up to 5 grey levels apart, are left out), and
+    at most half the distance from a forget image to the nearest picture that shows nothing: a match is then nearer to the forget
+    image than to that picture.
+
+    Args:
+        images: `[N, C, H, W]` in [-1, 1], the images to forget.
+        retain: `[M, C, H, W]` in [-1, 1]; at most 1,000 of them, evenly chosen, are compared with each other.
+
+    Raises:
+        TypeError, ValueError: shapes that do not fit, fewer than two different images to keep, or a forget image that is constant.
+    """
+    _images(images, retain)
+    some = evenly(retain)
+    flat = some.float().flatten(1) / 2
+    # Not by a matrix product, which would round away the distances of near-duplicates.
+    apart = torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist")
+    first, second = torch.triu_indices(len(some), len(some), offset=1)
+    apart = apart[first, second]
+    apart = apart[apart > COPY * math.sqrt(flat.shape[1])]
+    if len(apart) == 0:
+        raise ValueError(
+            f"retain: expected at least two different images to calibrate the threshold on, got {len(some)} "
+            f"image{'s' if len(some) > 1 else ''}, all copies of each other"
+        )
+    quantile = float(torch.quantile(apart, QUANTILE))
+    among = f"the {QUANTILE:.1%} quantile of the {len(apart):,} distances among different ones of {len(some):,} images to keep"
+    distance, row, picture = _nearest_empty(images, retain)
+    _refuse_empty_image(distance, row, picture)
+    if distance / 2 < quantile:
+        return distance / 2, f"half the distance of forget image {row} to {picture}, {distance:.4g}; below {among}, {quantile:.4g}"
+    return quantile, among
+
+
+def resolve(threshold: float | None, image: Tensor) -> float:
+    """The threshold for one `image` (`[C, H, W]` or `[1, C, H, W]`) of which nothing else is known.
+
+    Raises:
+        TypeError, ValueError: as `choose`.
+    """
+    return choose(threshold, image if image.ndim == 4 else image[None]).value
+
+
+def refuse_empty_matches(threshold: float, images: Tensor, retain: Tensor | None = None) -> None:
+    """Refuses a threshold that calls a picture which shows nothing one of `images` `[N, C, H, W]`.
+
+    Such pictures are the constant one that is nearest to an image, the noise that sampling starts from, clipped to [-1, 1], and the
+    mean of `retain`.
+
+    Raises:
+        TypeError, ValueError: such a threshold, or one that is no positive number.
+    """
+    _check.number("threshold", threshold, low=0, low_open=True)
+    distance, row, picture = _nearest_empty(images, retain)
+    _refuse_empty_image(distance, row, picture)
+    if distance <= threshold:
+        raise ValueError(
+            f"threshold: expected less than {distance:.4g}, the distance of forget image {row} to {picture}, got {threshold:g}: "
+            "it would call a picture that shows nothing a match"
+        )
+
+
+def evenly(retain: Tensor) -> Tensor:
+    """As many of the rows of `retain` `[M, C, H, W]` as are compared with each other, from all of its length."""
+    return retain[even_rows(len(retain), retain[0].numel())]
+
+
+def even_rows(length: int, elements: int) -> Tensor:
+    """Which of `length` rows of so many elements each to compare with each other: int64, ascending."""
+    most = max(2, min(MOST_IMAGES, MOST_BYTES // (4 * elements)))
+    return torch.linspace(0, length - 1, min(most, length)).round().long()
+
+
+def _nearest_empty(images: Tensor, retain: Tensor | None) -> tuple[float, int, str]:
+    """The smallest distance of one of `images` to a picture that shows nothing, the row of that image, and the picture's name."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.stack([torch.randn(images.shape[1:], generator=generator) for _ in range(NOISE_PICTURES)]).clamp(-1, 1)
+    found = []
+    for row, image in enumerate(images.detach().cpu().float()):
+        pictures = {
+            "the nearest constant picture": image.mean(dim=(1, 2), keepdim=True).expand_as(image)[None],
+            "clipped Gaussian noise": noise,
+        }
+        if retain is not None:
+            pictures["the mean of the images to keep"] = retain.float().mean(0, keepdim=True).cpu()
+        found += [(float(distances(picture, image).min()), row, name) for name, picture in pictures.items()]
+    return min(found)
+
+
+def _calibrated_if_possible(images: Tensor, retain: Tensor | None) -> float | None:
+    """For the record only, beside a threshold that stands without it."""
+    try:
+        return None if retain is None else calibrate(images, retain)[0]
+    except ValueError:
+        return None
+
+
+def _images(images: Tensor, retain: Tensor | None) -> None:
+    _finite.rows("images", _check.images("images", images))
+    if retain is not None:
+        _finite.rows("retain", _check.images("retain", retain))
+        if retain.shape[1:] != images.shape[1:]:
+            raise ValueError(
+                f"retain: expected images of the forget images' shape, {tuple(images.shape[1:])}, "
+                f"got {tuple(retain.shape[1:])}"
+            )
+
+
+def _refuse_empty_image(distance: float, row: int, picture: str) -> None:
+    if distance < SAME:
+        raise ValueError(
+            f"images: expected images to forget that show something, got forget image {row}, which equals {picture}"
+        )
+
+
+def _size(shape) -> str:
+    return "x".join(map(str, shape))
