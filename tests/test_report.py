@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -13,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fastunlearn._finite import NotFiniteError
 from fastunlearn.metrics.frequency import Share
 from fastunlearn.metrics.inception import InceptionScores
 from fastunlearn.metrics.reconstruction import Reconstruction
@@ -23,6 +26,7 @@ from fastunlearn.report import (
     Report,
     Section,
     Table,
+    all_passed,
     frequency_criterion,
     quality_criterion,
     reconstruction_criterion,
@@ -77,6 +81,77 @@ def test_reconstruction_criterion(before, after, passed):
 )
 def test_quality_criterion(after, passed):
     assert quality_criterion(scores(9.0, 0.95), scores(*after)).passed is passed
+
+
+SOME = Share.of(5, 512)
+
+
+def test_criteria_refuse_what_cannot_be_compared():
+    """With NaN both `a <= b` and `b <= a` are False: a criterion would answer, whichever way it is written."""
+    for expected in (math.nan, 0.0, 1.5):
+        with pytest.raises(ValueError, match="expected: expected a finite number"):
+            frequency_criterion(SOME, SOME, expected)
+    with pytest.raises(ValueError, match="after: expected as many samples as before, 512, got 100"):
+        frequency_criterion(SOME, Share.of(0, 100), RATE)
+    with pytest.raises(ValueError, match="after: expected the timestep of before, 250, got 500"):
+        reconstruction_criterion(reconstruction(64), reconstruction(0, timestep=500))
+    with pytest.raises(ValueError, match="after: expected the threshold of before, 10, got 5"):
+        reconstruction_criterion(reconstruction(64), replace(reconstruction(0), threshold=5.0))
+    with pytest.raises(NotFiniteError, match="scores: expected finite numbers, got mean_confidence = nan"):
+        scores(9.0, math.nan)
+    with pytest.raises(ValueError, match="mean confidence before: expected a finite number"):
+        quality_criterion(scores(9.0, 0.0), scores(9.0, 0.9))
+    with pytest.raises(TypeError, match="passed: expected True or False, got nan"):
+        Criterion("kept", math.nan, "")
+
+
+def test_one_sample_decides_nothing():
+    one, none = Share.of(1, 1), Share.of(0, 1)
+    assert not frequency_criterion(one, none, RATE).passed
+    assert not reconstruction_criterion(reconstruction(1, 1), reconstruction(0, 1)).passed
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "reason"),
+    [
+        (scores(1.02, 0.2), scores(1.01, 0.2), "before: an inception score of 1.02, below 1.5: the samples all look alike"),
+        (replace(scores(9.0, 0.95), num_samples=6), scores(9.0, 0.95), "before: 6 samples judged, fewer than 100"),
+        (scores(9.0, 0.95), replace(scores(9.0, 0.95), num_samples=2), "after: 2 samples judged, fewer than 100"),
+    ],
+)
+def test_quality_that_was_never_there_is_not_kept(before, after, reason):
+    """Nothing fell, and yet nothing is shown: noise stays noise, and two samples show no quality."""
+    criterion = quality_criterion(before, after)
+    assert criterion.kept
+    assert not criterion.passed
+    assert f"says nothing ({reason}" in criterion.evidence
+
+
+def test_a_yes_needs_what_was_forgotten_and_what_was_kept():
+    forgotten, kept = Criterion("gone", True, ""), Criterion("kept", True, "", kept=True)
+    failed = Criterion("gone", False, "")
+    assert all_passed([forgotten, kept]) is True
+    assert all_passed([forgotten]) is None
+    assert all_passed([kept]) is None
+    assert all_passed([]) is None
+    assert all_passed([failed]) is False
+    assert all_passed([failed, kept]) is False
+
+
+def test_a_grid_refuses_what_it_would_draw_as_black():
+    holed = torch.zeros(3, 1, 4, 4)
+    holed[1, 0, 0, 0] = math.nan
+    with pytest.raises(NotFiniteError, match=r"images: expected finite values, got NaN or Inf in 1 of 3 \(first: 1\)"):
+        grid(holed, columns=2)
+    with pytest.raises(TypeError, match="images: expected a floating-point tensor"):
+        grid(torch.zeros(1, 1, 4, 4, dtype=torch.uint8), columns=1)
+    with pytest.raises(ValueError, match="columns: expected an integer >= 1, got 0"):
+        grid(torch.zeros(1, 1, 4, 4), columns=0)
+
+
+def test_a_constant_image_and_a_single_row_are_drawn():
+    assert pixels(grid(torch.full((1, 1, 1, 56), 0.0), columns=8)).shape == (2 * 4 + 56, 2 * 4 + 56 * 56, 4)
+    assert (pixels(grid(torch.ones(1, 1, 4, 4), columns=1))[4:-4, 4:-4] == 255).all()
 
 
 def test_a_grid_shows_marks_and_hides():
@@ -136,6 +211,16 @@ def test_loss_curves_of_the_losses_that_there_are():
     assert training_section([]).figures == ()
 
 
+@pytest.mark.parametrize("first", [math.nan, None])
+def test_steps_that_are_not_finite_leave_a_gap_and_are_counted(first):
+    log = [{"step": 1, "retain_loss": first, "skipped": True}, {"step": 2, "retain_loss": 1.0}, {"step": 3, "retain_loss": math.inf}]
+    section = training_section(log, "Text.")
+    assert section.text == "Text. 2 of 3 steps had a loss or a gradient that is not finite, and changed nothing."
+    assert len(section.figures) == 1
+    nothing = training_section([{"step": 1, "retain_loss": math.nan, "grad_norm": math.nan}])
+    assert pixels(nothing.figures[0].png).shape[2] == 4
+
+
 class _Page(HTMLParser):
     VOID = frozenset({"meta", "img"})
 
@@ -158,7 +243,7 @@ class _Page(HTMLParser):
 
 @pytest.fixture
 def report(samples):
-    criteria = Criterion("digits <kept>", True, "5 < 6 & 7"), Criterion("forgotten", False, "3 of 4")
+    criteria = Criterion("digits <kept>", True, "5 < 6 & 7", kept=True), Criterion("forgotten", False, "3 of 4")
     sections = [Section("Table", "Some text.", Table(("", "before"), [("FID & IS", "1.0")], "A note.")), samples_section(*samples)]
     return Report("A <b>title</b>", "lead", sections, {"passed": False, "numbers": [1, 2.5]}, "Not forgotten.", criteria, "footer")
 
@@ -187,10 +272,16 @@ def test_files_and_json(report, tmp_path):
 
 def test_the_answer_is_that_of_all_criteria(report):
     assert report.passed is False
-    assert Report("t", "l", [], {}, criteria=report.criteria[:1]).passed is True
+    kept, _ = report.criteria
+    gone = Criterion("forgotten", True, "0 of 4")
+    assert Report("t", "l", [], {}, criteria=(kept, gone)).passed is True
+    for some in ((kept,), (gone,)):
+        assert Report("t", "l", [], {}, criteria=some).passed is None
+        assert 'class="verdict "' in Report("t", "l", [], {}, "Forgotten?", some).html()
     assert Report("t", "l", [], {}).passed is None
 
 
 def test_numbers_that_json_has_not_are_refused(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
-        Report("t", "l", [Section("s", figures=(Figure("a.png", b"", "c"),))], {"fid": float("nan")}).write(tmp_path)
+        Report("t", "l", [Section("s", figures=(Figure("a.png", b"", "c"),))], {"fid": float("nan")}).write(tmp_path / "new")
+    assert not (tmp_path / "new").exists()

@@ -2,7 +2,9 @@
 
 from .document import Figure, Report, Section, Table
 from .unlearning import ReconstructionPair, reconstructions_section, samples_section, training_section
-from .verdict import Criterion, frequency_criterion, quality_criterion, reconstruction_criterion
+from .verdict import Criterion, all_passed, frequency_criterion, quality_criterion, reconstruction_criterion
 
-__all__ = ["Criterion", "Figure", "ReconstructionPair", "Report", "Section", "Table", "frequency_criterion", "quality_criterion", "reconstruction_criterion",
-           "reconstructions_section", "samples_section", "training_section"]
+__all__ = [
+    "Criterion", "Figure", "ReconstructionPair", "Report", "Section", "Table", "all_passed", "frequency_criterion",
+    "quality_criterion", "reconstruction_criterion", "reconstructions_section", "samples_section", "training_section",
+]  # fmt: skip

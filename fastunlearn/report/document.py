@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .verdict import Criterion
+from .verdict import Criterion, all_passed
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2024; --soft: #5b636d; --line: #dfe3e8; --page: #ffffff; --band: #f6f7f9; --good: #1a7f4b; --bad: #b3261e; }
@@ -86,7 +86,10 @@ class Section:
 
 @dataclass(frozen=True)
 class Report:
-    """What `write` turns into `report.html`, `results.json` and one PNG a figure."""
+    """What `write` turns into `report.html`, `results.json` and one PNG a figure.
+
+    `passed` is the answer of all criteria: None, which the page does not paint green, where none of them asks what was kept.
+    """
 
     title: str
     lead: str
@@ -98,15 +101,20 @@ class Report:
     passed: bool | None = field(init=False)
 
     def __post_init__(self):
-        object.__setattr__(self, "passed", all(criterion.passed for criterion in self.criteria) if self.criteria else None)
+        object.__setattr__(self, "passed", all_passed(self.criteria))
 
     def write(self, folder: Path) -> Path:
-        """Writes the files into `folder`, each replaced at once, and returns the path of the page."""
+        """Writes the files into `folder`, each replaced at once, and returns the path of the page.
+
+        Raises:
+            ValueError: `results` has NaN or Inf, which JSON has not; nothing is written.
+        """
+        results = (json.dumps(self.results, indent=1, allow_nan=False) + "\n").encode()
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for figure in (figure for section in self.sections for figure in section.figures):
             _replace(folder / figure.file, figure.png)
-        _replace(folder / "results.json", (json.dumps(self.results, indent=1, allow_nan=False) + "\n").encode())
+        _replace(folder / "results.json", results)
         _replace(folder / "report.html", self.html().encode())
         return folder / "report.html"
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
+
+from .. import _check, _finite
 
 BACKGROUND, FRAME, HIDDEN = (0, 0, 0, 0), (226, 84, 20, 255), (150, 156, 164, 255)  # the gaps are transparent
 TILE = 56  # least side of a tile, in pixels of the picture
@@ -15,7 +18,12 @@ GAP, BORDER = 4, 3
 
 
 def grid(images: Tensor, *, columns: int, marked: Sequence[bool] | None = None, hidden: Sequence[bool] | None = None, tile: int = TILE) -> bytes:
-    """`images` `[N, C, H, W]` in [-1, 1], C 1 or 3, row by row; `marked` ones framed, `hidden` ones replaced by a grey tile. PNG bytes."""
+    """`images` `[N, C, H, W]` in [-1, 1], C 1 or 3, row by row; `marked` ones framed, `hidden` ones replaced by a grey tile. PNG bytes.
+
+    Raises:
+        TypeError, ValueError: no images, of another shape, or not floating; no column.
+        NotFiniteError: a ValueError; NaN would be drawn as black.
+    """
     return _png(_grid(images, columns, marked, hidden, tile))
 
 
@@ -31,7 +39,10 @@ def side_by_side(left: Tensor, right: Tensor, *, columns: int, marked: tuple[Seq
 
 
 def loss_curves(log: Sequence[dict], labels: dict[str, str]) -> bytes:
-    """One panel a key of `labels` (key of the log's entries -> what the axis says), over the entries' `step`. PNG bytes."""
+    """One panel a key of `labels` (key of the log's entries -> what the axis says), over the entries' `step`. PNG bytes.
+
+    Values that are not finite, or None, leave a gap in their curve.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -39,11 +50,13 @@ def loss_curves(log: Sequence[dict], labels: dict[str, str]) -> bytes:
     figure = Figure(figsize=(3.6 * len(labels), 2.7), dpi=200, layout="constrained")
     FigureCanvasAgg(figure)
     for panel, (key, label) in zip(np.atleast_1d(figure.subplots(1, len(labels))), labels.items(), strict=True):
-        values = [entry[key] for entry in log]
+        values = [entry.get(key) for entry in log]
+        values = [math.nan if value is None or not math.isfinite(value) else value for value in values]
+        seen = [value for value in values if not math.isnan(value)]
         panel.plot([entry["step"] for entry in log], values, color="#1f5fa8", linewidth=1.4, marker="o" if len(log) == 1 else None)
         panel.set_title(label, fontsize=9.5, loc="left", color="#20242a")
         panel.set_xlabel("step", fontsize=8.5, color="#565d66")
-        if min(values) > 0 and max(values) > 20 * min(values):
+        if seen and min(seen) > 0 and max(seen) > 20 * min(seen):
             panel.set_yscale("log")
         else:
             panel.set_ylim(bottom=0)
@@ -62,6 +75,9 @@ def loss_curves(log: Sequence[dict], labels: dict[str, str]) -> bytes:
 def _grid(images: Tensor, columns: int, marked: Sequence[bool] | None, hidden: Sequence[bool] | None, tile: int = TILE) -> Image.Image:
     if images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
         raise ValueError(f"images: expected [N, 1 or 3, H, W] with at least one image, got {tuple(images.shape)}")
+    _check.images("images", images)
+    _check.integer("columns", columns, low=1)
+    _finite.rows("images", images)
     pixels = ((images.detach().cpu().float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     height, width = pixels.shape[1:3]
     scale = -(-tile // min(height, width))

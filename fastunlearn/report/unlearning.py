@@ -5,6 +5,7 @@ Pictures that show a forget image, or the model's copy of one, are drawn only on
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -70,10 +71,21 @@ def reconstructions_section(
 
 
 def training_section(log: Sequence[dict], text: str = "") -> Section:
-    """Loss curves over the unlearning steps; `log` has one entry a step, with `step` and the names of `StepOutput`."""
-    labels = {key: label for key, label in LOSSES.items() if log and log[0].get(key) is not None}
+    """Loss curves over the unlearning steps; `log` has one entry a step, with `step` and the names of `StepOutput`.
+
+    Steps that were `skipped`, or have a number that is not finite, are counted in the text, and leave gaps in the curves.
+    """
+    labels = {key: label for key, label in LOSSES.items() if any(entry.get(key) is not None for entry in log)}
+    broken = sum(not _all_finite(entry) for entry in log)
+    if broken:
+        text = f"{text} {broken} of {len(log)} steps had a loss or a gradient that is not finite, and changed nothing.".strip()
     if not labels:
         return Section("Unlearning", text or "No step was taken.")
     caption = ("Squared error summed over pixels, mean over the batch; the gradient norm is that before clipping. Every step draws its own timesteps, and "
                "targets grow towards t = 0: hence the spread from step to step.")
     return Section("Unlearning", text, figures=(Figure("losses.png", loss_curves(log, labels), caption),))
+
+
+def _all_finite(entry: dict) -> bool:
+    values = [entry[key] for key in LOSSES if entry.get(key) is not None]
+    return not entry.get("skipped", False) and all(math.isfinite(value) for value in values)

@@ -1,9 +1,14 @@
-"""Was it forgotten, and was the rest kept? Each question is one test with its evidence in words."""
+"""Was it forgotten, and was the rest kept? Each question is one test with its evidence in words.
+
+A yes needs both answers: a network that draws nothing any more draws no forget image either.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .. import _check
 from ..metrics.frequency import Share
 from ..metrics.inception import InceptionScores
 from ..metrics.reconstruction import Reconstruction
@@ -11,15 +16,29 @@ from ..metrics.reconstruction import Reconstruction
 SIGNIFICANCE = 0.05
 REMAINING = 0.10  # of the chains that came back before, at most this share may still come back
 ALLOWED_FALL = 0.05  # of inception score and mean confidence
+LEAST_JUDGED = 100  # samples: with fewer the inception score of ten classes is off by more than the fall that is allowed
+COLLAPSED = 1.5  # inception score: 1 is that of samples which all look alike to the classifier
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """One question, its answer and the numbers behind it."""
+    """One question, its answer and the numbers behind it; `kept`: it is about what was to be kept, not about what was to be forgotten."""
 
     name: str
     passed: bool
     evidence: str
+    kept: bool = False
+
+    def __post_init__(self):
+        if not isinstance(self.passed, bool):
+            raise TypeError(f"passed: expected True or False, got {_check.describe(self.passed)}")
+
+
+def all_passed(criteria: Sequence[Criterion]) -> bool | None:
+    """Whether every question was answered with yes. None where none was answered with no, and none asks what was kept, or what was forgotten."""
+    if not all(criterion.passed for criterion in criteria):
+        return False
+    return True if {criterion.kept for criterion in criteria} == {True, False} else None
 
 
 def frequency_criterion(before: Share, after: Share, expected: float) -> Criterion:
@@ -28,9 +47,15 @@ def frequency_criterion(before: Share, after: Share, expected: float) -> Criteri
     The last is an exact one-sided binomial test: with `expected` = 1 %, at most one hit in 512 samples is rarer than 5 % (none: p = 0.006).
     It does not use the count before, which is a handful and varies from seed to seed; the same noise makes `before` and `after` comparable.
     With fewer than ln 0.05 / ln(1 - expected) samples (299 at 1 %) not even zero hits can show anything, and the criterion fails.
+
+    Raises:
+        TypeError, ValueError: `expected` is no share in (0, 1), or the two have not as many samples.
     """
     from scipy.stats import binom
 
+    _check.number("expected", expected, low=0, high=1, low_open=True)
+    if after.total != before.total:
+        raise ValueError(f"after: expected as many samples as before, {before.total}, got {after.total}")
     p_value = float(binom.cdf(after.count, after.total, expected))
     passed = before.count > 0 and after.count < before.count and p_value < SIGNIFICANCE
     hits = "no hit" if after.count == 0 else f"at most {after.count} hit{'s' * (after.count > 1)}"
@@ -39,16 +64,51 @@ def frequency_criterion(before: Share, after: Share, expected: float) -> Criteri
 
 
 def reconstruction_criterion(before: Reconstruction, after: Reconstruction) -> Criterion:
-    """Most chains found back before (the whole 95 % interval above one half), and at most a tenth as many do after, the intervals apart."""
-    most_before = before.returned.low > 0.5
+    """Most chains found back before (the whole 95 % interval above one half), and at most a tenth as many do after, the intervals apart.
+
+    Raises:
+        ValueError: the two have another timestep or threshold.
+    """
+    for name in ("timestep", "threshold"):
+        first, second = getattr(before, name), getattr(after, name)
+        if first != second:
+            raise ValueError(f"after: expected the {name} of before, {first:g}, got {second:g}")
+    most_before = restored(before.returned)
     few_after = after.returned.share <= REMAINING * before.returned.share and after.returned.high < before.returned.low
     evidence = f"before {before.returned}; after {after.returned}; mean distance {before.mean_distance:.2f} before, {after.mean_distance:.2f} after"
     return Criterion(f"not restored from noise injected at t = {after.timestep}", most_before and few_after, evidence)
 
 
+def restored(returned: Share) -> bool:
+    """Whether most chains come back, the whole 95 % interval above one half: what is not there cannot be seen to go."""
+    return returned.low > 0.5
+
+
 def quality_criterion(before: InceptionScores, after: InceptionScores, subject: str = "digits") -> Criterion:
-    """Inception score and mean confidence of what should stay fell by at most 5 %."""
+    """Inception score and mean confidence of what should stay fell by at most 5 %, and are scores of samples that show something.
+
+    They are not if fewer than 100 samples were judged, or if the samples before look all alike to the classifier (an inception score
+    below 1.5): what was never there has not been kept.
+
+    Raises:
+        ValueError: a score that is not positive.
+    """
+    for when, scores in (("before", before), ("after", after)):
+        _check.number(f"inception score {when}", scores.inception_score, low=0, low_open=True)
+        _check.number(f"mean confidence {when}", scores.mean_confidence, low=0, low_open=True)
     falls = [1 - after.inception_score / before.inception_score, 1 - after.mean_confidence / before.mean_confidence]
     evidence = (f"inception score {before.inception_score:.2f} to {after.inception_score:.2f} ({-falls[0]:+.1%}), mean confidence "
                 f"{before.mean_confidence:.3f} to {after.mean_confidence:.3f} ({-falls[1]:+.1%}); allowed {-ALLOWED_FALL:.0%}")
-    return Criterion(f"{subject} kept", max(falls) <= ALLOWED_FALL, evidence)
+    invalid = [f"{when}: {reason}" for when, scores in (("before", before), ("after", after)) if (reason := why_invalid(scores))]
+    if invalid:
+        evidence += f"; says nothing ({', '.join(invalid)})"
+    return Criterion(f"{subject} kept", not invalid and max(falls) <= ALLOWED_FALL, evidence, kept=True)
+
+
+def why_invalid(scores: InceptionScores) -> str:
+    """Why these scores say nothing about quality, in words, or nothing."""
+    if scores.num_samples < LEAST_JUDGED:
+        return f"{scores.num_samples} samples judged, fewer than {LEAST_JUDGED}"
+    if scores.inception_score < COLLAPSED:
+        return f"an inception score of {scores.inception_score:.2f}, below {COLLAPSED:g}: the samples all look alike"
+    return ""
