@@ -9,6 +9,7 @@ import torch
 from locks import held_elsewhere
 
 from fastunlearn import demo
+from fastunlearn._finite import NotFiniteError
 from fastunlearn.demo import evaluation, run_demo
 from fastunlearn.folder_lock import FolderLocked, locked
 from fastunlearn.run_health import TooManySkippedSteps
@@ -88,6 +89,34 @@ def test_it_prints_a_table_that_ends_with_the_report(run, capsys):
     assert "unlearning with ReTrack" in output
     assert "no longer generated" in output
     assert output.rstrip().endswith(str(result.report))
+
+
+def test_steps_that_destroy_the_model_are_no_forgetting(run, tmp_path):
+    """A learning rate of 1e30: the first step makes the weights huge, the others are skipped, and nothing that is drawn is finite."""
+    with pytest.raises(NotFiniteError, match="expected finite"):
+        run(method="neggrad", lr=1e30, steps=3)
+    assert not (tmp_path / "demo" / "report.html").exists()
+
+
+def test_a_skipped_step_is_in_the_results_and_on_the_page(run, monkeypatch):
+    """Without quality there is no yes, and NaN, which JSON has not, is null."""
+    forget = demo.forget_tshirt
+
+    def skipping(*arguments):
+        log = forget(*arguments)
+        return [{**log[0], "loss": None, "retain_loss": None, "skipped": True}, *log[1:]]
+
+    monkeypatch.setattr(demo, "forget_tshirt", skipping)
+    result = run()
+    assert result.results["log"][0]["retain_loss"] is None
+    assert "1 of 2 steps had a loss or a gradient that is not finite" in result.report.read_text(encoding="utf-8")
+
+
+def test_the_quality_of_few_samples_is_no_quality(run):
+    kept = run().criteria[-1]
+    assert kept.kept
+    assert not kept.passed
+    assert "12 samples judged, fewer than 100" in kept.evidence
 
 
 @pytest.mark.parametrize("method", sorted(demo.SETTINGS))

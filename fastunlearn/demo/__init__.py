@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +17,7 @@ from ..folder_lock import locked
 from ..methods import SISS, EraseDiff, Method, NegGrad, ReTrack, Vanilla
 from ..models import load_checkpoint, save_checkpoint
 from ..recipes.mnist_tshirt import load_demo
-from ..report import Criterion
+from ..report import Criterion, all_passed
 from ..run_health import SkipLimit, check_finite, remedy
 from ..schedule import NoiseSchedule
 from ..store import ImageStore
@@ -102,6 +103,7 @@ def run_demo(
         TypeError, ValueError: for an argument outside its range, before any work.
         FolderLocked: another process, or another thread, writes to `output_dir`.
         TooManySkippedSteps, WeightsNotFinite: the steps destroyed the model; nothing is written then.
+        NotFiniteError: a ValueError; the model's weights, its samples or a score are not finite, before or after the steps.
     """
     _check.integer("steps", steps, low=0)
     _check.integer("num_samples", num_samples, low=2)
@@ -132,7 +134,7 @@ def run_demo(
         "num_samples": evaluate.num_samples, "inference_steps": INFERENCE_STEPS,
     }  # fmt: skip
     results = {
-        "passed": all(criterion.passed for criterion in criteria), "criteria": [asdict(criterion) for criterion in criteria], "run": run,
+        "passed": all_passed(criteria) is True, "criteria": [asdict(criterion) for criterion in criteria], "run": run,
         "before": before.numbers(), "after": after.numbers(), "seconds": seconds, "log": log,
     }  # fmt: skip
     page = report(evaluate.image, evaluate.noised(), before, after, criteria, results).write(output_dir)
@@ -160,7 +162,7 @@ def load_model(device: str | torch.device = "cpu", folder: str | os.PathLike | N
 def forget_tshirt(
     model: torch.nn.Module, scheduler, setting: Setting, forget: ImageStore, retain: ImageStore, steps: int, batch_size: int, seed: int, show_progress: bool
 ) -> list[dict]:
-    """Takes the steps on `model` in place; one entry a step, with the numbers of `StepOutput`."""
+    """Takes the steps on `model` in place; one entry a step, with the numbers of `StepOutput`, None where one is not finite."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=setting.lr, betas=(0.95, 0.999), weight_decay=1e-6, fused=True)
     schedule = NoiseSchedule.from_diffusers(scheduler)
     lr_scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
@@ -173,7 +175,7 @@ def forget_tshirt(
         for step in range(1, steps + 1):
             output = unlearner.step()
             entry = {name: value.item() for name, value in output._asdict().items() if isinstance(value, Tensor)}
-            log.append({"step": step, **entry})
+            log.append({"step": step, **{name: value if math.isfinite(value) else None for name, value in entry.items()}})
             advance(step, {**entry, "skipped_steps": int(unlearner.skipped_steps)})
     MOST_SKIPPED.check(int(unlearner.skipped_steps), steps, steps, None)
     check_finite("the unlearned model", model.state_dict(), remedy(None))

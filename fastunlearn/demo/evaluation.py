@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..metrics.classifier import load_mnist_classifier
-from ..metrics.frequency import Share, distances, frequency
+from ..metrics.distance import distances
+from ..metrics.frequency import Share, frequency
 from ..metrics.inception import InceptionScores, inception_scores
 from ..metrics.nll import Likelihood, bits_per_dim
 from ..metrics.reconstruction import Reconstruction, reconstruct
