@@ -420,36 +420,6 @@ def test_sample(world, tmp_path, capsys):
     assert load_images(tmp_path / "again.npz").shape == TINY_SHAPE
 
 
-def test_evaluate_compares_two_checkpoints(world, tmp_path, capsys):
-    unlearn(world, tmp_path / "run")
-    few = ("--num_images", "6", "--num_inference_steps", "3", "--timestep", "5", "--chains", "2", "--nll_tolerance", "0.1", "--device", "cpu")
-    arguments = ("--model", tmp_path / "run" / "model", "--against", world.model, "--forget", world.forget)
-    arguments += ("--threshold", "2.5", "--resample", "box")
-    assert run("evaluate", *arguments, "--output", tmp_path / "out", *few) == 0
-    shown = capsys.readouterr().out
-    assert shown.splitlines()[-1] == f"evaluation: {tmp_path / 'out' / 'evaluation.json'}"
-    assert "before" in shown
-    assert "after" in shown
-    result = json.loads((tmp_path / "out" / "evaluation.json").read_text())
-    assert result["forget_images"] == 2
-    options = {"size": [8, 8], "channels": 1} | DEFAULTS | {"resample": "box"}
-    counts = {"rows": 2, "files": 2, "passed_over": 0, "folders_entered_before": 0}
-    assert result["images"] == {"forget": counts | {"options": options}}
-    assert shown.splitlines()[0] == "forget: 2 rows from 2 files"
-    assert result["measured"].keys() == {"before", "after"}
-    assert result["measured"]["before"]["reconstruction"]["total"] == 4
-    assert result["measured"]["before"]["frequency"]["total"] == 6
-    assert not list((tmp_path / "out").glob("*.png"))
-
-
-def test_evaluate_refuses_scores_of_other_images(world, tmp_path, capsys):
-    arguments = ("--model", world.model, "--forget", world.forget, "--output", tmp_path / "out")
-    assert run("evaluate", *arguments, "--metrics", "frequency,fid", "--retain", world.retain) == 2
-    assert "metrics: expected fid and is for images of shape (1, 28, 28) only" in capsys.readouterr().err
-    assert run("evaluate", *arguments, "--metrics", "beauty") == 2
-    assert "metrics: expected one of frequency, nll, reconstruction, fid, is, got 'beauty'" in capsys.readouterr().err
-
-
 def test_neighbors(world, tmp_path):
     assert run("neighbors", "--forget", world.forget, "--retain", world.retain, "--k", "4", "--output", tmp_path / "near.npz") == 0
     found = np.load(tmp_path / "near.npz")

@@ -24,6 +24,7 @@ LAYERS = [
     {"unlearner"},
     {"models", "sampling", "recipes"},
     {"metrics", "report"},
+    {"measuring"},
     {"run_record", "trackers", "processes"},
     {"resume"},
     {"pretraining", "training"},

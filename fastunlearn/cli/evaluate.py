@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import sys
+import traceback
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -11,16 +12,20 @@ from .options import also, unset
 from .picture_flags import PictureFlags
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
-METRICS = {  # name -> (row of the table, which direction is wanted)
+    from ..measuring import Images, Record, Settings, Subject, Verdict
+    from ..metrics.threshold import Threshold
+    from ..store import ImageStore
+
+ROWS = {  # metric -> (row of the table, which direction is wanted)
     "frequency": ("forget images in samples", "lower"),
     "nll": ("their bits/dim", "higher"),
     "reconstruction": ("back from noise", "lower"),
     "fid": ("FID of other samples", "lower"),
     "is": ("IS of other samples", "higher"),
 }
-CLASSIFIED_SHAPE = (1, 28, 28)
 MOST_REAL_IMAGES = 10_000
 
 
@@ -29,10 +34,13 @@ class Evaluate:
     """Measure whether a checkpoint still knows the images to forget, and how well it does on the rest.
 
     frequency: the share of samples within --threshold of a forget image, with its exact 95 % interval. reconstruction: forget images noised
-    to --timestep and denoised; the share that comes back. nll: their likelihood (probability-flow ODE; linear schedules). fid, is: 28x28
-    grey digits only, through the shipped MNIST classifier, comparable with each other but not with published numbers. No picture is written.
+    to --timestep and denoised; the share that comes back. nll: their likelihood (probability-flow ODE). fid, is: 28x28 grey digits only,
+    through the shipped MNIST classifier, comparable with each other but not with published numbers. No picture is written.
 
-    Try: fastunlearn evaluate --model runs/forget-7/model --against pretrained --forget forget/ --metrics frequency,reconstruction
+    What cannot be had is known before the first sample, and costs its row, with the reason; the exit code is then 1. With --against there
+    is a verdict: yes only if the images came back before, do not after, and the quality of the rest (is) was measured and kept.
+
+    Try: fastunlearn evaluate --model runs/forget-7/model --against pretrained --forget forget/ --retain retain.npy
     """
 
     model: Path
@@ -42,13 +50,14 @@ class Evaluate:
     forget: tuple[Path, ...]
     """Images to forget; equal ones count once."""
     retain: Annotated[tuple[Path, ...], unset("none")] = ()
-    """Images to keep; fid compares with them."""
+    """Images to keep: --threshold is calibrated on them, and fid compares with them."""
     metrics: str = "frequency,nll,reconstruction"
     """Any of frequency, nll, reconstruction, fid, is, joined by commas."""
     num_images: int = 512
     """Samples for frequency, fid and is; 299 without a hit exclude a share of 1 %."""
-    threshold: float = 10.0
-    """L2 distance, in pixels of [0, 1] summed over the image, below which two images are the same; the papers' 10 belongs to 28x28 digits."""
+    threshold: Annotated[float | None, unset("the papers' 10 for 28x28 grey images, else calibrated on --retain", "FLOAT")] = None
+    """L2 distance, in pixels of [0, 1] summed over the image, below which two images are the same. Calibrated: the 0.1 % quantile of the
+    distances among images to keep, at most half the distance of a forget image to a picture that shows nothing."""
     timestep: int = 250
     """Where reconstruction injects the noise."""
     chains: int = 64
@@ -78,76 +87,146 @@ class Evaluate:
 
     def run(self) -> int:
         from .. import _check
-        from .options import load_for, pick_device
+        from ..measuring import Record, Settings, decide, parse_metrics
+        from .options import pick_device
 
-        wanted = [_check.one_of("metrics", name.strip(), tuple(METRICS)) for name in self.metrics.split(",")]
-        device = pick_device(self.device)
-        models = {"model": _load(self.model, device)} if self.against is None else {"before": _load(self.against, device), "after": _load(self.model, device)}
-        model, _ = next(iter(models.values()))
+        wanted = parse_metrics(self.metrics)
+        settings = Settings(
+            num_images=self.num_images, timestep=self.timestep, chains=self.chains, nll_tolerance=self.nll_tolerance,
+            sampler=self.sampler, num_inference_steps=self.num_inference_steps, batch_size=self.batch_size, seed=self.seed,
+            show_progress=True,
+        )  # fmt: skip
+        _check.integer("max_forget_images", self.max_forget_images, low=1)
+        if self.threshold is not None:
+            _check.number("threshold", self.threshold, low=0, low_open=True)
+        subjects = self._subjects(pick_device(self.device))
         read: dict[str, Any] = {}
-        forget = load_for(model, "forget", self.forget, self.pictures, read)
-        if {"fid", "is"} & set(wanted) and forget.shape != CLASSIFIED_SHAPE:
-            raise ValueError(f"metrics: expected fid and is for images of shape {CLASSIFIED_SHAPE} only (the shipped classifier's), got {forget.shape}")
-        real = None
-        if {"fid", "is"} & set(wanted):
-            real = load_for(model, "retain", self.retain, self.pictures, read)
-        images, real_images = _distinct(forget), None if real is None else _evenly(real, MOST_REAL_IMAGES)
-        measured = {name: self._measure(*loaded, wanted, images, real_images) for name, loaded in models.items()}
+        images = self._images(wanted, next(iter(subjects.values())).model, read)
+        refused = _plan(wanted, subjects, images, settings)
 
-        self.output.mkdir(parents=True, exist_ok=True)
-        file = self.output / "evaluation.json"
+        record = Record(self.output, self._head(images, read), tuple(subjects), wanted)
+        try:
+            for name, subject in subjects.items():
+                _measure(name, subject, wanted, refused[name], images, settings, record)
+            counts = {"looked_at": len(images.few), "given": len(images.forget)}
+            before, after = (None, *record.measured.values())[-2:]
+            verdict = decide(before, after, **counts)
+            record.finish(verdict=asdict(verdict))
+        except BaseException as error:
+            record.fail(error)
+            raise
+        self._print(record, images.threshold, verdict)
+        return 0 if record.complete else 1
+
+    def _subjects(self, device: torch.device) -> dict[str, Subject]:
+        """The checkpoints by their column; all of them are loaded, and their weights found finite, before anything is measured."""
+        from ..measuring import Subject
+        from ..models import load_checkpoint
+        from .options import model_shape
+
+        paths = {"model": self.model} if self.against is None else {"before": self.against, "after": self.model}
+        subjects = {name: Subject(*load_checkpoint(path, device=device)) for name, path in paths.items()}
+        shapes = [model_shape(subject.model) for subject in subjects.values()]
+        if len(set(shapes)) > 1:
+            raise ValueError(f"against: expected a checkpoint for images of {shapes[-1]}, as --model, got one for {shapes[0]}")
+        return subjects
+
+    def _images(self, wanted: tuple[str, ...], model, read: dict[str, Any]) -> Images:
+        """The sets; what was read of their files goes into `read`."""
+        from ..measuring import Images
+        from .options import load_for
+
+        forget = _distinct(load_for(model, "forget", self.forget, self.pictures, read))
+        retain = load_for(model, "retain", self.retain, self.pictures, read) if self.retain else None
+        threshold = self._threshold(forget, retain)
+        real = None
+        if retain is not None and {"fid", "is"} & set(wanted):
+            real = _evenly(retain, MOST_REAL_IMAGES)
+        return Images(forget, forget[: self.max_forget_images], real, threshold)
+
+    def _threshold(self, forget: Tensor, retain: ImageStore | None) -> Threshold | str:
+        """The threshold, or why there is none; one that was given and cannot serve is wrong input."""
+        from ..metrics.threshold import choose, even_rows
+
+        some = None if retain is None else retain.rows(even_rows(len(retain), forget[0].numel()))
+        try:
+            return choose(self.threshold, forget, some)
+        except ValueError as error:
+            if self.threshold is not None:
+                raise
+            return str(error)
+
+    def _head(self, images: Images, read: dict[str, Any]) -> dict:
+        """What evaluation.json begins with; it names no image."""
         elsewhere = ("forget", "retain", "pictures")  # the last with the numbers of what was read
         noted = {name: value for name, value in vars(self).items() if name not in elsewhere}
         settings = {name: str(value) if isinstance(value, Path) else value for name, value in noted.items()}
-        sets = {"images": read, "forget_images": len(images)}
-        evaluation = {"settings": settings, **sets, "measured": measured}
-        file.write_text(json.dumps(evaluation, indent=1) + "\n")
-        _print_table(wanted, measured)
-        print(f"evaluation: {file}")
-        return 0
+        threshold = {"refused": images.threshold} if isinstance(images.threshold, str) else asdict(images.threshold)
+        sets = {"images": read, "forget_images": len(images.forget)}
+        return {"settings": settings, **sets, "threshold": threshold}
 
-    def _measure(self, model, scheduler, wanted: list[str], images: Tensor, real: Tensor | None) -> dict[str, dict]:
-        """The numbers of one checkpoint: metric -> its fields, with the one to show as `value`."""
-        import torch
+    def _print(self, record: Record, threshold: Threshold | str, verdict: Verdict) -> None:
+        from rich.console import Console
+        from rich.table import Table
 
-        from ..metrics.classifier import load_mnist_classifier
-        from ..metrics.frequency import Share, distances
-        from ..metrics.inception import inception_scores
-        from ..metrics.nll import bits_per_dim
-        from ..metrics.reconstruction import reconstruct
-        from ..sampling import sample
-        from ..schedule import NoiseSchedule
+        table = Table("", *record.measured, "wanted")
+        for metric in record.wanted:
+            label, good = ROWS[metric]
+            table.add_row(label, *(row[metric].value if metric in row else "not had" for row in record.measured.values()), good)
+        Console().print(table)
+        for line in _notes(record, threshold):
+            print(line)
+        if self.against is not None:
+            from ..measuring.verdict import QUESTION
 
-        noise = {"sampler": self.sampler, "batch_size": self.batch_size, "seed": self.seed, "show_progress": True}
-        few = images[: self.max_forget_images]
-        numbers: dict[str, dict] = {}
-        if {"frequency", "fid", "is"} & set(wanted):
-            samples = sample(model, scheduler, self.num_images, shape=tuple(images.shape[1:]), num_inference_steps=self.num_inference_steps, **noise)
-            hits = torch.stack([distances(samples, image) < self.threshold for image in images]).any(0)
-            share = Share.of(int(hits.sum()), len(samples))
-            numbers["frequency"] = {"value": _in_short(share), **asdict(share)}
-        if real is not None:
-            scores = inception_scores(samples[~hits], real, load_mnist_classifier())
-            numbers["fid"] = {"value": f"{scores.fid:.3f}", **asdict(scores)}
-            numbers["is"] = {"value": f"{scores.inception_score:.3f}", **asdict(scores)}
-        if "nll" in wanted:
-            likelihood = bits_per_dim(model, NoiseSchedule.from_diffusers(scheduler), few, seed=self.seed, rtol=self.nll_tolerance, atol=self.nll_tolerance)
-            numbers["nll"] = {"value": f"{likelihood.mean:.3f}", **asdict(likelihood)}
-        if "reconstruction" in wanted:
-            noise["num_inference_steps"] = min(self.num_inference_steps, self.timestep + 1)
-            each = [reconstruct(model, scheduler, image, self.timestep, chains=self.chains, threshold=self.threshold, **noise)[0] for image in few]
-            returned = Share.of(sum(result.returned.count for result in each), sum(result.returned.total for result in each))
-            numbers["reconstruction"] = {"value": _in_short(returned), **asdict(returned), "images": [asdict(result) for result in each]}
-        return {name: numbers[name] for name in wanted}
+            print(f"{QUESTION}: {verdict.answer} ({verdict.reason})")
+        print(f"evaluation: {record.file}")
 
 
-def _load(path: Path, device):
-    from ..models import load_checkpoint
+def _plan(wanted: tuple[str, ...], subjects: dict[str, Subject], images: Images, settings: Settings) -> dict[str, dict[str, str]]:
+    """Checkpoint -> metric -> why it cannot be had. Where nothing can, that is an error."""
+    from ..measuring import plan
 
-    return load_checkpoint(path, device=device)
+    refused = {name: plan(wanted, subject, images, settings) for name, subject in subjects.items()}
+    if all(len(reasons) == len(wanted) for reasons in refused.values()):
+        lines = (f"{metric}: {reason}" for metric, reason in next(iter(refused.values())).items())
+        raise ValueError(f"metrics: expected at least one that can be had, got none ({'; '.join(lines)})")
+    return refused
 
 
-def _distinct(store) -> Tensor:
+def _measure(
+    name: str, subject: Subject, wanted: tuple[str, ...], refused: dict[str, str], images: Images, settings: Settings, record: Record
+) -> None:
+    """Measures one checkpoint, and writes each metric down as it comes."""
+    from ..measuring import Measurement, measure
+    from . import _exit_code
+
+    for metric, reason in refused.items():
+        record.refuse(name, metric, reason)
+    for metric, found in measure([metric for metric in wanted if metric not in refused], subject, images, settings):
+        if isinstance(found, Measurement):
+            record.add(name, metric, found)
+            continue
+        record.refuse(name, metric, str(found) or type(found).__name__)
+        if _exit_code(found) is None:  # not a refusal of ours: how it came about is worth knowing
+            traceback.print_exception(found, file=sys.stderr)
+
+
+def _notes(record: Record, threshold: Threshold | str) -> list[str]:
+    """What the table cannot hold: how the threshold was had, what limits a score, and why a metric was not had."""
+    notes = []
+    if not isinstance(threshold, str) and {"frequency", "reconstruction"} & set(record.wanted):
+        notes.append(f"threshold: {threshold.value:.4g} ({threshold.how})")
+        if threshold.calibrated not in (None, threshold.value):
+            notes[-1] += f"; calibrated on the images to keep it would be {threshold.calibrated:.4g}"
+    for name, row in record.measured.items():
+        notes += [f"{metric} ({name}): {row[metric].numbers['note']}" for metric in row if row[metric].numbers.get("note")]
+    for name, reasons in record.not_measured.items():
+        notes += [f"{metric} ({name}) not had: {reason}" for metric, reason in reasons.items()]
+    return notes
+
+
+def _distinct(store: ImageStore) -> Tensor:
     """The different rows of `store`, in their order, as network input."""
     import torch
 
@@ -158,22 +237,7 @@ def _distinct(store) -> Tensor:
     return store.rows(torch.tensor(list(first.values())))
 
 
-def _evenly(store, count: int) -> Tensor:
+def _evenly(store: ImageStore, count: int) -> Tensor:
     import torch
 
     return store.rows(torch.linspace(0, len(store) - 1, min(count, len(store))).long())
-
-
-def _in_short(share) -> str:
-    return f"{share.count}/{share.total} ({share.low:.1%}-{share.high:.1%})"
-
-
-def _print_table(wanted: list[str], measured: dict[str, dict]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("", *measured, "wanted")
-    for name in wanted:
-        label, good = METRICS[name]
-        table.add_row(label, *(numbers[name]["value"] for numbers in measured.values()), good)
-    Console().print(table)

@@ -1,0 +1,92 @@
+"""Was it forgotten, with the rest kept? Yes only where both were measured, and the quality that was kept is one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..report.verdict import Criterion, quality_criterion, reconstruction_criterion, restored, why_invalid
+from .measurement import Measurement
+
+QUESTION = "forgotten, with the rest kept"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`answer` to `QUESTION`: "yes", "no" or "not decided", and why."""
+
+    answer: str
+    reason: str
+    criteria: tuple[Criterion, ...] = ()
+
+
+def decide(
+    before: Mapping[str, Measurement] | None, after: Mapping[str, Measurement], *, looked_at: int, given: int
+) -> Verdict:
+    """The verdict on two checkpoints that were measured on the same noise.
+
+    No: a sample after shows a forget image, most chains of one still come back, or more than a tenth of those that did before, or
+    the quality fell. Yes: every forget image came back before, none does after, and quality is there and was kept. Anything else is
+    not decided.
+
+    Args:
+        before, after: metric -> what was measured; `before` None without a second checkpoint.
+        looked_at: how many forget images were reconstructed.
+        given: how many there are.
+    """
+    if before is None:
+        return Verdict("not decided", "no checkpoint from before (--against), so nothing can be seen to have gone")
+    if "frequency" in after and after["frequency"].result.count > 0:
+        return Verdict("no", f"still generated: {after['frequency'].result} samples after show a forget image")
+    forgotten = _forgotten(before, after)
+    unseen = [row for row in range(len(forgotten)) if not restored(_returned(before, row))]
+    still = [
+        row for row, criterion in enumerate(forgotten)
+        if restored(_returned(after, row)) or (row not in unseen and not criterion.passed)
+    ]  # fmt: skip
+    if still:
+        return Verdict("no", f"still restored from noise: forget image {_listed(still)}", forgotten)
+    if not forgotten:
+        return Verdict("not decided", "reconstruction was not measured of both checkpoints")
+    if unseen:
+        reason = f"forget image {_listed(unseen)} did not come back before either, so nothing can be seen to have gone"
+        return Verdict("not decided", reason, forgotten)
+    kept = _kept(before, after)
+    if kept is None:
+        reason = "the quality of what is kept was not measured of both checkpoints (--metrics is with --retain, 28x28 grey digits)"
+        return Verdict("not decided", reason, forgotten)
+    criteria = (*forgotten, kept)
+    if not kept.passed:
+        answer = "not decided" if _says_nothing(before, after) else "no"
+        return Verdict(answer, f"{kept.name}: {kept.evidence}", criteria)
+    if looked_at < given:
+        return Verdict("not decided", f"{looked_at} of {given} forget images were reconstructed (--max-forget-images)", criteria)
+    return Verdict("yes", f"no chain that came back before does after, and {kept.name}: {kept.evidence}", criteria)
+
+
+def _forgotten(before: Mapping[str, Measurement], after: Mapping[str, Measurement]) -> tuple[Criterion, ...]:
+    """One criterion for each forget image: the mean of many would hide one that still comes back."""
+    if "reconstruction" not in before or "reconstruction" not in after:
+        return ()
+    pairs = zip(before["reconstruction"].result, after["reconstruction"].result, strict=True)
+    return tuple(reconstruction_criterion(first, second) for first, second in pairs)
+
+
+def _kept(before: Mapping[str, Measurement], after: Mapping[str, Measurement]) -> Criterion | None:
+    both = [measured.get("is") or measured.get("fid") for measured in (before, after)]
+    if None in both:
+        return None
+    return quality_criterion(both[0].result, both[1].result, "other samples")
+
+
+def _says_nothing(before: Mapping[str, Measurement], after: Mapping[str, Measurement]) -> bool:
+    """Whether the scores before are none of quality: then they did not fall either."""
+    return bool(why_invalid((before.get("is") or before["fid"]).result))
+
+
+def _returned(measured: Mapping[str, Measurement], row: int):
+    return measured["reconstruction"].result[row].returned
+
+
+def _listed(rows: list[int]) -> str:
+    return ", ".join(map(str, rows))
