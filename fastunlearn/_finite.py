@@ -1,4 +1,4 @@
-"""NaN and Inf are refused where they enter a metric: a comparison with NaN is False, which would read as an answer."""
+"""NaN and Inf are refused where they enter a metric: a comparison with NaN is False, like an answer."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ def rows(name: str, value: Tensor) -> Tensor:
     if bad.any():
         first = int(bad.nonzero()[0])
         raise NotFiniteError(
-            f"{name}: expected finite values, got NaN or Inf in {int(bad.sum())} of {len(value)} (first: {first})"
+            f"{name}: expected finite values, "
+            f"got NaN or Inf in {int(bad.sum())} of {len(value)} (first: {first})"
         )
     return value
 
 
 def weights(model: object, name: str = "model") -> None:
-    """Refuses a module with NaN or Inf in a parameter or a buffer, and names it; any other callable has none to look at."""
+    """Refuses a module with NaN or Inf in a parameter or a buffer, and names it; a function has none."""
     if not isinstance(model, nn.Module):
         return
     for kind in (model.named_parameters(), model.named_buffers()):

@@ -26,9 +26,10 @@ def sample(model: nn.Module | Callable, scheduler, num_images: int, *, shape: tu
     """Images drawn from noise.
 
     Args:
-        model: a diffusers model, or any `callable(x_t, t)` (`x_t` `[B, C, H, W]`, `t` int64 `[B]`) that returns a tensor or an object with
-            `.sample`. A module is put in eval mode meanwhile. Of 2C output channels the first C count, unless the scheduler learns the
-            variance and the sampler uses one: `"ddim"` does not.
+        model: a diffusers model, or any `callable(x_t, t)` (`x_t` `[B, C, H, W]`, `t` int64 `[B]`) that
+            returns a tensor or an object with `.sample`. A module is put in eval mode meanwhile. Of 2C output
+            channels the first C count, unless the scheduler learns the variance and the sampler uses one:
+            `"ddim"` does not.
         scheduler: the diffusers scheduler of the checkpoint: its noise levels, prediction type, clipping and timestep spacing are used.
         num_images: N.
         shape: `(C, H, W)` of one sample.
@@ -43,8 +44,8 @@ def sample(model: nn.Module | Callable, scheduler, num_images: int, *, shape: tu
         float32 `[N, C, H, W]` on the CPU, clamped to [-1, 1].
 
     Raises:
-        TypeError, ValueError: for an argument outside its range, a noise level from which there is no way back, or weights that are not
-            finite, before any work; for a network that returns another shape.
+        TypeError, ValueError: for an argument outside its range, a noise level from which there is no way
+            back, or weights that are not finite, before any work; for a network that returns another shape.
         NotFiniteError: a ValueError; the network returned NaN or Inf. No image of such a batch is handed out.
     """
     num_images = _check.integer("num_images", num_images, low=1)
@@ -97,7 +98,8 @@ def inject_and_denoise(model: nn.Module | Callable, scheduler, images: Tensor, t
     """
     images = _clean_images(images)
     _check.integer("chains", chains, low=1)
-    scheduler, timesteps, indices, alpha_squared = _injection_grid(scheduler, sampler, timestep, num_inference_steps)
+    grid = _injection_grid(scheduler, sampler, timestep, num_inference_steps)
+    scheduler, timesteps, indices, alpha_squared = grid
 
     def start(rows: range, generators: list[torch.Generator]) -> Tensor:
         return _noised(images[torch.tensor(rows) // chains], alpha_squared, generators)
@@ -106,16 +108,18 @@ def inject_and_denoise(model: nn.Module | Callable, scheduler, images: Tensor, t
 
 
 def check_injection(
-    model: nn.Module | Callable, scheduler, image: Tensor, timestep: int, *, num_inference_steps: int | None = None,
-    sampler: str = "ddpm",
+    model: nn.Module | Callable, scheduler, image: Tensor, timestep: int, *,
+    num_inference_steps: int | None = None, sampler: str = "ddpm",
 ) -> None:  # fmt: skip
-    """Whether `inject_and_denoise` can finish for `image` `[1, C, H, W]`, by the first step of one chain: one network call.
+    """Whether `inject_and_denoise` can finish for `image` `[1, C, H, W]`, by the first step of one chain: one
+    network call.
 
     Raises:
         TypeError, ValueError: what `inject_and_denoise` would raise with these arguments.
     """
     image = _clean_images(image)
-    scheduler, timesteps, indices, alpha_squared = _injection_grid(scheduler, sampler, timestep, num_inference_steps)
+    grid = _injection_grid(scheduler, sampler, timestep, num_inference_steps)
+    scheduler, timesteps, indices, alpha_squared = grid
 
     def start(rows: range, generators: list[torch.Generator]) -> Tensor:
         return _noised(image, alpha_squared, generators)
@@ -160,7 +164,7 @@ def _denoise(model, scheduler, timesteps: list[int], indices, start: Callable[[r
     parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
     device, dtype = (parameters[0].device, parameters[0].dtype) if parameters else (torch.device("cpu"), torch.float32)
     memory_format = torch.channels_last if _is_channels_last(parameters) else torch.contiguous_format
-    # Only diffusers' DDPM scheduler has a variance; another one may still carry the setting in its configuration.
+    # Only diffusers' DDPM scheduler has a variance; another one may still carry the setting in its config.
     learned_variance = vars(scheduler).get("variance_type") in LEARNED
     done = []
     batches = [range(first, min(first + batch_size, num_images)) for first in range(0, num_images, batch_size)]
@@ -183,7 +187,8 @@ def _denoise(model, scheduler, timesteps: list[int], indices, start: Callable[[r
 
 
 def _prediction(output, x: Tensor, learned_variance: bool) -> Tensor:
-    """What the network returned for `x` `[B, C, H, W]`, float32: C channels, or 2C where the sampler reads the variance."""
+    """What the network returned for `x` `[B, C, H, W]`, float32: C channels, or 2C where the sampler reads
+    the variance."""
     prediction = getattr(output, "sample", output)
     channels = x.shape[1]
     wanted = (2 * channels,) if learned_variance else (channels, 2 * channels)
@@ -192,7 +197,9 @@ def _prediction(output, x: Tensor, learned_variance: bool) -> Tensor:
     if tuple(prediction.shape) not in shapes:
         reason = " (the scheduler learns the variance)" if learned_variance else ""
         expected = " or ".join(str(list(shape)) for shape in shapes)
-        raise ValueError(f"model: expected a prediction of shape {expected}{reason}, got {list(prediction.shape)}")
+        raise ValueError(
+            f"model: expected a prediction of shape {expected}{reason}, got {list(prediction.shape)}"
+        )
     return (prediction if learned_variance else prediction[:, :channels]).float()
 
 
@@ -205,8 +212,8 @@ def _refuse_not_finite(finite: Tensor, rows: range) -> None:
     bad = (~finite).nonzero().flatten().tolist()
     if bad:
         raise _finite.NotFiniteError(
-            f"samples: expected finite values from the model, got NaN or Inf in {len(bad)} of the first {rows.stop} "
-            f"(first: sample {rows.start + bad[0]})"
+            "samples: expected finite values from the model, "
+            f"got NaN or Inf in {len(bad)} of the first {rows.stop} (first: sample {rows.start + bad[0]})"
         )
 
 
@@ -225,7 +232,8 @@ def _clean_images(images: Tensor) -> Tensor:
 def _sampling_grid(scheduler, sampler: str, num_inference_steps: int) -> tuple:
     """The scheduler of `sampler`, and the timesteps that it visits."""
     scheduler = _sampling_scheduler(scheduler, sampler)
-    _check.integer("num_inference_steps", num_inference_steps, low=1, high=len(scheduler), of="the scheduler's training timesteps")
+    high = {"high": len(scheduler), "of": "the scheduler's training timesteps"}
+    _check.integer("num_inference_steps", num_inference_steps, low=1, **high)
     scheduler.set_timesteps(num_inference_steps)
     timesteps = scheduler.timesteps.tolist()
     _check_levels(scheduler, timesteps)
@@ -233,9 +241,11 @@ def _sampling_grid(scheduler, sampler: str, num_inference_steps: int) -> tuple:
 
 
 def _injection_grid(scheduler, sampler: str, timestep: int, num_inference_steps: int | None) -> tuple:
-    """The scheduler, the timesteps from `timestep` down to 0, what the scheduler calls them, and `alpha_t^2` at the first."""
+    """The scheduler, the timesteps from `timestep` down to 0, what the scheduler calls them, and `alpha_t^2`
+    at the first."""
     scheduler = _sampling_scheduler(scheduler, sampler)
-    timestep = _check.integer("timestep", timestep, low=0, high=len(scheduler) - 1, of="the scheduler's training timesteps")
+    high = {"high": len(scheduler) - 1, "of": "the scheduler's training timesteps"}
+    timestep = _check.integer("timestep", timestep, low=0, **high)
     if num_inference_steps is None:
         num_inference_steps = timestep + 1
     _check.integer("num_inference_steps", num_inference_steps, low=1, high=timestep + 1, of="timestep + 1")
@@ -261,8 +271,8 @@ def _check_levels(scheduler, timesteps: list[int]) -> None:
     if scheduler.config.prediction_type == "epsilon" and (levels == 0).any():
         first = timesteps[int((levels == 0).nonzero()[0])]
         raise ValueError(
-            f"scheduler: expected alpha_t > 0 for a network that predicts epsilon, got alpha = 0 at t = {first} "
-            "(zero terminal SNR)"
+            "scheduler: expected alpha_t > 0 for a network that predicts epsilon, "
+            f"got alpha = 0 at t = {first} (zero terminal SNR)"
         )
     if (levels >= 1).any():
         first = timesteps[int((levels >= 1).nonzero()[0])]
@@ -279,11 +289,13 @@ def _sampling_scheduler(scheduler, sampler: str):
             f"got {len(scheduler.alphas_cumprod)}"
         )
     diffusers = _check.package("diffusers", f"sampler={sampler!r}")
-    _check.one_of("prediction_type of the scheduler", scheduler.config.get("prediction_type", "epsilon"), PREDICTION_TYPES)
+    prediction_type = scheduler.config.get("prediction_type", "epsilon")
+    _check.one_of("prediction_type of the scheduler", prediction_type, PREDICTION_TYPES)
     kind = diffusers.DDPMScheduler if sampler == "ddpm" else diffusers.DDIMScheduler
     try:
         made = kind.from_config(scheduler.config)
-    except NotImplementedError:  # DDIMScheduler knows fewer beta schedules; what it would compute of one is replaced below
+    except NotImplementedError:
+        # DDIMScheduler knows fewer beta schedules; what it makes of one is replaced below.
         made = kind.from_config(scheduler.config, beta_schedule="linear")
     made.alphas_cumprod = scheduler.alphas_cumprod.clone().cpu()
     if sampler == "ddim" and not made.config.set_alpha_to_one:

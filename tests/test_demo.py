@@ -92,7 +92,8 @@ def test_it_prints_a_table_that_ends_with_the_report(run, capsys):
 
 
 def test_steps_that_destroy_the_model_are_no_forgetting(run, tmp_path):
-    """A learning rate of 1e30: the first step makes the weights huge, the others are skipped, and nothing that is drawn is finite."""
+    """A learning rate of 1e30: the first step makes the weights huge, the others are skipped, and nothing
+    that is drawn is finite."""
     with pytest.raises(NotFiniteError, match="expected finite"):
         run(method="neggrad", lr=1e30, steps=3)
     assert not (tmp_path / "demo" / "report.html").exists()
@@ -109,7 +110,8 @@ def test_a_skipped_step_is_in_the_results_and_on_the_page(run, monkeypatch):
     monkeypatch.setattr(demo, "forget_tshirt", skipping)
     result = run()
     assert result.results["log"][0]["retain_loss"] is None
-    assert "1 of 2 steps had a loss or a gradient that is not finite" in result.report.read_text(encoding="utf-8")
+    page = result.report.read_text(encoding="utf-8")
+    assert "1 of 2 steps had a loss or a gradient that is not finite" in page
 
 
 def test_the_quality_of_few_samples_is_no_quality(run):

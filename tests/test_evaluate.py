@@ -1,4 +1,5 @@
-"""`fastunlearn evaluate`: it knows before it samples what it can have, writes results as they come, and says yes only of what it saw."""
+"""`fastunlearn evaluate`: it knows before it samples what it can have, writes results as they come, and says
+yes only of what it saw."""
 
 from __future__ import annotations
 
@@ -23,8 +24,8 @@ diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("tyro")
 NOISY_END = {"num_train_timesteps": 20, "beta_start": 0.02, "beta_end": 0.8}  # alphas_cumprod ends at 2e-6
 FEW = (
-    "--num-images", "6", "--num-inference-steps", "3", "--timestep", "5", "--chains", "2", "--nll-tolerance", "1",
-    "--device", "cpu",
+    "--num-images", "6", "--num-inference-steps", "3", "--timestep", "5", "--chains", "2",
+    "--nll-tolerance", "1", "--device", "cpu",
 )  # fmt: skip
 
 
@@ -33,23 +34,34 @@ def network(seed: int = 0, size: int = 8, **config):
         torch.manual_seed(seed)
         blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
         widths = {"block_out_channels": (8, 8), "layers_per_block": 1, "norm_num_groups": 4}
-        return diffusers.UNet2DModel(**{"sample_size": size, "in_channels": 1, "out_channels": 1, **widths, **blocks, **config})
+        return diffusers.UNet2DModel(
+            **{"sample_size": size, "in_channels": 1, "out_channels": 1, **widths, **blocks, **config}
+        )
 
 
 def checkpoint(folder, model=None, **scheduler):
-    return save_checkpoint(folder, network() if model is None else model, diffusers.DDPMScheduler(**{**NOISY_END, **scheduler}))
+    return save_checkpoint(
+        folder, network() if model is None else model, diffusers.DDPMScheduler(**{**NOISY_END, **scheduler})
+    )
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> SimpleNamespace:
-    """8x8: two checkpoints, two images to forget and twenty to keep. 28x28: one checkpoint, one digit-like image, and forty."""
+    """8x8: two checkpoints, two images to forget and twenty to keep. 28x28: one checkpoint, one digit-like
+    image, and forty."""
     root = tmp_path_factory.mktemp("evaluate")
     generator = np.random.default_rng(0)
-    for name, shape in (("forget", (2, 1, 8, 8)), ("retain", (20, 1, 8, 8)), ("digit", (1, 1, 28, 28)), ("digits", (40, 1, 28, 28))):
+    for name, shape in (
+        ("forget", (2, 1, 8, 8)),
+        ("retain", (20, 1, 8, 8)),
+        ("digit", (1, 1, 28, 28)),
+        ("digits", (40, 1, 28, 28)),
+    ):
         np.save(root / f"{name}.npy", generator.integers(0, 256, shape, dtype=np.uint8))
     return SimpleNamespace(
         root=root, before=checkpoint(root / "before"), after=checkpoint(root / "after", network(1)),
-        large=checkpoint(root / "large", network(size=28)), forget=root / "forget.npy", retain=root / "retain.npy",
+        large=checkpoint(root / "large", network(size=28)),
+        forget=root / "forget.npy", retain=root / "retain.npy",
         digit=root / "digit.npy", digits=root / "digits.npy",
     )  # fmt: skip
 
@@ -70,7 +82,7 @@ def evaluate(world, tmp_path):
     return evaluate
 
 
-# --- what is measured ------------------------------------------------------------------------------------------------------------
+# --- what is measured ---------------------------------------------------------------------------------------
 
 
 def test_it_compares_two_checkpoints(world, evaluate, tmp_path, capsys):
@@ -86,7 +98,11 @@ def test_it_compares_two_checkpoints(world, evaluate, tmp_path, capsys):
     assert list(result["measured"]) == ["before", "after"]
     for row in result["measured"].values():
         assert list(row) == ["frequency", "nll", "reconstruction"]
-        assert (row["reconstruction"]["total"], row["frequency"]["total"], len(row["nll"]["bits_per_dim"])) == (4, 6, 2)
+        assert (
+            row["reconstruction"]["total"],
+            row["frequency"]["total"],
+            len(row["nll"]["bits_per_dim"]),
+        ) == (4, 6, 2)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["evaluation.json"]
 
 
@@ -98,19 +114,26 @@ def test_a_random_network_on_8x8_finds_no_forget_image(evaluate, capsys):
     assert result["measured"]["model"]["frequency"]["min_distance"] > result["threshold"]["value"]
     assert result["threshold"]["papers"] is None
     assert result["threshold"]["how"].startswith("half the distance of forget image")
-    assert f"threshold: {result['threshold']['value']:.4g} (half the distance of forget image" in capsys.readouterr().out
+    assert (
+        f"threshold: {result['threshold']['value']:.4g} (half the distance of forget image"
+        in capsys.readouterr().out
+    )
 
 
 def test_28x28_keeps_the_papers_threshold_beside_the_calibrated_one(world, evaluate, capsys):
-    code, result = evaluate("--metrics", "frequency", model=world.large, forget=world.digit, retain=world.digits)
+    code, result = evaluate(
+        "--metrics", "frequency", model=world.large, forget=world.digit, retain=world.digits
+    )
     assert code == 0
-    # These pictures are noise: a constant one is within 10 of them, so that the papers' threshold cannot serve.
+    # These pictures are noise: a constant one is within 10 of them, so the papers' threshold cannot serve.
     assert result["threshold"]["papers"] == 10
     assert result["threshold"]["value"] == result["threshold"]["calibrated"] < 5
     shirt = np.zeros((1, 1, 28, 28), np.uint8)
     shirt[..., 14:] = 255  # 14 from the nearest constant
     np.save(world.root / "shirt.npy", shirt)
-    code, result = evaluate("--metrics", "frequency", model=world.large, forget=world.root / "shirt.npy", retain=world.digits)
+    code, result = evaluate(
+        "--metrics", "frequency", model=world.large, forget=world.root / "shirt.npy", retain=world.digits
+    )
     assert code == 0
     assert (result["threshold"]["value"], result["threshold"]["papers"]) == (10, 10)
     assert result["threshold"]["calibrated"] < 10
@@ -129,7 +152,7 @@ def test_scores_of_grey_28x28_images(world, evaluate, capsys):
     assert "fid (model): 8 samples and 40 real images for 128 features" in capsys.readouterr().out
 
 
-# --- what cannot be had ----------------------------------------------------------------------------------------------------------
+# --- what cannot be had -------------------------------------------------------------------------------------
 
 
 def test_a_metric_that_cannot_be_had_costs_its_row(evaluate, capsys):
@@ -140,7 +163,11 @@ def test_a_metric_that_cannot_be_had_costs_its_row(evaluate, capsys):
     assert result["status"] == "incomplete"
     assert list(result["measured"]["model"]) == ["frequency"]
     reason = result["not_measured"]["model"]["fid"]
-    assert reason == "metrics: expected fid and is for images of shape (1, 28, 28) only (the shipped classifier's), got (1, 8, 8)"
+    assert (
+        reason
+        == "metrics: expected fid and is for images of shape (1, 28, 28) only (the shipped classifier's), "
+        "got (1, 8, 8)"
+    )
     assert f"fid (model) not had: {reason}" in shown
     assert "not had" in shown
 
@@ -161,7 +188,10 @@ def test_where_nothing_can_be_had_nothing_is_sampled(evaluate, capsys, monkeypat
     error = capsys.readouterr().err
     assert (code, result) == (2, None)
     assert error.count("\n") == 1
-    assert error.startswith("error: metrics: expected at least one that can be had, got none (frequency: threshold: expected a number")
+    assert error.startswith(
+        "error: metrics: expected at least one that can be had, got none "
+        "(frequency: threshold: expected a number"
+    )
 
 
 def test_the_likelihood_needs_no_threshold(evaluate):
@@ -174,9 +204,17 @@ def test_the_likelihood_needs_no_threshold(evaluate):
 
 SCHEDULES = {
     "cosine": ({"beta_schedule": "squaredcos_cap_v2"}, 0, {}),
-    "zero terminal SNR": ({"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, 1, {"frequency": "alpha = 0 at t = 19"}),
+    "zero terminal SNR": (
+        {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
+        1,
+        {"frequency": "alpha = 0 at t = 19"},
+    ),
     "does not end in noise": ({"beta_end": 0.02}, 1, {"nll": "schedule: expected one that ends in noise"}),
-    "few timesteps": ({"num_train_timesteps": 4, "beta_end": 0.99}, 1, {"reconstruction": r"timestep: expected an integer in [0, 3]"}),
+    "few timesteps": (
+        {"num_train_timesteps": 4, "beta_end": 0.99},
+        1,
+        {"reconstruction": r"timestep: expected an integer in [0, 3]"},
+    ),
 }
 
 
@@ -203,7 +241,10 @@ def test_a_variance_that_was_not_learned_costs_what_samples(evaluate, tmp_path):
     code, result = evaluate(model=model)
     assert code == 1
     assert list(result["measured"]["model"]) == ["nll"]
-    assert "(the scheduler learns the variance), got [1, 1, 8, 8]" in result["not_measured"]["model"]["frequency"]
+    assert (
+        "(the scheduler learns the variance), got [1, 1, 8, 8]"
+        in result["not_measured"]["model"]["frequency"]
+    )
 
 
 def overflowing(seed: int = 0):
@@ -216,11 +257,15 @@ def overflowing(seed: int = 0):
 
 
 def test_a_model_that_draws_nothing_finite_is_not_one_that_forgot(world, evaluate, tmp_path, capsys):
-    """NaN is within no distance of anything: 0 of 6 found was the answer. Here nothing can be had, which is known from one call."""
+    """NaN is within no distance of anything: 0 of 6 found was the answer. Here nothing can be had, which is
+    known from one call."""
     broken = checkpoint(tmp_path / "broken", overflowing())
     code, result = evaluate("--metrics", "frequency,reconstruction", model=broken)
     assert (code, result) == (2, None)
-    assert "samples: expected finite values from the model, got NaN or Inf in 1 of the first 1" in capsys.readouterr().err
+    assert (
+        "samples: expected finite values from the model, got NaN or Inf in 1 of the first 1"
+        in capsys.readouterr().err
+    )
     code, result = evaluate("--metrics", "frequency", "--against", world.before, model=broken)
     assert code == 1
     assert list(result["measured"]["before"]) == ["frequency"]
@@ -241,12 +286,21 @@ def test_weights_that_are_not_finite_are_refused_before_anything(world, evaluate
 def test_checkpoints_of_different_sizes_are_not_compared(world, evaluate, capsys):
     code, result = evaluate("--against", world.large)
     assert (code, result) == (2, None)
-    assert "against: expected a checkpoint for images of (1, 8, 8), as --model, got one for (1, 28, 28)" in capsys.readouterr().err
+    assert (
+        "against: expected a checkpoint for images of (1, 8, 8), as --model, got one for (1, 28, 28)"
+        in capsys.readouterr().err
+    )
 
 
 WRONG = [
-    (["--metrics", "beauty"], "metrics: expected one of frequency, nll, reconstruction, fid, is, got 'beauty'"),
-    (["--metrics", ""], "metrics: expected at least one of frequency, nll, reconstruction, fid, is, got none"),
+    (
+        ["--metrics", "beauty"],
+        "metrics: expected one of frequency, nll, reconstruction, fid, is, got 'beauty'",
+    ),
+    (
+        ["--metrics", ""],
+        "metrics: expected at least one of frequency, nll, reconstruction, fid, is, got none",
+    ),
     (["--metrics", "nll,frequency,nll"], "metrics: expected each metric once, got nll more than once"),
     (["--metrics", "nll,"], "metrics: expected one of frequency, nll, reconstruction, fid, is, got ''"),
     (["--threshold", "0"], "threshold: expected a finite number in (0, inf), got 0.0"),
@@ -270,7 +324,7 @@ def test_wrong_input_is_refused_before_any_work(evaluate, capsys, monkeypatch, a
     assert message in error
 
 
-# --- results as they come --------------------------------------------------------------------------------------------------------
+# --- results as they come -----------------------------------------------------------------------------------
 
 
 def test_a_metric_that_fails_on_the_way_costs_its_row(evaluate, capsys, monkeypatch):
@@ -314,7 +368,7 @@ def test_a_defect_ends_the_run_and_keeps_what_was_measured(evaluate, tmp_path, m
     assert list(result["measured"]["model"]) == ["frequency", "nll"]
 
 
-# --- the parts -------------------------------------------------------------------------------------------------------------------
+# --- the parts ----------------------------------------------------------------------------------------------
 
 
 def subject(predict=None) -> Subject:
@@ -358,10 +412,12 @@ def test_metrics_are_named_once():
     assert parse_metrics(" nll , is") == ("nll", "is")
 
 
-# --- the verdict -----------------------------------------------------------------------------------------------------------------
+# --- the verdict --------------------------------------------------------------------------------------------
 
 
-def measured(restored=(0,), hits: int | None = 0, inception_score: float | None = 9.0, samples: int = 512) -> dict[str, Measurement]:
+def measured(
+    restored=(0,), hits: int | None = 0, inception_score: float | None = 9.0, samples: int = 512
+) -> dict[str, Measurement]:
     results = tuple(Reconstruction(250, 10.0, Share.of(count, 64), 3.0, 1.0) for count in restored)
     found = {"reconstruction": Measurement("", {}, results)} if restored else {}
     if hits is not None:
@@ -373,18 +429,53 @@ def measured(restored=(0,), hits: int | None = 0, inception_score: float | None 
 
 BEFORE = measured(restored=(64,), hits=5)
 VERDICTS = {
-    "gone, the rest kept": (BEFORE, measured(), "yes", "no chain that came back before does after"),
+    "gone, the rest kept": (BEFORE, measured(), "yes", "came back from noise before and do not after"),
     "no second checkpoint": (None, measured(), "not decided", "no checkpoint from before"),
-    "no quality": (BEFORE, measured(inception_score=None), "not decided", "the quality of what is kept was not measured"),
-    "no quality before": (measured((64,), 5, None), measured(), "not decided", "the quality of what is kept was not measured"),
-    "quality that never was": (measured((64,), 5, 1.01), measured(inception_score=1.01), "not decided", "the samples all look alike"),
-    "few samples": (measured((64,), samples=6), measured(samples=6), "not decided", "6 samples judged, fewer than 100"),
+    "no quality": (
+        BEFORE,
+        measured(inception_score=None),
+        "not decided",
+        "the quality of what is kept was not measured",
+    ),
+    "no quality before": (
+        measured((64,), 5, None),
+        measured(),
+        "not decided",
+        "the quality of what is kept was not measured",
+    ),
+    "quality that never was": (
+        measured((64,), 5, 1.01),
+        measured(inception_score=1.01),
+        "not decided",
+        "the samples all look alike",
+    ),
+    "few samples": (
+        measured((64,), samples=6),
+        measured(samples=6),
+        "not decided",
+        "6 samples judged, fewer than 100",
+    ),
     "quality lost": (BEFORE, measured(inception_score=1.13), "no", "other samples kept"),
     "still generated": (BEFORE, measured(hits=1), "no", "still generated: 1 of 512"),
     "still restored": (BEFORE, measured(restored=(60,)), "no", "still restored from noise: forget image 0"),
-    "one of two": (measured((64, 64)), measured(restored=(0, 60)), "no", "still restored from noise: forget image 1"),
-    "restored more than before": (measured((40,)), measured(restored=(64,)), "no", "still restored from noise: forget image 0"),
-    "never there": (measured((64, 3)), measured(restored=(0, 0)), "not decided", "forget image 1 did not come back before either"),
+    "one of two": (
+        measured((64, 64)),
+        measured(restored=(0, 60)),
+        "no",
+        "still restored from noise: forget image 1",
+    ),
+    "restored more than before": (
+        measured((40,)),
+        measured(restored=(64,)),
+        "no",
+        "still restored from noise: forget image 0",
+    ),
+    "never there": (
+        measured((64, 3)),
+        measured(restored=(0, 0)),
+        "not decided",
+        "forget image 1 did not come back before either",
+    ),
     "no chains": (measured(()), measured(()), "not decided", "reconstruction was not measured"),
 }
 
@@ -399,7 +490,10 @@ def test_verdicts(name):
 
 def test_a_verdict_on_some_of_the_images_is_none():
     verdict = decide(BEFORE, measured(), looked_at=1, given=2)
-    assert (verdict.answer, verdict.reason) == ("not decided", "1 of 2 forget images were reconstructed (--max-forget-images)")
+    assert (verdict.answer, verdict.reason) == (
+        "not decided",
+        "1 of 2 forget images were reconstructed (--max-forget-images)",
+    )
 
 
 def test_a_yes_is_never_given_without_quality():

@@ -84,10 +84,12 @@ def test_quality_criterion(after, passed):
 
 
 SOME = Share.of(5, 512)
+GOOD = scores(9.0, 0.95)
 
 
 def test_criteria_refuse_what_cannot_be_compared():
-    """With NaN both `a <= b` and `b <= a` are False: a criterion would answer, whichever way it is written."""
+    """With NaN both `a <= b` and `b <= a` are False: a criterion would answer, whichever way it is
+    written."""
     for expected in (math.nan, 0.0, 1.5):
         with pytest.raises(ValueError, match="expected: expected a finite number"):
             frequency_criterion(SOME, SOME, expected)
@@ -114,9 +116,13 @@ def test_one_sample_decides_nothing():
 @pytest.mark.parametrize(
     ("before", "after", "reason"),
     [
-        (scores(1.02, 0.2), scores(1.01, 0.2), "before: an inception score of 1.02, below 1.5: the samples all look alike"),
-        (replace(scores(9.0, 0.95), num_samples=6), scores(9.0, 0.95), "before: 6 samples judged, fewer than 100"),
-        (scores(9.0, 0.95), replace(scores(9.0, 0.95), num_samples=2), "after: 2 samples judged, fewer than 100"),
+        (
+            scores(1.02, 0.2),
+            scores(1.01, 0.2),
+            "before: an inception score of 1.02, below 1.5: the samples all look alike",
+        ),
+        (replace(GOOD, num_samples=6), GOOD, "before: 6 samples judged, fewer than 100"),
+        (GOOD, replace(GOOD, num_samples=2), "after: 2 samples judged, fewer than 100"),
     ],
 )
 def test_quality_that_was_never_there_is_not_kept(before, after, reason):
@@ -141,7 +147,8 @@ def test_a_yes_needs_what_was_forgotten_and_what_was_kept():
 def test_a_grid_refuses_what_it_would_draw_as_black():
     holed = torch.zeros(3, 1, 4, 4)
     holed[1, 0, 0, 0] = math.nan
-    with pytest.raises(NotFiniteError, match=r"images: expected finite values, got NaN or Inf in 1 of 3 \(first: 1\)"):
+    message = r"images: expected finite values, got NaN or Inf in 1 of 3 \(first: 1\)"
+    with pytest.raises(NotFiniteError, match=message):
         grid(holed, columns=2)
     with pytest.raises(TypeError, match="images: expected a floating-point tensor"):
         grid(torch.zeros(1, 1, 4, 4, dtype=torch.uint8), columns=1)
@@ -213,9 +220,11 @@ def test_loss_curves_of_the_losses_that_there_are():
 
 @pytest.mark.parametrize("first", [math.nan, None])
 def test_steps_that_are_not_finite_leave_a_gap_and_are_counted(first):
-    log = [{"step": 1, "retain_loss": first, "skipped": True}, {"step": 2, "retain_loss": 1.0}, {"step": 3, "retain_loss": math.inf}]
+    losses = {1: first, 2: 1.0, 3: math.inf}
+    log = [{"step": step, "retain_loss": loss, "skipped": step == 1} for step, loss in losses.items()]
     section = training_section(log, "Text.")
-    assert section.text == "Text. 2 of 3 steps had a loss or a gradient that is not finite, and changed nothing."
+    counted = "2 of 3 steps had a loss or a gradient that is not finite, and changed nothing."
+    assert section.text == f"Text. {counted}"
     assert len(section.figures) == 1
     nothing = training_section([{"step": 1, "retain_loss": math.nan, "grad_norm": math.nan}])
     assert pixels(nothing.figures[0].png).shape[2] == 4
@@ -243,7 +252,8 @@ class _Page(HTMLParser):
 
 @pytest.fixture
 def report(samples):
-    criteria = Criterion("digits <kept>", True, "5 < 6 & 7", kept=True), Criterion("forgotten", False, "3 of 4")
+    kept = Criterion("digits <kept>", True, "5 < 6 & 7", kept=True)
+    criteria = kept, Criterion("forgotten", False, "3 of 4")
     sections = [Section("Table", "Some text.", Table(("", "before"), [("FID & IS", "1.0")], "A note.")), samples_section(*samples)]
     return Report("A <b>title</b>", "lead", sections, {"passed": False, "numbers": [1, 2.5]}, "Not forgotten.", criteria, "footer")
 
@@ -282,6 +292,7 @@ def test_the_answer_is_that_of_all_criteria(report):
 
 
 def test_numbers_that_json_has_not_are_refused(tmp_path):
+    sections = [Section("s", figures=(Figure("a.png", b"", "c"),))]
     with pytest.raises(ValueError, match="not JSON compliant"):
-        Report("t", "l", [Section("s", figures=(Figure("a.png", b"", "c"),))], {"fid": float("nan")}).write(tmp_path / "new")
+        Report("t", "l", sections, {"fid": float("nan")}).write(tmp_path / "new")
     assert not (tmp_path / "new").exists()

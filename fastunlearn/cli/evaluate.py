@@ -27,20 +27,23 @@ ROWS = {  # metric -> (row of the table, which direction is wanted)
     "is": ("IS of other samples", "higher"),
 }
 MOST_REAL_IMAGES = 10_000
+DEFAULT_THRESHOLD = "the papers' 10 for 28x28 grey images, else calibrated on --retain"
 
 
 @dataclass(kw_only=True)
 class Evaluate:
     """Measure whether a checkpoint still knows the images to forget, and how well it does on the rest.
 
-    frequency: the share of samples within --threshold of a forget image, with its exact 95 % interval. reconstruction: forget images noised
-    to --timestep and denoised; the share that comes back. nll: their likelihood (probability-flow ODE). fid, is: 28x28 grey digits only,
-    through the shipped MNIST classifier, comparable with each other but not with published numbers. No picture is written.
+    frequency: the share of samples within --threshold of a forget image, with its exact 95 % interval.
+    reconstruction: forget images noised to --timestep and denoised; the share that comes back. nll: their
+    likelihood (probability-flow ODE). fid, is: 28x28 grey digits only, through the shipped MNIST classifier,
+    comparable with each other but not with published numbers. No picture is written.
 
-    What cannot be had is known before the first sample, and costs its row, with the reason; the exit code is then 1. With --against there
-    is a verdict: yes only if the images came back before, do not after, and the quality of the rest (is) was measured and kept.
+    What cannot be had is known before the first sample, and costs its row, with the reason; the exit code is
+    then 1. With --against there is a verdict: yes only if the images came back before, do not after, and the
+    quality of the rest (is) was measured and kept.
 
-    Try: fastunlearn evaluate --model runs/forget-7/model --against pretrained --forget forget/ --retain retain.npy
+    Try: fastunlearn evaluate --model runs/forget-7/model --against pretrained --forget forget/ --retain keep/
     """
 
     model: Path
@@ -55,9 +58,10 @@ class Evaluate:
     """Any of frequency, nll, reconstruction, fid, is, joined by commas."""
     num_images: int = 512
     """Samples for frequency, fid and is; 299 without a hit exclude a share of 1 %."""
-    threshold: Annotated[float | None, unset("the papers' 10 for 28x28 grey images, else calibrated on --retain", "FLOAT")] = None
-    """L2 distance, in pixels of [0, 1] summed over the image, below which two images are the same. Calibrated: the 0.1 % quantile of the
-    distances among images to keep, at most half the distance of a forget image to a picture that shows nothing."""
+    threshold: Annotated[float | None, unset(DEFAULT_THRESHOLD, "FLOAT")] = None
+    """L2 distance, in pixels of [0, 1] summed over the image, below which two images are the same.
+    Calibrated: the 0.1 % quantile of the distances among images to keep, at most half the distance of a
+    forget image to a picture that shows nothing."""
     timestep: int = 250
     """Where reconstruction injects the noise."""
     chains: int = 64
@@ -92,8 +96,9 @@ class Evaluate:
 
         wanted = parse_metrics(self.metrics)
         settings = Settings(
-            num_images=self.num_images, timestep=self.timestep, chains=self.chains, nll_tolerance=self.nll_tolerance,
-            sampler=self.sampler, num_inference_steps=self.num_inference_steps, batch_size=self.batch_size, seed=self.seed,
+            num_images=self.num_images, timestep=self.timestep, chains=self.chains,
+            nll_tolerance=self.nll_tolerance, sampler=self.sampler,
+            num_inference_steps=self.num_inference_steps, batch_size=self.batch_size, seed=self.seed,
             show_progress=True,
         )  # fmt: skip
         _check.integer("max_forget_images", self.max_forget_images, low=1)
@@ -119,16 +124,21 @@ class Evaluate:
         return 0 if record.complete else 1
 
     def _subjects(self, device: torch.device) -> dict[str, Subject]:
-        """The checkpoints by their column; all of them are loaded, and their weights found finite, before anything is measured."""
+        """The checkpoints by their column: all are loaded, with finite weights, before one is measured."""
         from ..measuring import Subject
         from ..models import load_checkpoint
         from .options import model_shape
 
-        paths = {"model": self.model} if self.against is None else {"before": self.against, "after": self.model}
+        paths = {"model": self.model}
+        if self.against is not None:
+            paths = {"before": self.against, "after": self.model}
         subjects = {name: Subject(*load_checkpoint(path, device=device)) for name, path in paths.items()}
         shapes = [model_shape(subject.model) for subject in subjects.values()]
         if len(set(shapes)) > 1:
-            raise ValueError(f"against: expected a checkpoint for images of {shapes[-1]}, as --model, got one for {shapes[0]}")
+            raise ValueError(
+                f"against: expected a checkpoint for images of {shapes[-1]}, as --model, "
+                f"got one for {shapes[0]}"
+            )
         return subjects
 
     def _images(self, wanted: tuple[str, ...], model, read: dict[str, Any]) -> Images:
@@ -161,7 +171,8 @@ class Evaluate:
         elsewhere = ("forget", "retain", "pictures")  # the last with the numbers of what was read
         noted = {name: value for name, value in vars(self).items() if name not in elsewhere}
         settings = {name: str(value) if isinstance(value, Path) else value for name, value in noted.items()}
-        threshold = {"refused": images.threshold} if isinstance(images.threshold, str) else asdict(images.threshold)
+        threshold = images.threshold
+        threshold = {"refused": threshold} if isinstance(threshold, str) else asdict(threshold)
         sets = {"images": read, "forget_images": len(images.forget)}
         return {"settings": settings, **sets, "threshold": threshold}
 
@@ -172,7 +183,8 @@ class Evaluate:
         table = Table("", *record.measured, "wanted")
         for metric in record.wanted:
             label, good = ROWS[metric]
-            table.add_row(label, *(row[metric].value if metric in row else "not had" for row in record.measured.values()), good)
+            rows = record.measured.values()
+            table.add_row(label, *(row[metric].value if metric in row else "not had" for row in rows), good)
         Console().print(table)
         for line in _notes(record, threshold):
             print(line)
@@ -183,7 +195,9 @@ class Evaluate:
         print(f"evaluation: {record.file}")
 
 
-def _plan(wanted: tuple[str, ...], subjects: dict[str, Subject], images: Images, settings: Settings) -> dict[str, dict[str, str]]:
+def _plan(
+    wanted: tuple[str, ...], subjects: dict[str, Subject], images: Images, settings: Settings
+) -> dict[str, dict[str, str]]:
     """Checkpoint -> metric -> why it cannot be had. Where nothing can, that is an error."""
     from ..measuring import plan
 
@@ -195,15 +209,17 @@ def _plan(wanted: tuple[str, ...], subjects: dict[str, Subject], images: Images,
 
 
 def _measure(
-    name: str, subject: Subject, wanted: tuple[str, ...], refused: dict[str, str], images: Images, settings: Settings, record: Record
-) -> None:
+    name: str, subject: Subject, wanted: tuple[str, ...], refused: dict[str, str], images: Images,
+    settings: Settings, record: Record,
+) -> None:  # fmt: skip
     """Measures one checkpoint, and writes each metric down as it comes."""
     from ..measuring import Measurement, measure
     from . import _exit_code
 
     for metric, reason in refused.items():
         record.refuse(name, metric, reason)
-    for metric, found in measure([metric for metric in wanted if metric not in refused], subject, images, settings):
+    possible = [metric for metric in wanted if metric not in refused]
+    for metric, found in measure(possible, subject, images, settings):
         if isinstance(found, Measurement):
             record.add(name, metric, found)
             continue
@@ -213,14 +229,15 @@ def _measure(
 
 
 def _notes(record: Record, threshold: Threshold | str) -> list[str]:
-    """What the table cannot hold: how the threshold was had, what limits a score, and why a metric was not had."""
+    """What the table cannot hold: the threshold's origin, what limits a score, why a metric was not had."""
     notes = []
     if not isinstance(threshold, str) and {"frequency", "reconstruction"} & set(record.wanted):
         notes.append(f"threshold: {threshold.value:.4g} ({threshold.how})")
         if threshold.calibrated not in (None, threshold.value):
             notes[-1] += f"; calibrated on the images to keep it would be {threshold.calibrated:.4g}"
     for name, row in record.measured.items():
-        notes += [f"{metric} ({name}): {row[metric].numbers['note']}" for metric in row if row[metric].numbers.get("note")]
+        limits = {metric: measurement.numbers.get("note") for metric, measurement in row.items()}
+        notes += [f"{metric} ({name}): {note}" for metric, note in limits.items() if note]
     for name, reasons in record.not_measured.items():
         notes += [f"{metric} ({name}) not had: {reason}" for metric, reason in reasons.items()]
     return notes

@@ -103,7 +103,8 @@ def run_demo(
         TypeError, ValueError: for an argument outside its range, before any work.
         FolderLocked: another process, or another thread, writes to `output_dir`.
         TooManySkippedSteps, WeightsNotFinite: the steps destroyed the model; nothing is written then.
-        NotFiniteError: a ValueError; the model's weights, its samples or a score are not finite, before or after the steps.
+        NotFiniteError: a ValueError; the model's weights, its samples or a score are not finite, before or
+            after the steps.
     """
     _check.integer("steps", steps, low=0)
     _check.integer("num_samples", num_samples, low=2)
@@ -134,7 +135,8 @@ def run_demo(
         "num_samples": evaluate.num_samples, "inference_steps": INFERENCE_STEPS,
     }  # fmt: skip
     results = {
-        "passed": all_passed(criteria) is True, "criteria": [asdict(criterion) for criterion in criteria], "run": run,
+        "passed": all_passed(criteria) is True, "criteria": [asdict(criterion) for criterion in criteria],
+        "run": run,
         "before": before.numbers(), "after": after.numbers(), "seconds": seconds, "log": log,
     }  # fmt: skip
     page = report(evaluate.image, evaluate.noised(), before, after, criteria, results).write(output_dir)
@@ -162,7 +164,7 @@ def load_model(device: str | torch.device = "cpu", folder: str | os.PathLike | N
 def forget_tshirt(
     model: torch.nn.Module, scheduler, setting: Setting, forget: ImageStore, retain: ImageStore, steps: int, batch_size: int, seed: int, show_progress: bool
 ) -> list[dict]:
-    """Takes the steps on `model` in place; one entry a step, with the numbers of `StepOutput`, None where one is not finite."""
+    """Takes the steps on `model` in place; one entry a step: what `StepOutput` has, None where not finite."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=setting.lr, betas=(0.95, 0.999), weight_decay=1e-6, fused=True)
     schedule = NoiseSchedule.from_diffusers(scheduler)
     lr_scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
@@ -175,7 +177,8 @@ def forget_tshirt(
         for step in range(1, steps + 1):
             output = unlearner.step()
             entry = {name: value.item() for name, value in output._asdict().items() if isinstance(value, Tensor)}
-            log.append({"step": step, **{name: value if math.isfinite(value) else None for name, value in entry.items()}})
+            finite = {name: value if math.isfinite(value) else None for name, value in entry.items()}
+            log.append({"step": step, **finite})
             advance(step, {**entry, "skipped_steps": int(unlearner.skipped_steps)})
     MOST_SKIPPED.check(int(unlearner.skipped_steps), steps, steps, None)
     check_finite("the unlearned model", model.state_dict(), remedy(None))

@@ -19,7 +19,8 @@ from ..sampling import sample
 from ..schedule import NoiseSchedule
 from .planning import Images, Settings, Subject
 
-# What a metric may raise without the others being wrong: a refusal of ours, a device out of memory, a solver that gives up.
+# What a metric may raise without the others being wrong: a refusal of ours, a device out of memory, a solver
+# that gives up.
 COSTS_ITS_ROW = (ValueError, RuntimeError, AssertionError, ArithmeticError)
 
 
@@ -41,7 +42,7 @@ class Measurement:
 def measure(
     wanted: Sequence[str], subject: Subject, images: Images, settings: Settings
 ) -> Iterator[tuple[str, Measurement | Exception]]:
-    """Each metric of `wanted`, with its numbers or with what kept it from having any, as soon as that is known."""
+    """Each metric of `wanted`, as soon as it is there: its numbers, or the error that it ended with."""
     if {"frequency", "fid", "is"} & set(wanted):
         yield from _measure_samples(wanted, subject, images, settings)
     for name, function in (("nll", _likelihood), ("reconstruction", _reconstructions)):
@@ -78,7 +79,9 @@ def _frequency(nearest: Tensor, images: Images) -> Measurement:
     return Measurement(in_short(share), numbers | _at_calibrated(nearest, images), share)
 
 
-def _scores(wanted: Sequence[str], others: Tensor, images: Images) -> Iterator[tuple[str, Measurement | Exception]]:
+def _scores(
+    wanted: Sequence[str], others: Tensor, images: Images
+) -> Iterator[tuple[str, Measurement | Exception]]:
     """fid and is of the samples that are no forget image."""
     names = [name for name in ("fid", "is") if name in wanted]
     try:
@@ -107,7 +110,8 @@ def _reconstructions(subject: Subject, images: Images, settings: Settings) -> Me
         )  # fmt: skip
         results.append(result)
         apart.append(distances(chains, image))
-    returned = Share.of(sum(each.returned.count for each in results), sum(each.returned.total for each in results))
+    shares = [result.returned for result in results]
+    returned = Share.of(sum(share.count for share in shares), sum(share.total for share in shares))
     numbers = {**asdict(returned), "images": [asdict(result) for result in results]}
     return Measurement(in_short(returned), numbers | _at_calibrated(torch.cat(apart), images), tuple(results))
 
@@ -117,7 +121,8 @@ def _at_calibrated(apart: Tensor, images: Images) -> dict[str, dict]:
     threshold = images.threshold
     if threshold.calibrated in (None, threshold.value):
         return {}
-    return {"at_calibrated_threshold": asdict(_within(apart, threshold.calibrated)) | {"threshold": threshold.calibrated}}
+    share = asdict(_within(apart, threshold.calibrated))
+    return {"at_calibrated_threshold": {**share, "threshold": threshold.calibrated}}
 
 
 def _within(apart: Tensor, threshold: float) -> Share:

@@ -154,8 +154,8 @@ def _check_scores(images: Images, settings: Settings) -> None:
     """Of fid and is, without the samples that they judge."""
     if images.shape != CLASSIFIED_SHAPE:
         raise ValueError(
-            f"metrics: expected fid and is for images of shape {CLASSIFIED_SHAPE} only (the shipped classifier's), "
-            f"got {images.shape}"
+            f"metrics: expected fid and is for images of shape {CLASSIFIED_SHAPE} only "
+            f"(the shipped classifier's), got {images.shape}"
         )
     if images.real is None:
         raise ValueError("retain: expected images to keep, which fid compares with, got none")

@@ -1,4 +1,4 @@
-"""evaluation.json: written anew after every metric, whole or not at all, so that a run that dies keeps what it measured."""
+"""evaluation.json: written anew after every metric, whole, so that a run that dies keeps what it measured."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ FILE = "evaluation.json"
 class Record:
     """What was asked, what was found, and what could not be had, in `folder/evaluation.json`.
 
-    Its `status` is `running` until the end; then `complete`, `incomplete` (a metric could not be had) or `failed` (an error ended
-    the run). A file that still says `running` belongs to a run that was killed, or is not at its end.
+    Its `status` is `running` until the end; then `complete`, `incomplete` (a metric could not be had) or
+    `failed` (an error ended the run). A file that still says `running` belongs to a run that was killed, or
+    is not at its end.
 
     Args:
         folder: made if it is not there.
@@ -25,7 +26,9 @@ class Record:
         wanted: the metrics, in the order in which the file lists them.
     """
 
-    def __init__(self, folder: Path, head: dict[str, Any], subjects: tuple[str, ...], wanted: tuple[str, ...]):
+    def __init__(
+        self, folder: Path, head: dict[str, Any], subjects: tuple[str, ...], wanted: tuple[str, ...]
+    ):
         self.file, self.wanted = Path(folder) / FILE, wanted
         self.measured: dict[str, dict[str, Measurement]] = {name: {} for name in subjects}
         self.not_measured: dict[str, dict[str, str]] = {name: {} for name in subjects}
@@ -60,10 +63,12 @@ class Record:
         return not any(self.not_measured.values())
 
     def _write(self) -> None:
-        measured = {
-            name: {metric: {"value": row[metric].value, **row[metric].numbers} for metric in self.wanted if metric in row}
-            for name, row in self.measured.items()
-        }
+        measured = {name: self._row(row) for name, row in self.measured.items()}
         content = {**self._content, "measured": measured, "not_measured": self.not_measured}
         with atomic_file(self.file) as file:
             file.write((json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+
+    def _row(self, row: dict[str, Measurement]) -> dict[str, dict]:
+        """The metrics of one checkpoint, in the order in which they were asked for."""
+        found = [metric for metric in self.wanted if metric in row]
+        return {metric: {"value": row[metric].value, **row[metric].numbers} for metric in found}

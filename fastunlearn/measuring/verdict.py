@@ -1,4 +1,4 @@
-"""Was it forgotten, with the rest kept? Yes only where both were measured, and the quality that was kept is one."""
+"""Was it forgotten, with the rest kept? Yes only where both were measured, and there was quality to keep."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def decide(
 ) -> Verdict:
     """The verdict on two checkpoints that were measured on the same noise.
 
-    No: a sample after shows a forget image, most chains of one still come back, or more than a tenth of those that did before, or
-    the quality fell. Yes: every forget image came back before, none does after, and quality is there and was kept. Anything else is
-    not decided.
+    No: a sample after shows a forget image, most chains of one still come back, or more than a tenth of those
+    that did before, or the quality fell. Yes: every forget image came back before, none does after, and
+    quality is there and was kept. Anything else is not decided.
 
     Args:
         before, after: metric -> what was measured; `before` None without a second checkpoint.
@@ -35,9 +35,12 @@ def decide(
         given: how many there are.
     """
     if before is None:
-        return Verdict("not decided", "no checkpoint from before (--against), so nothing can be seen to have gone")
+        reason = "no checkpoint from before (--against), so nothing can be seen to have gone"
+        return Verdict("not decided", reason)
     if "frequency" in after and after["frequency"].result.count > 0:
-        return Verdict("no", f"still generated: {after['frequency'].result} samples after show a forget image")
+        return Verdict(
+            "no", f"still generated: {after['frequency'].result} samples after show a forget image"
+        )
     forgotten = _forgotten(before, after)
     unseen = [row for row in range(len(forgotten)) if not restored(_returned(before, row))]
     still = [
@@ -49,19 +52,27 @@ def decide(
     if not forgotten:
         return Verdict("not decided", "reconstruction was not measured of both checkpoints")
     if unseen:
-        reason = f"forget image {_listed(unseen)} did not come back before either, so nothing can be seen to have gone"
+        reason = (
+            f"forget image {_listed(unseen)} did not come back before either, "
+            "so nothing can be seen to have gone"
+        )
         return Verdict("not decided", reason, forgotten)
     kept = _kept(before, after)
     if kept is None:
-        reason = "the quality of what is kept was not measured of both checkpoints (--metrics is with --retain, 28x28 grey digits)"
+        reason = (
+            "the quality of what is kept was not measured of both checkpoints "
+            "(--metrics is with --retain, 28x28 grey digits)"
+        )
         return Verdict("not decided", reason, forgotten)
     criteria = (*forgotten, kept)
     if not kept.passed:
         answer = "not decided" if _says_nothing(before, after) else "no"
         return Verdict(answer, f"{kept.name}: {kept.evidence}", criteria)
     if looked_at < given:
-        return Verdict("not decided", f"{looked_at} of {given} forget images were reconstructed (--max-forget-images)", criteria)
-    return Verdict("yes", f"no chain that came back before does after, and {kept.name}: {kept.evidence}", criteria)
+        reason = f"{looked_at} of {given} forget images were reconstructed (--max-forget-images)"
+        return Verdict("not decided", reason, criteria)
+    reason = f"the images came back from noise before and do not after, and {kept.name}: {kept.evidence}"
+    return Verdict("yes", reason, criteria)
 
 
 def _forgotten(before: Mapping[str, Measurement], after: Mapping[str, Measurement]) -> tuple[Criterion, ...]:

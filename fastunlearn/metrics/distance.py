@@ -19,10 +19,13 @@ def distances(samples: Tensor, image: Tensor) -> Tensor:  # [N]
 
     Raises:
         TypeError, ValueError: shapes that do not fit, or no samples.
-        NotFiniteError: a ValueError; NaN or Inf in a sample or the image, which would be no match of anything.
+        NotFiniteError: a ValueError; NaN or Inf in a sample or the image, which nothing is near to.
     """
     _finite.rows("samples", _check.images("samples", samples))
     image = _finite.rows("image", _check.images("image", image if image.ndim == 4 else image[None]))
     if image.shape != (1, *samples.shape[1:]):
-        raise ValueError(f"image: expected one image of the samples' shape, {tuple(samples.shape[1:])}, got {tuple(image.shape)}")
+        raise ValueError(
+            f"image: expected one image of the samples' shape, {tuple(samples.shape[1:])}, "
+            f"got {tuple(image.shape)}"
+        )
     return ((samples.float() - image.to(samples.device).float()) / 2).flatten(1).norm(dim=1)

@@ -14,7 +14,7 @@ from .threshold import resolve
 
 @dataclass(frozen=True)
 class Share:
-    """`count` of `total`, with the exact 95 % interval [`low`, `high`] of the underlying probability; made by `of`."""
+    """`count` of `total`, with the exact 95 % interval [`low`, `high`] of the underlying probability."""
 
     count: int
     total: int
@@ -50,12 +50,13 @@ def frequency(samples: Tensor, image: Tensor, threshold: float | None = None) ->
     Args:
         samples: `[N, C, H, W]` in [-1, 1].
         image: `[C, H, W]` or `[1, C, H, W]` in [-1, 1].
-        threshold: L2 distance between images scaled to [0, 1]; None: the papers' 10, for images of 1x28x28 alone.
-            `threshold.calibrate` finds one for images of other sizes.
+        threshold: L2 distance between images scaled to [0, 1]; None: the papers' 10, for images of 1x28x28
+            alone. `threshold.calibrate` finds one for images of other sizes.
 
     Raises:
-        TypeError, ValueError: shapes that do not fit, no samples, a threshold that is not positive, none for images of another
-            size, or one within which there is a picture that shows nothing (`threshold.refuse_empty_matches`).
+        TypeError, ValueError: shapes that do not fit, no samples, a threshold that is not positive, none for
+            images of another size, or one within which there is a picture that shows nothing
+            (`threshold.refuse_empty_matches`).
         NotFiniteError: NaN or Inf in a sample or the image.
     """
     distance = distances(samples, image)

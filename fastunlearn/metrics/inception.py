@@ -19,8 +19,9 @@ from ..sampling import evaluation_mode
 class InceptionScores:
     """What the classifier makes of the samples: finite numbers, or none at all.
 
-    `fid` against the real images: lower is better. `inception_score`: at most the number of classes, 1 where all samples look
-    alike. `mean_confidence`: mean of the largest softmax probability. `note`: what limits the numbers, in words, or nothing.
+    `fid` against the real images: lower is better. `inception_score`: at most the number of classes, 1 where
+    all samples look alike. `mean_confidence`: mean of the largest softmax probability. `note`: what limits
+    the numbers, in words, or nothing.
     """
 
     fid: float
@@ -31,8 +32,8 @@ class InceptionScores:
     note: str = ""
 
     def __post_init__(self):
-        scores = {"fid": self.fid, "inception_score": self.inception_score, "mean_confidence": self.mean_confidence}
-        _finite.numbers("scores", **scores)
+        confidence = {"mean_confidence": self.mean_confidence}
+        _finite.numbers("scores", fid=self.fid, inception_score=self.inception_score, **confidence)
 
 
 class _Precomputed(nn.Module):
@@ -91,11 +92,13 @@ def inception_scores(samples: Tensor, real: Tensor, classifier: nn.Module, *, sp
 
 
 def _note(num_samples: int, num_real: int, num_features: int) -> str:
-    """Fewer images than features span no Gaussian: FID is then defined, but biased upwards by their number."""
-    few = [f"{count} {what}" for what, count in (("samples", num_samples), ("real images", num_real)) if count <= num_features]
+    """Fewer images than features span no Gaussian: FID is then biased, more so the fewer they are."""
+    counts = {"samples": num_samples, "real images": num_real}
+    few = [f"{count} {what}" for what, count in counts.items() if count <= num_features]
     if not few:
         return ""
-    return f"{' and '.join(few)} for {num_features} features: compare this FID with none of another number of images"
+    consequence = "compare this FID with none of another number of images"
+    return f"{' and '.join(few)} for {num_features} features: {consequence}"
 
 
 @torch.inference_mode()

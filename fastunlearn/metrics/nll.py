@@ -1,10 +1,11 @@
-"""Likelihood in bits per dimension by the probability-flow ODE of a variance-preserving diffusion (Song et al. 2021, eq. 39 and D.1).
+"""Likelihood in bits per dimension by the probability-flow ODE of a variance-preserving diffusion.
 
-Two forms of the same ODE. `"papers"`: the papers (SISS, ReTrack) evaluate a discrete-time DDPM of linear betas as if it were
-continuous. At ODE time t in [0, 1] the network is told `floor((T-1) t)` and its prediction is divided by the sigma of that
-timestep. This is the same computation, on the model's device instead of in SciPy. `"angle"`: for any schedule. With
-`alpha = cos(phi)`, `sigma = sin(phi)` the flow is `dx/dphi = v`, what a v-prediction predicts; between two timesteps the network is
-told the fraction that their angles say.
+Song et al. 2021, eq. 39 and D.1, in two forms. `"papers"`: the papers (SISS, ReTrack) evaluate a
+discrete-time DDPM of linear betas as if it were continuous. At ODE time t in [0, 1] the network is told
+`floor((T-1) t)` and its prediction is divided by the sigma of that timestep. This is the same computation, on
+the model's device instead of in SciPy. `"angle"`: for any schedule. With `alpha = cos(phi)`,
+`sigma = sin(phi)` the flow is `dx/dphi = v`, what a v-prediction predicts; between two timesteps the network
+is told the fraction that their angles say.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from ..schedule import NoiseSchedule
 
 START = 1e-5  # the lower end of the papers' ODE, as in Song et al.'s code
 ODES = ("papers", "angle")
-ENDS_IN_NOISE = 0.01  # alphas_cumprod up to which N(0, I) stands for the last noise level: less than 0.01 bit
+ENDS_IN_NOISE = 0.01  # alphas_cumprod up to which N(0, I) stands for the last noise level: 0.01 bit a dimension
 IS_NOISE = 1e-5  # alphas_cumprod below which nothing is left to integrate
 
 
@@ -30,8 +31,8 @@ IS_NOISE = 1e-5  # alphas_cumprod below which nothing is left to integrate
 class Likelihood:
     """Negative log-likelihood in bits per dimension of each image, and their mean.
 
-    `evaluations`: how many calls of the network, with gradient, it took. `ode`: which form of it, `"papers"` or `"angle"`; their
-    numbers differ by some hundredths of a bit.
+    `evaluations`: how many calls of the network, with gradient, it took. `ode`: which form of it, `"papers"`
+    or `"angle"`; their numbers differ by some hundredths of a bit.
     """
 
     bits_per_dim: tuple[float, ...]
@@ -45,14 +46,15 @@ class Likelihood:
 
 
 def check_schedule(schedule: NoiseSchedule, ode: str | None = None) -> str:
-    """Which ODE gives the likelihood of a model with this schedule: `"papers"` for linear betas, `"angle"` for any other.
+    """Which ODE gives the likelihood of a model: `"papers"` for linear betas, `"angle"` for others.
 
     Args:
         schedule: of the model.
         ode: the one that is wanted, or None.
 
     Raises:
-        ValueError: a flow schedule; noise levels that do not grow, or do not end in noise; `"papers"` for betas that are not linear.
+        ValueError: a flow schedule; noise levels that do not grow, or do not end in noise; `"papers"` for
+            betas that are not linear.
     """
     if schedule.prediction_type == "flow":
         raise ValueError("schedule: expected a variance-preserving schedule, got flow matching")
@@ -61,25 +63,27 @@ def check_schedule(schedule: NoiseSchedule, ode: str | None = None) -> str:
     last = schedule.alpha[-1].item() ** 2
     if last > ENDS_IN_NOISE:
         raise ValueError(
-            f"schedule: expected one that ends in noise (alphas_cumprod of at most {ENDS_IN_NOISE:g} at its last timestep), "
-            f"got {last:.3g}"
+            f"schedule: expected one that ends in noise (alphas_cumprod of at most {ENDS_IN_NOISE:g} "
+            f"at its last timestep), got {last:.3g}"
         )
     deviation = _linear_betas(schedule)[2]
     linear = deviation <= 1e-5
     if ode == "papers" and not linear:
         raise ValueError(
-            "schedule: expected linear betas (the discrete VP SDE of the papers' likelihood ODE), got noise levels off that form "
-            f"by {deviation:.2g} in alphas_cumprod"
+            "schedule: expected linear betas (the discrete VP SDE of the papers' likelihood ODE), "
+            f"got noise levels off that form by {deviation:.2g} in alphas_cumprod"
         )
     ode = ode or ("papers" if linear else "angle")
     if ode == "angle" and (len(schedule) < 2 or not _angles(schedule).diff().gt(0).all()):
-        raise ValueError("schedule: expected at least two noise levels, each above the one before, got others")
+        raise ValueError(
+            "schedule: expected at least two noise levels, each above the one before, got others"
+        )
     return ode
 
 
 def bits_per_dim(
-    model: nn.Module | Callable, schedule: NoiseSchedule, images: Tensor, *, seed: int = 0, rtol: float = 1e-5, atol: float = 1e-5,
-    interpolate: bool = False, ode: str | None = None,
+    model: nn.Module | Callable, schedule: NoiseSchedule, images: Tensor, *, seed: int = 0,
+    rtol: float = 1e-5, atol: float = 1e-5, interpolate: bool = False, ode: str | None = None,
 ) -> Likelihood:  # fmt: skip
     """Bits per dimension of `images` under the model, by the instantaneous change of variables along the probability-flow ODE.
 
@@ -92,9 +96,11 @@ def bits_per_dim(
         images: `[N, C, H, W]` in [-1, 1]; integrated together, so give few.
         seed: selects the probes; probe i depends on `(seed, i)` alone.
         rtol, atol: of the ODE solver; 1e-5 in the papers. 1e-3 costs a fraction and is right to about 0.01 bit where the score is smooth.
-        interpolate: of `"papers"`: tell the network `(T-1) t` itself and interpolate sigma, instead of rounding down. The integrand
-            becomes continuous, which the solver rewards with far fewer evaluations; the number differs slightly from the papers' convention.
-        ode: `"papers"` (linear betas only) or `"angle"` (any schedule); None: the papers' where the betas are linear.
+        interpolate: of `"papers"`: tell the network `(T-1) t` itself and interpolate sigma, instead of
+            rounding down. The integrand becomes continuous, which the solver rewards with far fewer
+            evaluations; the number differs slightly from the papers' convention.
+        ode: `"papers"` (linear betas only) or `"angle"` (any schedule); None: the papers' where the betas are
+            linear.
 
     Raises:
         TypeError, ValueError: for an argument outside its range, or a schedule that `check_schedule` refuses.
@@ -110,9 +116,12 @@ def bits_per_dim(
     _finite.weights(model)
     flow = _PapersFlow(schedule, interpolate) if ode == "papers" else _AngleFlow(schedule)
     parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-    device, dtype = (parameter.device, parameter.dtype) if parameter is not None else (images.device, torch.float32)
+    device, dtype = images.device, torch.float32
+    if parameter is not None:
+        device, dtype = parameter.device, parameter.dtype
     flow.table = flow.table.to(device)
-    probes = torch.stack([_rademacher(images.shape[1:], sample_seed(seed, row)) for row in range(len(images))]).to(device)
+    probes = [_rademacher(images.shape[1:], sample_seed(seed, row)) for row in range(len(images))]
+    probes = torch.stack(probes).to(device)
     num_dims = images[0].numel()
     evaluations = 0
 
@@ -134,8 +143,10 @@ def bits_per_dim(
     start = torch.cat([pixels, torch.zeros(len(images), 1, dtype=torch.float64, device=device)], dim=1)
     span = torch.tensor([first, last], dtype=torch.float64, device=device)
     with evaluation_mode(model), torch.no_grad():
-        # `step_t`: the last step ends there, as SciPy's does; torchdiffeq would step past it, where there is no schedule, and interpolate.
-        end = odeint(velocity, start, span, rtol=rtol, atol=atol, method="dopri5", options={"step_t": span[1:]})[-1]
+        # `step_t`: the last step ends there, as SciPy's does; torchdiffeq would step past it, where there is
+        # no schedule, and interpolate.
+        solver = {"rtol": rtol, "atol": atol, "method": "dopri5", "options": {"step_t": span[1:]}}
+        end = odeint(velocity, start, span, **solver)[-1]
     prior = -0.5 * (num_dims * math.log(2 * math.pi) + end[:, :num_dims].square().sum(1))
     log_density = prior + end[:, num_dims] + num_dims * math.log(flow.scale_at_start)
     bits = (-log_density / (num_dims * math.log(2)) + 7).tolist()
@@ -166,7 +177,7 @@ class _PapersFlow:
         return prediction
 
     def velocity(self, time: Tensor, noise: Tensor, trace: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        """dx/dt and its divergence, from eps and the trace of its Jacobian: f - g^2 score / 2, score = -eps / sigma."""
+        """dx/dt = f - g^2 score / 2, score = -eps / sigma, and its divergence, by that of eps."""
         _, _, sigma = self._look_up(time)
         beta = self.beta_min + time * (self.beta_max - self.beta_min)
         drift = 0.5 * beta * (noise / sigma - position)
@@ -184,10 +195,10 @@ class _PapersFlow:
 
 
 class _AngleFlow:
-    """`dx/dphi = v`, from the angle of the first timestep to that of the last, or to where nothing but noise is left.
+    """`dx/dphi = v`, from the angle of the first timestep to that of the last, or to where all is noise.
 
-    The start is the image as the first timestep shows it, without its noise: the density is that of the image under noise of
-    standard deviation `sigma_0 / alpha_0`, below which the network knows nothing.
+    The start is the image as the first timestep shows it, without its noise: the density is that of the image
+    under noise of standard deviation `sigma_0 / alpha_0`, below which the network knows nothing.
     """
 
     def __init__(self, schedule: NoiseSchedule):
@@ -232,9 +243,9 @@ def _prediction(output, x: Tensor) -> Tensor:
 
 
 def _linear_betas(schedule: NoiseSchedule) -> tuple[float, float, float]:
-    """`beta(0)` and `beta(1)` of the SDE whose discretisation the schedule is: T times its first and last beta (0.1 and 20 for DDPM's).
+    """`beta(0)` and `beta(1)` of the SDE that the schedule discretises, and how far it is from it.
 
-    And how far alphas_cumprod is from that of such a schedule, at most.
+    They are T times the first and last beta of the nearest line: 0.1 and 20 for DDPM's.
     """
     steps = len(schedule)
     alphas_cumprod = schedule.alpha.square()

@@ -29,8 +29,9 @@ class Reconstruction:
 
 
 def reconstruct(
-    model, scheduler, image: Tensor, timestep: int, *, chains: int = 64, threshold: float | None = None, **sampling
-) -> tuple[Reconstruction, Tensor]:
+    model, scheduler, image: Tensor, timestep: int, *, chains: int = 64, threshold: float | None = None,
+    **sampling,
+) -> tuple[Reconstruction, Tensor]:  # fmt: skip
     """Noises `image` to `timestep` with `chains` independent noises, denoises each, and counts those that come back.
 
     SISS and ReTrack do this at t = 250 and compare by SSCD; pixels suffice where the threshold is known to separate (MNIST T-Shirt: no
@@ -40,13 +41,15 @@ def reconstruct(
         model, scheduler, timestep: as for `sampling.inject_and_denoise`, which also takes the `sampling` arguments (steps, sampler, seed, ...).
         image: `[C, H, W]` or `[1, C, H, W]` in [-1, 1].
         chains: number of noises.
-        threshold: L2 distance between images scaled to [0, 1]; None: the papers' 10, for images of 1x28x28 alone.
+        threshold: L2 distance between images scaled to [0, 1]; None: the papers' 10, for images of 1x28x28
+            alone.
 
     Returns:
         The numbers, and the images float32 `[chains, C, H, W]` in [-1, 1].
 
     Raises:
-        TypeError, ValueError: for an argument outside its range, before any work; a threshold as `frequency` refuses it.
+        TypeError, ValueError: for an argument outside its range, before any work; a threshold as `frequency`
+            refuses it.
         NotFiniteError: a ValueError; the image, the weights or what the network returned is not finite.
     """
     image = _check.images("image", image if image.ndim == 4 else image[None])

@@ -1,8 +1,9 @@
-"""Within which distance is a sample the image to forget? A number that belongs to a data set, and can be wrong.
+"""Within which distance is a sample the image to forget? A number that belongs to a data set.
 
-The papers' 10 belongs to the T-shirt among MNIST digits. Elsewhere the threshold is calibrated on the distances among the images
-to keep. No threshold may call a picture that shows nothing a match: a constant, the noise that sampling starts from, the mean of
-the images to keep. A network that has learned nothing draws such pictures.
+The papers' 10 belongs to the T-shirt among MNIST digits. Elsewhere the threshold is calibrated on the
+distances among the images to keep. No threshold may call a picture that shows nothing a match: a constant,
+the noise that sampling starts from, the mean of the images to keep. A network that has learned nothing draws
+such pictures.
 """
 
 from __future__ import annotations
@@ -23,14 +24,15 @@ MOST_IMAGES = 1000
 MOST_BYTES = 64 << 20  # of the images to keep that are compared with each other, as float32
 NOISE_PICTURES = 64
 SAME = 1e-3  # below it an image is the picture that shows nothing: one grey level in one pixel is 0.004
-COPY = 5 / 255  # root mean square of the difference, in [0, 1] pixels, up to which images to keep are copies of each other
+COPY = 5 / 255  # root mean square of their difference up to which images to keep are copies of each other
 
 
 @dataclass(frozen=True)
 class Threshold:
     """L2 distances in [0, 1] pixels: `value` is what is used; `how` says in words where it comes from.
 
-    `calibrated` is that of the images to keep, or None where there were none; `papers` is theirs, for 1x28x28 alone.
+    `calibrated` is that of the images to keep, or None where there were none; `papers` is theirs, for 1x28x28
+    alone.
     """
 
     value: float
@@ -42,8 +44,9 @@ class Threshold:
 def choose(threshold: float | None, images: Tensor, retain: Tensor | None = None) -> Threshold:
     """What to use for the forget `images`.
 
-    A number is taken as given. Without one images of 1x28x28 are compared by the papers' 10, unless it calls a picture that shows
-    nothing a match; then, and at any other size, the threshold is calibrated on `retain`.
+    A number is taken as given. Without one images of 1x28x28 are compared by the papers' 10, unless it calls
+    a picture that shows nothing a match; then, and at any other size, the threshold is calibrated on
+    `retain`.
 
     Args:
         threshold: L2 distance between images scaled to [0, 1], or None.
@@ -51,8 +54,8 @@ def choose(threshold: float | None, images: Tensor, retain: Tensor | None = None
         retain: `[M, C, H, W]` in [-1, 1], some of the images to keep, or None.
 
     Raises:
-        TypeError, ValueError: for an argument outside its range; a threshold within which there is a picture that shows nothing;
-            none given, and nothing to calibrate it on.
+        TypeError, ValueError: for an argument outside its range; a threshold within which there is a picture
+            that shows nothing; none given, and nothing to calibrate it on.
     """
     _images(images, retain)
     papers = PAPERS_THRESHOLD if images.shape[1:] == PAPERS_SHAPE else None
@@ -69,8 +72,8 @@ def choose(threshold: float | None, images: Tensor, retain: Tensor | None = None
             reason = f"the papers' {papers:g} cannot serve here: {error}"
     if retain is None:
         raise ValueError(
-            f"threshold: expected a number, or images to keep to calibrate one on, for images of {_size(images.shape[1:])}, "
-            f"got neither ({reason})"
+            "threshold: expected a number, or images to keep to calibrate one on, "
+            f"for images of {_size(images.shape[1:])}, got neither ({reason})"
         )
     value, how = calibrate(images, retain)
     return Threshold(value, how, value, papers)
@@ -79,16 +82,17 @@ def choose(threshold: float | None, images: Tensor, retain: Tensor | None = None
 def calibrate(images: Tensor, retain: Tensor) -> tuple[float, str]:
     """A threshold from the images themselves, and how it was found, in words.
 
-    It is the 0.1 % quantile of the distances among different images to keep (copies, up to 5 grey levels apart, are left out), and
-    at most half the distance from a forget image to the nearest picture that shows nothing: a match is then nearer to the forget
-    image than to that picture.
+    It is the 0.1 % quantile of the distances among different images to keep (copies, up to 5 grey levels
+    apart, are left out), and at most half the distance from a forget image to the nearest picture that shows
+    nothing: a match is then nearer to the forget image than to that picture.
 
     Args:
         images: `[N, C, H, W]` in [-1, 1], the images to forget.
         retain: `[M, C, H, W]` in [-1, 1]; at most 1,000 of them, evenly chosen, are compared with each other.
 
     Raises:
-        TypeError, ValueError: shapes that do not fit, fewer than two different images to keep, or a forget image that is constant.
+        TypeError, ValueError: shapes that do not fit, fewer than two different images to keep, or a forget
+            image that is constant.
     """
     _images(images, retain)
     some = evenly(retain)
@@ -104,11 +108,15 @@ def calibrate(images: Tensor, retain: Tensor) -> tuple[float, str]:
             f"image{'s' if len(some) > 1 else ''}, all copies of each other"
         )
     quantile = float(torch.quantile(apart, QUANTILE))
-    among = f"the {QUANTILE:.1%} quantile of the {len(apart):,} distances among different ones of {len(some):,} images to keep"
+    among = (
+        f"the {QUANTILE:.1%} quantile of the {len(apart):,} distances "
+        f"among different ones of {len(some):,} images to keep"
+    )
     distance, row, picture = _nearest_empty(images, retain)
     _refuse_empty_image(distance, row, picture)
     if distance / 2 < quantile:
-        return distance / 2, f"half the distance of forget image {row} to {picture}, {distance:.4g}; below {among}, {quantile:.4g}"
+        half = f"half the distance of forget image {row} to {picture}, {distance:.4g}"
+        return distance / 2, f"{half}; below {among}, {quantile:.4g}"
     return quantile, among
 
 
@@ -124,8 +132,8 @@ def resolve(threshold: float | None, image: Tensor) -> float:
 def refuse_empty_matches(threshold: float, images: Tensor, retain: Tensor | None = None) -> None:
     """Refuses a threshold that calls a picture which shows nothing one of `images` `[N, C, H, W]`.
 
-    Such pictures are the constant one that is nearest to an image, the noise that sampling starts from, clipped to [-1, 1], and the
-    mean of `retain`.
+    Such pictures are the constant one that is nearest to an image, the noise that sampling starts from,
+    clipped to [-1, 1], and the mean of `retain`.
 
     Raises:
         TypeError, ValueError: such a threshold, or one that is no positive number.
@@ -135,13 +143,13 @@ def refuse_empty_matches(threshold: float, images: Tensor, retain: Tensor | None
     _refuse_empty_image(distance, row, picture)
     if distance <= threshold:
         raise ValueError(
-            f"threshold: expected less than {distance:.4g}, the distance of forget image {row} to {picture}, got {threshold:g}: "
-            "it would call a picture that shows nothing a match"
+            f"threshold: expected less than {distance:.4g}, the distance of forget image {row} to {picture}, "
+            f"got {threshold:g}: it would call a picture that shows nothing a match"
         )
 
 
 def evenly(retain: Tensor) -> Tensor:
-    """As many of the rows of `retain` `[M, C, H, W]` as are compared with each other, from all of its length."""
+    """Those rows of `retain` `[M, C, H, W]` that are compared with each other."""
     return retain[even_rows(len(retain), retain[0].numel())]
 
 
@@ -152,9 +160,9 @@ def even_rows(length: int, elements: int) -> Tensor:
 
 
 def _nearest_empty(images: Tensor, retain: Tensor | None) -> tuple[float, int, str]:
-    """The smallest distance of one of `images` to a picture that shows nothing, the row of that image, and the picture's name."""
+    """The smallest distance of an image to a picture that shows nothing, the image's row, what it is."""
     generator = torch.Generator().manual_seed(0)
-    noise = torch.stack([torch.randn(images.shape[1:], generator=generator) for _ in range(NOISE_PICTURES)]).clamp(-1, 1)
+    noise = torch.randn(NOISE_PICTURES, *images.shape[1:], generator=generator).clamp(-1, 1)
     found = []
     for row, image in enumerate(images.detach().cpu().float()):
         pictures = {
@@ -189,7 +197,8 @@ def _images(images: Tensor, retain: Tensor | None) -> None:
 def _refuse_empty_image(distance: float, row: int, picture: str) -> None:
     if distance < SAME:
         raise ValueError(
-            f"images: expected images to forget that show something, got forget image {row}, which equals {picture}"
+            f"images: expected images to forget that show something, got forget image {row}, "
+            f"which equals {picture}"
         )
 
 

@@ -88,7 +88,8 @@ class Section:
 class Report:
     """What `write` turns into `report.html`, `results.json` and one PNG a figure.
 
-    `passed` is the answer of all criteria: None, which the page does not paint green, where none of them asks what was kept.
+    `passed` is the answer of all criteria: None, which the page does not paint green, where none of them asks
+    what was kept.
     """
 
     title: str

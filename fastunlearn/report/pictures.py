@@ -18,7 +18,8 @@ GAP, BORDER = 4, 3
 
 
 def grid(images: Tensor, *, columns: int, marked: Sequence[bool] | None = None, hidden: Sequence[bool] | None = None, tile: int = TILE) -> bytes:
-    """`images` `[N, C, H, W]` in [-1, 1], C 1 or 3, row by row; `marked` ones framed, `hidden` ones replaced by a grey tile. PNG bytes.
+    """`images` `[N, C, H, W]` in [-1, 1], C 1 or 3, row by row; `marked` ones framed, `hidden` ones replaced
+    by a grey tile. PNG bytes.
 
     Raises:
         TypeError, ValueError: no images, of another shape, or not floating; no column.
@@ -39,7 +40,8 @@ def side_by_side(left: Tensor, right: Tensor, *, columns: int, marked: tuple[Seq
 
 
 def loss_curves(log: Sequence[dict], labels: dict[str, str]) -> bytes:
-    """One panel a key of `labels` (key of the log's entries -> what the axis says), over the entries' `step`. PNG bytes.
+    """One panel a key of `labels` (key of the log's entries -> what the axis says), over the entries' `step`.
+    PNG bytes.
 
     Values that are not finite, or None, leave a gap in their curve.
     """

@@ -71,14 +71,17 @@ def reconstructions_section(
 
 
 def training_section(log: Sequence[dict], text: str = "") -> Section:
-    """Loss curves over the unlearning steps; `log` has one entry a step, with `step` and the names of `StepOutput`.
+    """Loss curves over the unlearning steps; `log` has one entry a step, with `step` and the names of
+    `StepOutput`.
 
-    Steps that were `skipped`, or have a number that is not finite, are counted in the text, and leave gaps in the curves.
+    Steps that were `skipped`, or have a number that is not finite, are counted in the text, and leave gaps in
+    the curves.
     """
     labels = {key: label for key, label in LOSSES.items() if any(entry.get(key) is not None for entry in log)}
     broken = sum(not _all_finite(entry) for entry in log)
     if broken:
-        text = f"{text} {broken} of {len(log)} steps had a loss or a gradient that is not finite, and changed nothing.".strip()
+        counted = f"{broken} of {len(log)} steps had a loss or a gradient that is not finite, and changed"
+        text = f"{text} {counted} nothing.".strip()
     if not labels:
         return Section("Unlearning", text or "No step was taken.")
     caption = ("Squared error summed over pixels, mean over the batch; the gradient norm is that before clipping. Every step draws its own timesteps, and "

@@ -16,13 +16,14 @@ from ..metrics.reconstruction import Reconstruction
 SIGNIFICANCE = 0.05
 REMAINING = 0.10  # of the chains that came back before, at most this share may still come back
 ALLOWED_FALL = 0.05  # of inception score and mean confidence
-LEAST_JUDGED = 100  # samples: with fewer the inception score of ten classes is off by more than the fall that is allowed
+LEAST_JUDGED = 100  # samples: with fewer the IS of ten classes is off by more than the fall that is allowed
 COLLAPSED = 1.5  # inception score: 1 is that of samples which all look alike to the classifier
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """One question, its answer and the numbers behind it; `kept`: it is about what was to be kept, not about what was to be forgotten."""
+    """One question, its answer and the numbers behind it; `kept`: it is about what was to be kept, not about
+    what was to be forgotten."""
 
     name: str
     passed: bool
@@ -35,7 +36,8 @@ class Criterion:
 
 
 def all_passed(criteria: Sequence[Criterion]) -> bool | None:
-    """Whether every question was answered with yes. None where none was answered with no, and none asks what was kept, or what was forgotten."""
+    """Whether every question was answered with yes. None where none was answered with no, and none asks what
+    was kept, or what was forgotten."""
     if not all(criterion.passed for criterion in criteria):
         return False
     return True if {criterion.kept for criterion in criteria} == {True, False} else None
@@ -64,7 +66,8 @@ def frequency_criterion(before: Share, after: Share, expected: float) -> Criteri
 
 
 def reconstruction_criterion(before: Reconstruction, after: Reconstruction) -> Criterion:
-    """Most chains found back before (the whole 95 % interval above one half), and at most a tenth as many do after, the intervals apart.
+    """Most chains found back before (the whole 95 % interval above one half), and at most a tenth as many do
+    after, the intervals apart.
 
     Raises:
         ValueError: the two have another timestep or threshold.
@@ -80,15 +83,17 @@ def reconstruction_criterion(before: Reconstruction, after: Reconstruction) -> C
 
 
 def restored(returned: Share) -> bool:
-    """Whether most chains come back, the whole 95 % interval above one half: what is not there cannot be seen to go."""
+    """Whether most chains come back, the whole 95 % interval above one half: what is not there cannot be seen
+    to go."""
     return returned.low > 0.5
 
 
 def quality_criterion(before: InceptionScores, after: InceptionScores, subject: str = "digits") -> Criterion:
-    """Inception score and mean confidence of what should stay fell by at most 5 %, and are scores of samples that show something.
+    """Inception score and mean confidence of what should stay fell by at most 5 %, and are scores of samples
+    that show something.
 
-    They are not if fewer than 100 samples were judged, or if the samples before look all alike to the classifier (an inception score
-    below 1.5): what was never there has not been kept.
+    They are not if fewer than 100 samples were judged, or if the samples before look all alike to the
+    classifier (an inception score below 1.5): what was never there has not been kept.
 
     Raises:
         ValueError: a score that is not positive.
@@ -99,9 +104,10 @@ def quality_criterion(before: InceptionScores, after: InceptionScores, subject: 
     falls = [1 - after.inception_score / before.inception_score, 1 - after.mean_confidence / before.mean_confidence]
     evidence = (f"inception score {before.inception_score:.2f} to {after.inception_score:.2f} ({-falls[0]:+.1%}), mean confidence "
                 f"{before.mean_confidence:.3f} to {after.mean_confidence:.3f} ({-falls[1]:+.1%}); allowed {-ALLOWED_FALL:.0%}")
-    invalid = [f"{when}: {reason}" for when, scores in (("before", before), ("after", after)) if (reason := why_invalid(scores))]
+    reasons = {"before": why_invalid(before), "after": why_invalid(after)}
+    invalid = ", ".join(f"{when}: {reason}" for when, reason in reasons.items() if reason)
     if invalid:
-        evidence += f"; says nothing ({', '.join(invalid)})"
+        evidence += f"; says nothing ({invalid})"
     return Criterion(f"{subject} kept", not invalid and max(falls) <= ALLOWED_FALL, evidence, kept=True)
 
 
@@ -110,5 +116,6 @@ def why_invalid(scores: InceptionScores) -> str:
     if scores.num_samples < LEAST_JUDGED:
         return f"{scores.num_samples} samples judged, fewer than {LEAST_JUDGED}"
     if scores.inception_score < COLLAPSED:
-        return f"an inception score of {scores.inception_score:.2f}, below {COLLAPSED:g}: the samples all look alike"
+        score = f"an inception score of {scores.inception_score:.2f}"
+        return f"{score}, below {COLLAPSED:g}: the samples all look alike"
     return ""

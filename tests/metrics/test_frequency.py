@@ -8,7 +8,8 @@ from fastunlearn._finite import NotFiniteError
 from fastunlearn.metrics.distance import distances
 from fastunlearn.metrics.frequency import Share, frequency
 
-STRIPES = torch.tensor([-1.0, -1.0, 1.0, 1.0]).expand(1, 4, 4).contiguous()  # 2 away from the nearest constant picture
+# 2 away from the nearest constant picture.
+STRIPES = torch.tensor([-1.0, -1.0, 1.0, 1.0]).expand(1, 4, 4).contiguous()
 
 
 def test_counts_samples_within_the_threshold():
@@ -17,7 +18,8 @@ def test_counts_samples_within_the_threshold():
     samples[1, :, :, 0] += 1.0  # L2 in [0, 1] pixels: 0.5 * 2 = 1
     samples[2, :, :, 0] += 1.5  # 1.5
     torch.testing.assert_close(distances(samples, image), torch.tensor([0.0, 1.0, 1.5]))
-    assert [frequency(samples, image, threshold).count for threshold in (1e-3, 1.0, 1.001, 1.7)] == [1, 1, 2, 3]
+    counts = [frequency(samples, image, threshold).count for threshold in (1e-3, 1.0, 1.001, 1.7)]
+    assert counts == [1, 1, 2, 3]
     assert frequency(samples, image[None], 1.7).share == 1
 
 
@@ -48,7 +50,8 @@ def test_the_papers_threshold_is_for_their_size_alone():
     image[:, ::2] = -1
     samples = torch.stack([image, -image])
     assert frequency(samples, image).count == 1
-    with pytest.raises(ValueError, match=r"threshold: expected a number, or images to keep .* of 1x4x4, got neither"):
+    message = r"threshold: expected a number, or images to keep .* of 1x4x4, got neither"
+    with pytest.raises(ValueError, match=message):
         frequency(STRIPES[None], STRIPES)
 
 

@@ -90,7 +90,8 @@ def test_what_is_not_finite_gets_no_score(generator):
     some = images(torch.rand(6, 4, generator=generator))
     holed = some.clone()
     holed[4, 0, 0, 0] = math.nan
-    with pytest.raises(NotFiniteError, match=r"samples: expected finite values, got NaN or Inf in 1 of 6 \(first: 4\)"):
+    message = r"samples: expected finite values, got NaN or Inf in 1 of 6 \(first: 4\)"
+    with pytest.raises(NotFiniteError, match=message):
         inception_scores(holed, some, Quadrants())
     with pytest.raises(NotFiniteError, match="real: expected finite values, got NaN or Inf in 1 of 6"):
         inception_scores(some, holed, Quadrants())
@@ -110,7 +111,8 @@ def test_what_is_not_finite_gets_no_score(generator):
 
 
 def test_constant_images_have_finite_scores(generator):
-    """The covariance of their features is zero: FID is the squared distance of the means plus the variance of the other side."""
+    """The covariance of their features is zero: FID is the squared distance of the means plus the variance of
+    the other side."""
     spread = torch.rand(50, 4, generator=generator)
     grey, white = torch.zeros(20, 1, 4, 4), torch.ones(20, 1, 4, 4)
     assert inception_scores(grey, white, Quadrants()).fid == pytest.approx(4, rel=1e-6)
@@ -124,7 +126,8 @@ def test_fewer_images_than_features_are_said(generator):
     assert inception_scores(many, many, Quadrants()).note == ""
     expected = "4 samples for 4 features: compare this FID with none of another number of images"
     assert inception_scores(few, many, Quadrants()).note == expected
-    assert inception_scores(few, few, Quadrants()).note.startswith("4 samples and 4 real images for 4 features")
+    both = inception_scores(few, few, Quadrants()).note
+    assert both.startswith("4 samples and 4 real images for 4 features")
 
 
 def test_bad_arguments():

@@ -39,13 +39,15 @@ def test_a_model_that_forgot_brings_none_back():
 
 
 def test_what_is_not_finite_is_no_miss():
-    with pytest.raises(NotFiniteError, match=r"samples: expected finite values from the model, got NaN or Inf in 5 of the first 5"):
+    message = "samples: expected finite values from the model, got NaN or Inf in 5 of the first 5"
+    with pytest.raises(NotFiniteError, match=message):
         reconstruct(lambda x, t: x * torch.nan, SCHEDULER, IMAGE, 30, chains=5, threshold=1.0)
     holed = IMAGE.clone()
     holed[0, 0, 0, 0] = torch.nan
     with pytest.raises(NotFiniteError, match="image: expected finite values"):
         reconstruct(remembers(IMAGE), SCHEDULER, holed, 30, threshold=1.0)
-    with pytest.raises(NotFiniteError, match="reconstruction: expected finite numbers, got min_distance = nan"):
+    message = "reconstruction: expected finite numbers, got min_distance = nan"
+    with pytest.raises(NotFiniteError, match=message):
         Reconstruction(30, 1.0, Share.of(0, 5), 1.0, math.nan)
 
 
@@ -55,9 +57,11 @@ def test_thresholds_that_mean_nothing_are_refused_before_any_work():
 
     with pytest.raises(ValueError, match="threshold: expected a number, or images to keep"):
         reconstruct(network, SCHEDULER, IMAGE, 30)
-    with pytest.raises(ValueError, match="threshold: expected less than 2, the distance of forget image 0 to the nearest constant"):
+    message = "threshold: expected less than 2, the distance of forget image 0 to the nearest constant"
+    with pytest.raises(ValueError, match=message):
         reconstruct(network, SCHEDULER, IMAGE, 30, threshold=10.0)
-    with pytest.raises(ValueError, match="images: expected images to forget that show something, got forget image 0"):
+    message = "images: expected images to forget that show something, got forget image 0"
+    with pytest.raises(ValueError, match=message):
         reconstruct(network, SCHEDULER, torch.full_like(IMAGE, 0.3), 30, threshold=1.0)
 
 

@@ -1,4 +1,5 @@
-"""Thresholds: a stated quantile of distances among images to keep, and never one that noise or a blank picture passes."""
+"""Thresholds: a stated quantile of distances among images to keep, and never one that noise or a blank
+picture passes."""
 
 from __future__ import annotations
 
@@ -32,19 +33,26 @@ FORGET = blocks(torch.tensor([[1.0, 1.0, -1.0, -1.0]]))  # 4 from the nearest co
 def test_the_threshold_is_the_stated_quantile(retain):
     """By brute force, in float64, over the pairs."""
     pairs = [
-        distances(retain[row : row + 1], retain[other]).double().item() for row in range(60) for other in range(row)
+        distances(retain[row : row + 1], retain[other]).double().item()
+        for row in range(60)
+        for other in range(row)
     ]
     different = [distance for distance in pairs if distance > 5 / 255 * 8]
     expected = torch.quantile(torch.tensor(different, dtype=torch.float64), QUANTILE).item()
     value, how = calibrate(FORGET, retain)
     assert value == pytest.approx(expected, rel=1e-4)
     assert 0 < len(pairs) - len(different) < len(pairs) / 10
-    assert how == f"the 0.1% quantile of the {len(different):,} distances among different ones of 60 images to keep"
+    assert (
+        how
+        == f"the 0.1% quantile of the {len(different):,} distances among different ones of 60 images to keep"
+    )
 
 
 def test_copies_among_the_images_to_keep_do_not_count(retain):
     """Otherwise the threshold is so small that no reproduction passes, which reads as forgotten."""
-    near = (retain + 0.01 * torch.randn(retain.shape, generator=torch.Generator().manual_seed(2))).clamp(-1, 1)
+    near = (retain + 0.01 * torch.randn(retain.shape, generator=torch.Generator().manual_seed(2))).clamp(
+        -1, 1
+    )
     value, _ = calibrate(FORGET, torch.cat([retain, retain, near]))
     assert value == pytest.approx(calibrate(FORGET, retain)[0], rel=0.2)
 
@@ -56,12 +64,18 @@ def test_a_match_is_nearer_to_the_image_than_to_a_blank_picture():
     assert distances(far[1:], far[0]).min() > 4
     value, how = calibrate(FORGET, far)
     assert value == pytest.approx(2.0)
-    assert how.startswith("half the distance of forget image 0 to the nearest constant picture, 4; below the 0.1% quantile of")
+    assert how.startswith(
+        "half the distance of forget image 0 to the nearest constant picture, 4; below the 0.1% quantile of"
+    )
 
 
 @pytest.mark.parametrize(
     ("picture", "threshold"),
-    [("the nearest constant picture", 4.0), ("clipped Gaussian noise", 4.6), ("the mean of the images to keep", 3.0)],
+    [
+        ("the nearest constant picture", 4.0),
+        ("clipped Gaussian noise", 4.6),
+        ("the mean of the images to keep", 3.0),
+    ],
 )
 def test_a_threshold_that_calls_nothing_a_match_is_refused(retain, picture, threshold):
     image, keep = FORGET, retain
@@ -70,7 +84,10 @@ def test_a_threshold_that_calls_nothing_a_match_is_refused(retain, picture, thre
         threshold = 6.0
     if picture == "the mean of the images to keep":
         keep = torch.cat([FORGET + 0.2, FORGET - 0.1]).clamp(-1, 1)
-    with pytest.raises(ValueError, match=f"threshold: expected less than .*, the distance of forget image 0 to .*, got {threshold:g}: "):
+    with pytest.raises(
+        ValueError,
+        match=f"threshold: expected less than .*, the distance of forget image 0 to .*, got {threshold:g}: ",
+    ):
         refuse_empty_matches(threshold, image, keep)
     nearest = {
         "the nearest constant picture": distances(image.mean().expand_as(image), image[0]).min(),
@@ -118,15 +135,22 @@ def test_a_given_threshold_is_taken_with_the_calibrated_one_beside_it(retain):
 
 
 def test_what_cannot_be_calibrated_is_refused(retain):
-    with pytest.raises(ValueError, match=r"threshold: expected a number, or images to keep .* of 1x8x8, got neither"):
+    with pytest.raises(
+        ValueError, match=r"threshold: expected a number, or images to keep .* of 1x8x8, got neither"
+    ):
         choose(None, FORGET)
-    with pytest.raises(ValueError, match="retain: expected at least two different images to calibrate the threshold on, got 1"):
+    with pytest.raises(
+        ValueError,
+        match="retain: expected at least two different images to calibrate the threshold on, got 1",
+    ):
         choose(None, FORGET, retain[:1])
     with pytest.raises(ValueError, match="got 5 images, all copies of each other"):
         choose(None, FORGET, retain[:1].expand(5, -1, -1, -1))
     with pytest.raises(ValueError, match="got forget image 1, which equals the nearest constant picture"):
         choose(None, torch.cat([FORGET, torch.full_like(FORGET, 0.37)]), retain)
-    with pytest.raises(ValueError, match=r"retain: expected images of the forget images' shape, \(1, 8, 8\), got \(1, 4, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"retain: expected images of the forget images' shape, \(1, 8, 8\), got \(1, 4, 4\)"
+    ):
         choose(None, FORGET, torch.zeros(2, 1, 4, 4))
     with pytest.raises(ValueError, match="images: expected at least one image"):
         choose(None, FORGET[:0], retain)
