@@ -283,10 +283,11 @@ def _sampling_scheduler(scheduler, sampler: str):
     _check.one_of("sampler", sampler, SAMPLERS)
     if not hasattr(scheduler, "alphas_cumprod"):
         raise TypeError(f"scheduler: expected a diffusers scheduler with alphas_cumprod, got {type(scheduler).__name__}")
-    if len(scheduler.alphas_cumprod) != len(scheduler):  # trained_betas of another length
+    levels = len(scheduler.alphas_cumprod)
+    if levels != scheduler.config.num_train_timesteps:  # trained_betas of another length
         raise ValueError(
-            f"scheduler: expected as many noise levels as num_train_timesteps, {len(scheduler)}, "
-            f"got {len(scheduler.alphas_cumprod)}"
+            "scheduler: expected as many noise levels as num_train_timesteps, "
+            f"{scheduler.config.num_train_timesteps}, got {levels}"
         )
     diffusers = _check.package("diffusers", f"sampler={sampler!r}")
     prediction_type = scheduler.config.get("prediction_type", "epsilon")

@@ -24,6 +24,7 @@ from fastunlearn import __version__, nearest_neighbors
 from fastunlearn.cli import main
 from fastunlearn.data import load_images
 from fastunlearn.folder_lock import locked, locked_file
+from fastunlearn.models import load_checkpoint, save_checkpoint
 from fastunlearn.recipes.mnist_tshirt import PRETRAINING
 from fastunlearn.testing.checkpoints import TINY_SHAPE, save_tiny_checkpoint
 
@@ -418,6 +419,19 @@ def test_sample(world, tmp_path, capsys):
     assert np.abs(first.astype(int) - again).max() <= 1  # other batches round differently
     assert Image.open(tmp_path / "again.png").size[0] > 8
     assert load_images(tmp_path / "again.npz").shape == TINY_SHAPE
+
+
+def test_sample_writes_nothing_of_a_model_that_draws_nothing(world, tmp_path, capsys):
+    """NaN would be cast to black pixels, and -Inf be clipped to white ones."""
+    model, scheduler = load_checkpoint(world.model)
+    with torch.no_grad():
+        model.conv_out.weight.fill_(3e38)
+    broken = save_checkpoint(tmp_path / "broken", model, scheduler)
+    few = ("--num_images", "5", "--num_inference_steps", "3", "--device", "cpu")
+    assert run("sample", "--model", broken, *few, "--output", tmp_path / "out") == 1
+    message = "samples: expected finite values from the model, got NaN or Inf in 5 of the first 5"
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_neighbors(world, tmp_path):

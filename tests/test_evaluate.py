@@ -195,6 +195,8 @@ def test_where_nothing_can_be_had_nothing_is_sampled(evaluate, capsys, monkeypat
 
 
 def test_the_likelihood_needs_no_threshold(evaluate):
+    code, result = evaluate("--metrics", "nll", retain="nowhere")
+    assert (code, result["threshold"]) == (0, {"refused": "no metric needs one"})
     code, result = evaluate(retain=False)
     assert code == 1
     assert list(result["measured"]["model"]) == ["nll"]
@@ -226,6 +228,14 @@ def test_every_schedule_keeps_what_it_can_have(world, evaluate, tmp_path, name):
     assert result["not_measured"]["model"].keys() == reasons.keys()
     assert all(reason in result["not_measured"]["model"][metric] for metric, reason in reasons.items())
     assert len(result["measured"]["model"]) == 3 - len(reasons)
+
+
+def test_likelihoods_by_different_odes_are_not_compared(world, evaluate, tmp_path, capsys):
+    cosine = checkpoint(tmp_path / "cosine", beta_schedule="squaredcos_cap_v2")
+    code, result = evaluate("--metrics", "nll", "--against", cosine)
+    assert code == 0
+    assert [row["nll"]["ode"] for row in result["measured"].values()] == ["angle", "papers"]
+    assert "nll: not comparable" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])

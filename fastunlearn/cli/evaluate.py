@@ -147,6 +147,8 @@ class Evaluate:
         from .options import load_for
 
         forget = _distinct(load_for(model, "forget", self.forget, self.pictures, read))
+        if wanted == ("nll",):  # needs neither a threshold nor images to keep
+            return Images(forget, forget[: self.max_forget_images], None, "no metric needs one")
         retain = load_for(model, "retain", self.retain, self.pictures, read) if self.retain else None
         threshold = self._threshold(forget, retain)
         real = None
@@ -235,9 +237,13 @@ def _notes(record: Record, threshold: Threshold | str) -> list[str]:
         notes.append(f"threshold: {threshold.value:.4g} ({threshold.how})")
         if threshold.calibrated not in (None, threshold.value):
             notes[-1] += f"; calibrated on the images to keep it would be {threshold.calibrated:.4g}"
+        if threshold.near:
+            notes.append(f"threshold: {threshold.near} images to keep are within it, and a match may be one")
     for name, row in record.measured.items():
         limits = {metric: measurement.numbers.get("note") for metric, measurement in row.items()}
         notes += [f"{metric} ({name}): {note}" for metric, note in limits.items() if note]
+    if len({row["nll"].result.ode for row in record.measured.values() if "nll" in row}) > 1:
+        notes.append("nll: not comparable, for the schedules of the two need different ODEs")
     for name, reasons in record.not_measured.items():
         notes += [f"{metric} ({name}) not had: {reason}" for metric, reason in reasons.items()]
     return notes

@@ -23,7 +23,7 @@ from ..schedule import NoiseSchedule
 
 START = 1e-5  # the lower end of the papers' ODE, as in Song et al.'s code
 ODES = ("papers", "angle")
-ENDS_IN_NOISE = 0.01  # alphas_cumprod up to which N(0, I) stands for the last noise level: 0.01 bit a dimension
+ENDS_IN_NOISE = 0.01  # alphas_cumprod up to which N(0, I) stands for the last level: 0.01 bit a dimension
 IS_NOISE = 1e-5  # alphas_cumprod below which nothing is left to integrate
 
 
@@ -32,7 +32,7 @@ class Likelihood:
     """Negative log-likelihood in bits per dimension of each image, and their mean.
 
     `evaluations`: how many calls of the network, with gradient, it took. `ode`: which form of it, `"papers"`
-    or `"angle"`; their numbers differ by some hundredths of a bit.
+    or `"angle"`; compare numbers of one form, for the other may be off by a fifth of a bit.
     """
 
     bits_per_dim: tuple[float, ...]

@@ -32,13 +32,15 @@ class Threshold:
     """L2 distances in [0, 1] pixels: `value` is what is used; `how` says in words where it comes from.
 
     `calibrated` is that of the images to keep, or None where there were none; `papers` is theirs, for 1x28x28
-    alone.
+    alone. `near` says how many of the images to keep that were compared are within `value` of one to forget:
+    what matches may be one of them. Copies of the image to forget do not count.
     """
 
     value: float
     how: str
     calibrated: float | None
     papers: float | None
+    near: int | None = None
 
 
 def choose(threshold: float | None, images: Tensor, retain: Tensor | None = None) -> Threshold:
@@ -61,13 +63,12 @@ def choose(threshold: float | None, images: Tensor, retain: Tensor | None = None
     papers = PAPERS_THRESHOLD if images.shape[1:] == PAPERS_SHAPE else None
     if threshold is not None:
         refuse_empty_matches(threshold, images, retain)
-        return Threshold(float(threshold), "given", _calibrated_if_possible(images, retain), papers)
+        return _threshold(float(threshold), "given", images, retain)
     reason = f"the papers' {PAPERS_THRESHOLD:g} belongs to images of {_size(PAPERS_SHAPE)}"
     if papers is not None:
         try:
             refuse_empty_matches(papers, images, retain)
-            how = f"the papers', for images of {_size(PAPERS_SHAPE)}"
-            return Threshold(papers, how, _calibrated_if_possible(images, retain), papers)
+            return _threshold(papers, f"the papers', for images of {_size(PAPERS_SHAPE)}", images, retain)
         except ValueError as error:
             reason = f"the papers' {papers:g} cannot serve here: {error}"
     if retain is None:
@@ -76,7 +77,7 @@ def choose(threshold: float | None, images: Tensor, retain: Tensor | None = None
             f"for images of {_size(images.shape[1:])}, got neither ({reason})"
         )
     value, how = calibrate(images, retain)
-    return Threshold(value, how, value, papers)
+    return Threshold(value, how, value, papers, _near(images, retain, value))
 
 
 def calibrate(images: Tensor, retain: Tensor) -> tuple[float, str]:
@@ -161,26 +162,42 @@ def even_rows(length: int, elements: int) -> Tensor:
 
 def _nearest_empty(images: Tensor, retain: Tensor | None) -> tuple[float, int, str]:
     """The smallest distance of an image to a picture that shows nothing, the image's row, what it is."""
+    images = images.detach().cpu().float() / 2
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(NOISE_PICTURES, *images.shape[1:], generator=generator).clamp(-1, 1)
-    found = []
-    for row, image in enumerate(images.detach().cpu().float()):
-        pictures = {
-            "the nearest constant picture": image.mean(dim=(1, 2), keepdim=True).expand_as(image)[None],
-            "clipped Gaussian noise": noise,
-        }
-        if retain is not None:
-            pictures["the mean of the images to keep"] = retain.float().mean(0, keepdim=True).cpu()
-        found += [(float(distances(picture, image).min()), row, name) for name, picture in pictures.items()]
-    return min(found)
+    noise = torch.randn(NOISE_PICTURES, *images.shape[1:], generator=generator).clamp(-1, 1) / 2
+    constant = images.mean(dim=(2, 3), keepdim=True)
+    apart = {
+        "the nearest constant picture": (images - constant).flatten(1).norm(dim=1),
+        "clipped Gaussian noise": torch.cdist(images.flatten(1), noise.flatten(1)).amin(1),
+    }
+    if retain is not None:
+        mean = retain.float().mean(0).cpu() / 2
+        apart["the mean of the images to keep"] = (images - mean).flatten(1).norm(dim=1)
+    nearest = {picture: distance.min(dim=0) for picture, distance in apart.items()}
+    return min((found.values.item(), found.indices.item(), picture) for picture, found in nearest.items())
 
 
-def _calibrated_if_possible(images: Tensor, retain: Tensor | None) -> float | None:
-    """For the record only, beside a threshold that stands without it."""
-    try:
-        return None if retain is None else calibrate(images, retain)[0]
-    except ValueError:
+def _near(images: Tensor, retain: Tensor | None, threshold: float) -> int | None:
+    """How many of the images to keep are within `threshold` of one to forget, and no copies of it."""
+    if retain is None:
         return None
+    some = evenly(retain)
+    copy = COPY * math.sqrt(some[0].numel())
+    near = torch.zeros(len(some), dtype=torch.bool)
+    for image in images:
+        apart = distances(some, image)
+        near |= ((apart < threshold) & (apart > copy)).cpu()
+    return int(near.sum())
+
+
+def _threshold(value: float, how: str, images: Tensor, retain: Tensor | None) -> Threshold:
+    """A threshold that stands by itself, with the calibrated one beside it where there can be one."""
+    papers = PAPERS_THRESHOLD if images.shape[1:] == PAPERS_SHAPE else None
+    try:
+        calibrated = None if retain is None else calibrate(images, retain)[0]
+    except ValueError:
+        calibrated = None
+    return Threshold(value, how, calibrated, papers, _near(images, retain, value))
 
 
 def _images(images: Tensor, retain: Tensor | None) -> None:

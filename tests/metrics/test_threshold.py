@@ -134,6 +134,15 @@ def test_a_given_threshold_is_taken_with_the_calibrated_one_beside_it(retain):
     assert choose(1.5, FORGET, retain[:1]).calibrated is None
 
 
+def test_images_to_keep_that_pass_for_one_to_forget_are_counted(retain):
+    near = blocks(torch.tensor([[1.0, 1.0, -0.8, -0.8]]))  # 0.1 * sqrt(32) apart from FORGET
+    keep = torch.cat([retain, near, FORGET])  # the image itself, and a copy of it, are not counted
+    assert distances(near, FORGET).item() == pytest.approx(0.1 * 32**0.5)
+    assert choose(0.6, FORGET, keep).near == 1
+    assert choose(0.5, FORGET, keep).near == 0
+    assert choose(0.6, FORGET).near is None
+
+
 def test_what_cannot_be_calibrated_is_refused(retain):
     with pytest.raises(
         ValueError, match=r"threshold: expected a number, or images to keep .* of 1x8x8, got neither"
