@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from .. import _check
-from ..metrics.nll import check_schedule
+from ..metrics.nll import check_likelihood
 from ..metrics.threshold import Threshold
 from ..sampling import SAMPLERS, check_injection, check_sampling
 from ..schedule import NoiseSchedule
@@ -110,12 +110,12 @@ def parse_metrics(text: str) -> tuple[str, ...]:
 def plan(wanted: Sequence[str], subject: Subject, images: Images, settings: Settings) -> dict[str, str]:
     """Why metrics among `wanted` cannot be had of `subject`: metric -> reason; what is not in it can be.
 
-    The network is called once or twice, for one image.
+    The network is called at most three times, for one image each.
     """
     sampled = _reason(lambda: _check_samples(subject, images, settings))
     reasons = {
         "frequency": lambda: sampled,
-        "nll": lambda: _reason(lambda: check_schedule(NoiseSchedule.from_diffusers(subject.scheduler))),
+        "nll": lambda: _reason(lambda: _check_likelihood(subject, images)),
         "reconstruction": lambda: _reason(lambda: _check_chains(subject, images, settings)),
         "fid": lambda: _reason(lambda: _check_scores(images, settings)) or sampled,
         "is": lambda: _reason(lambda: _check_scores(images, settings)) or sampled,
@@ -131,6 +131,11 @@ def _reason(check: Callable[[], None]) -> str:
     except (TypeError, ValueError) as error:
         return str(error)
     return ""
+
+
+def _check_likelihood(subject: Subject, images: Images) -> None:
+    schedule = NoiseSchedule.from_diffusers(subject.scheduler)
+    check_likelihood(subject.model, schedule, images.few[:1])
 
 
 def _check_samples(subject: Subject, images: Images, settings: Settings) -> None:

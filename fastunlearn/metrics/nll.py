@@ -81,6 +81,23 @@ def check_schedule(schedule: NoiseSchedule, ode: str | None = None) -> str:
     return ode
 
 
+def check_likelihood(model: nn.Module | Callable, schedule: NoiseSchedule, image: Tensor) -> str:
+    """Whether `bits_per_dim` can be had for `image` `[1, C, H, W]`, by one call of the network; by which ODE.
+
+    Raises:
+        TypeError, ValueError, NotFiniteError: what `bits_per_dim` would raise of this model.
+    """
+    _finite.rows("images", _check.images("images", image))
+    ode = check_schedule(schedule)
+    _finite.weights(model)
+    device, dtype = _home(model, image)
+    x = image.to(device, dtype)
+    with evaluation_mode(model), torch.no_grad():
+        output = model(x, torch.zeros(len(x), device=device))
+    _finite.rows("predictions", _prediction(output, x))
+    return ode
+
+
 def bits_per_dim(
     model: nn.Module | Callable, schedule: NoiseSchedule, images: Tensor, *, seed: int = 0,
     rtol: float = 1e-5, atol: float = 1e-5, interpolate: bool = False, ode: str | None = None,
@@ -115,10 +132,7 @@ def bits_per_dim(
     ode = check_schedule(schedule, ode)
     _finite.weights(model)
     flow = _PapersFlow(schedule, interpolate) if ode == "papers" else _AngleFlow(schedule)
-    parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-    device, dtype = images.device, torch.float32
-    if parameter is not None:
-        device, dtype = parameter.device, parameter.dtype
+    device, dtype = _home(model, images)
     flow.table = flow.table.to(device)
     probes = [_rademacher(images.shape[1:], sample_seed(seed, row)) for row in range(len(images))]
     probes = torch.stack(probes).to(device)
@@ -224,6 +238,14 @@ class _AngleFlow:
 
     def velocity(self, angle: Tensor, v: Tensor, trace: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         return v, trace
+
+
+def _home(model: nn.Module | Callable, images: Tensor) -> tuple[torch.device, torch.dtype]:
+    """Where the model computes, and in which dtype: those of its first parameter."""
+    parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    if parameter is None:
+        return images.device, torch.float32
+    return parameter.device, parameter.dtype
 
 
 def _angles(schedule: NoiseSchedule) -> Tensor:
