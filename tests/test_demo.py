@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from locks import held_elsewhere
 
 from fastunlearn import demo
 from fastunlearn._finite import NotFiniteError
-from fastunlearn.demo import evaluation, run_demo
+from fastunlearn.demo import evaluation, page, run_demo
 from fastunlearn.folder_lock import FolderLocked, locked
+from fastunlearn.report import Criterion
 from fastunlearn.run_health import TooManySkippedSteps
 
 diffusers = pytest.importorskip("diffusers")
@@ -110,8 +112,18 @@ def test_a_skipped_step_is_in_the_results_and_on_the_page(run, monkeypatch):
     monkeypatch.setattr(demo, "forget_tshirt", skipping)
     result = run()
     assert result.results["log"][0]["retain_loss"] is None
-    page = result.report.read_text(encoding="utf-8")
-    assert "1 of 2 steps had a loss or a gradient that is not finite" in page
+    text = result.report.read_text(encoding="utf-8")
+    assert "1 of 2 steps had a loss or a gradient that is not finite" in text
+
+
+def test_a_model_that_lost_its_digits_is_not_called_one_that_did_not_forget():
+    gone, kept = Criterion("gone", True, ""), Criterion("digits kept", True, "", kept=True)
+    there, lost = replace(gone, passed=False), replace(kept, passed=False)
+    assert page.verdict_of((gone, kept)).startswith("Forgotten:")
+    assert page.verdict_of((gone, lost)) == (
+        "The T-shirt is gone, but the digits are not shown to be kept: 1 of 2 questions are answered with no."
+    )
+    assert page.verdict_of((there, lost)) == "Not forgotten: 2 of 2 questions are answered with no."
 
 
 def test_the_quality_of_few_samples_is_no_quality(run):

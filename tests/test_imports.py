@@ -22,7 +22,7 @@ LAYERS = [
     {"step"},
     {"replay"},
     {"unlearner"},
-    {"models", "sampling", "recipes"},
+    {"models", "sampling", "sampling_grid", "recipes"},
     {"metrics", "report"},
     {"measuring"},
     {"run_record", "trackers", "processes"},

@@ -42,12 +42,20 @@ def report(image: Tensor, noised: Sequence[Tensor], before: Evaluation, after: E
     ]
     lead = ("A small diffusion model was trained on 60,000 handwritten digits and 606 copies of one T-shirt. "
             f"{run['steps']} steps of {run['method']} are to make it forget that one image, without training it again.")
-    if results["passed"]:
-        verdict = f"Forgotten: the model no longer produces the {SUBJECT}, and its digits are kept."
-    else:
-        verdict = f"Not forgotten: {sum(not criterion.passed for criterion in criteria)} of {len(criteria)} questions are answered with no."
     footer = f"fastunlearn {run['version']}, seed {run['seed']}. All numbers of this page are in results.json; the unlearned model is in model/."
-    return Report("A diffusion model forgets a training image", lead, sections, results, verdict, criteria, footer)
+    title = "A diffusion model forgets a training image"
+    return Report(title, lead, sections, results, verdict_of(criteria), criteria, footer)
+
+
+def verdict_of(criteria: Sequence[Criterion]) -> str:
+    """The answer of all questions, in a sentence."""
+    failed = [criterion for criterion in criteria if not criterion.passed]
+    if not failed:
+        return f"Forgotten: the model no longer produces the {SUBJECT}, and its digits are kept."
+    answered = f"{len(failed)} of {len(criteria)} questions are answered with no."
+    if all(criterion.kept for criterion in failed):
+        return f"The {SUBJECT} is gone, but the digits are not shown to be kept: {answered}"
+    return f"Not forgotten: {answered}"
 
 
 def table_rows(before: Evaluation, after: Evaluation) -> list[tuple[str, str, str]]:

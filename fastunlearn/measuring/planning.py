@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from .. import _check
 from ..metrics.nll import check_likelihood
 from ..metrics.threshold import Threshold
-from ..sampling import SAMPLERS, check_injection, check_sampling
+from ..sampling import check_injection, check_sampling
+from ..sampling_grid import SAMPLERS
 from ..schedule import NoiseSchedule
 
 METRICS = ("frequency", "nll", "reconstruction", "fid", "is")

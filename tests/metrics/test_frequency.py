@@ -37,6 +37,13 @@ def test_a_sample_that_is_not_finite_is_no_miss():
         Share(1, 2, 0.5, torch.nan, 1.0)
 
 
+def test_samples_on_another_scale_are_no_miss():
+    with pytest.raises(ValueError, match=r"samples: expected values in \[-1, 1\], got values in \[0, 255\]"):
+        frequency((STRIPES[None] + 1) * 127.5, STRIPES, 1.0)
+    with pytest.raises(ValueError, match=r"image: expected values in \[-1, 1\], got values in \[-2, 2\]"):
+        distances(STRIPES[None], 2 * STRIPES)
+
+
 def test_a_share_of_nothing_is_refused():
     with pytest.raises(ValueError, match="total: expected an integer >= 1, got 0"):
         Share.of(0, 0)
