@@ -399,6 +399,18 @@ def test_a_plan_calls_the_network_for_single_images_only():
     assert calls == [1, 1, 1]
 
 
+def test_a_network_that_cannot_take_the_images_has_no_metric():
+    """What torch says of sizes that do not fit each other is the reason, and no traceback."""
+
+    def predict(x, t):
+        return torch.cat([x, x[..., 1:]])
+
+    wanted = ("frequency", "nll", "reconstruction")
+    reasons = plan(wanted, subject(predict), few_images(), Settings(timestep=5, num_inference_steps=3))
+    assert reasons.keys() == set(wanted)
+    assert all("Sizes of tensors must match" in reason for reason in reasons.values())
+
+
 def test_samples_that_turn_out_not_finite_cost_their_rows():
     """The first step is finite, as the plan finds; a later one is not."""
 

@@ -126,10 +126,10 @@ def plan(wanted: Sequence[str], subject: Subject, images: Images, settings: Sett
 
 
 def _reason(check: Callable[[], None]) -> str:
-    """Why `check` refuses, or nothing."""
+    """Why `check` refuses, or nothing. A RuntimeError is torch's, of a network that cannot take the images."""
     try:
         check()
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         return str(error)
     return ""
 

@@ -105,8 +105,8 @@ def calibrate(images: Tensor, retain: Tensor) -> tuple[float, str]:
     apart = apart[apart > COPY * math.sqrt(flat.shape[1])]
     if len(apart) == 0:
         raise ValueError(
-            f"retain: expected at least two different images to calibrate the threshold on, got {len(some)} "
-            f"image{'s' if len(some) > 1 else ''}, all copies of each other"
+            "retain: expected at least two different images to calibrate the threshold on, "
+            f"got {len(some)} (copies count once)"
         )
     quantile = float(torch.quantile(apart, QUANTILE))
     among = (
@@ -157,7 +157,7 @@ def evenly(retain: Tensor) -> Tensor:
 def even_rows(length: int, elements: int) -> Tensor:
     """Which of `length` rows of so many elements each to compare with each other: int64, ascending."""
     most = max(2, min(MOST_IMAGES, MOST_BYTES // (4 * elements)))
-    return torch.linspace(0, length - 1, min(most, length)).round().long()
+    return torch.linspace(0, length - 1, min(most, length), dtype=torch.float64).round().long()
 
 
 def _nearest_empty(images: Tensor, retain: Tensor | None) -> tuple[float, int, str]:

@@ -153,7 +153,7 @@ def test_what_cannot_be_calibrated_is_refused(retain):
         match="retain: expected at least two different images to calibrate the threshold on, got 1",
     ):
         choose(None, FORGET, retain[:1])
-    with pytest.raises(ValueError, match="got 5 images, all copies of each other"):
+    with pytest.raises(ValueError, match=r"got 5 \(copies count once\)"):
         choose(None, FORGET, retain[:1].expand(5, -1, -1, -1))
     with pytest.raises(ValueError, match="got forget image 1, which equals the nearest constant picture"):
         choose(None, torch.cat([FORGET, torch.full_like(FORGET, 0.37)]), retain)
