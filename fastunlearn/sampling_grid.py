@@ -65,13 +65,13 @@ def _sampling_scheduler(scheduler, sampler: str):
     _check.one_of("sampler", sampler, SAMPLERS)
     if not hasattr(scheduler, "alphas_cumprod"):
         raise TypeError(f"scheduler: expected a diffusers scheduler with alphas_cumprod, got {type(scheduler).__name__}")
+    diffusers = _check.package("diffusers", f"sampler={sampler!r}")
     levels = len(scheduler.alphas_cumprod)
     if levels != scheduler.config.num_train_timesteps:  # trained_betas of another length
         raise ValueError(
             "scheduler: expected as many noise levels as num_train_timesteps, "
             f"{scheduler.config.num_train_timesteps}, got {levels}"
         )
-    diffusers = _check.package("diffusers", f"sampler={sampler!r}")
     prediction_type = scheduler.config.get("prediction_type", "epsilon")
     _check.one_of("prediction_type of the scheduler", prediction_type, PREDICTION_TYPES)
     kind = diffusers.DDPMScheduler if sampler == "ddpm" else diffusers.DDIMScheduler

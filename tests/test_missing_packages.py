@@ -20,6 +20,7 @@ WHOLE_MODULES = {
     "tests/models/test_pipeline.py",
     "tests/test_cli.py",
     "tests/test_demo.py",
+    "tests/test_evaluate.py",
     "tests/test_pretraining.py",
     "tests/test_sampling.py",
 }

@@ -126,7 +126,7 @@ def plan(wanted: Sequence[str], subject: Subject, images: Images, settings: Sett
 
 
 def _reason(check: Callable[[], None]) -> str:
-    """Why `check` refuses, or nothing. A RuntimeError is torch's, of a network that cannot take the images."""
+    """Why `check` refuses, or nothing. A RuntimeError is torch's: the images do not fit."""
     try:
         check()
     except (TypeError, ValueError, RuntimeError) as error:
