@@ -72,7 +72,7 @@ def check_runs(config_file: Path, model: nn.Module, num_timesteps: int) -> None:
     """Calls the network once, on an empty picture, so that one that cannot be called is refused before hours of work.
 
     Raises:
-        ValueError: it raises, or answers with something else than one finite picture, or one with a variance.
+        ValueError: it raises, or answers with something else than one picture, or one with a variance.
     """
     size = model.config.sample_size
     if size is None:  # the commands refuse it: they would not know what pictures to make
@@ -88,5 +88,3 @@ def check_runs(config_file: Path, model: nn.Module, num_timesteps: int) -> None:
         raise ValueError(f"{expected}, got {type(error).__name__}: {error}") from error
     if tuple(answer.shape) not in ((1, channels, height, width), (1, 2 * channels, height, width)):
         raise ValueError(f"{expected} and answers with their shape, got {_check.describe(answer)}")
-    if not torch.isfinite(answer).all():
-        raise ValueError(f"{expected} and answers with finite numbers, got NaN or Inf for an empty picture")
