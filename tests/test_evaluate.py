@@ -101,6 +101,14 @@ def test_it_compares_two_checkpoints(world, evaluate, tmp_path, capsys):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["evaluation.json"]
 
 
+def test_what_was_read_and_how_is_recorded(evaluate):
+    _, result = evaluate("--metrics", "frequency", "--resample", "box")
+    for name, rows in (("forget", 2), ("retain", 20)):
+        assert result["images"][name]["rows"] == rows
+        assert result["images"][name]["options"]["resample"] == "box"
+    assert "pictures" not in result["settings"]
+
+
 def test_a_random_network_on_8x8_finds_no_forget_image(evaluate, capsys):
     """With the papers' 10 it found one in every sample."""
     code, result = evaluate("--metrics", "frequency", "--num-images", "16")
