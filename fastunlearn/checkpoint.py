@@ -71,9 +71,9 @@ def save(
     Raises:
         TypeError: a state holds something else; nothing is written.
     """
-    _check.integer("step", step, low=0)
+    step = _check.integer("step", step, low=0)
     if keep is not None:
-        _check.integer("keep", keep, low=1)
+        keep = _check.integer("keep", keep, low=1)
     run_dir = Path(run_dir)
     states = dict(states or {}) | ({} if optimizer is None else {"optimizer": optimizer.state_dict()})
     skeletons = {}

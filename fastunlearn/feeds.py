@@ -38,7 +38,7 @@ def open_feed(
     """
     if not isinstance(store, ImageStore):
         raise TypeError(f"store: expected an ImageStore, got {_check.describe(store)}")
-    _check.integer("batch_size", batch_size, low=1)
+    batch_size = _check.integer("batch_size", batch_size, low=1)
     _check.one_of("residency", residency, RESIDENCIES)
     device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
     if residency == "host" and store.device.type != "cpu":

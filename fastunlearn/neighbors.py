@@ -65,8 +65,8 @@ def nearest_neighbors(
         raise ValueError(f"retain: expected rows of shape {tuple(forget_rows.shape[1:])} (those of forget), got {tuple(retain_rows.shape[1:])}")
     if (forget_rows.dtype == torch.uint8) != (retain_rows.dtype == torch.uint8):
         raise TypeError(f"retain: expected rows of the kind of forget (both uint8 or both floating), got {retain_rows.dtype} beside {forget_rows.dtype}")
-    _check.integer("k", k, low=1, high=len(retain_rows), of="the rows of retain")
-    _check.integer("chunk_bytes", chunk_bytes, low=1)
+    k = _check.integer("k", k, low=1, high=len(retain_rows), of="the rows of retain")
+    chunk_bytes = _check.integer("chunk_bytes", chunk_bytes, low=1)
     _check.one_of("backend", backend, BACKENDS)
 
     path = None if cache_dir is None else _cache_path(Path(cache_dir), forget, retain, k)

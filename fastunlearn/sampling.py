@@ -96,7 +96,7 @@ def inject_and_denoise(model: nn.Module | Callable, scheduler, images: Tensor, t
         TypeError, ValueError, NotFiniteError: as `sample`; for images with NaN or Inf.
     """
     images = _clean_images(images)
-    _check.integer("chains", chains, low=1)
+    chains = _check.integer("chains", chains, low=1)
     grid = injection_grid(scheduler, sampler, timestep, num_inference_steps)
     scheduler, timesteps, indices, alpha_squared = grid
 
@@ -158,7 +158,7 @@ def _denoise(model, scheduler, timesteps: list[int], indices, start: Callable[[r
     from rich.progress import Progress
 
     batch_size = _check.integer("batch_size", batch_size, low=1)
-    _check.integer("seed", seed, low=0)
+    seed = _check.integer("seed", seed, low=0)
     _finite.weights(model)
     parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
     device, dtype = (parameters[0].device, parameters[0].dtype) if parameters else (torch.device("cpu"), torch.float32)

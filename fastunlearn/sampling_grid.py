@@ -15,7 +15,7 @@ def sampling_grid(scheduler, sampler: str, num_inference_steps: int) -> tuple:
     """The scheduler of `sampler`, and the timesteps that it visits."""
     scheduler = _sampling_scheduler(scheduler, sampler)
     high = {"high": len(scheduler), "of": "the scheduler's training timesteps"}
-    _check.integer("num_inference_steps", num_inference_steps, low=1, **high)
+    num_inference_steps = _check.integer("num_inference_steps", num_inference_steps, low=1, **high)
     scheduler.set_timesteps(num_inference_steps)
     timesteps = scheduler.timesteps.tolist()
     _check_levels(scheduler, timesteps)
@@ -30,7 +30,7 @@ def injection_grid(scheduler, sampler: str, timestep: int, num_inference_steps: 
     timestep = _check.integer("timestep", timestep, low=0, **high)
     if num_inference_steps is None:
         num_inference_steps = timestep + 1
-    _check.integer("num_inference_steps", num_inference_steps, low=1, high=timestep + 1, of="timestep + 1")
+    num_inference_steps = _check.integer("num_inference_steps", num_inference_steps, low=1, high=timestep + 1, of="timestep + 1")
     timesteps = [timestep]
     if num_inference_steps > 1:
         timesteps = np.linspace(timestep, 0, num_inference_steps).round().astype(int).tolist()

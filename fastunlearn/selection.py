@@ -43,6 +43,8 @@ class LowPass:
     unit: str = "nyquist"
 
     def __post_init__(self) -> None:
+        for name in ("radius", "inner", "high_frequency_weight"):
+            object.__setattr__(self, name, _check.scalar(name, getattr(self, name)))
         _check.one_of("kind", self.kind, ("disc", "box"))
         _check.one_of("band", self.band, ("low", "mid", "high"))
         _check.one_of("unit", self.unit, ("nyquist", "bins"))
@@ -63,8 +65,8 @@ class LowPass:
         Raises:
             TypeError, ValueError: for a size that is no positive integer, or one where M is 0 at every frequency.
         """
-        _check.integer("height", height, low=1)
-        _check.integer("width", width, low=1)
+        height = _check.integer("height", height, low=1)
+        width = _check.integer("width", width, low=1)
         table = self._within(self.radius, height, width)
         if self.inner is not None:
             table = table - self._within(self.inner, height, width)

@@ -159,7 +159,7 @@ class ImageStore:
             return self
         if seed is None:
             return self.like(self.images, labels=self.labels, on_disk=self.on_disk)
-        _check.integer("seed", seed, low=0, high=2**63 - 1)
+        seed = _check.integer("seed", seed, low=0, high=2**63 - 1)
         samples = torch.empty(self.images.shape, dtype=torch.float32, device=self.device)
         for start, mean in self.chunks():
             counter = torch.tensor([seed, 0, start], device=self.device)  # start: every row has noise of its own, whatever the chunks

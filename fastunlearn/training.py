@@ -101,7 +101,15 @@ def unlearn(
             A second signal ends the process at once.
         OtherProcessFailed: process 0 could not write, or another one not read, what this one waited for.
     """
-    _check_arguments(unlearner, num_steps, checkpointing_steps, checkpoints_total_limit, logging_steps)
+    _check_unlearner(unlearner)
+    num_steps = _check.integer("num_steps", num_steps, low=0)
+    logging_steps = _check.integer("logging_steps", logging_steps, low=1)
+    max_skipped_steps = _check.integer("max_skipped_steps", max_skipped_steps, low=0)
+    max_skipped_share = _check.number("max_skipped_share", max_skipped_share, low=0, high=1)
+    if checkpointing_steps is not None:
+        checkpointing_steps = _check.integer("checkpointing_steps", checkpointing_steps, low=1)
+    if checkpoints_total_limit is not None:
+        checkpoints_total_limit = _check.integer("checkpoints_total_limit", checkpoints_total_limit, low=1)
     arguments = {name: value for name, value in locals().items() if name not in ("unlearner", "record")}
     limit = SkipLimit(max_skipped_steps, max_skipped_share)
     output_dir = Path(output_dir)
@@ -258,15 +266,9 @@ class _Loop:
         self.saved_step = self.unlearner.step_index
 
 
-def _check_arguments(unlearner, num_steps, checkpointing_steps, checkpoints_total_limit, logging_steps):
+def _check_unlearner(unlearner) -> None:
     if not isinstance(getattr(unlearner, "model", None), torch.nn.Module):
         raise TypeError(f"unlearner: expected an Unlearner whose model is a torch.nn.Module (its state is saved), got {_check.describe(unlearner)}")
-    _check.integer("num_steps", num_steps, low=0)
-    _check.integer("logging_steps", logging_steps, low=1)
-    if checkpointing_steps is not None:
-        _check.integer("checkpointing_steps", checkpointing_steps, low=1)
-    if checkpoints_total_limit is not None:
-        _check.integer("checkpoints_total_limit", checkpoints_total_limit, low=1)
 
 
 class _Signals:

@@ -106,10 +106,10 @@ def run_demo(
         NotFiniteError: a ValueError; the model's weights, its samples or a score are not finite, before or
             after the steps.
     """
-    _check.integer("steps", steps, low=0)
-    _check.integer("num_samples", num_samples, low=2)
-    _check.integer("batch_size", batch_size, low=1)
-    _check.integer("seed", seed, low=0, high=2**63 - 1)
+    steps = _check.integer("steps", steps, low=0)
+    num_samples = _check.integer("num_samples", num_samples, low=2)
+    batch_size = _check.integer("batch_size", batch_size, low=1)
+    seed = _check.integer("seed", seed, low=0, high=2**63 - 1)
     setting = _setting(method, lr, lambd)
     output_dir = Path(output_dir)
     seconds: dict[str, float] = {}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from .. import gradients
+from .. import _check, gradients
 from ..draws import Draws
 from ..schedule import NoiseSchedule
 from ..store import Rows
@@ -115,6 +115,22 @@ class Method:
     draws: ClassVar[frozenset[str]]  # fields of Draws that `compose` reads
     shared_draws: ClassVar[bool] = False  # one noise and one timestep for a forget-retain pair
     forget_probability: float = 0.0  # of `from_forget`
+
+    def __init_subclass__(cls, **options) -> None:
+        """Numbers that numpy or torch made become Python's before `__post_init__` checks them; no method has to think of it."""
+        super().__init_subclass__(**options)
+        check = cls.__post_init__
+
+        def check_plain_numbers(self) -> None:
+            for hyperparameter in fields(self):
+                value = getattr(self, hyperparameter.name)
+                object.__setattr__(self, hyperparameter.name, _check.scalar(hyperparameter.name, value))
+            check(self)
+
+        cls.__post_init__ = check_plain_numbers
+
+    def __post_init__(self) -> None:
+        """Refuses hyperparameters that make no sense."""
 
     @property
     def combine(self) -> gradients.Combination | None:

@@ -32,8 +32,8 @@ class Share:
         """The Clopper-Pearson interval (Clopper & Pearson 1934): never below its nominal coverage, defined at 0 and at `total` hits."""
         from scipy.stats import beta
 
-        _check.integer("total", total, low=1)
-        _check.integer("count", count, low=0, high=total, of="total")
+        total = _check.integer("total", total, low=1)
+        count = _check.integer("count", count, low=0, high=total, of="total")
         low = float(beta.ppf(0.025, count, total - count + 1)) if count > 0 else 0.0
         high = float(beta.ppf(0.975, count + 1, total - count)) if count < total else 1.0
         return cls(count, total, count / total, low, high)

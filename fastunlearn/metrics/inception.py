@@ -68,7 +68,7 @@ def inception_scores(samples: Tensor, real: Tensor, classifier: nn.Module, *, sp
             raise ValueError(f"{name}: expected at least two images, got {len(images)}")
         _finite.rows(name, images)
     _finite.weights(classifier, "classifier")
-    _check.integer("splits", splits, low=1, high=len(samples), of="the samples")
+    splits = _check.integer("splits", splits, low=1, high=len(samples), of="the samples")
     from torchmetrics.image.fid import FrechetInceptionDistance
     from torchmetrics.image.inception import InceptionScore
 

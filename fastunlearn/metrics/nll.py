@@ -126,9 +126,9 @@ def bits_per_dim(
     from torchdiffeq import odeint
 
     _finite.rows("images", _check.images("images", images))
-    _check.number("rtol", rtol, low=0, low_open=True)
-    _check.number("atol", atol, low=0, low_open=True)
-    _check.integer("seed", seed, low=0)
+    rtol = _check.number("rtol", rtol, low=0, low_open=True)
+    atol = _check.number("atol", atol, low=0, low_open=True)
+    seed = _check.integer("seed", seed, low=0)
     ode = check_schedule(schedule, ode)
     _finite.weights(model)
     flow = _PapersFlow(schedule, interpolate) if ode == "papers" else _AngleFlow(schedule)

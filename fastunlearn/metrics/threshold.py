@@ -139,7 +139,7 @@ def refuse_empty_matches(threshold: float, images: Tensor, retain: Tensor | None
     Raises:
         TypeError, ValueError: such a threshold, or one that is no positive number.
     """
-    _check.number("threshold", threshold, low=0, low_open=True)
+    threshold = _check.number("threshold", threshold, low=0, low_open=True)
     distance, row, picture = _nearest_empty(images, retain)
     _refuse_empty_image(distance, row, picture)
     if distance <= threshold:
