@@ -66,9 +66,11 @@ def predict(model: Callable, x_t: Tensor, t: Tensor, kwargs: dict, autocast_dtyp
         with torch.autocast(x_t.device.type, dtype=autocast_dtype):  # a `with` of its own: TorchDynamo cannot trace one in an ExitStack
             output = _call(model, x_t, t, kwargs)
     prediction = getattr(output, "sample", output)
+    if isinstance(prediction, (tuple, list)) and prediction:  # of diffusers' return_dict=False
+        prediction = prediction[0]
     rows, channels, *plane = x_t.shape
     if not isinstance(prediction, Tensor) or list(prediction.shape) not in ([rows, channels, *plane], [rows, 2 * channels, *plane]):
-        expected = f"an output (or its .sample) of shape {(rows, channels, *plane)}, or with {2 * channels} channels"
+        expected = f"an output (or its .sample, or the first of a tuple) of shape {(rows, channels, *plane)}, or with {2 * channels} channels"
         raise ValueError(f"model: expected {expected}, got {_check.describe(prediction)}")
     return prediction[:, :channels]  # a learned variance, if there is one, is left alone
 
@@ -106,4 +108,5 @@ def residuals(
 
 def _check_prediction(prediction: Tensor) -> None:
     if not prediction.requires_grad:
-        raise ValueError("model: expected an output that depends on trainable parameters, got one without a gradient (is the model frozen, or under no_grad?)")
+        why = "is the model frozen, under no_grad, or in an activation checkpoint with use_reentrant=True?"
+        raise ValueError(f"model: expected an output that depends on trainable parameters, got one without a gradient ({why})")

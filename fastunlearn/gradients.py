@@ -18,6 +18,18 @@ log = logging.getLogger("fastunlearn")
 REDUCED_AT_ONCE = 64 << 20  # bytes of gradients in one all-reduce
 MULTIPLIED_AT_ONCE = 64 << 20  # bytes of products that an inner product holds
 
+# What torch says of a network whose backward pass is not the step's to take, and what that means here.
+REFUSED_BACKWARD = {
+    "use_reentrant": (
+        "model: expected activation checkpoints with use_reentrant=False (in diffusers and transformers an argument of "
+        "what enables gradient checkpointing), got reentrant ones, in which a step cannot go back for the trained parameters alone"
+    ),
+    "backward through the graph a second time": (
+        "model: expected an output whose graph is that of its own call, got one that shares a part with another call of the step "
+        "(something with a graph that was computed before, such as a text embedding: detach() it, or compute it inside of the model)"
+    ),
+}
+
 
 @dataclass(frozen=True)
 class Combined:
@@ -90,7 +102,13 @@ class Accumulator:
     def backward(self, role: str, prediction: Tensor, gradient: Tensor, *, retain_graph: bool = False) -> None:
         """Adds the gradient of `role` that `gradient` (d loss / d prediction) brings."""
         self._select(role)
-        torch.autograd.backward(prediction, gradient, retain_graph=retain_graph, inputs=self.parameters)
+        try:
+            torch.autograd.backward(prediction, gradient, retain_graph=retain_graph, inputs=self.parameters)
+        except RuntimeError as error:
+            for text, explanation in REFUSED_BACKWARD.items():
+                if text in str(error):
+                    raise ValueError(explanation) from error
+            raise
 
     def finish(self) -> Combined:
         """Leaves the combined gradient in `.grad`: of all processes, and still multiplied by the loss scale."""
@@ -267,7 +285,10 @@ def update(
 
 
 def _skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a step with `found_inf` changes nothing. Not SGD's first with momentum: torch makes the buffers of unwritten memory, and would leave them so."""
+    """Whether a step with `found_inf` changes nothing. Not SGD's first with momentum: torch makes the buffers of unwritten memory, and would leave them so.
+    Not a wrapper that looks like the optimizer in it (Lightning's do): the one in it would not see `found_inf`."""
+    if any(isinstance(value, torch.optim.Optimizer) for value in vars(optimizer).values()):
+        return False
     if not getattr(optimizer, "_step_supports_amp_scaling", False) or not all(group.get("fused", True) for group in optimizer.param_groups):
         return False
     return bool(optimizer.state) or not any(group.get("momentum") for group in optimizer.param_groups)

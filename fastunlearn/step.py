@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import _check
 from . import draws as draw
@@ -25,6 +25,10 @@ from .methods.base import map_tensors
 from .precision import AUTOCAST_DTYPES
 from .profiling import stage
 from .schedule import NoiseSchedule
+from .trained import Trained, add_kept, look_at, set_aside
+from .trained import processes as processes  # for those who know them by this place
+from .trained import unwrapped as unwrapped
+from .wrappers import tell_skipped
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -50,22 +54,40 @@ def take_step(
     batch: Batch,
     draws: Draws,
     *,
-    max_grad_norm: float | None = 1.0,
-    autocast_dtype: torch.dtype | None = None,
     grad_scaler: torch.amp.GradScaler | None = None,
-    micro_batch_size: int | None = None,
-    compile: Compile | None = None,
     process_group: dist.ProcessGroup | None = None,
+    keep_grad: bool = False,
+    **options: Any,
 ) -> StepOutput:
     """One unlearning step on a complete `batch` and complete `draws`. The arguments are those of `retrack_step`."""
-    model, process_group = unwrapped(model), processes(model, process_group)
-    parameters = _trainable(model, optimizer)
+    trained = look_at(model, optimizer, grad_scaler, process_group, keep_grad=keep_grad)
+    return take_step_on(trained, method, schedule, batch, draws, **options)
+
+
+def take_step_on(trained: Trained, method: Method, schedule: NoiseSchedule, batch: Batch, draws: Draws, **options: Any) -> StepOutput:
+    """`take_step` with arguments that have been looked at. If it raises, `.grad` is as before."""
+    with set_aside(trained.parameters) as kept:
+        output = _six_stages(trained, kept, method, schedule, batch, draws, **options)
+    tell_skipped(trained.wrappers, output.skipped)
+    return output
+
+
+def _six_stages(
+    trained: Trained,
+    kept: list[Tensor | None],
+    method: Method,
+    schedule: NoiseSchedule,
+    batch: Batch,
+    draws: Draws,
+    *,
+    max_grad_norm: float | None = 1.0,
+    autocast_dtype: torch.dtype | None = None,
+    micro_batch_size: int | None = None,
+    compile: Compile | None = None,
+) -> StepOutput:
+    model, parameters, optimizer, grad_scaler, process_group, _ = trained
     device = parameters[0].device
     compile = resolve_compile(compile, model, device)
-    if grad_scaler is not None and not grad_scaler.is_enabled():
-        grad_scaler = None  # its step would make the update unconditionally
-    if optimizer is not None:
-        optimizer.zero_grad(set_to_none=True)
 
     with stage("compose"):
         passes = method.compose(batch, draws, schedule)
@@ -90,6 +112,7 @@ def take_step(
         combined = gradients.finish()
     if all(parameter.grad is None for parameter in parameters):
         raise ValueError("optimizer: expected parameters that the model's output depends on, got none (was it built for another copy of the model?)")
+    add_kept(parameters, kept)  # not earlier: it is no part of the norms and products that combine two gradients
 
     with stage("update"):
         loss, means = losses.result(combined)
@@ -123,39 +146,6 @@ def _arrange(whole: list[Pass], micro_batch_size: int | None, *, apart: bool, by
     return passes, sum(len(part.roles) > 1 for part in decisive) <= 1
 
 
-def unwrapped(model: Callable) -> Callable:
-    """The network itself. DistributedDataParallel reduces neither a second backward pass nor one with given inputs: the step calls what it wraps, and
-    reduces itself."""
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-
-
-def processes(model: Callable, process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-    """The processes that train `model` together; None: this one alone."""
-    if process_group is None and isinstance(model, nn.parallel.DistributedDataParallel):
-        process_group = model.process_group
-    return None if process_group is None or dist.get_world_size(process_group) == 1 else process_group
-
-
-def _trainable(model: Callable, optimizer: torch.optim.Optimizer | None) -> list[nn.Parameter]:
-    if optimizer is None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: expected a torch.nn.Module where optimizer is None, got {type(model).__name__}")
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    else:
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"optimizer: expected a torch.optim.Optimizer or None, got {type(optimizer).__name__}")
-        if isinstance(optimizer, torch.optim.LBFGS):
-            raise TypeError("optimizer: expected one whose step() needs no closure, got LBFGS")
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"] if parameter.requires_grad]
-    if not parameters:
-        raise ValueError("model: expected at least one trainable parameter, got none with requires_grad=True")
-    if any(hasattr(parameter, "device_mesh") for parameter in parameters):
-        raise TypeError("model: expected whole parameters in every process, got DTensor shards (FSDP, tensor parallelism), whose norms are partial")
-    if any(parameter.dtype == torch.float16 for parameter in parameters):
-        raise TypeError("model: expected float32 (or bfloat16) parameters, got float16, in which norms overflow; autocast_dtype runs the network in float16")
-    return parameters
-
-
 class StepOptions(TypedDict, total=False):
     """Keyword arguments of every `*_step`, described in `retrack_step`."""
 
@@ -166,6 +156,7 @@ class StepOptions(TypedDict, total=False):
     max_grad_norm: float | None
     autocast_dtype: torch.dtype | None
     grad_scaler: torch.amp.GradScaler | None
+    keep_grad: bool
     micro_batch_size: int | None
     compile: Compile | None
     process_group: dist.ProcessGroup | None
@@ -173,8 +164,13 @@ class StepOptions(TypedDict, total=False):
     lowpass: None
 
 
-def check_options(model, schedule, max_grad_norm, micro_batch_size, autocast_dtype, grad_scaler, *, compile, process_group, time_window, lowpass) -> None:
+def check_options(
+    model, schedule, max_grad_norm, micro_batch_size, autocast_dtype, grad_scaler, *, compile, process_group, time_window, lowpass
+) -> tuple[float | None, int | None]:
     """The checks that a `*_step` and an `Unlearner` share; none of them reads the device.
+
+    Returns:
+        `max_grad_norm` and `micro_batch_size` as Python numbers.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -184,9 +180,9 @@ def check_options(model, schedule, max_grad_norm, micro_batch_size, autocast_dty
     if not callable(model):
         raise TypeError(f"model: expected a callable (x_t, t, **kwargs), got {_check.describe(model)}")
     if max_grad_norm is not None:
-        _check.number("max_grad_norm", max_grad_norm, low=0, low_open=True)
+        max_grad_norm = _check.number("max_grad_norm", max_grad_norm, low=0, low_open=True)
     if micro_batch_size is not None:
-        _check.integer("micro_batch_size", micro_batch_size, low=1)
+        micro_batch_size = _check.integer("micro_batch_size", micro_batch_size, low=1)
     if autocast_dtype is not None and autocast_dtype not in AUTOCAST_DTYPES:
         raise ValueError(f"autocast_dtype: expected torch.bfloat16, torch.float16 or None, got {autocast_dtype!r}")
     if grad_scaler is not None and not isinstance(grad_scaler, torch.amp.GradScaler):
@@ -196,6 +192,7 @@ def check_options(model, schedule, max_grad_norm, micro_batch_size, autocast_dty
     if compile not in (None, True, False, "try", "regional"):
         raise ValueError(f"compile: expected None, True, False, 'try' or 'regional', got {compile!r}")
     _check.not_in_this_version(time_window=time_window, lowpass=lowpass)
+    return max_grad_norm, micro_batch_size
 
 
 def _functional_step(
@@ -215,6 +212,7 @@ def _functional_step(
     max_grad_norm: float | None = 1.0,
     autocast_dtype: torch.dtype | None = None,
     grad_scaler: torch.amp.GradScaler | None = None,
+    keep_grad: bool = False,
     micro_batch_size: int | None = None,
     compile: Compile | None = None,
     process_group: dist.ProcessGroup | None = None,
@@ -222,10 +220,11 @@ def _functional_step(
     lowpass: None = None,
 ) -> StepOutput:
     """Validates what a caller's own loop hands over, draws what it left open, and takes the step."""
-    check_options(
+    max_grad_norm, micro_batch_size = check_options(
         model, schedule, max_grad_norm, micro_batch_size, autocast_dtype, grad_scaler,
         compile=compile, process_group=process_group, time_window=time_window, lowpass=lowpass,
     )  # fmt: skip
+    trained = look_at(model, optimizer, grad_scaler, process_group, keep_grad=keep_grad)
     for name, images, kwargs in (("forget", forget, forget_kwargs), ("retain", retain, retain_kwargs)):
         if name in method.batches:
             _check.images(name, images)
@@ -251,10 +250,9 @@ def _functional_step(
         source = draw.GeneratorSource((retain if forget is None else forget).device, generator)
         draws = draw.complete(draws, method, source, forget, retain, len(schedule))
     batch = Batch(forget, retain, neighbors, sqdist, forget_kwargs or {}, retain_kwargs or {})
-    return take_step(
-        method, model, optimizer, schedule, batch, draws,
-        max_grad_norm=max_grad_norm, autocast_dtype=autocast_dtype, grad_scaler=grad_scaler, micro_batch_size=micro_batch_size,
-        compile=compile, process_group=process_group,
+    return take_step_on(
+        trained, method, schedule, batch, draws,
+        max_grad_norm=max_grad_norm, autocast_dtype=autocast_dtype, micro_batch_size=micro_batch_size, compile=compile,
     )  # fmt: skip
 
 
@@ -280,7 +278,11 @@ def retrack_step(
 
     Args:
         model: a diffusers model, or any callable `(x_t, t, **kwargs)` that returns a tensor or an object with `.sample`.
-        optimizer: its gradients are cleared before and after; None leaves the combined gradient, unclipped, in `.grad`.
+        optimizer: makes one update, and its gradients are cleared; None leaves the combined gradient, unclipped, in `.grad`. accelerate's prepared
+            optimizer is taken for the one in it, with its scaler, and learns whether the step was skipped, so that a prepared scheduler stands still.
+            Between the updates of `accelerator.accumulate()` it is refused: one call takes all rows of an update, and `micro_batch_size` splits them.
+            What updates parameters elsewhere (DeepSpeed, Megatron-LM, FSDP, hooks after accumulation) is refused. Hooks of tensors see the gradient
+            of each backward pass alone, of which a step takes several; those of a fused optimizer's step() see gradients before they are clipped.
         schedule: the forward process and prediction type; `NoiseSchedule.from_diffusers(scheduler)`.
         forget: `[B, C, H, W]` floating point, images to forget, in the range the network was trained on.
         neighbors: `[B, K, C, H, W]`, their k nearest neighbours among the images to keep (`nearest_neighbors`).
@@ -293,6 +295,9 @@ def retrack_step(
         autocast_dtype: bfloat16 or float16 for the network call; None: as it is.
         grad_scaler: a `torch.amp.GradScaler` for float16; norms and factors are those of the unscaled gradients. Its own step waits for the device
             unless the optimizer is fused. With `optimizer=None` the gradients in `.grad` stay scaled.
+        keep_grad: False: a gradient that stands in `.grad` before the step (one of zeros, too) is an error. True: it is added to the combined gradient,
+            before norm and clipping; no rescaling or projection sees it. With a grad_scaler it is expected multiplied by the scale, as
+            `scaler.scale(loss).backward()` leaves it; of several processes it is expected to be their mean already.
         forget_kwargs, retain_kwargs: conditioning, tensors (or dicts of them) with the batch first.
         micro_batch_size: at most this many rows in one network call; gradients accumulate over the calls.
         compile: True compiles forward pass and loss as one graph (minutes, once for each set of shapes), `"regional"` only the blocks that a diffusers

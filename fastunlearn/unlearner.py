@@ -23,8 +23,10 @@ from .precision import resolve_autocast
 from .profiling import stage
 from .replay import make_replay
 from .schedule import NoiseSchedule
-from .step import StepOutput, check_options, processes, take_step, unwrapped
+from .step import StepOutput, check_options, take_step
 from .store import ImageStore, Rows, overlap
+from .trained import check_gradients, processes, unwrapped
+from .wrappers import check_update_is_due, check_wrappers, grad_scaler_of, refuse_elsewhere, tell_skipped, unwrap_optimizer, unwrap_scheduler
 
 UINT8_SCALE = (2 / 255) ** 2  # from integer squared distances to those of images in [-1, 1]
 
@@ -35,6 +37,7 @@ class Unlearner:
     Args:
         model: a diffusers model, or any callable `(x_t, t, **kwargs)` that returns a tensor or an object with `.sample`.
         optimizer: over the parameters to train; `torch.optim.AdamW(..., fused=True)` skips a non-finite step without a host check.
+            accelerate's prepared optimizer is taken for the one in it, as in `retrack_step`.
         schedule: `NoiseSchedule.from_diffusers(scheduler)`.
         method: `ReTrack(...)`, `SISS(...)`, `EraseDiff(...)`, `NegGrad(...)` or `Vanilla()`.
         forget: images to forget; None where the method does not read them.
@@ -45,9 +48,10 @@ class Unlearner:
         total_steps: how many steps the run will take (no method here has a schedule over them yet); None: unknown.
         seed: every random number of step s is a function of (seed, s).
         autocast_dtype: dtype of the network call; `"auto"`: bfloat16 on GPUs that have it, elsewhere (as None) that of the weights.
-        grad_scaler, max_grad_norm: as in `retrack_step`; float16 without a grad_scaler loses small gradients.
+        grad_scaler, keep_grad, max_grad_norm: as in `retrack_step`; float16 without a grad_scaler loses small gradients.
         ema: an object with `.step(parameters)`, such as diffusers' `EMAModel`, updated after every step.
-        lr_scheduler: an object with `.step()`, called after every step.
+        lr_scheduler: an object with `.step()`, called after every step. accelerate's prepared scheduler keeps its own rules: it stands still after
+            a skipped step (to learn which, it waits for a GPU), and goes on by as many steps as there are processes unless batches are split.
         allow_overlap: accept forget rows that also stand in `retain`.
         residency: `"device"`: both stores lie on the model's device; `"host"`: they stay where they are, and the rows of the next step are brought ahead;
             `"auto"`: what fits (docs/data_path.md). The numbers are the same.
@@ -79,6 +83,7 @@ class Unlearner:
         seed: int = 0,
         autocast_dtype: torch.dtype | Literal["auto"] | None = "auto",
         grad_scaler: torch.amp.GradScaler | None = None,
+        keep_grad: bool = False,
         max_grad_norm: float | None = 1.0,
         ema=None,
         lr_scheduler=None,
@@ -92,23 +97,38 @@ class Unlearner:
     ):
         if not isinstance(method, Method):
             raise TypeError(f"method: expected a method such as ReTrack(), got {_check.describe(method)}")
+        optimizer, self._wrappers = unwrap_optimizer(optimizer)
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {_check.describe(optimizer)}")
+        grad_scaler = grad_scaler_of(self._wrappers, grad_scaler)
         device = optimizer.param_groups[0]["params"][0].device
         autocast_dtype = resolve_autocast(autocast_dtype, device)
-        check_options(
+        max_grad_norm, micro_batch_size = check_options(
             model, schedule, max_grad_norm, micro_batch_size, autocast_dtype, grad_scaler,
             compile=compile, process_group=process_group, time_window=time_window, lowpass=lowpass,
         )  # fmt: skip
+        for around in (model, unwrapped(model)):
+            refuse_elsewhere("model", around)
+        reduced = process_group is not None or unwrapped(model) is not model
+        if not isinstance(keep_grad, bool):
+            raise TypeError(f"keep_grad: expected True or False, got {_check.describe(keep_grad)}")
+        if ema is not None and not callable(getattr(ema, "step", None)):
+            raise TypeError(f"ema: expected an object with .step(parameters) or None, got {_check.describe(ema)}")
         schedule.check_usable()
-        _check.integer("batch_size", batch_size, low=1)
-        _check.integer("seed", seed, low=0, high=2**63 - 1)
+        batch_size = _check.integer("batch_size", batch_size, low=1)
+        seed = _check.integer("seed", seed, low=0, high=2**63 - 1)
         if total_steps is not None:
-            _check.integer("total_steps", total_steps, low=0)
+            total_steps = _check.integer("total_steps", total_steps, low=0)
+        check_wrappers(self._wrappers, reduced=reduced)
+        self._prepared_scheduler = None
+        if lr_scheduler is not None:
+            lr_scheduler, self._prepared_scheduler, asked = unwrap_scheduler(lr_scheduler, optimizer)
+            self._wrappers += [wrapper for wrapper in asked if wrapper not in self._wrappers]
         check_stores(method, forget, retain, allow_overlap=allow_overlap)
 
         self.model, self.optimizer, self.schedule, self.method = model, optimizer, schedule, method
         self.batch_size, self.micro_batch_size, self.total_steps, self.seed = batch_size, micro_batch_size, total_steps, seed
+        self.keep_grad = keep_grad
         self.autocast_dtype, self.max_grad_norm, self.grad_scaler, self.ema, self.lr_scheduler = autocast_dtype, max_grad_norm, grad_scaler, ema, lr_scheduler
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.device = device
@@ -143,6 +163,10 @@ class Unlearner:
 
     def step(self, draws: Draws | None = None) -> StepOutput:
         """Takes one step. `draws` may give rows, noise or timesteps; the rest is drawn for (seed, step index)."""
+        check_update_is_due(self._wrappers)
+        # Here, since a replayed step runs no more Python.
+        trainable = [parameter for parameter in self.parameters if parameter.requires_grad]
+        check_gradients(unwrapped(self.model), self.optimizer, trainable, keep_grad=self.keep_grad)
         if not self._agreed:  # not before: unlearn() shares the weights first
             self._check_agreement()
         obstacle = None if self._replay is None else self._not_replayable_now(draws)
@@ -156,8 +180,9 @@ class Unlearner:
         lr = self.optimizer.param_groups[0]["lr"]
         on_device = isinstance(lr, Tensor) and lr.device == self.device
         self.lr_of_step = lr.clone() if on_device else float(lr)  # a scheduler fills a tensor in place
+        tell_skipped(self._wrappers, output.skipped)
         if self.lr_scheduler is not None:
-            self.lr_scheduler.step()
+            self._scheduler().step()
         if self.ema is not None:
             self.ema.step(self.model.parameters() if isinstance(self.model, torch.nn.Module) else self.parameters)
         return output
@@ -167,6 +192,11 @@ class Unlearner:
         check_agreement(self.parameters, {"seed": self.seed, "step": self.step_index, **rows}, self.process_group)
         self._agreed = True
 
+    def _scheduler(self):
+        """The learning-rate scheduler, in accelerate's wrapper if it came in one."""
+        prepared = self._prepared_scheduler
+        return prepared if prepared is not None and prepared.scheduler is self.lr_scheduler else self.lr_scheduler
+
     def _step_on_device(self, draws: Draws | None = None) -> StepOutput:
         """What a step does on the device. Nothing here may depend on the step but through `_counter`: replayed, this runs once for all steps."""
         with stage("draw"):
@@ -174,7 +204,7 @@ class Unlearner:
         output = take_step(
             self.method, self.model, self.optimizer, self.schedule, batch, draws,
             max_grad_norm=self.max_grad_norm, autocast_dtype=self.autocast_dtype, grad_scaler=self.grad_scaler, micro_batch_size=self.micro_batch_size,
-            compile=self.compile, process_group=self.process_group,
+            compile=self.compile, process_group=self.process_group, keep_grad=self.keep_grad,
         )  # fmt: skip
         self.skipped_steps += output.skipped
         self._counter[1].add_(1)
@@ -198,6 +228,8 @@ class Unlearner:
         """What of this one step a graph cannot hold."""
         if draws is not None:
             return "draws that the caller gives"
+        if any(parameter.grad is not None for parameter in self.parameters):  # each time in other memory
+            return "gradients that the caller left in .grad"
         if torch.is_autocast_enabled(self.device.type):  # it keeps converted weights: a graph would read them
             return "an autocast context around the step (autocast_dtype has one within)"
         return None

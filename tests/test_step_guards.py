@@ -184,12 +184,13 @@ def test_an_optimizer_of_a_part_leaves_the_rest_alone(step):
     model = TinyDenoiser()
     optimizer = torch.optim.SGD(model.leave.parameters(), lr=0.1)
     model.leave.bias.requires_grad_(False)
-    model.leave.bias.grad = torch.ones_like(model.leave.bias)  # left by somebody
+    model.enter.bias.grad = torch.ones_like(model.enter.bias)  # somebody else's
     before = copy.deepcopy(model.state_dict())
     step(model, optimizer, SCHEDULE, images(0), images(1))
     moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert moved == {"leave.weight"}
-    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(parameter.grad is None for parameter in model.leave.parameters())
+    assert torch.equal(model.enter.bias.grad, torch.ones_like(model.enter.bias))
 
 
 def test_ema_follows_the_model_not_the_order_of_the_optimizer():
