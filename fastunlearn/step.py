@@ -16,12 +16,12 @@ from torch import Tensor
 from . import _check
 from . import draws as draw
 from .compilation import Compile, resolve_compile
+from .conditioning import conditioning_of, without_graph
 from .draws import Draws
 from .evaluation import evaluate
 from .gradients import Accumulator, clipping, total_norm, update
 from .losses import Losses
 from .methods import SISS, Batch, EraseDiff, Method, NegGrad, Pass, ReTrack, Vanilla
-from .methods.base import map_tensors
 from .precision import AUTOCAST_DTYPES
 from .profiling import stage
 from .schedule import NoiseSchedule
@@ -225,10 +225,14 @@ def _functional_step(
         compile=compile, process_group=process_group, time_window=time_window, lowpass=lowpass,
     )  # fmt: skip
     trained = look_at(model, optimizer, grad_scaler, process_group, keep_grad=keep_grad)
+    without_graph("neighbors", neighbors)
+    without_graph("sqdist", sqdist)
+    conditioning = {"forget": {}, "retain": {}}
     for name, images, kwargs in (("forget", forget, forget_kwargs), ("retain", retain, retain_kwargs)):
         if name in method.batches:
             _check.images(name, images)
-            map_tensors(lambda value, name=name, images=images: _batch_first(f"{name}_kwargs", value, images), kwargs or {})
+            without_graph(name, images)
+            conditioning[name] = conditioning_of(f"{name}_kwargs", kwargs, len(images), trained.parameters)
             if _check.values_enabled():
                 _check.finite(name, images)
         elif kwargs:
@@ -249,17 +253,11 @@ def _functional_step(
     with stage("draw"):
         source = draw.GeneratorSource((retain if forget is None else forget).device, generator)
         draws = draw.complete(draws, method, source, forget, retain, len(schedule))
-    batch = Batch(forget, retain, neighbors, sqdist, forget_kwargs or {}, retain_kwargs or {})
+    batch = Batch(forget, retain, neighbors, sqdist, conditioning["forget"], conditioning["retain"])
     return take_step_on(
         trained, method, schedule, batch, draws,
         max_grad_norm=max_grad_norm, autocast_dtype=autocast_dtype, micro_batch_size=micro_batch_size, compile=compile,
     )  # fmt: skip
-
-
-def _batch_first(name: str, value: Tensor, images: Tensor) -> Tensor:
-    if value.ndim == 0 or len(value) != len(images):
-        raise ValueError(f"{name}: expected tensors with the batch of {len(images)} first, got shape {tuple(value.shape)}")
-    return value
 
 
 def retrack_step(
@@ -277,7 +275,7 @@ def retrack_step(
     """One ReTrack step (arXiv 2509.13007, section 3.4) on batches that the caller's loop already has.
 
     Args:
-        model: a diffusers model, or any callable `(x_t, t, **kwargs)` that returns a tensor or an object with `.sample`.
+        model: a diffusers model, or any callable `(x_t, t, **kwargs)` that returns a tensor, a tuple that begins with it, or an object with `.sample`.
         optimizer: makes one update, and its gradients are cleared; None leaves the combined gradient, unclipped, in `.grad`. accelerate's prepared
             optimizer is taken for the one in it, with its scaler, and learns whether the step was skipped, so that a prepared scheduler stands still.
             Between the updates of `accelerator.accumulate()` it is refused: one call takes all rows of an update, and `micro_batch_size` splits them.
@@ -298,7 +296,8 @@ def retrack_step(
         keep_grad: False: a gradient that stands in `.grad` before the step (one of zeros, too) is an error. True: it is added to the combined gradient,
             before norm and clipping; no rescaling or projection sees it. With a grad_scaler it is expected multiplied by the scale, as
             `scaler.scale(loss).backward()` leaves it; of several processes it is expected to be their mean already.
-        forget_kwargs, retain_kwargs: conditioning, tensors (or dicts of them) with the batch first.
+        forget_kwargs, retain_kwargs: what the network is given beside x_t and t: tensors with the batch first (or with one row for the whole batch), without
+            a graph; numbers, strings, booleans and None, equal in both where forget and retain rows share a call of the network; dicts of all these.
         micro_batch_size: at most this many rows in one network call; gradients accumulate over the calls.
         compile: True compiles forward pass and loss as one graph (minutes, once for each set of shapes), `"regional"` only the blocks that a diffusers
             network repeats; `"try"` goes on eagerly where compiling fails. None: on for GPUs, off for CPUs, where it was measured to gain little.

@@ -217,7 +217,10 @@ STEP_CASES = [
         "conditioning of other keys", lambda: step(retrack_step, forget_kwargs={"y": timesteps()}, retain_kwargs={}),
         ValueError, "forget_kwargs", "the same keys", r"\['y'\]",
     ),
-    Case("conditioning is no tensor", lambda: step(retrack_step, forget_kwargs={"y": 1}, retain_kwargs={"y": 1}), TypeError, "forget_kwargs", "tensors", "int"),
+    Case(
+        "conditioning is no tensor", lambda: step(retrack_step, forget_kwargs={"y": [1]}, retain_kwargs={"y": [1]}),
+        TypeError, "forget_kwargs", "tensors", "list",
+    ),
     Case("draws is a dict", lambda: step(vanilla_step, draws={}), TypeError, "draws", "Draws or None", "dict"),
     Case("draws of the other branch", lambda: step(neggrad_step, draws=Draws(retain_noise=images())), ValueError, "draws", "only forget_noise", "retain_noise"),
     Case(

@@ -18,7 +18,7 @@ LAYERS = [
     {"functional", "neighbor_search", "neighbors", "feeds"},
     {"draws", "gradients", "agreement", "wrappers"},
     {"methods"},
-    {"evaluation", "compilation", "attention", "losses", "trained"},
+    {"evaluation", "compilation", "attention", "losses", "conditioning", "trained"},
     {"step"},
     {"replay"},
     {"unlearner"},

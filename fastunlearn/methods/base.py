@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
+from numbers import Number
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,11 +16,12 @@ from ..schedule import NoiseSchedule
 from ..store import Rows
 
 Role = Literal["retain", "forget"]
+CONSTANTS = (str, Number, np.bool_, type(None))  # what conditioning has beside tensors; bool is a Number
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What a step works on. Conditioning (`*_kwargs`) has the batch as its leading dimension."""
+    """What a step works on. Conditioning (`*_kwargs`): tensors with the batch first, `CONSTANTS`, dicts of them."""
 
     forget: Tensor | Rows | None = None  # [B, C, H, W]
     retain: Tensor | Rows | None = None  # [B, C, H, W]
@@ -148,24 +151,42 @@ def mean_weight(batch: Tensor | Rows) -> Tensor:
 
 
 def map_tensors(function, first: dict[str, Any], *others: dict[str, Any]) -> dict[str, Any]:
-    """`function` on corresponding tensors of nested dicts of tensors.
+    """`function` on corresponding tensors of nested dicts. Numbers, strings, booleans and None stay as they are.
 
     Raises:
-        ValueError: the dicts have different keys.
-        TypeError: a leaf is not a tensor.
+        ValueError: the dicts have different keys, tensors that differ by more than their rows, or something else that differs: what shares
+            a call of the network can only be given it once.
+        TypeError: an entry is none of these, or not the same kind of thing in all dicts.
     """
-    for other in others:
-        if first.keys() != other.keys():
-            raise ValueError(f"forget_kwargs, retain_kwargs: expected the same keys, got {sorted(first)} and {sorted(other)}")
+    return _map_tensors(function, (first, *others), "")
+
+
+def _map_tensors(function, given: tuple[dict[str, Any], ...], path: str) -> dict[str, Any]:
+    names = "forget_kwargs, retain_kwargs"
+    within = f" in {path[:-1]!r}" if path else ""
+    for other in given[1:]:
+        if given[0].keys() != other.keys():
+            raise ValueError(f"{names}: expected the same keys{within}, got {sorted(given[0])} and {sorted(other)}")
     result = {}
-    for key, value in first.items():
-        values = (value, *(other[key] for other in others))
-        if isinstance(value, dict):
-            result[key] = map_tensors(function, *values)
-        elif all(isinstance(v, Tensor) for v in values):
+    for key in given[0]:
+        values = tuple(each[key] for each in given)
+        if all(isinstance(value, dict) for value in values):
+            result[key] = _map_tensors(function, values, f"{path}{key}.")
+        elif all(isinstance(value, Tensor) for value in values):
+            if len({value.shape[1:] for value in values}) > 1:
+                expected = "expected tensors of the same shape but for their rows, to share a call of the network"
+                shapes = " and ".join(str(tuple(value.shape)) for value in values)
+                raise ValueError(f"{names}: {expected}, got {shapes} for {path + key!r}")
             result[key] = function(*values)
+        elif all(isinstance(value, CONSTANTS) for value in values):
+            if any(type(value) is not type(values[0]) or value != values[0] for value in values):
+                shown = " and ".join(map(repr, values))
+                raise ValueError(f"{names}: expected the same in both, to share a call of the network, got {shown} for {path + key!r}")
+            result[key] = values[0]
         else:
-            raise TypeError(f"forget_kwargs, retain_kwargs: expected tensors (batch first) or dicts of them, got {type(value).__name__} for {key!r}")
+            expected = "expected tensors (batch first), numbers, strings, booleans, None, or dicts of them, the same kind in both"
+            kinds = " and ".join(type(value).__name__ for value in values)
+            raise TypeError(f"{names}: {expected}, got {kinds} for {path + key!r}")
     return result
 
 

@@ -1,0 +1,75 @@
+"""What a caller's loop hands to its network beside images and timesteps, made ready for a step that splits and joins batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from . import _check
+from .methods.base import CONSTANTS
+
+
+def conditioning_of(name: str, given: dict[str, Any] | None, batch: int, trained: Sequence[Tensor]) -> dict[str, Any]:
+    """The keyword arguments of the network for a batch of `batch` rows.
+
+    Args:
+        name: of the argument, for errors.
+        given: tensors with the batch first, or with 1 in its place: one prompt for all rows; numbers, strings, booleans and
+            None; dicts of all these.
+        trained: parameters that a tensor may depend on, being one of them.
+
+    Returns:
+        The same, every tensor with `batch` rows.
+
+    Raises:
+        TypeError, ValueError: naming the entry that is none of these, has another number of rows, or has a graph of its own.
+    """
+    if given is None:
+        return {}
+    if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
+        raise TypeError(f"{name}: expected a dict of keyword arguments or None, got {_check.describe(given)}")
+    return {key: _entry(name, key, value, batch, trained) for key, value in given.items()}
+
+
+def _entry(name: str, path: str, value: Any, batch: int, trained: Sequence[Tensor]) -> Any:
+    if isinstance(value, dict):
+        return {key: _entry(name, f"{path}.{key}", each, batch, trained) for key, each in value.items()}
+    if isinstance(value, CONSTANTS):
+        return value
+    if not isinstance(value, Tensor):
+        expected = "expected tensors (batch first), numbers, strings, booleans, None, or dicts of them"
+        raise TypeError(f"{name}: {expected}, got {type(value).__name__} for {path!r}")
+    if value.requires_grad:
+        _refuse_graph(name, path, value, trained)
+    if value.ndim == 0 or len(value) not in (1, batch):
+        expected = f"expected tensors with the batch of {batch} first"
+        raise ValueError(f"{name}: {expected}, got shape {tuple(value.shape)} for {path!r} (1 row would stand for all)")
+    return value if len(value) == batch else value.expand(batch, *value.shape[1:])
+
+
+def _refuse_graph(name: str, path: str, value: Tensor, trained: Sequence[Tensor]) -> None:
+    """
+    Raises:
+        ValueError: `value` was computed by something that may be trained along, whose gradient a step would not find.
+    """
+    if value.grad_fn is not None:
+        expected = (
+            "expected tensors without a graph, which a step of several backward passes cannot go through "
+            "(detach() takes it off; to train what made it, put both into one model, which is given its input)"
+        )
+        raise ValueError(f"{name}: {expected}, got one of {type(value.grad_fn).__name__} for {path!r}")
+    if not any(value is parameter for parameter in trained):
+        expected = "expected tensors that require no grad, or trained parameters (of the optimizer)"
+        raise ValueError(f"{name}: {expected}, got another that requires grad for {path!r}")
+
+
+def without_graph(name: str, value: Any) -> None:
+    """
+    Raises:
+        ValueError: `value`, images or numbers of a step, requires grad: a step finds the gradients of its network alone.
+    """
+    if isinstance(value, Tensor) and value.requires_grad:
+        expected = "expected a tensor without a graph (detach() takes it off; encode images under torch.no_grad())"
+        raise ValueError(f"{name}: {expected}, got one that requires grad")
