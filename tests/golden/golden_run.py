@@ -106,8 +106,10 @@ class Run:
         applied.
         """
         feed, clip = self.feed(steps), self.case.meta["clip_max_norm"]
+        self.model.zero_grad()
         if optimizer is not None and "out.f32.main_norm" in self.case:
             self._note({"main_norm": feed.main_norm})
+        self.model.zero_grad()  # steps without an optimizer leave their gradient, and the next step refuses it
         options = {"micro_batch_size": feed.micro_batch_size if self.accumulation > 1 else None}
         if feed.main == 1:
             output = feed.step(optimizer, max_grad_norm=clip, **options)
