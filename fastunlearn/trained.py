@@ -99,10 +99,15 @@ def _trainable(model: Callable, optimizer: torch.optim.Optimizer | None) -> list
     if any(parameter.dtype == torch.float16 for parameter in parameters):
         raise TypeError("model: expected float32 (or bfloat16) parameters, got float16, in which norms overflow; autocast_dtype runs the network in float16")
     for parameter in parameters:
-        for mark in parameter.__dict__.keys() & MARKS.keys():
-            if getattr(parameter, mark) is not False:
-                raise TypeError(f"model: expected whole parameters, updated by the optimizer, got {MARKS[mark]}")
+        if parameter.__dict__:  # few have attributes of their own
+            _refuse_marked(parameter)
     return parameters
+
+
+def _refuse_marked(parameter: nn.Parameter) -> None:
+    for mark in parameter.__dict__.keys() & MARKS.keys():
+        if getattr(parameter, mark) is not False:
+            raise TypeError(f"model: expected whole parameters, updated by the optimizer, got {MARKS[mark]}")
 
 
 def _of(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:

@@ -119,6 +119,32 @@ def test_a_step_that_reads_its_number_on_the_host_would_be_seen(monkeypatch):
     assert losses[-1] == losses[-2] == losses[-3]
 
 
+def test_a_gradient_that_the_caller_leaves_is_added_eagerly(caplog):
+    """It lies in other memory each time. The graph stays, for the steps that find none."""
+    eager, other = pair(keep_grad=True)
+    assert_same_steps(eager, other, WARM_UP_STEPS + 2)
+    for _ in range(2):
+        for run in (eager, other):
+            sum(parameter.square().sum() for parameter in run.model.parameters()).backward()
+        with caplog.at_level(logging.INFO, "fastunlearn"):
+            assert_same_steps(eager, other)
+        assert_same_steps(eager, other)
+    assert "gradients that the caller left in .grad: such steps run eagerly" in caplog.text
+    assert (other._replay.graphs.captures, other._replay.graphs.replays) == (1, 4)
+
+
+def test_a_gradient_that_the_caller_leaves_is_not_dropped_by_a_replay():
+    other = make(replayed=True)
+    for _ in range(WARM_UP_STEPS + 2):
+        other.step()
+    first = next(other.model.parameters())
+    first.grad = torch.zeros_like(first)
+    with pytest.raises(ValueError, match="keep_grad: expected"):
+        other.step()
+    first.grad = None
+    other.step()
+
+
 def test_outputs_outlive_later_steps():
     other = make(replayed=True)
     outputs = [other.step() for _ in range(WARM_UP_STEPS + 4)]
