@@ -21,6 +21,7 @@ from . import _check
 from .packed import Packed
 from .profiling import stage
 from .step import StepOutput
+from .wrappers import Forget
 
 log = logging.getLogger("fastunlearn")
 
@@ -297,7 +298,8 @@ def _obstacle(model: Callable, optimizer: torch.optim.Optimizer, device: torch.d
         return f"the optimizer {type(optimizer).__name__}, which is none of {names}: its step waits for the device"
     if _check.values_enabled():
         return "FASTUNLEARN_CHECK=1, whose checks read the device"
-    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+    hooks = *optimizer._optimizer_step_pre_hooks.values(), *optimizer._optimizer_step_post_hooks.values()
+    if not all(isinstance(hook, Forget) for hook in hooks):  # those are this package's own: an Unlearner does without
         return "an optimizer with hooks, which a replayed step would not call"
     if not isinstance(model, nn.Module):
         return f"a model that is no torch.nn.Module, but {type(model).__name__}"

@@ -158,10 +158,29 @@ def check_wrappers(wrappers: list[Any], *, reduced: bool) -> None:
 def tell_skipped(wrappers: list[Any], skipped: Tensor) -> None:
     """Lets accelerate know whether the step was skipped: its schedulers go on only if it was not.
 
-    `skipped` (0-d bool) stays on the device; who asks for `step_was_skipped` waits for it.
+    `skipped` (0-d bool) stays on the device; who asks for `step_was_skipped` waits for it. It holds until the next step, of
+    whomever: without a scaler accelerate itself never takes it back.
     """
     for wrapper in wrappers:
+        _forget_at_next_step(wrapper)
         wrapper._is_overflow = skipped
+
+
+class Forget:
+    """A hook after `optimizer.step()`: what was skipped before is no longer the last step of `wrapper`."""
+
+    def __init__(self, wrapper: Any):
+        self.wrapper = wrapper
+
+    def __call__(self, *_: Any) -> None:
+        self.wrapper._is_overflow = False
+
+
+def _forget_at_next_step(wrapper: Any) -> None:
+    optimizer, _ = unwrap_optimizer(wrapper)
+    hooks = optimizer._optimizer_step_post_hooks.values()
+    if not any(isinstance(hook, Forget) and hook.wrapper is wrapper for hook in hooks):
+        optimizer.register_step_post_hook(Forget(wrapper))
 
 
 def unwrap_scheduler(scheduler: Any, optimizer: torch.optim.Optimizer) -> tuple[Any, Any, list[Any]]:

@@ -9,12 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from fastunlearn import SISS, Draws, EraseDiff, ImageStore, ReTrack, Unlearner, Vanilla, erasediff_step, retrack_step, siss_step, vanilla_step
+from fastunlearn import SISS, Draws, EraseDiff, ImageStore, ReTrack, Unlearner, Vanilla, erasediff_step, replay, retrack_step, siss_step, vanilla_step
 from fastunlearn.gradients import _skips_on_device
+from fastunlearn.methods import Pass
 from fastunlearn.reference import combine, objectives
 from fastunlearn.reference import noising as literal_noising
+from fastunlearn.replay import WARM_UP_STEPS, Replay
 from fastunlearn.testing.budgets import relative_l2
 from fastunlearn.testing.factories import TinyDenoiser, linear_schedule, redirect_inputs
+from fastunlearn.testing.host_sync import TapeGraphs
 
 accelerate = pytest.importorskip("accelerate")
 deepspeed = pytest.importorskip("accelerate.utils.deepspeed")  # its side of it: DeepSpeed itself is not needed
@@ -199,6 +202,27 @@ def test_whether_a_step_was_skipped_stays_on_the_device(monkeypatch):
     assert loop.optimizer.step_was_skipped is output.skipped
 
 
+@pytest.mark.parametrize("scaler", [False, True])
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_skipped_step_is_forgotten_when_the_loop_takes_one_of_its_own(fused, scaler):
+    """Training goes on with accelerate alone: without a scaler it would say for ever that the last step was skipped."""
+    loop = Loop(fused=fused, scaler=scaler)
+    vanilla_step(loop.model, loop.optimizer, SCHEDULE, images(), draws=nan())
+    rates = []
+    for _ in range(2):
+        loop.accelerator.backward(sum(parameter.square().sum() for parameter in loop.model.parameters()))
+        loop.optimizer.step()
+        loop.optimizer.zero_grad()
+        loop.scheduler.step()
+        rates.append(loop.lr)
+    assert rates == [5e-3, 2.5e-3]
+    assert not loop.optimizer.step_was_skipped
+    for draws in (nan(), Draws(), nan()):  # and the other way round
+        vanilla_step(loop.model, loop.optimizer, SCHEDULE, images(), draws=draws)
+        assert bool(loop.optimizer.step_was_skipped) == bool(draws.given())
+    assert len(loop.plain._optimizer_step_post_hooks) == 1
+
+
 def test_a_fused_optimizer_skips_on_the_device(monkeypatch):
     """The host decides nothing: `found_inf` reaches the optimizer in the wrapper."""
     loop, seen = Loop(), []
@@ -284,6 +308,30 @@ def test_a_prepared_scheduler_of_an_unlearner_stands_still_after_a_skipped_step(
     plain.step()
     plain.step(nan())
     assert plain.optimizer.param_groups[0]["lr"] == 2.5e-3  # as before: it goes on after every step
+
+
+def test_a_prepared_optimizer_is_replayed(monkeypatch):
+    """As a plain one; the wrapper hears of every replayed step."""
+    monkeypatch.setattr(Pass, "by_role", lambda self: [self])  # which reads, on CPUs only
+    states = []
+    for prepared in (False, True):
+        loop = Loop()
+        run = unlearner(loop, SISS(), prepared=prepared)
+        for _ in range(2):  # the second time over an optimizer that has been used
+            assert make_replay_obstacle(run) is None
+            run._replay = Replay(TapeGraphs(), run.optimizer, [*run.model.parameters(), *run.model.buffers()])
+            for _ in range(WARM_UP_STEPS + 3):
+                output = run.step()
+            assert run._replay.graphs.replays == 3
+            assert not prepared or loop.optimizer.step_was_skipped is output.skipped
+        states.append(flat(run.model))
+    assert torch.equal(states[1], states[0])
+
+
+def make_replay_obstacle(run: Unlearner) -> str | None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(replay.RECORDERS, "cpu", lambda device: TapeGraphs())
+        return replay._obstacle(run.model, run.optimizer, run.device)
 
 
 def test_an_unlearner_between_updates_is_refused():
