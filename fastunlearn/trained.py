@@ -11,7 +11,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import _check
-from .wrappers import check_update_is_due, check_wrappers, grad_scaler_of, refuse_elsewhere, unwrap_optimizer
+from .wrappers import (
+    check_update_is_due,
+    check_wrappers,
+    grad_scaler_of,
+    refuse_elsewhere,
+    unwrap_optimizer,
+    warn_if_accumulating,
+)
 
 # Attributes by which libraries mark parameters that are not whole, or not updated from `.grad`.
 MARKS = {
@@ -62,6 +69,8 @@ def look_at(
     parameters = _trainable(network, optimizer)
     check_gradients(network, optimizer, parameters, keep_grad=keep_grad)
     check_update_is_due(wrappers)
+    if optimizer is not None and not wrappers:
+        warn_if_accumulating()
     check_wrappers(wrappers, reduced=process_group is not None or network is not model)
     if grad_scaler is not None and not grad_scaler.is_enabled():
         grad_scaler = None  # its step would make the update unconditionally

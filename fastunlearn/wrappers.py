@@ -34,15 +34,17 @@ ELSEWHERE = {
 }
 
 
-def refuse_elsewhere(name: str, value: Any) -> None:
+WHOLE = "whole parameters in every process, updated from .grad"
+
+
+def refuse_elsewhere(name: str, value: Any, expected: str = WHOLE) -> None:
     """
     Raises:
         TypeError: `value`, the argument `name`, is of a library that keeps gradients or parameters elsewhere.
     """
     library = _library(type(value))
     if library is not None:
-        expected = "expected whole parameters in every process, updated from .grad"
-        raise TypeError(f"{name}: {expected}, got {type(value).__name__} of {library}")
+        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__} of {library}")
 
 
 @functools.lru_cache(maxsize=256)  # asked at every step
@@ -134,6 +136,21 @@ def check_update_is_due(wrappers: list[Any]) -> None:
         raise ValueError(f"optimizer: {expected}, got a prepared optimizer between updates ({reason})")
 
 
+def warn_if_accumulating() -> None:
+    """Says, once, that an optimizer that accelerate does not know makes an update where accelerate would make none."""
+    state = _of_accelerate("state", "GradientState")
+    if state is not None and state._shared_state.get("sync_gradients", True) is False:
+        _say_update_between_updates()
+
+
+@functools.cache
+def _say_update_between_updates() -> None:
+    log.warning(
+        "optimizer: accelerate accumulates gradients, and makes no update in this iteration; this optimizer is not prepared, "
+        "and makes one at every step. One call with all rows of an update, split by micro_batch_size, is what accumulation means here"
+    )
+
+
 def check_wrappers(wrappers: list[Any], *, reduced: bool) -> None:
     """Whether the step does all that accelerate's own would do.
 
@@ -193,7 +210,7 @@ def unwrap_scheduler(scheduler: Any, optimizer: torch.optim.Optimizer) -> tuple[
     Raises:
         TypeError: it has no step(), or one that is DeepSpeed's or Megatron's.
     """
-    refuse_elsewhere("lr_scheduler", scheduler)
+    refuse_elsewhere("lr_scheduler", scheduler, "one whose step() moves the learning rates")
     if not callable(getattr(scheduler, "step", None)):
         raise TypeError(f"lr_scheduler: expected an object with .step() or None, got {_check.describe(scheduler)}")
     kind = _of_accelerate("scheduler", "AcceleratedScheduler")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastunlearn import SISS, Draws, EraseDiff, ImageStore, ReTrack, Unlearner, Vanilla, erasediff_step, replay, retrack_step, siss_step, vanilla_step
+from fastunlearn import SISS, Draws, EraseDiff, ImageStore, ReTrack, Unlearner, Vanilla, erasediff_step, replay, retrack_step, siss_step, vanilla_step, wrappers
 from fastunlearn.gradients import _skips_on_device
 from fastunlearn.methods import Pass
 from fastunlearn.reference import combine, objectives
@@ -150,6 +151,19 @@ def test_the_iteration_that_updates_is_taken():
             else:
                 with pytest.raises(ValueError, match="sync_gradients is False"):
                     vanilla_step(loop.model, loop.optimizer, SCHEDULE, images())
+
+
+def test_an_unprepared_optimizer_updates_and_says_so(caplog):
+    """As in a loop of accelerate's own, which cannot hold it back either."""
+    wrappers._say_update_between_updates.cache_clear()
+    loop = Loop(accumulation=2)
+    for _ in range(4):
+        before = flat(loop.model).clone()
+        with loop.accelerator.accumulate(loop.model), caplog.at_level(logging.WARNING, "fastunlearn"):
+            vanilla_step(loop.model, loop.plain, SCHEDULE, images())
+        assert not torch.equal(flat(loop.model), before)
+    assert len([record for record in caplog.records if "this optimizer is not prepared" in record.getMessage()]) == 1
+    wrappers._say_update_between_updates.cache_clear()
 
 
 # --- what is seen through ----------------------------------------------------------------------------------------------------------
@@ -366,6 +380,13 @@ class Empty(torch.optim.SGD):
 def of_module(module: str, base: type = torch.optim.SGD) -> type:
     """A class as a library that is not installed would have it, under a subclass of the caller's."""
     return type("Mine", (type("Theirs", (base,), {"__module__": module}),), {"__module__": __name__})
+
+
+def test_deepspeeds_scheduler():
+    model = TinyDenoiser()
+    scheduler = object.__new__(deepspeed.DeepSpeedSchedulerWrapper)
+    with pytest.raises(TypeError, match=r"lr_scheduler: expected one whose step\(\) moves the learning rates, got DeepSpeedSchedulerWrapper of DeepSpeed"):
+        Unlearner(model, torch.optim.SGD(model.parameters(), lr=0.1), SCHEDULE, Vanilla(), retain=store(), batch_size=2, lr_scheduler=scheduler)
 
 
 def refused_optimizers(parameters):
