@@ -66,7 +66,7 @@ def look_at(
     if grad_scaler is not None and not isinstance(grad_scaler, torch.amp.GradScaler):
         expected = "expected a torch.amp.GradScaler or None"
         raise TypeError(f"grad_scaler: {expected}, got {_check.describe(grad_scaler)}")
-    parameters = _trainable(network, optimizer)
+    parameters = trainable(network, optimizer)
     check_gradients(network, optimizer, parameters, keep_grad=keep_grad)
     check_update_is_due(wrappers)
     if optimizer is not None and not wrappers:
@@ -90,7 +90,12 @@ def processes(model: Callable, process_group: dist.ProcessGroup | None) -> dist.
     return None if process_group is None or dist.get_world_size(process_group) == 1 else process_group
 
 
-def _trainable(model: Callable, optimizer: torch.optim.Optimizer | None) -> list[nn.Parameter]:
+def trainable(model: Callable, optimizer: torch.optim.Optimizer | None) -> list[nn.Parameter]:
+    """The parameters that a step on `model`, unwrapped, trains.
+
+    Raises:
+        TypeError, ValueError: there are none, or some of which this process has a part, or that a step could not update.
+    """
     if optimizer is None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module where optimizer is None, got {type(model).__name__}")

@@ -25,7 +25,7 @@ from .replay import make_replay
 from .schedule import NoiseSchedule
 from .step import StepOutput, check_options, take_step
 from .store import ImageStore, Rows, overlap
-from .trained import check_gradients, processes, unwrapped
+from .trained import check_gradients, processes, trainable, unwrapped
 from .wrappers import check_update_is_due, check_wrappers, grad_scaler_of, refuse_elsewhere, tell_skipped, unwrap_optimizer, unwrap_scheduler
 
 UINT8_SCALE = (2 / 255) ** 2  # from integer squared distances to those of images in [-1, 1]
@@ -109,6 +109,7 @@ class Unlearner:
         )  # fmt: skip
         for around in (model, unwrapped(model)):
             refuse_elsewhere("model", around)
+        trainable(unwrapped(model), optimizer)
         reduced = process_group is not None or unwrapped(model) is not model
         if not isinstance(keep_grad, bool):
             raise TypeError(f"keep_grad: expected True or False, got {_check.describe(keep_grad)}")
@@ -165,8 +166,8 @@ class Unlearner:
         """Takes one step. `draws` may give rows, noise or timesteps; the rest is drawn for (seed, step index)."""
         check_update_is_due(self._wrappers)
         # Here, since a replayed step runs no more Python.
-        trainable = [parameter for parameter in self.parameters if parameter.requires_grad]
-        check_gradients(unwrapped(self.model), self.optimizer, trainable, keep_grad=self.keep_grad)
+        trained = [parameter for parameter in self.parameters if parameter.requires_grad]
+        check_gradients(unwrapped(self.model), self.optimizer, trained, keep_grad=self.keep_grad)
         if not self._agreed:  # not before: unlearn() shares the weights first
             self._check_agreement()
         obstacle = None if self._replay is None else self._not_replayable_now(draws)

@@ -444,6 +444,8 @@ def test_marked_parameters(mark):
     setattr(model.leave.weight, mark, 0)  # DeepSpeed's first id
     with pytest.raises(TypeError, match="model: expected whole parameters, updated by the optimizer, got"):
         vanilla_step(model, torch.optim.SGD(model.parameters(), lr=0.1), SCHEDULE, images())
+    with pytest.raises(TypeError, match="model: expected whole parameters, updated by the optimizer, got"):
+        Unlearner(model, torch.optim.SGD(model.parameters(), lr=0.1), SCHEDULE, Vanilla(), retain=store(), batch_size=2)
     setattr(model.leave.weight, mark, False)  # Megatron says so of parameters that are whole
     vanilla_step(model, torch.optim.SGD(model.parameters(), lr=0.1), SCHEDULE, images())
 

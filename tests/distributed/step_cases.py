@@ -109,11 +109,12 @@ def step_with_a_nan(rank_of_nan: int | None, fused: bool) -> tuple[Tensor, Tenso
     return before, after, skipped, int(unlearner.skipped_steps)
 
 
-def own_loop(name: str, alone: bool, prepared: str, micro_batch_size: int | None = None) -> tuple[Tensor, list[dict[str, float]]]:
+def own_loop(name: str, alone: bool, prepared: str, micro_batch_size: int | None = None, keep_grad: bool = False) -> tuple[Tensor, list[dict[str, float]]]:
     """A caller's loop: each process hands its share of the global batch to a `*_step`, with the rows that it drew itself.
 
     For SISS the rows of the first process are all one-sided toward the forget image, and those of the others need both gradients or the retain one. For
     "faint siss" all rows come from retain images: the forget weights of the first process are 0 in float64, those of the others about 1e-20.
+    With `keep_grad` a gradient that is the same in all processes stands in `.grad` before each step.
     """
     rank, count = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
     model: nn.Module = Denoiser()
@@ -136,7 +137,10 @@ def own_loop(name: str, alone: bool, prepared: str, micro_batch_size: int | None
         generator = torch.Generator().manual_seed(100 + step)
         noise = torch.randn(2, BATCH, 1, 8, 8, generator=generator)
         timesteps = torch.randint(1000, (2, BATCH), generator=generator)
-        options = {"process_group": group, "micro_batch_size": micro_batch_size}
+        options = {"process_group": group, "micro_batch_size": micro_batch_size, "keep_grad": keep_grad}
+        if keep_grad:
+            penalty = sum((parameter - 1).square().sum() for parameter in model.parameters())
+            penalty.backward()
         if name.endswith("siss"):
             faint = name == "faint siss"
             timesteps = torch.tensor([10] * (BATCH // 2) + [150] * (BATCH // 2) if faint else [100] * (BATCH // 2) + [999, 100] * (BATCH // 4))

@@ -62,6 +62,14 @@ def test_a_loop_of_the_callers_own(pair: Team, name: str, prepared: str):
     assert_same(pair.run(own_loop, name, False, prepared), own_loop(name, True, prepared))
 
 
+@pytest.mark.parametrize(("name", "prepared"), [("siss", "group"), ("erasediff", "accelerate")])
+def test_a_gradient_that_stands_in_all_processes(pair: Team, name: str, prepared: str):
+    """It is the mean of the processes already: each adds its own, after the gradients of the step were reduced."""
+    expected = own_loop(name, True, prepared, keep_grad=True)
+    assert_same(pair.run(own_loop, name, False, prepared, None, True), expected)
+    assert (expected[0] - own_loop(name, True, prepared)[0]).norm() > 1e-3
+
+
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
 def test_processes_whose_rows_need_different_passes(pair: Team, micro_batch_size: int):
     """SISS on a CPU splits rows by what they need: here one process has forget rows only and the other rows of all kinds."""
