@@ -19,6 +19,7 @@ from fastunlearn.replay import WARM_UP_STEPS, Replay
 from fastunlearn.testing.budgets import relative_l2
 from fastunlearn.testing.factories import TinyDenoiser, linear_schedule, redirect_inputs
 from fastunlearn.testing.host_sync import TapeGraphs
+from fastunlearn.training import unlearn
 
 accelerate = pytest.importorskip("accelerate")
 deepspeed = pytest.importorskip("accelerate.utils.deepspeed")  # its side of it: DeepSpeed itself is not needed
@@ -305,6 +306,15 @@ def test_an_unlearner_takes_prepared_objects(method):
             run.step()
         results.append((flat(run.model), run.last_lr))
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-6)  # the scale is a power of two, and AdamW knows an eps
+
+
+@pytest.mark.parametrize(("first", "second"), [(True, True), (True, False), (False, True)])
+def test_a_run_is_resumed_prepared_or_not(tmp_path, first, second):
+    whole, one, two = (unlearner(Loop(decay=0.9), SISS(), prepared=prepared) for prepared in (first, first, second))
+    for run, folder, steps, resume in ((whole, "whole", 6, None), (one, "parts", 3, None), (two, "parts", 6, "latest")):
+        unlearn(run, num_steps=steps, output_dir=tmp_path / folder, resume_from_checkpoint=resume, show_progress=False)
+    assert torch.equal(flat(two.model), flat(whole.model))
+    assert two.last_lr == whole.last_lr
 
 
 @pytest.mark.parametrize("optimizer", ["prepared", "unprepared"])
