@@ -184,13 +184,18 @@ def tell_skipped(wrappers: list[Any], skipped: Tensor) -> None:
 
 
 class Forget:
-    """A hook after `optimizer.step()`: what was skipped before is no longer the last step of `wrapper`."""
+    """A hook after `optimizer.step()`: what was skipped before is no longer the last step of `wrapper`.
+
+    A call without gradients is no step: a loop may have kept it from before, after a step of this package.
+    """
 
     def __init__(self, wrapper: Any):
         self.wrapper = wrapper
 
-    def __call__(self, *_: Any) -> None:
-        self.wrapper._is_overflow = False
+    def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+        if any(parameter.grad is not None for parameter in parameters):
+            self.wrapper._is_overflow = False
 
 
 def _forget_at_next_step(wrapper: Any) -> None:

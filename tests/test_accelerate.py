@@ -217,6 +217,23 @@ def test_whether_a_step_was_skipped_stays_on_the_device(monkeypatch):
     assert loop.optimizer.step_was_skipped is output.skipped
 
 
+def test_the_rest_of_a_loop_changes_nothing():
+    """What a training script does after its backward pass, left in place after a step that has done it all."""
+    loop, alone = Loop(), Loop()
+    rates = []
+    for seed, draws in enumerate((Draws(), nan(), Draws())):
+        for each in (loop, alone):
+            vanilla_step(each.model, each.optimizer, SCHEDULE, images(), draws=draws, generator=torch.Generator().manual_seed(seed))
+        loop.accelerator.clip_grad_norm_(loop.model.parameters(), 1.0)
+        loop.optimizer.step()
+        loop.scheduler.step()
+        loop.optimizer.zero_grad()
+        alone.scheduler.step()
+        rates.append(loop.lr)
+    assert rates == [5e-3, 5e-3, 2.5e-3]
+    assert torch.equal(flat(loop.model), flat(alone.model))
+
+
 @pytest.mark.parametrize("scaler", [False, True])
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_skipped_step_is_forgotten_when_the_loop_takes_one_of_its_own(fused, scaler):
