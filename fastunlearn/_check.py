@@ -71,25 +71,27 @@ def vector(name: str, value, length: int, device: torch.device, *, floating: boo
 
 
 def scalar(name: str, value):
-    """`value` as Python has it, where numpy or torch made it (`np.float32(0.5)`, a tensor without dimensions on the CPU).
+    """`value` as Python has it, where numpy or torch made it: `np.float32(0.5)`, a 0-d tensor on the CPU.
 
     Raises:
-        TypeError: a tensor without dimensions that is not on the CPU, where reading it would wait for the device,
-            or one that requires grad, which a number cannot pass on.
+        TypeError: a 0-d tensor that is not on the CPU, where reading it would wait for the device, or one
+            that requires grad, which a number cannot pass on.
     """
     if isinstance(value, (np.generic, np.ndarray)) and value.ndim == 0:
         return value.item()
     if not isinstance(value, Tensor) or value.ndim > 0:
         return value
     if value.device.type != "cpu":
-        raise TypeError(f"{name}: expected a number on the host (reading this one waits for the device), got {describe(value)}")
+        expected = "expected a number on the host (reading this one waits for the device)"
+        raise TypeError(f"{name}: {expected}, got {describe(value)}")
     if value.requires_grad:
-        raise TypeError(f"{name}: expected a number (detach() makes one of it), got a tensor that requires grad")
+        expected = "expected a number (detach() makes one of it)"
+        raise TypeError(f"{name}: {expected}, got a tensor that requires grad")
     return value.item()
 
 
 def number(name: str, value, *, low: float = -math.inf, high: float = math.inf, low_open: bool = False) -> float:
-    """A finite number within [low, high], or (low, high] with `low_open`; also numpy's and torch's (`scalar`)."""
+    """A finite number within [low, high], or (low, high] with `low_open`; of numpy or torch, too (`scalar`)."""
     value = scalar(name, value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {describe(value)}")
@@ -100,7 +102,10 @@ def number(name: str, value, *, low: float = -math.inf, high: float = math.inf, 
 
 
 def integer(name: str, value, *, low: int, high: int | None = None, of: str = "") -> int:
-    """An integer within [low, high], also numpy's and torch's (`scalar`); `of` says in words where `high` comes from."""
+    """An integer within [low, high], numpy's and torch's too (`scalar`).
+
+    `of` says in words where `high` comes from.
+    """
     value = scalar(name, value)
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected an integer, got {describe(value)}")

@@ -1,4 +1,4 @@
-"""What a caller's loop hands to its network beside images and timesteps, made ready for a step that splits and joins batches."""
+"""What a caller's loop hands to its network beside images and timesteps, for a step that splits batches."""
 
 from __future__ import annotations
 
@@ -11,20 +11,23 @@ from . import _check
 from .methods.base import CONSTANTS
 
 
-def conditioning_of(name: str, given: dict[str, Any] | None, batch: int, trained: Sequence[Tensor]) -> dict[str, Any]:
+def conditioning_of(
+    name: str, given: dict[str, Any] | None, batch: int, trained: Sequence[Tensor]
+) -> dict[str, Any]:
     """The keyword arguments of the network for a batch of `batch` rows.
 
     Args:
         name: of the argument, for errors.
-        given: tensors with the batch first, or with 1 in its place: one prompt for all rows; numbers, strings, booleans and
-            None; dicts of all these.
+        given: tensors with the batch first, or with 1 in its place (one prompt for all rows); numbers,
+            strings, booleans and None; dicts of all these.
         trained: parameters that a tensor may depend on, being one of them.
 
     Returns:
         The same, every tensor with `batch` rows.
 
     Raises:
-        TypeError, ValueError: naming the entry that is none of these, has another number of rows, or has a graph of its own.
+        TypeError, ValueError: naming the entry that is none of these, has another number of rows, or has a
+            graph of its own.
     """
     if given is None:
         return {}
@@ -45,19 +48,21 @@ def _entry(name: str, path: str, value: Any, batch: int, trained: Sequence[Tenso
         _refuse_graph(name, path, value, trained)
     if value.ndim == 0 or len(value) not in (1, batch):
         expected = f"expected tensors with the batch of {batch} first"
-        raise ValueError(f"{name}: {expected}, got shape {tuple(value.shape)} for {path!r} (1 row would stand for all)")
+        raise ValueError(
+            f"{name}: {expected}, got shape {tuple(value.shape)} for {path!r} (1 row would stand for all)"
+        )
     return value if len(value) == batch else value.expand(batch, *value.shape[1:])
 
 
 def _refuse_graph(name: str, path: str, value: Tensor, trained: Sequence[Tensor]) -> None:
     """
     Raises:
-        ValueError: `value` was computed by something that may be trained along, whose gradient a step would not find.
+        ValueError: `value` was computed by something that may be trained along, and would get no gradient.
     """
     if value.grad_fn is not None:
         expected = (
             "expected tensors without a graph, which a step of several backward passes cannot go through "
-            "(detach() takes it off; to train what made it, put both into one model, which is given its input)"
+            "(detach() takes it off; to train what made it, put both into one model, for its input)"
         )
         raise ValueError(f"{name}: {expected}, got one of {type(value.grad_fn).__name__} for {path!r}")
     if not any(value is parameter for parameter in trained):
@@ -68,8 +73,10 @@ def _refuse_graph(name: str, path: str, value: Tensor, trained: Sequence[Tensor]
 def without_graph(name: str, value: Any) -> None:
     """
     Raises:
-        ValueError: `value`, images or numbers of a step, requires grad: a step finds the gradients of its network alone.
+        ValueError: `value`, images or numbers of a step, requires grad: only the network gets gradients.
     """
     if isinstance(value, Tensor) and value.requires_grad:
-        expected = "expected a tensor without a graph (detach() takes it off; encode images under torch.no_grad())"
+        expected = (
+            "expected a tensor without a graph (detach() takes it off; encode images under torch.no_grad())"
+        )
         raise ValueError(f"{name}: {expected}, got one that requires grad")

@@ -70,7 +70,8 @@ def predict(model: Callable, x_t: Tensor, t: Tensor, kwargs: dict, autocast_dtyp
         prediction = prediction[0]
     rows, channels, *plane = x_t.shape
     if not isinstance(prediction, Tensor) or list(prediction.shape) not in ([rows, channels, *plane], [rows, 2 * channels, *plane]):
-        expected = f"an output (or its .sample, or the first of a tuple) of shape {(rows, channels, *plane)}, or with {2 * channels} channels"
+        shapes = f"of shape {(rows, channels, *plane)}, or with {2 * channels} channels"
+        expected = f"an output (or its .sample, or the first of a tuple) {shapes}"
         raise ValueError(f"model: expected {expected}, got {_check.describe(prediction)}")
     return prediction[:, :channels]  # a learned variance, if there is one, is left alone
 
@@ -109,4 +110,5 @@ def residuals(
 def _check_prediction(prediction: Tensor) -> None:
     if not prediction.requires_grad:
         why = "is the model frozen, under no_grad, or in an activation checkpoint with use_reentrant=True?"
-        raise ValueError(f"model: expected an output that depends on trainable parameters, got one without a gradient ({why})")
+        expected = "expected an output that depends on trainable parameters"
+        raise ValueError(f"model: {expected}, got one without a gradient ({why})")

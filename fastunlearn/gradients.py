@@ -21,12 +21,14 @@ MULTIPLIED_AT_ONCE = 64 << 20  # bytes of products that an inner product holds
 # What torch says of a network whose backward pass is not the step's to take, and what that means here.
 REFUSED_BACKWARD = {
     "use_reentrant": (
-        "model: expected activation checkpoints with use_reentrant=False (in diffusers and transformers an argument of "
-        "what enables gradient checkpointing), got reentrant ones, in which a step cannot go back for the trained parameters alone"
+        "model: expected activation checkpoints with use_reentrant=False (in diffusers and transformers an "
+        "argument of what enables gradient checkpointing), got reentrant ones, which cannot go back for the "
+        "trained parameters alone"
     ),
     "backward through the graph a second time": (
-        "model: expected an output whose graph is that of its own call, got one that shares a part with another call of the step "
-        "(something with a graph that was computed before, such as a text embedding: detach() it, or compute it inside of the model)"
+        "model: expected an output whose graph is that of its own call, got one that shares a part with "
+        "another call of the step (something with a graph that was computed before, such as a text embedding: "
+        "detach() it, or compute it inside of the model)"
     ),
 }
 
@@ -285,8 +287,11 @@ def update(
 
 
 def _skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a step with `found_inf` changes nothing. Not SGD's first with momentum: torch makes the buffers of unwritten memory, and would leave them so.
-    Not a wrapper that looks like the optimizer in it (Lightning's do): the one in it would not see `found_inf`."""
+    """Whether a step with `found_inf` changes nothing.
+
+    Not SGD's first with momentum: torch makes the buffers of unwritten memory, and would leave them so. Not a
+    wrapper that looks like the optimizer in it (Lightning's do): the one in it would not see `found_inf`.
+    """
     if any(isinstance(value, torch.optim.Optimizer) for value in vars(optimizer).values()):
         return False
     if not getattr(optimizer, "_step_supports_amp_scaling", False) or not all(group.get("fused", True) for group in optimizer.param_groups):

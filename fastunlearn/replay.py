@@ -299,7 +299,7 @@ def _obstacle(model: Callable, optimizer: torch.optim.Optimizer, device: torch.d
     if _check.values_enabled():
         return "FASTUNLEARN_CHECK=1, whose checks read the device"
     hooks = *optimizer._optimizer_step_pre_hooks.values(), *optimizer._optimizer_step_post_hooks.values()
-    if not all(isinstance(hook, Forget) for hook in hooks):  # those are this package's own: an Unlearner does without
+    if not all(isinstance(hook, Forget) for hook in hooks):  # those are our own: an Unlearner does without
         return "an optimizer with hooks, which a replayed step would not call"
     if not isinstance(model, nn.Module):
         return f"a model that is no torch.nn.Module, but {type(model).__name__}"

@@ -64,7 +64,9 @@ def take_step(
     return take_step_on(trained, method, schedule, batch, draws, **options)
 
 
-def take_step_on(trained: Trained, method: Method, schedule: NoiseSchedule, batch: Batch, draws: Draws, **options: Any) -> StepOutput:
+def take_step_on(
+    trained: Trained, method: Method, schedule: NoiseSchedule, batch: Batch, draws: Draws, **options: Any
+) -> StepOutput:
     """`take_step` with arguments that have been looked at. If it raises, `.grad` is as before."""
     with set_aside(trained.parameters) as kept:
         output = _six_stages(trained, kept, method, schedule, batch, draws, **options)
@@ -112,7 +114,7 @@ def _six_stages(
         combined = gradients.finish()
     if all(parameter.grad is None for parameter in parameters):
         raise ValueError("optimizer: expected parameters that the model's output depends on, got none (was it built for another copy of the model?)")
-    add_kept(parameters, kept)  # not earlier: it is no part of the norms and products that combine two gradients
+    add_kept(parameters, kept)  # not earlier: the norms and products that combine are the step's own
 
     with stage("update"):
         loss, means = losses.result(combined)
@@ -165,7 +167,8 @@ class StepOptions(TypedDict, total=False):
 
 
 def check_options(
-    model, schedule, max_grad_norm, micro_batch_size, autocast_dtype, grad_scaler, *, compile, process_group, time_window, lowpass
+    model, schedule, max_grad_norm, micro_batch_size, autocast_dtype, grad_scaler,
+    *, compile, process_group, time_window, lowpass,
 ) -> tuple[float | None, int | None]:
     """The checks that a `*_step` and an `Unlearner` share; none of them reads the device.
 
@@ -256,7 +259,8 @@ def _functional_step(
     batch = Batch(forget, retain, neighbors, sqdist, conditioning["forget"], conditioning["retain"])
     return take_step_on(
         trained, method, schedule, batch, draws,
-        max_grad_norm=max_grad_norm, autocast_dtype=autocast_dtype, micro_batch_size=micro_batch_size, compile=compile,
+        max_grad_norm=max_grad_norm, autocast_dtype=autocast_dtype, micro_batch_size=micro_batch_size,
+        compile=compile,
     )  # fmt: skip
 
 
@@ -275,12 +279,16 @@ def retrack_step(
     """One ReTrack step (arXiv 2509.13007, section 3.4) on batches that the caller's loop already has.
 
     Args:
-        model: a diffusers model, or any callable `(x_t, t, **kwargs)` that returns a tensor, a tuple that begins with it, or an object with `.sample`.
-        optimizer: makes one update, and its gradients are cleared; None leaves the combined gradient, unclipped, in `.grad`. accelerate's prepared
-            optimizer is taken for the one in it, with its scaler, and learns whether the step was skipped, so that a prepared scheduler stands still.
-            Between the updates of `accelerator.accumulate()` it is refused: one call takes all rows of an update, and `micro_batch_size` splits them.
-            What updates parameters elsewhere (DeepSpeed, Megatron-LM, FSDP, hooks after accumulation) is refused. Hooks of tensors see the gradient
-            of each backward pass alone, of which a step takes several; those of a fused optimizer's step() see gradients before they are clipped.
+        model: a diffusers model, or any callable `(x_t, t, **kwargs)` that returns a tensor, a tuple that
+            begins with one, or an object with `.sample`.
+        optimizer: makes one update, and its gradients are cleared; None leaves the combined gradient,
+            unclipped, in `.grad`. accelerate's prepared optimizer is taken for the one in it, with its
+            scaler, and learns whether the step was skipped, so that a prepared scheduler stands still.
+            Between the updates of `accelerator.accumulate()` it is refused: one call takes all rows of an
+            update, and `micro_batch_size` splits them. What updates parameters elsewhere (DeepSpeed,
+            Megatron-LM, FSDP, hooks after accumulation) is refused. Hooks of tensors see the gradient of each
+            backward pass alone, of which a step takes several; those of a fused optimizer's step() see
+            gradients before they are clipped.
         schedule: the forward process and prediction type; `NoiseSchedule.from_diffusers(scheduler)`.
         forget: `[B, C, H, W]` floating point, images to forget, in the range the network was trained on.
         neighbors: `[B, K, C, H, W]`, their k nearest neighbours among the images to keep (`nearest_neighbors`).
@@ -293,11 +301,14 @@ def retrack_step(
         autocast_dtype: bfloat16 or float16 for the network call; None: as it is.
         grad_scaler: a `torch.amp.GradScaler` for float16; norms and factors are those of the unscaled gradients. Its own step waits for the device
             unless the optimizer is fused. With `optimizer=None` the gradients in `.grad` stay scaled.
-        keep_grad: False: a gradient that stands in `.grad` before the step (one of zeros, too) is an error. True: it is added to the combined gradient,
-            before norm and clipping; no rescaling or projection sees it. With a grad_scaler it is expected multiplied by the scale, as
-            `scaler.scale(loss).backward()` leaves it; of several processes it is expected to be their mean already.
-        forget_kwargs, retain_kwargs: what the network is given beside x_t and t: tensors with the batch first (or with one row for the whole batch), without
-            a graph; numbers, strings, booleans and None, equal in both where forget and retain rows share a call of the network; dicts of all these.
+        keep_grad: False: a gradient that stands in `.grad` before the step (one of zeros, too) is an error.
+            True: it is added to the combined gradient, before norm and clipping; no rescaling or projection
+            sees it. With a grad_scaler it is expected multiplied by the scale, as
+            `scaler.scale(loss).backward()` leaves it; of several processes it is expected to be their mean
+            already.
+        forget_kwargs, retain_kwargs: what the network is given beside x_t and t: tensors with the batch first
+            (or one row for the whole batch), without a graph; numbers, strings, booleans and None, equal in
+            both where forget and retain rows share a call of the network; dicts of all these.
         micro_batch_size: at most this many rows in one network call; gradients accumulate over the calls.
         compile: True compiles forward pass and loss as one graph (minutes, once for each set of shapes), `"regional"` only the blocks that a diffusers
             network repeats; `"try"` goes on eagerly where compiling fails. None: on for GPUs, off for CPUs, where it was measured to gain little.

@@ -1,4 +1,4 @@
-"""What a step trains and with what: parameters that it can answer for, the optimizer itself, and what stood in `.grad` before."""
+"""What a step trains and with what: parameters that it can answer for, optimizer, what stood in `.grad`."""
 
 from __future__ import annotations
 
@@ -78,8 +78,11 @@ def look_at(
 
 
 def unwrapped(model: Callable) -> Callable:
-    """The network itself. DistributedDataParallel reduces neither a second backward pass nor one with given inputs: the step calls what it wraps, and
-    reduces itself."""
+    """The network itself.
+
+    DistributedDataParallel reduces neither a second backward pass nor one with given inputs: the step calls
+    what it wraps, and reduces itself.
+    """
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
@@ -94,24 +97,34 @@ def trainable(model: Callable, optimizer: torch.optim.Optimizer | None) -> list[
     """The parameters that a step on `model`, unwrapped, trains.
 
     Raises:
-        TypeError, ValueError: there are none, or some of which this process has a part, or that a step could not update.
+        TypeError, ValueError: there are none, or some that are not whole, or that a step could not update.
     """
     if optimizer is None:
         if not isinstance(model, nn.Module):
-            raise TypeError(f"model: expected a torch.nn.Module where optimizer is None, got {type(model).__name__}")
+            raise TypeError(
+                f"model: expected a torch.nn.Module where optimizer is None, got {type(model).__name__}"
+            )
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     else:
         if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"optimizer: expected a torch.optim.Optimizer or None, got {type(optimizer).__name__}")
+            raise TypeError(
+                f"optimizer: expected a torch.optim.Optimizer or None, got {type(optimizer).__name__}"
+            )
         if isinstance(optimizer, torch.optim.LBFGS):
             raise TypeError("optimizer: expected one whose step() needs no closure, got LBFGS")
         parameters = [parameter for parameter in _of(optimizer) if parameter.requires_grad]
     if not parameters:
         raise ValueError("model: expected at least one trainable parameter, got none with requires_grad=True")
     if any(hasattr(parameter, "device_mesh") for parameter in parameters):
-        raise TypeError("model: expected whole parameters in every process, got DTensor shards (FSDP, tensor parallelism), whose norms are partial")
+        raise TypeError(
+            "model: expected whole parameters in every process, got DTensor shards (FSDP, tensor "
+            "parallelism), whose norms are partial"
+        )
     if any(parameter.dtype == torch.float16 for parameter in parameters):
-        raise TypeError("model: expected float32 (or bfloat16) parameters, got float16, in which norms overflow; autocast_dtype runs the network in float16")
+        raise TypeError(
+            "model: expected float32 (or bfloat16) parameters, got float16, in which norms overflow; "
+            "autocast_dtype runs the network in float16"
+        )
     for parameter in parameters:
         if parameter.__dict__:  # few have attributes of their own
             _refuse_marked(parameter)
@@ -129,19 +142,27 @@ def _of(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
 
 
 def check_gradients(
-    model: Callable, optimizer: torch.optim.Optimizer | None, parameters: list[nn.Parameter], *, keep_grad: bool
+    model: Callable,
+    optimizer: torch.optim.Optimizer | None,
+    parameters: list[nn.Parameter],
+    *,
+    keep_grad: bool,
 ) -> None:
     """Whether the step is free to use `.grad`. Values are not read.
 
     Raises:
-        TypeError: hooks after accumulation, which would see two or three gradients a step, or a gradient that is not dense.
-        ValueError: a gradient stands in `.grad`, and is not to be kept; or in a frozen parameter, which the optimizer would move.
+        TypeError: hooks after accumulation, which would see two or three gradients a step, or a gradient that
+            is not dense.
+        ValueError: a gradient stands in `.grad` and is not to be kept, or it is that of a frozen parameter,
+            which the optimizer would move.
     """
     if not isinstance(keep_grad, bool):
         raise TypeError(f"keep_grad: expected True or False, got {_check.describe(keep_grad)}")
     hooked = [parameter for parameter in parameters if parameter._post_accumulate_grad_hooks]
     if hooked:
-        expected = "expected parameters without hooks after accumulation (an optimizer in the backward pass, say)"
+        expected = (
+            "expected parameters without hooks after accumulation (an optimizer in the backward pass, say)"
+        )
         text = "a step accumulates its gradients in several backward passes"
         raise TypeError(f"model: {expected}, since {text}, got them on {_names(model, hooked)}")
     everything = parameters if optimizer is None else list(_of(optimizer))
@@ -164,15 +185,21 @@ def check_gradients(
 
 def _names(model: Callable, parameters: list[Tensor]) -> str:
     """`parameters` by their names in `model`, or by their shapes; the first few."""
-    named = {parameter: name for name, parameter in model.named_parameters()} if isinstance(model, nn.Module) else {}
-    shown = [named.get(parameter, f"a parameter of shape {tuple(parameter.shape)}") for parameter in parameters]
+    named = (
+        {parameter: name for name, parameter in model.named_parameters()}
+        if isinstance(model, nn.Module)
+        else {}
+    )
+    shown = [
+        named.get(parameter, f"a parameter of shape {tuple(parameter.shape)}") for parameter in parameters
+    ]
     more = len(shown) - NAMES_SHOWN
     return ", ".join(shown[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 @contextmanager
 def set_aside(parameters: Iterable[nn.Parameter]) -> Iterator[list[Tensor | None]]:
-    """Within the block `.grad` belongs to the step; what stood there is handed out, and is put back if the block raises."""
+    """Within the block `.grad` is the step's. What stood there is handed out, and put back after an error."""
     parameters = list(parameters)
     kept = [parameter.grad for parameter in parameters]
     for parameter in parameters:
@@ -186,7 +213,7 @@ def set_aside(parameters: Iterable[nn.Parameter]) -> Iterator[list[Tensor | None
 
 
 def add_kept(parameters: Iterable[nn.Parameter], kept: list[Tensor | None]) -> None:
-    """Adds `kept` to the gradients in `.grad`. The tensors in `kept` are the caller's: nothing is written to them."""
+    """Adds `kept` to the gradients in `.grad`. Its tensors are the caller's: nothing is written to them."""
     own, others = [], []
     for parameter, gradient in zip(parameters, kept, strict=True):
         if gradient is None:

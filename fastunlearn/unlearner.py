@@ -26,7 +26,15 @@ from .schedule import NoiseSchedule
 from .step import StepOutput, check_options, take_step
 from .store import ImageStore, Rows, overlap
 from .trained import check_gradients, processes, trainable, unwrapped
-from .wrappers import check_update_is_due, check_wrappers, grad_scaler_of, refuse_elsewhere, tell_skipped, unwrap_optimizer, unwrap_scheduler
+from .wrappers import (
+    check_update_is_due,
+    check_wrappers,
+    grad_scaler_of,
+    refuse_elsewhere,
+    tell_skipped,
+    unwrap_optimizer,
+    unwrap_scheduler,
+)
 
 UINT8_SCALE = (2 / 255) ** 2  # from integer squared distances to those of images in [-1, 1]
 
@@ -50,8 +58,9 @@ class Unlearner:
         autocast_dtype: dtype of the network call; `"auto"`: bfloat16 on GPUs that have it, elsewhere (as None) that of the weights.
         grad_scaler, keep_grad, max_grad_norm: as in `retrack_step`; float16 without a grad_scaler loses small gradients.
         ema: an object with `.step(parameters)`, such as diffusers' `EMAModel`, updated after every step.
-        lr_scheduler: an object with `.step()`, called after every step. accelerate's prepared scheduler keeps its own rules: it stands still after
-            a skipped step (to learn which, it waits for a GPU), and goes on by as many steps as there are processes unless batches are split.
+        lr_scheduler: an object with `.step()`, called after every step. accelerate's prepared scheduler keeps
+            its own rules: it stands still after a skipped step (to learn of which, it waits for a GPU), and
+            goes on by as many steps as there are processes unless batches are split.
         allow_overlap: accept forget rows that also stand in `retain`.
         residency: `"device"`: both stores lie on the model's device; `"host"`: they stay where they are, and the rows of the next step are brought ahead;
             `"auto"`: what fits (docs/data_path.md). The numbers are the same.
@@ -114,7 +123,8 @@ class Unlearner:
         if not isinstance(keep_grad, bool):
             raise TypeError(f"keep_grad: expected True or False, got {_check.describe(keep_grad)}")
         if ema is not None and not callable(getattr(ema, "step", None)):
-            raise TypeError(f"ema: expected an object with .step(parameters) or None, got {_check.describe(ema)}")
+            expected = "expected an object with .step(parameters) or None"
+            raise TypeError(f"ema: {expected}, got {_check.describe(ema)}")
         schedule.check_usable()
         batch_size = _check.integer("batch_size", batch_size, low=1)
         seed = _check.integer("seed", seed, low=0, high=2**63 - 1)
@@ -196,7 +206,9 @@ class Unlearner:
     def _scheduler(self):
         """The learning-rate scheduler, in accelerate's wrapper if it came in one."""
         prepared = self._prepared_scheduler
-        return prepared if prepared is not None and prepared.scheduler is self.lr_scheduler else self.lr_scheduler
+        if prepared is not None and prepared.scheduler is self.lr_scheduler:
+            return prepared
+        return self.lr_scheduler
 
     def _step_on_device(self, draws: Draws | None = None) -> StepOutput:
         """What a step does on the device. Nothing here may depend on the step but through `_counter`: replayed, this runs once for all steps."""

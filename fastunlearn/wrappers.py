@@ -1,6 +1,7 @@
-"""What other libraries put around an optimizer or a model: accelerate's optimizer is seen through, what updates parameters elsewhere is refused.
+"""What other libraries put around an optimizer or a model.
 
-None of those libraries is imported here: an object of theirs can only come from somebody who has imported them already.
+accelerate's optimizer is seen through; what updates parameters elsewhere is refused. None of those libraries
+is imported here: an object of theirs can only come from somebody who has imported them already.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from . import _check
 
 log = logging.getLogger("fastunlearn")
 
-# Whose classes keep gradients or parameters where a step does not find them, by the module that they are made in.
+# Whose classes keep gradients or parameters where a step does not find them, by the modules of the classes.
 ELSEWHERE = {
     "accelerate.utils.deepspeed": "DeepSpeed",
     "accelerate.utils.megatron_lm": "Megatron-LM",
@@ -32,8 +33,6 @@ ELSEWHERE = {
     "megatron": "Megatron-LM",
     "torch.distributed.fsdp": "FSDP",
 }
-
-
 WHOLE = "whole parameters in every process, updated from .grad"
 
 
@@ -84,11 +83,13 @@ def _of_accelerate(module: str, name: str) -> type | None:
 
 def _updates_elsewhere(optimizer: torch.optim.Optimizer) -> TypeError:
     expected = "expected one whose step() updates the parameters from .grad"
-    return TypeError(f"optimizer: {expected}, got {type(optimizer).__name__}, whose updates are made elsewhere")
+    return TypeError(
+        f"optimizer: {expected}, got {type(optimizer).__name__}, whose updates are made elsewhere"
+    )
 
 
 def _leaves_parameters_alone(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether step() is empty, as in dummies whose updates come with the backward pass, or left to DistributedDataParallel."""
+    """Whether step() is empty, or left to DistributedDataParallel: updates come with the backward pass."""
     if getattr(optimizer, "_overlap_with_ddp", False):  # of ZeroRedundancyOptimizer
         return True
     function = inspect.unwrap(type(optimizer).step)
@@ -106,7 +107,11 @@ def _nothing() -> None:
 
 
 def _work(code: types.CodeType) -> list[tuple[str, Any]]:
-    return [(step.opname, step.argval) for step in dis.get_instructions(code) if step.opname not in ("RESUME", "NOP")]
+    return [
+        (step.opname, step.argval)
+        for step in dis.get_instructions(code)
+        if step.opname not in ("RESUME", "NOP")
+    ]
 
 
 def grad_scaler_of(wrappers: list[Any], given: torch.amp.GradScaler | None) -> torch.amp.GradScaler | None:
@@ -137,7 +142,7 @@ def check_update_is_due(wrappers: list[Any]) -> None:
 
 
 def warn_if_accumulating() -> None:
-    """Says, once, that an optimizer that accelerate does not know makes an update where accelerate would make none."""
+    """Says, once, that an optimizer unknown to accelerate makes an update where accelerate would not."""
     state = _of_accelerate("state", "GradientState")
     if state is not None and state._shared_state.get("sync_gradients", True) is False:
         _say_update_between_updates()
@@ -146,8 +151,9 @@ def warn_if_accumulating() -> None:
 @functools.cache
 def _say_update_between_updates() -> None:
     log.warning(
-        "optimizer: accelerate accumulates gradients, and makes no update in this iteration; this optimizer is not prepared, "
-        "and makes one at every step. One call with all rows of an update, split by micro_batch_size, is what accumulation means here"
+        "optimizer: accelerate accumulates gradients, and makes no update in this iteration; this optimizer "
+        "is not prepared, and makes one at every step. Here accumulation is one call with all rows of an "
+        "update, which micro_batch_size splits"
     )
 
 
@@ -164,19 +170,22 @@ def check_wrappers(wrappers: list[Any], *, reduced: bool) -> None:
     for wrapper in wrappers:
         state = wrapper.accelerator_state
         if getattr(state.distributed_type, "value", None) == "XLA":
-            raise TypeError("optimizer: expected a prepared optimizer on CPUs or GPUs, got one on XLA devices")
+            raise TypeError(
+                "optimizer: expected a prepared optimizer on CPUs or GPUs, got one on XLA devices"
+            )
         if state.num_processes > 1 and not reduced:
             raise ValueError(
-                "process_group: expected torch.distributed.group.WORLD, or the model as accelerator.prepare() "
-                f"returned it, with an optimizer prepared for {state.num_processes} processes, got None"
+                "process_group: expected torch.distributed.group.WORLD, or the model as "
+                "accelerator.prepare() returned it, with an optimizer "
+                f"prepared for {state.num_processes} processes, got None"
             )
 
 
 def tell_skipped(wrappers: list[Any], skipped: Tensor) -> None:
     """Lets accelerate know whether the step was skipped: its schedulers go on only if it was not.
 
-    `skipped` (0-d bool) stays on the device; who asks for `step_was_skipped` waits for it. It holds until the next step, of
-    whomever: without a scaler accelerate itself never takes it back.
+    `skipped` (0-d bool) stays on the device; who asks for `step_was_skipped` waits for it. It holds until the
+    next step, of whomever: without a scaler accelerate itself never takes it back.
     """
     for wrapper in wrappers:
         _forget_at_next_step(wrapper)
@@ -209,23 +218,25 @@ def unwrap_scheduler(scheduler: Any, optimizer: torch.optim.Optimizer) -> tuple[
     """What an `Unlearner` makes of its `lr_scheduler`.
 
     Returns:
-        The scheduler inside accelerate's wrapper; the wrapper, or None; and the prepared optimizers that the wrapper asks
-        whether a step was skipped, as far as `optimizer` is in them.
+        The scheduler inside accelerate's wrapper; the wrapper, or None; and the prepared optimizers that the
+        wrapper asks whether a step was skipped, as far as `optimizer` is in them.
 
     Raises:
         TypeError: it has no step(), or one that is DeepSpeed's or Megatron's.
     """
     refuse_elsewhere("lr_scheduler", scheduler, "one whose step() moves the learning rates")
     if not callable(getattr(scheduler, "step", None)):
-        raise TypeError(f"lr_scheduler: expected an object with .step() or None, got {_check.describe(scheduler)}")
+        raise TypeError(
+            f"lr_scheduler: expected an object with .step() or None, got {_check.describe(scheduler)}"
+        )
     kind = _of_accelerate("scheduler", "AcceleratedScheduler")
     if kind is None or not isinstance(scheduler, kind):
         return scheduler, None, []
     device = optimizer.param_groups[0]["params"][0].device
     if device.type != "cpu":
         log.warning(
-            "lr_scheduler: a prepared one asks after every step whether it was skipped, which waits for the device; "
-            "the scheduler in it (unprepared) would not, and goes on after a skipped step, too"
+            "lr_scheduler: a prepared one asks after every step whether it was skipped, which waits for the "
+            "device; the scheduler in it (unprepared) would not, and goes on after a skipped step, too"
         )
     asked = [wrapper for wrapper in scheduler.optimizers if unwrap_optimizer(wrapper)[0] is optimizer]
     return scheduler.scheduler, scheduler, asked

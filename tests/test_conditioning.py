@@ -1,4 +1,4 @@
-"""What a network is given beside x_t and t, and what it may return: right, or refused by name before any work."""
+"""What a network is given beside x_t and t, and what it may return: right, or refused by name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastunlearn import Draws, compilation, erasediff_step, neggrad_step, retrack_step, siss_step, vanilla_step
+from fastunlearn import (
+    Draws,
+    compilation,
+    erasediff_step,
+    neggrad_step,
+    retrack_step,
+    siss_step,
+    vanilla_step,
+)
 from fastunlearn.testing.budgets import relative_l2
 from fastunlearn.testing.checkpoints import tiny_unet
 from fastunlearn.testing.factories import TinyDenoiser, linear_schedule
@@ -29,7 +37,7 @@ def prompt(rows: int = ROWS, seed: int = 1) -> Tensor:
 
 
 class Prompted(nn.Module):
-    """A network with a prompt `[R, L, D]` and options, as diffusers' conditional ones; notes what it was given."""
+    """A network with a prompt `[R, L, D]` and options, as diffusers' have them; notes what it was given."""
 
     def __init__(self):
         super().__init__()
@@ -57,8 +65,12 @@ def _neighbors() -> Tensor:
 
 
 STEPS = {
-    "vanilla": lambda model, optimizer, kwargs, **options: vanilla_step(model, optimizer, SCHEDULE, images(), retain_kwargs=kwargs, **options),
-    "neggrad": lambda model, optimizer, kwargs, **options: neggrad_step(model, optimizer, SCHEDULE, images(), forget_kwargs=kwargs, **options),
+    "vanilla": lambda model, optimizer, kwargs, **options: vanilla_step(
+        model, optimizer, SCHEDULE, images(), retain_kwargs=kwargs, **options
+    ),
+    "neggrad": lambda model, optimizer, kwargs, **options: neggrad_step(
+        model, optimizer, SCHEDULE, images(), forget_kwargs=kwargs, **options
+    ),
     "erasediff": lambda model, optimizer, kwargs, **options: erasediff_step(
         model, optimizer, SCHEDULE, images(), images(2), forget_kwargs=kwargs, retain_kwargs=kwargs, **options
     ),
@@ -66,10 +78,27 @@ STEPS = {
         model, optimizer, SCHEDULE, images(), images(2), forget_kwargs=kwargs, retain_kwargs=kwargs, **options
     ),
     "no_is": lambda model, optimizer, kwargs, **options: siss_step(
-        model, optimizer, SCHEDULE, images(), images(2), variant="no_is", forget_kwargs=kwargs, retain_kwargs=kwargs, **options
+        model,
+        optimizer,
+        SCHEDULE,
+        images(),
+        images(2),
+        variant="no_is",
+        forget_kwargs=kwargs,
+        retain_kwargs=kwargs,
+        **options,
     ),
     "retrack": lambda model, optimizer, kwargs, **options: retrack_step(
-        model, optimizer, SCHEDULE, images(), _neighbors(), images(2), lambd=0.3, forget_kwargs=kwargs, retain_kwargs=kwargs, **options
+        model,
+        optimizer,
+        SCHEDULE,
+        images(),
+        _neighbors(),
+        images(2),
+        lambd=0.3,
+        forget_kwargs=kwargs,
+        retain_kwargs=kwargs,
+        **options,
     ),
 }
 SHARING = ("siss", "retrack")  # forget and retain rows go through the network together
@@ -83,11 +112,17 @@ def taken(model: nn.Module, name: str, kwargs, call=None, **options) -> list[Ten
         return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     before = copy.deepcopy(model.state_dict())
     options = {"max_grad_norm": None} | options
-    STEPS[name](call, torch.optim.SGD(model.parameters(), lr=1.0), kwargs, generator=torch.Generator().manual_seed(0), **options)
+    STEPS[name](
+        call,
+        torch.optim.SGD(model.parameters(), lr=1.0),
+        kwargs,
+        generator=torch.Generator().manual_seed(0),
+        **options,
+    )
     return [before[key] - value for key, value in model.state_dict().items()]
 
 
-# --- what passes through -----------------------------------------------------------------------------------------------------------
+# --- what passes through ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("micro_batch_size", [None, 3])
@@ -95,16 +130,30 @@ def taken(model: nn.Module, name: str, kwargs, call=None, **options) -> list[Ten
 def test_options_reach_the_network_as_they_are(name, micro_batch_size):
     """The same as a network that has them built in."""
     model = Prompted()
-    options = {"cross_attention_kwargs": {"scale": 0.5, "note": None}, "mode": "subtract", "return_dict": False}
+    options = {
+        "cross_attention_kwargs": {"scale": 0.5, "note": None},
+        "mode": "subtract",
+        "return_dict": False,
+    }
     found = taken(model, name, {"prompt": prompt(), **options}, micro_batch_size=micro_batch_size)
-    assert {(str(cross), mode) for cross, mode, _ in model.seen} == {("{'scale': 0.5, 'note': None}", "subtract")}
+    assert {(str(cross), mode) for cross, mode, _ in model.seen} == {
+        ("{'scale': 0.5, 'note': None}", "subtract")
+    }
 
     network = Prompted()
-    expected = taken(network, name, {"prompt": prompt()}, lambda x, t, prompt: network(x, t, prompt, **options), micro_batch_size=micro_batch_size)
+    expected = taken(
+        network,
+        name,
+        {"prompt": prompt()},
+        lambda x, t, prompt: network(x, t, prompt, **options),
+        micro_batch_size=micro_batch_size,
+    )
     assert relative_l2(found, expected) <= 1e-5
 
 
-@pytest.mark.parametrize("value", [3, 0.5, True, None, "x", np.float32(0.5), np.int64(2), np.bool_(True), 1 + 2j], ids=repr)
+@pytest.mark.parametrize(
+    "value", [3, 0.5, True, None, "x", np.float32(0.5), np.int64(2), np.bool_(True), 1 + 2j], ids=repr
+)
 @pytest.mark.parametrize("name", SHARING)
 def test_constants(name, value):
     seen, model = [], TinyDenoiser()
@@ -132,11 +181,29 @@ def test_one_prompt_for_each_branch():
     """Of batches of different lengths, in one call."""
     model = Prompted()
     kwargs = [{"prompt": prompt(rows, seed)} for rows, seed in ((1, 1), (1, 2))]
-    retrack_step(model, None, SCHEDULE, images(), _neighbors(), images(2, 6), forget_kwargs=kwargs[0], retain_kwargs=kwargs[1])
+    retrack_step(
+        model,
+        None,
+        SCHEDULE,
+        images(),
+        _neighbors(),
+        images(2, 6),
+        forget_kwargs=kwargs[0],
+        retain_kwargs=kwargs[1],
+    )
     assert {shape[0] for *_, shape in model.seen} == {4, 6}
     full = [{"prompt": each["prompt"].repeat(rows, 1, 1)} for each, rows in zip(kwargs, (4, 6), strict=True)]
     other = Prompted()
-    retrack_step(other, None, SCHEDULE, images(), _neighbors(), images(2, 6), forget_kwargs=full[0], retain_kwargs=full[1])
+    retrack_step(
+        other,
+        None,
+        SCHEDULE,
+        images(),
+        _neighbors(),
+        images(2, 6),
+        forget_kwargs=full[0],
+        retain_kwargs=full[1],
+    )
 
 
 @pytest.mark.parametrize("name", ["erasediff", "no_is"])
@@ -145,26 +212,53 @@ def test_branches_with_calls_of_their_own_may_differ(name):
     forget, retain = {"mode": "add", "prompt": prompt()}, {"mode": "subtract", "prompt": prompt(1, 2)[:, :1]}
     step, options = (erasediff_step, {}) if name == "erasediff" else (siss_step, {"variant": "no_is"})
     step(model, None, SCHEDULE, images(), images(2), forget_kwargs=forget, retain_kwargs=retain, **options)
-    assert {(mode, shape) for _, mode, shape in model.seen} == {("add", (ROWS, LENGTH, WIDTH)), ("subtract", (ROWS, 1, WIDTH))}
+    assert {(mode, shape) for _, mode, shape in model.seen} == {
+        ("add", (ROWS, LENGTH, WIDTH)),
+        ("subtract", (ROWS, 1, WIDTH)),
+    }
 
 
 @pytest.mark.parametrize("name", SHARING)
 @pytest.mark.parametrize(
     ("forget", "retain", "error", "text"),
     [
-        ({"mode": "add"}, {"mode": "subtract"}, ValueError, "expected the same in both, .*, got 'add' and 'subtract' for 'mode'"),
+        (
+            {"mode": "add"},
+            {"mode": "subtract"},
+            ValueError,
+            "expected the same in both, .*, got 'add' and 'subtract' for 'mode'",
+        ),
         ({"mode": None}, {"mode": "add"}, ValueError, "got None and 'add' for 'mode'"),
         ({"mode": 1}, {"mode": True}, ValueError, "got 1 and True for 'mode'"),
         ({"a": {"scale": 0.5}}, {"a": {"scale": 1.0}}, ValueError, "got 0.5 and 1.0 for 'a.scale'"),
-        ({"a": {"scale": 0.5}}, {"a": {"size": 0.5}}, ValueError, r"expected the same keys in 'a', got \['scale'\] and \['size'\]"),
-        ({"a": {"scale": 0.5}}, {"a": None}, TypeError, "the same kind in both, got dict and NoneType for 'a'"),
+        (
+            {"a": {"scale": 0.5}},
+            {"a": {"size": 0.5}},
+            ValueError,
+            r"expected the same keys in 'a', got \['scale'\] and \['size'\]",
+        ),
+        (
+            {"a": {"scale": 0.5}},
+            {"a": None},
+            TypeError,
+            "the same kind in both, got dict and NoneType for 'a'",
+        ),
         ({"a": prompt()}, {"a": 0.5}, TypeError, "the same kind in both, got Tensor and float for 'a'"),
-        ({"a": prompt()}, {"a": prompt()[:, :2]}, ValueError, r"same shape but for their rows, .* got \(4, 3, 5\) and \(4, 2, 5\) for 'a'"),
+        (
+            {"a": prompt()},
+            {"a": prompt()[:, :2]},
+            ValueError,
+            r"same shape but for the rows, .* got \(4, 3, 5\) and \(4, 2, 5\) for 'a'",
+        ),
     ],
 )
 def test_branches_that_share_a_call_must_agree(name, forget, retain, error, text):
     model = Prompted()
-    step, batches = (siss_step, [images(), images(2)]) if name == "siss" else (retrack_step, [images(), _neighbors(), images(2)])
+    step, batches = (
+        (siss_step, [images(), images(2)])
+        if name == "siss"
+        else (retrack_step, [images(), _neighbors(), images(2)])
+    )
     with pytest.raises(error, match=f"forget_kwargs, retain_kwargs: .*{text}"):
         step(model, None, SCHEDULE, *batches, forget_kwargs=forget, retain_kwargs=retain)
     assert model.seen == []
@@ -177,7 +271,12 @@ def test_options_under_compile(monkeypatch, compile):
     model._repeated_blocks = ["Conv2d"]
     model.compile_repeated_blocks = lambda **options: model.enter.compile(**options)
     kwargs = {"prompt": prompt(1), "options": {"scale": 0.5, "note": None}, "mode": "add"}
-    for changed in ({}, {"mode": "subtract"}, {"options": {"scale": 0.25, "note": None}}, {"options": {"scale": 2, "note": None}}):
+    for changed in (
+        {},
+        {"mode": "subtract"},
+        {"options": {"scale": 0.25, "note": None}},
+        {"options": {"scale": 2, "note": None}},
+    ):
         found = taken(model, "siss", kwargs | changed, compile=compile)
         assert relative_l2(found, taken(Plain(), "siss", kwargs | changed)) <= 1e-4
 
@@ -190,7 +289,7 @@ class Plain(TinyDenoiser):
         return super().forward(x + shift if mode == "add" else x - shift, t)
 
 
-# --- what is refused ---------------------------------------------------------------------------------------------------------------
+# --- what is refused ----------------------------------------------------------------------------------------
 
 
 class Encoder(nn.Module):
@@ -209,7 +308,7 @@ def test_a_text_encoder_trained_along(name):
     """Its output is refused; a model that holds both is right, and trains both."""
     encoder, model = Encoder(), Prompted()
     optimizer = torch.optim.SGD([*encoder.parameters(), *model.parameters()], lr=1.0)
-    text = r"_kwargs: expected tensors without a graph.*detach\(\).*put both into one model.*, got one of \w+Backward0 for 'prompt'"
+    text = r"_kwargs: expected .* without a graph.*detach\(\).*both into one.*, got .*Backward0 for 'prompt'"
     with pytest.raises(ValueError, match=text):
         STEPS[name](model, optimizer, {"prompt": encoder(prompt())})
     both = Both()
@@ -232,7 +331,14 @@ class Both(Prompted):
 def test_vanilla_with_an_encoder_is_autograds():
     both = Both()
     noise, timesteps = images(5), torch.full((ROWS,), 500)
-    vanilla_step(both, None, SCHEDULE, images(), retain_kwargs={"prompt": prompt()}, draws=Draws(retain_noise=noise, retain_timesteps=timesteps))
+    vanilla_step(
+        both,
+        None,
+        SCHEDULE,
+        images(),
+        retain_kwargs={"prompt": prompt()},
+        draws=Draws(retain_noise=noise, retain_timesteps=timesteps),
+    )
     x_t = SCHEDULE.alpha[500].float() * images() + SCHEDULE.sigma[500].float() * noise
     loss = (both(x_t, timesteps, prompt()).sample - noise).square().flatten(1).sum(1).mean()
     expected = torch.autograd.grad(loss, list(both.parameters()))
@@ -250,10 +356,18 @@ class Learned(Prompted):
 ALONE = ("vanilla", "neggrad", "erasediff", "no_is")
 
 
-@pytest.mark.parametrize(("name", "micro_batch_size"), [*((name, size) for name in ALONE for size in (None, 3)), ("retrack", None)])
+@pytest.mark.parametrize(
+    ("name", "micro_batch_size"), [*((name, size) for name in ALONE for size in (None, 3)), ("retrack", None)]
+)
 def test_a_trained_parameter_as_conditioning(name, micro_batch_size):
     inside, given = Learned(), Learned()
-    expected = taken(inside, name, None, lambda x, t: inside(x, t, inside.token.expand(len(x), -1, -1)), micro_batch_size=micro_batch_size)
+    expected = taken(
+        inside,
+        name,
+        None,
+        lambda x, t: inside(x, t, inside.token.expand(len(x), -1, -1)),
+        micro_batch_size=micro_batch_size,
+    )
     found = taken(given, name, {"prompt": given.token}, given, micro_batch_size=micro_batch_size)
     assert expected[0].abs().sum() > 0
     assert relative_l2(found, expected) <= 1e-4
@@ -261,22 +375,31 @@ def test_a_trained_parameter_as_conditioning(name, micro_batch_size):
 
 @pytest.mark.parametrize(("name", "micro_batch_size"), [("siss", 1), ("retrack", 3)])
 def test_a_trained_parameter_in_several_calls_that_pick_from_it(name, micro_batch_size):
-    """Rows are picked from both branches' conditioning before they are split: what was picked has a graph that the calls share."""
+    """Rows are picked from both branches' conditioning before they are split: the calls share that graph."""
     model = Learned()
-    with pytest.raises(ValueError, match=r"model: expected an output whose graph is that of its own call.* detach"):
+    with pytest.raises(
+        ValueError, match=r"model: expected an output whose graph is that of its own call.* detach"
+    ):
         taken(model, name, {"prompt": model.token}, micro_batch_size=micro_batch_size)
 
 
 def test_another_parameter_as_conditioning():
     token = nn.Parameter(prompt(1))
-    with pytest.raises(ValueError, match=r"retain_kwargs: expected .* or trained parameters .*, got another that requires grad for 'prompt'"):
+    with pytest.raises(
+        ValueError,
+        match=r"retain_kwargs: .* or trained parameters .*, got another that requires grad for 'prompt'",
+    ):
         STEPS["vanilla"](Prompted(), None, {"prompt": token})
 
 
 @pytest.mark.parametrize(
     ("kwargs", "error", "text"),
     [
-        ({"prompt": prompt(3)}, ValueError, r"tensors with the batch of 4 first, got shape \(3, 3, 5\) for 'prompt'"),
+        (
+            {"prompt": prompt(3)},
+            ValueError,
+            r"tensors with the batch of 4 first, got shape \(3, 3, 5\) for 'prompt'",
+        ),
         ({"a": {"b": prompt(3)}}, ValueError, "for 'a.b'"),
         ({"prompt": torch.tensor(1.0)}, ValueError, r"got shape \(\) for 'prompt'"),
         ({"prompt": [prompt()]}, TypeError, "got list for 'prompt'"),
@@ -284,7 +407,11 @@ def test_another_parameter_as_conditioning():
         ({"prompt": np.zeros((4, 3))}, TypeError, "got ndarray for 'prompt'"),
         ({"prompt": {"a": len}}, TypeError, "got builtin_function_or_method for 'prompt.a'"),
         ({3: prompt()}, TypeError, "expected a dict of keyword arguments or None, got dict"),
-        (prompt(), TypeError, r"expected a dict of keyword arguments or None, got float32 of shape \(4, 3, 5\) on cpu"),
+        (
+            prompt(),
+            TypeError,
+            r"expected a dict of keyword arguments or None, got float32 of shape \(4, 3, 5\) on cpu",
+        ),
     ],
     ids=str,
 )
@@ -302,11 +429,13 @@ def test_images_with_a_graph(which):
     """Of a VAE trained along, say: the loss would go back to it through x_t, and not through the target."""
     given = {"forget": images(), "neighbors": _neighbors(), "retain": images(2)}
     given[which] = given[which].requires_grad_() * 1
-    with pytest.raises(ValueError, match=rf"{which}: expected a tensor without a graph .*, got one that requires grad"):
+    with pytest.raises(
+        ValueError, match=rf"{which}: expected a tensor without a graph .*, got one that requires grad"
+    ):
         retrack_step(TinyDenoiser(), None, SCHEDULE, **given)
 
 
-# --- what a network returns --------------------------------------------------------------------------------------------------------
+# --- what a network returns ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [tuple, list])
@@ -318,7 +447,10 @@ def test_a_tuple(monkeypatch, shape, compile):
         def forward(self, x, t):
             return shape([super().forward(x, t), "the rest"])
 
-    assert relative_l2(taken(Returns(), "siss", None, compile=compile), taken(TinyDenoiser(), "siss", None)) <= 1e-5
+    assert (
+        relative_l2(taken(Returns(), "siss", None, compile=compile), taken(TinyDenoiser(), "siss", None))
+        <= 1e-5
+    )
 
 
 def test_diffusers_return_dict():
@@ -328,7 +460,9 @@ def test_diffusers_return_dict():
     assert relative_l2(taken(model, "vanilla", {"return_dict": False}), expected) == 0
 
 
-@pytest.mark.parametrize("output", [(), [], ("sample",), (torch.zeros(4, 1, 4, 4),), {"sample": torch.zeros(4, 1, 8, 8)}], ids=str)
+@pytest.mark.parametrize(
+    "output", [(), [], ("sample",), (torch.zeros(4, 1, 4, 4),), {"sample": torch.zeros(4, 1, 8, 8)}], ids=str
+)
 def test_no_prediction(output):
     model = TinyDenoiser()
     with pytest.raises(ValueError, match=r"model: expected an output .* of shape \(4, 1, 8, 8\).*, got"):
@@ -352,15 +486,26 @@ def test_reentrant_checkpoints(name):
     expected = taken(Checkpointed(False), name, None)
     assert len(expected) == 6
     model = Checkpointed(True)
-    with pytest.raises(ValueError, match=r"model: expected activation checkpoints with use_reentrant=False.*, got reentrant ones"):
+    with pytest.raises(
+        ValueError,
+        match=r"model: expected activation checkpoints with use_reentrant=False.*, got reentrant ones",
+    ):
         taken(model, name, None)
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_a_reentrant_checkpoint_around_everything():
     model = TinyDenoiser()
-    with pytest.warns(UserWarning, match="None of the inputs"), pytest.raises(ValueError, match=r"model: expected an output that depends .*use_reentrant=True"):
-        vanilla_step(lambda x, t: checkpoint(model, x, t, use_reentrant=True), torch.optim.SGD(model.parameters(), lr=0.1), SCHEDULE, images())
+    with (
+        pytest.warns(UserWarning, match="None of the inputs"),
+        pytest.raises(ValueError, match=r"model: expected an output that depends .*use_reentrant=True"),
+    ):
+        vanilla_step(
+            lambda x, t: checkpoint(model, x, t, use_reentrant=True),
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            SCHEDULE,
+            images(),
+        )
 
 
 def test_a_cached_embedding_with_a_graph():

@@ -1,4 +1,4 @@
-"""Gradients that stand in `.grad` before a step: refused, or (`keep_grad=True`) added to the step's. Their values are never read."""
+"""Gradients that stand in `.grad` before a step: refused, or added to the step's. Values are not read."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def grads(model: nn.Module) -> list[torch.Tensor]:
 @pytest.mark.parametrize("name", STEPS)
 @pytest.mark.parametrize("micro_batch_size", [None, 4])
 def test_what_stands_is_added_to_the_combined_gradient(name, micro_batch_size):
-    """After the rescaling and the projection, whose norms and products are those of the step's own gradients; before the reported norm."""
+    """After rescaling and projection, whose norms are those of the step alone; before the reported norm."""
     alone, world = World(2), World(2)
     reported = STEPS[name](alone)
     pull(world.model)
@@ -42,10 +42,14 @@ def test_what_stands_is_added_to_the_combined_gradient(name, micro_batch_size):
     expected = [own + other for own, other in zip(alone.taken(), standing, strict=True)]
     output = STEPS[name](world, keep_grad=True, micro_batch_size=micro_batch_size)
     assert relative_l2(world.taken(), expected) <= EXACT
-    torch.testing.assert_close(output.grad_norm, torch.cat([gradient.flatten() for gradient in expected]).norm(), rtol=EXACT, atol=0)
+    torch.testing.assert_close(
+        output.grad_norm, torch.cat([gradient.flatten() for gradient in expected]).norm(), rtol=EXACT, atol=0
+    )
     for field in ("loss", "forget_loss", "retain_loss", "correction_norm", "scaling_factor"):
         if getattr(reported, field) is not None:
-            torch.testing.assert_close(getattr(output, field), getattr(reported, field), rtol=EXACT, atol=EXACT, msg=field)
+            torch.testing.assert_close(
+                getattr(output, field), getattr(reported, field), rtol=EXACT, atol=EXACT, msg=field
+            )
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -55,9 +59,16 @@ def test_the_sum_is_clipped_and_updates(name):
         pull(each.model)
     STEPS[name](free, keep_grad=True)
     before = copy.deepcopy(world.model)
-    output = STEPS[name](world, torch.optim.SGD(world.model.parameters(), lr=1.0), keep_grad=True, max_grad_norm=0.5)
-    moved = [start - parameter for start, parameter in zip(before.parameters(), world.model.parameters(), strict=True)]
-    assert relative_l2(moved, [0.5 / output.grad_norm.item() * gradient for gradient in free.taken()]) <= 1e-5  # clip_grad_norm_'s 1e-6
+    output = STEPS[name](
+        world, torch.optim.SGD(world.model.parameters(), lr=1.0), keep_grad=True, max_grad_norm=0.5
+    )
+    moved = [
+        start - parameter
+        for start, parameter in zip(before.parameters(), world.model.parameters(), strict=True)
+    ]
+    assert (
+        relative_l2(moved, [0.5 / output.grad_norm.item() * gradient for gradient in free.taken()]) <= 1e-5
+    )  # clip_grad_norm_'s 1e-6
     assert all(gradient is None for gradient in grads(world.model))
 
 
@@ -70,7 +81,16 @@ def test_under_a_scaler_what_stands_is_scaled(fused):
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=fused)
         pull(model, 1.0 if scaler is None else scaler.scale(torch.ones(())).item())
         draws = Draws(retain_noise=images(1), retain_timesteps=torch.full((4,), 500))
-        vanilla_step(model, optimizer, SCHEDULE, images(), draws=draws, grad_scaler=scaler, keep_grad=True, max_grad_norm=None)
+        vanilla_step(
+            model,
+            optimizer,
+            SCHEDULE,
+            images(),
+            draws=draws,
+            grad_scaler=scaler,
+            keep_grad=True,
+            max_grad_norm=None,
+        )
         moved.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
     torch.testing.assert_close(moved[1], moved[0], rtol=1e-5, atol=1e-5)
 
@@ -88,14 +108,21 @@ def test_a_gradient_that_is_not_finite_skips_the_step():
 
 @pytest.mark.parametrize("optimizer", [None, torch.optim.SGD])
 def test_the_callers_tensors_are_not_written_to(optimizer):
-    """A gradient that is kept and assigned before every step, on a parameter with a gradient of the step's own and on one without."""
+    """Assigned before every step, to parameters that the step has a gradient for and to some it has not."""
     model = TinyDenoiser()
     model.unused = nn.Linear(2, 2)
     always = {name: torch.ones_like(parameter) for name, parameter in model.named_parameters()}
     for _ in range(2):
         for name, parameter in model.named_parameters():
             parameter.grad = always[name]
-        vanilla_step(model, optimizer and optimizer(model.parameters(), lr=0.1), SCHEDULE, images(), keep_grad=True, max_grad_norm=0.1)
+        vanilla_step(
+            model,
+            optimizer and optimizer(model.parameters(), lr=0.1),
+            SCHEDULE,
+            images(),
+            keep_grad=True,
+            max_grad_norm=0.1,
+        )
     assert all(torch.equal(value, torch.ones_like(value)) for value in always.values())
 
 
@@ -119,7 +146,7 @@ def test_nothing_is_read(monkeypatch):
         vanilla_step(model, optimizer, SCHEDULE, images(), draws=draws)
 
 
-# --- refused -----------------------------------------------------------------------------------------------------------------------
+# --- refused ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -130,8 +157,13 @@ def test_what_stands_is_not_dropped(name, given):
     optimizer = torch.optim.SGD(world.model.parameters(), lr=0.1) if given == "optimizer" else None
     world.draws = lambda *names: Draws()
     pull(world.model)
-    standing, before, state = grads(world.model), copy.deepcopy(world.model.state_dict()), generator.get_state()
-    text = r"\.grad.*None.*zero_grad\(set_to_none=True\).*keep_grad=True.*got a gradient in enter.weight, enter.bias, time.weight and 3 more"
+    standing, before, state = (
+        grads(world.model),
+        copy.deepcopy(world.model.state_dict()),
+        generator.get_state(),
+    )
+    names = "enter.weight, enter.bias, time.weight and 3 more"
+    text = rf"\.grad.*None.*zero_grad\(set_to_none=True\).*keep_grad=True.*got a gradient in {names}"
     with pytest.raises(ValueError, match=text):
         STEPS[name](world, optimizer, generator=generator)
     assert all(one is other for one, other in zip(grads(world.model), standing, strict=True))
@@ -181,7 +213,9 @@ def test_other_bad_values():
     with pytest.raises(TypeError, match="keep_grad: expected True or False, got 'yes'"):
         Unlearner(model, optimizer, SCHEDULE, Vanilla(), retain=store(), batch_size=2, keep_grad="yes")
     model.leave.bias.grad = torch.ones(1).to_sparse()
-    with pytest.raises(TypeError, match=r"keep_grad: expected dense gradients, got sparse ones in leave.bias"):
+    with pytest.raises(
+        TypeError, match=r"keep_grad: expected dense gradients, got sparse ones in leave.bias"
+    ):
         vanilla_step(model, optimizer, SCHEDULE, images(), keep_grad=True)
 
 
@@ -205,7 +239,11 @@ def test_after_an_error_what_stood_stands_again(keep_grad):
     for network in (expected, model):
         if keep_grad:
             pull(network)
-        options = {"draws": Draws(retain_noise=images(1), retain_timesteps=torch.full((4,), 500)), "keep_grad": keep_grad, "micro_batch_size": 2}
+        options = {
+            "draws": Draws(retain_noise=images(1), retain_timesteps=torch.full((4,), 500)),
+            "keep_grad": keep_grad,
+            "micro_batch_size": 2,
+        }
         if network is model:
             standing = grads(model)
             with pytest.raises(MemoryError):
@@ -215,11 +253,13 @@ def test_after_an_error_what_stood_stands_again(keep_grad):
     assert relative_l2(grads(model), grads(expected)) == 0
 
 
-# --- Unlearner ---------------------------------------------------------------------------------------------------------------------
+# --- Unlearner ----------------------------------------------------------------------------------------------
 
 
 def store() -> ImageStore:
-    return ImageStore(torch.randint(0, 256, (9, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)))
+    return ImageStore(
+        torch.randint(0, 256, (9, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    )
 
 
 def test_an_unlearner():
@@ -227,7 +267,16 @@ def test_an_unlearner():
     for keep_grad in (False, True):
         model = TinyDenoiser()
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-        run = Unlearner(model, optimizer, SCHEDULE, Vanilla(), retain=store(), batch_size=4, keep_grad=keep_grad, max_grad_norm=None)
+        run = Unlearner(
+            model,
+            optimizer,
+            SCHEDULE,
+            Vanilla(),
+            retain=store(),
+            batch_size=4,
+            keep_grad=keep_grad,
+            max_grad_norm=None,
+        )
         pull(model)
         standing = [gradient.clone() for gradient in grads(model)]
         if not keep_grad:
@@ -236,5 +285,10 @@ def test_an_unlearner():
             assert run.step_index == 0
             optimizer.zero_grad()
         run.step()
-        moved.append([start - parameter for start, parameter in zip(TinyDenoiser().parameters(), model.parameters(), strict=True)])
+        moved.append(
+            [
+                start - parameter
+                for start, parameter in zip(TinyDenoiser().parameters(), model.parameters(), strict=True)
+            ]
+        )
     assert relative_l2(moved[1], [own + other for own, other in zip(moved[0], standing, strict=True)]) <= 1e-5

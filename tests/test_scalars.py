@@ -7,12 +7,38 @@ import numpy as np
 import pytest
 import torch
 
-from fastunlearn import SISS, EraseDiff, ImageStore, LowPass, NegGrad, ReTrack, Unlearner, _check, nearest_neighbors, retrack_step, siss_step
+from fastunlearn import (
+    SISS,
+    EraseDiff,
+    ImageStore,
+    LowPass,
+    NegGrad,
+    ReTrack,
+    Unlearner,
+    _check,
+    nearest_neighbors,
+    retrack_step,
+    siss_step,
+)
 from fastunlearn.testing.factories import TinyDenoiser, linear_schedule, redirect_inputs
 
 SCHEDULE = linear_schedule()
-HALVES = [np.float32(0.5), np.float64(0.5), np.float16(0.5), np.array(0.5), torch.tensor(0.5), torch.tensor(0.5, dtype=torch.float64)]
-THREES = [np.int64(3), np.int32(3), np.uint8(3), np.array(3), torch.tensor(3), torch.tensor(3, dtype=torch.uint8)]
+HALVES = [
+    np.float32(0.5),
+    np.float64(0.5),
+    np.float16(0.5),
+    np.array(0.5),
+    torch.tensor(0.5),
+    torch.tensor(0.5, dtype=torch.float64),
+]
+THREES = [
+    np.int64(3),
+    np.int32(3),
+    np.uint8(3),
+    np.array(3),
+    torch.tensor(3),
+    torch.tensor(3, dtype=torch.uint8),
+]
 
 
 @pytest.mark.parametrize("value", HALVES, ids=repr)
@@ -37,9 +63,21 @@ REFUSED = {
     "bool tensor": (torch.tensor(True), TypeError, "lambd: expected a number, got True"),
     "complex": (np.complex64(0.5), TypeError, "lambd: expected a number, got complex"),
     "an array of one": (np.array([0.5]), TypeError, "lambd: expected a number, got ndarray"),
-    "a tensor of one": (torch.tensor([0.5]), TypeError, r"lambd: expected a number, got float32 of shape \(1,\) on cpu"),
-    "elsewhere": (torch.tensor(0.5, device="meta"), TypeError, r"lambd: expected a number on the host .*waits.*, got float32 of shape \(\) on meta"),
-    "learned": (torch.tensor(0.5, requires_grad=True), TypeError, r"lambd: expected a number \(detach\(\).*\), got a tensor that requires grad"),
+    "a tensor of one": (
+        torch.tensor([0.5]),
+        TypeError,
+        r"lambd: expected a number, got float32 of shape \(1,\) on cpu",
+    ),
+    "elsewhere": (
+        torch.tensor(0.5, device="meta"),
+        TypeError,
+        r"lambd: expected a number on the host .*waits.*, got float32 of shape \(\) on meta",
+    ),
+    "learned": (
+        torch.tensor(0.5, requires_grad=True),
+        TypeError,
+        r"lambd: expected a number \(detach\(\).*\), got a tensor that requires grad",
+    ),
 }
 
 
@@ -81,13 +119,47 @@ def test_a_step_and_a_run_take_them():
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         options = {"max_grad_norm": half, "micro_batch_size": two}
         generator = torch.Generator().manual_seed(0)
-        retrack_step(model, optimizer, SCHEDULE, inputs.forget, inputs.neighbors, inputs.noise, lambd=half, generator=generator, **options)
-        siss_step(model, optimizer, SCHEDULE, inputs.forget, inputs.noise, lambd=half, scaling_norm=two, generator=generator, **options)
+        retrack_step(
+            model,
+            optimizer,
+            SCHEDULE,
+            inputs.forget,
+            inputs.neighbors,
+            inputs.noise,
+            lambd=half,
+            generator=generator,
+            **options,
+        )
+        siss_step(
+            model,
+            optimizer,
+            SCHEDULE,
+            inputs.forget,
+            inputs.noise,
+            lambd=half,
+            scaling_norm=two,
+            generator=generator,
+            **options,
+        )
         store = ImageStore(inputs.neighbors.flatten(0, 1).clone())
         stores = {"forget": ImageStore(inputs.forget), "retain": store}
-        run = Unlearner(model, optimizer, SCHEDULE, ReTrack(k=two, lambd=half), **stores, batch_size=two, seed=two, **options)
+        run = Unlearner(
+            model,
+            optimizer,
+            SCHEDULE,
+            ReTrack(k=two, lambd=half),
+            **stores,
+            batch_size=two,
+            seed=two,
+            **options,
+        )
         run.step()
-        assert list(map(type, (run.batch_size, run.seed, run.micro_batch_size, run.max_grad_norm))) == [int, int, int, float]
+        assert list(map(type, (run.batch_size, run.seed, run.micro_batch_size, run.max_grad_norm))) == [
+            int,
+            int,
+            int,
+            float,
+        ]
         results.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
         assert nearest_neighbors(stores["forget"], store, two)[0].shape == (4, 2)
     assert torch.equal(results[1], results[0])

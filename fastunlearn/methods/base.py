@@ -21,7 +21,7 @@ CONSTANTS = (str, Number, np.bool_, type(None))  # what conditioning has beside 
 
 @dataclass(frozen=True)
 class Batch:
-    """What a step works on. Conditioning (`*_kwargs`): tensors with the batch first, `CONSTANTS`, dicts of them."""
+    """What a step works on. Conditioning (`*_kwargs`): tensors, batch first, `CONSTANTS`, dicts of them."""
 
     forget: Tensor | Rows | None = None  # [B, C, H, W]
     retain: Tensor | Rows | None = None  # [B, C, H, W]
@@ -120,7 +120,10 @@ class Method:
     forget_probability: float = 0.0  # of `from_forget`
 
     def __init_subclass__(cls, **options) -> None:
-        """Numbers that numpy or torch made become Python's before `__post_init__` checks them; no method has to think of it."""
+        """Numbers that numpy or torch made become Python's before `__post_init__` checks them.
+
+        No method has to think of it.
+        """
         super().__init_subclass__(**options)
         check = cls.__post_init__
 
@@ -151,11 +154,11 @@ def mean_weight(batch: Tensor | Rows) -> Tensor:
 
 
 def map_tensors(function, first: dict[str, Any], *others: dict[str, Any]) -> dict[str, Any]:
-    """`function` on corresponding tensors of nested dicts. Numbers, strings, booleans and None stay as they are.
+    """`function` on corresponding tensors of nested dicts. Everything else stays as it is.
 
     Raises:
-        ValueError: the dicts have different keys, tensors that differ by more than their rows, or something else that differs: what shares
-            a call of the network can only be given it once.
+        ValueError: the dicts have different keys, tensors that differ by more than their rows, or something
+            else that differs: rows that share a call of the network share all but their tensors.
         TypeError: an entry is none of these, or not the same kind of thing in all dicts.
     """
     return _map_tensors(function, (first, *others), "")
@@ -166,7 +169,8 @@ def _map_tensors(function, given: tuple[dict[str, Any], ...], path: str) -> dict
     within = f" in {path[:-1]!r}" if path else ""
     for other in given[1:]:
         if given[0].keys() != other.keys():
-            raise ValueError(f"{names}: expected the same keys{within}, got {sorted(given[0])} and {sorted(other)}")
+            shown = f"{sorted(given[0])} and {sorted(other)}"
+            raise ValueError(f"{names}: expected the same keys{within}, got {shown}")
     result = {}
     for key in given[0]:
         values = tuple(each[key] for each in given)
@@ -174,17 +178,19 @@ def _map_tensors(function, given: tuple[dict[str, Any], ...], path: str) -> dict
             result[key] = _map_tensors(function, values, f"{path}{key}.")
         elif all(isinstance(value, Tensor) for value in values):
             if len({value.shape[1:] for value in values}) > 1:
-                expected = "expected tensors of the same shape but for their rows, to share a call of the network"
+                expected = "expected the same shape but for the rows, to share a call of the network"
                 shapes = " and ".join(str(tuple(value.shape)) for value in values)
                 raise ValueError(f"{names}: {expected}, got {shapes} for {path + key!r}")
             result[key] = function(*values)
         elif all(isinstance(value, CONSTANTS) for value in values):
             if any(type(value) is not type(values[0]) or value != values[0] for value in values):
+                expected = "expected the same in both, to share a call of the network"
                 shown = " and ".join(map(repr, values))
-                raise ValueError(f"{names}: expected the same in both, to share a call of the network, got {shown} for {path + key!r}")
+                raise ValueError(f"{names}: {expected}, got {shown} for {path + key!r}")
             result[key] = values[0]
         else:
-            expected = "expected tensors (batch first), numbers, strings, booleans, None, or dicts of them, the same kind in both"
+            kinds = "numbers, strings, booleans, None, or dicts of them"
+            expected = f"expected tensors (batch first), {kinds}, the same kind in both"
             kinds = " and ".join(type(value).__name__ for value in values)
             raise TypeError(f"{names}: {expected}, got {kinds} for {path + key!r}")
     return result
