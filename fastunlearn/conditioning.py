@@ -11,9 +11,19 @@ from . import _check
 from .methods.base import CONSTANTS
 
 
-def conditioning_of(
-    name: str, given: dict[str, Any] | None, batch: int, trained: Sequence[Tensor]
-) -> dict[str, Any]:
+def keyword_arguments(name: str, given: dict[str, Any] | None) -> dict[str, Any]:
+    """
+    Raises:
+        TypeError: `given`, the argument `name`, is no dict of keyword arguments and not None.
+    """
+    if given is None:
+        return {}
+    if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
+        raise TypeError(f"{name}: expected a dict of keyword arguments or None, got {_check.describe(given)}")
+    return given
+
+
+def conditioning_of(name: str, given: dict[str, Any], batch: int, trained: Sequence[Tensor]) -> dict[str, Any]:
     """The keyword arguments of the network for a batch of `batch` rows.
 
     Args:
@@ -29,10 +39,6 @@ def conditioning_of(
         TypeError, ValueError: naming the entry that is none of these, has another number of rows, or has a
             graph of its own.
     """
-    if given is None:
-        return {}
-    if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
-        raise TypeError(f"{name}: expected a dict of keyword arguments or None, got {_check.describe(given)}")
     return {key: _entry(name, key, value, batch, trained) for key, value in given.items()}
 
 

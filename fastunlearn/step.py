@@ -16,7 +16,7 @@ from torch import Tensor
 from . import _check
 from . import draws as draw
 from .compilation import Compile, resolve_compile
-from .conditioning import conditioning_of, without_graph
+from .conditioning import conditioning_of, keyword_arguments, without_graph
 from .draws import Draws
 from .evaluation import evaluate
 from .gradients import Accumulator, clipping, total_norm, update
@@ -127,7 +127,8 @@ def _six_stages(
         finite = torch.isfinite(loss) & torch.isfinite(norm)
         if optimizer is not None:
             update(optimizer, clipping(norm, max_grad_norm), finite, present, grad_scaler)
-            optimizer.zero_grad(set_to_none=True)
+            for parameter in parameters:
+                parameter.grad = None
     return StepOutput(loss, means.get("forget"), means.get("retain"), norm, combined.correction_norm, combined.scaling_factor, ~finite)
 
 
@@ -232,14 +233,15 @@ def _functional_step(
     without_graph("sqdist", sqdist)
     conditioning = {"forget": {}, "retain": {}}
     for name, images, kwargs in (("forget", forget, forget_kwargs), ("retain", retain, retain_kwargs)):
+        given = keyword_arguments(f"{name}_kwargs", kwargs)
         if name in method.batches:
             _check.images(name, images)
             without_graph(name, images)
-            conditioning[name] = conditioning_of(f"{name}_kwargs", kwargs, len(images), trained.parameters)
+            conditioning[name] = conditioning_of(f"{name}_kwargs", given, len(images), trained.parameters)
             if _check.values_enabled():
                 _check.finite(name, images)
-        elif kwargs:
-            raise ValueError(f"{name}_kwargs: expected none ({type(method).__name__} reads no {name} images), got {', '.join(kwargs)}")
+        elif given:
+            raise ValueError(f"{name}_kwargs: expected none ({type(method).__name__} reads no {name} images), got {', '.join(given)}")
     if forget is not None and retain is not None and "retain" in method.batches:
         if forget.shape[1:] != retain.shape[1:]:
             raise ValueError(f"forget: expected images of the shape of retain, {tuple(retain.shape[1:])}, got {tuple(forget.shape[1:])}")
@@ -250,6 +252,8 @@ def _functional_step(
     if not isinstance(draws, Draws):
         raise TypeError(f"draws: expected Draws or None, got {_check.describe(draws)}")
     draw.validate(draws, method.draws, forget, retain)
+    for field in sorted(draws.given()):
+        without_graph(f"draws.{field}", getattr(draws, field))
     if any(field.endswith("timesteps") for field in method.draws - draws.given()):
         schedule.check_usable()
 

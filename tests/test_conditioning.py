@@ -424,6 +424,18 @@ def test_anything_else(kwargs, error, text):
     assert torch.equal(generator.get_state(), state)
 
 
+@pytest.mark.parametrize("kwargs", [prompt(), ["prompt"], {1: 2}], ids=str)
+def test_no_keyword_arguments_of_a_branch_that_is_not_read(kwargs):
+    with pytest.raises(TypeError, match="forget_kwargs: expected a dict of keyword arguments or None, got"):
+        vanilla_step(TinyDenoiser(), None, SCHEDULE, images(), forget_kwargs=kwargs)
+
+
+def test_noise_with_a_graph():
+    noise = images(3).requires_grad_()
+    with pytest.raises(ValueError, match=r"draws.retain_noise: expected a tensor without a graph"):
+        vanilla_step(TinyDenoiser(), None, SCHEDULE, images(), draws=Draws(retain_noise=noise))
+
+
 @pytest.mark.parametrize("which", ["forget", "neighbors", "retain"])
 def test_images_with_a_graph(which):
     """Of a VAE trained along, say: the loss would go back to it through x_t, and not through the target."""

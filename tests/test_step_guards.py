@@ -179,6 +179,18 @@ def test_an_optimizer_of_another_copy_of_the_model_is_refused(step):
         step(model, optimizer, SCHEDULE)
 
 
+def test_an_optimizer_with_a_zero_grad_of_its_own():
+    """Such as one from before `set_to_none`: an error after the update would have it taken twice."""
+
+    class Old(torch.optim.SGD):
+        def zero_grad(self):
+            raise AssertionError
+
+    model = TinyDenoiser()
+    vanilla_step(model, Old(model.parameters(), lr=0.1), SCHEDULE, images(0))
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
 @pytest.mark.parametrize("step", [siss_step, erasediff_step])
 def test_an_optimizer_of_a_part_leaves_the_rest_alone(step):
     model = TinyDenoiser()
