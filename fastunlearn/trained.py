@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -19,6 +21,8 @@ from .wrappers import (
     unwrap_optimizer,
     warn_if_accumulating,
 )
+
+log = logging.getLogger("fastunlearn")
 
 # Attributes by which libraries mark parameters that are not whole, or not updated from `.grad`.
 MARKS = {
@@ -74,7 +78,22 @@ def look_at(
     check_wrappers(wrappers, reduced=process_group is not None or network is not model)
     if grad_scaler is not None and not grad_scaler.is_enabled():
         grad_scaler = None  # its step would make the update unconditionally
+    if optimizer is not None and process_group is None and network is model and _count_processes() > 1:
+        _say_alone(_count_processes())
     return Trained(network, parameters, optimizer, grad_scaler, processes(model, process_group), wrappers)
+
+
+def _count_processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+@functools.cache
+def _say_alone(count: int) -> None:
+    log.warning(
+        "model: %d processes run together, but this network is not in DistributedDataParallel, and there is no "
+        "process_group: each process makes updates of its own, and they drift apart unless that is meant",
+        count,
+    )
 
 
 def unwrapped(model: Callable) -> Callable:

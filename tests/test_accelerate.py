@@ -22,6 +22,7 @@ from fastunlearn import (
     replay,
     retrack_step,
     siss_step,
+    trained,
     vanilla_step,
     wrappers,
 )
@@ -36,9 +37,7 @@ from fastunlearn.testing.host_sync import TapeGraphs
 from fastunlearn.training import unlearn
 
 accelerate = pytest.importorskip("accelerate")
-deepspeed = pytest.importorskip(
-    "accelerate.utils.deepspeed"
-)  # its side of it: DeepSpeed itself is not needed
+deepspeed = pytest.importorskip("accelerate.utils.deepspeed")  # DeepSpeed itself is not needed for it
 SCHEDULE = linear_schedule()
 ROWS = 4  # of a micro-batch
 PARTS = 4  # micro-batches of an update
@@ -272,7 +271,7 @@ def test_a_scheduler_stands_still_after_a_skipped_step(fused, scaler):
     assert rates == [5e-3, 5e-3, 2.5e-3, 2.5e-3, 2.5e-3, 1.25e-3]
 
 
-def test_whether_a_step_was_skipped_stays_on_the_device(monkeypatch):
+def test_whether_a_step_was_skipped_stays_on_the_device():
     """The step hands accelerate the tensor that it reports: nobody has read it yet."""
     loop = Loop()
     output = vanilla_step(loop.model, loop.optimizer, SCHEDULE, images())
@@ -324,7 +323,7 @@ def test_a_skipped_step_is_forgotten_when_the_loop_takes_one_of_its_own(fused, s
     assert len(loop.plain._optimizer_step_post_hooks) == 1
 
 
-def test_a_fused_optimizer_skips_on_the_device(monkeypatch):
+def test_a_fused_optimizer_skips_on_the_device():
     """The host decides nothing: `found_inf` reaches the optimizer in the wrapper."""
     loop, seen = Loop(), []
     loop.plain.register_step_pre_hook(lambda optimizer, *_: seen.append(optimizer.found_inf.item()))
@@ -366,6 +365,24 @@ def test_several_processes_need_a_way_to_each_other():
         vanilla_step(loop.model, loop.optimizer, SCHEDULE, images())
     with pytest.raises(ValueError, match="process_group: expected"):
         Unlearner(loop.model, loop.optimizer, SCHEDULE, Vanilla(), retain=store(), batch_size=ROWS)
+
+
+def test_processes_that_do_not_know_of_each_other(monkeypatch, caplog):
+    """DistributedDataParallel hidden in a function is one way to get there: it reduces nothing of a step."""
+    model = TinyDenoiser()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trained._say_alone.cache_clear()
+    with caplog.at_level(logging.WARNING, "fastunlearn"):
+        vanilla_step(model, optimizer, SCHEDULE, images())
+        assert not caplog.records
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda group=None: 2)
+        for _ in range(2):
+            vanilla_step(lambda x, t: model(x, t), optimizer, SCHEDULE, images())
+        vanilla_step(model, None, SCHEDULE, images())  # what is left in .grad, the caller may reduce
+    (record,) = caplog.records
+    assert "2 processes run together" in record.getMessage()
+    trained._say_alone.cache_clear()
 
 
 def test_xla_devices_are_refused():

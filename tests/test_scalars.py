@@ -1,7 +1,7 @@
 """Numbers that numpy or torch made are numbers: hyperparameters come out of arrays and configurations."""
 
 import json
-from dataclasses import asdict, astuple
+from dataclasses import InitVar, asdict, astuple, dataclass
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ from fastunlearn import (
     NegGrad,
     ReTrack,
     Unlearner,
+    Vanilla,
     _check,
     nearest_neighbors,
     retrack_step,
@@ -109,6 +110,22 @@ def test_methods_hold_pythons_own():
         assert method == plain
         assert hash(method) == hash(plain)
         assert json.dumps(asdict(method)) == json.dumps(asdict(plain))
+
+
+def test_a_method_of_somebody_elses():
+    """With a check of its own, and an argument that is no field."""
+
+    @dataclass(frozen=True)
+    class Mine(Vanilla):
+        weight: float = 1.0
+        scale: InitVar[float] = 2.0
+
+        def __post_init__(self, scale):
+            assert type(self.weight) is float
+            object.__setattr__(self, "weight", self.weight * scale)
+
+    assert Mine(np.float32(0.5), 3.0).weight == 1.5
+    assert Vanilla() == Vanilla()
 
 
 def test_a_step_and_a_run_take_them():

@@ -127,11 +127,11 @@ class Method:
         super().__init_subclass__(**options)
         check = cls.__post_init__
 
-        def check_plain_numbers(self) -> None:
+        def check_plain_numbers(self, *given) -> None:
             for hyperparameter in fields(self):
                 value = getattr(self, hyperparameter.name)
                 object.__setattr__(self, hyperparameter.name, _check.scalar(hyperparameter.name, value))
-            check(self)
+            check(self, *given)
 
         cls.__post_init__ = check_plain_numbers
 
