@@ -266,7 +266,7 @@ def test_branches_that_share_a_call_must_agree(name, forget, retain, error, text
 
 @pytest.mark.parametrize("compile", [True, "regional"])
 def test_options_under_compile(monkeypatch, compile):
-    monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
+    monkeypatch.setattr(compilation, "BACKEND", "eager")  # graphs are traced, and run as they are
     model = Plain()
     model._repeated_blocks = ["Conv2d"]
     model.compile_repeated_blocks = lambda **options: model.enter.compile(**options)
