@@ -258,6 +258,7 @@ def test_network_gets_as_many_rows_as_in_siss_training_loop(name):
     run.model.register_forward_hook(lambda model, inputs, output: rows.append(len(inputs[0])))
     for s in range(run.micro_steps):
         run.feed(range(s, s + 1)).step(None)
+        run.model.zero_grad()
     assert sum(rows) == run.case.meta["forwards"] * run.case.meta["batch"]
 
 
@@ -273,6 +274,7 @@ def test_bernoulli_keeps_the_forget_term_that_the_papers_code_loses(name):
             lambda model, inputs, output, calls=calls: calls.append(Call(inputs[0], output.sample.detach()))
         )
         output = run.feed(range(s, s + 1)).step(None)
+        run.model.zero_grad()
         hook.remove()
         assert (output.retain_loss == 0) == from_forget.all()
         assert (output.forget_loss == 0) == (~from_forget).all()
