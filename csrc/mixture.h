@@ -3,6 +3,7 @@
 // With x the image to keep, a the one to forget and p the one that x_t was made from:
 //   x_t = alpha p + sigma eps; target of y = a eps + b p + c (p - y), y in {x, a};
 //   u = +-rho^2 ||x - a||^2 / 2 - rho <eps, x - a> (+ where p = a), and both weights are sigmoids of u.
+// A log ratio of the branches' timestep densities is added to u; an infinite one alone decides.
 #pragma once
 
 #include "image_blocks.h"
@@ -49,6 +50,12 @@ static inline void write_weights(const MixtureArgs& args, int64_t b, double u) {
   }
 }
 
+/// The weights of sample `b` where one of the branches cannot have made it: 1 / its share of the mixture for the other.
+static inline void write_decided_weights(const MixtureArgs& args, int64_t b, bool forget_alone) {
+  args.retain_weight[b] = forget_alone ? 0.0 : 1.0 / (1.0 - args.lambd);
+  args.forget_weight[b] = forget_alone ? 1.0 / args.lambd : 0.0;
+}
+
 template <class Real>
 static void mix_images(const MixtureArgs& args, int64_t begin, int64_t end) {
   alignas(64) Real retain_scratch[kScratch], forget_scratch[kScratch], noise_scratch[kScratch];
@@ -85,9 +92,13 @@ static void mix_images(const MixtureArgs& args, int64_t begin, int64_t end) {
     });
 
     const double rho = coefficients[0] / coefficients[1];
-    double u = (from_forget ? 0.5 : -0.5) * rho * rho * square - rho * dot, ratio;
-    if (args.time_log_ratio != nullptr) u += *read(args.time_log_ratio, args.time_log_ratio_type, b, 1, &ratio);
-    write_weights(args, b, u);
+    const double u = (from_forget ? 0.5 : -0.5) * rho * rho * square - rho * dot;
+    double scratch, ratio = 0.0;
+    if (args.time_log_ratio != nullptr) ratio = *read(args.time_log_ratio, args.time_log_ratio_type, b, 1, &scratch);
+    if (__builtin_isinf(ratio))
+      write_decided_weights(args, b, ratio > 0);
+    else
+      write_weights(args, b, u + ratio);
   }
 }
 

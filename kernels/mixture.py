@@ -110,14 +110,31 @@ def mixture_weights_kernel(
 
 @triton.jit
 def _store_weights(sample, dot, square, coefficients, chosen_forget, time_log_ratio, lambd, logit, retain_weight, forget_weight):
-    """The weights of one sample from `<eps, x - a>` and `||x - a||^2`, in float64. At lambd 0 and 1 one of them is 1 and the other the exponential."""
+    """The weights of one sample from `<eps, x - a>` and `||x - a||^2`, in float64. At lambd 0 and 1 one of them is 1 and the other the exponential.
+
+    An infinite log ratio of the branches' timestep densities alone decides: one of them could not have made the sample.
+    """
     rho = tl.load(coefficients + sample * 5) / tl.load(coefficients + sample * 5 + 1)
     quadratic = 0.5 * rho * rho * square
     u = tl.where(chosen_forget, quadratic, -quadratic) - rho * dot
     if time_log_ratio is not None:
-        u += tl.load(time_log_ratio + sample).to(tl.float64)
-    tl.store(retain_weight + sample, tl.where(lambd == 1, tl.exp(-u), 1.0 / ((1.0 + tl.exp(u + logit)) * (1.0 - lambd))))
-    tl.store(forget_weight + sample, tl.where(lambd == 0, tl.exp(u), 1.0 / ((1.0 + tl.exp(-u - logit)) * lambd)))
+        ratio = tl.load(time_log_ratio + sample).to(tl.float64)
+        u += ratio
+    of_retain = tl.where(lambd == 1, tl.exp(-u), 1.0 / ((1.0 + tl.exp(u + logit)) * (1.0 - lambd)))
+    if time_log_ratio is not None:
+        of_retain = _decided(of_retain, -ratio, 1.0 - lambd)
+    tl.store(retain_weight + sample, of_retain)
+    of_forget = tl.where(lambd == 0, tl.exp(u), 1.0 / ((1.0 + tl.exp(-u - logit)) * lambd))
+    if time_log_ratio is not None:
+        of_forget = _decided(of_forget, ratio, lambd)
+    tl.store(forget_weight + sample, of_forget)
+
+
+@triton.jit
+def _decided(weight, ratio, share):
+    """The weight of a branch of `share`: as it is where its log ratio over the other branch is finite, else `1 / share` or 0."""
+    alone = tl.full([], 1.0, tl.float64) / share
+    return tl.where(ratio == float("inf"), alone, tl.where(ratio == -float("inf"), 0.0, weight))
 
 
 def mixture(

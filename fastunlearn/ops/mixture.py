@@ -1,7 +1,8 @@
 """mixture: the SISS mixture sample, both of its targets, and the two importance weights through one sigmoid (SISS Eq. 6).
 
 With `u = dist_x - dist_a` and `L = log(lambda / (1 - lambda))`: `w_x = sigmoid(-(u + L)) / (1 - lambda)`, `w_a = sigmoid(u + L) / lambda`,
-which cannot overflow, and `u` needs only `<eps, x - a>` and `||x - a||^2`.
+which cannot overflow, and `u` needs only `<eps, x - a>` and `||x - a||^2`. The log ratio of what else the branches draw from is added to `u`;
+where it is infinite, one branch alone could have made the row, and the weights are 0 and `1 / lambda` or `1 / (1 - lambda)`, whatever `u` is.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ def mixture(
         coefficients: `[B, 5]` float64, `NoiseSchedule.coefficients`.
         from_forget: `[B]` bool, True where `x_t` is made from the forget image.
         lambd: the share of forget images in the mixture.
-        time_log_ratio: `[B]`, `log p_forget(t) / p_retain(t)` where the two branches draw timesteps from different densities.
+        time_log_ratio: `[B]`, `log p_forget(t) / p_retain(t)` where the two branches draw timesteps from different densities; infinite where one
+            of them never draws `t` (or never has the row's condition).
         noise: `[B, C, H, W]`; None: made from `counter` (int64 `[3]`) and `purpose`, see `philox.Noise`.
         channels_last: the memory layout of the results.
     """
@@ -67,12 +69,21 @@ def _eager(retain, retain_index, forget, forget_index, coefficients, from_forget
     else:
         logit = math.log(lambd) - math.log1p(-lambd)
         retain_weight, forget_weight = torch.sigmoid(-(u + logit)) / (1 - lambd), torch.sigmoid(u + logit) / lambd
+    if time_log_ratio is not None:
+        retain_weight = _decided(retain_weight, -time_log_ratio, 1 - lambd)
+        forget_weight = _decided(forget_weight, time_log_ratio, lambd)
 
     chosen = torch.where(from_forget.view(-1, *[1] * (retain.ndim - 1)), forget, retain)
     x_t = per_row(alpha, chosen) * chosen + per_row(sigma, chosen) * noise
     base = per_row(a, chosen) * noise + per_row(b, chosen) * chosen
     targets = (laid_out(base + per_row(c, chosen) * (chosen - images), at_least_float32(dtype), channels_last) for images in (retain, forget))
     return laid_out(x_t, dtype, channels_last), *targets, retain_weight, forget_weight
+
+
+def _decided(weight: Tensor, log_ratio: Tensor, share: float) -> Tensor:
+    """`weight` `[B]` of a branch of `share`: as it is where its log ratio over the other branch is finite, else `1 / share` or 0."""
+    alone = 1 / share if share > 0 else math.inf
+    return torch.where(log_ratio == math.inf, alone, torch.where(log_ratio == -math.inf, 0.0, weight))
 
 
 def _empty(retain, retain_index, forget, forget_index, coefficients, from_forget, lambd, time_log_ratio, noise, counter, purpose, dtype, channels_last):

@@ -5,6 +5,7 @@ The weights are printed with `exp`; at lambd = 0 or 1 a large gap of the distanc
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -43,7 +44,8 @@ def mixture(
         noise, timesteps: `[B, ...]` and `[B]` int64, shared by the pair. noise is not read when x_t is given.
         lambd: share of the forget branch, in [0, 1].
         from_forget: `[B]` bool, the branch that was drawn.
-        time_log_ratio: `[B]`, `log p_forget(t) / p_retain(t)`, where the branches draw timesteps from different densities.
+        time_log_ratio: `[B]`, `log p_forget(t) / p_retain(t)`, where the branches draw timesteps from different densities; infinite where one never
+            draws `t`.
     """
     if x_t is None:
         chosen = torch.where(from_forget.view(-1, *(1,) * (retain.ndim - 1)), forget, retain)
@@ -61,10 +63,22 @@ def mixture_distance(x_t: Tensor, images: Tensor, timesteps: Tensor, schedule: N
 
 
 def mixture_weights(dist_x: Tensor, dist_a: Tensor, lambd: float, *, time_log_ratio: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`w_x = q(m|x) / q_lambd(m|x,a)` and `w_a = q(m|a) / q_lambd(m|x,a)`, each `[B]` (SISS, Eq. 6)."""
+    """`w_x = q(m|x) / q_lambd(m|x,a)` and `w_a = q(m|a) / q_lambd(m|x,a)`, each `[B]` (SISS, Eq. 6).
+
+    An infinite `time_log_ratio` says that one branch alone could have made the row: its density is its share of the mixture's, and the other's is 0.
+    """
     log_ratio = dist_x - dist_a
     if time_log_ratio is not None:
         log_ratio = log_ratio + time_log_ratio
     retain_weight = 1 / ((1 - lambd) + lambd * torch.exp(log_ratio))
     forget_weight = 1 / ((1 - lambd) * torch.exp(-log_ratio) + lambd)
-    return retain_weight, forget_weight
+    if time_log_ratio is None:
+        return retain_weight, forget_weight
+    forget_alone, retain_alone = (time_log_ratio == math.inf).to(log_ratio.dtype), (time_log_ratio == -math.inf).to(log_ratio.dtype)
+    decided = time_log_ratio.isinf()
+    return torch.where(decided, _quotient(retain_alone, 1 - lambd), retain_weight), torch.where(decided, _quotient(forget_alone, lambd), forget_weight)
+
+
+def _quotient(density: Tensor, share: float) -> Tensor:
+    """`density / share`; 0 where there is no density, even in a share of 0."""
+    return torch.where(density > 0, density / share, torch.zeros_like(density))

@@ -212,6 +212,24 @@ def test_time_log_ratio_adds_to_the_exponent(dtype):
     assert (actual[0][4].item(), actual[1][4].item()) == (1 / (1 - lambd), 0)  # outside the forget window
 
 
+@pytest.mark.parametrize("lambd", [0.0, 1e-15, 0.25, 0.5, 1.0])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 1e30, INFINITY, math.nan], ids=lambda scale: f"u of {scale:g}")
+@pytest.mark.parametrize("backend", ["eager", "kernels"])
+@pytest.mark.parametrize("isa", ISAS)
+def test_an_infinite_time_log_ratio_decides_alone(isa, backend, scale, lambd, monkeypatch):
+    """One branch could not have made the row: its weight is 0 and the other's 1 / its share, beside any exponent of the images."""
+    monkeypatch.setenv("FASTUNLEARN_ISA", isa)
+    monkeypatch.setenv("FASTUNLEARN_BACKEND", backend)
+    ratio = torch.tensor([INFINITY, -INFINITY, INFINITY, -INFINITY, 0.0])
+    u = scale * torch.tensor([1.0, 1.0, -1.0, -1.0, 0.0]) if scale else torch.zeros(5)
+    actual = weights_of(u.nan_to_num(scale if math.isnan(scale) else 0.0, INFINITY, -INFINITY), lambd, ratio)
+    of_retain, of_forget = (1 / share if share else INFINITY for share in (1 - lambd, lambd))
+    assert actual[0][:4].tolist() == [0.0, of_retain, 0.0, of_retain]
+    assert actual[1][:4].tolist() == [of_forget, 0.0, of_forget, 0.0]
+    if scale in (0.0, 1.0, 1e30):
+        torch.testing.assert_close(torch.stack(actual)[:, 4], torch.ones(2, dtype=torch.float64), rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("lambd", [0.0, 0.1, 0.5, 1.0])
 @pytest.mark.parametrize("rows", ROWS)
 def test_two_equal_images_have_weight_one_and_one_target(rows, lambd):

@@ -49,6 +49,16 @@ def test_time_log_ratio_is_the_ratio_of_two_timestep_densities():
     torch.testing.assert_close(draw.forget_weight, density_forget * likelihood_ratio / both, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("lambd", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize("gap", [0.0, 700.0, -1e300, math.inf])
+def test_an_infinite_time_log_ratio_decides_alone(gap, lambd):
+    zero, ratio = torch.zeros(2, dtype=torch.float64), torch.tensor([math.inf, -math.inf], dtype=torch.float64)
+    w_x, w_a = mixture_weights(zero + gap, zero, lambd, time_log_ratio=ratio)
+    of_retain, of_forget = (1 / share if share else math.inf for share in (1 - lambd, lambd))
+    assert w_x.tolist() == [0.0, of_retain]
+    assert w_a.tolist() == [of_forget, 0.0]
+
+
 @pytest.mark.parametrize("lambd", [0.2, 0.5, 0.8])
 def test_siss_is_naive_deletion_in_expectation(lambd):
     """Eq. 6 on a data set of two points, one of them forgotten (n = 2, k = 1): the same value as the denoising loss of the point that stays."""
