@@ -143,12 +143,18 @@ def values_enabled() -> bool:
     return os.environ.get("FASTUNLEARN_CHECK", "0") not in ("", "0")
 
 
-def timestep_values(timesteps: Tensor, schedule) -> None:
-    """Refuses timesteps outside the schedule, or where the loss is not defined."""
-    low, high = int(timesteps.min()), int(timesteps.max())
-    if low < 0 or high >= len(schedule):
-        raise ValueError(f"timesteps: expected indices in [0, {len(schedule) - 1}], got values in [{low}, {high}]")
-    schedule.check_usable(timesteps.cpu())
+def readable(tensor: Tensor) -> bool:
+    """Whether a check may read values: on a CPU, where that is no wait; elsewhere with `FASTUNLEARN_CHECK=1`.
+
+    Not those of a trace, which has none: under torch.compile, FakeTensorMode or another dispatch mode, torch.func.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active():
+        return False
+    if type(tensor) is not Tensor or tensor.device.type == "meta":
+        return False
+    return tensor.device.type == "cpu" or values_enabled()
 
 
 def finite(name: str, value: Tensor) -> Tensor:

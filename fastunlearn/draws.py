@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import _check, philox
 from .philox import Noise
+from .schedule import NoiseSchedule
 from .store import Rows
 
 
@@ -117,8 +118,18 @@ def complete(
     return replace(draws, **drawn)
 
 
-def validate(draws: Draws, needs: frozenset[str], forget: Tensor | Rows | None, retain: Tensor | Rows | None) -> None:
-    """Refuses what a caller gave in another shape than its batch, and what the method does not use."""
+def validate(
+    draws: Draws,
+    needs: frozenset[str],
+    forget: Tensor | Rows | None,
+    retain: Tensor | Rows | None,
+    schedule: NoiseSchedule,
+) -> None:
+    """Refuses what a caller gave in another shape than its batch, and what the method does not use.
+
+    Timesteps that `schedule` cannot train at are refused where they can be read; elsewhere their step is not
+    finite, and skipped.
+    """
     unused = draws.given() - needs
     if unused:
         raise ValueError(f"draws: expected only {', '.join(sorted(needs))} for this method, got {', '.join(sorted(unused))} too")
@@ -131,7 +142,10 @@ def validate(draws: Draws, needs: frozenset[str], forget: Tensor | Rows | None, 
             if noise.dtype != batch.dtype:
                 raise TypeError(f"draws.{branch}_noise: expected the dtype of {branch}, {batch.dtype}, got {noise.dtype}")
         if timesteps is not None:
-            _check.vector(f"draws.{branch}_timesteps", timesteps, len(batch), batch.device, floating=False)
+            name = f"draws.{branch}_timesteps"
+            _check.vector(name, timesteps, len(batch), batch.device, floating=False)
+            if _check.readable(timesteps):
+                schedule.check_timesteps(name, timesteps)
     if draws.uniform_target is not None:
         _check.like("draws.uniform_target", draws.uniform_target, "forget", forget)
     chosen = draws.from_forget

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import _check
+
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow")
 FLOW_MATCHING = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
 
@@ -38,6 +40,13 @@ class NoiseSchedule:
             raise ValueError(f"model_timesteps: expected a tensor of shape {tuple(alpha.shape)}, got {_describe(model_timesteps)}")
         self.alpha, self.sigma = alpha, sigma
         self.model_timesteps, self.prediction_type = model_timesteps.cpu(), prediction_type
+        self._usable = self.sigma > 0
+        if prediction_type == "epsilon":
+            self._usable &= self.alpha > 0
+        self._all_usable = bool(self._usable.all())
+        nowhere = torch.nan if self.model_timesteps.is_floating_point() else int(self.model_timesteps[0])
+        coefficients = self._coefficient_table()
+        self._on_host = _with_ends(coefficients, torch.nan), _with_ends(self.model_timesteps, nowhere)
         self._on_device: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     @classmethod
@@ -83,33 +92,82 @@ class NoiseSchedule:
 
         In the model's prediction space the target of a clean image `x` seen through `x_t = alpha x_0 + sigma eps` is
         `a eps + b x_0 + c (x_0 - x)`: a network that predicts eps, v, x_0 or the flow differs in these three numbers only.
+
+        On a GPU nothing is read: the row of a timestep outside the schedule, or where the loss is not defined,
+        is NaN, so that no update can come of it.
+
+        Raises:
+            ValueError: on a CPU, and elsewhere with `FASTUNLEARN_CHECK=1`, for such a timestep.
         """
-        return self._tables(timesteps.device)[0][timesteps]
+        if _check.readable(timesteps):
+            self.check_timesteps("timesteps", timesteps)
+        return _row_of(self._tables(timesteps.device)[0], timesteps)
 
     def model_input(self, timesteps: Tensor) -> Tensor:
-        """What the network receives for `timesteps` `[B]`, on their device."""
-        return self._tables(timesteps.device)[1][timesteps]
+        """What the network receives for `timesteps` `[B]`, on their device.
 
-    def check_usable(self, timesteps: Tensor | None = None) -> None:
-        """Refuses `timesteps` (default: all) at which the training loss is not defined.
+        On a GPU nothing is read: a timestep outside the schedule gives NaN, or the first model timestep where they
+        are integers; its `coefficients` are NaN.
+
+        Raises:
+            ValueError: on a CPU, and elsewhere with `FASTUNLEARN_CHECK=1`, for such a timestep.
+        """
+        if _check.readable(timesteps):
+            self._check_range("timesteps", timesteps)
+        return _row_of(self._tables(timesteps.device)[1], timesteps)
+
+    def check_timesteps(self, name: str, timesteps: Tensor) -> None:
+        """Refuses `timesteps` `[B]` outside the schedule, or at which the training loss is not defined. Reads them.
+
+        Raises:
+            ValueError: naming `name`, for a timestep outside [0, T - 1], one with `sigma_t = 0` (the noise cannot be
+                told from the image), or one with `alpha_t = 0` where the network predicts eps.
+        """
+        self._check_range(name, timesteps)
+        if self._all_usable:
+            return
+        timesteps = timesteps.cpu().long()
+        refused = timesteps[~self._usable[timesteps]]
+        if len(refused):
+            first = int(refused[0])
+            if self.sigma[first] == 0:
+                raise ValueError(f"{name}: expected timesteps with sigma_t > 0, got t = {first}, where sigma = 0")
+            expected = "timesteps with alpha_t > 0 for a network that predicts epsilon"
+            raise ValueError(f"{name}: expected {expected}, got t = {first}, where alpha = 0")
+
+    def _check_range(self, name: str, timesteps: Tensor) -> None:
+        if timesteps.numel() == 0:
+            return
+        low, high = (int(bound) for bound in torch.aminmax(timesteps.long()))
+        if low < 0 or high >= len(self):
+            got = f"values in [{low}, {high}]"
+            raise ValueError(f"{name}: expected indices in [0, {len(self) - 1}], got {got}")
+
+    def check_usable(self) -> None:
+        """Refuses a schedule with timesteps at which the training loss is not defined: any of them can be drawn.
 
         Raises:
             ValueError: `sigma_t = 0` (the noise cannot be told from the image), or `alpha_t = 0` with a network that predicts eps.
         """
-        timesteps = torch.arange(len(self)) if timesteps is None else timesteps
-        if (self.sigma[timesteps] == 0).any():
-            first = timesteps[self.sigma[timesteps] == 0][0].item()
+        if self._all_usable:
+            return
+        first = int((~self._usable).nonzero()[0])
+        if self.sigma[first] == 0:
             raise ValueError(f"schedule: expected sigma_t > 0 at every timestep that can be drawn, got sigma = 0 at t = {first}")
-        if self.prediction_type == "epsilon" and (self.alpha[timesteps] == 0).any():
-            first = timesteps[self.alpha[timesteps] == 0][0].item()
-            raise ValueError(f"schedule: expected alpha_t > 0 for a network that predicts epsilon, got alpha = 0 at t = {first} (zero terminal SNR)")
+        expected = "alpha_t > 0 for a network that predicts epsilon"
+        raise ValueError(f"schedule: expected {expected}, got alpha = 0 at t = {first} (zero terminal SNR)")
 
     def _tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Coefficients and model timesteps, with a row more at each end (`_row_of`)."""
         if device not in self._on_device:
-            self._on_device[device] = (self._coefficient_table().to(device), self.model_timesteps.to(device))
+            tables = tuple(table.to(device) for table in self._on_host)
+            if any(type(table) is not Tensor for table in tables):
+                return tables  # of a trace: they hold no numbers
+            self._on_device[device] = tables
         return self._on_device[device]
 
     def _coefficient_table(self) -> Tensor:
+        """`coefficients` of all timesteps, float64 `[T, 5]`; NaN where the loss is not defined."""
         alpha, sigma = self.alpha, self.sigma
         rho, one, zero = alpha / sigma, torch.ones_like(alpha), torch.zeros_like(alpha)
         a, b, c = {
@@ -118,7 +176,24 @@ class NoiseSchedule:
             "sample": (zero, one, -one),
             "flow": (one, -one, rho + 1),
         }[self.prediction_type]
-        return torch.stack([alpha, sigma, a, b, c], dim=1)
+        table = torch.stack([alpha, sigma, a, b, c], dim=1)
+        table[~self._usable] = torch.nan
+        return table
+
+
+def _with_ends(table: Tensor, value: float) -> Tensor:
+    """`table` `[T, ...]` between two rows of `value`."""
+    end = torch.full_like(table[:1], value)
+    return torch.cat([end, table, end])
+
+
+def _row_of(table: Tensor, timesteps: Tensor) -> Tensor:
+    """Rows `timesteps` of a table `_with_ends`: those before the first and after the last find the end on their side.
+
+    So -1 is not the last row, as torch understands it, and a GPU reads no memory beside the table. Nothing waits.
+    """
+    last = len(table) - 2
+    return table[timesteps.long().clamp(-1, last) + 1]
 
 
 def _table(name: str, values) -> Tensor:

@@ -251,7 +251,7 @@ def _functional_step(
     draws = Draws() if draws is None else draws
     if not isinstance(draws, Draws):
         raise TypeError(f"draws: expected Draws or None, got {_check.describe(draws)}")
-    draw.validate(draws, method.draws, forget, retain)
+    draw.validate(draws, method.draws, forget, retain, schedule)
     for field in sorted(draws.given()):
         without_graph(f"draws.{field}", getattr(draws, field))
     if any(field.endswith("timesteps") for field in method.draws - draws.given()):
@@ -299,7 +299,8 @@ def retrack_step(
         retain: `[B', C, H, W]`, images to keep; None only if `lambd` is 1.
         lambd: weight of the forget term.
         sqdist: `[B, K]`, squared distances to the neighbours; computed if None.
-        draws: a `Draws` with given noise or timesteps; what it lacks is drawn.
+        draws: a `Draws` with given noise or timesteps; what it lacks is drawn. A timestep outside the schedule is refused
+            on a CPU; on a GPU it is not looked at (but with `FASTUNLEARN_CHECK=1`), and the step is skipped.
         generator: where the rest is drawn from (None: torch's global generator).
         max_grad_norm: gradients are clipped to this L2 norm; None: not at all.
         autocast_dtype: bfloat16 or float16 for the network call; None: as it is.
@@ -312,7 +313,8 @@ def retrack_step(
             already.
         forget_kwargs, retain_kwargs: what the network is given beside x_t and t: tensors with the batch first
             (or one row for the whole batch), without a graph; numbers, strings, booleans and None, equal in
-            both where forget and retain rows share a call of the network; dicts of all these.
+            both where forget and retain rows share a call of the network; dicts of all these. SISS works
+            on pairs: each tensor of one shape in both.
         micro_batch_size: at most this many rows in one network call; gradients accumulate over the calls.
         compile: True compiles forward pass and loss as one graph (minutes, once for each set of shapes), `"regional"` only the blocks that a diffusers
             network repeats; `"try"` goes on eagerly where compiling fails. None: on for GPUs, off for CPUs, where it was measured to gain little.

@@ -173,7 +173,12 @@ class Unlearner:
         self._replay = make_replay(replay, unwrapped(model), optimizer, self.device, forbidden=self._not_replayable())
 
     def step(self, draws: Draws | None = None) -> StepOutput:
-        """Takes one step. `draws` may give rows, noise or timesteps; the rest is drawn for (seed, step index)."""
+        """Takes one step. `draws` may give rows, noise or timesteps; the rest is drawn for (seed, step index).
+
+        Raises:
+            TypeError, ValueError: `draws` does not fit, or has rows or timesteps that there are none of. On a GPU the latter
+                are looked at with `FASTUNLEARN_CHECK=1` only; else such a step is skipped.
+        """
         check_update_is_due(self._wrappers)
         # Here, since a replayed step runs no more Python.
         trained = [parameter for parameter in self.parameters if parameter.requires_grad]
@@ -294,7 +299,7 @@ class Unlearner:
         if "retain" in method.batches:
             retain, _ = self._take("retain", draws.retain_rows, source)
         draws = replace(draws, **{f"{branch}_rows": None for branch in ("forget", "retain") if branch in method.batches})
-        draw.validate(draws, method.draws, forget, retain)
+        draw.validate(draws, method.draws, forget, retain, self.schedule)
         return Batch(forget, retain, neighbors, sqdist), draw.complete(draws, method, source, forget, retain, len(self.schedule))
 
     def _take(self, branch: str, given: Tensor | None, source: CounterSource) -> tuple[Rows | Tensor, Tensor]:

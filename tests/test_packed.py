@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from fastunlearn import SISS, ImageStore, Unlearner, Vanilla, packed, training
+from fastunlearn import SISS, ImageStore, Unlearner, Vanilla, _check, packed, training
 from fastunlearn.methods import Pass
 from fastunlearn.packed import Arriving, Packed
 from fastunlearn.run_record import read_metrics
@@ -117,6 +117,7 @@ def test_one_copy_a_logged_step_read_when_the_next_is_queued(monkeypatch, tmp_pa
 
     monkeypatch.setattr(training, "Arriving", Logged)
     monkeypatch.setattr(Pass, "by_role", lambda self: [self])  # on a CPU alone a step reads weights
+    monkeypatch.setattr(_check, "readable", lambda tensor: False)  # and timesteps
     run, reads = watched(), ExitStack()
     run.before = lambda step: reads.enter_context(Reads(log)) if step == 2 else None
     run.after = lambda step: (log.append(f"queued {step}"), reads.close() if step == last else None)
