@@ -50,7 +50,7 @@ static inline void write_weights(const MixtureArgs& args, int64_t b, double u) {
   }
 }
 
-/// The weights of sample `b` where one of the branches cannot have made it: 1 / its share of the mixture for the other.
+/// The weights of sample `b` where one branch cannot have made it: 0, and for the other 1 / its share of the mixture.
 static inline void write_decided_weights(const MixtureArgs& args, int64_t b, bool forget_alone) {
   args.retain_weight[b] = forget_alone ? 0.0 : 1.0 / (1.0 - args.lambd);
   args.forget_weight[b] = forget_alone ? 1.0 / args.lambd : 0.0;
@@ -94,7 +94,8 @@ static void mix_images(const MixtureArgs& args, int64_t begin, int64_t end) {
     const double rho = coefficients[0] / coefficients[1];
     const double u = (from_forget ? 0.5 : -0.5) * rho * rho * square - rho * dot;
     double scratch, ratio = 0.0;
-    if (args.time_log_ratio != nullptr) ratio = *read(args.time_log_ratio, args.time_log_ratio_type, b, 1, &scratch);
+    if (args.time_log_ratio != nullptr)
+      ratio = *read(args.time_log_ratio, args.time_log_ratio_type, b, 1, &scratch);
     if (__builtin_isinf(ratio))
       write_decided_weights(args, b, ratio > 0);
     else

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -24,6 +25,11 @@ class SISS(Method):
     Variants: `"mixture"` (the method: one noisy image from the defensive mixture, two importance-weighted targets, one forward),
     `"no_is"` (two forwards without importance sampling, SISS `double_forward_with_neg_del`) and `"bernoulli"` (the mixture without weights,
     SISS `subscore_bernoulli`: the retain term divided by `1 - lambd`).
+
+    The importance weights compare two images as makers of one noisy image under one condition. Where the images of a
+    pair have different ones (labels, captions: any number of `forget_kwargs` and `retain_kwargs`), the network is told
+    that of the drawn image, which alone could have made the row: the mixture then weights it as Bernoulli does, by
+    `1 / lambd` or `1 / (1 - lambd)`, and the other image by 0.
 
     Args:
         lambd: the share of forget images in the mixture, in [0, 1] ((0, 1) for `"bernoulli"`).
@@ -64,7 +70,11 @@ class SISS(Method):
 
     def _mixture(self, batch: Batch, draws: Draws, schedule: NoiseSchedule) -> list[Pass]:
         noise, timesteps, kwargs = _picked(batch, draws)
-        sample = F.mixture(batch.retain, batch.forget, noise, timesteps, schedule, self.lambd, draws.from_forget)
+        ratio = _condition_log_ratio(batch, draws.from_forget)
+        if ratio is not None:
+            self._check_possible(ratio)
+        arguments = batch.retain, batch.forget, noise, timesteps, schedule, self.lambd, draws.from_forget
+        sample = F.mixture(*arguments, time_log_ratio=ratio)
         # The rescaling cancels a common factor of the forget weights. Taking it out keeps tiny weights out of float32's subnormal numbers.
         unit = sample.forget_weight.amax()
         relative = _without_negligible(sample.forget_weight / torch.where(unit > 0, unit, torch.ones_like(unit)))
@@ -73,6 +83,18 @@ class SISS(Method):
             Term("retain", sample.retain_target, _without_negligible(sample.retain_weight) / len(relative)),
         )
         return [Pass(sample.x_t, timesteps, terms, kwargs)]
+
+    def _check_possible(self, ratio: Tensor) -> None:
+        """Refuses rows of a branch that the mixture never draws, where the other image could not have made them.
+
+        Off the CPU nobody looks: such a row has an infinite weight, and the step is skipped.
+        """
+        if self.lambd in (0, 1) and _check.readable(ratio):
+            never = float("inf") if self.lambd == 0 else -float("inf")
+            if (ratio == never).any():
+                branch = "retain" if self.lambd == 0 else "forget"
+                expected = f"rows of the {branch} branch alone for lambd {self.lambd:g}"
+                raise ValueError(f"draws.from_forget: expected {expected}, got others, of another condition")
 
     def _bernoulli(self, batch: Batch, draws: Draws, schedule: NoiseSchedule) -> list[Pass]:
         noise, timesteps, kwargs = _picked(batch, draws)
@@ -106,7 +128,45 @@ def _picked(batch: Batch, draws: Draws) -> tuple[Tensor | Noise, Tensor, dict]:
         noises = (noise.numbers() if isinstance(noise, Noise) else noise for noise in (draws.forget_noise, draws.retain_noise))
         noise = _where(draws.from_forget, *noises)
     timesteps = _where(draws.from_forget, draws.forget_timesteps, draws.retain_timesteps)
-    return noise, timesteps, map_tensors(lambda forget, retain: _where(draws.from_forget, forget, retain), batch.forget_kwargs, batch.retain_kwargs)
+    kwargs = map_tensors(partial(_condition, draws.from_forget), batch.forget_kwargs, batch.retain_kwargs)
+    return noise, timesteps, kwargs
+
+
+def _condition_log_ratio(batch: Batch, from_forget: Tensor) -> Tensor | None:
+    """`log p(condition | forget) / p(condition | retain)` of what the network is told of each row: float64 `[B]`.
+
+    Infinite where the conditions of a pair differ: the other image could not have made the row. Else 0, and None
+    where both branches have the very same tensors, or none. NaN counts as equal to NaN. Nothing waits for the device.
+    """
+    different = []
+
+    def compare(forget: Tensor, retain: Tensor) -> Tensor:
+        if forget is not retain:
+            different.append(_rows_that_differ(forget, retain))
+        return forget
+
+    map_tensors(compare, batch.forget_kwargs, batch.retain_kwargs)
+    if not different:
+        return None
+    zero = torch.zeros(len(from_forget), dtype=torch.float64, device=from_forget.device)
+    drawn = torch.where(from_forget, zero + float("inf"), zero - float("inf"))
+    return torch.where(torch.stack(different).any(0), drawn, zero)
+
+
+def _rows_that_differ(forget: Tensor, retain: Tensor) -> Tensor:
+    """Bool `[B]`, of two tensors of one shape with the batch first."""
+    both_nan = (forget != forget) & (retain != retain)
+    unequal = (forget != retain) & ~both_nan
+    return unequal if unequal.ndim == 1 else unequal.flatten(1).any(1)
+
+
+def _condition(from_forget: Tensor, forget: Tensor, retain: Tensor) -> Tensor:
+    """What the network is told of each row."""
+    if forget.shape != retain.shape:  # broadcast against each other they would be nobody's condition
+        expected = f"the shape that the pair's tensor in retain_kwargs has, {tuple(retain.shape)}"
+        got = tuple(forget.shape)
+        raise ValueError(f"forget_kwargs: expected {expected} (SISS works on pairs), got {got}")
+    return _where(from_forget, forget, retain)
 
 
 def _where(from_forget: Tensor, forget: Tensor, retain: Tensor) -> Tensor:

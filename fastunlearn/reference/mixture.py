@@ -44,8 +44,8 @@ def mixture(
         noise, timesteps: `[B, ...]` and `[B]` int64, shared by the pair. noise is not read when x_t is given.
         lambd: share of the forget branch, in [0, 1].
         from_forget: `[B]` bool, the branch that was drawn.
-        time_log_ratio: `[B]`, `log p_forget(t) / p_retain(t)`, where the branches draw timesteps from different densities; infinite where one never
-            draws `t`.
+        time_log_ratio: `[B]`, `log p_forget(t) / p_retain(t)`, where the branches draw timesteps from different densities;
+            infinite where one of them never draws `t`.
     """
     if x_t is None:
         chosen = torch.where(from_forget.view(-1, *(1,) * (retain.ndim - 1)), forget, retain)
@@ -65,7 +65,7 @@ def mixture_distance(x_t: Tensor, images: Tensor, timesteps: Tensor, schedule: N
 def mixture_weights(dist_x: Tensor, dist_a: Tensor, lambd: float, *, time_log_ratio: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`w_x = q(m|x) / q_lambd(m|x,a)` and `w_a = q(m|a) / q_lambd(m|x,a)`, each `[B]` (SISS, Eq. 6).
 
-    An infinite `time_log_ratio` says that one branch alone could have made the row: its density is its share of the mixture's, and the other's is 0.
+    An infinite `time_log_ratio` says that one branch alone could have made the row: the other's density is 0.
     """
     log_ratio = dist_x - dist_a
     if time_log_ratio is not None:
@@ -74,11 +74,11 @@ def mixture_weights(dist_x: Tensor, dist_a: Tensor, lambd: float, *, time_log_ra
     forget_weight = 1 / ((1 - lambd) * torch.exp(-log_ratio) + lambd)
     if time_log_ratio is None:
         return retain_weight, forget_weight
-    forget_alone, retain_alone = (time_log_ratio == math.inf).to(log_ratio.dtype), (time_log_ratio == -math.inf).to(log_ratio.dtype)
-    decided = time_log_ratio.isinf()
-    return torch.where(decided, _quotient(retain_alone, 1 - lambd), retain_weight), torch.where(decided, _quotient(forget_alone, lambd), forget_weight)
+    retain_weight = _decided(retain_weight, -time_log_ratio, 1 - lambd)
+    return retain_weight, _decided(forget_weight, time_log_ratio, lambd)
 
 
-def _quotient(density: Tensor, share: float) -> Tensor:
-    """`density / share`; 0 where there is no density, even in a share of 0."""
-    return torch.where(density > 0, density / share, torch.zeros_like(density))
+def _decided(weight: Tensor, log_ratio: Tensor, share: float) -> Tensor:
+    """`weight`; where one branch alone could have made the row, 1 / `share` if it is this one, 0 if it is the other."""
+    alone, nothing = torch.ones_like(weight) / share, torch.zeros_like(weight)
+    return torch.where(log_ratio == math.inf, alone, torch.where(log_ratio == -math.inf, nothing, weight))

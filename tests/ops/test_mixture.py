@@ -217,7 +217,7 @@ def test_time_log_ratio_adds_to_the_exponent(dtype):
 @pytest.mark.parametrize("backend", ["eager", "kernels"])
 @pytest.mark.parametrize("isa", ISAS)
 def test_an_infinite_time_log_ratio_decides_alone(isa, backend, scale, lambd, monkeypatch):
-    """One branch could not have made the row: its weight is 0 and the other's 1 / its share, beside any exponent of the images."""
+    """One branch could not have made the row: its weight is 0, the other's 1 / its share, beside any exponent."""
     monkeypatch.setenv("FASTUNLEARN_ISA", isa)
     monkeypatch.setenv("FASTUNLEARN_BACKEND", backend)
     ratio = torch.tensor([INFINITY, -INFINITY, INFINITY, -INFINITY, 0.0])
@@ -227,7 +227,8 @@ def test_an_infinite_time_log_ratio_decides_alone(isa, backend, scale, lambd, mo
     assert actual[0][:4].tolist() == [0.0, of_retain, 0.0, of_retain]
     assert actual[1][:4].tolist() == [of_forget, 0.0, of_forget, 0.0]
     if scale in (0.0, 1.0, 1e30):
-        torch.testing.assert_close(torch.stack(actual)[:, 4], torch.ones(2, dtype=torch.float64), rtol=1e-12, atol=0)
+        ones = torch.ones(2, dtype=torch.float64)
+        torch.testing.assert_close(torch.stack(actual)[:, 4], ones, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("lambd", [0.0, 0.1, 0.5, 1.0])

@@ -159,14 +159,15 @@ def test_weights_at_the_limits(shape, lambd, distance, device, pair, noise, outp
 @pytest.mark.parametrize("lambd", [0.0, 1e-6, 0.5, 1.0])
 @pytest.mark.parametrize("shape", [(3, 9, 9), (3, 47, 47)])
 def test_an_infinite_time_log_ratio_decides_alone(shape, lambd, distance, device, pair, noise, outputs):
-    """At t = 0 distant images make exponents of 1e8: beside it, too, an impossible branch has weight 0 and the other 1 / its share."""
+    """At t = 0 distant images make exponents of 1e8: beside them, too, the weights are 0 and 1 / share."""
     timesteps = torch.tensor([0, 0, 600, 999], device=device)
     retain, forget, _, _ = pair(shape, U8, distance)
     eps, filled = noise((BATCH, *shape), F32, PURPOSE), outputs(shape, F32, False)
     from_forget = torch.tensor([True, True, False, False], device=device)
     ratio = torch.tensor([torch.inf, -torch.inf, torch.inf, -torch.inf], dtype=torch.float64, device=device)
     coefficients = linear_schedule().coefficients(timesteps)
-    mixture(retain[:4], None, forget[:4], None, coefficients, from_forget, lambd, ratio, eps.given, None, PURPOSE, F32, False, *filled)
+    rest = coefficients, from_forget, lambd, ratio, eps.given, None, PURPOSE, F32, False
+    mixture(retain[:4], None, forget[:4], None, *rest, *filled)
     of_retain, of_forget = (1 / share if share else torch.inf for share in (1 - lambd, lambd))
     assert filled[3].tolist() == [0.0, of_retain, 0.0, of_retain]
     assert filled[4].tolist() == [of_forget, 0.0, of_forget, 0.0]
