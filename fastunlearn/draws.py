@@ -87,7 +87,12 @@ class CounterSource:
 
 
 def rows_of_step(count: int, high: int, seed: int, first_row: int, purpose: Purpose, step: int) -> Tensor:
-    """Rows `[count]` in [0, high) that `CounterSource.integers` draws at `step`, computed on the CPU ahead of it."""
+    """Rows `[count]` in [0, high) that `CounterSource.integers` draws at `step`, computed on the CPU ahead of it.
+
+    Raises:
+        ValueError: a step that the counter does not tell from an earlier one.
+    """
+    _check.integer("step", step, low=0, high=philox.STEPS - 1)
     return philox.integers(count, high, torch.tensor([seed, step, first_row]), purpose)
 
 

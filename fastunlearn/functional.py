@@ -19,7 +19,7 @@ from .ops.mixture import mixture as _mixture
 from .ops.noising import noising as _noising
 from .ops.redirect import redirect as _redirect
 from .ops.residual import residual as _residual
-from .philox import Noise
+from .philox import Noise, check_noise
 from .reference.lowpass_residual import lowpass_residual as _literal_lowpass
 from .reference.mixture import mixture as _literal_mixture
 from .reference.noising import noising as _literal_noising
@@ -268,6 +268,7 @@ def _prepare(name: str, images: Tensor | Rows, noise: Tensor | Noise | None, tim
     if isinstance(noise, Noise):
         _check.same_shape("noise", noise, name, images)
         _check.vector("noise.counter", noise.counter, 3, images.device, floating=False)
+        check_noise("noise", noise)
     else:
         _check.like("noise", noise, name, images)
     _check_timesteps(timesteps, images, schedule)

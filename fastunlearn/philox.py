@@ -13,6 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import _check
+
+# What a counter of four 32-bit words tells apart. Beyond, a number would silently be one that was drawn before.
+STEPS = 2**32
+ROWS = 2**32  # of the global batch
+ELEMENTS = 2**34  # of a row: four share a counter
+LARGEST_RANGE = 2**31  # of integers: a 32-bit word times it is an int64
 _MASK = 0xFFFFFFFF
 
 
@@ -46,18 +53,47 @@ def uniform(shape: Sequence[int], counter: Tensor, purpose: int) -> Tensor:
 
 
 def integers(count: int, high: int, counter: Tensor, purpose: int) -> Tensor:
-    """Uniform int64 `[count]` in [0, high), `high <= 2^31` (bias below high / 2^32)."""
+    """Uniform int64 `[count]` in [0, high) (bias below high / 2^32).
+
+    Raises:
+        TypeError, ValueError: `high` is no integer in [1, 2^31].
+    """
+    _check.integer("high", high, low=1, high=LARGEST_RANGE, of="they are made of 32 random bits")
     return (words((count,), counter, purpose)[:, 0, 0] * high) >> 32
 
 
 def words(shape: Sequence[int], counter: Tensor, purpose: int) -> Tensor:
-    """`[rows, ceil(elements of a row / 4), 4]` 32-bit words, as int64. `counter`: int64 `[3]`, seed, step, first row."""
+    """`[rows, ceil(elements of a row / 4), 4]` 32-bit words, as int64. `counter`: int64 `[3]`, seed, step, first row.
+
+    Raises:
+        ValueError: more rows, or elements of a row, than a counter tells apart.
+    """
     rows, elements = shape[0], math.prod(shape[1:])
+    _check_extent(rows, elements)
     seed, step, first_row = counter.long().unbind()
     quads = torch.arange(-(-elements // 4), device=counter.device).view(1, -1)
     row = (first_row + torch.arange(rows, device=counter.device)).view(-1, 1) & _MASK
     zero = torch.zeros_like(row * quads)
     return torch.stack(philox((zero + quads, zero + row, zero + (step & _MASK), zero + int(purpose)), seed), dim=-1)
+
+
+def check_noise(name: str, noise: Noise) -> None:
+    """Refuses noise whose counter repeats itself; the counter is read where a check may read it.
+
+    Raises:
+        ValueError: naming `name`, for a step or a row outside 32 bits, or too many elements.
+    """
+    rows, elements = noise.shape[0], math.prod(noise.shape[1:])
+    _check_extent(rows, elements)
+    if _check.readable(noise.counter):
+        _, step, first_row = noise.counter.tolist()
+        _check.integer(f"{name}.counter[1]", step, low=0, high=STEPS - 1, of="the step")
+        _check.integer(f"{name}.counter[2]", first_row, low=0, high=ROWS - rows, of="the first of its rows")
+
+
+def _check_extent(rows: int, elements: int) -> None:
+    if rows > ROWS or elements > ELEMENTS:
+        raise ValueError(f"shape: expected at most 2^32 rows of 2^34 random numbers, got {rows} of {elements}")
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor | int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

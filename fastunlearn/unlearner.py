@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import _check
+from . import _check, philox
 from . import draws as draw
 from .agreement import check_agreement
 from .compilation import Compile, compile_seconds, resolve_compile
@@ -126,10 +126,11 @@ class Unlearner:
             expected = "expected an object with .step(parameters) or None"
             raise TypeError(f"ema: {expected}, got {_check.describe(ema)}")
         schedule.check_usable()
-        batch_size = _check.integer("batch_size", batch_size, low=1)
+        batch_size = _check.integer("batch_size", batch_size, low=1, high=philox.ROWS)
         seed = _check.integer("seed", seed, low=0, high=2**63 - 1)
         if total_steps is not None:
-            total_steps = _check.integer("total_steps", total_steps, low=0)
+            repeats = "then its random numbers repeat"
+            total_steps = _check.integer("total_steps", total_steps, low=0, high=philox.STEPS, of=repeats)
         check_wrappers(self._wrappers, reduced=reduced)
         self._prepared_scheduler = None
         if lr_scheduler is not None:
@@ -178,7 +179,10 @@ class Unlearner:
         Raises:
             TypeError, ValueError: `draws` does not fit, or has rows or timesteps that there are none of. On a GPU the latter
                 are looked at with `FASTUNLEARN_CHECK=1` only; else such a step is skipped.
+            ValueError: this is step 2^32, whose random numbers would be those of the first.
         """
+        if self.step_index >= philox.STEPS:
+            raise ValueError(f"step: expected at most 2^32 steps of a seed, got step {self.step_index}; take another seed")
         check_update_is_due(self._wrappers)
         # Here, since a replayed step runs no more Python.
         trained = [parameter for parameter in self.parameters if parameter.requires_grad]
@@ -275,15 +279,16 @@ class Unlearner:
         """Continues at the step that `state` was taken at.
 
         Raises:
-            ValueError: the state is of a run with another seed.
+            TypeError, ValueError: the state is of a run with another seed, or its numbers are none that a run counts.
         """
+        skipped = _check.integer("skipped_steps", state["skipped_steps"], low=0)
         if state["seed"] != self.seed:
             raise ValueError(f"seed: expected the seed of the run that is resumed, {state['seed']}, got {self.seed}")
         self._count_from(state["step_index"])
-        self.skipped_steps.fill_(state["skipped_steps"])
+        self.skipped_steps.fill_(skipped)
 
     def _count_from(self, step: int) -> None:
-        self.step_index = step
+        self.step_index = _check.integer("step_index", step, low=0, high=philox.STEPS)
         for index, value in enumerate((self.seed, step, self.rank * self.rows_here)):
             self._counter[index].fill_(value)  # a copy from the host would wait for the device
 
@@ -346,6 +351,8 @@ def check_stores(method: Method, forget: ImageStore | None, retain: ImageStore |
     for name, store, needed in (("forget", forget, "forget" in method.batches), ("retain", retain, bool({"retain", "neighbors"} & method.batches))):
         if needed and not isinstance(store, ImageStore):
             raise TypeError(f"{name}: expected an ImageStore ({type(method).__name__} reads it), got {_check.describe(store)}")
+        if needed and len(store) > philox.LARGEST_RANGE:
+            raise ValueError(f"{name}: expected at most 2^31 rows (they are drawn with 32 random bits), got {len(store)}")
     if forget is None or retain is None:
         return
     if forget.shape != retain.shape:
