@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -66,8 +68,11 @@ def _is_auto(argument: str, requested, choices: tuple, expected: str) -> bool:
 def tf32(enabled: bool | None) -> Iterator[None]:
     """Within the block float32 matrix products and convolutions may (True) or must not (False) be rounded to TensorFloat-32, which keeps 10 bits.
 
-    None leaves torch's settings alone: by default NVIDIA GPUs round convolutions and not products. Products on CPUs are set too; few can do it. The
-    settings are the process's, so two threads must not be inside at once. Only float32 is concerned: under autocast little of a network is.
+    None leaves torch's settings alone: by default NVIDIA GPUs round convolutions and not products. Products on CPUs are set too; few can do it.
+    Only float32 is concerned: under autocast little of a network is.
+
+    The settings are the process's. Where several threads are inside at once, nothing is rounded while one of them must
+    not be; whoever leaves last, in any order, the settings are then those that the first one found.
 
     torch has two generations of this switch, and reading an old one (`allow_tf32`, `get_float32_matmul_precision`) that disagrees with a new one
     (`fp32_precision`) is an error, which the compiler runs into (pytorch issue 166387). So both are set here, and both come back as they were; an old
@@ -81,24 +86,83 @@ def tf32(enabled: bool | None) -> Iterator[None]:
     if enabled is None:
         yield
         return
-    cudnn = torch.backends.cudnn
-    operations = torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn, torch.backends.mkldnn.matmul
-    before = [operation.fp32_precision for operation in operations]
-    old_products = _read_old(torch.get_float32_matmul_precision, "high" if before[0] == "tf32" else "highest")
-    old_convolutions = _read_old(lambda: cudnn.allow_tf32, before[1] == "tf32")
-
-    def put(old_products: str, old_convolutions: bool, precisions: list[str]) -> None:
-        torch.set_float32_matmul_precision(old_products)  # the old ones first: they write the new ones too
-        cudnn.allow_tf32 = old_convolutions
-        for operation, precision in zip(operations, precisions, strict=True):
-            operation.fp32_precision = precision
-
-    wanted = "tf32" if enabled else "ieee"
-    put("high" if enabled else "highest", enabled, [wanted] * len(operations))
+    block = _enter(enabled)
     try:
         yield
     finally:
-        put(old_products, old_convolutions, before)
+        _leave(block)
+
+
+@dataclass(eq=False)
+class _Block:
+    """Somebody inside `tf32`."""
+
+    enabled: bool
+    thread: int
+    found: _Switches  # the settings when it was entered
+
+
+_LOCK = threading.Lock()
+_BLOCKS: list[_Block] = []  # in the order in which they were entered
+
+
+def _enter(enabled: bool) -> _Block:
+    with _LOCK:
+        block = _Block(enabled, threading.get_ident(), _Switches.read())
+        _BLOCKS.append(block)
+        _Switches.of(_rounded()).write()
+    return block
+
+
+def _leave(block: _Block) -> None:
+    with _LOCK:
+        place = _BLOCKS.index(block)
+        _BLOCKS.remove(block)
+        latest = place == len(_BLOCKS)
+        if latest and (not _BLOCKS or _BLOCKS[-1].thread == block.thread):  # the last of all, or nested in a block
+            block.found.write()
+            return
+        if not latest:  # what the next one found was this one's doing: it takes over what this one found
+            _BLOCKS[place].found = block.found
+        _Switches.of(_rounded()).write()
+
+
+def _rounded() -> bool:
+    """Whether all who are inside allow it; of several blocks in a thread the innermost counts."""
+    innermost = {block.thread: block.enabled for block in _BLOCKS}
+    return all(innermost.values())
+
+
+class _Switches(NamedTuple):
+    """torch's settings of both generations."""
+
+    products: str
+    convolutions: bool
+    operations: tuple[str, ...]  # of `_operations()`
+
+    @classmethod
+    def of(cls, enabled: bool) -> _Switches:
+        wanted = "tf32" if enabled else "ieee"
+        return cls("high" if enabled else "highest", enabled, (wanted,) * len(_operations()))
+
+    @classmethod
+    def read(cls) -> _Switches:
+        operations = tuple(operation.fp32_precision for operation in _operations())
+        products = _read_old(torch.get_float32_matmul_precision, "high" if operations[0] == "tf32" else "highest")
+        convolutions = _read_old(lambda: torch.backends.cudnn.allow_tf32, operations[1] == "tf32")
+        return cls(products, convolutions, operations)
+
+    def write(self) -> None:
+        torch.set_float32_matmul_precision(self.products)  # the old ones first: they write the new ones too
+        torch.backends.cudnn.allow_tf32 = self.convolutions
+        for operation, precision in zip(_operations(), self.operations, strict=True):
+            operation.fp32_precision = precision
+
+
+def _operations() -> tuple:
+    """What the new generation sets apart."""
+    cudnn = torch.backends.cudnn
+    return torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn, torch.backends.mkldnn.matmul
 
 
 def _read_old(read: Callable, follow):

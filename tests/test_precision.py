@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import nullcontext
+from itertools import permutations, product
 
 import pytest
 import torch
@@ -160,6 +162,92 @@ def test_blocks_nest():
             assert switches() != outer
         assert switches() == outer
     assert switches() == found
+
+
+# --- several threads -------------------------------------------------------------------------------------------------
+
+
+class Inside:
+    """A thread that enters `tf32(enabled)` when it is made, and leaves it when it is told to."""
+
+    def __init__(self, enabled: bool):
+        self.entered, self.told, self.enabled = threading.Event(), threading.Event(), enabled
+        self.thread = threading.Thread(target=self._stay, daemon=True)
+        self.thread.start()
+        assert self.entered.wait(60)
+
+    def _stay(self) -> None:
+        with tf32(self.enabled):
+            self.entered.set()
+            self.told.wait(60)
+
+    def leave(self) -> None:
+        self.told.set()
+        self.thread.join(60)
+        assert not self.thread.is_alive()
+
+
+def rounded() -> bool:
+    """Whether products may be rounded; every other switch must say the same."""
+    found = switches()
+    enabled = found["products"] == "tf32"
+    wanted = dict.fromkeys(OPERATIONS, "tf32" if enabled else "ieee")
+    wanted |= {"old products": enabled, "old convolutions": enabled}
+    assert found == wanted | {"old precision": "high" if enabled else "highest"}
+    return enabled
+
+
+@pytest.mark.parametrize("before", BEFORE)
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_the_last_of_two_threads_puts_back_what_the_first_found(before, order):
+    BEFORE[before]()
+    found = switches()
+    threads = Inside(False), Inside(False)
+    for place in order:
+        assert not rounded()
+        threads[place].leave()
+    left = switches()
+    readable = [name for name, value in found.items() if value is not RuntimeError]
+    assert [left[name] for name in readable] == [found[name] for name in readable]
+
+
+@pytest.mark.parametrize("order", list(permutations(range(3))), ids=str)
+@pytest.mark.parametrize("asked", list(product([True, False], repeat=3)), ids=str)
+def test_nothing_is_rounded_while_one_thread_must_not(asked, order):
+    torch.set_float32_matmul_precision("medium")
+    found = switches()
+    threads, inside = [], {}
+    for place, enabled in enumerate(asked):
+        threads.append(Inside(enabled))
+        inside[place] = enabled
+        assert rounded() == all(inside.values())
+    for place in order:
+        threads[place].leave()
+        del inside[place]
+        assert not inside or rounded() == all(inside.values())
+    assert switches() == found
+
+
+def test_of_blocks_that_nest_in_a_thread_the_innermost_counts():
+    found = switches()
+    with tf32(False):
+        other = Inside(True)
+        assert not rounded()
+        with tf32(True):
+            assert rounded()
+        assert not rounded()
+        other.leave()
+        assert not rounded()
+    assert switches() == found
+
+
+def test_a_setting_made_within_a_block_outlives_a_block_in_it():
+    with tf32(True):
+        torch.set_float32_matmul_precision("medium")
+        changed = switches()
+        with tf32(False):
+            pass
+        assert switches() == changed
 
 
 @pytest.mark.gpu
