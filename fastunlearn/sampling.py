@@ -7,6 +7,7 @@ the batch size (up to the rounding of the network's own batched arithmetic).
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -135,15 +136,30 @@ def noised(scheduler, images: Tensor, timestep: int, *, seed: int = 0) -> Tensor
 
 @contextmanager
 def evaluation_mode(model: nn.Module | Callable) -> Iterator[None]:
-    """Puts a module in eval mode; afterwards every submodule is in the mode it had."""
-    modes = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
-    for module, _ in modes:
-        module.training = False
+    """Puts a module in eval mode; afterwards every submodule is in the mode it had.
+
+    Several threads may be inside with one module: the last to leave puts its mode back.
+    """
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    with _CHANGING:
+        for module in modules:
+            inside, training = _EVALUATED.get(module, (0, module.training))
+            _EVALUATED[module] = inside + 1, training
+            module.training = False
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        with _CHANGING:
+            for module in modules:
+                inside, training = _EVALUATED.pop(module)
+                if inside > 1:
+                    _EVALUATED[module] = inside - 1, training
+                else:
+                    module.training = training
+
+
+_CHANGING = threading.Lock()
+_EVALUATED: dict[nn.Module, tuple[int, bool]] = {}  # by module: how many are inside, and the mode that the first found
 
 
 def sample_seed(seed: int, index: int) -> int:

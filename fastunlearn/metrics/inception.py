@@ -5,7 +5,10 @@ Numbers from another network than Inception v3 are on another scale: compare the
 
 from __future__ import annotations
 
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -81,8 +84,7 @@ def inception_scores(samples: Tensor, real: Tensor, classifier: nn.Module, *, sp
     distance.update(real_features, real=True)
     distance.update(sample_features, real=False)
     score.update(logits)
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        torch.manual_seed(0)  # `compute` shuffles by the global generator before it splits
+    with _seeded(0), warnings.catch_warnings():  # `compute` shuffles by the global generator before it splits
         warnings.filterwarnings("ignore", message=r"std\(\): degrees of freedom")  # of one split; only the mean is read
         inception_score = score.compute()[0].item()
     confidence = logits.softmax(dim=1).amax(dim=1).mean().item()
@@ -99,6 +101,21 @@ def _note(num_samples: int, num_real: int, num_features: int) -> str:
         return ""
     consequence = "compare this FID with none of another number of images"
     return f"{' and '.join(few)} for {num_features} features: {consequence}"
+
+
+_SEEDED = threading.Lock()
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Within the block torch's generator on the CPU is seeded; afterwards it goes on where it was.
+
+    That of a GPU is left alone, which torch.manual_seed would seed too. One thread at a time: else the second would
+    find, and put back, what the first has seeded.
+    """
+    with _SEEDED, torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed)
+        yield
 
 
 @torch.inference_mode()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from threading import Barrier, Lock
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from ..ops.sqdist import INT32_COLUMNS, centred, nearest_kernel, products, squar
 from .tiles import Progress, tile_size
 
 TILE_ROWS = 2**16  # a call of the kernel, where it reads the rows in place: seconds at most, so that progress shows
+_STARTING = Lock()  # held while torch's number of threads is another than the process's
 CACHE_ELEMENTS = 2**20  # a selection works on so many distances at a time, about what a core's second cache level holds
 
 
@@ -89,11 +91,32 @@ def _workers(device: torch.device) -> Iterator[tuple[int, Callable[[Callable[[sl
     if count == 1:
         yield 1, lambda function, parts: [function(part) for part in parts]
         return
-    try:
-        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield count, lambda function, parts: list(pool.map(function, parts))
-    finally:
-        torch.set_num_threads(count)  # the setting of the threads that start later; this one has kept its own
+    with ThreadPoolExecutor(count) as pool:
+        _compute_alone(pool, count)
+        yield count, lambda function, parts: list(pool.map(function, parts))
+
+
+def _compute_alone(pool: ThreadPoolExecutor, count: int) -> None:
+    """Has every one of the `count` threads of `pool` compute by itself.
+
+    That is a thread's own setting, but making it also changes what threads that start later find, anywhere in the
+    process. So all of `pool` make it before this returns, and the setting for later threads is put back at once.
+    """
+    ready = Barrier(count)  # so that each task has a thread of its own
+
+    def alone() -> None:
+        torch.get_num_threads()  # a thread takes the process's number at its first use of torch: let that be now
+        torch.set_num_threads(1)
+        ready.wait()
+
+    with _STARTING:
+        try:
+            wait([pool.submit(alone) for _ in range(count)])
+        except BaseException:
+            ready.abort()
+            raise
+        finally:
+            torch.set_num_threads(count)
 
 
 def _slices(length: int, size: int) -> list[slice]:
