@@ -157,6 +157,15 @@ def readable(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" or values_enabled()
 
 
+def rows_within(name: str, index: Tensor, count: int) -> None:
+    """Refuses rows outside [0, count - 1], which torch would count from the end; not where they cannot be read."""
+    if index.numel() == 0 or not readable(index):
+        return
+    low, high = (int(bound) for bound in torch.aminmax(index.long()))
+    if low < 0 or high >= count:
+        raise ValueError(f"{name}: expected rows in [0, {count - 1}], got rows in [{low}, {high}]")
+
+
 def finite(name: str, value: Tensor) -> Tensor:
     """Refuses NaN and Inf."""
     bad = (~torch.isfinite(value)).sum().item()

@@ -123,6 +123,16 @@ def complete(
     return replace(draws, **drawn)
 
 
+def without_timesteps(draws: Draws, wanted: Tensor) -> Draws:
+    """`draws` with every timestep outside the schedule where `wanted` (0-d bool, on the device): the step is then skipped."""
+    nowhere = {}
+    for name in ("forget_timesteps", "retain_timesteps"):
+        timesteps = getattr(draws, name)
+        if timesteps is not None:
+            nowhere[name] = torch.where(wanted, -1, timesteps.long())
+    return replace(draws, **nowhere)
+
+
 def validate(
     draws: Draws,
     needs: frozenset[str],

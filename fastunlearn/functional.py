@@ -100,6 +100,7 @@ def redirect(
     _check_images("forget", forget)
     if isinstance(neighbors, Rows):
         _check.tensor("neighbors.index", neighbors.index, ndim=2, floating=False)
+        _check.rows_within("neighbors.index", neighbors.index, len(neighbors.images))
     else:
         _check.tensor("neighbors", neighbors, ndim=5)
     if neighbors.shape[1] == 0 or neighbors.shape[0] != forget.shape[0] or neighbors.shape[2:] != forget.shape[1:]:
@@ -230,6 +231,7 @@ _mask._dynamo_marked_constant = True
 def _check_images(name: str, images: Tensor | Rows) -> None:
     if isinstance(images, Rows):
         _check.tensor(f"{name}.index", images.index, ndim=1, floating=False)
+        _check.rows_within(f"{name}.index", images.index, len(images.images))
     else:
         _check.images(name, images)
 

@@ -282,7 +282,7 @@ class Rows:
 
     def gather(self) -> Tensor:
         """The images, float32."""
-        return network_input(self.images[self.index])
+        return network_input(self.images[self.index.long()])
 
 
 def network_input(rows: Tensor) -> Tensor:

@@ -126,11 +126,12 @@ class Unlearner:
             expected = "expected an object with .step(parameters) or None"
             raise TypeError(f"ema: {expected}, got {_check.describe(ema)}")
         schedule.check_usable()
-        batch_size = _check.integer("batch_size", batch_size, low=1, high=philox.ROWS)
+        batch_size = _check.integer("batch_size", batch_size, low=1)
         seed = _check.integer("seed", seed, low=0, high=2**63 - 1)
         if total_steps is not None:
-            repeats = "then its random numbers repeat"
-            total_steps = _check.integer("total_steps", total_steps, low=0, high=philox.STEPS, of=repeats)
+            total_steps = _check.integer("total_steps", total_steps, low=0)
+            if total_steps > philox.STEPS:
+                raise ValueError(f"total_steps: expected at most 2^32 (then random numbers repeat), got {total_steps}")
         check_wrappers(self._wrappers, reduced=reduced)
         self._prepared_scheduler = None
         if lr_scheduler is not None:
@@ -303,14 +304,30 @@ class Unlearner:
                 neighbors, sqdist = self._neighbor_store.lazy(index[rows]), distances[rows]
         if "retain" in method.batches:
             retain, _ = self._take("retain", draws.retain_rows, source)
+        outside = self._outside(draws)
         draws = replace(draws, **{f"{branch}_rows": None for branch in ("forget", "retain") if branch in method.batches})
         draw.validate(draws, method.draws, forget, retain, self.schedule)
-        return Batch(forget, retain, neighbors, sqdist), draw.complete(draws, method, source, forget, retain, len(self.schedule))
+        draws = draw.complete(draws, method, source, forget, retain, len(self.schedule))
+        if outside is not None:
+            draws = draw.without_timesteps(draws, outside)
+        return Batch(forget, retain, neighbors, sqdist), draws
+
+    def _outside(self, draws: Draws) -> Tensor | None:
+        """Whether some given row, on a device where nobody looked at it, is none of its store: 0-d bool, on the device."""
+        outside = None
+        for branch in ("forget", "retain"):
+            rows, store = getattr(draws, f"{branch}_rows"), getattr(self, branch)
+            if rows is not None and store is not None and not _check.readable(rows):
+                here = ((rows.long() < 0) | (rows.long() >= len(store))).any()
+                outside = here if outside is None else outside | here
+        return outside
 
     def _take(self, branch: str, given: Tensor | None, source: CounterSource) -> tuple[Rows | Tensor, Tensor]:
         """This step's images of `branch`, and which rows of its store `[B]` they are."""
         store = getattr(self, branch)
         index = self._rows(f"draws.{branch}_rows", given, store, source, Purpose[f"{branch.upper()}_ROWS"]).to(self.device)
+        if given is not None and not _check.readable(given):
+            index = index.clamp(0, len(store) - 1)  # no kernel reads beside the store; see `_outside`
         served, places = self._feeds[branch].take(self.step_index, index, drawn=given is None)
         return served.draw(places, source.counter, Purpose[f"{branch.upper()}_POSTERIOR"]), index
 
@@ -321,9 +338,8 @@ class Unlearner:
         _check.tensor(name, given, ndim=1, floating=False)
         if len(given) == 0:
             raise ValueError(f"{name}: expected at least one row, got none")
-        if (given.device.type == "cpu" or _check.values_enabled()) and not 0 <= int(given.min()) <= int(given.max()) < len(store):
-            raise ValueError(f"{name}: expected rows in [0, {len(store) - 1}], got rows in [{int(given.min())}, {int(given.max())}]")
-        return given
+        _check.rows_within(name, given, len(store))
+        return given.long()
 
     def _find_neighbors(self, given: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         k = _check.integer("k", self.method.k, low=1, high=len(self.retain), of="the rows of retain")
@@ -339,7 +355,7 @@ class Unlearner:
         if given is not None:
             check_neighbors(self.forget, self._feeds["retain"].store, index, sqdist)
         sqdist = sqdist.double() * UINT8_SCALE if self.retain.is_uint8 else sqdist.double()
-        return index.to(self.device), sqdist.to(self.device)
+        return index.long().to(self.device), sqdist.to(self.device)
 
 
 def check_stores(method: Method, forget: ImageStore | None, retain: ImageStore | None, *, allow_overlap: bool = False) -> None:

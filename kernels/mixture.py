@@ -17,7 +17,7 @@ from torch import Tensor
 from .images import element_and_place, order_of, to_float
 from .partial_sums import PARTS, TINY, tile_of
 from .philox import load_noise
-from .variant import COMPILE_OPTIONS, Variant, Vectors, pointers, refuse_float64
+from .variant import COMPILE_OPTIONS, Variant, Vectors, pointers, refuse_beyond_int32, refuse_float64
 
 
 @triton.jit(do_not_specialize=["purpose"])
@@ -146,6 +146,7 @@ def mixture(
     """Fills the outputs of the op `mixture` (fastunlearn/ops/mixture.py)."""
     refuse_float64("mixture", retain=retain, forget=forget, noise=noise, x_t=x_t)
     elements, plane = math.prod(x_t.shape[1:]), math.prod(x_t.shape[2:])
+    refuse_beyond_int32("mixture", elements)
     order = order_of(x_t, channels_last, philox=noise is None)
     block, warps = tile_of(elements)
     splits = triton.cdiv(elements, block)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .images import element_and_place, order_of, to_float
 from .philox import load_noise
-from .variant import COMPILE_OPTIONS, Variant, Vectors, pointers, refuse_float64
+from .variant import COMPILE_OPTIONS, Variant, Vectors, pointers, refuse_beyond_int32, refuse_float64
 
 _WARPS = 8
 
@@ -66,6 +66,7 @@ def noising(
     """Fills `x_t` and `target` of the op `noising` (fastunlearn/ops/noising.py)."""
     refuse_float64("noising", images=images, noise=noise, x_t=x_t)
     elements, plane = math.prod(x_t.shape[1:]), math.prod(x_t.shape[2:])
+    refuse_beyond_int32("noising", elements)
     order = order_of(x_t, channels_last, philox=noise is None)
     block = _block(elements, order, philox=noise is None)
     noising_kernel[(len(x_t) * triton.cdiv(elements, block),)](

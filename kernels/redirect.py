@@ -31,7 +31,7 @@ from .redirect_parts import (
     sum_of_parts,
     weighted_mean,
 )
-from .variant import COMPILE_OPTIONS, Variant, Vectors, pointers, refuse_float64
+from .variant import COMPILE_OPTIONS, Variant, Vectors, pointers, refuse_beyond_int32, refuse_float64
 
 _NOT_SPECIALIZED = ["K", "purpose"]  # their value makes no new compilation
 
@@ -215,6 +215,7 @@ def redirect(
     if k > _WIDTHS[-1]:
         raise ValueError(f"neighbors: expected at most {_WIDTHS[-1]} a row on a GPU, got {k}; FASTUNLEARN_BACKEND=eager takes any number")
     elements, plane = math.prod(x_t.shape[1:]), math.prod(x_t.shape[2:])
+    refuse_beyond_int32("redirect", elements)
     scattered = channels_last and plane != elements
     tiles, split = _tiles(batch, elements, k, _access(elements, scattered, neighbors.dtype))
     rows = (images, index, neighbors, neighbor_index, coefficients)

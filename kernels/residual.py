@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .images import to_float
 from .partial_sums import PARTS, TINY, tile_of
-from .variant import COMPILE_OPTIONS, Variant, Vectors, pointers, refuse_float64
+from .variant import COMPILE_OPTIONS, Variant, Vectors, pointers, refuse_beyond_int32, refuse_float64
 
 
 @triton.jit
@@ -73,6 +73,7 @@ def residual(prediction: Tensor, target: Tensor, weight: Tensor, loss: Tensor, g
     """
     refuse_float64("residual", prediction=prediction, target=target)
     elements = math.prod(prediction.shape[1:])
+    refuse_beyond_int32("residual", elements)
     block, warps = tile_of(elements)
     splits = triton.cdiv(elements, block)
     partial = loss.new_empty(len(prediction), splits) if splits > 1 else None

@@ -10,6 +10,8 @@ from triton.runtime import JITFunction
 
 COMPILE_OPTIONS = {"enable_fp_fusion": True}  # a * b + c in one rounding; the default depends on the version of Triton
 
+LARGEST_IMAGE = 2**31 - 2**14  # elements; no tile is larger than 2^14
+
 _TYPES = {
     torch.bool: "u1",
     torch.uint8: "u8",
@@ -72,6 +74,12 @@ def pointers(**dtypes: torch.dtype | None) -> tuple[dict[str, str], dict[str, No
     """Signature and constants of pointer arguments: what is None is a compile-time constant, as at a launch."""
     given = {name: "*" + _TYPES[dtype] for name, dtype in dtypes.items() if dtype is not None}
     return given, {name: None for name, dtype in dtypes.items() if dtype is None}
+
+
+def refuse_beyond_int32(op: str, elements: int) -> None:
+    """The kernels number the elements of an image, up to the end of its last tile, with 32 bits."""
+    if elements > LARGEST_IMAGE:
+        raise ValueError(f"{op}: expected images of at most {LARGEST_IMAGE} elements on a GPU, got {elements}")
 
 
 def refuse_float64(op: str, **images: Tensor | None) -> None:

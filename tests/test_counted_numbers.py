@@ -98,9 +98,7 @@ def test_rows_that_are_brought_ahead_end_there_too():
 
 def test_more_steps_than_there_are_numbers_for_are_refused_at_once():
     unlearner(total_steps=2**32)
-    with pytest.raises(
-        ValueError, match=rf"total_steps: expected an integer in \[0, {2**32}\] .*, got {2**32 + 1}"
-    ):
+    with pytest.raises(ValueError, match=rf"total_steps: expected at most 2\^32 .*, got {2**32 + 1}"):
         unlearner(total_steps=2**32 + 1)
 
 

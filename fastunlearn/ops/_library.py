@@ -108,7 +108,7 @@ def served(rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 def picked(images: Tensor, index: Tensor | None) -> Tensor:
     """`images[index]`, as stored; all rows without an index."""
-    return images if index is None else images[index]
+    return images if index is None else images[index.long()]  # torch takes an index of uint8 for a mask
 
 
 def empty_images(images: Tensor, index: Tensor | None, dtype: torch.dtype, channels_last: bool) -> Tensor:
@@ -134,7 +134,7 @@ def rows_for_kernel(images: Tensor, index: Tensor | None) -> tuple[Tensor, Tenso
     """Contiguous `images` and int64 `index`. Of a store that is a permuted view (an NHWC file, perhaps memory-mapped) only the rows are copied."""
     if images.is_contiguous() or index is None:
         return images.contiguous(), index if index is None else index.long().contiguous()
-    return images[index].contiguous(), None
+    return images[index.long()].contiguous(), None
 
 
 def noise_for_kernel(noise: Tensor | None, counter: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
