@@ -50,7 +50,7 @@ static inline void write_weights(const MixtureArgs& args, int64_t b, double u) {
   }
 }
 
-/// The weights of sample `b` where one branch cannot have made it: 0, and for the other 1 / its share of the mixture.
+/// The weights of sample `b` where one branch cannot have made it: 0, and for the other 1 / its share.
 static inline void write_decided_weights(const MixtureArgs& args, int64_t b, bool forget_alone) {
   args.retain_weight[b] = forget_alone ? 0.0 : 1.0 / (1.0 - args.lambd);
   args.forget_weight[b] = forget_alone ? 1.0 / args.lambd : 0.0;

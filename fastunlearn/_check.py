@@ -146,7 +146,7 @@ def values_enabled() -> bool:
 def readable(tensor: Tensor) -> bool:
     """Whether a check may read values: on a CPU, where that is no wait; elsewhere with `FASTUNLEARN_CHECK=1`.
 
-    Not those of a trace, which has none: under torch.compile, FakeTensorMode or another dispatch mode, torch.func.
+    Not those of a trace, which has none: under torch.compile, torch.func, FakeTensorMode or another mode.
     """
     if torch.compiler.is_compiling():
         return False
@@ -158,7 +158,7 @@ def readable(tensor: Tensor) -> bool:
 
 
 def rows_within(name: str, index: Tensor, count: int) -> None:
-    """Refuses rows outside [0, count - 1], which torch would count from the end; not where they cannot be read."""
+    """Refuses rows outside [0, count - 1], where they can be read: torch counts from the end."""
     if index.numel() == 0 or not readable(index):
         return
     low, high = (int(bound) for bound in torch.aminmax(index.long()))

@@ -87,7 +87,7 @@ class CounterSource:
 
 
 def rows_of_step(count: int, high: int, seed: int, first_row: int, purpose: Purpose, step: int) -> Tensor:
-    """Rows `[count]` in [0, high) that `CounterSource.integers` draws at `step`, computed on the CPU ahead of it.
+    """Rows `[count]` in [0, high) that `CounterSource.integers` draws at `step`, on the CPU and ahead of it.
 
     Raises:
         ValueError: a step that the counter does not tell from an earlier one.
@@ -124,7 +124,7 @@ def complete(
 
 
 def without_timesteps(draws: Draws, wanted: Tensor) -> Draws:
-    """`draws` with every timestep outside the schedule where `wanted` (0-d bool, on the device): the step is then skipped."""
+    """`draws` whose step is skipped where `wanted` (0-d bool, on the device): its timesteps are nowhere."""
     nowhere = {}
     for name in ("forget_timesteps", "retain_timesteps"):
         timesteps = getattr(draws, name)

@@ -147,8 +147,9 @@ def mixture(
         from_forget: `[B]` bool, True where `x_t` is made from the forget image.
         x_t: `[B, C, H, W]`, mixture samples made elsewhere.
         time_log_ratio: `[B]`, `log p_forget(t) / p_retain(t)` where the branches draw timesteps from different densities.
-            Where one of them never draws `t`, or has another condition than the row, it is infinite, and the weights are 0
-            and `1 / lambd` or `1 / (1 - lambd)`: infinite, too, at lambd 0 or 1 for a row that the mixture cannot draw.
+            Where one of them never draws `t`, or has another condition than the row, it is infinite, and the
+            weights are 0 and `1 / lambd` or `1 / (1 - lambd)`: infinite, too, at lambd 0 or 1 for a row that
+            the mixture cannot draw.
 
     Raises:
         TypeError, ValueError: for arguments of another rank, shape, dtype or device, or lambd outside [0, 1].

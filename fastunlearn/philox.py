@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import _check
 
-# What a counter of four 32-bit words tells apart. Beyond, a number would silently be one that was drawn before.
+# What a counter of four 32-bit words tells apart. Beyond, a number would be one that was drawn before.
 STEPS = 2**32
 ROWS = 2**32  # of the global batch
 ELEMENTS = 2**34  # of a row: four share a counter
@@ -63,7 +63,9 @@ def integers(count: int, high: int, counter: Tensor, purpose: int) -> Tensor:
 
 
 def words(shape: Sequence[int], counter: Tensor, purpose: int) -> Tensor:
-    """`[rows, ceil(elements of a row / 4), 4]` 32-bit words, as int64. `counter`: int64 `[3]`, seed, step, first row.
+    """`[rows, ceil(elements of a row / 4), 4]` 32-bit words, as int64.
+
+    `counter`: int64 `[3]`, seed, step, first row.
 
     Raises:
         ValueError: more rows, or elements of a row, than a counter tells apart.
@@ -93,7 +95,8 @@ def check_noise(name: str, noise: Noise) -> None:
 
 def _check_extent(rows: int, elements: int) -> None:
     if rows > ROWS or elements > ELEMENTS:
-        raise ValueError(f"shape: expected at most 2^32 rows of 2^34 random numbers, got {rows} of {elements}")
+        expected = "at most 2^32 rows of 2^34 random numbers"
+        raise ValueError(f"shape: expected {expected}, got {rows} of {elements}")
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor | int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

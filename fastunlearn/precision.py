@@ -68,11 +68,12 @@ def _is_auto(argument: str, requested, choices: tuple, expected: str) -> bool:
 def tf32(enabled: bool | None) -> Iterator[None]:
     """Within the block float32 matrix products and convolutions may (True) or must not (False) be rounded to TensorFloat-32, which keeps 10 bits.
 
-    None leaves torch's settings alone: by default NVIDIA GPUs round convolutions and not products. Products on CPUs are set too; few can do it.
+    None leaves torch's settings alone: by default NVIDIA GPUs round convolutions and not products. Products
+    on CPUs are set too; few can do it.
     Only float32 is concerned: under autocast little of a network is.
 
-    The settings are the process's. Where several threads are inside at once, nothing is rounded while one of them must
-    not be; whoever leaves last, in any order, the settings are then those that the first one found.
+    The settings are the process's. Where several threads are inside at once, nothing is rounded while one of
+    them must not be; whoever leaves last, in any order, the settings are then those that the first one found.
 
     torch has two generations of this switch, and reading an old one (`allow_tf32`, `get_float32_matmul_precision`) that disagrees with a new one
     (`fp32_precision`) is an error, which the compiler runs into (pytorch issue 166387). So both are set here, and both come back as they were; an old
@@ -119,8 +120,8 @@ def _leave(block: _Block) -> None:
         place = _BLOCKS.index(block)
         _BLOCKS.remove(block)
         latest = place == len(_BLOCKS)
-        if latest and (not _BLOCKS or _BLOCKS[-1].thread == block.thread):  # the last of all, or nested in a block
-            block.found.write()
+        if latest and (not _BLOCKS or _BLOCKS[-1].thread == block.thread):
+            block.found.write()  # the last of all, or nested in another block of its thread
             return
         if not latest:  # what the next one found was this one's doing: it takes over what this one found
             _BLOCKS[place].found = block.found
@@ -148,7 +149,8 @@ class _Switches(NamedTuple):
     @classmethod
     def read(cls) -> _Switches:
         operations = tuple(operation.fp32_precision for operation in _operations())
-        products = _read_old(torch.get_float32_matmul_precision, "high" if operations[0] == "tf32" else "highest")
+        follows = "high" if operations[0] == "tf32" else "highest"
+        products = _read_old(torch.get_float32_matmul_precision, follows)
         convolutions = _read_old(lambda: torch.backends.cudnn.allow_tf32, operations[1] == "tf32")
         return cls(products, convolutions, operations)
 

@@ -48,7 +48,7 @@ def pretrain(images: ImageStore, recipe: Pretraining, output_dir: Path, *, seed:
         FolderLocked: another process, or another thread, trains the model of `output_dir`.
         WeightsNotFinite: a loss, the weights or their average are NaN or Inf; nothing of it is written.
         ImportError: the package diffusers is not installed.
-        TypeError, ValueError: `seed` is no integer in [0, 2^32 - 1], all that torch's CPU generator reads of one.
+        TypeError, ValueError: `seed` is no integer in [0, 2^32 - 1]: torch's CPU generator reads 32 bits.
     """
     _check.integer("seed", seed, low=0, high=2**32 - 1)
     diffusers = _check.package("diffusers", "pretrain")

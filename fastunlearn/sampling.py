@@ -159,7 +159,7 @@ def evaluation_mode(model: nn.Module | Callable) -> Iterator[None]:
 
 
 _CHANGING = threading.Lock()
-_EVALUATED: dict[nn.Module, tuple[int, bool]] = {}  # by module: how many are inside, and the mode that the first found
+_EVALUATED: dict[nn.Module, tuple[int, bool]] = {}  # how many are inside, and the mode that the first found
 
 
 def sample_seed(seed: int, index: int) -> int:

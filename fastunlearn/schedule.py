@@ -40,14 +40,19 @@ class NoiseSchedule:
             raise ValueError(f"model_timesteps: expected a tensor of shape {tuple(alpha.shape)}, got {_describe(model_timesteps)}")
         self.alpha, self.sigma = alpha, sigma
         self.model_timesteps, self.prediction_type = model_timesteps.cpu(), prediction_type
-        self._usable = self.sigma > 0
-        if prediction_type == "epsilon":
-            self._usable &= self.alpha > 0
+        needs_signal = prediction_type == "epsilon"
+        self._usable = (self.sigma > 0) & (self.alpha > 0) if needs_signal else self.sigma > 0
         self._all_usable = bool(self._usable.all())
         nowhere = torch.nan if self.model_timesteps.is_floating_point() else int(self.model_timesteps[0])
         coefficients = self._coefficient_table()
         self._on_host = _with_ends(coefficients, torch.nan), _with_ends(self.model_timesteps, nowhere)
         self._on_device: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def __setattr__(self, name: str, value) -> None:
+        if name in self.__dict__:
+            expected = "a NoiseSchedule of its own (tables are made once)"
+            raise AttributeError(f"{name}: expected {expected}, got an assignment")
+        super().__setattr__(name, value)
 
     @classmethod
     def from_alphas_cumprod(cls, alphas_cumprod: Tensor, **kwargs) -> NoiseSchedule:
@@ -93,8 +98,8 @@ class NoiseSchedule:
         In the model's prediction space the target of a clean image `x` seen through `x_t = alpha x_0 + sigma eps` is
         `a eps + b x_0 + c (x_0 - x)`: a network that predicts eps, v, x_0 or the flow differs in these three numbers only.
 
-        On a GPU nothing is read: the row of a timestep outside the schedule, or where the loss is not defined,
-        is NaN, so that no update can come of it.
+        On a GPU nothing is read: the row of a timestep outside the schedule, or where the loss is not
+        defined, is NaN, so that no update can come of it.
 
         Raises:
             ValueError: on a CPU, and elsewhere with `FASTUNLEARN_CHECK=1`, for such a timestep.
@@ -106,8 +111,8 @@ class NoiseSchedule:
     def model_input(self, timesteps: Tensor) -> Tensor:
         """What the network receives for `timesteps` `[B]`, on their device.
 
-        On a GPU nothing is read: a timestep outside the schedule gives NaN, or the first model timestep where they
-        are integers; its `coefficients` are NaN.
+        On a GPU nothing is read: a timestep outside the schedule gives NaN, or the first model timestep where
+        they are integers; its `coefficients` are NaN.
 
         Raises:
             ValueError: on a CPU, and elsewhere with `FASTUNLEARN_CHECK=1`, for such a timestep.
@@ -117,11 +122,11 @@ class NoiseSchedule:
         return _row_of(self._tables(timesteps.device)[1], timesteps)
 
     def check_timesteps(self, name: str, timesteps: Tensor) -> None:
-        """Refuses `timesteps` `[B]` outside the schedule, or at which the training loss is not defined. Reads them.
+        """Refuses `timesteps` `[B]` outside the schedule, or where the loss is not defined. Reads them.
 
         Raises:
-            ValueError: naming `name`, for a timestep outside [0, T - 1], one with `sigma_t = 0` (the noise cannot be
-                told from the image), or one with `alpha_t = 0` where the network predicts eps.
+            ValueError: naming `name`, for a timestep outside [0, T - 1], one with `sigma_t = 0` (the noise
+                cannot be told from the image), or one with `alpha_t = 0` where the network predicts eps.
         """
         self._check_range(name, timesteps)
         if self._all_usable:
@@ -131,7 +136,8 @@ class NoiseSchedule:
         if len(refused):
             first = int(refused[0])
             if self.sigma[first] == 0:
-                raise ValueError(f"{name}: expected timesteps with sigma_t > 0, got t = {first}, where sigma = 0")
+                expected = "timesteps with sigma_t > 0"
+                raise ValueError(f"{name}: expected {expected}, got t = {first}, where sigma = 0")
             expected = "timesteps with alpha_t > 0 for a network that predicts epsilon"
             raise ValueError(f"{name}: expected {expected}, got t = {first}, where alpha = 0")
 
@@ -144,7 +150,7 @@ class NoiseSchedule:
             raise ValueError(f"{name}: expected indices in [0, {len(self) - 1}], got {got}")
 
     def check_usable(self) -> None:
-        """Refuses a schedule with timesteps at which the training loss is not defined: any of them can be drawn.
+        """Refuses a schedule with timesteps where the loss is not defined: any of them can be drawn.
 
         Raises:
             ValueError: `sigma_t = 0` (the noise cannot be told from the image), or `alpha_t = 0` with a network that predicts eps.
@@ -188,9 +194,9 @@ def _with_ends(table: Tensor, value: float) -> Tensor:
 
 
 def _row_of(table: Tensor, timesteps: Tensor) -> Tensor:
-    """Rows `timesteps` of a table `_with_ends`: those before the first and after the last find the end on their side.
+    """Rows `timesteps` of a table `_with_ends`: before the first and after the last one they find an end.
 
-    So -1 is not the last row, as torch understands it, and a GPU reads no memory beside the table. Nothing waits.
+    So -1 is not the last row, as in torch, and a GPU reads nothing beside the table. Nothing waits for it.
     """
     last = len(table) - 2
     return table[timesteps.long().clamp(-1, last) + 1]

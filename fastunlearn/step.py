@@ -299,8 +299,9 @@ def retrack_step(
         retain: `[B', C, H, W]`, images to keep; None only if `lambd` is 1.
         lambd: weight of the forget term.
         sqdist: `[B, K]`, squared distances to the neighbours; computed if None.
-        draws: a `Draws` with given noise or timesteps; what it lacks is drawn. A timestep outside the schedule is refused
-            on a CPU; on a GPU it is not looked at (but with `FASTUNLEARN_CHECK=1`), and the step is skipped.
+        draws: a `Draws` with given noise or timesteps; what it lacks is drawn. A timestep outside the
+            schedule is refused on a CPU; on a GPU it is not looked at (but with `FASTUNLEARN_CHECK=1`), and
+            the step is skipped.
         generator: where the rest is drawn from (None: torch's global generator).
         max_grad_norm: gradients are clipped to this L2 norm; None: not at all.
         autocast_dtype: bfloat16 or float16 for the network call; None: as it is.

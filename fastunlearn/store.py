@@ -161,7 +161,8 @@ class ImageStore:
             return self.like(self.images, labels=self.labels, on_disk=self.on_disk)
         seed = _check.integer("seed", seed, low=0, high=2**63 - 1)
         if len(self) > philox.ROWS:
-            raise ValueError(f"seed: expected None for a store of more than 2^32 rows, got {seed} and {len(self)} rows")
+            expected = "None for a store of more than 2^32 rows"
+            raise ValueError(f"seed: expected {expected}, got {seed} and {len(self)} rows")
         samples = torch.empty(self.images.shape, dtype=torch.float32, device=self.device)
         for start, mean in self.chunks():
             counter = torch.tensor([seed, 0, start], device=self.device)  # start: every row has noise of its own, whatever the chunks

@@ -131,7 +131,8 @@ class Unlearner:
         if total_steps is not None:
             total_steps = _check.integer("total_steps", total_steps, low=0)
             if total_steps > philox.STEPS:
-                raise ValueError(f"total_steps: expected at most 2^32 (then random numbers repeat), got {total_steps}")
+                expected = "at most 2^32 (then random numbers repeat)"
+                raise ValueError(f"total_steps: expected {expected}, got {total_steps}")
         check_wrappers(self._wrappers, reduced=reduced)
         self._prepared_scheduler = None
         if lr_scheduler is not None:
@@ -175,15 +176,15 @@ class Unlearner:
         self._replay = make_replay(replay, unwrapped(model), optimizer, self.device, forbidden=self._not_replayable())
 
     def step(self, draws: Draws | None = None) -> StepOutput:
-        """Takes one step. `draws` may give rows, noise or timesteps; the rest is drawn for (seed, step index).
+        """Takes one step. `draws` may give rows, noise or timesteps; the rest is drawn for (seed, step).
 
         Raises:
-            TypeError, ValueError: `draws` does not fit, or has rows or timesteps that there are none of. On a GPU the latter
-                are looked at with `FASTUNLEARN_CHECK=1` only; else such a step is skipped.
+            TypeError, ValueError: `draws` does not fit, or has rows or timesteps that there are none of. On a
+                GPU the latter are looked at with `FASTUNLEARN_CHECK=1` only; else such a step is skipped.
             ValueError: this is step 2^32, whose random numbers would be those of the first.
         """
         if self.step_index >= philox.STEPS:
-            raise ValueError(f"step: expected at most 2^32 steps of a seed, got step {self.step_index}; take another seed")
+            raise ValueError(f"step: expected at most 2^32 steps of a seed, got step {self.step_index}")
         check_update_is_due(self._wrappers)
         # Here, since a replayed step runs no more Python.
         trained = [parameter for parameter in self.parameters if parameter.requires_grad]
@@ -280,7 +281,7 @@ class Unlearner:
         """Continues at the step that `state` was taken at.
 
         Raises:
-            TypeError, ValueError: the state is of a run with another seed, or its numbers are none that a run counts.
+            TypeError, ValueError: the state is of a run with another seed, or its numbers are no counts.
         """
         skipped = _check.integer("skipped_steps", state["skipped_steps"], low=0)
         if state["seed"] != self.seed:
@@ -313,7 +314,7 @@ class Unlearner:
         return Batch(forget, retain, neighbors, sqdist), draws
 
     def _outside(self, draws: Draws) -> Tensor | None:
-        """Whether some given row, on a device where nobody looked at it, is none of its store: 0-d bool, on the device."""
+        """Whether a given row that nobody could look at is none of its store: 0-d bool, on the device."""
         outside = None
         for branch in ("forget", "retain"):
             rows, store = getattr(draws, f"{branch}_rows"), getattr(self, branch)
@@ -368,7 +369,8 @@ def check_stores(method: Method, forget: ImageStore | None, retain: ImageStore |
         if needed and not isinstance(store, ImageStore):
             raise TypeError(f"{name}: expected an ImageStore ({type(method).__name__} reads it), got {_check.describe(store)}")
         if needed and len(store) > philox.LARGEST_RANGE:
-            raise ValueError(f"{name}: expected at most 2^31 rows (they are drawn with 32 random bits), got {len(store)}")
+            expected = "at most 2^31 rows (they are drawn with 32 random bits)"
+            raise ValueError(f"{name}: expected {expected}, got {len(store)}")
     if forget is None or retain is None:
         return
     if forget.shape != retain.shape:

@@ -112,8 +112,8 @@ def mixture_weights_kernel(
 def _store_weights(sample, dot, square, coefficients, chosen_forget, time_log_ratio, lambd, logit, retain_weight, forget_weight):
     """The weights of one sample from `<eps, x - a>` and `||x - a||^2`, in float64.
 
-    At lambd 0 and 1 one of them is 1 and the other the exponential. An infinite log ratio of the branches' timestep
-    densities alone decides: one of them could not have made the sample.
+    At lambd 0 and 1 one of them is 1 and the other the exponential. An infinite log ratio of the branches'
+    timestep densities alone decides: one of them could not have made the sample.
     """
     rho = tl.load(coefficients + sample * 5) / tl.load(coefficients + sample * 5 + 1)
     quadratic = 0.5 * rho * rho * square
@@ -133,7 +133,7 @@ def _store_weights(sample, dot, square, coefficients, chosen_forget, time_log_ra
 
 @triton.jit
 def _decided(weight, ratio, share):
-    """The weight of a branch of `share` where its log ratio over the other branch is finite, else `1 / share` or 0."""
+    """The weight of a branch, or `1 / share` or 0 where its log ratio over the other one is infinite."""
     alone = tl.full([], 1.0, tl.float64) / share
     return tl.where(ratio == float("inf"), alone, tl.where(ratio == -float("inf"), 0.0, weight))
 

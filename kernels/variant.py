@@ -79,7 +79,8 @@ def pointers(**dtypes: torch.dtype | None) -> tuple[dict[str, str], dict[str, No
 def refuse_beyond_int32(op: str, elements: int) -> None:
     """The kernels number the elements of an image, up to the end of its last tile, with 32 bits."""
     if elements > LARGEST_IMAGE:
-        raise ValueError(f"{op}: expected images of at most {LARGEST_IMAGE} elements on a GPU, got {elements}")
+        expected = f"images of at most {LARGEST_IMAGE} elements on a GPU"
+        raise ValueError(f"{op}: expected {expected}, got {elements}")
 
 
 def refuse_float64(op: str, **images: Tensor | None) -> None:

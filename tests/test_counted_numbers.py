@@ -1,4 +1,4 @@
-"""Counters, row numbers and seeds at the ends of their 32 and 64 bits: refused by name, never wrapped around."""
+"""Counters, row numbers and seeds at the ends of their bits: refused by name, never wrapped around."""
 
 import re
 
@@ -30,7 +30,7 @@ def unlearner(method=None, **options):
     )
 
 
-# --- row numbers -----------------------------------------------------------------------------------------------------------------
+# --- row numbers --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("high", [1, 3, 2**24 + 1, 2**31 - 1, 2**31])
@@ -68,7 +68,7 @@ def test_a_store_of_more_rows_is_refused(branch):
         unlearner(SISS(), allow_overlap=True, **stores)
 
 
-# --- steps -----------------------------------------------------------------------------------------------------------------------
+# --- steps --------------------------------------------------------------------------------------------------
 
 
 def test_a_run_ends_before_its_numbers_repeat():
@@ -122,7 +122,7 @@ def test_a_state_with_numbers_that_no_run_counts_is_refused(name, value, error):
     assert run.step_index == int(run._counter[1]) == 1
 
 
-# --- noise ---------------------------------------------------------------------------------------------------------------------
+# --- noise --------------------------------------------------------------------------------------------------
 
 WRAPPED = {
     "step 2^32": ([0, 2**32, 0], rf"noise.counter\[1\]: .* \(the step\), got {2**32}"),
@@ -169,7 +169,7 @@ def test_more_numbers_than_a_counter_tells_apart_are_refused(shape):
             draw(shape, torch.tensor([0, 0, 0]), Purpose.FORGET_NOISE)
 
 
-# --- seeds -----------------------------------------------------------------------------------------------------------------------
+# --- seeds --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63, 2**64])

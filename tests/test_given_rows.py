@@ -1,4 +1,4 @@
-"""Rows of a store that a caller gives: refused where they can be read, never counted from the end, and no step on a GPU."""
+"""Rows that a caller gives: refused where they can be read, never counted from the end, no step on a GPU."""
 
 import copy
 
@@ -43,7 +43,7 @@ def test_an_unlearner_refuses_rows_outside_its_store(method, branch, row):
 @pytest.mark.parametrize(("method", "branch"), CASES, ids=str)
 @pytest.mark.parametrize("row", [-1, 20, 2**62])
 def test_where_nobody_looks_the_step_is_skipped(method, branch, row, residency, monkeypatch):
-    """As on a GPU, where a kernel would read beside the store: any row is read in their place, and no update made."""
+    """As on a GPU, where a kernel would read beside the store: no update comes of it."""
     monkeypatch.setattr(_check, "readable", lambda tensor: False)
     monkeypatch.setattr(Pass, "by_role", lambda self: [self])
     run = unlearner(method, residency=residency)

@@ -1,4 +1,4 @@
-"""Timesteps that a caller gives: refused where they can be read, NaN where they cannot, never those at the other end."""
+"""Timesteps that a caller gives: refused where they can be read, else NaN, never those at the other end."""
 
 import copy
 
@@ -62,7 +62,7 @@ def one_is(timestep, count=4):
     return timesteps
 
 
-# --- the lookup ------------------------------------------------------------------------------------------------------------------
+# --- the lookup ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16])
@@ -150,7 +150,16 @@ def test_on_a_cpu_the_schedule_refuses(timestep):
     assert SCHEDULE.coefficients(torch.empty(0, dtype=torch.int64)).shape == (0, 5)
 
 
-# --- functions and steps -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["prediction_type", "alpha", "sigma", "model_timesteps"])
+def test_a_schedule_does_not_change(name):
+    """Its tables would not know of it."""
+    schedule = linear_schedule()
+    with pytest.raises(AttributeError, match=f"{name}: expected a NoiseSchedule of its own"):
+        setattr(schedule, name, "v_prediction")
+    assert copy.deepcopy(schedule).prediction_type == "epsilon"
+
+
+# --- functions and steps ------------------------------------------------------------------------------------
 
 CHOSEN = torch.tensor([True, False, True, False])
 FUNCTIONS = {
@@ -279,7 +288,7 @@ def test_where_nothing_is_read_the_step_is_skipped(name, timestep, fused):
 @pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
 @pytest.mark.usefixtures("unread")
 def test_where_the_loss_is_not_defined_the_step_is_skipped(end):
-    """Where sigma = 0 x_t is the image itself, and finite: the noise that it should predict is nowhere in it."""
+    """Where sigma = 0 x_t is the image itself, and finite: the noise to predict is nowhere in it."""
     schedule, timestep = end
     model = TinyDenoiser()
     draws = Draws(retain_timesteps=torch.full((4,), timestep))
@@ -288,7 +297,7 @@ def test_where_the_loss_is_not_defined_the_step_is_skipped(end):
     ).skipped
 
 
-# --- Unlearner and its tape ------------------------------------------------------------------------------------------------------
+# --- Unlearner and its tape ---------------------------------------------------------------------------------
 
 
 def unlearner(method, *, replayed=False):

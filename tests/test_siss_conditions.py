@@ -1,4 +1,4 @@
-"""SISS' mixture where the images of a pair have different conditions: the network is told one of them, so the weights are Bernoulli's."""
+"""SISS' mixture where the images of a pair have different conditions, of which the network is told one."""
 
 import math
 
@@ -20,7 +20,7 @@ FROM_FORGET = torch.tensor([True, False, False, True, True, False])
 LABELS = torch.arange(6)
 
 
-# --- a data set of two points and two labels, by quadrature ----------------------------------------------------------------------
+# --- a data set of two points and two labels, by quadrature -------------------------------------------------
 
 KEPT, FORGOTTEN, T, LAMBD = 0.6, -0.3, 250, 0.3
 ALPHA, SIGMA = float(SCHEDULE.alpha[T]), float(SCHEDULE.sigma[T])
@@ -29,7 +29,7 @@ NODE_WEIGHTS = NODE_WEIGHTS / NODE_WEIGHTS.sum()  # of a standard normal number
 
 
 def predicted(x_t, label, parameters):
-    """A conditional network of two parameters: label 0 is that of the point to keep, 1 of the point to forget."""
+    """A conditional network of two parameters: label 0 is of the point to keep, 1 of the point to forget."""
     slope, offset = parameters
     return torch.sin(slope * x_t) + offset * (1 + 2 * label)
 
@@ -45,13 +45,18 @@ def expectation(image, label, value):
 
 
 def mixtures_expectation(labelled, parameters):
-    """What SISS' two terms, as the library composes them, are in expectation: over both branches and the noise. `labelled`: it knows the labels."""
+    """SISS' two terms, as the library composes them, in expectation over both branches and the noise.
+
+    `labelled`: it knows the labels.
+    """
     count = len(NODES)
     rows = 2 * count  # every node from the retain branch, then from the forget branch
     noise, from_forget = NODES.repeat(2).view(rows, 1, 1, 1), torch.arange(rows) >= count
     kept, forgotten = torch.full_like(noise, KEPT), torch.full_like(noise, FORGOTTEN)
+    timesteps = torch.full((rows,), T)
     draws = Draws(
-        forget_noise=noise, retain_noise=noise, forget_timesteps=torch.full((rows,), T), retain_timesteps=torch.full((rows,), T), from_forget=from_forget,
+        forget_noise=noise, retain_noise=noise, forget_timesteps=timesteps, retain_timesteps=timesteps,
+        from_forget=from_forget,
     )  # fmt: skip
     labels = (
         {"forget_kwargs": {"label": torch.ones(rows)}, "retain_kwargs": {"label": torch.zeros(rows)}}
@@ -97,7 +102,7 @@ def test_losses_and_gradients_of_pairs_with_different_labels_are_unbiased(parame
 
 
 def test_weights_that_do_not_know_of_the_labels_are_biased_by_a_known_amount(parameters, truth):
-    """The share of the other branch at `x_t` times what its label changes: a tenth of the retain loss and more here."""
+    """The share of the other branch at `x_t` times what its label changes: half of the retain loss here."""
     found = value_and_gradient(mixtures_expectation(False, parameters), parameters)
 
     def forget_share(x_t):
@@ -107,7 +112,7 @@ def test_weights_that_do_not_know_of_the_labels_are_biased_by_a_known_amount(par
         return LAMBD * forgotten / (LAMBD * forgotten + (1 - LAMBD) * kept)
 
     def mislabelled(image, label, share):
-        """The error under the other label less that under its own, as often as the other branch makes such an `x_t`."""
+        """The error under the other label less that under its own, at the other branch's share of `x_t`."""
         return expectation(
             image,
             label,
@@ -129,7 +134,7 @@ def test_weights_that_do_not_know_of_the_labels_are_biased_by_a_known_amount(par
         assert expected[0].abs() > 0.1 * truth[role][0]
 
 
-# --- which pairs are meant -------------------------------------------------------------------------------------------------------
+# --- which pairs are meant ----------------------------------------------------------------------------------
 
 
 def pair(seed=0):
@@ -243,7 +248,7 @@ def test_the_very_same_tensors_are_not_compared(monkeypatch):
     assert given[1].tolist() == [0.0] * 6
 
 
-# --- whole steps -----------------------------------------------------------------------------------------------------------------
+# --- whole steps --------------------------------------------------------------------------------------------
 
 
 class Labelled(nn.Module):
@@ -264,15 +269,17 @@ def taken(variant, from_forget=FROM_FORGET, forget_labels=LABELS + 1, **options)
     forget, retain, draws = pair()
     draws = Draws(**{**vars(draws), "from_forget": from_forget})
     out = siss_step(
-        model, torch.optim.SGD(model.parameters(), lr=0.1), SCHEDULE, forget, retain, variant=variant, draws=draws, lambd=0.3,
-        forget_kwargs={"labels": forget_labels}, retain_kwargs={"labels": LABELS}, **options,
+        model, torch.optim.SGD(model.parameters(), lr=0.1), SCHEDULE, forget, retain, variant=variant,
+        lambd=0.3, draws=draws, forget_kwargs={"labels": forget_labels}, retain_kwargs={"labels": LABELS},
+        **options,
     )  # fmt: skip
     return out, torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
 @pytest.mark.parametrize("micro_batch_size", [None, 4])
 def test_a_step_on_pairs_that_all_differ_is_the_bernoulli_step(micro_batch_size):
-    """But for the forget loss, which the Bernoulli variant reports without its factor 1 / lambd; the rescaling cancels it."""
+    """But for the forget loss, which the Bernoulli variant reports without its factor 1 / lambd; the
+    rescaling cancels it."""
     (mixed, mixed_state), (bernoulli, state) = (
         taken(variant, micro_batch_size=micro_batch_size) for variant in ("mixture", "bernoulli")
     )
@@ -315,16 +322,17 @@ def test_nothing_is_read(device):
     assert whole.x_t.device.type == device
 
 
-# --- what no weight makes up for -------------------------------------------------------------------------------------------------
+# --- what no weight makes up for ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("lambd", "branch"), [(0.0, "retain"), (1.0, "forget")])
 def test_a_row_of_a_branch_that_is_never_drawn_is_refused(lambd, branch):
-    """With equal conditions its weight is a likelihood ratio; with different ones the drawn mixture could not have made it."""
+    """With equal conditions its weight is a likelihood ratio; with different ones the drawn mixture could not
+    have made it."""
     weights({"labels": LABELS}, {"labels": LABELS.clone()}, lambd=lambd)
     with pytest.raises(
         ValueError,
-        match=rf"draws.from_forget: expected rows of the {branch} branch alone for lambd {lambd:g}, got others",
+        match=rf"draws.from_forget: expected rows of the {branch} branch alone for lambd {lambd:g}",
     ):
         weights({"labels": LABELS}, {"labels": LABELS + 1}, lambd=lambd)
     of_retain, of_forget = weights(
@@ -357,7 +365,7 @@ def test_where_nobody_looks_such_a_row_is_a_skipped_step(monkeypatch):
 @pytest.mark.parametrize("variant", ["mixture", "bernoulli"])
 @pytest.mark.parametrize("other", [torch.zeros(6, 1), torch.zeros(6, 6, 1)])
 def test_conditions_of_a_pair_have_one_shape(variant, other):
-    """Captions `[6]` and `[6, 1]` would be broadcast to `[6, 6]`: the network would be told of no row what it is."""
+    """Captions `[6, 6]` and `[6, 1]` would be broadcast: the network would be told what no image is."""
     forget, retain, draws = pair()
     batch = Batch(
         forget, retain, forget_kwargs={"caption": torch.zeros(6, 6)}, retain_kwargs={"caption": other}

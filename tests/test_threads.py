@@ -1,4 +1,4 @@
-"""What belongs to the whole process and is changed for a while: two threads that do so at once leave it as it was.
+"""What belongs to the process and is changed for a while: two threads that do so at once leave it as it was.
 
 Threads are held where they are by events. None of this depends on how fast they run.
 """
@@ -22,7 +22,7 @@ PATIENCE = 60  # seconds, after which a test has failed
 
 
 class Held:
-    """A thread that runs `work(pause)`. `pause()` says that it has come there, and waits to be told to go on."""
+    """A thread that runs `work(pause)`: `pause()` says that it is there, and waits to be told to go on."""
 
     def __init__(self, work: Callable):
         self.came, self.told, self.result, self.error = threading.Event(), threading.Event(), None, None
@@ -97,7 +97,7 @@ def test_two_searches_leave_the_precision_of_products_as_it_was(first):
     assert torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-# --- threads of torch ------------------------------------------------------------------------------------------------------------
+# --- threads of torch ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def in_a_new_thread(function: Callable):
 
 @pytest.mark.usefixtures("two_threads")
 def test_the_threads_of_a_search_do_not_slow_others_down():
-    """Each of its threads computes alone. What starts meanwhile, another search say, finds the process's setting."""
+    """Each of its threads computes alone. What starts meanwhile finds the process's setting."""
 
     def search(pause):
         with uint8._workers(torch.device("cpu")) as (count, run):
@@ -133,11 +133,11 @@ def test_the_threads_of_a_search_do_not_slow_others_down():
     assert in_a_new_thread(torch.get_num_threads) == torch.get_num_threads() == 2
 
 
-# --- random numbers --------------------------------------------------------------------------------------------------------------
+# --- random numbers -----------------------------------------------------------------------------------------
 
 
 def test_a_score_leaves_torchs_random_numbers_as_they_were():
-    """Two at once: the second waits for the first, for it would put back the state that the first has seeded."""
+    """Two at once: the second waits, for it would find, and put back, what the first has seeded."""
     torch.manual_seed(5)
     before = torch.get_rng_state()
     drawn = []
@@ -167,7 +167,7 @@ def test_a_score_leaves_the_generators_of_gpus_alone(monkeypatch):
     assert seeded == [0]
 
 
-# --- modules ---------------------------------------------------------------------------------------------------------------------
+# --- modules ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("first", [0, 1])

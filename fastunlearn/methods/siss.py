@@ -26,10 +26,10 @@ class SISS(Method):
     `"no_is"` (two forwards without importance sampling, SISS `double_forward_with_neg_del`) and `"bernoulli"` (the mixture without weights,
     SISS `subscore_bernoulli`: the retain term divided by `1 - lambd`).
 
-    The importance weights compare two images as makers of one noisy image under one condition. Where the images of a
-    pair have different ones (labels, captions: any number of `forget_kwargs` and `retain_kwargs`), the network is told
-    that of the drawn image, which alone could have made the row: the mixture then weights it as Bernoulli does, by
-    `1 / lambd` or `1 / (1 - lambd)`, and the other image by 0.
+    The importance weights compare two images as makers of one noisy image under one condition. Where the
+    images of a pair have different ones (labels, captions: any number of `forget_kwargs` and
+    `retain_kwargs`), the network is told that of the drawn image, which alone could have made the row: the
+    mixture then weights it as Bernoulli does, by `1 / lambd` or `1 / (1 - lambd)`, and the other image by 0.
 
     Args:
         lambd: the share of forget images in the mixture, in [0, 1] ((0, 1) for `"bernoulli"`).
@@ -85,7 +85,7 @@ class SISS(Method):
         return [Pass(sample.x_t, timesteps, terms, kwargs)]
 
     def _check_possible(self, ratio: Tensor) -> None:
-        """Refuses rows of a branch that the mixture never draws, where the other image could not have made them.
+        """Refuses rows of a branch that is never drawn, where the other image could not have made them.
 
         Off the CPU nobody looks: such a row has an infinite weight, and the step is skipped.
         """
@@ -133,10 +133,10 @@ def _picked(batch: Batch, draws: Draws) -> tuple[Tensor | Noise, Tensor, dict]:
 
 
 def _condition_log_ratio(batch: Batch, from_forget: Tensor) -> Tensor | None:
-    """`log p(condition | forget) / p(condition | retain)` of what the network is told of each row: float64 `[B]`.
+    """`log p(condition | forget) / p(condition | retain)` of what the network is told: float64 `[B]`.
 
-    Infinite where the conditions of a pair differ: the other image could not have made the row. Else 0, and None
-    where both branches have the very same tensors, or none. NaN counts as equal to NaN. Nothing waits for the device.
+    Infinite where the conditions of a pair differ: the other image could not have made the row. Else 0, and
+    None where both branches have the very same tensors, or none. NaN counts as equal to NaN. Nothing waits.
     """
     different = []
 

@@ -110,8 +110,8 @@ _SEEDED = threading.Lock()
 def _seeded(seed: int) -> Iterator[None]:
     """Within the block torch's generator on the CPU is seeded; afterwards it goes on where it was.
 
-    That of a GPU is left alone, which torch.manual_seed would seed too. One thread at a time: else the second would
-    find, and put back, what the first has seeded.
+    That of a GPU is left alone, which torch.manual_seed would seed too. One thread at a time: else the second
+    would find, and put back, what the first has seeded.
     """
     with _SEEDED, torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)

@@ -99,13 +99,14 @@ def _workers(device: torch.device) -> Iterator[tuple[int, Callable[[Callable[[sl
 def _compute_alone(pool: ThreadPoolExecutor, count: int) -> None:
     """Has every one of the `count` threads of `pool` compute by itself.
 
-    That is a thread's own setting, but making it also changes what threads that start later find, anywhere in the
-    process. So all of `pool` make it before this returns, and the setting for later threads is put back at once.
+    That is a thread's own setting, but making it also changes what threads that start later find, anywhere in
+    the process. So all of `pool` make it before this returns, and the setting for later threads is put back
+    at once.
     """
     ready = Barrier(count)  # so that each task has a thread of its own
 
     def alone() -> None:
-        torch.get_num_threads()  # a thread takes the process's number at its first use of torch: let that be now
+        torch.get_num_threads()  # a thread takes the process's number at its first use: let that be now
         torch.set_num_threads(1)
         ready.wait()
 

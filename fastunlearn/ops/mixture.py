@@ -1,9 +1,9 @@
 """mixture: the SISS mixture sample, both of its targets, and the two importance weights through one sigmoid (SISS Eq. 6).
 
 With `u = dist_x - dist_a` and `L = log(lambda / (1 - lambda))`: `w_x = sigmoid(-(u + L)) / (1 - lambda)`, `w_a = sigmoid(u + L) / lambda`,
-which cannot overflow, and `u` needs only `<eps, x - a>` and `||x - a||^2`. The log ratio of what else the branches draw
-from is added to `u`; where it is infinite, one branch alone could have made the row, and the weights are 0 and
-`1 / lambda` or `1 / (1 - lambda)`, whatever `u` is.
+which cannot overflow, and `u` needs only `<eps, x - a>` and `||x - a||^2`. The log ratio of what else the
+branches draw from is added to `u`; where it is infinite, one branch alone could have made the row, and the
+weights are 0 and `1 / lambda` or `1 / (1 - lambda)`, whatever `u` is.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ def mixture(
         coefficients: `[B, 5]` float64, `NoiseSchedule.coefficients`.
         from_forget: `[B]` bool, True where `x_t` is made from the forget image.
         lambd: the share of forget images in the mixture.
-        time_log_ratio: `[B]`, `log p_forget(t) / p_retain(t)` where the branches draw timesteps from different densities;
-            infinite where one of them never draws `t` (or never has the row's condition).
+        time_log_ratio: `[B]`, `log p_forget(t) / p_retain(t)` where the branches draw timesteps from
+            different densities; infinite where one of them never draws `t` (or never has the row's
+            condition).
         noise: `[B, C, H, W]`; None: made from `counter` (int64 `[3]`) and `purpose`, see `philox.Noise`.
         channels_last: the memory layout of the results.
     """
@@ -82,7 +83,7 @@ def _eager(retain, retain_index, forget, forget_index, coefficients, from_forget
 
 
 def _decided(weight: Tensor, log_ratio: Tensor, share: float) -> Tensor:
-    """`weight` `[B]` of a branch of `share` where its log ratio over the other branch is finite, else `1 / share` or 0."""
+    """`weight` `[B]` of a branch, or `1 / share` or 0 where its log ratio over the other one is infinite."""
     alone = 1 / share if share > 0 else math.inf
     return torch.where(log_ratio == math.inf, alone, torch.where(log_ratio == -math.inf, 0.0, weight))
 

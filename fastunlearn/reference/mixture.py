@@ -44,8 +44,8 @@ def mixture(
         noise, timesteps: `[B, ...]` and `[B]` int64, shared by the pair. noise is not read when x_t is given.
         lambd: share of the forget branch, in [0, 1].
         from_forget: `[B]` bool, the branch that was drawn.
-        time_log_ratio: `[B]`, `log p_forget(t) / p_retain(t)`, where the branches draw timesteps from different densities;
-            infinite where one of them never draws `t`.
+        time_log_ratio: `[B]`, `log p_forget(t) / p_retain(t)`, where the branches draw timesteps from
+            different densities; infinite where one of them never draws `t`.
     """
     if x_t is None:
         chosen = torch.where(from_forget.view(-1, *(1,) * (retain.ndim - 1)), forget, retain)
@@ -79,6 +79,6 @@ def mixture_weights(dist_x: Tensor, dist_a: Tensor, lambd: float, *, time_log_ra
 
 
 def _decided(weight: Tensor, log_ratio: Tensor, share: float) -> Tensor:
-    """`weight`; where one branch alone could have made the row, 1 / `share` if it is this one, 0 if it is the other."""
+    """`weight`; where one branch alone could have made the row, 1 / `share` for this one, 0 for the other."""
     alone, nothing = torch.ones_like(weight) / share, torch.zeros_like(weight)
     return torch.where(log_ratio == math.inf, alone, torch.where(log_ratio == -math.inf, nothing, weight))

@@ -217,7 +217,7 @@ def test_time_log_ratio_adds_to_the_exponent(dtype):
 @pytest.mark.parametrize("backend", ["eager", "kernels"])
 @pytest.mark.parametrize("isa", ISAS)
 def test_an_infinite_time_log_ratio_decides_alone(isa, backend, scale, lambd, monkeypatch):
-    """One branch could not have made the row: its weight is 0, the other's 1 / its share, beside any exponent."""
+    """One branch could not have made the row: weights are 0 and 1 / share, beside any exponent."""
     monkeypatch.setenv("FASTUNLEARN_ISA", isa)
     monkeypatch.setenv("FASTUNLEARN_BACKEND", backend)
     ratio = torch.tensor([INFINITY, -INFINITY, INFINITY, -INFINITY, 0.0])

@@ -52,7 +52,8 @@ def test_time_log_ratio_is_the_ratio_of_two_timestep_densities():
 @pytest.mark.parametrize("lambd", [0.0, 0.25, 1.0])
 @pytest.mark.parametrize("gap", [0.0, 700.0, -1e300, math.inf])
 def test_an_infinite_time_log_ratio_decides_alone(gap, lambd):
-    zero, ratio = torch.zeros(2, dtype=torch.float64), torch.tensor([math.inf, -math.inf], dtype=torch.float64)
+    zero = torch.zeros(2, dtype=torch.float64)
+    ratio = torch.tensor([math.inf, -math.inf], dtype=torch.float64)
     w_x, w_a = mixture_weights(zero + gap, zero, lambd, time_log_ratio=ratio)
     of_retain, of_forget = (1 / share if share else math.inf for share in (1 - lambd, lambd))
     assert w_x.tolist() == [0.0, of_retain]

@@ -191,19 +191,20 @@ def test_float64_is_refused(name, device):
 def test_an_image_whose_elements_32_bits_do_not_number_is_refused(device):
     """Of one number in memory. Its offsets would wrap around, and the kernel read and write elsewhere."""
     image = torch.zeros(1, device=device).expand(1, 2, 2**15, 2**15)
-    weight, chosen = torch.zeros(1, dtype=torch.float64, device=device), torch.zeros(1, dtype=torch.bool, device=device)
+    weight = torch.zeros(1, dtype=torch.float64, device=device)
+    chosen = torch.zeros(1, dtype=torch.bool, device=device)
     coefficients = torch.zeros(1, 5, dtype=torch.float64, device=device)
-    with pytest.raises(ValueError, match=rf"mixture: expected images of at most {2**31 - 2**14} elements .*, got {2**31}"):
-        mixture(
-            image, None, image, None, coefficients, chosen, 0.5, None, image, None, PURPOSE, F32, False,
-            image, image, image, weight, weight,
-        )  # fmt: skip
-    for call in (
-        lambda: noising(image, None, coefficients, image, None, PURPOSE, True, F32, False, image, image),
-        lambda: residual(image, image, weight, weight, image),
-        lambda: redirect(
-            image, None, image[:, None], None, coefficients, None, image, None, PURPOSE, F32, False, image, image, weight, weight[:, None]
+    end, pair = (image, None, PURPOSE, F32, False), (image, None, image, None, coefficients)
+    neighbors = image, None, image[:, None], None, coefficients
+    launches = {
+        "mixture": lambda: mixture(*pair, chosen, 0.5, None, *end, image, image, image, weight, weight),
+        "noising": lambda: noising(
+            image, None, coefficients, image, None, PURPOSE, True, F32, False, image, image
         ),
-    ):
-        with pytest.raises(ValueError, match=rf"expected images of at most {2**31 - 2**14} elements on a GPU, got {2**31}"):
-            call()
+        "residual": lambda: residual(image, image, weight, weight, image),
+        "redirect": lambda: redirect(*neighbors, None, *end, image, image, weight, weight[:, None]),
+    }
+    for name, launch in launches.items():
+        expected = rf"{name}: expected images of at most {2**31 - 2**14} elements on a GPU, got {2**31}"
+        with pytest.raises(ValueError, match=expected):
+            launch()
