@@ -2,6 +2,9 @@
 
 Where images are asked for, `store.Rows` (rows of a store by index, uint8 or floating) may stand in for a tensor, and `philox.Noise` for
 noise: the op then gathers, dequantises and draws as it reads, and the images and the noise are never stored.
+
+Timesteps outside the schedule, or where the loss is not defined, are refused on a CPU. On a GPU they are not
+looked at, unless `FASTUNLEARN_CHECK=1` asks for it: what is made of them is NaN.
 """
 
 from __future__ import annotations
