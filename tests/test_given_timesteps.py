@@ -300,13 +300,13 @@ def test_where_the_loss_is_not_defined_the_step_is_skipped(end):
 # --- Unlearner and its tape ---------------------------------------------------------------------------------
 
 
-def unlearner(method, *, replayed=False):
+def unlearner(method, *, replayed=False, residency="device"):
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(0, 256, (24, 1, 8, 8), generator=generator, dtype=torch.uint8)
     model = TinyDenoiser()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2.0**-10, fused=True)
     stores = {"forget": ImageStore(rows[:4]), "retain": ImageStore(rows[4:])}
-    run = Unlearner(model, optimizer, SCHEDULE, method, **stores, batch_size=4)
+    run = Unlearner(model, optimizer, SCHEDULE, method, **stores, batch_size=4, residency=residency)
     if replayed:
         run._replay = Replay(TapeGraphs(), optimizer, [*model.parameters(), *model.buffers()])
     return run
@@ -320,9 +320,10 @@ def given(method, timestep):
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("residency", ["device", "host"])
 @pytest.mark.parametrize("timestep", [-1, T])
-def test_an_unlearner_refuses_and_stays_where_it_is(method, timestep):
-    run, undisturbed = unlearner(method), unlearner(method)
+def test_an_unlearner_refuses_and_stays_where_it_is(method, timestep, residency):
+    run, undisturbed = unlearner(method, residency=residency), unlearner(method)
     with pytest.raises(ValueError, match=r"draws.(forget|retain)_timesteps: expected indices in \[0, 999\]"):
         run.step(given(method, timestep))
     assert run.step_index == int(run._counter[1]) == 0
