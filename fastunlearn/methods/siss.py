@@ -128,7 +128,7 @@ def _picked(batch: Batch, draws: Draws) -> tuple[Tensor | Noise, Tensor, dict]:
         noises = (noise.numbers() if isinstance(noise, Noise) else noise for noise in (draws.forget_noise, draws.retain_noise))
         noise = _where(draws.from_forget, *noises)
     timesteps = _where(draws.from_forget, draws.forget_timesteps, draws.retain_timesteps)
-    kwargs = map_tensors(partial(_condition, draws.from_forget), batch.forget_kwargs, batch.retain_kwargs)
+    kwargs = map_tensors(partial(_where, draws.from_forget), batch.forget_kwargs, batch.retain_kwargs)
     return noise, timesteps, kwargs
 
 
@@ -158,15 +158,6 @@ def _rows_that_differ(forget: Tensor, retain: Tensor) -> Tensor:
     both_nan = (forget != forget) & (retain != retain)
     unequal = (forget != retain) & ~both_nan
     return unequal if unequal.ndim == 1 else unequal.flatten(1).any(1)
-
-
-def _condition(from_forget: Tensor, forget: Tensor, retain: Tensor) -> Tensor:
-    """What the network is told of each row."""
-    if forget.shape != retain.shape:  # broadcast against each other they would be nobody's condition
-        expected = f"the shape that the pair's tensor in retain_kwargs has, {tuple(retain.shape)}"
-        got = tuple(forget.shape)
-        raise ValueError(f"forget_kwargs: expected {expected} (SISS works on pairs), got {got}")
-    return _where(from_forget, forget, retain)
 
 
 def _where(from_forget: Tensor, forget: Tensor, retain: Tensor) -> Tensor:
