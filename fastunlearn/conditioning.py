@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import _check
 from .methods.base import CONSTANTS
+
+# Of a given distance: it may come from images of more bits than these, as uint8 rows are beside half precision.
+DISTANCE_ROUNDING = {torch.float16: 0.02, torch.bfloat16: 0.1}
+LEAST_ROUNDING = 1e-3
 
 
 def keyword_arguments(name: str, given: dict[str, Any] | None) -> dict[str, Any]:
@@ -86,3 +91,26 @@ def without_graph(name: str, value: Any) -> None:
             "expected a tensor without a graph (detach() takes it off; encode images under torch.no_grad())"
         )
         raise ValueError(f"{name}: {expected}, got one that requires grad")
+
+
+def check_distances(forget: Tensor, neighbors: Tensor, sqdist: Tensor | None) -> None:
+    """Whether `sqdist` `[B, K]` are the squared distances of these images to these neighbours.
+
+    Those to the first ones are measured, where that costs no wait: it finds another unit (grey levels) and
+    another order of rows.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if not isinstance(sqdist, Tensor) or not _check.readable(sqdist) or not sqdist.is_floating_point():
+        return
+    if sqdist.shape != neighbors.shape[:2] or neighbors[:, 0].shape != forget.shape or neighbors.device != forget.device:
+        return  # refused with the other shapes
+    measured = (forget.double() - neighbors[:, 0].double()).flatten(1).square().sum(1)
+    rounding = DISTANCE_ROUNDING.get(forget.dtype, LEAST_ROUNDING)
+    alike = torch.isclose(sqdist[:, 0].double(), measured, rtol=rounding, atol=rounding)
+    if not bool(alike.all()) or bool((sqdist < 0).any()):
+        row = int((~alike).long().argmax())
+        expected = "squared distances between the images given (for uint8 rows: the integers times (2 / 255)^2)"
+        got = f"{sqdist[row, 0].item():.6g} where row {row} is {measured[row].item():.6g} from its first neighbour"
+        raise ValueError(f"sqdist: expected {expected}, got {got}")

@@ -21,7 +21,11 @@ from .store import Rows
 
 @dataclass(frozen=True)
 class Draws:
-    """The random numbers of one step; what is None is drawn. Forget and retain branch have their own (as in ReTrack's code)."""
+    """The random numbers of one step; what is None is drawn.
+
+    Forget and retain branch have their own noise and timesteps (as in ReTrack's code). SISS makes one noisy image
+    of a pair: row by row with those of the branch that `from_forget` picks, so that the other's go unused there.
+    """
 
     forget_noise: Tensor | Noise | None = None  # [B, C, H, W]
     retain_noise: Tensor | Noise | None = None  # [B, C, H, W]

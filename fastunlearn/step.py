@@ -16,7 +16,7 @@ from torch import Tensor
 from . import _check
 from . import draws as draw
 from .compilation import Compile, resolve_compile
-from .conditioning import conditioning_of, keyword_arguments, without_graph
+from .conditioning import check_distances, conditioning_of, keyword_arguments, without_graph
 from .draws import Draws
 from .evaluation import evaluate
 from .gradients import Accumulator, clipping, total_norm, update
@@ -248,6 +248,8 @@ def _functional_step(
         _check.same_device("forget", forget, "retain", retain)
         if forget.dtype != retain.dtype:
             raise TypeError(f"forget: expected the dtype of retain, {retain.dtype}, got {forget.dtype}")
+    if neighbors is not None:
+        check_distances(forget, neighbors, sqdist)
     draws = Draws() if draws is None else draws
     if not isinstance(draws, Draws):
         raise TypeError(f"draws: expected Draws or None, got {_check.describe(draws)}")
@@ -298,7 +300,8 @@ def retrack_step(
         neighbors: `[B, K, C, H, W]`, their k nearest neighbours among the images to keep (`nearest_neighbors`).
         retain: `[B', C, H, W]`, images to keep; None only if `lambd` is 1.
         lambd: weight of the forget term.
-        sqdist: `[B, K]`, squared distances to the neighbours; computed if None.
+        sqdist: `[B, K]`, squared distances to the neighbours, between the images as they are given (of uint8 rows:
+            what `nearest_neighbors` returns, times `(2 / 255)^2`); computed if None.
         draws: a `Draws` with given noise or timesteps; what it lacks is drawn. A timestep outside the
             schedule is refused on a CPU; on a GPU it is not looked at (but with `FASTUNLEARN_CHECK=1`), and
             the step is skipped.

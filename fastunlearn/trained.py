@@ -96,6 +96,14 @@ def _say_alone(count: int) -> None:
     )
 
 
+@functools.cache
+def _say_bfloat16() -> None:
+    log.warning(
+        "model: bfloat16 parameters: an update of less than 1/256 of a weight is rounded away, unless the optimizer "
+        "keeps more bits; float32 parameters with autocast_dtype=torch.bfloat16 lose none"
+    )
+
+
 def unwrapped(model: Callable) -> Callable:
     """The network itself.
 
@@ -132,6 +140,11 @@ def trainable(model: Callable, optimizer: torch.optim.Optimizer | None) -> list[
         if isinstance(optimizer, torch.optim.LBFGS):
             raise TypeError("optimizer: expected one whose step() needs no closure, got LBFGS")
         parameters = [parameter for parameter in _of(optimizer) if parameter.requires_grad]
+    twice = len(parameters) - len({id(parameter) for parameter in parameters})
+    if twice:  # torch only warns; norm, clipping and update would count its gradient twice
+        raise ValueError(f"optimizer: expected every parameter once, got {twice} a second time")
+    if any(parameter.dtype == torch.bfloat16 for parameter in parameters):
+        _say_bfloat16()
     if not parameters:
         raise ValueError("model: expected at least one trainable parameter, got none with requires_grad=True")
     if any(hasattr(parameter, "device_mesh") for parameter in parameters):

@@ -311,3 +311,14 @@ def test_the_ends_of_the_ranges_take_finite_steps(method):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     unlearner = Unlearner(model, optimizer, SCHEDULE, method, forget=rows.select([0, 1]), retain=rows.select(range(2, 9)), batch_size=5)
     assert not any(bool(unlearner.step().skipped) for _ in range(5))
+
+
+def test_a_parameter_that_the_optimizer_has_twice_is_refused():
+    """torch only warns: its gradient would count twice in the norm, in clipping and in the update."""
+    model = TinyDenoiser()
+    first = next(model.parameters())
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        optimizer = torch.optim.SGD([*model.parameters(), first], lr=0.1)
+    images = torch.zeros(2, 1, 8, 8)
+    with pytest.raises(ValueError, match="optimizer: expected every parameter once, got 1 a second time"):
+        vanilla_step(model, optimizer, linear_schedule(), images)
