@@ -25,7 +25,7 @@ from .methods import SISS, Batch, EraseDiff, Method, NegGrad, Pass, ReTrack, Van
 from .precision import AUTOCAST_DTYPES
 from .profiling import stage
 from .schedule import NoiseSchedule
-from .trained import Trained, add_kept, look_at, set_aside
+from .trained import Trained, add_kept, look_at, say_unscaled, set_aside
 from .trained import processes as processes  # for those who know them by this place
 from .trained import unwrapped as unwrapped
 from .wrappers import tell_skipped
@@ -88,6 +88,8 @@ def _six_stages(
     compile: Compile | None = None,
 ) -> StepOutput:
     model, parameters, optimizer, grad_scaler, process_group, _ = trained
+    if autocast_dtype == torch.float16 and grad_scaler is None and optimizer is not None:
+        say_unscaled()
     device = parameters[0].device
     compile = resolve_compile(compile, model, device)
 

@@ -104,6 +104,14 @@ def _say_bfloat16() -> None:
     )
 
 
+@functools.cache
+def say_unscaled() -> None:
+    log.warning(
+        "grad_scaler: none with autocast_dtype=torch.float16, in which gradients below 6e-8 become 0: "
+        "torch.amp.GradScaler() keeps them, bfloat16 needs none"
+    )
+
+
 def unwrapped(model: Callable) -> Callable:
     """The network itself.
 

@@ -6,7 +6,21 @@ import pytest
 import torch
 from torch import nn
 
-from fastunlearn import SISS, Draws, EraseDiff, ImageStore, ReTrack, Unlearner, Vanilla, erasediff_step, neggrad_step, retrack_step, siss_step, vanilla_step
+from fastunlearn import (
+    SISS,
+    Draws,
+    EraseDiff,
+    ImageStore,
+    ReTrack,
+    Unlearner,
+    Vanilla,
+    erasediff_step,
+    neggrad_step,
+    retrack_step,
+    siss_step,
+    trained,
+    vanilla_step,
+)
 from fastunlearn import functional as F
 from fastunlearn.methods import Batch
 from fastunlearn.testing.factories import Average, TinyDenoiser, linear_schedule, redirect_inputs
@@ -322,3 +336,20 @@ def test_a_parameter_that_the_optimizer_has_twice_is_refused():
     images = torch.zeros(2, 1, 8, 8)
     with pytest.raises(ValueError, match="optimizer: expected every parameter once, got 1 a second time"):
         vanilla_step(model, optimizer, linear_schedule(), images)
+
+
+@pytest.mark.parametrize(
+    ("spoken_of", "dtype", "options"),
+    [
+        ("bfloat16 parameters: an update", torch.bfloat16, {}),
+        ("none with autocast_dtype=torch.float16", torch.float32, {"autocast_dtype": torch.float16}),
+    ],
+)
+def test_what_is_rounded_away_is_spoken_of_once(caplog, spoken_of, dtype, options):
+    trained._say_bfloat16.cache_clear()
+    trained.say_unscaled.cache_clear()
+    model = TinyDenoiser().to(dtype)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        vanilla_step(model, optimizer, linear_schedule(), torch.zeros(2, 1, 8, 8, dtype=dtype), **options)
+    assert [spoken_of in record.message for record in caplog.records] == [True]
