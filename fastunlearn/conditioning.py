@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +12,10 @@ from torch import Tensor
 
 from . import _check
 from .methods.base import CONSTANTS
+
+log = logging.getLogger("fastunlearn")
+
+LARGEST_USUAL = 32  # images lie in [-1, 1], latents that are scaled within 10 or so; pictures of bytes do not
 
 # Of a given distance: it may come from images of more bits than these, as uint8 rows are beside half precision.
 DISTANCE_ROUNDING = {torch.float16: 0.02, torch.bfloat16: 0.1}
@@ -91,6 +97,17 @@ def without_graph(name: str, value: Any) -> None:
             "expected a tensor without a graph (detach() takes it off; encode images under torch.no_grad())"
         )
         raise ValueError(f"{name}: {expected}, got one that requires grad")
+
+
+def warn_of_bytes(name: str, images: Tensor) -> None:
+    """Says once that `images` look like bytes as floats, where reading them is no wait."""
+    if _check.readable(images) and images.numel() and float(images.detach().amax()) > LARGEST_USUAL:
+        _say_bytes(name)
+
+
+@functools.cache
+def _say_bytes(name: str) -> None:
+    log.warning("%s: values above %d; networks are trained on images in [-1, 1]: x / 127.5 - 1?", name, LARGEST_USUAL)
 
 
 def check_distances(forget: Tensor, neighbors: Tensor, sqdist: Tensor | None) -> None:

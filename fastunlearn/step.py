@@ -16,7 +16,7 @@ from torch import Tensor
 from . import _check
 from . import draws as draw
 from .compilation import Compile, resolve_compile
-from .conditioning import check_distances, conditioning_of, keyword_arguments, without_graph
+from .conditioning import check_distances, conditioning_of, keyword_arguments, warn_of_bytes, without_graph
 from .draws import Draws
 from .evaluation import evaluate
 from .gradients import Accumulator, clipping, total_norm, update
@@ -239,6 +239,7 @@ def _functional_step(
         if name in method.batches:
             _check.images(name, images)
             without_graph(name, images)
+            warn_of_bytes(name, images)
             conditioning[name] = conditioning_of(f"{name}_kwargs", given, len(images), trained.parameters)
             if _check.values_enabled():
                 _check.finite(name, images)

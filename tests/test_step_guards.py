@@ -353,3 +353,13 @@ def test_what_is_rounded_away_is_spoken_of_once(caplog, spoken_of, dtype, option
     for _ in range(2):
         vanilla_step(model, optimizer, linear_schedule(), torch.zeros(2, 1, 8, 8, dtype=dtype), **options)
     assert [spoken_of in record.message for record in caplog.records] == [True]
+
+
+def test_images_of_bytes_are_spoken_of_once(caplog):
+    conditioning._say_bytes.cache_clear()
+    model = TinyDenoiser()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
+    latents = torch.linspace(-9, 9, 2 * 64).view(2, 1, 8, 8)
+    for images in (latents, 20 * latents, 20 * latents):
+        vanilla_step(model, optimizer, linear_schedule(), images)
+    assert ["retain: values above 32" in record.message for record in caplog.records] == [True]
