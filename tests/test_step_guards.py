@@ -14,6 +14,7 @@ from fastunlearn import (
     ReTrack,
     Unlearner,
     Vanilla,
+    conditioning,
     erasediff_step,
     neggrad_step,
     retrack_step,
