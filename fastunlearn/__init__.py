@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from . import functional
     from .draws import Draws
     from .methods import SISS, EraseDiff, NegGrad, ReTrack, Vanilla
+    from .near_copies import near_copies
     from .neighbors import nearest_neighbors
     from .schedule import NoiseSchedule
     from .selection import LowPass
@@ -37,13 +38,14 @@ __all__ = [
     "Vanilla",
     "erasediff_step",
     "functional",
+    "near_copies",
     "neggrad_step",
     "nearest_neighbors",
     "retrack_step",
     "siss_step",
     "vanilla_step",
 ]
-_MODULES = ("functional", "draws", "methods", "neighbors", "schedule", "selection", "step", "store", "unlearner")  # where the names above live
+_MODULES = ("functional", "draws", "methods", "near_copies", "neighbors", "schedule", "selection", "step", "store", "unlearner")  # where the names above live
 
 
 def __getattr__(name: str):

@@ -64,6 +64,12 @@ class NearCopies:
         shown = "; ".join(rows + ["..."] * (len(forget) > SHOWN_IMAGES))
         return f"{copies} of {images}, {near:.4g} to {far:.4g} away{self._scale()}: {shown}"
 
+    def unequal(self) -> NearCopies:
+        """Without the pairs of equal rows."""
+        unequal = (self.distances > 0) | (self.orientations > 0)
+        columns = (self.forget_rows, self.retain_rows, self.orientations, self.distances)
+        return NearCopies(*(column[unequal] for column in columns), self.radius, self.apart)
+
     def _scale(self) -> str:
         """What the distances are to be held against."""
         if self.radius is not None:
@@ -77,7 +83,10 @@ class NearCopies:
         pairs = (self.forget_rows == forget_row).nonzero().flatten().tolist()
         shown = []
         for pair in pairs[:SHOWN_COPIES]:
-            details = [f"{self.distances[pair].item():.4g}", renderings.in_words(int(self.orientations[pair]))]
+            details = [
+                f"{self.distances[pair].item():.4g}",
+                renderings.in_words(int(self.orientations[pair])),
+            ]
             shown.append(f"{int(self.retain_rows[pair])} ({', '.join(part for part in details if part)})")
         more = ", ..." if len(pairs) > SHOWN_COPIES else ""
         return f"forget row {forget_row}: retain rows {', '.join(shown)}{more}"
@@ -115,11 +124,15 @@ def near_copies(forget: ImageStore, retain: ImageStore, *, within: float | str =
     if within != "auto":
         raise ValueError(f"within: expected 'auto' or a radius in grey levels, got {within!r}")
     if forget.latents:
-        raise ValueError("within: expected a radius (latents cannot be turned, resized or compressed), got 'auto'")
+        raise ValueError(
+            "within: expected a radius (latents cannot be turned, resized or compressed), got 'auto'"
+        )
     return _Search(forget, retain).run()
 
 
-def copies_among_neighbors(forget: ImageStore, retain: ImageStore, index: Tensor, sqdist: Tensor) -> NearCopies:
+def copies_among_neighbors(
+    forget: ImageStore, retain: ImageStore, index: Tensor, sqdist: Tensor
+) -> NearCopies:
     """Which first neighbours are near copies: what can be said without a search, so of no other orientation.
 
     Rows that equal the forget row are left out: `overlap` finds them, and a caller may have allowed them.
@@ -154,7 +167,9 @@ def _within_radius(forget: ImageStore, retain: ImageStore, radius: float) -> Nea
     return _collected(pairs, radius=radius)
 
 
-def _rows_within(queries: Tensor, rows: Tensor, radius: float, unit: float, turn: int) -> Iterator[tuple[Tensor, ...]]:
+def _rows_within(
+    queries: Tensor, rows: Tensor, radius: float, unit: float, turn: int
+) -> Iterator[tuple[Tensor, ...]]:
     """All pairs within the radius: more neighbours for the queries whose neighbours all were."""
     searched, count = torch.arange(len(queries)), min(FIRST_CANDIDATES, len(rows))
     while len(searched):
@@ -173,7 +188,9 @@ def _collected(pairs: list[tuple[Tensor, ...]], **about: float | None) -> NearCo
     ranked = sorted(
         (forget_row, distance, retain_row, turn)
         for columns in pairs
-        for forget_row, retain_row, turn, distance in zip(*(column.tolist() for column in columns), strict=True)
+        for forget_row, retain_row, turn, distance in zip(
+            *(column.tolist() for column in columns), strict=True
+        )
     )
     nearest: dict[tuple[int, int], tuple[int, float]] = {}
     for forget_row, distance, retain_row, turn in ranked:
@@ -242,7 +259,9 @@ class _Search:
     def _candidates(self, rows: Tensor, count: int) -> list[list[tuple[int, int]]]:
         """For each forget row the `count` nearest pairs (retain row, orientation), as they are or one of them softened."""
         images = self.soften(renderings.grey_levels(self.forget.raw(rows)))
-        queries = torch.stack([renderings.oriented(images, turn) for turn in self.turns], dim=1)  # [n, O, V, C, h, w]
+        queries = torch.stack(
+            [renderings.oriented(images, turn) for turn in self.turns], dim=1
+        )  # [n, O, V, C, h, w]
         pairs = torch.empty(len(rows), 0, dtype=torch.int64)  # retain row * 8 + orientation
         sqdist = torch.empty_like(pairs)
         turns = torch.tensor(self.turns)[:, None, None]
@@ -257,7 +276,10 @@ class _Search:
                     )
                 )
                 found = (index + start) * 8 + turns
-                pairs, sqdist = torch.cat([pairs, found.flatten(1)], 1), torch.cat([sqdist, distances.flatten(1)], 1)
+                pairs, sqdist = (
+                    torch.cat([pairs, found.flatten(1)], 1),
+                    torch.cat([sqdist, distances.flatten(1)], 1),
+                )
                 pairs, sqdist = _nearest_different(pairs, sqdist, count)
         return [
             [(pair // 8, pair % 8) for pair, distance in zip(*row, strict=True) if distance != NOTHING]
@@ -267,23 +289,30 @@ class _Search:
 
 def _nearest_different(keys: Tensor, values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Of each line the `count` different keys with the smallest values; `NOTHING` as a value where there are fewer."""
-    values, order = values.sort(1, stable=True)
-    keys, second = keys.gather(1, order).sort(1, stable=True)
+    values, order = values.sort(dim=1, stable=True)
+    keys, second = keys.gather(1, order).sort(dim=1, stable=True)
     values = values.gather(1, second)  # of equal keys the smallest value comes first
     values[:, 1:][keys[:, 1:] == keys[:, :-1]] = NOTHING
-    values, order = values.sort(1, stable=True)
+    values, order = values.sort(dim=1, stable=True)
     return keys.gather(1, order)[:, :count], values[:, :count]
 
 
 def _judged(
-    judge: likeness.Judge, forget: ImageStore, retain: ImageStore, row: int, retain_rows: Tensor, turns: Tensor
+    judge: likeness.Judge,
+    forget: ImageStore,
+    retain: ImageStore,
+    row: int,
+    retain_rows: Tensor,
+    turns: Tensor,
 ) -> tuple[Tensor, ...]:
     """Which of the candidates `[n]` of a forget row are copies: rows, orientations and distances."""
     image = renderings.grey_levels(forget.raw(torch.tensor([row])))[0]
     copies, distances = [], []
     for part in torch.arange(len(retain_rows)).split(max(1, CHUNK_BYTES // image.numel())):
         others = renderings.grey_levels(retain.raw(retain_rows[part]))
-        others = torch.stack([renderings.upright(*pair) for pair in zip(others, turns[part].tolist(), strict=True)])
+        others = torch.stack(
+            [renderings.upright(*pair) for pair in zip(others, turns[part].tolist(), strict=True)]
+        )
         copies.append(judge.copies(image, others))
         distances.append((others.double() - image.double()).flatten(1).norm(dim=1))
     copies, distances = torch.cat(copies), torch.cat(distances)
@@ -311,4 +340,6 @@ def _bytes(images: Tensor) -> Tensor:
 
 def _exact_search(queries: Tensor, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Indices and squared distances of at most `count` rows, `[Q, k]`."""
-    return search_uint8(queries, rows, min(count, len(rows)), chunk_bytes=QUERY_BYTES, progress=lambda _: None)
+    return search_uint8(
+        queries, rows, min(count, len(rows)), chunk_bytes=QUERY_BYTES, progress=lambda _: None
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -18,6 +19,7 @@ from .compilation import Compile, compile_seconds, resolve_compile
 from .draws import CounterSource, Draws, Purpose
 from .feeds import HostFeed, open_feed
 from .methods import Batch, Method
+from .near_copies import NearCopyWarning, copies_among_neighbors
 from .neighbors import check_neighbors, nearest_neighbors
 from .precision import resolve_autocast
 from .profiling import stage
@@ -70,6 +72,8 @@ class Unlearner:
             fused, hooks; the log says what); True: else an error; False: never.
         process_group: processes that take every step together, each on its share of the batch; all of them must hold the same weights, which the first
             step checks. None: those of a model wrapped in DistributedDataParallel.
+        warn_of_near_copies: warn of first neighbours that show the forget row itself, compressed or resized: ReTrack would redirect it
+            to itself. `near_copies` also finds those that are turned or mirrored.
         time_window, lowpass: not in this version; None.
 
     Raises:
@@ -101,6 +105,7 @@ class Unlearner:
         compile: Compile | None = None,
         replay: bool | None = None,
         process_group: dist.ProcessGroup | None = None,
+        warn_of_near_copies: bool = True,
         time_window: None = None,
         lowpass: None = None,
     ):
@@ -165,6 +170,8 @@ class Unlearner:
                 self._feeds[branch] = open_feed(store, self.device, rows_of_step, batch_size=self.rows_here, residency=residency)
         if "neighbors" in method.batches:
             index, sqdist = self._find_neighbors(neighbors)
+            if warn_of_near_copies and not self.retain.latents:
+                _warn_of_near_copies(self.forget, self.retain, index, sqdist)
             self._neighbor_store, index = self._feeds["retain"].neighbors(index)
             self.neighbors = index, sqdist
         self._counter = torch.zeros(3, dtype=torch.int64, device=self.device)  # seed, step, position of this process's first row in the batch
@@ -373,14 +380,31 @@ def check_stores(method: Method, forget: ImageStore | None, retain: ImageStore |
             raise ValueError(f"{name}: expected {expected}, got {len(store)}")
     if forget is None or retain is None:
         return
+    check_same_kind(forget, retain)
+    if not allow_overlap:
+        rows, _ = overlap(forget, retain)
+        if len(rows):
+            shown = ", ".join(str(int(row)) for row in rows[:10]) + (", ..." if len(rows) > 10 else "")
+            raise ValueError(f"forget: expected images that are not in retain, got {len(rows)} that are (rows {shown}); allow_overlap=True accepts them")
+
+
+def check_same_kind(forget: ImageStore, retain: ImageStore) -> None:
+    """Whether rows of the two sets can be compared.
+
+    Raises:
+        TypeError, ValueError: they have another shape or dtype, or only one holds latents.
+    """
     if forget.shape != retain.shape:
         raise ValueError(f"forget: expected images of the shape of retain, {tuple(retain.shape)}, got {tuple(forget.shape)}")
     if forget.latents != retain.latents:
         raise ValueError(f"forget: expected {'latents' if retain.latents else 'images'}, as in retain, got {'latents' if forget.latents else 'images'}")
     if forget.is_uint8 != retain.is_uint8:
         raise TypeError(f"forget: expected the dtype of retain, {retain.dtype}, got {forget.dtype}")
-    if not allow_overlap:
-        rows, _ = overlap(forget, retain)
-        if len(rows):
-            shown = ", ".join(str(int(row)) for row in rows[:10]) + (", ..." if len(rows) > 10 else "")
-            raise ValueError(f"forget: expected images that are not in retain, got {len(rows)} that are (rows {shown}); allow_overlap=True accepts them")
+
+
+def _warn_of_near_copies(forget: ImageStore, retain: ImageStore, index: Tensor, sqdist: Tensor) -> None:
+    found = copies_among_neighbors(forget, retain, index, sqdist)
+    if len(found):
+        hint = "near_copies(forget, retain) finds all of them, retain.select(rows) leaves them out"
+        text = f"neighbors: expected images that do not show the image to forget, got {found}. {hint}"
+        warnings.warn(text, NearCopyWarning, stacklevel=3)

@@ -17,7 +17,8 @@ class Neighbors:
 
     Sets larger than memory are streamed (npy, idx). The file has index [N, k] and sqdist [N, k], nearest
     first, and read, in JSON: what was read, and how. The squared distances of uint8 images are exact integers
-    in grey levels.
+    in grey levels. Images to keep that show an image to forget (JPEGs of it, resized, turned
+    or mirrored) are counted and named.
 
     Try: fastunlearn neighbors --forget forget/ --retain retain.npy --k 10 --output neighbors.npz
     """
@@ -43,6 +44,7 @@ class Neighbors:
         import numpy as np
 
         from ..checkpoint import atomic_file
+        from ..near_copies import near_copies
         from ..neighbors import nearest_neighbors
 
         if self.output.suffix != ".npz":
@@ -54,5 +56,6 @@ class Neighbors:
         self.output.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(self.output, mode=0o600) as file:
             np.savez(file, index=index.numpy(), sqdist=sqdist.numpy(), read=np.array(json.dumps(read)))
+        print(near_copies(forget, retain))
         print(f"{self.k} neighbours of {len(forget)} images among {len(retain)}: {self.output}")
         return 0

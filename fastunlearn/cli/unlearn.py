@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from .keeping import Dropping, rows_to_keep
 from .options import unset
 from .picture_flags import PictureFlags
 from .unlearn_flags import Execution, MethodFlags, MethodName, Optimization, RunFlags
@@ -46,6 +47,9 @@ class Unlearn:
     """Accept forget images that are also among the images to keep; otherwise an error names them."""
     drop_overlap: bool = False
     """Leave the forget images out of the images to keep: --retain may then be the whole training set."""
+    drop_within: Annotated[str | None, unset("warn of them", "auto|RADIUS")] = None
+    """Leave near copies of the forget images out too: JPEGs of them, resized, turned or mirrored ones (auto), or all that are, in one of the
+    8 orientations, within a radius: L2 over all pixels, in grey levels 0..255. Implies --drop_overlap."""
     report_images: bool = False
     """Write private/reconstructions.png (mode 0600), which shows forget images; without it nothing that is written shows or stores one."""
     pictures: PictureFlags = field(default_factory=PictureFlags)
@@ -72,6 +76,7 @@ class Unlearn:
         from ..unlearner import Unlearner, check_stores
         from .options import prepare_host
 
+        dropping = Dropping.from_flags(self.drop_overlap, self.drop_within)
         method, optimization, execution, flags = self.hyperparameter.build(self.method), self.optimizer, self.execution, self.bookkeeping
         check_replaceable(self.output / "model")
         prepare_host(device)
@@ -79,6 +84,11 @@ class Unlearn:
         model = model.to(memory_format=execution.memory_format(device)).train()
         images: dict[str, Any] = {}  # what was read, for run.json
         forget, retain = self._load(method, model, images)
+        dropping.check_sets(forget, retain)
+        found = {}
+        if forget is not None and retain is not None:
+            kept = processes.by_first(lambda: rows_to_keep(forget, retain, dropping, allow_overlap=self.allow_overlap))
+            retain, found = kept.of(retain), kept.record
         check_stores(method, forget, retain, allow_overlap=self.allow_overlap)
         private = self.output / run_record.PRIVATE_FOLDER
         autocast_dtype = execution.autocast_dtype(device)
@@ -89,7 +99,7 @@ class Unlearn:
             batch_size=optimization.train_batch_size, micro_batch_size=optimization.micro_batch_size, total_steps=optimization.max_train_steps, seed=flags.seed,
             autocast_dtype=autocast_dtype, grad_scaler=torch.amp.GradScaler(device.type, init_scale=2.0**10) if autocast_dtype == torch.float16 else None,
             max_grad_norm=optimization.max_grad_norm, ema=ema, lr_scheduler=lr_scheduler, allow_overlap=self.allow_overlap, compile=execution.compile_argument,
-            process_group=processes.group,
+            process_group=processes.group, warn_of_near_copies=False,  # said above, of all orientations
         )  # fmt: skip
         try:
             with tf32(True if execution.allow_tf32 else None):
@@ -98,7 +108,7 @@ class Unlearn:
                     checkpoints_total_limit=flags.checkpoints_total_limit, resume_from_checkpoint=flags.resume_from_checkpoint, report_to=flags.report_to,
                     logging_steps=flags.logging_steps, max_skipped_steps=flags.max_skipped_steps,
                     max_skipped_share=flags.max_skipped_share,
-                    record={"base_model": str(self.model.absolute()), "images": images},
+                    record={"base_model": str(self.model.absolute()), "images": images, "forget_in_retain": found},
                 )  # fmt: skip
         finally:
             if processes.rank == 0:
@@ -128,8 +138,6 @@ class Unlearn:
         forget, retain = (
             load_for(model, name, paths, self.pictures, images) if paths else None for name, paths in sets
         )
-        if self.drop_overlap and forget is not None and retain is not None:
-            retain = _without(retain, forget)
         return forget, retain
 
     def _note_private_files(self, private: Path) -> None:
@@ -166,18 +174,3 @@ def _neighbors(forget: ImageStore, retain: ImageStore, k: int, cache_dir: Path):
     from ..neighbors import nearest_neighbors
 
     return nearest_neighbors(forget, retain, k, cache_dir=cache_dir, show_progress=True)
-
-
-def _without(retain: ImageStore, forget: ImageStore) -> ImageStore:
-    """`retain` less the rows that also stand in `forget`."""
-    import torch
-
-    from ..store import overlap
-
-    dropped, _ = overlap(retain, forget)
-    if len(dropped) == len(retain):
-        raise ValueError(f"--retain: expected images that are not among the forget images, got {len(retain)} that all are")
-    keep = torch.ones(len(retain), dtype=torch.bool)
-    keep[dropped] = False
-    print(f"images to keep: {int(keep.sum())} ({len(dropped)} dropped, which are to be forgotten)")
-    return retain.select(keep.nonzero().flatten()) if len(dropped) else retain

@@ -70,7 +70,11 @@ def all_scales(height: int, width: int) -> list[float]:
     """From half to double. Down: every size in pixels, or sixteen. Up, where sizes differ little: a few."""
     side = min(height, width)
     half = -(-side // 2)
-    smaller = np.unique(np.linspace(half, side - 1, min(side - half, LARGEST_SIDE // 2)).round()) if side > 1 else []
+    smaller = (
+        np.unique(np.linspace(half, side - 1, min(side - half, LARGEST_SIDE // 2)).round())
+        if side > 1
+        else []
+    )
     return [size / side for size in smaller] + [1.1, 1.25, 1.4, 1.5, 1.6, 1.75, 2.0]
 
 
@@ -92,7 +96,9 @@ class Resizes:
         for name in filters:
             for scale in scales:
                 sizes = max(1, round(height * scale)), max(1, round(width * scale))
-                pairs.append((_there_and_back(height, sizes[0], name), _there_and_back(width, sizes[1], name)))
+                pairs.append(
+                    (_there_and_back(height, sizes[0], name), _there_and_back(width, sizes[1], name))
+                )
         different = {(left.tobytes(), right.tobytes()): (left, right) for left, right in pairs}
         size = reduced_size(height, width)
         self.left, self.right = (
@@ -110,7 +116,11 @@ class Resizes:
 
     def one(self, number: int, images: Tensor) -> Tensor:
         """The version `number` alone, `[n, C, h, w]`."""
-        return reduced(images) if number == 0 else (self.left[number] @ images @ self.right[number]).clamp_(0, 255)
+        return (
+            reduced(images)
+            if number == 0
+            else (self.left[number] @ images @ self.right[number]).clamp_(0, 255)
+        )
 
 
 def _there_and_back(side: int, size: int, name: str) -> np.ndarray:

@@ -1,0 +1,129 @@
+"""Which images `fastunlearn unlearn` keeps: all of --retain but those that show an image to forget, where that is asked for."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..near_copies import NearCopies
+    from ..store import ImageStore
+
+
+@dataclass(frozen=True)
+class Dropping:
+    """What --drop_overlap and --drop_within ask for.
+
+    Attributes:
+        overlap: leave out images that equal an image to forget; asked for along with `within`.
+        within: leave out near copies: "auto" or a radius in grey levels; None: warn of them.
+
+    Raises:
+        ValueError: `within` is none of these.
+    """
+
+    overlap: bool
+    within: str | float | None
+
+    @classmethod
+    def from_flags(cls, drop_overlap: bool, drop_within: str | None) -> Dropping:
+        if drop_within is None or drop_within == "auto":
+            return cls(drop_overlap or drop_within is not None, drop_within)
+        try:
+            radius = float(drop_within)
+        except ValueError:
+            radius = -1.0
+        if not 0 <= radius < float("inf"):
+            expected = "auto or a radius in grey levels, a number >= 0"
+            raise ValueError(f"--drop_within: expected {expected}, got {drop_within!r}")
+        return cls(True, radius)
+
+    def check_sets(self, forget: ImageStore | None, retain: ImageStore | None) -> None:
+        """Refuses to drop nothing because there is nothing to compare.
+
+        Raises:
+            ValueError: naming the flag and the set that is missing.
+        """
+        if not self.overlap or (forget is not None and retain is not None):
+            return
+        flag = "--drop_overlap" if self.within is None else "--drop_within"
+        missing = "--forget" if forget is None else "--retain"
+        raise ValueError(f"{flag}: expected --forget and --retain, got no {missing}")
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What stays of the images to keep.
+
+    Attributes:
+        rows: int64, of --retain; None: all.
+        record: for `run.json`: the rows of --retain that were dropped, and those that were found and kept.
+    """
+
+    rows: Any
+    record: dict[str, Any]
+
+    def of(self, retain: ImageStore) -> ImageStore:
+        """The store of these rows."""
+        return retain if self.rows is None else retain.select(self.rows)
+
+
+def rows_to_keep(forget: ImageStore, retain: ImageStore, dropping: Dropping, *, allow_overlap: bool) -> Kept:
+    """Compares the sets, and prints what was found: numbers, and rows of --retain.
+
+    Raises:
+        ValueError: no image to keep would be left.
+    """
+    import torch
+
+    from ..near_copies import near_copies
+    from ..store import overlap
+    from ..unlearner import check_same_kind
+
+    check_same_kind(forget, retain)
+    record: dict[str, Any] = {}
+    rows = torch.arange(len(retain))
+    if dropping.overlap:
+        equal, _ = overlap(retain, forget)
+        rows = _without(rows, equal, "--drop_overlap" if dropping.within is None else "--drop_within")
+        record["dropped_equal"] = equal.tolist()
+        print(_of_equal(len(rows), len(equal)))
+    elif not allow_overlap and len(overlap(forget, retain)[0]):
+        return Kept(None, record)  # will be refused, in words of its own: no search before that
+
+    compared = retain if len(rows) == len(retain) else retain.select(rows)
+    found = near_copies(forget, compared, within="auto" if dropping.within is None else dropping.within)
+    found = replace(found, retain_rows=rows[found.retain_rows])
+    copies = found.retain_rows.unique()
+    if dropping.within is not None:
+        rows = _without(rows, copies, "--drop_within")
+        record |= {"drop_within": dropping.within, "dropped_near_copies": copies.tolist()}
+        print(_of_near_copies(len(rows), found, dropping.within))
+    else:
+        found = found.unequal() if allow_overlap else found
+        record["kept_near_copies"] = found.retain_rows.unique().tolist()
+        if len(found):
+            print(f"warning: among the images to keep are {found}. --drop_within auto leaves them out", file=sys.stderr)
+    return Kept(None if len(rows) == len(retain) else rows, record)
+
+
+def _without(rows, dropped, flag: str):
+    """`rows` that are not in `dropped`; at least one."""
+    import torch
+
+    left = rows[~torch.isin(rows, dropped)]
+    if len(left) == 0:
+        raise ValueError(f"{flag}: expected images to keep that show no image to forget, got {len(rows)} that all do")
+    return left
+
+
+def _of_equal(kept: int, dropped: int) -> str:
+    if dropped == 0:
+        return f"images to keep: {kept} (none dropped: none is equal to an image to forget)"
+    return f"images to keep: {kept} ({dropped} dropped, which are to be forgotten)"
+
+
+def _of_near_copies(kept: int, found: NearCopies, within: str | float) -> str:
+    dropped = len(found.retain_rows.unique())
+    return f"images to keep: {kept} ({dropped or 'none'} dropped by --drop_within {within}: {found})"
