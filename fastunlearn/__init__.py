@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from . import functional
+    from .copies import near_copies
     from .draws import Draws
     from .methods import SISS, EraseDiff, NegGrad, ReTrack, Vanilla
-    from .near_copies import near_copies
     from .neighbors import nearest_neighbors
     from .schedule import NoiseSchedule
     from .selection import LowPass
@@ -45,7 +45,7 @@ __all__ = [
     "siss_step",
     "vanilla_step",
 ]
-_MODULES = ("functional", "draws", "methods", "near_copies", "neighbors", "schedule", "selection", "step", "store", "unlearner")  # where the names above live
+_MODULES = ("functional", "draws", "copies", "methods", "neighbors", "schedule", "selection", "step", "store", "unlearner")  # where the names above live
 
 
 def __getattr__(name: str):

@@ -16,10 +16,10 @@ from . import _check, philox
 from . import draws as draw
 from .agreement import check_agreement
 from .compilation import Compile, compile_seconds, resolve_compile
+from .copies import NearCopyWarning, copies_among_neighbors
 from .draws import CounterSource, Draws, Purpose
 from .feeds import HostFeed, open_feed
 from .methods import Batch, Method
-from .near_copies import NearCopyWarning, copies_among_neighbors
 from .neighbors import check_neighbors, nearest_neighbors
 from .precision import resolve_autocast
 from .profiling import stage

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastunlearn.near_copies import near_copies
+from fastunlearn.copies import near_copies
 from fastunlearn.store import ImageStore
 
 FILTERS = ("BILINEAR", "BICUBIC", "LANCZOS", "BOX", "HAMMING", "NEAREST")

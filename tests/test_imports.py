@@ -15,7 +15,7 @@ LAYERS = [
     {"schedule", "store", "state_tree", "philox", "selection", "folder_lock", "run_health"},
     {"checkpoint", "kernels"},
     {"reference", "ops", "data"},
-    {"functional", "neighbor_search", "neighbors", "near_copies", "feeds"},
+    {"functional", "neighbor_search", "neighbors", "copies", "feeds"},
     {"draws", "gradients", "agreement", "wrappers"},
     {"methods"},
     {"evaluation", "compilation", "attention", "losses", "conditioning", "trained"},

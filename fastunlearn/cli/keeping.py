@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..near_copies import NearCopies
+    from ..copies import NearCopies
     from ..store import ImageStore
 
 
@@ -77,7 +77,7 @@ def rows_to_keep(forget: ImageStore, retain: ImageStore, dropping: Dropping, *, 
     """
     import torch
 
-    from ..near_copies import near_copies
+    from ..copies import near_copies
     from ..store import overlap
     from ..unlearner import check_same_kind
 

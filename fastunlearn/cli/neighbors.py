@@ -44,7 +44,7 @@ class Neighbors:
         import numpy as np
 
         from ..checkpoint import atomic_file
-        from ..near_copies import near_copies
+        from ..copies import near_copies
         from ..neighbors import nearest_neighbors
 
         if self.output.suffix != ".npz":

@@ -20,9 +20,11 @@ COMPRESSION = 1.2
 # Of the distance that all but 1 % of the images of the set keep from their nearest: below it, a copy whatever it is.
 CLOSE = 0.2
 # Of the median of these distances: beyond it, no copy.
-APART = 0.6
+APART = 0.4
 # Grey levels, root mean square: two pictures that differ by less are one.
 ROUNDING = 1.0
+# Times the limit: what compression may have done to the sharper of two pictures.
+SHARPER = 1.5
 # Times the limit: pairs farther apart when softened are not worth resizing the second picture.
 WORTH_A_LOOK = 3.0
 SOFT_SCALES, SOFT_FILTER = (0.5, 0.75, 2.0), "BILINEAR"
@@ -72,7 +74,7 @@ class Judge:
         unsettled = (left > limit) & (softened <= WORTH_A_LOOK * limit)
         for number in unsettled.nonzero().flatten().tolist():
             left[number] = min(left[number].item(), _left_of_sharper(others[number], image))
-            if limit < left[number] <= 2 * limit and left[number] <= self.limit(others[number]):
+            if limit < left[number] <= SHARPER * limit and left[number] <= self.limit(others[number]):
                 left[number] = limit
         return left <= limit
 

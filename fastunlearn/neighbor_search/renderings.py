@@ -15,6 +15,7 @@ from torch import Tensor
 
 LARGEST_SIDE = 32
 FILTERS = ("NEAREST", "BOX", "BILINEAR", "HAMMING", "BICUBIC", "LANCZOS")  # Pillow's names
+SAME = 0.04  # how far the weights of two ways to resize may differ that count as one
 JPEG_QUALITY, JPEG_BLOCK = 50, 8
 
 
@@ -67,15 +68,12 @@ def reduced(images: Tensor) -> Tensor:
 
 
 def all_scales(height: int, width: int) -> list[float]:
-    """From half to double. Down: every size in pixels, or sixteen. Up, where sizes differ little: a few."""
+    """From half to double: every size in pixels; of larger images fewer, because the reduced size shows less."""
     side = min(height, width)
-    half = -(-side // 2)
-    smaller = (
-        np.unique(np.linspace(half, side - 1, min(side - half, LARGEST_SIDE // 2)).round())
-        if side > 1
-        else []
-    )
-    return [size / side for size in smaller] + [1.1, 1.25, 1.4, 1.5, 1.6, 1.75, 2.0]
+    if side <= LARGEST_SIDE:
+        return [size / side for size in range(-(-side // 2), 2 * side + 1)]
+    count = 16 if side < 4 * LARGEST_SIDE else 4
+    return [*np.linspace(0.5, 1, count, endpoint=False), *np.linspace(2, 1, count // 2, endpoint=False)]
 
 
 class Resizes:
@@ -88,24 +86,23 @@ class Resizes:
 
     Attributes:
         left: `[V, h, H]`, and right `[V, W, w]`: what resizing does is linear, `left[v] @ image @ right[v]`. The
-            first pair resizes nothing; pairs that do the same are there once.
+            first pair resizes nothing; pairs that do nearly the same as one before are left out.
     """
 
     def __init__(self, height: int, width: int, scales: list[float], filters: tuple[str, ...] = FILTERS):
-        pairs = [(_there_and_back(height, height, "BOX"), _there_and_back(width, width, "BOX"))]
-        for name in filters:
-            for scale in scales:
-                sizes = max(1, round(height * scale)), max(1, round(width * scale))
-                pairs.append(
-                    (_there_and_back(height, sizes[0], name), _there_and_back(width, sizes[1], name))
-                )
-        different = {(left.tobytes(), right.tobytes()): (left, right) for left, right in pairs}
         size = reduced_size(height, width)
-        self.left, self.right = (
-            F.adaptive_avg_pool1d(torch.from_numpy(np.stack(axes)).mT, length).mT.contiguous()
-            for axes, length in zip(zip(*different.values(), strict=True), size, strict=True)
-        )
-        self.right = self.right.mT.contiguous()
+        pairs = np.empty((0, size[0] * height + size[1] * width), np.float32)
+        for name, scale in [("BOX", 1.0), *((name, scale) for name in filters for scale in scales)]:
+            axes = [
+                _there_and_back(side, max(1, round(side * scale)), name, length)
+                for side, length in zip((height, width), size, strict=True)
+            ]
+            pair = np.concatenate([axis.ravel() for axis in axes])
+            if not (np.abs(pairs - pair).max(axis=1, initial=0) <= SAME).any():
+                pairs = np.concatenate([pairs, pair[None]])
+        left, right = np.split(pairs, [size[0] * height], axis=1)
+        self.left = torch.from_numpy(left.reshape(-1, size[0], height))
+        self.right = torch.from_numpy(right.reshape(-1, size[1], width)).mT.contiguous()
 
     def __len__(self) -> int:
         return len(self.left)
@@ -116,20 +113,19 @@ class Resizes:
 
     def one(self, number: int, images: Tensor) -> Tensor:
         """The version `number` alone, `[n, C, h, w]`."""
-        return (
-            reduced(images)
-            if number == 0
-            else (self.left[number] @ images @ self.right[number]).clamp_(0, 255)
-        )
+        if number == 0:
+            return reduced(images)
+        return (self.left[number] @ images @ self.right[number]).clamp_(0, 255)
 
 
-def _there_and_back(side: int, size: int, name: str) -> np.ndarray:
-    """float32 `[side, side]`: what resizing to `size` and back makes of an axis of `side` pixels."""
+def _there_and_back(side: int, size: int, name: str, reduced_side: int) -> np.ndarray:
+    """float32 `[reduced_side, side]`: an axis of `side` pixels resized to `size` and back, and reduced."""
     from PIL import Image
 
     axis = Image.fromarray(np.eye(side, dtype=np.float32))  # Pillow does not round floats
     there = axis.resize((side, size), Image.Resampling[name])
-    return np.array(there.resize((side, side), Image.Resampling[name]))
+    back = np.array(there.resize((side, side), Image.Resampling[name]))
+    return F.adaptive_avg_pool1d(torch.from_numpy(back).T[None], reduced_side)[0].T.numpy()
 
 
 # --- compression -----------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from .neighbor_search import likeness, renderings, search_uint8
 from .neighbors import nearest_neighbors
 from .store import ImageStore
 
-FIRST_CANDIDATES = 16  # of a forget row; more where half of them are copies
+FIRST_CANDIDATES = 32  # of a forget row; more where half of them are copies
 FIRST_NEIGHBORS = 4  # of a forget row that `copies_among_neighbors` looks at
 SAMPLE = 256  # retain rows whose distances to their nearest others are measured
 CHUNK_BYTES = 2**24  # retain rows that are read at a time
