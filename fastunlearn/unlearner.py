@@ -170,7 +170,7 @@ class Unlearner:
                 self._feeds[branch] = open_feed(store, self.device, rows_of_step, batch_size=self.rows_here, residency=residency)
         if "neighbors" in method.batches:
             index, sqdist = self._find_neighbors(neighbors)
-            if warn_of_near_copies and not self.retain.latents:
+            if warn_of_near_copies and self.rank == 0 and not self.retain.latents:
                 _warn_of_near_copies(self.forget, self.retain, index, sqdist)
             self._neighbor_store, index = self._feeds["retain"].neighbors(index)
             self.neighbors = index, sqdist

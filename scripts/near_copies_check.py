@@ -1,9 +1,10 @@
 """How many planted copies `near_copies` finds, and how many images of a clean set it takes for copies.
 
-    python scripts/near_copies_check.py --name mnist --images mnist.npz --output bench/results/near_copies_mnist.json
+    python scripts/near_copies_check.py --name MNIST --images mnist.npz --output result.json
 
-`--images` is an .npz with an array `images`, uint8 `[N, H, W]` or `[N, H, W, C]`; `--rows` takes the first of them.
-For every seed, `--forget` rows are taken out at random as the images to forget; the others are the images to keep.
+`--images` is an .npz with an array `images`, uint8 `[N, H, W]` or `[N, H, W, C]`; `--rows` takes the first of
+them. For every seed, `--forget` rows are taken out at random as the images to forget; the others are the
+images to keep.
 
 - clean: these two sets as they are; a forget row of which a copy is found counts as a false alarm.
 - planted: one copy of every forget row, of one class of copies in turn, replaces a row among those to keep.
@@ -66,7 +67,10 @@ def combined(image: np.ndarray, random: np.random.Generator) -> np.ndarray:
 COPIES = {
     "jpeg": jpeg,
     "turned": turned,
-    **{f"resized, {name.lower()}": lambda image, random, name=name: resized(image, random, name) for name in FILTERS},
+    **{
+        f"resized, {name.lower()}": lambda image, random, name=name: resized(image, random, name)
+        for name in FILTERS
+    },
     "resized, turned, jpeg": combined,
 }
 
@@ -92,7 +96,11 @@ def clean(images: np.ndarray, forget: np.ndarray, retain: np.ndarray) -> tuple[l
     started = time.perf_counter()
     found = near_copies(ImageStore(images[forget]), ImageStore(images[retain]))
     seconds = time.perf_counter() - started
-    columns = forget[found.forget_rows.numpy()], retain[found.retain_rows.numpy()], found.distances.numpy().round(1)
+    columns = (
+        forget[found.forget_rows.numpy()],
+        retain[found.retain_rows.numpy()],
+        found.distances.numpy().round(1),
+    )
     return [list(pair) for pair in zip(*(column.tolist() for column in columns), strict=True)], seconds
 
 
@@ -111,7 +119,9 @@ def measure(images: np.ndarray, num_forget: int, clean_seeds: list[int], planted
             result["planted"][seed] = counts
         print(seed, json.dumps({part: runs.get(seed) for part, runs in result.items()}), flush=True)
     runs = result["clean"].values()
-    found, total = np.sum([counts for run in result["planted"].values() for counts in run["found"].values()], axis=0)
+    found, total = np.sum(
+        [counts for run in result["planted"].values() for counts in run["found"].values()], axis=0
+    )
     result["false_alarms"] = sum(run["false_alarms"] for run in runs) / max(1, num_forget * len(runs))
     result["found"] = int(found) / int(total)
     result["passed"] = result["found"] >= LIMITS["found"] and result["false_alarms"] <= LIMITS["false_alarms"]
@@ -119,7 +129,9 @@ def measure(images: np.ndarray, num_forget: int, clean_seeds: list[int], planted
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--name", required=True, help="of the data set, as the result calls it")
     parser.add_argument("--images", type=Path, required=True)
     parser.add_argument("--rows", type=int, help="the first rows only")
@@ -131,7 +143,12 @@ def main() -> int:
     images = np.load(options.images)["images"][: options.rows]
     images = images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2).copy()
     result = measure(images, options.forget, options.clean_seeds, options.planted_seeds)
-    about = {"data": options.name, "images": len(images), "forget": options.forget, "threads": torch.get_num_threads()}
+    about = {
+        "data": options.name,
+        "images": len(images),
+        "forget": options.forget,
+        "threads": torch.get_num_threads(),
+    }
     options.output.write_text(json.dumps(about | result, indent=1) + "\n")
     print(f"found {result['found']:.4f}, false alarms {result['false_alarms']:.5f}: {options.output}")
     return 0 if result["passed"] else 1

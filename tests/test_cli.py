@@ -405,6 +405,109 @@ def test_a_defect_keeps_its_traceback(world, tmp_path, monkeypatch):
         unlearn(world, tmp_path / "run")
 
 
+# --- near copies ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def copied(world, tmp_path_factory) -> SimpleNamespace:
+    """Twenty smooth images to keep, of which row 4 is a JPEG of the image to forget, and row 7 the same mirrored."""
+    root = tmp_path_factory.mktemp("copied")
+    generator = np.random.default_rng(3)
+    small = generator.integers(0, 256, (21, 4, 4), dtype=np.uint8)
+    forget, *retain = (np.asarray(Image.fromarray(image).resize((8, 8))) for image in small)
+    Image.fromarray(forget).save(root / "forget.png")
+    Image.fromarray(forget).save(root / "copy.jpg", quality=90)
+    retain[4] = np.asarray(Image.open(root / "copy.jpg"))
+    retain[7] = retain[4][:, ::-1]
+    np.save(root / "retain.npy", np.stack(retain)[:, None])
+    np.save(root / "clean.npy", np.delete(np.stack(retain)[:, None], [4, 7], axis=0))
+    distance = np.linalg.norm(retain[4].astype(float) - forget)
+    return SimpleNamespace(model=world.model, forget=root / "forget.png", retain=root / "retain.npy", clean=root / "clean.npy", distance=distance)
+
+
+def in_record(run_dir: Path) -> dict:
+    return json.loads((run_dir / "run.json").read_text())["forget_in_retain"]
+
+
+def test_near_copies_are_warned_of_with_numbers_and_rows(copied, tmp_path, capsys):
+    assert unlearn(copied, tmp_path / "run") == 0
+    shown = capsys.readouterr()
+    warning = next(line for line in shown.err.splitlines() if line.startswith("warning: "))
+    assert warning.startswith(f"warning: among the images to keep are 2 near copies of 1 image to forget, {copied.distance:.4g} to ")
+    assert f"forget row 0: retain rows 4 ({copied.distance:.4g}), 7 ({copied.distance:.4g}, mirrored)" in warning
+    assert warning.endswith("--drop_within auto leaves them out")
+    assert in_record(tmp_path / "run") == {"kept_near_copies": [4, 7]}
+    assert unlearn(copied, tmp_path / "clean", "--retain", copied.clean) == 0
+    assert "warning" not in capsys.readouterr().err
+    assert in_record(tmp_path / "clean") == {"kept_near_copies": []}
+
+
+@pytest.mark.parametrize("within", ["auto", "radius"])
+def test_near_copies_are_dropped(copied, tmp_path, capsys, within):
+    within = "auto" if within == "auto" else f"{copied.distance:.2f}1"
+    assert unlearn(copied, tmp_path / "whole", "--drop_within", within) == 0
+    shown = capsys.readouterr()
+    assert f"images to keep: 18 (2 dropped by --drop_within {within}" in shown.out
+    assert f"forget row 0: retain rows 4 ({copied.distance:.4g}), 7 ({copied.distance:.4g}, mirrored)" in shown.out
+    assert "warning" not in shown.err
+    record = in_record(tmp_path / "whole")
+    assert (record["dropped_equal"], record["dropped_near_copies"]) == ([], [4, 7])
+    assert str(record["drop_within"]) == within
+    assert unlearn(copied, tmp_path / "clean", "--retain", copied.clean) == 0
+    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "clean"))
+
+
+def test_rows_are_those_of_the_retain_set_given_where_equal_ones_are_dropped_too(copied, tmp_path, capsys):
+    both = ("--retain", copied.forget, copied.retain)
+    assert unlearn(copied, tmp_path / "run", *both, "--drop_within", "auto") == 0
+    shown = capsys.readouterr().out
+    assert "images to keep: 20 (1 dropped, which are to be forgotten)" in shown
+    assert f"forget row 0: retain rows 5 ({copied.distance:.4g}), 8 (" in shown
+    assert in_record(tmp_path / "run") == {"dropped_equal": [0], "drop_within": "auto", "dropped_near_copies": [5, 8]}
+
+
+def test_dropping_nothing_is_said(world, copied, tmp_path, capsys):
+    assert unlearn(world, tmp_path / "equal", "--drop_overlap") == 0
+    assert "images to keep: 20 (none dropped: none is equal to an image to forget)" in capsys.readouterr().out
+    assert unlearn(copied, tmp_path / "near", "--retain", copied.clean, "--drop_within", "auto") == 0
+    assert "images to keep: 18 (none dropped by --drop_within auto: no near copies" in capsys.readouterr().out
+    vanilla = ("unlearn", "--model", world.model, "--retain", world.retain, "--output", tmp_path / "run", *FAST, "--method", "vanilla")
+    assert run(*vanilla, "--drop_overlap") == 2
+    assert "--drop_overlap: expected --forget and --retain, got no --forget" in capsys.readouterr().err
+
+
+def test_equal_images_that_are_allowed_are_not_warned_of(copied, tmp_path, capsys):
+    both = ("--retain", copied.forget, copied.clean)
+    assert unlearn(copied, tmp_path / "run", *both, "--allow_overlap") == 0
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_a_resumed_run_has_the_same_images_to_keep(copied, tmp_path, capsys):
+    longer = ("--steps", "4", "--checkpointing_steps", "2")
+    assert unlearn(copied, tmp_path / "run", "--drop_within", "auto") == 0
+    resumed = (*longer, "--resume_from_checkpoint", "latest")
+    assert unlearn(copied, tmp_path / "run", *resumed) == 2
+    assert "resume_from_checkpoint: expected a checkpoint of a run with data" in capsys.readouterr().err
+    assert unlearn(copied, tmp_path / "run", *resumed, "--drop_within", "auto") == 0
+    assert unlearn(copied, tmp_path / "whole", *longer, "--retain", copied.clean) == 0
+    assert_same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+
+
+WRONG_DROPPING = [
+    ("no radius", ["--drop_within", "near"], r"--drop_within: expected auto or a radius in grey levels, a number >= 0, got 'near'"),
+    ("a negative one", ["--drop_within", "-3"], r"--drop_within: expected auto or a radius in grey levels, a number >= 0, got '-3'"),
+    ("no number", ["--drop_within", "nan"], r"--drop_within: expected auto or a radius in grey levels, a number >= 0, got 'nan'"),
+    ("everything", ["--drop_within", "99999"], r"--drop_within: expected images to keep that show no image to forget, got 20 that all do"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), [case[1:] for case in WRONG_DROPPING], ids=[case[0] for case in WRONG_DROPPING])
+def test_a_radius_that_is_none_or_leaves_nothing(copied, tmp_path, capsys, arguments, message):
+    assert unlearn(copied, tmp_path / "run", *arguments) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+
+
 # --- the other commands ----------------------------------------------------------------------------------------------------------
 
 
@@ -445,6 +548,13 @@ def test_neighbors(world, tmp_path):
     assert (read["forget"]["files"], read["retain"]["rows"]) == (2, 20)
     assert read["forget"]["options"]["crop"] == "center"
     assert stat.S_IMODE((tmp_path / "near.npz").stat().st_mode) == 0o600
+
+
+def test_neighbors_names_near_copies(copied, tmp_path, capsys):
+    assert run("neighbors", "--forget", copied.forget, "--retain", copied.retain, "--k", "4", "--output", tmp_path / "near.npz") == 0
+    assert f"2 near copies of 1 image to forget, {copied.distance:.4g} to" in capsys.readouterr().out
+    assert run("neighbors", "--forget", copied.forget, "--retain", copied.clean, "--k", "4", "--output", tmp_path / "near.npz") == 0
+    assert "no near copies" in capsys.readouterr().out
 
 
 def test_neighbors_wants_an_npz(world, tmp_path, capsys):

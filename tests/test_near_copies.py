@@ -1,4 +1,4 @@
-"""Copies of an image to forget among the images to keep: planted ones are found, clean sets raise no alarm."""
+"""Copies of images to forget among those to keep: planted ones are found, clean sets raise no alarm."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def found_pairs(forget: np.ndarray, retain: np.ndarray, **options) -> set[tuple[
     return set(zip(found.forget_rows.tolist(), found.retain_rows.tolist(), strict=True))
 
 
-# --- auto ------------------------------------------------------------------------------------------------------------
+# --- auto ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("data", ["digits", "photographs"])
@@ -108,16 +108,23 @@ def test_planted_copies_are_found_and_nothing_else(request, data, kind):
 
 @pytest.mark.parametrize("data", ["digits", "photographs"])
 def test_the_image_to_forget_may_be_the_worse_copy(request, data):
-    """The original stays among the images to keep, and what is given to forget was compressed, resized or turned."""
+    """The original is among the images to keep; what is given to forget was compressed, resized, turned."""
     forget, retain = sets(request.getfixturevalue(data))
-    kinds = "jpeg 60", "half, bilinear", "half, box", "0.83, bicubic", "double, bicubic", "half, turned, jpeg 60"
+    kinds = (
+        "jpeg 60",
+        "half, bilinear",
+        "half, box",
+        "0.83, bicubic",
+        "double, bicubic",
+        "half, turned, jpeg 60",
+    )
     retain[: len(kinds)] = forget[: len(kinds)]
     worse = np.stack([COPIES[kind](image) for kind, image in zip(kinds, forget, strict=False)])
     assert found_pairs(worse, retain) == {(row, row) for row in range(len(kinds))}
 
 
 def test_copies_do_not_hide_each_other(digits):
-    """More copies of one image than candidates are looked at at first, near each other and in all orientations."""
+    """More copies of one image than candidates are looked at at first, in all orientations."""
     forget, retain = sets(digits)
     planted = [jpeg(turned(forget[3], number % 8), 60 + number % 36) for number in range(40)]
     retain[100:140] = np.stack(planted)
@@ -129,7 +136,7 @@ def test_clean_sets_raise_no_alarm(digits):
 
 
 def test_tiny_images_that_are_close_to_each_other_raise_no_alarm():
-    """Digits of 8 x 8: compression changes them as much as the next digit is away, and the set's own scale decides."""
+    """Digits of 8 x 8: compression moves them as far as the next digit is, so the set's own scale decides."""
     datasets = pytest.importorskip("sklearn.datasets")
     images = (datasets.load_digits().images * 255 / 16).round().astype(np.uint8)[:, None]
     images = images[np.random.default_rng(0).permutation(len(images))]
@@ -145,10 +152,10 @@ def test_distances_orientations_and_words(digits):
     assert found.orientations.tolist() == [1, 6]
     expected = np.linalg.norm(retain[7].astype(float) - turned(forget[2], 6))
     assert found.distances.tolist() == [0, pytest.approx(expected)]
-    words = f"2 near copies of 1 image to forget, 0 to {expected:.4g} away (L2 in grey levels; images of the set are "
+    words = f"2 near copies of 1 image to forget, 0 to {expected:.4g} away (L2 in grey levels; images of the"
     assert str(found).startswith(words)
-    rows = f"forget row 2: retain rows 5 (0, turned by 90 degrees), 7 ({expected:.4g}, turned by 180 degrees and mirrored)"
-    assert str(found).endswith(rows)
+    rows = f"retain rows 5 (0, turned by 90 degrees), 7 ({expected:.4g}, turned by 180 degrees and mirrored)"
+    assert str(found).endswith(f": forget row 2: {rows}")
 
 
 def test_float_images_are_compared_as_bytes_are(digits):
@@ -172,9 +179,18 @@ def test_images_that_are_not_square_have_four_orientations(photographs):
 
 
 def test_large_images_are_found_in_the_reduced_size(photographs):
-    large = np.stack([pixels(picture(image).resize((144, 144), Image.Resampling.BICUBIC)) for image in photographs[:60]])
+    large = np.stack(
+        [pixels(picture(image).resize((144, 144), Image.Resampling.BICUBIC)) for image in photographs[:60]]
+    )
     forget, retain = sets(large)
-    kinds = "jpeg 60", "half, bilinear", "half, box", "0.83, bicubic", "orientation 3", "half, turned, jpeg 60"
+    kinds = (
+        "jpeg 60",
+        "half, bilinear",
+        "half, box",
+        "0.83, bicubic",
+        "orientation 3",
+        "half, turned, jpeg 60",
+    )
     for row, kind in enumerate(kinds):
         retain[row] = COPIES[kind](forget[row])
     assert found_pairs(forget, retain) == {(row, row) for row in range(len(kinds))}
@@ -218,10 +234,14 @@ def test_chunks_and_blocks_change_nothing(digits, monkeypatch):
     for row, image in enumerate(forget):
         retain[90 * row] = COPIES["half, turned, jpeg 60"](image)
     whole = near_copies(ImageStore(forget), ImageStore(retain))
-    monkeypatch.setattr("fastunlearn.copies.CHUNK_BYTES", 7 * 784)
-    monkeypatch.setattr("fastunlearn.copies.QUERY_BYTES", 1)
+    monkeypatch.setattr("fastunlearn.neighbor_search.copy_search.CHUNK_BYTES", 7 * 784)
+    monkeypatch.setattr("fastunlearn.neighbor_search.copy_search.QUERY_BYTES", 1)
     parts = near_copies(ImageStore(forget), ImageStore(retain[:400]))
-    assert parts.retain_rows.tolist() == [row for row in whole.retain_rows.tolist() if row < 400] == [0, 90, 180, 270, 360]
+    assert (
+        parts.retain_rows.tolist()
+        == [row for row in whole.retain_rows.tolist() if row < 400]
+        == [0, 90, 180, 270, 360]
+    )
 
 
 def test_a_memory_mapped_set(digits, tmp_path):
@@ -231,15 +251,19 @@ def test_a_memory_mapped_set(digits, tmp_path):
     assert found_pairs(forget, np.load(tmp_path / "retain.npy", mmap_mode="r")) == {(5, 17)}
 
 
-# --- a radius --------------------------------------------------------------------------------------------------------
+# --- a radius -----------------------------------------------------------------------------------------------
 
 
-def brute_force(forget: Tensor, retain: Tensor, radius: float, orientations: int) -> dict[tuple[int, int], float]:
+def brute_force(
+    forget: Tensor, retain: Tensor, radius: float, orientations: int
+) -> dict[tuple[int, int], float]:
     """By the definition: the least distance over the orientations, where it is within the radius."""
     pairs = {}
     for number in range(orientations):
         turned_rows = torch.from_numpy(np.stack([turned(image, number) for image in forget.double().numpy()]))
-        distances = torch.cdist(turned_rows.flatten(1), retain.double().flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
+        distances = torch.cdist(
+            turned_rows.flatten(1), retain.double().flatten(1), compute_mode="donot_use_mm_for_euclid_dist"
+        )
         for pair in (distances <= radius).nonzero().tolist():
             pairs[tuple(pair)] = min(distances[tuple(pair)].item(), pairs.get(tuple(pair), np.inf))
     return pairs
@@ -259,7 +283,9 @@ def test_a_radius_finds_what_brute_force_finds(kind, radius):
     if kind == "latents":
         radius, scale, orientations = radius / 127.5, 1.0, 1
     latents = kind == "latents"
-    found = near_copies(ImageStore(forget, latents=latents), ImageStore(retain, latents=latents), within=radius)
+    found = near_copies(
+        ImageStore(forget, latents=latents), ImageStore(retain, latents=latents), within=radius
+    )
     expected = brute_force(forget, retain, radius / scale, orientations)
     pairs = zip(found.forget_rows.tolist(), found.retain_rows.tolist(), found.distances.tolist(), strict=True)
     assert {(row, other): distance for row, other, distance in pairs} == pytest.approx(
@@ -274,9 +300,34 @@ def test_bad_input(digits):
     cases = [
         (digits[:4], images, "auto", TypeError, "forget: expected an ImageStore, got ndarray"),
         (images, None, "auto", TypeError, "retain: expected an ImageStore, got None"),
-        (images, ImageStore(digits[:4, :, :9]), "auto", ValueError, r"retain: expected rows of shape \(1, 28, 28\)"),
-        (ImageStore(floats), ImageStore(floats, latents=True), 1, ValueError, "retain: expected images, as in forget, got latents"),
-        (images, images, "near", ValueError, "within: expected 'auto' or a radius in grey levels, got 'near'"),
+        (
+            images,
+            ImageStore(digits[:4, :, :9]),
+            "auto",
+            ValueError,
+            r"retain: expected rows of shape \(1, 28, 28\)",
+        ),
+        (
+            ImageStore(floats),
+            ImageStore(floats, latents=True),
+            1,
+            ValueError,
+            "retain: expected images, as in forget, got latents",
+        ),
+        (
+            images,
+            ImageStore(floats),
+            1,
+            TypeError,
+            "retain: expected the dtype of forget, torch.uint8, got torch.float32",
+        ),
+        (
+            images,
+            images,
+            "near",
+            ValueError,
+            "within: expected 'auto' or a radius in grey levels, got 'near'",
+        ),
         (images, images, -1, ValueError, r"within: expected a finite number in \[0, inf\), got -1"),
         (images, images, float("nan"), ValueError, "within: expected a finite number"),
         (images, images, None, TypeError, "within: expected a number, got None"),
@@ -288,7 +339,7 @@ def test_bad_input(digits):
             near_copies(forget, retain, within=within)
 
 
-# --- the parts -------------------------------------------------------------------------------------------------------
+# --- the parts ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", range(8))
@@ -320,7 +371,9 @@ def test_the_reduced_size_is_the_same_in_every_orientation():
 
 def test_what_a_jpeg_changes_does_not_vanish_in_a_jpeg(photographs):
     image = torch.from_numpy(jpeg(photographs[0], renderings.JPEG_QUALITY)).float()
-    assert renderings.change_by_jpeg(image) > 0.3 * renderings.change_by_jpeg(torch.from_numpy(photographs[0]).float())
+    assert renderings.change_by_jpeg(image) > 0.3 * renderings.change_by_jpeg(
+        torch.from_numpy(photographs[0]).float()
+    )
 
 
 def test_the_scale_of_the_set_limits_what_is_a_copy(photographs):
@@ -331,7 +384,7 @@ def test_the_scale_of_the_set_limits_what_is_a_copy(photographs):
     assert likeness.Judge(torch.full((9,), 4 * unlimited)).limit(image) == unlimited
 
 
-# --- an Unlearner ----------------------------------------------------------------------------------------------------
+# --- an Unlearner -------------------------------------------------------------------------------------------
 
 
 def unlearner(forget: np.ndarray, retain: np.ndarray, **options) -> Unlearner:

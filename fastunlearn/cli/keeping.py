@@ -1,4 +1,4 @@
-"""Which images `fastunlearn unlearn` keeps: all of --retain but those that show an image to forget, where that is asked for."""
+"""Which images of --retain `fastunlearn unlearn` keeps: those that show no image to forget, if asked for."""
 
 from __future__ import annotations
 
@@ -104,7 +104,10 @@ def rows_to_keep(forget: ImageStore, retain: ImageStore, dropping: Dropping, *, 
         found = found.unequal() if allow_overlap else found
         record["kept_near_copies"] = found.retain_rows.unique().tolist()
         if len(found):
-            print(f"warning: among the images to keep are {found}. --drop_within auto leaves them out", file=sys.stderr)
+            print(
+                f"warning: among the images to keep are {found}. --drop_within auto leaves them out",
+                file=sys.stderr,
+            )
     return Kept(None if len(rows) == len(retain) else rows, record)
 
 
@@ -114,7 +117,9 @@ def _without(rows, dropped, flag: str):
 
     left = rows[~torch.isin(rows, dropped)]
     if len(left) == 0:
-        raise ValueError(f"{flag}: expected images to keep that show no image to forget, got {len(rows)} that all do")
+        raise ValueError(
+            f"{flag}: expected images to keep that show no image to forget, got {len(rows)} that all do"
+        )
     return left
 
 

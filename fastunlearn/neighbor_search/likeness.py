@@ -1,8 +1,8 @@
-"""Whether two pictures are one: what is left of their distance once resizing is accounted for, beside what compression does.
+"""Whether two pictures are one: what resizing leaves of their distance, beside what compression does.
 
-Images that merely look alike and copies cannot be told apart by one radius for all: half the size and back moves
-a digit as far as the next digit is. So the distance is measured to every resized version of either picture, and
-what is left is compared with what a JPEG changes in that very image.
+Images that merely look alike and copies cannot be told apart by one radius for all: half the size and back
+moves a digit as far as the next digit is. So the distance is measured to every resized version of either
+picture, and what is left is compared with what a JPEG changes in that very image.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch import Tensor
 from . import renderings
 from .renderings import Resizes
 
-# Measured in docs/near_copies.md; copies reach 1.1 times the change by a JPEG of quality 50, other images begin at 1.4.
+# Of the change by a JPEG of quality 50: copies reach 1.1 times that, other images begin at 1.4 times.
 COMPRESSION = 1.2
-# Of the distance that all but 1 % of the images of the set keep from their nearest: below it, a copy whatever it is.
+# Of the distance that all but 1 % of the images of the set keep from their nearest: below it, a copy.
 CLOSE = 0.2
 # Of the median of these distances: beyond it, no copy.
 APART = 0.4
@@ -27,12 +27,13 @@ ROUNDING = 1.0
 SHARPER = 1.5
 # Times the limit: pairs farther apart when softened are not worth resizing the second picture.
 WORTH_A_LOOK = 3.0
+EXACT = "donot_use_mm_for_euclid_dist"  # of torch.cdist: equal images are at a distance of 0
 SOFT_SCALES, SOFT_FILTER = (0.5, 0.75, 2.0), "BILINEAR"
 
 
 @lru_cache(maxsize=4)
 def soft_resizes(height: int, width: int) -> Resizes:
-    """A few, to find candidates with: none for images that are reduced to a quarter, where they leave no trace."""
+    """A few, to find candidates with; none for images that are reduced to a quarter: they leave no trace."""
     leave_a_trace = max(height, width) < 4 * renderings.LARGEST_SIDE
     scales = list(SOFT_SCALES) if leave_a_trace else []
     return Resizes(height, width, scales, (SOFT_FILTER,))
@@ -48,11 +49,13 @@ class Judge:
     """Says of pictures, float32 `[C, H, W]` in 0..255, whether they are near copies.
 
     Args:
-        nearest: float64 `[n]`: distances, in the reduced size, of images of the set to their nearest others; empty
+        nearest: float64 `[n]`: distances, in the reduced size, of images of the set to their nearest others;
+        empty
             where they are unknown.
     """
 
     def __init__(self, nearest: Tensor):
+        nearest = nearest[nearest > 0]  # equal images say nothing of a scale
         known = len(nearest) > 0
         self.close = CLOSE * nearest.quantile(0.01).item() if known else 0.0
         self.largest = APART * nearest.median().item() if known else torch.inf
@@ -67,9 +70,10 @@ class Judge:
         """bool `[n]`: which of `others` `[n, C, H, W]`, turned alike, are copies of `image` `[C, H, W]`."""
         limit = self.limit(image)
         resized = fine_resizes(*image.shape[1:])(image[None])[0].flatten(1)
-        left = torch.cdist(renderings.reduced(others).flatten(1), resized).amin(1)
+        left = torch.cdist(renderings.reduced(others).flatten(1), resized, compute_mode=EXACT).amin(1)
 
-        # Where the copy is the sharper of the two, it has to be resized, and compression may have changed it more.
+        # Where the copy is the sharper of the two, it has to be resized, and compression may have changed it
+        # more.
         softened = _softened_distances(image, others)
         unsettled = (left > limit) & (softened <= WORTH_A_LOOK * limit)
         for number in unsettled.nonzero().flatten().tolist():

@@ -19,11 +19,11 @@ SAME = 0.04  # how far the weights of two ways to resize may differ that count a
 JPEG_QUALITY, JPEG_BLOCK = 50, 8
 
 
-# --- orientations ----------------------------------------------------------------------------------------------------
+# --- orientations -------------------------------------------------------------------------------------------
 
 
 def orientations(height: int, width: int) -> tuple[int, ...]:
-    """Those that keep the shape. Number o turns by `o % 4` quarters and then, from 4 on, mirrors left and right."""
+    """Those that keep the shape. Number o turns by `o % 4` quarters and then, from 4 on, mirrors."""
     return tuple(range(8)) if height == width else (0, 2, 4, 6)
 
 
@@ -46,7 +46,7 @@ def in_words(orientation: int) -> str:
     return " and ".join(part for part in (turned, mirrored) if part)
 
 
-# --- sizes -----------------------------------------------------------------------------------------------------------
+# --- sizes --------------------------------------------------------------------------------------------------
 
 
 def grey_levels(images: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ def reduced(images: Tensor) -> Tensor:
 
 
 def all_scales(height: int, width: int) -> list[float]:
-    """From half to double: every size in pixels; of larger images fewer, because the reduced size shows less."""
+    """From half to double: every size in pixels; of larger images fewer: the reduced size shows less."""
     side = min(height, width)
     if side <= LARGEST_SIDE:
         return [size / side for size in range(-(-side // 2), 2 * side + 1)]
@@ -85,8 +85,8 @@ class Resizes:
         filters: Pillow's names.
 
     Attributes:
-        left: `[V, h, H]`, and right `[V, W, w]`: what resizing does is linear, `left[v] @ image @ right[v]`. The
-            first pair resizes nothing; pairs that do nearly the same as one before are left out.
+        left: `[V, h, H]`, and right `[V, W, w]`: what resizing does is linear, `left[v] @ image @ right[v]`.
+            The first pair resizes nothing; pairs that do nearly the same as one before are left out.
     """
 
     def __init__(self, height: int, width: int, scales: list[float], filters: tuple[str, ...] = FILTERS):
@@ -128,14 +128,14 @@ def _there_and_back(side: int, size: int, name: str, reduced_side: int) -> np.nd
     return F.adaptive_avg_pool1d(torch.from_numpy(back).T[None], reduced_side)[0].T.numpy()
 
 
-# --- compression -----------------------------------------------------------------------------------------------------
+# --- compression --------------------------------------------------------------------------------------------
 
 
 def change_by_jpeg(image: Tensor) -> float:
     """How far, in the reduced size, a JPEG of quality `JPEG_QUALITY` lies from `image` `[C, H, W]`.
 
-    The larger of two: with its blocks where they would be, and moved by half a block, because a picture that was
-    such a JPEG before hardly changes in its own blocks.
+    The larger of two: with its blocks where they would be, and moved by half a block, because a picture that
+    was such a JPEG before hardly changes in its own blocks.
     """
     half = JPEG_BLOCK // 2
     moved = F.pad(image[None], (half,) * 4, mode="replicate")[0]
