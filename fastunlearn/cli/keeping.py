@@ -17,7 +17,8 @@ class Dropping:
 
     Attributes:
         overlap: leave out images that equal an image to forget; asked for along with `within`.
-        within: leave out near copies: "auto" or a radius in grey levels; None: warn of them.
+        within: leave out near copies: "auto" or a radius in grey levels; None: warn of them; "off": look for
+            none.
 
     Raises:
         ValueError: `within` is none of these.
@@ -26,16 +27,23 @@ class Dropping:
     overlap: bool
     within: str | float | None
 
+    @property
+    def flag(self) -> str:
+        """The one that asks for dropping."""
+        return "--drop_overlap" if self.within in (None, "off") else "--drop_within"
+
     @classmethod
     def from_flags(cls, drop_overlap: bool, drop_within: str | None) -> Dropping:
-        if drop_within is None or drop_within == "auto":
-            return cls(drop_overlap or drop_within is not None, drop_within)
+        if drop_within in (None, "off"):
+            return cls(drop_overlap, drop_within)
+        if drop_within == "auto":
+            return cls(True, drop_within)
         try:
             radius = float(drop_within)
         except ValueError:
             radius = -1.0
         if not 0 <= radius < float("inf"):
-            expected = "auto or a radius in grey levels, a number >= 0"
+            expected = "auto, off or a radius in grey levels, a number >= 0"
             raise ValueError(f"--drop_within: expected {expected}, got {drop_within!r}")
         return cls(True, radius)
 
@@ -47,9 +55,8 @@ class Dropping:
         """
         if not self.overlap or (forget is not None and retain is not None):
             return
-        flag = "--drop_overlap" if self.within is None else "--drop_within"
         missing = "--forget" if forget is None else "--retain"
-        raise ValueError(f"{flag}: expected --forget and --retain, got no {missing}")
+        raise ValueError(f"{self.flag}: expected --forget and --retain, got no {missing}")
 
 
 @dataclass(frozen=True)
@@ -86,12 +93,14 @@ def rows_to_keep(forget: ImageStore, retain: ImageStore, dropping: Dropping, *, 
     rows = torch.arange(len(retain))
     if dropping.overlap:
         equal, _ = overlap(retain, forget)
-        rows = _without(rows, equal, "--drop_overlap" if dropping.within is None else "--drop_within")
+        rows = _without(rows, equal, dropping.flag)
         record["dropped_equal"] = equal.tolist()
         print(_of_equal(len(rows), len(equal)))
     elif not allow_overlap and len(overlap(forget, retain)[0]):
         return Kept(None, record)  # will be refused, in words of its own: no search before that
 
+    if dropping.within == "off":
+        return Kept(None if len(rows) == len(retain) else rows, record)
     compared = retain if len(rows) == len(retain) else retain.select(rows)
     found = near_copies(forget, compared, within="auto" if dropping.within is None else dropping.within)
     found = replace(found, retain_rows=rows[found.retain_rows])

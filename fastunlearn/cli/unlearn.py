@@ -47,9 +47,10 @@ class Unlearn:
     """Accept forget images that are also among the images to keep; otherwise an error names them."""
     drop_overlap: bool = False
     """Leave the forget images out of the images to keep: --retain may then be the whole training set."""
-    drop_within: Annotated[str | None, unset("warn of them", "auto|RADIUS")] = None
-    """Leave near copies of the forget images out too: JPEGs of them, resized, turned or mirrored ones (auto), or all that are, in one of the
-    8 orientations, within a radius: L2 over all pixels, in grey levels 0..255. Implies --drop_overlap."""
+    drop_within: Annotated[str | None, unset("warn of them", "auto|RADIUS|off")] = None
+    """Leave near copies of the forget images out too, and equal ones: JPEGs of them, resized, turned or mirrored
+    ones (auto), or all that are, in one of the 8 orientations, within a radius: L2 over all pixels, in grey levels
+    0..255. off: do not look for any, which takes long for many forget images."""
     report_images: bool = False
     """Write private/reconstructions.png (mode 0600), which shows forget images; without it nothing that is written shows or stores one."""
     pictures: PictureFlags = field(default_factory=PictureFlags)
