@@ -169,9 +169,7 @@ class Unlearner:
                 rows_of_step = partial(draw.rows_of_step, self.rows_here, len(store), seed, self.rank * self.rows_here, Purpose[f"{branch.upper()}_ROWS"])
                 self._feeds[branch] = open_feed(store, self.device, rows_of_step, batch_size=self.rows_here, residency=residency)
         if "neighbors" in method.batches:
-            index, sqdist = self._find_neighbors(neighbors)
-            if warn_of_near_copies and self.rank == 0 and not self.retain.latents:
-                _warn_of_near_copies(self.forget, self.retain, index, sqdist)
+            index, sqdist = self._find_neighbors(neighbors, warn_of_near_copies and self.rank == 0)
             self._neighbor_store, index = self._feeds["retain"].neighbors(index)
             self.neighbors = index, sqdist
         self._counter = torch.zeros(3, dtype=torch.int64, device=self.device)  # seed, step, position of this process's first row in the batch
@@ -349,7 +347,7 @@ class Unlearner:
         _check.rows_within(name, given, len(store))
         return given.long()
 
-    def _find_neighbors(self, given: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    def _find_neighbors(self, given: tuple[Tensor, Tensor] | None, warn_of_near_copies: bool) -> tuple[Tensor, Tensor]:
         k = _check.integer("k", self.method.k, low=1, high=len(self.retain), of="the rows of retain")
         if given is not None and (not isinstance(given, (tuple, list)) or len(given) != 2):
             raise TypeError(f"neighbors: expected a pair (index, sqdist) as nearest_neighbors returns it, got {_check.describe(given)}")
@@ -362,6 +360,8 @@ class Unlearner:
             raise ValueError(f"neighbors: expected rows of retain, [0, {len(self.retain) - 1}], got [{int(index.min())}, {int(index.max())}]")
         if given is not None:
             check_neighbors(self.forget, self._feeds["retain"].store, index, sqdist)
+        if warn_of_near_copies and not self.retain.latents:
+            _warn_of_near_copies(self.forget, self.retain, index, sqdist)
         sqdist = sqdist.double() * UINT8_SCALE if self.retain.is_uint8 else sqdist.double()
         return index.long().to(self.device), sqdist.to(self.device)
 
@@ -407,4 +407,4 @@ def _warn_of_near_copies(forget: ImageStore, retain: ImageStore, index: Tensor, 
     if len(found):
         hint = "near_copies(forget, retain) finds all of them, retain.select(rows) leaves them out"
         text = f"neighbors: expected images that do not show the image to forget, got {found}. {hint}"
-        warnings.warn(text, NearCopyWarning, stacklevel=3)
+        warnings.warn(text, NearCopyWarning, stacklevel=4)  # where the Unlearner is made
