@@ -455,9 +455,18 @@ def test_near_copies_are_dropped(copied, tmp_path, capsys, within):
     assert "warning" not in shown.err
     record = in_record(tmp_path / "whole")
     assert (record["dropped_equal"], record["dropped_near_copies"]) == ([], [4, 7])
+    assert record.get("kept_near_copies", []) == []
     assert str(record["drop_within"]) == within
     assert unlearn(copied, tmp_path / "clean", "--retain", copied.clean) == 0
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "clean"))
+
+
+def test_near_copies_that_a_radius_leaves_are_warned_of(copied, tmp_path, capsys):
+    assert unlearn(copied, tmp_path / "run", "--drop_within", f"{copied.distance - 0.5}") == 0
+    shown = capsys.readouterr()
+    assert "images to keep: 20 (none dropped by --drop_within " in shown.out
+    assert copied.copies in shown.err
+    assert in_record(tmp_path / "run")["kept_near_copies"] == [4, 7]
 
 
 def test_rows_are_those_of_the_retain_set_given_where_equal_ones_are_dropped_too(copied, tmp_path, capsys):

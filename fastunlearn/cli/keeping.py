@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..copies import NearCopies
     from ..store import ImageStore
 
@@ -68,7 +70,7 @@ class Kept:
         record: for `run.json`: the rows of --retain that were dropped, and those that were found and kept.
     """
 
-    rows: Any
+    rows: Tensor | None
     record: dict[str, Any]
 
     def of(self, retain: ImageStore) -> ImageStore:
@@ -79,12 +81,13 @@ class Kept:
 def rows_to_keep(forget: ImageStore, retain: ImageStore, dropping: Dropping, *, allow_overlap: bool) -> Kept:
     """Compares the sets, and prints what was found: numbers, and rows of --retain.
 
+    Near copies that a radius leaves, or that nobody asked to drop, are warned of.
+
     Raises:
         ValueError: no image to keep would be left.
     """
     import torch
 
-    from ..copies import near_copies
     from ..store import overlap
     from ..unlearner import check_same_kind
 
@@ -99,36 +102,40 @@ def rows_to_keep(forget: ImageStore, retain: ImageStore, dropping: Dropping, *, 
     elif not allow_overlap and len(overlap(forget, retain)[0]):
         return Kept(None, record)  # will be refused, in words of its own: no search before that
 
-    if dropping.within == "off":
-        return Kept(None if len(rows) == len(retain) else rows, record)
-    compared = retain if len(rows) == len(retain) else retain.select(rows)
-    found = near_copies(forget, compared, within="auto" if dropping.within is None else dropping.within)
-    found = replace(found, retain_rows=rows[found.retain_rows])
-    copies = found.retain_rows.unique()
-    if dropping.within is not None:
-        rows = _without(rows, copies, "--drop_within")
-        record |= {"drop_within": dropping.within, "dropped_near_copies": copies.tolist()}
-        print(_of_near_copies(len(rows), found, dropping.within))
-    else:
+    if dropping.within not in (None, "off"):
+        found = _near_copies(forget, retain, rows, dropping.within)
+        rows = _without(rows, found.retain_rows, dropping.flag)
+        copies = found.retain_rows.unique().tolist()
+        record |= {"drop_within": dropping.within, "dropped_near_copies": copies}
+        dropped = f"{len(copies) or 'none'} dropped by --drop_within {dropping.within}"
+        print(f"images to keep: {len(rows)} ({dropped}: {found})")
+    if dropping.within not in ("auto", "off"):
+        found = _near_copies(forget, retain, rows, "auto")
         found = found.unequal() if allow_overlap else found
         record["kept_near_copies"] = found.retain_rows.unique().tolist()
         if len(found):
-            print(
-                f"warning: among the images to keep are {found}. --drop_within auto leaves them out",
-                file=sys.stderr,
-            )
+            hint = "--drop_within auto leaves them out"
+            print(f"warning: among the images to keep are {found}. {hint}", file=sys.stderr)
     return Kept(None if len(rows) == len(retain) else rows, record)
 
 
-def _without(rows, dropped, flag: str):
+def _near_copies(forget: ImageStore, retain: ImageStore, rows: Tensor, within: str | float) -> NearCopies:
+    """Among the `rows` of `retain`; with row numbers of `retain`."""
+    from ..copies import near_copies
+
+    compared = retain if len(rows) == len(retain) else retain.select(rows)
+    found = near_copies(forget, compared, within=within)
+    return replace(found, retain_rows=rows[found.retain_rows])
+
+
+def _without(rows: Tensor, dropped: Tensor, flag: str) -> Tensor:
     """`rows` that are not in `dropped`; at least one."""
     import torch
 
     left = rows[~torch.isin(rows, dropped)]
     if len(left) == 0:
-        raise ValueError(
-            f"{flag}: expected images to keep that show no image to forget, got {len(rows)} that all do"
-        )
+        expected = "images to keep that show no image to forget"
+        raise ValueError(f"{flag}: expected {expected}, got {len(rows)} that all do")
     return left
 
 
@@ -136,8 +143,3 @@ def _of_equal(kept: int, dropped: int) -> str:
     if dropped == 0:
         return f"images to keep: {kept} (none dropped: none is equal to an image to forget)"
     return f"images to keep: {kept} ({dropped} dropped, which are to be forgotten)"
-
-
-def _of_near_copies(kept: int, found: NearCopies, within: str | float) -> str:
-    dropped = len(found.retain_rows.unique())
-    return f"images to keep: {kept} ({dropped or 'none'} dropped by --drop_within {within}: {found})"

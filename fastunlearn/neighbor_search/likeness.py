@@ -50,8 +50,7 @@ class Judge:
 
     Args:
         nearest: float64 `[n]`: distances, in the reduced size, of images of the set to their nearest others;
-        empty
-            where they are unknown.
+            empty where they are unknown.
     """
 
     def __init__(self, nearest: Tensor):
@@ -72,8 +71,7 @@ class Judge:
         resized = fine_resizes(*image.shape[1:])(image[None])[0].flatten(1)
         left = torch.cdist(renderings.reduced(others).flatten(1), resized, compute_mode=EXACT).amin(1)
 
-        # Where the copy is the sharper of the two, it has to be resized, and compression may have changed it
-        # more.
+        # Where the copy is the sharper of the two, it is the one to resize, and compression changes it more.
         softened = _softened_distances(image, others)
         unsettled = (left > limit) & (softened <= WORTH_A_LOOK * limit)
         for number in unsettled.nonzero().flatten().tolist():
