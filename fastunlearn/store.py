@@ -20,7 +20,7 @@ log = logging.getLogger("fastunlearn")
 
 DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 CHUNK_BYTES = 64 << 20  # what the streamed checks and hashes hold at a time
-CHUNKS_LOOKED_AT = 16  # for a warning: the first GB
+LOOKED_AT_ONCE, LOOKED_AT_MOST = 1 << 16, 1 << 14  # bytes, and such chunks, for a warning
 RANGE_ROUNDING = 1e-6  # how far a float image may exceed [-1, 1]: resizing and rescaling in float32 round
 # 1 / 127.5 in two parts, as in csrc/numeric.h and kernels/images.py. `x / 127.5` would not be one number: on
 # CUDA, torch multiplies by the rounded reciprocal, which is off for 111 of 256 bytes. The upper part has 9
@@ -76,7 +76,7 @@ class ImageStore:
         self._content_hash: str | None = None
         if images.is_floating_point():
             self._check_values()
-        if not latents:
+        if not latents and not (self.is_uint8 and self.on_disk):  # whose rows are read when they are drawn
             self._warn_of_another_range()
 
     def __len__(self) -> int:
@@ -239,7 +239,7 @@ class ImageStore:
 
     def _warn_of_another_range(self) -> None:
         """Pictures in [0, 1] are half as contrasted as what networks are trained on, and nothing else would say so."""
-        looked_at = itertools.islice(self.chunks(), CHUNKS_LOOKED_AT)
+        looked_at = itertools.islice(self.chunks(LOOKED_AT_ONCE), LOOKED_AT_MOST)  # of usual pictures one chunk
         if any(rows.max() > 1 if self.is_uint8 else rows.min() < 0 for _, rows in looked_at):
             return
         if self.is_uint8:

@@ -23,6 +23,7 @@ WHOLE_MODULES = {
     "tests/test_evaluate.py",
     "tests/test_pretraining.py",
     "tests/test_sampling.py",
+    "tests/test_schedule.py",
 }
 
 
