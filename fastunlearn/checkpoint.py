@@ -28,17 +28,19 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from . import _check
+from . import _check, optimizer_state
+from .state_checks import Entry
 from .state_tree import flatten, unflatten
 
 MANIFEST = "manifest.json"
 METADATA = "metadata.json"
 PREFIX = "checkpoint-"
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+# 1 had no number: optimizer state by position, wrapped names, and nothing about model, schedule and precision.
+FORMAT_VERSION = 2
 
 
 @dataclass
@@ -46,6 +48,7 @@ class Checkpoint:
     tensors: dict[str, dict[str, Tensor]]  # file stem -> name -> tensor, on the CPU
     metadata: dict[str, Any]
     states: dict[str, Any]  # name -> state_dict(), as it was given to `save`
+    path: Path = Path()  # where it was read
 
 
 def save(
@@ -55,6 +58,7 @@ def save(
     metadata: dict[str, Any],
     *,
     optimizer: torch.optim.Optimizer | None = None,
+    model: nn.Module | None = None,
     states: dict[str, Any] | None = None,
     keep: int | None = None,
 ) -> Path:
@@ -64,24 +68,30 @@ def save(
         tensors: for each file stem (`"model"` gives `model.safetensors`) a state dict of tensors, on any device.
         metadata: anything JSON can hold.
         optimizer: any `torch.optim` optimizer; `load_optimizer` reads it back.
+        model: the network whose parameters `optimizer` trains. Its state is then kept under their plain names
+            (without wrappers such as `torch.compile`'s); without `model`, under their positions.
         states: for each name a `state_dict()` of anything else (learning-rate scheduler, EMA, gradient scaler, ...): nested dicts, lists
             and tuples of tensors, numbers, strings, booleans and None.
         keep: afterwards, remove the oldest checkpoints beyond this many (diffusers' `checkpoints_total_limit`); at least 1.
 
     Raises:
-        TypeError: a state holds something else; nothing is written.
+        TypeError: a state or `tensors` hold something else; nothing is written.
+        ValueError: `optimizer` trains a parameter that is none of `model`.
     """
     step = _check.integer("step", step, low=0)
     if keep is not None:
         keep = _check.integer("keep", keep, low=1)
     run_dir = Path(run_dir)
-    states = dict(states or {}) | ({} if optimizer is None else {"optimizer": optimizer.state_dict()})
+    states = dict(states or {})
+    if optimizer is not None:
+        states["optimizer"] = optimizer_state.named(optimizer, model)
     skeletons = {}
     for name, state in states.items():
         if name in tensors:
             raise ValueError(f"states: expected names other than those of tensors, got {name!r} in both")
         skeletons[name], tensors = _split(name, state, tensors)
-    text = json.dumps({"metadata": metadata, "states": skeletons}, indent=1)
+    content = {"version": FORMAT_VERSION, "metadata": metadata, "states": skeletons}
+    text = json.dumps(content, indent=1)
     clean(run_dir)
     with atomic_directory(run_dir / f"{PREFIX}{step}") as folder:
         for stem, named in tensors.items():
@@ -101,17 +111,45 @@ def load(path: str | Path) -> Checkpoint:
     """Reads a checkpoint after every file has been compared with the manifest.
 
     Raises:
-        ValueError: it is not a checkpoint, or a file is missing or does not have the hash that the manifest gives.
+        ValueError: naming the file: it is not a checkpoint, or one of another version of the format, or a file is
+            missing or does not have the hash that the manifest gives.
     """
     path = Path(path)
     names = verify(path)
-    try:
+    with _readable(path / METADATA):
         content = json.loads((path / METADATA).read_text())
-        tensors = {Path(name).stem: _aligned(load_file(path / name)) for name in names if name.endswith(".safetensors")}
-        states = {name: unflatten(skeleton, tensors.get(name, {})) for name, skeleton in content["states"].items()}
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not a checkpoint of this version of fastunlearn ({error!r})") from error
-    return Checkpoint({stem: named for stem, named in tensors.items() if stem not in states}, content["metadata"], states)
+        _check_version(content)
+        metadata, skeletons = content["metadata"], dict(content["states"])
+    tensors = {}
+    for name in names:
+        if name.endswith(".safetensors"):
+            with _readable(path / name):
+                tensors[Path(name).stem] = _aligned(load_file(path / name))
+    states = {}
+    for name, skeleton in skeletons.items():
+        with _readable(path / METADATA):
+            states[name] = unflatten(skeleton, tensors.pop(name, {}))
+    return Checkpoint(tensors, metadata, states, path)
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # whatever a file of another kind makes json, safetensors and torch raise
+        text = f"{file}: not a checkpoint of this version of fastunlearn ({type(error).__name__}: {error})"
+        raise ValueError(text) from error
+
+
+def _check_version(content: dict[str, Any]) -> None:
+    version = content.get("version", 1)
+    if version == 1:
+        raise ValueError(
+            f"expected format {FORMAT_VERSION}, got format 1, which lacks the names of the optimizer's parameters and "
+            "the start weights, schedule and precision of the run; the fastunlearn that wrote it can go on with it"
+        )
+    if version != FORMAT_VERSION or isinstance(version, bool):
+        raise ValueError(f"expected format {FORMAT_VERSION}, got format {version!r}")
 
 
 def verify(path: str | Path) -> list[str]:
@@ -119,7 +157,7 @@ def verify(path: str | Path) -> list[str]:
     path = Path(path)
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected a checkpoint folder with a readable {MANIFEST}, got {error}") from error
     if not isinstance(manifest, dict) or METADATA not in manifest:
         raise ValueError(f"{path / MANIFEST}: expected file names and hashes, {METADATA} among them")
@@ -146,17 +184,19 @@ def latest(run_dir: str | Path) -> Path | None:
     return None
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state: Checkpoint) -> None:
-    """Puts the optimizer state of `state` into `optimizer`, in the memory layout of its parameters, whatever that of the saved model was.
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Checkpoint, model: nn.Module | None = None) -> None:
+    """Puts the optimizer state of `state` into `optimizer`: each parameter gets what was kept under its name.
 
-    A fused update walks through parameter and moments in the order of memory: moments of another layout (those of a run on a GPU, resumed on a CPU) would
-    meet the wrong weights, without an error.
+    Args:
+        model: as in `save`.
+
+    Raises:
+        ValueError: naming file and entry: the state is not that of these parameters. `optimizer` is as it was.
     """
-    optimizer.load_state_dict(state.states["optimizer"])
-    for parameter, entries in optimizer.state.items():
-        for name, value in entries.items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
-                entries[name] = torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)
+    place = Entry(state.path, "optimizer")
+    if "optimizer" not in state.states:
+        raise place.error("the state of an optimizer", None)
+    optimizer_state.load(optimizer, optimizer_state.checked(optimizer, model, state.states["optimizer"], place))
 
 
 def clean(run_dir: str | Path) -> None:
@@ -272,6 +312,8 @@ def _owned(named: dict[str, Tensor]) -> dict[str, Tensor]:
     seen: set[int] = set()
     result = {}
     for name, tensor in named.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a tensor in a state dict, got {_check.describe(tensor)}")
         tensor = tensor.detach().cpu().contiguous()
         storage = tensor.untyped_storage()
         if storage.data_ptr() in seen or storage.nbytes() != tensor.nbytes:

@@ -15,8 +15,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from . import _check, checkpoint
 from .folder_lock import locked
+from .identity import check_same, described
 from .recipes.mnist_tshirt import Pretraining
 from .run_health import WeightsNotFinite, check_finite, remedy
+from .state_checks import Entry, check_keys, check_state
 from .store import ImageStore
 
 LOG_EVERY = 50
@@ -49,6 +51,7 @@ def pretrain(images: ImageStore, recipe: Pretraining, output_dir: Path, *, seed:
         WeightsNotFinite: a loss, the weights or their average are NaN or Inf; nothing of it is written.
         ImportError: the package diffusers is not installed.
         TypeError, ValueError: `seed` is no integer in [0, 2^32 - 1]: torch's CPU generator reads 32 bits.
+        ValueError: the checkpoint to go on from is of a run with another recipe, seed or other images, or damaged.
     """
     _check.integer("seed", seed, low=0, high=2**32 - 1)
     diffusers = _check.package("diffusers", "pretrain")
@@ -67,13 +70,15 @@ def pretrain(images: ImageStore, recipe: Pretraining, output_dir: Path, *, seed:
         model.parameters(), decay=recipe.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75
     )
 
+    run = described({"recipe": asdict(recipe), "seed": seed, "data": images.content_hash()})
     first_step, log = 0, []
     running = torch.zeros((), device=device)  # sum of the losses since the last entry of the log
     found = saved = checkpoint.latest(run_dir) if resume else None
     if found is not None:
         state = checkpoint.load(found)
+        _check_checkpoint(state, run, model, lr_scheduler, running)
+        checkpoint.load_optimizer(optimizer, state, model)
         model.load_state_dict(state.tensors["model"])
-        checkpoint.load_optimizer(optimizer, state)
         ema.shadow_params = [state.tensors["ema"][name].to(device) for name, _ in model.named_parameters()]
         ema.optimization_step = first_step = state.metadata["step"]
         lr_scheduler.load_state_dict(state.states["lr_scheduler"])
@@ -87,8 +92,8 @@ def pretrain(images: ImageStore, recipe: Pretraining, output_dir: Path, *, seed:
         nonlocal saved
         check_finite(f"step {step}", tensors, remedy(saved))
         states = {"lr_scheduler": lr_scheduler.state_dict(), "running_loss": running, "random": torch.get_rng_state()}
-        metadata = {"step": step, "log": log}
-        saved = checkpoint.save(run_dir, step, tensors, metadata, optimizer=optimizer, states=states, keep=2)
+        metadata = {"step": step, "log": log, "run": run}
+        saved = checkpoint.save(run_dir, step, tensors, metadata, optimizer=optimizer, model=model, states=states, keep=2)
 
     alphas_cumprod = scheduler.alphas_cumprod.to(device)
     generator = torch.Generator(device)
@@ -133,3 +138,28 @@ def pretrain(images: ImageStore, recipe: Pretraining, output_dir: Path, *, seed:
                   "threads": torch.get_num_threads(), "log": log}
         (folder / "pretraining.json").write_text(json.dumps(record, indent=1))
     return output_dir
+
+
+def _check_checkpoint(
+    state: checkpoint.Checkpoint, run: dict, model: torch.nn.Module, lr_scheduler, running: torch.Tensor
+) -> None:
+    """Whether all of `state` is of this run and fits it; nothing is changed.
+
+    Raises:
+        ValueError: naming file and entry.
+    """
+    metadata = Entry(state.path, "metadata")
+    check_keys(metadata, state.metadata, dict.fromkeys(("step", "log", "run")))
+    check_keys(metadata["run"], state.metadata["run"], run)
+    check_same(run, state.metadata["run"], list(run), str(state.path))
+    check_state(metadata["step_index"], state.metadata["step"], 0)
+    if not isinstance(state.metadata["log"], list):
+        raise metadata["log"].error("a list", state.metadata["log"])
+    for index, entry in enumerate(state.metadata["log"]):
+        check_state(metadata["log"][index], entry, {"step": 0, "loss": 0.0, "lr": 0.0, "seconds": 0.0})
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    for name, own in (("model", model.state_dict()), ("ema", parameters)):
+        check_state(Entry(state.path, name), state.tensors.get(name), own)
+    states = {"lr_scheduler": lr_scheduler.state_dict(), "running_loss": running, "random": torch.get_rng_state()}
+    for name, own in states.items():
+        check_state(Entry(state.path, name), state.states.get(name), own)

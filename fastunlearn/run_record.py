@@ -10,7 +10,7 @@ import os
 import platform
 import re
 import shutil
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from .checkpoint import atomic_file
 from .folder_lock import locked
+from .identity import identity as identity
 from .neighbors import CACHE_FORMAT
 
 RUN_FILE = "run.json"
@@ -27,14 +28,15 @@ METRICS_FILE = "metrics.jsonl"
 PRIVATE_FOLDER = "private"  # inside a run folder: everything in it may be removed by `purge`
 FORMAT = "fastunlearn-run"
 CACHE_NAME = re.compile(re.escape(CACHE_FORMAT) + r"-[0-9a-f]{40}\.safetensors")
+KEPT = ("started", "private_files", "purged", "base_model", "resumed")  # of a run's record when the run goes on
 PACKAGES = ("fastunlearn", "torch", "diffusers", "accelerate", "numpy", "safetensors")
 
 
 # --- run.json --------------------------------------------------------------------------------------------------------------------
 
 
-def describe_run(unlearner, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The content of a new `run.json`: versions, arguments, method, and of the data only sizes and hashes."""
+def describe_run(unlearner, arguments: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
+    """The content of a new `run.json`: versions, arguments, the run's identity, and of the data only sizes and hashes."""
     return {
         "format": FORMAT,
         "version": 1,
@@ -43,8 +45,7 @@ def describe_run(unlearner, arguments: dict[str, Any]) -> dict[str, Any]:
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
         "platform": platform.platform(),
         "arguments": {name: value if isinstance(value, (int, float, str, bool, type(None))) else repr(value) for name, value in arguments.items()},
-        **identity(unlearner),
-        "seed": unlearner.seed,
+        **run,
         "num_processes": unlearner.num_processes,
         "step": {name: value if isinstance(value, (int, float, type(None))) else repr(value)
                  for name, value in ((name, getattr(unlearner, name, None)) for name in ("micro_batch_size", "max_grad_norm", "autocast_dtype"))},
@@ -52,20 +53,15 @@ def describe_run(unlearner, arguments: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def identity(unlearner) -> dict[str, Any]:
-    """What makes two runs the same run, apart from their seed: a checkpoint is only resumed by a run of the same identity."""
-    method, optimizer, scheduled = unlearner.method, unlearner.optimizer, unlearner.lr_scheduler is not None
-    hyperparameters = asdict(method) if is_dataclass(method) else {}
-    groups = [{name: value for name, value in group.items() if name not in ("params", "lr", "initial_lr")} for group in optimizer.param_groups]
-    rates = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]  # a scheduler moves lr, and keeps the first
-    description = {
-        "optimizer": {"name": type(optimizer).__name__, "learning_rates": rates, "groups": groups},
-        "lr_scheduler": {"name": type(unlearner.lr_scheduler).__name__, "total_steps": getattr(unlearner, "total_steps", None)} if scheduled else None,
-        "method": {"name": type(method).__name__} | hyperparameters,
-        "batch_size": unlearner.batch_size,
-        "data": {name: _describe_store(getattr(unlearner, name)) for name in ("forget", "retain")},
-    }
-    return json.loads(json.dumps(description, default=repr))  # as it is read back from a checkpoint
+def resumed_record(run_dir: str | Path, record: dict[str, Any], step: int) -> dict[str, Any]:
+    """`record` for a run that goes on at `step`, with what `run.json` says of its beginning, if there is one."""
+    if not (Path(run_dir) / RUN_FILE).exists():
+        return record
+    kept = {name: value for name, value in read_run(run_dir).items() if name in KEPT}
+    named = {name: record[name] for name in ("versions", "base_model") if name in record}
+    resumed = {"time": _now(), "step": step} | named
+    earlier = kept["resumed"] if isinstance(kept.get("resumed"), list) else []
+    return record | kept | {"resumed": [*earlier, resumed]}
 
 
 def read_run(run_dir: str | Path) -> dict[str, Any]:
@@ -240,10 +236,6 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
 def _write_atomically(path: Path, text: str) -> None:
     with atomic_file(path) as file:
         file.write(text.encode())
-
-
-def _describe_store(store) -> dict[str, Any] | None:
-    return None if store is None else {"rows": len(store), "shape": list(store.shape), "dtype": str(store.dtype), "sha256": store.content_hash()}
 
 
 def _version(name: str) -> str | None:

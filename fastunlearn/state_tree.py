@@ -23,6 +23,8 @@ def flatten(state: Any, name: str = "state") -> tuple[Any, dict[str, Tensor]]:
 
     def visit(value: Any, path: str) -> Any:
         if isinstance(value, Tensor):
+            while path in tensors:  # a key may hold dots: `a.b` in `c` and `b` in `c.a` have one path
+                path += "'"
             tensors[path] = value.detach()
             return {TENSOR: path, "stride": list(value.stride())} if _permuted(value) else {TENSOR: path}
         if value is None or isinstance(value, (bool, int, float, str)):
@@ -41,19 +43,56 @@ def flatten(state: Any, name: str = "state") -> tuple[Any, dict[str, Tensor]]:
 
 
 def unflatten(skeleton: Any, tensors: dict[str, Tensor]) -> Any:
-    """The inverse of `flatten`."""
-    if isinstance(skeleton, list):
-        return [unflatten(item, tensors) for item in skeleton]
-    if not isinstance(skeleton, dict):
-        return skeleton
-    if TENSOR in skeleton:
-        tensor = tensors[skeleton[TENSOR]]
-        return torch.empty_strided(tensor.shape, skeleton["stride"], dtype=tensor.dtype).copy_(tensor) if "stride" in skeleton else tensor
-    if TUPLE in skeleton:
-        return tuple(unflatten(item, tensors) for item in skeleton[TUPLE])
-    if ITEMS in skeleton:
-        return {unflatten(key, tensors): unflatten(item, tensors) for key, item in skeleton[ITEMS]}
-    return {key: unflatten(item, tensors) for key, item in skeleton.items()}
+    """The inverse of `flatten`. Both may come from anywhere.
+
+    Raises:
+        ValueError: `skeleton` does not refer to every one of `tensors` once, and to nothing else, or gives a layout
+            that its tensor cannot have.
+    """
+    unused = dict(tensors)
+
+    def visit(value: Any) -> Any:
+        if isinstance(value, list):
+            return [visit(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        keys = set(value)
+        if keys == {TENSOR} or keys == {TENSOR, "stride"}:
+            name = value[TENSOR]
+            if not isinstance(name, str) or name not in unused:
+                raise ValueError(f"{name!r}: expected the name of a tensor, each of them once, got another")
+            tensor = unused.pop(name)
+            return _laid_out(name, tensor, value["stride"]) if "stride" in value else tensor
+        if keys == {TUPLE}:
+            return tuple(visit(item) for item in value[TUPLE])
+        if keys == {ITEMS}:
+            items = {visit(key): visit(item) for key, item in value[ITEMS]}
+            if len(items) != len(value[ITEMS]):
+                raise ValueError(f"{ITEMS}: expected every key once, got one twice")
+            return items
+        if keys & {TENSOR, TUPLE, ITEMS}:
+            raise ValueError(f"{sorted(keys & {TENSOR, TUPLE, ITEMS})[0]}: expected it alone, got it beside others")
+        return {key: visit(item) for key, item in value.items()}
+
+    state = visit(skeleton)
+    if unused:
+        raise ValueError(f"{next(iter(unused))}: expected tensors that belong to the state, got one that does not")
+    return state
+
+
+def _laid_out(name: str, tensor: Tensor, stride: Any) -> Tensor:
+    """A copy of the contiguous `tensor` with these strides: those of a dense layout, whatever the order of its axes."""
+    whole = isinstance(stride, list) and all(type(step) is int and 0 <= step < 2**63 for step in stride)
+    if not whole or len(stride) != tensor.ndim:
+        raise ValueError(f"{name}: expected {tensor.ndim} integers as strides, got {stride!r}")
+    order = sorted(range(tensor.ndim), key=lambda axis: stride[axis], reverse=True)
+    # From the outermost axis to the innermost one, as `permute` lays them out; it is no view of less memory.
+    copied = tensor.permute(order).contiguous().permute([order.index(axis) for axis in range(tensor.ndim)])
+    found = [step for step, length in zip(copied.stride(), tensor.shape, strict=True) if length > 1]
+    expected = [step for step, length in zip(stride, tensor.shape, strict=True) if length > 1]
+    if found != expected:
+        raise ValueError(f"{name}: expected the strides of a dense layout of {list(tensor.shape)}, got {stride}")
+    return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype).copy_(copied)
 
 
 def _permuted(tensor: Tensor) -> bool:

@@ -17,11 +17,14 @@ from typing import Any
 import torch
 
 from . import _check, checkpoint, launcher
+from .identity import identity as describe_identity
+from .identity import start_weights
+from .optimizer_state import group_names
 from .packed import Arriving
 from .processes import Processes
 from .resume import find_checkpoint, load_checkpoint, save_checkpoint
 from .run_health import SkipLimit, TooManySkippedSteps, WeightsNotFinite, check_finite, remedy
-from .run_record import RUN_FILE, Metrics, describe_run, identity, purge, read_metrics, read_run, update_run, write_run
+from .run_record import Metrics, describe_run, purge, read_metrics, resumed_record, update_run, write_run
 from .step import StepOutput, unwrapped
 from .trackers import ProgressBar, Report, Reporter, make_reporter
 
@@ -63,6 +66,7 @@ def unlearn(
     max_skipped_share: float = 0.5,
     show_progress: bool = True,
     record: dict[str, Any] | None = None,
+    identity: dict[str, Any] | None = None,
 ) -> History:
     """Takes steps until `unlearner.step_index` is `num_steps`; argument names as in diffusers' training scripts.
 
@@ -89,7 +93,10 @@ def unlearn(
         max_skipped_share: the same for a share of `num_steps`; it counts over the whole run, the steps before
             a resume included.
         show_progress: a progress bar on standard output.
-        record: more entries for `run.json`, such as the path of the model that the run starts from.
+        record: more entries for `run.json`, such as the path of the model that the run starts from (`base_model`, which
+            a resumed run leaves as it is).
+        identity: more of what makes the run this run and no other (docs/resume.md), such as the configuration of a
+            scheduler; a checkpoint of a run with another one is not resumed.
 
     Raises:
         TypeError, ValueError: before any step, naming the argument.
@@ -110,7 +117,7 @@ def unlearn(
         checkpointing_steps = _check.integer("checkpointing_steps", checkpointing_steps, low=1)
     if checkpoints_total_limit is not None:
         checkpoints_total_limit = _check.integer("checkpoints_total_limit", checkpoints_total_limit, low=1)
-    arguments = {name: value for name, value in locals().items() if name not in ("unlearner", "record")}
+    arguments = {name: value for name, value in locals().items() if name not in ("unlearner", "record", "identity")}
     limit = SkipLimit(max_skipped_steps, max_skipped_share)
     output_dir = Path(output_dir)
     with Processes(unlearner.process_group) as processes, processes.alone_in(output_dir, "unlearn"):
@@ -120,12 +127,15 @@ def unlearn(
         decisive |= {"max_skipped_share": max_skipped_share}
         settings = {name: getattr(unlearner, name, None) for name in ("seed", "step_index", "micro_batch_size", "max_grad_norm", "compile")}
         settings |= {"autocast_dtype": str(getattr(unlearner, "autocast_dtype", None)), "grad_scaler": getattr(unlearner, "grad_scaler", None) is not None}
-        processes.check_same("unlearner", identity(unlearner) | settings | decisive)
+        group_names(unlearner.optimizer, unlearner.model)  # refuses what no checkpoint would hold
+        loop.identity = describe_identity(unlearner, identity)
+        processes.check_same("unlearner", loop.identity | settings | decisive)
         found = processes.by_first(lambda: loop.prepare(report_to, resume_from_checkpoint))
         loop.start_from(found)
         if unlearner.step_index > num_steps:
             raise ValueError(f"num_steps: expected at least the {unlearner.step_index} steps that {found or 'unlearner'} has taken, got {num_steps}")
-        processes.by_first(lambda: loop.open(describe_run(unlearner, arguments) | (record or {}), resumed=found is not None))
+        described_run = describe_run(unlearner, arguments, loop.identity) | (record or {})
+        processes.by_first(lambda: loop.open(described_run, resumed=found is not None))
         try:
             _run(loop, num_steps, checkpointing_steps, logging_steps, show_progress)
         except RunInterrupted as interrupted:
@@ -179,6 +189,7 @@ class _Loop:
     ):
         self.unlearner, self.output_dir, self.num_steps = unlearner, output_dir, num_steps
         self.keep, self.limit, self.processes = keep, limit, processes
+        self.identity: dict[str, Any] = {}  # of the run, as it is before its first step
         self.metrics: Metrics | None = None  # of process 0
         self.report = Reporter()
         self.show: Report = lambda step, values: None
@@ -196,17 +207,18 @@ class _Loop:
         """Gives every process the same state: that of the checkpoint `found`, or the weights of process 0."""
         if found is None:
             self.processes.share_weights(unwrapped(self.unlearner.model))
-        else:
-            self.processes.by_all(lambda: load_checkpoint(self.unlearner, found, self.processes))
-            self.check_weights(f"resume_from_checkpoint: {found}", "go on from an earlier one, or begin anew")
+        # Of process 0, whose weights the others take over, in a new run as at the beginning of one that is resumed.
+        self.identity["start_weights"] = self.processes.by_first(lambda: start_weights(self.unlearner))
+        if found is not None:
+            self.processes.by_all(lambda: load_checkpoint(self.unlearner, found, self.processes, self.identity))
             self.saved, self.saved_step = found, self.unlearner.step_index
 
     def open(self, record: dict[str, Any], *, resumed: bool) -> None:
         """Makes the run folder ready to be written to."""
         self.output_dir.mkdir(parents=True, exist_ok=True)
         checkpoint.clean(self.output_dir)
-        if resumed and (self.output_dir / RUN_FILE).exists():
-            record |= {name: value for name, value in read_run(self.output_dir).items() if name in ("started", "private_files", "purged")}
+        if resumed:
+            record = resumed_record(self.output_dir, record, self.unlearner.step_index)
         write_run(self.output_dir, record)
         self.metrics = Metrics(self.output_dir, self.unlearner.step_index)
         self.started = time.perf_counter() - self.metrics.seconds
@@ -262,7 +274,7 @@ class _Loop:
         self.check_weights(f"step {self.unlearner.step_index}", remedy(self.saved))
         if self.metrics is not None:
             self.metrics.sync()
-        self.saved = save_checkpoint(self.unlearner, self.output_dir, self.processes, keep=self.keep)
+        self.saved = save_checkpoint(self.unlearner, self.output_dir, self.processes, self.identity, keep=self.keep)
         self.saved_step = self.unlearner.step_index
 
 

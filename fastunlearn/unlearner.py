@@ -162,6 +162,7 @@ class Unlearner:
         self.forget = forget if "forget" in method.batches else None
         self.retain = retain if {"retain", "neighbors"} & method.batches else None
         self._feeds, self.neighbors = {}, None
+        self.neighbor_rows: Tensor | None = None  # [N, k], in `retain`
         if "neighbors" in method.batches:
             self.forget = self.forget.freeze()  # its distances to the neighbours are computed once
         for branch, store in (("forget", self.forget), ("retain", self.retain)):
@@ -170,6 +171,7 @@ class Unlearner:
                 self._feeds[branch] = open_feed(store, self.device, rows_of_step, batch_size=self.rows_here, residency=residency)
         if "neighbors" in method.batches:
             index, sqdist = self._find_neighbors(neighbors, warn_of_near_copies and self.rank == 0)
+            self.neighbor_rows = index
             self._neighbor_store, index = self._feeds["retain"].neighbors(index)
             self.neighbors = index, sqdist
         self._counter = torch.zeros(3, dtype=torch.int64, device=self.device)  # seed, step, position of this process's first row in the batch
@@ -286,9 +288,11 @@ class Unlearner:
         """Continues at the step that `state` was taken at.
 
         Raises:
-            TypeError, ValueError: the state is of a run with another seed, or its numbers are no counts.
+            TypeError, ValueError: the state is of a run with another seed, or no state of a run.
         """
-        skipped = _check.integer("skipped_steps", state["skipped_steps"], low=0)
+        _check.integer("step_index", state["step_index"], low=0, high=2**32 - 1, of="32 bits of a counter")
+        taken = state["step_index"]
+        skipped = _check.integer("skipped_steps", state["skipped_steps"], low=0, high=taken, of="the steps taken")
         if state["seed"] != self.seed:
             raise ValueError(f"seed: expected the seed of the run that is resumed, {state['seed']}, got {self.seed}")
         self._count_from(state["step_index"])

@@ -28,7 +28,7 @@ Target = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Lines:
-    """How many lines of the package a run executes: in all, and while it writes checkpoints."""
+    """How many lines of the package a run executes: in all, and while a folder is being written."""
 
     all: int
     saving: int
@@ -97,7 +97,7 @@ class _Counter:
         from fastunlearn import checkpoint
 
         self.all = self.saving = 0
-        self._save = checkpoint.save.__code__
+        self._write = checkpoint.atomic_directory.__wrapped__.__code__  # a generator: it yields while it writes
         self._in_save = False
         self._reached = reached
 
@@ -111,8 +111,6 @@ class _Counter:
     def _call(self, frame, event, argument):
         if not frame.f_code.co_filename.startswith(PACKAGE):
             return None
-        if frame.f_code is self._save:
-            self._in_save = True
         return self._inside
 
     def _inside(self, frame, event, argument):
@@ -120,8 +118,8 @@ class _Counter:
             self.all += 1
             self.saving += self._in_save
             self._reached(self)
-        elif event == "return" and frame.f_code is self._save:
-            self._in_save = False
+        elif event == "return" and frame.f_code is self._write:
+            self._in_save = not self._in_save
         return self._inside
 
 

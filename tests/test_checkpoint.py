@@ -159,6 +159,38 @@ def test_state_tree_keeps_structure_and_values():
     assert back["plain"]["half"].dtype == torch.bfloat16
 
 
+def test_tensors_of_names_with_dots_stay_apart():
+    first, second = torch.ones(2), torch.zeros(3)
+    skeleton, tensors = flatten({"a.b": {"c": first}, "a": {"b.c": second}})
+    assert len(tensors) == 2
+    back = unflatten(json.loads(json.dumps(skeleton)), tensors)
+    assert torch.equal(back["a.b"]["c"], first)
+    assert torch.equal(back["a"]["b.c"], second)
+
+
+@pytest.mark.parametrize(
+    ("skeleton", "text"),
+    [
+        ([{"__tensor__": "x"}], "y: expected tensors that belong to the state"),
+        ([{"__tensor__": "x"}, {"__tensor__": "x"}], "'x': expected the name of a tensor, each of them once"),
+        ([{"__tensor__": 5}], "5: expected the name of a tensor"),
+        ([{"__tensor__": "x", "stride": [0]}, {"__tensor__": "y"}], "x: expected the strides of a dense layout"),
+        ([{"__tensor__": "x", "stride": [1, 1]}, {"__tensor__": "y"}], "x: expected 1 integers as strides"),
+        ([{"__tensor__": "x", "more": 1}, {"__tensor__": "y"}], "__tensor__: expected it alone"),
+        ([{"__items__": [[1, 2], [1, 3]]}], "__items__: expected every key once"),
+    ],
+)
+def test_a_skeleton_from_elsewhere_is_refused(skeleton, text):
+    with pytest.raises(ValueError, match=text):
+        unflatten(skeleton, {"x": torch.ones(3), "y": torch.ones(2)})
+
+
+def test_a_model_with_more_than_tensors_is_refused(tmp_path: Path):
+    with pytest.raises(TypeError, match=r"extra: expected a tensor in a state dict, got 5"):
+        checkpoint.save(tmp_path / "run", 1, {"model": {"extra": 5}}, {})
+    assert not list(tmp_path.glob("run/*"))
+
+
 def test_state_that_is_no_data_is_refused_before_writing(tmp_path: Path):
     with pytest.raises(TypeError, match=r"odd\.f: expected a tensor, number.* got function"):
         checkpoint.save(tmp_path / "run", 1, {}, {}, states={"odd": {"f": lambda: None}})
@@ -242,6 +274,20 @@ def test_consistent_manifest_of_something_else(run_dir: Path, content):
     manifest["metadata.json"] = checkpoint._sha256(path / "metadata.json")
     (path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match="not a checkpoint of this version"):
+        checkpoint.load(path)
+
+
+@pytest.mark.parametrize(("version", "text"), [(None, "got format 1, which lacks the names of the optimizer's parameters"), (3, "got format 3")])
+def test_another_format_is_refused_with_what_it_lacks(run_dir: Path, version: int | None, text: str):
+    """The first one had no number, and the state of the optimizer as torch has it, by position."""
+    path = run_dir / "checkpoint-20"
+    optimizer = {"state": {}, "param_groups": [{"lr": 1.0, "params": [0]}]}
+    content = {"version": version, "metadata": {"step": 20}, "states": {"optimizer": optimizer}}
+    (path / "metadata.json").write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["metadata.json"] = checkpoint._sha256(path / "metadata.json")
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=rf"checkpoint-20/metadata\.json: not a checkpoint of this version .*expected format 2, {text}"):
         checkpoint.load(path)
 
 

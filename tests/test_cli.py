@@ -117,6 +117,78 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(world, tmp_path):
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "resumed"))
 
 
+def half_done(world, output: Path, *more: object) -> Path:
+    """What a run leaves that was killed after its second step of four."""
+    arguments = ("--checkpointing_steps", "2", "--steps", "4", *more)
+    assert unlearn(world, output, *arguments) == 0
+    shutil.rmtree(output / "checkpoint-4")
+    shutil.rmtree(output / "model")
+    return output
+
+
+def changed_model(world, folder: Path, **settings: object) -> Path:
+    """The checkpoint of `world` with other settings of its scheduler."""
+    shutil.copytree(world.model, folder)
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    return folder
+
+
+def test_a_run_is_not_resumed_from_another_model(world, tmp_path, capsys):
+    output = half_done(world, tmp_path / "run")
+    record = (output / "run.json").read_text()
+    others = {
+        "start_weights": save_tiny_checkpoint(tmp_path / "other", seed=1),
+        "prediction_type": changed_model(world, tmp_path / "v", prediction_type="v_prediction"),
+        "beta_end": changed_model(world, tmp_path / "beta", beta_end=0.03),
+        "clip_sample": changed_model(world, tmp_path / "clip", clip_sample=False),
+        "name": changed_model(world, tmp_path / "class", _class_name="DDIMScheduler"),
+    }
+    both = {"prediction_type": ("'v_prediction'", "'epsilon'"), "beta_end": ("0.03", "0.02"), "name": ("'DDIMScheduler'", "'DDPMScheduler'")}
+    for name, model in others.items():
+        arguments = ("--steps", "4", "--resume_from_checkpoint", "latest", "--model", model)
+        assert unlearn(world, output, *arguments) == 2
+        shown = capsys.readouterr().err
+        assert "resume_from_checkpoint: expected a checkpoint of a run with" in shown
+        assert all(word in shown for word in (name, *both.get(name, ()))), shown
+        assert (output / "run.json").read_text() == record
+        assert not (output / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--lr", "1e-4"), ("learning_rates.0 (0.0001 here, 5e-05 there)",)),
+        (("--lr_scheduler", "cosine"), ("lr_scheduler", "None")),
+        (("--max_grad_norm", "2"), ("max_grad_norm 2.0, got 1.0",)),
+        (("--mixed_precision", "bf16"), ("autocast_dtype ('torch.bfloat16' here, None there)",)),
+        (("--allow_tf32",), ("products ('tf32' here, 'none' there)",)),
+        (("--lambda", "0.1"), ("lambd (0.1 here, 0.005 there)",)),
+        (("--seed", "1"), ("seed 1, got 0",)),
+        (("--batch-size", "6"), ("batch_size 6, got 4",)),
+        (("--use_ema",), ("expected the state of ['ema']",)),
+        (("--adam_beta1", "0.9"), ("betas.0 (0.9 here, 0.95 there)",)),
+    ],
+    ids=lambda value: value[0] if value[0].startswith("--") else "",
+)
+def test_a_run_is_not_resumed_with_other_flags(world, tmp_path, capsys, flags, words):
+    output = half_done(world, tmp_path / "run")
+    assert unlearn(world, output, "--steps", "4", "--resume_from_checkpoint", "latest", *flags) == 2
+    shown = capsys.readouterr().err
+    assert all(word in shown for word in words), shown
+
+
+def test_a_model_that_has_moved_is_the_same_and_the_record_stays(world, tmp_path):
+    output = half_done(world, tmp_path / "run", "--lr_warmup_steps", "1")
+    moved = shutil.copytree(world.model, tmp_path / "moved")
+    changed = ("--micro_batch_size", "3", "--checkpointing_steps", "3", "--logging_steps", "2", "--channels_last", "on")
+    arguments = ("--lr_warmup_steps", "1", "--steps", "5", "--resume_from_checkpoint", "latest", "--model", moved)
+    assert unlearn(world, output, *arguments, *changed) == 0
+    record = json.loads((output / "run.json").read_text())
+    assert (record["base_model"], record["steps"]) == (str(world.model), 5)
+    assert [(entry["step"], entry["base_model"]) for entry in record["resumed"]] == [(2, str(moved))]
+
+
 def test_micro_batches_and_mixed_precision(world, tmp_path):
     unlearn(world, tmp_path / "whole", "--micro_batch_size", "8")
     unlearn(world, tmp_path / "parts", "--micro-batch-size", "3")

@@ -10,9 +10,10 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "fastunlearn"
 # Lower layers first: a module imports only from layers below its own (and from within its own).
 LAYERS = [
-    {"_check", "_arrays", "_finite", "profiling", "precision", "host_memory", "assets", "packed", "launcher"},
+    {"_check", "_arrays", "_finite", "profiling", "precision", "host_memory", "assets", "packed", "launcher", "plain_names"},
     {"lock_owner"},
-    {"schedule", "store", "state_tree", "philox", "selection", "folder_lock", "run_health"},
+    {"schedule", "store", "state_tree", "state_checks", "philox", "selection", "folder_lock", "run_health"},
+    {"optimizer_state"},
     {"checkpoint", "kernels"},
     {"reference", "ops", "data"},
     {"functional", "neighbor_search", "neighbors", "copies", "feeds"},
@@ -25,6 +26,7 @@ LAYERS = [
     {"models", "sampling", "sampling_grid", "recipes"},
     {"metrics", "report"},
     {"measuring"},
+    {"identity", "run_state"},
     {"run_record", "trackers", "processes"},
     {"resume"},
     {"pretraining", "training"},

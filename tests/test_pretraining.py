@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import crash
 import pytest
+import runs
 import torch
 from safetensors.torch import load_file
 
@@ -16,18 +18,18 @@ diffusers = pytest.importorskip("diffusers")
 STEPS, SAVE_EVERY = 60, 7
 
 
-def pretrain_tiny(output_dir: str) -> None:
+def pretrain_tiny(output_dir: str, *, seed: int = 3, lr: float = 1e-3, rows: int = 30) -> None:
     from fastunlearn.pretraining import pretrain
     from fastunlearn.recipes.mnist_tshirt import Pretraining
     from fastunlearn.store import ImageStore
 
     torch.manual_seed(0)
-    images = torch.randint(0, 256, (30, 1, 8, 8), dtype=torch.uint8)
+    images = torch.randint(0, 256, (30, 1, 8, 8), dtype=torch.uint8)[:rows]
     blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,)}
     unet = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "layers_per_block": 1, "norm_num_groups": 4, "dropout": 0.1, **blocks}
-    recipe = Pretraining(unet=unet, batch_size=4, total_steps=STEPS, lr=1e-3, warmup_steps=5, ema_decay=0.9)
+    recipe = Pretraining(unet=unet, batch_size=4, total_steps=STEPS, lr=lr, warmup_steps=5, ema_decay=0.9)
     options = {"checkpointing_steps": SAVE_EVERY, "show_progress": False}
-    pretrain(ImageStore(images), recipe, Path(output_dir) / "model", seed=3, **options)
+    pretrain(ImageStore(images), recipe, Path(output_dir) / "model", seed=seed, **options)
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +57,11 @@ def test_killed_and_resumed_run_is_bit_equal(uninterrupted, tmp_path):
     crash.kill_at(2 * lines.all // 5, pretrain_tiny, tmp_path, run_dir, kills, saving=False)
     resumed_from = checkpoint.latest(run_dir)
     assert resumed_from is not None
+    before = kills.while_saving  # 1 if that line happened to be one of a save
     one_save = lines.saving / -(-STEPS // SAVE_EVERY)
     for part in (0.6, 0.8):  # in the middle of the first save after it, when its files are being written
         crash.kill_at(int(part * one_save), pretrain_tiny, tmp_path, run_dir, kills, saving=True)
-    assert kills.total == 3
-    assert kills.while_saving >= 2
+    assert kills == crash.Kills(total=3, while_saving=before + 2)
     assert checkpoint.latest(run_dir) == resumed_from
     crash.run_to_end(pretrain_tiny, tmp_path)
     weights = "model/unet/diffusion_pytorch_model.safetensors"
@@ -100,3 +102,35 @@ def test_two_into_one_output_are_refused(tmp_path):
     with held_elsewhere(locked, tmp_path / "model.run"), refused:
         pretrain_tiny(str(tmp_path))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def half_done(uninterrupted, tmp_path) -> Path:
+    """What a run leaves whose last checkpoint is that of step 56."""
+    shutil.copytree(uninterrupted[0] / "model.run" / "checkpoint-56", tmp_path / "model.run" / "checkpoint-56")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"seed": 4}, "a run with seed 4, got 3"),
+        ({"lr": 2e-3}, r"a run with recipe .*lr \(0.002 here, 0.001 there\)"),
+        ({"rows": 29}, "a run with data [0-9a-f]{64}, got [0-9a-f]{64}"),
+    ],
+)
+def test_another_pretraining_is_refused_with_both_values(half_done, change, text):
+    with pytest.raises(ValueError, match=text):
+        pretrain_tiny(str(half_done), **change)
+    assert not (half_done / "model").exists()
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(half_done):
+    saved = half_done / "model.run" / "checkpoint-56"
+    name = "optimizer.state.conv_in.bias.exp_avg"
+    runs.change_tensors(saved, "optimizer", lambda named: named.update({name: named[name][:3].clone()}))
+    with pytest.raises(ValueError, match=r"conv_in\.bias\.exp_avg: expected float32 of shape \(8,\), got float32 of shape \(3,\)"):
+        pretrain_tiny(str(half_done))
+    runs.change_tensors(saved, "ema", lambda named: named.pop("conv_in.bias"))
+    with pytest.raises(ValueError, match=r"ema\.conv_in\.bias: expected an entry of this name"):
+        pretrain_tiny(str(half_done))

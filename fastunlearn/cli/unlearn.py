@@ -110,6 +110,7 @@ class Unlearn:
                     logging_steps=flags.logging_steps, max_skipped_steps=flags.max_skipped_steps,
                     max_skipped_share=flags.max_skipped_share,
                     record={"base_model": str(self.model.absolute()), "images": images, "forget_in_retain": found},
+                    identity={"scheduler": _scheduler_identity(scheduler)},
                 )  # fmt: skip
         finally:
             if processes.rank == 0:
@@ -169,6 +170,12 @@ class Unlearn:
             file.write(side_by_side(*halves, columns=1 + REPORTED_CHAINS))
         self._note_private_files(private)
         print(f"forget images and reconstructions, before and after: {private / 'reconstructions.png'}")
+
+
+def _scheduler_identity(scheduler) -> dict:
+    """Class and configuration of a diffusers scheduler, which the unlearned model is saved with."""
+    settings = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+    return {"name": type(scheduler).__name__} | settings
 
 
 def _neighbors(forget: ImageStore, retain: ImageStore, k: int, cache_dir: Path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 
 from .. import _check
 from ..checkpoint import atomic_directory
+from ..plain_names import plain, plain_copy
 from .supported import check_network, check_parts, check_runs, check_surroundings
 
 if TYPE_CHECKING:
@@ -67,7 +67,8 @@ def save_checkpoint(output_dir: str | os.PathLike, model: UNet2DModel, scheduler
 
     Args:
         output_dir: the folder.
-        model: a `UNet2DModel`; its parameters are written in their dtype, as safetensors.
+        model: a `UNet2DModel`; its parameters are written in their dtype, as safetensors. One that is compiled or in
+            `DataParallel`, as a whole or in parts, is written as the network that it is without.
         scheduler: a diffusers scheduler.
 
     Returns:
@@ -78,13 +79,13 @@ def save_checkpoint(output_dir: str | os.PathLike, model: UNet2DModel, scheduler
         ValueError: `output_dir` is a file, or a folder with something else in it.
         ImportError: the package diffusers is not installed.
     """
-    if type(model).__name__ not in MODELS:
+    if not isinstance(model, torch.nn.Module) or type(plain(model)).__name__ not in MODELS:
         raise TypeError(f"model: expected a diffusers {' or '.join(MODELS)}, got {_check.describe(model)}")
     if type(scheduler).__name__ not in SCHEDULERS:
         raise TypeError(f"scheduler: expected one of {', '.join(SCHEDULERS)} of diffusers, got {_check.describe(scheduler)}")
     output_dir = check_replaceable(output_dir)
     diffusers = _check.package("diffusers", "save_checkpoint")
-    model = copy.deepcopy(model).to("cpu", memory_format=torch.contiguous_format)  # safetensors refuses channels-last
+    model = plain_copy(model).to("cpu", memory_format=torch.contiguous_format)  # safetensors refuses channels-last
     with atomic_directory(output_dir) as folder:
         pipeline = diffusers.DDPMPipeline(unet=model, scheduler=scheduler)
         pipeline.save_pretrained(folder, safe_serialization=True)

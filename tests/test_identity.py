@@ -1,0 +1,319 @@
+"""Which runs are the same run: what a resumed one may change, and what is refused with both values."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+import torch
+from torch import nn
+
+from fastunlearn import ImageStore, NoiseSchedule
+from fastunlearn.identity import described, identity
+from fastunlearn.methods import SISS, ReTrack
+from fastunlearn.precision import tf32
+from fastunlearn.run_record import read_run
+from fastunlearn.testing.factories import TinyDenoiser, linear_schedule
+
+Lr = torch.optim.lr_scheduler
+
+
+class Configured(TinyDenoiser):
+    """With a configuration, as diffusers' networks have one."""
+
+    def __init__(self, **config: Any):
+        super().__init__()
+        self.config = {"act_fn": "silu", "sample_size": (8, 8), "_name_or_path": str(config)} | config
+
+
+def factor(slope: float) -> Callable[[int], float]:
+    return lambda step: 1 / (1 + slope * step)
+
+
+def frozen(model: nn.Module) -> nn.Module:
+    model.time.requires_grad_(False)
+    return model
+
+
+def adamw(**options: Any) -> Callable[..., torch.optim.Optimizer]:
+    return lambda parameters: torch.optim.AdamW(parameters, **{"lr": 1e-3, "fused": True} | options)
+
+
+def lambda_lr(function: Callable[[int], float]) -> Callable[..., Any]:
+    return lambda optimizer: Lr.LambdaLR(optimizer, function)
+
+
+def changed_table() -> NoiseSchedule:
+    schedule = linear_schedule()
+    alpha = schedule.alpha.clone()
+    alpha[500] = alpha[500].nextafter(torch.tensor(1.0).double())
+    return NoiseSchedule(alpha, schedule.sigma)
+
+
+# The run that is saved, the one that would go on, and what the message says of both.
+REFUSED: dict[str, tuple[dict, dict, tuple[str, ...]]] = {
+    "start weights": ({}, {"model": lambda: TinyDenoiser(seed=1)}, ("start_weights",)),
+    "width": ({}, {"model": lambda: TinyDenoiser(width=4)}, ("network", "parameters (89 here, 133 there)")),
+    "configuration": (
+        {"model": Configured},
+        {"model": lambda: Configured(act_fn="gelu")},
+        ("network", "config.act_fn", "'gelu'", "'silu'"),
+    ),
+    "mode": ({}, {"model": lambda: TinyDenoiser().eval()}, ("training (False here, True there)",)),
+    "what is trained": ({}, {"wrap": frozen}, ("4 of 6 tensors", "6 of 6 tensors")),
+    "precision of parameters": (
+        {"autocast_dtype": torch.bfloat16},
+        {"autocast_dtype": torch.bfloat16, "model": lambda: TinyDenoiser().bfloat16()},
+        ("torch.bfloat16", "torch.float32"),
+    ),
+    "prediction type": (
+        {},
+        {"schedule": linear_schedule(prediction_type="v_prediction")},
+        ("schedule", "'v_prediction'", "'epsilon'"),
+    ),
+    "noise levels": ({}, {"schedule": changed_table()}, ("schedule", "sha256")),
+    "length of the schedule": ({}, {"schedule": linear_schedule(500)}, ("timesteps", "500", "1000")),
+    "method": ({}, {"method": SISS()}, ("method", "'SISS'", "'ReTrack'")),
+    "setting of the method": ({}, {"method": ReTrack(k=2, lambd=0.4)}, ("lambd (0.4 here, 0.3 there)",)),
+    "seed": ({}, {"seed": 6}, ("seed 6, got 5",)),
+    "batch size": ({}, {"batch_size": 6}, ("batch_size 6, got 4",)),
+    "clipping": ({}, {"max_grad_norm": 2.0}, ("max_grad_norm 2.0, got 1.0",)),
+    "no clipping": ({}, {"max_grad_norm": None}, ("max_grad_norm None, got 1.0",)),
+    "autocast": ({}, {"autocast_dtype": torch.bfloat16}, ("'torch.bfloat16' here, None there",)),
+    "loss scaling": (
+        {"autocast_dtype": torch.float16, "scale": 8.0},
+        {"autocast_dtype": torch.float16, "scale": 16.0},
+        ("grad_scaler", "16.0", "8.0"),
+    ),
+    "optimizer": ({}, {"optimizer": lambda p: torch.optim.Adam(p, lr=1e-3, fused=True)}, ("'Adam'", "'AdamW'")),
+    "learning rate": ({}, {"optimizer": adamw(lr=2e-3)}, ("learning_rates.0 (0.002 here, 0.001 there)",)),
+    "betas": ({}, {"optimizer": adamw(betas=(0.8, 0.999))}, ("betas.0 (0.8 here, 0.9 there)",)),
+    "weight decay": ({}, {"optimizer": adamw(weight_decay=0.5)}, ("weight_decay (0.5 here, 0.01 there)",)),
+    "scheduler": ({}, {"lr_scheduler": lambda o: Lr.CosineAnnealingLR(o, 4)}, ("'CosineAnnealingLR'", "'LinearLR'")),
+    "no scheduler": ({}, {"lr_scheduler": lambda o: None}, ("lr_scheduler None", "'LinearLR'")),
+    "setting of the scheduler": (
+        {},
+        {"lr_scheduler": lambda o: Lr.LinearLR(o, 0.5, 1.0, 8)},
+        ("settings.total_iters (8 here, 4 there)",),
+    ),
+    "function of the scheduler": (
+        {"lr_scheduler": lambda_lr(factor(0.1))},
+        {"lr_scheduler": lambda_lr(factor(0.2))},
+        ("lr_scheduler", "factors.0.at.1 (0.833", "0.909"),
+    ),
+    "average": ({}, {"ema": 0.99}, ("ema", "0.99", "0.9")),
+    "no average": ({}, {"ema": None}, ("expected the state of ['lr_scheduler'] beside", "['ema', 'lr_scheduler']")),
+    "images to forget": ({}, {"forget": ImageStore(runs.images(4, 9))}, ("data", "forget.sha256")),
+    "images to keep": ({}, {"retain": ImageStore(runs.images(21, 2))}, ("retain.rows (21 here, 20 there)",)),
+}  # fmt: skip
+
+
+def make(arguments: dict[str, Any]) -> Any:
+    """An unlearner with a network of its own."""
+    model = arguments.get("model")
+    return runs.make(**arguments | ({} if model is None else {"model": model()}))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_another_run_is_refused_with_both_values(tmp_path: Path, name: str):
+    first, second, words = REFUSED[name]
+    runs.run(make(first), tmp_path, 2)
+    record = (tmp_path / "run.json").read_text()
+    unlearner = make(second)
+    before = runs.snapshot(unlearner)
+    with pytest.raises(ValueError, match="resume_from_checkpoint: expected") as refusal:
+        runs.run(unlearner, tmp_path, resume_from_checkpoint="latest")
+    assert all(word in str(refusal.value) for word in words), refusal.value
+    assert runs.same(runs.snapshot(unlearner), before)
+    assert (tmp_path / "run.json").read_text() == record
+
+
+def test_other_neighbours_are_another_run(tmp_path: Path):
+    runs.run(runs.make(), tmp_path, 2)
+    unlearner = runs.make()
+    unlearner.neighbor_rows = unlearner.neighbor_rows.flip(1)  # as if they had been given in another order
+    with pytest.raises(ValueError, match=r"a run with neighbors {'shape': .*they differ in sha256"):
+        runs.run(unlearner, tmp_path, resume_from_checkpoint="latest")
+
+
+def test_the_rounding_of_products_is_part_of_a_run(tmp_path: Path):
+    with tf32(True):
+        runs.run(runs.make(), tmp_path, 2)
+    with pytest.raises(ValueError, match=r"precision .*float32\.products \('none' here, 'tf32' there\)"):
+        runs.run(runs.make(), tmp_path, resume_from_checkpoint="latest")
+
+
+def test_more_may_be_part_of_a_run(tmp_path: Path):
+    runs.run(runs.make(), tmp_path, 2, identity={"scheduler": {"name": "DDPM", "clip_sample": True}})
+    for other, text in (
+        ({"scheduler": {"name": "DDIM", "clip_sample": True}}, r"name \('DDIM' here, 'DDPM' there\)"),
+        ({"scheduler": {"name": "DDPM"}}, r"clip_sample \('nothing of this name' here, True there\)"),
+        (None, "scheduler nothing of this name, got {'name': 'DDPM'"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            runs.run(runs.make(), tmp_path, resume_from_checkpoint="latest", identity=other)
+    with pytest.raises(
+        ValueError, match="identity: expected names of your own, got 'seed', which has a meaning"
+    ):
+        runs.run(runs.make(), tmp_path, resume_from_checkpoint="latest", identity={"seed": 1})
+    runs.run(
+        runs.make(),
+        tmp_path,
+        resume_from_checkpoint="latest",
+        identity={"scheduler": {"clip_sample": True, "name": "DDPM"}},
+    )
+
+
+# --- what may change --------------------------------------------------------------------------------------
+
+# Arguments of the unlearner and of `unlearn` that a resumed run may change, and whether it ends with the same
+# bits.
+ALLOWED: dict[str, tuple[dict, dict, bool]] = {
+    "nothing": ({}, {}, True),
+    "checkpointing_steps": ({}, {"checkpointing_steps": 1}, True),
+    "checkpoints_total_limit": ({}, {"checkpoints_total_limit": 1}, True),
+    "logging_steps": ({}, {"logging_steps": 3}, True),
+    "report_to": ({}, {"report_to": lambda step, values: None}, True),
+    "max_skipped_steps": ({}, {"max_skipped_steps": 99}, True),
+    "show_progress": ({}, {"show_progress": True}, True),
+    "total_steps": ({"total_steps": 99}, {}, True),
+    "replay": ({"replay": False}, {}, True),
+    "residency": ({"residency": "device"}, {}, True),
+    "order of the parameters": (
+        {"order": lambda parameters: parameters[::-1]},
+        {},
+        False,
+    ),  # of the norm's summands
+    "micro_batch_size": ({"micro_batch_size": 2}, {}, False),
+    "compile": ({"compile": "try"}, {}, False),
+    "memory format": ({"model": lambda: TinyDenoiser().to(memory_format=torch.channels_last)}, {}, False),
+    "parallel": ({"wrap": nn.DataParallel}, {}, True),
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple[Path, torch.Tensor]:
+    folder = tmp_path_factory.mktemp("whole")
+    unlearner = runs.make()
+    runs.run(unlearner, folder)
+    return folder, runs.weights(unlearner)
+
+
+@pytest.mark.parametrize("name", ALLOWED)
+def test_what_a_resumed_run_may_change(
+    whole: tuple[Path, torch.Tensor], tmp_path: Path, monkeypatch, name: str
+):
+    folder, expected = whole
+    arguments, options, exactly = ALLOWED[name]
+    monkeypatch.setattr("fastunlearn.compilation.BACKEND", "eager")  # inductor takes a minute
+    shutil.copytree(folder / "checkpoint-2", tmp_path / "moved" / "checkpoint-2")
+    unlearner = make(arguments)
+    runs.run(unlearner, tmp_path / "moved", **{"resume_from_checkpoint": "latest"} | options)
+    difference = (runs.weights(unlearner) - expected).abs().max()
+    assert difference == 0 if exactly else difference < 1e-6  # four steps of at most 1e-3 each
+
+
+def test_the_run_may_be_longer_where_the_rates_do_not_depend_on_its_length(tmp_path: Path):
+    constant = {"lr_scheduler": lambda optimizer: Lr.ConstantLR(optimizer, 0.5, 3)}
+    runs.run(runs.make(total_steps=2, **constant), tmp_path, 2)
+    history = runs.run(runs.make(total_steps=6, **constant), tmp_path, 6, resume_from_checkpoint="latest")
+    assert [record["step"] for record in history.records] == [1, 2, 3, 4, 5, 6]
+
+
+class Own:
+    """A scheduler of the user's: nothing is known of what its rates depend on."""
+
+    def step(self) -> None:
+        """Nothing."""
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Nothing."""
+
+
+def test_an_unknown_scheduler_may_depend_on_the_length(tmp_path: Path):
+    own = {"lr_scheduler": lambda optimizer: Own()}
+    runs.run(runs.make(total_steps=2, **own), tmp_path, 2)
+    with pytest.raises(ValueError, match=r"total_steps \(6 here, 2 there\)"):
+        runs.run(runs.make(total_steps=6, **own), tmp_path, 6, resume_from_checkpoint="latest")
+
+
+def test_the_record_keeps_where_the_run_began(tmp_path: Path):
+    runs.run(runs.make(), tmp_path, 2, record={"base_model": "/models/a", "note": 1})
+    runs.run(
+        runs.make(),
+        tmp_path,
+        4,
+        record={"base_model": "/moved/a", "note": 2},
+        resume_from_checkpoint="latest",
+    )
+    record = read_run(tmp_path)
+    assert (record["base_model"], record["note"]) == ("/models/a", 2)
+    assert [(entry["step"], entry["base_model"]) for entry in record["resumed"]] == [(2, "/moved/a")]
+    assert record["steps"] == 4
+
+
+def test_a_run_that_did_not_begin_at_its_first_step_can_be_resumed(tmp_path: Path):
+    """Nobody knows the weights that it began with; everything else is compared."""
+    unlearner = runs.make()
+    unlearner.step()
+    runs.run(unlearner, tmp_path, 2)
+    resumed = runs.make()
+    runs.run(resumed, tmp_path, resume_from_checkpoint="latest")
+    whole = runs.make()
+    runs.run(whole, tmp_path / "whole")
+    assert torch.equal(runs.weights(resumed), runs.weights(whole))
+
+
+def test_a_schedule_that_moves_more_than_the_rate_goes_on(tmp_path: Path):
+    """OneCycleLR moves the betas, too: they are settings, and not the same at every step."""
+    one_cycle = {"lr_scheduler": lambda optimizer: Lr.OneCycleLR(optimizer, 1e-2, total_steps=10)}
+    whole, resumed = runs.make(**one_cycle), runs.make(**one_cycle)
+    runs.run(whole, tmp_path / "whole")
+    runs.run(runs.make(**one_cycle), tmp_path / "run", 2)
+    runs.run(resumed, tmp_path / "run", resume_from_checkpoint="latest")
+    assert torch.equal(runs.weights(resumed), runs.weights(whole))
+
+
+SCHEDULERS: dict[str, Callable[..., Any]] = {
+    "step": lambda o: Lr.StepLR(o, 2),
+    "multi step": lambda o: Lr.MultiStepLR(o, [1, 3]),
+    "sequence": lambda o: Lr.SequentialLR(o, [Lr.ConstantLR(o), Lr.ExponentialLR(o, 0.9)], [3]),
+    "chain": lambda o: Lr.ChainedScheduler([Lr.ConstantLR(o), Lr.ExponentialLR(o, 0.9)]),
+    "cycle": lambda o: Lr.CyclicLR(o, 1e-4, 1e-3, 2),
+    "restarts": lambda o: Lr.CosineAnnealingWarmRestarts(o, 2),
+    "table": lambda_lr(lambda step: [1.0, 0.5, 0.25, 0.125, 0.1][step]),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_scheduler_goes_on_bit_by_bit(tmp_path: Path, name: str):
+    settings = {"lr_scheduler": SCHEDULERS[name]}
+    whole, resumed = runs.make(**settings), runs.make(**settings)
+    runs.run(whole, tmp_path / "whole")
+    runs.run(runs.make(**settings), tmp_path / "run", 2)
+    runs.run(resumed, tmp_path / "run", resume_from_checkpoint="latest")
+    assert torch.equal(runs.weights(resumed), runs.weights(whole))
+    assert resumed.optimizer.param_groups[0]["lr"] == whole.optimizer.param_groups[0]["lr"]
+
+
+def test_a_description_is_json_and_the_same_in_every_process():
+    first, second = (identity(runs.make(lr_scheduler=lambda_lr(factor(0.1)))) for _ in range(2))
+    assert first == second == json.loads(json.dumps(first))
+    values = {
+        "f": factor,
+        "nan": float("nan"),
+        "t": torch.ones(3),
+        "dtype": torch.float32,
+        "set": {2, 1},
+        "object": object(),
+    }
+    assert described(values) == json.loads(json.dumps(described(values)))
+    assert "0x" not in str(described(values))
