@@ -172,7 +172,8 @@ def _bytes(rows: Tensor) -> memoryview:
 def _write_cache(path: Path, index: Tensor, sqdist: Tensor) -> None:
     """Written aside with mode 0600 and renamed, so a reader finds a whole file or none."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    metadata = {"format": CACHE_FORMAT, "version": str(CACHE_VERSION), "sha256": _result_hash(index, sqdist)}
+    metadata = {"format": CACHE_FORMAT, "version": str(CACHE_VERSION), "of": path.stem}
+    metadata["sha256"] = _result_hash(index, sqdist)
     with atomic_file(path, mode=0o600) as file:
         file.write(save({"index": index.contiguous(), "sqdist": sqdist.contiguous()}, metadata=metadata))
 
@@ -184,6 +185,8 @@ def _read_cache(path: Path, num_forget: int, num_retain: int, k: int) -> tuple[T
             metadata, index, sqdist = file.metadata() or {}, file.get_tensor("index"), file.get_tensor("sqdist")
         if metadata.get("format") != CACHE_FORMAT or metadata.get("sha256") != _result_hash(index, sqdist):
             raise ValueError("its content does not have the hash it carries")
+        if metadata.get("of", path.stem) != path.stem:
+            raise ValueError("it was found for other sets, and carries their name")
         if index.shape != (num_forget, k) or sqdist.shape != (num_forget, k) or index.min() < 0 or index.max() >= num_retain:
             raise ValueError(f"it holds {tuple(index.shape)} neighbours, not {(num_forget, k)}")
     except (SafetensorError, ValueError, OSError, KeyError) as error:

@@ -28,6 +28,9 @@ RANGE_ROUNDING = 1e-6  # how far a float image may exceed [-1, 1]: resizing and 
 # whether or not a compiler makes a fused multiply-add of them.
 UPPER_PART = float.fromhex("0x1.01p-7")
 LOWER_PART = float.fromhex("0x1.010102p-23")  # float32(1 / 127.5 - UPPER_PART)
+# By how much of a grey level a byte may be off as a float: half of the last bit near 1, and a little.
+BYTE_ROUNDING = {torch.float16: 0.07, torch.bfloat16: 0.26}
+LEAST_BYTE_ROUNDING = 1e-3
 FREEZE_PURPOSE = 0xFFFF  # the last word of the counters of `ImageStore.freeze`: no draw of a step has it
 
 
@@ -74,6 +77,7 @@ class ImageStore:
         self.labels = None if labels is None else as_labels(labels, len(images))
         self.sources = tuple(os.fspath(source) for source in ([sources] if isinstance(sources, (str, os.PathLike)) else sources))
         self._content_hash: str | None = None
+        self._hashed_versions: list[int] = []
         if images.is_floating_point():
             self._check_values()
         if not latents and not (self.is_uint8 and self.on_disk):  # whose rows are read when they are drawn
@@ -126,9 +130,12 @@ class ImageStore:
         """Rows `index` (`[B]` or `[B, K]` int64) for an op to read: nothing is gathered yet.
 
         Raises:
+            TypeError: `index` holds no integers: a mask would be taken for rows 0 and 1.
             ValueError: the store has standard deviations.
         """
         self._refuse_std("lazy")
+        if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
+            raise TypeError(f"index: expected integers, got {name(index.dtype)}")
         return Rows(self.images, index.to(self.device))
 
     def sample(self, index: Tensor, counter: Tensor, purpose: int) -> Tensor:
@@ -182,8 +189,19 @@ class ImageStore:
             yield start, self.images[start : start + count]
 
     def select(self, index) -> ImageStore:
-        """A store of the rows `index` (`[M]` int64, not empty), copied, with their labels."""
-        index = torch.as_tensor(index, dtype=torch.int64)
+        """A store of the rows `index`, copied, with their labels: integers `[M]`, not empty, or a mask, bool `[N]`.
+
+        Raises:
+            TypeError, ValueError: neither of these, or rows that there are none of.
+        """
+        index = torch.as_tensor(index)
+        if index.dtype == torch.bool:
+            if index.shape != (len(self),):
+                raise ValueError(f"index: expected a mask of shape [{len(self)}], got {list(index.shape)}")
+            index = index.nonzero().flatten()
+        if index.numel() and (index.is_floating_point() or index.is_complex()):
+            raise TypeError(f"index: expected integers or a mask, got {name(index.dtype)}")
+        index = index.to(torch.int64)
         if index.ndim != 1 or len(index) == 0:
             raise ValueError(f"index: expected shape [M] with M >= 1, got {list(index.shape)}")
         if index.min() < 0 or index.max() >= len(self):
@@ -195,19 +213,23 @@ class ImageStore:
         """The same store on `device`; labels stay on the CPU."""
         images, std = self.images.to(device), None if self.std is None else self.std.to(device)
         moved = self.like(images, std, labels=self.labels, on_disk=self.on_disk and images.device.type == "cpu")
-        moved._content_hash = self._content_hash
+        if self._content_hash is not None:
+            moved._content_hash, moved._hashed_versions = self.content_hash(), moved._versions()
         return moved
 
     def content_hash(self) -> str:
-        """SHA-256 (hex) over dtype, shape and the rows' bytes, and those of `std` where there is one; computed once, streamed."""
-        if self._content_hash is None:
+        """SHA-256 (hex) over dtype, shape and the rows' bytes, and those of `std` where there is one; streamed.
+
+        Computed anew where torch has seen the rows change in place; what numpy or another process changes, it does not see.
+        """
+        if self._content_hash is None or self._hashed_versions != self._versions():
             digest = hashlib.sha256()
             for store in (self, self._std_rows()):
                 if store is not None:
                     digest.update(f"{name(store.dtype)} {list(store.images.shape)}\n".encode())
                     for _, rows in store.chunks():
                         digest.update(tensor_bytes(rows))
-            self._content_hash = digest.hexdigest()
+            self._content_hash, self._hashed_versions = digest.hexdigest(), self._versions()
         return self._content_hash
 
     def like(self, images: Tensor, std: Tensor | None = None, *, labels: Tensor | None = None, on_disk: bool = False) -> ImageStore:
@@ -215,7 +237,12 @@ class ImageStore:
         store = object.__new__(ImageStore)
         store.images, store.std, store.labels, store.on_disk = images, std, labels, on_disk
         store.latents, store.sources, store._content_hash = self.latents, self.sources, None
+        store._hashed_versions = []
         return store
+
+    def _versions(self) -> list[int]:
+        """How often torch has changed the rows in place."""
+        return [0 if rows.is_inference() else rows._version for rows in (self.images, self.std) if rows is not None]
 
     def _std_rows(self) -> ImageStore | None:
         """The standard deviations as the rows of a store."""
@@ -242,10 +269,12 @@ class ImageStore:
         looked_at = itertools.islice(self.chunks(LOOKED_AT_ONCE), LOOKED_AT_MOST)  # of usual pictures one chunk
         if any(rows.max() > 1 if self.is_uint8 else rows.min() < 0 for _, rows in looked_at):
             return
+        named = ", ".join(self.sources) or "images"
         if self.is_uint8:
-            log.warning("images: %d rows of uint8 have no value above 1; uint8 is [0, 255]: masks, or pictures in [0, 1]?", len(self))
+            doubt = "rows of uint8 have no value above 1; uint8 is [0, 255]: masks, or pictures in [0, 1]?"
         else:
-            log.warning("images: %d rows have no value below 0; floats are [-1, 1]: pictures in [0, 1] are 2 * x - 1", len(self))
+            doubt = "rows have no value below 0; floats are [-1, 1]: pictures in [0, 1] are 2 * x - 1"
+        log.warning("%s: %d %s", named, len(self), doubt)
 
 
 @dataclass(frozen=True, eq=False)
@@ -297,10 +326,11 @@ def network_input(rows: Tensor) -> Tensor:
 
 
 def overlap(forget: ImageStore, retain: ImageStore) -> tuple[Tensor, Tensor]:
-    """Forget rows that also stand in the retain set, exactly equal in every pixel (latents: in every mean).
+    """Forget rows that also stand in the retain set, equal in every pixel (latents: in every mean).
 
-    Rows of one dtype are compared as stored, others as float32 network input. The retain set is streamed; what is kept in memory is
-    one 16-byte digest for each distinct forget row.
+    Images are equal if their bytes are: float rows that came from bytes count as those, however `x / 127.5 - 1` was
+    rounded on the way. All other rows are compared as they are stored, or, in different dtypes, as float32 network
+    input. The retain set is streamed; what is kept in memory is one 16-byte digest for each distinct forget row.
 
     Returns:
         `(forget_rows [M], retain_rows [M])`, int64 on the CPU: the forget rows concerned, ascending, and for each the first retain row it equals.
@@ -328,11 +358,25 @@ def overlap(forget: ImageStore, retain: ImageStore) -> tuple[Tensor, Tensor]:
 
 def _row_digests(store: ImageStore, as_stored: bool) -> Iterator[bytes]:
     for _, rows in store.chunks():
-        rows = rows if as_stored else network_input(rows)
-        if rows.is_floating_point():
-            rows = rows + 0.0  # -0.0 equals 0.0
-        for row in tensor_bytes(rows.flatten(1)):
-            yield hashlib.blake2b(row, digest_size=16).digest()
+        from_bytes, nearest = _as_bytes(rows, store.latents)
+        values = rows if as_stored or store.is_uint8 else network_input(rows)
+        if values.is_floating_point():
+            values = values + 0.0  # -0.0 equals 0.0
+        columns = from_bytes.tolist(), tensor_bytes(nearest.flatten(1)), tensor_bytes(values.flatten(1))
+        for is_bytes, as_bytes, as_values in zip(*columns, strict=True):
+            kind, row = (b"bytes", as_bytes) if is_bytes else (b"values", as_values)
+            yield hashlib.blake2b(row, digest_size=16, person=kind).digest()
+
+
+def _as_bytes(rows: Tensor, latents: bool) -> tuple[Tensor, Tensor]:
+    """Which of the rows `[n, C, H, W]` are bytes, or came from bytes, bool `[n]`; and the bytes nearest to all of them."""
+    if latents or rows.dtype == torch.uint8:
+        return torch.full((len(rows),), not latents), rows
+    scaled = (rows.double() + 1) * 127.5
+    nearest = scaled.round()
+    off = (scaled - nearest).abs().flatten(1).amax(1)
+    from_bytes = off <= BYTE_ROUNDING.get(rows.dtype, LEAST_BYTE_ROUNDING)
+    return from_bytes, nearest.clamp(0, 255).to(torch.uint8)
 
 
 def _bounds(argument: str, store: ImageStore) -> Iterator[tuple[int, float, float, int]]:

@@ -231,7 +231,9 @@ def unwrap_scheduler(scheduler: Any, optimizer: torch.optim.Optimizer) -> tuple[
         )
     kind = _of_accelerate("scheduler", "AcceleratedScheduler")
     if kind is None or not isinstance(scheduler, kind):
+        _check_scheduler(scheduler, optimizer)
         return scheduler, None, []
+    _check_scheduler(scheduler.scheduler, optimizer)
     device = optimizer.param_groups[0]["params"][0].device
     if device.type != "cpu":
         log.warning(
@@ -240,3 +242,17 @@ def unwrap_scheduler(scheduler: Any, optimizer: torch.optim.Optimizer) -> tuple[
         )
     asked = [wrapper for wrapper in scheduler.optimizers if unwrap_optimizer(wrapper)[0] is optimizer]
     return scheduler.scheduler, scheduler, asked
+
+
+def _check_scheduler(scheduler: Any, optimizer: torch.optim.Optimizer) -> None:
+    """
+    Raises:
+        TypeError: its step() asks for a metric.
+        ValueError: it moves the learning rate of another optimizer.
+    """
+    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        raise TypeError("lr_scheduler: expected one whose step() needs no metric, got ReduceLROnPlateau")
+    own = getattr(scheduler, "optimizer", None)
+    if own is not None and unwrap_optimizer(own)[0] is not optimizer:
+        expected = "expected a scheduler of the optimizer given"
+        raise ValueError(f"lr_scheduler: {expected}, got a {type(scheduler).__name__} of another one")

@@ -287,6 +287,18 @@ UNLEARNER_CASES = [
         TypeError, r"neighbors\[0\]", "integer tensor", "float32",
     ),
     Case("neighbours are no pair", lambda: unlearner(ReTrack(k=3), neighbors=torch.ones(4, 3)), TypeError, "neighbors", "a pair", "float32"),
+    Case(
+        "a scheduler of another optimizer",
+        lambda: unlearner(lr_scheduler=torch.optim.lr_scheduler.ConstantLR(torch.optim.SGD([torch.zeros(1)], lr=1))),
+        ValueError, "lr_scheduler", "of the optimizer given", "ConstantLR of another one",
+    ),
+    Case(
+        "a scheduler that asks for a metric",
+        lambda: unlearner(
+            lr_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau(torch.optim.SGD([torch.zeros(1)], lr=1))
+        ),
+        TypeError, "lr_scheduler", "no metric", "ReduceLROnPlateau",
+    ),
     Case("resumed with another seed", lambda: unlearner().load_state_dict({"seed": 7, "step_index": 0, "skipped_steps": 0}), ValueError, "seed", "7", "0"),
     Case("rows of a set that is not read", lambda: unlearner(NegGrad()).step(Draws(retain_rows=timesteps())), ValueError, "draws", "only", "retain_rows"),
     Case("drawn rows are floats", lambda: unlearner().step(Draws(forget_rows=torch.ones(2))), TypeError, "draws.forget_rows", "integer tensor", "float32"),

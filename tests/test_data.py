@@ -224,9 +224,22 @@ def test_npy_stays_on_disk(tmp_path):
     assert store.images[4, 0, 7, 7] == 0x2A
 
 
-def test_floats_in_0_to_1_are_doubted(tmp_path):
-    with pytest.warns(UserWarning, match=r"x.npy: no pixel is below 0; float images are expected in \[-1, 1\], not \[0, 1\]"):
-        load_images(npy(tmp_path, np.linspace(0, 1, 64).reshape(1, 8, 8)))
+def test_floats_in_0_to_1_are_doubted(tmp_path, caplog):
+    load_images(npy(tmp_path, np.linspace(0, 1, 64).reshape(1, 8, 8)))
+    (record,) = caplog.records
+    assert "x.npy: 1 rows have no value below 0; floats are [-1, 1]" in record.message
+
+
+@pytest.mark.parametrize("other", ["{}", "{}/../{}", "link"])
+def test_a_path_that_is_given_twice_is_refused(tmp_path, other):
+    """Its rows would be drawn twice as often."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    path = npy(folder, images(5, 8, 8))
+    (folder / "link").symlink_to(path)
+    again = folder / other.replace("{}/../{}", f"../pictures/{path.name}").replace("{}", path.name)
+    with pytest.raises(ValueError, match=r"paths: expected every path once, got .* a second time"):
+        load_images([path, again])
 
 
 @pytest.mark.parametrize("key", ["images", "arr_0", "photos"])

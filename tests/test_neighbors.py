@@ -459,7 +459,7 @@ def test_cache_is_used_private_and_keyed_by_content(cached):
     assert len(searches) == len(list(folder.iterdir())) - 1 == 4
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "header", "foreign"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "header", "foreign", "of other sets"])
 def test_damaged_cache_is_reported_and_replaced(cached, damage: str):
     forget, retain, folder, searches = cached
     (file,) = folder.iterdir()
@@ -473,7 +473,8 @@ def test_damaged_cache_is_reported_and_replaced(cached, damage: str):
     elif damage == "header":
         content[:8] = b"\xff" * 8
     else:
-        nearest_neighbors(forget[:2], retain, 3, cache_dir=folder.parent / "other")
+        others = forget[:2] if damage == "foreign" else forget.flip(0)
+        nearest_neighbors(others, retain, 3, cache_dir=folder.parent / "other")
         content = next((folder.parent / "other").iterdir()).read_bytes()
         searches.clear()
     file.write_bytes(content)

@@ -265,6 +265,61 @@ def test_overlap_takes_minus_zero_for_zero():
     assert forget_rows.tolist() == [0]
 
 
+ROUNDED = {
+    "torch": lambda bytes_: bytes_.float() / 127.5 - 1,
+    "numpy": lambda bytes_: torch.from_numpy(bytes_.numpy() / 127.5 - 1),
+    "numpy, float32": lambda bytes_: torch.from_numpy((bytes_.numpy() / 127.5 - 1).astype(np.float32)),
+    "two steps": lambda bytes_: bytes_.float() / 255 * 2 - 1,
+    "float16": lambda bytes_: (bytes_.float() / 127.5 - 1).half(),
+    "bfloat16": lambda bytes_: (bytes_.float() / 127.5 - 1).bfloat16(),
+}
+
+
+@pytest.mark.parametrize("forget_as", ["bytes", *ROUNDED])
+@pytest.mark.parametrize("retain_as", ROUNDED)
+def test_overlap_sees_bytes_however_they_were_rounded(forget_as, retain_as):
+    retain = torch.arange(256, dtype=torch.uint8).repeat(5, 1).view(5, 1, 16, 16).roll(3, 0)
+    retain += torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1)
+    forget = retain[[3, 1]]
+    forget = forget if forget_as == "bytes" else ROUNDED[forget_as](forget)
+    found = overlap(ImageStore(forget), ImageStore(ROUNDED[retain_as](retain)))
+    assert [rows.tolist() for rows in found] == [[0, 1], [3, 1]]
+
+
+def test_overlap_of_floats_that_were_no_bytes_is_exact():
+    retain = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    nearly = retain[:1].clone()
+    nearly[0, 0, 0, 0] = nearly[0, 0, 0, 0].nextafter(torch.tensor(2.0))
+    assert len(overlap(ImageStore(nearly), ImageStore(retain))[0]) == 0
+    assert len(overlap(ImageStore(retain[2:3]), ImageStore(retain))[0]) == 1
+
+
+def test_a_mask_selects_the_rows_it_marks():
+    store = ImageStore(uint8_images(5), labels=torch.arange(5))
+    mask = torch.tensor([True, False, False, True, True])
+    for given in (mask, mask.numpy(), mask.tolist()):
+        assert store.select(given).labels.tolist() == [0, 3, 4]
+    with pytest.raises(ValueError, match=r"index: expected a mask of shape \[5\], got \[3\]"):
+        store.select(mask[:3])
+    with pytest.raises(ValueError, match="index: expected shape"):
+        store.select(torch.zeros(5, dtype=torch.bool))
+    with pytest.raises(TypeError, match="index: expected integers or a mask, got float32"):
+        store.select(torch.tensor([1.7]))
+    with pytest.raises(TypeError, match="index: expected integers, got bool"):
+        store.lazy(mask)
+
+
+def test_the_content_hash_follows_what_torch_changes_in_place():
+    images = uint8_images(3)
+    store = ImageStore(images)
+    before = store.content_hash()
+    images[0, 0, 0, 0] ^= 1
+    assert store.content_hash() != before
+    assert store.to("cpu").content_hash() == store.content_hash()
+    images[0, 0, 0, 0] ^= 1
+    assert store.content_hash() == before
+
+
 def test_overlap_is_streamed(monkeypatch):
     monkeypatch.setattr(ImageStore.chunks, "__defaults__", (100,))
     retain = uint8_images(20, seed=1)

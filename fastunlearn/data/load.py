@@ -96,6 +96,10 @@ def load_images(
     paths = [Path(path) for path in paths]
     if not paths:
         raise ValueError("paths: expected at least one path, got none")
+    real = [path.resolve() for path in paths]
+    twice = next((path for place, path in enumerate(paths) if real[place] in real[:place]), None)
+    if twice is not None:  # its rows would count twice
+        raise ValueError(f"paths: expected every path once, got {twice} a second time")
     if tell is not None and not callable(tell):
         raise TypeError(f"tell: expected a function of a Reading, or None, got {_check.describe(tell)}")
     channels = None if channels is None else _check.integer("channels", channels, low=1)
@@ -108,8 +112,6 @@ def load_images(
         store = ImageStore(images, std=std, labels=_joined([part.labels for part in parts]) if labels else None, latents=latents, sources=paths)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{', '.join(map(str, paths))}: {error}") from None
-    if not store.is_uint8 and not latents and all(rows.amin() >= 0 for _, rows in store.chunks()):
-        warnings.warn(f"{', '.join(map(str, paths))}: no pixel is below 0; float images are expected in [-1, 1], not [0, 1]", stacklevel=2)
     reading = _reading(parts, options)
     if tell is not None:
         tell(reading)
