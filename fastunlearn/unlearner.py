@@ -290,12 +290,11 @@ class Unlearner:
         Raises:
             TypeError, ValueError: the state is of a run with another seed, or no state of a run.
         """
-        _check.integer("step_index", state["step_index"], low=0, high=2**32 - 1, of="32 bits of a counter")
-        taken = state["step_index"]
+        taken = _check.integer("step_index", state["step_index"], low=0, high=philox.STEPS, of="32 bits of a counter")
         skipped = _check.integer("skipped_steps", state["skipped_steps"], low=0, high=taken, of="the steps taken")
         if state["seed"] != self.seed:
             raise ValueError(f"seed: expected the seed of the run that is resumed, {state['seed']}, got {self.seed}")
-        self._count_from(state["step_index"])
+        self._count_from(taken)
         self.skipped_steps.fill_(skipped)
 
     def _count_from(self, step: int) -> None:

@@ -313,7 +313,8 @@ def test_overlap_is_refused_unless_allowed(world, tmp_path, capsys):
 
 def test_the_retain_set_may_be_the_whole_training_set(world, tmp_path, capsys):
     """`--drop_overlap` takes the forget images out of it, every copy of them, and the run is the one without them."""
-    whole = ("--retain", world.forget / "1.png", world.retain, world.forget / "1.png")
+    shutil.copy(world.forget / "1.png", tmp_path / "again.png")
+    whole = ("--retain", world.forget / "1.png", world.retain, tmp_path / "again.png")
     assert unlearn(world, tmp_path / "whole", *whole, "--drop_overlap") == 0
     assert "(2 dropped, which are to be forgotten)" in capsys.readouterr().out
     assert unlearn(world, tmp_path / "clean") == 0

@@ -122,6 +122,7 @@ def _there_and_back(side: int, size: int, name: str, reduced_side: int) -> np.nd
     """float32 `[reduced_side, side]`: an axis of `side` pixels resized to `size` and back, and reduced."""
     from PIL import Image
 
+
     axis = Image.fromarray(np.eye(side, dtype=np.float32))  # Pillow does not round floats
     there = axis.resize((side, size), Image.Resampling[name])
     back = np.array(there.resize((side, side), Image.Resampling[name]))
@@ -147,11 +148,13 @@ def _jpeg(image: Tensor) -> Tensor:
     """`[C, H, W]` written and read: in colour where C is 3, else channel by channel."""
     from PIL import Image
 
+    from ..data.content import formats
+
     pixels = image.round().clamp(0, 255).to(torch.uint8)
     planes = [pixels.movedim(0, -1)] if len(image) == 3 else list(pixels)
     read = []
     for plane in planes:
         file = io.BytesIO()
         Image.fromarray(plane.contiguous().numpy()).save(file, "JPEG", quality=JPEG_QUALITY)
-        read.append(torch.from_numpy(np.array(Image.open(file))).float())
+        read.append(torch.from_numpy(np.array(Image.open(file, formats=formats()))).float())
     return read[0].movedim(-1, 0) if len(image) == 3 else torch.stack(read)
