@@ -122,7 +122,6 @@ def _there_and_back(side: int, size: int, name: str, reduced_side: int) -> np.nd
     """float32 `[reduced_side, side]`: an axis of `side` pixels resized to `size` and back, and reduced."""
     from PIL import Image
 
-
     axis = Image.fromarray(np.eye(side, dtype=np.float32))  # Pillow does not round floats
     there = axis.resize((side, size), Image.Resampling[name])
     back = np.array(there.resize((side, side), Image.Resampling[name]))
