@@ -7,6 +7,10 @@ import math
 import torch
 from torch import Tensor, nn
 
+from . import _check
+
+ROUNDING = 1e-2  # bfloat16 has eight bits: an image in [-1, 1] may come out of it a little larger
+
 
 class NotFiniteError(ValueError):
     """NaN or Inf where a measurement needs a number."""
@@ -22,6 +26,15 @@ def rows(name: str, value: Tensor) -> Tensor:
             f"got NaN or Inf in {int(bad.sum())} of {len(value)} (first: {first})"
         )
     return value
+
+
+def pixels(name: str, images: Tensor) -> Tensor:
+    """Images `[N, C, H, W]` in [-1, 1]; of others, such as floats up to 255, a number would say nothing."""
+    rows(name, _check.images(name, images))
+    low, high = (bound.item() for bound in torch.aminmax(images))
+    if max(-low, high) > 1 + ROUNDING:
+        raise ValueError(f"{name}: expected values in [-1, 1], got values in [{low:.6g}, {high:.6g}]")
+    return images
 
 
 def weights(model: object, name: str = "model") -> None:

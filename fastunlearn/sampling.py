@@ -239,9 +239,8 @@ def _image_shape(shape: tuple[int, int, int]) -> tuple[int, int, int]:
 
 
 def _clean_images(images: Tensor) -> Tensor:
-    """`images` `[M, C, H, W]`, finite, float32 on the CPU."""
-    images = _check.images("images", images).detach().to("cpu", torch.float32)
-    return _finite.rows("images", images)
+    """`images` `[M, C, H, W]`, finite, in [-1, 1], float32 on the CPU."""
+    return _finite.pixels("images", images).detach().to("cpu", torch.float32)
 
 
 def _noised(images: Tensor, alpha_squared: float, generators: list[torch.Generator]) -> Tensor:

@@ -60,6 +60,9 @@ class NoiseSchedule:
         alphas_cumprod = _table("alphas_cumprod", alphas_cumprod)
         if alphas_cumprod.max() > 1:
             raise ValueError(f"alphas_cumprod: expected values in [0, 1], got a maximum of {alphas_cumprod.max():.6g}")
+        if (alphas_cumprod.diff() > 0).any():  # betas, or a table turned round
+            first = int((alphas_cumprod.diff() > 0).nonzero()[0]) + 1
+            raise ValueError(f"alphas_cumprod: expected values that fall with t, got one that rises at t = {first}")
         return cls(alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt(), **kwargs)
 
     @classmethod

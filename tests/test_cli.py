@@ -291,6 +291,7 @@ WRONG_UNLEARN = [
     ("no model", ["--model", "nowhere"], r"nowhere: expected a folder of DDPMPipeline.save_pretrained.*, got a path that does not exist"),
     ("no data", ["--forget", "nowhere.npy"], r"nowhere.npy: expected .*, got a path that does not exist"),
     ("no forget set", ["--forget"], r"--forget: expected at least one path with --method retrack, got none"),
+    ("no device to run on", ["--device", "meta"], r"device: expected cpu, cuda or cuda:N, got 'meta'"),
     ("no device", ["--device", "tpu9"], r"device: expected cpu, cuda or cuda:N, got 'tpu9'"),
 ]
 
@@ -770,3 +771,21 @@ def test_purge_cleans_what_a_run_left_that_died_early(tmp_path, capsys):
     assert main(["purge", str(tmp_path / "run")]) == 0
     assert not any(private.iterdir())
     assert "removed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("columns", ["1", "2", "80"])
+def test_help_is_shown_whatever_the_width(monkeypatch, capsys, columns):
+    """In one column it was never done."""
+    monkeypatch.setenv("COLUMNS", columns)
+    with pytest.raises(SystemExit):
+        run("purge", "--help")
+    assert "run" in capsys.readouterr().out
+
+
+def test_names_that_are_no_text_are_shown_escaped(world, tmp_path):
+    output = os.fsencode(tmp_path) + b"/\xff run"
+    command = [sys.executable, "-m", "fastunlearn", "unlearn", "--model", world.model, "--forget", world.forget, *FAST]
+    command += ["--method", "neggrad", "--output", output]
+    result = subprocess.run([os.fsencode(argument) for argument in command], capture_output=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert rb"\udcff run" in result.stdout

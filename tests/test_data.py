@@ -230,6 +230,15 @@ def test_floats_in_0_to_1_are_doubted(tmp_path, caplog):
     assert "x.npy: 1 rows have no value below 0; floats are [-1, 1]" in record.message
 
 
+def test_a_file_beside_its_folder_is_refused(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    Image.new("L", (8, 8)).save(folder / "a.png")
+    for paths in ([folder, folder / "a.png"], [folder / "a.png", folder]):
+        with pytest.raises(ValueError, match=r"paths: expected every path once, got .*a.png and a folder that it lies in"):
+            load_images(paths)
+
+
 @pytest.mark.parametrize("other", ["{}", "{}/../{}", "link"])
 def test_a_path_that_is_given_twice_is_refused(tmp_path, other):
     """Its rows would be drawn twice as often."""

@@ -87,6 +87,11 @@ SOME = Share.of(5, 512)
 GOOD = scores(9.0, 0.95)
 
 
+def test_a_percentage_is_no_share():
+    with pytest.raises(ValueError, match=r"expected: expected a share below 1 \(1 % is 0.01\), got 1"):
+        frequency_criterion(Share.of(5, 20), Share.of(1, 20), expected=1)
+
+
 def test_criteria_refuse_what_cannot_be_compared():
     """With NaN both `a <= b` and `b <= a` are False: a criterion would answer, whichever way it is
     written."""

@@ -52,6 +52,12 @@ def unet():
     return diffusers.UNet2DModel(sample_size=8, in_channels=1, out_channels=1, **widths, **blocks)
 
 
+def test_images_on_another_scale_are_refused():
+    images = torch.full((1, 1, 8, 8), 255.0)
+    with pytest.raises(ValueError, match=r"images: expected values in \[-1, 1\], got values in \[255, 255\]"):
+        inject_and_denoise(lambda x, t: x, diffusers.DDPMScheduler(num_train_timesteps=20), images, 5)
+
+
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
 def test_samples_have_the_distribution_of_the_data(sampler):
     """3,200 independent pixels of the perfect model over the whole grid: standard errors 0.002 and 0.0013."""

@@ -22,6 +22,15 @@ def test_flow_matching_has_the_noise_levels_of_its_scheduler(scheduler):
     assert torch.allclose(schedule.model_timesteps, theirs * len(theirs), rtol=1e-6, atol=0)
 
 
+def test_levels_that_rise_are_refused():
+    """Betas in place of `alphas_cumprod`, or a table that is turned round: no network has seen such levels."""
+    scheduler = diffusers.DDPMScheduler()
+    assert len(NoiseSchedule.from_alphas_cumprod(scheduler.alphas_cumprod)) == 1000
+    for table in (scheduler.betas, scheduler.alphas_cumprod.flip(0)):
+        with pytest.raises(ValueError, match="alphas_cumprod: expected values that fall with t, got one that rises at t = 1"):
+            NoiseSchedule.from_alphas_cumprod(table)
+
+
 def test_other_noise_levels_are_refused():
     inverted = diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
     with pytest.raises(ValueError, match=r"scheduler: expected noise levels that rise with t, got invert_sigmas=True"):

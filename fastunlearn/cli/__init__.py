@@ -24,6 +24,9 @@ failed, 2 wrong input. Errors are one line, and one more for each file of a list
 FASTUNLEARN_DEBUG=1 adds the traceback."""
 
 
+FEWEST_COLUMNS = 40
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command that `arguments` (default: those of the process) name, and returns the exit code.
 
@@ -31,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         SystemExit: after `--help` (code 0), for flags that do not parse (code 2), and for a run that a signal stopped.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    _prepare_terminal()
     if arguments == ["--version"]:
         print(f"fastunlearn {__version__}")
         return 0
@@ -53,6 +57,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return code
+
+
+def _prepare_terminal() -> None:
+    """Names of files may hold bytes that no text has: they are shown escaped. Help is not wrapped into a few columns."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    columns = os.environ.get("COLUMNS", "")
+    if columns.isdigit() and int(columns) < FEWEST_COLUMNS:
+        os.environ["COLUMNS"] = str(FEWEST_COLUMNS)
 
 
 def _parse(arguments: list[str]):

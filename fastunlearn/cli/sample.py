@@ -49,6 +49,7 @@ class Sample:
     def run(self) -> int:
         import numpy as np
 
+        from ..checkpoint import atomic_file
         from ..models import load_checkpoint
         from ..report.pictures import grid
         from ..sampling import sample
@@ -61,8 +62,10 @@ class Sample:
         )  # fmt: skip
         file = self.file
         file.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(file, images=((images + 1) * 127.5).round().byte().numpy())
+        with atomic_file(file) as written:
+            np.savez(written, images=((images + 1) * 127.5).round().byte().numpy())
         shown = images[:GRID]
-        file.with_suffix(".png").write_bytes(grid(shown, columns=max(1, round(len(shown) ** 0.5))))
+        with atomic_file(file.with_suffix(".png")) as written:
+            written.write(grid(shown, columns=max(1, round(len(shown) ** 0.5))))
         print(f"{len(images)} samples: {file.with_suffix('.png')}, {file}")
         return 0

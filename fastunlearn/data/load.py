@@ -96,10 +96,7 @@ def load_images(
     paths = [Path(path) for path in paths]
     if not paths:
         raise ValueError("paths: expected at least one path, got none")
-    real = [path.resolve() for path in paths]
-    twice = next((path for place, path in enumerate(paths) if real[place] in real[:place]), None)
-    if twice is not None:  # its rows would count twice
-        raise ValueError(f"paths: expected every path once, got {twice} a second time")
+    _check_apart(paths)
     if tell is not None and not callable(tell):
         raise TypeError(f"tell: expected a function of a Reading, or None, got {_check.describe(tell)}")
     channels = None if channels is None else _check.integer("channels", channels, low=1)
@@ -118,6 +115,20 @@ def load_images(
     elif reading.passed_over or reading.entered_before:
         warnings.warn(f"{', '.join(map(str, paths))}: {reading}", stacklevel=2)
     return store
+
+
+def _check_apart(paths: list[Path]) -> None:
+    """
+    Raises:
+        ValueError: a path is given twice, or beside a folder that it lies in: its rows would count twice.
+    """
+    real = [path.resolve() for path in paths]
+    for place, path in enumerate(paths):
+        others = {other for index, other in enumerate(real) if index != place}
+        if real[place] in real[:place]:
+            raise ValueError(f"paths: expected every path once, got {path} a second time")
+        if others & set(real[place].parents):
+            raise ValueError(f"paths: expected every path once, got {path} and a folder that it lies in")
 
 
 def _read_all(paths: list[Path], options: Options) -> list[Part]:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from .. import _check, _finite
-
-ROUNDING = 1e-2  # bfloat16 has eight bits: an image in [-1, 1] may come out of it a little larger
+from .. import _finite
 
 
 def distances(samples: Tensor, image: Tensor) -> Tensor:  # [N]
@@ -24,20 +21,11 @@ def distances(samples: Tensor, image: Tensor) -> Tensor:  # [N]
         TypeError, ValueError: shapes that do not fit, no samples, or values outside [-1, 1].
         NotFiniteError: a ValueError; NaN or Inf in a sample or the image, which nothing is near to.
     """
-    _pixels("samples", samples)
-    image = _pixels("image", image if image.ndim == 4 else image[None])
+    _finite.pixels("samples", samples)
+    image = _finite.pixels("image", image if image.ndim == 4 else image[None])
     if image.shape != (1, *samples.shape[1:]):
         raise ValueError(
             f"image: expected one image of the samples' shape, {tuple(samples.shape[1:])}, "
             f"got {tuple(image.shape)}"
         )
     return ((samples.float() - image.to(samples.device).float()) / 2).flatten(1).norm(dim=1)
-
-
-def _pixels(name: str, images: Tensor) -> Tensor:
-    """Images `[N, C, H, W]` in [-1, 1]; of others, such as floats up to 255, no sample would be near."""
-    _finite.rows(name, _check.images(name, images))
-    low, high = (bound.item() for bound in torch.aminmax(images))
-    if max(-low, high) > 1 + ROUNDING:
-        raise ValueError(f"{name}: expected values in [-1, 1], got values in [{low:.6g}, {high:.6g}]")
-    return images

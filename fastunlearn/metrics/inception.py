@@ -69,7 +69,7 @@ def inception_scores(samples: Tensor, real: Tensor, classifier: nn.Module, *, sp
     for name, images in (("samples", samples), ("real", real)):
         if len(_check.images(name, images)) < 2:
             raise ValueError(f"{name}: expected at least two images, got {len(images)}")
-        _finite.rows(name, images)
+        _finite.pixels(name, images)
     _finite.weights(classifier, "classifier")
     splits = _check.integer("splits", splits, low=1, high=len(samples), of="the samples")
     from torchmetrics.image.fid import FrechetInceptionDistance

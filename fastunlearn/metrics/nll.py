@@ -125,7 +125,7 @@ def bits_per_dim(
     """
     from torchdiffeq import odeint
 
-    _finite.rows("images", _check.images("images", images))
+    _finite.pixels("images", images)
     rtol = _check.number("rtol", rtol, low=0, low_open=True)
     atol = _check.number("atol", atol, low=0, low_open=True)
     seed = _check.integer("seed", seed, low=0)

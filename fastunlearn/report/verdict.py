@@ -56,6 +56,8 @@ def frequency_criterion(before: Share, after: Share, expected: float) -> Criteri
     from scipy.stats import binom
 
     _check.number("expected", expected, low=0, high=1, low_open=True)
+    if expected == 1:  # one hit less than all would be rarer
+        raise ValueError("expected: expected a share below 1 (1 % is 0.01), got 1")
     if after.total != before.total:
         raise ValueError(f"after: expected as many samples as before, {before.total}, got {after.total}")
     p_value = float(binom.cdf(after.count, after.total, expected))
