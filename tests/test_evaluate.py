@@ -101,6 +101,13 @@ def test_it_compares_two_checkpoints(world, evaluate, tmp_path, capsys):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["evaluation.json"]
 
 
+def test_it_says_of_how_many_images_a_row_is(evaluate, capsys):
+    evaluate("--metrics", "frequency,reconstruction", "--max-forget-images", "1")
+    assert "reconstruction: of the first 1 of 2 images to forget" in capsys.readouterr().out
+    evaluate("--metrics", "frequency,reconstruction")
+    assert "of the first" not in capsys.readouterr().out
+
+
 def test_what_was_read_and_how_is_recorded(evaluate):
     _, result = evaluate("--metrics", "frequency", "--resample", "box")
     for name, rows in (("forget", 2), ("retain", 20)):

@@ -120,7 +120,7 @@ class Evaluate:
         except BaseException as error:
             record.fail(error)
             raise
-        self._print(record, images.threshold, verdict)
+        self._print(record, images, verdict)
         return 0 if record.complete else 1
 
     def _subjects(self, device: torch.device) -> dict[str, Subject]:
@@ -178,7 +178,7 @@ class Evaluate:
         sets = {"images": read, "forget_images": len(images.forget)}
         return {"settings": settings, **sets, "threshold": threshold}
 
-    def _print(self, record: Record, threshold: Threshold | str, verdict: Verdict) -> None:
+    def _print(self, record: Record, images: Images, verdict: Verdict) -> None:
         from rich.console import Console
         from rich.table import Table
 
@@ -188,7 +188,7 @@ class Evaluate:
             rows = record.measured.values()
             table.add_row(label, *(row[metric].value if metric in row else "not had" for row in rows), good)
         Console().print(table)
-        for line in _notes(record, threshold):
+        for line in _notes(record, images):
             print(line)
         if self.against is not None:
             from ..measuring.verdict import QUESTION
@@ -230,9 +230,13 @@ def _measure(
             traceback.print_exception(found, file=sys.stderr)
 
 
-def _notes(record: Record, threshold: Threshold | str) -> list[str]:
+def _notes(record: Record, images: Images) -> list[str]:
     """What the table cannot hold: the threshold's origin, what limits a score, why a metric was not had."""
-    notes = []
+    notes, threshold = [], images.threshold
+    some = [metric for metric in ("nll", "reconstruction") if metric in record.wanted]
+    if some and len(images.few) < len(images.forget):
+        looked_at = f"of the first {len(images.few)} of {len(images.forget)} images to forget"
+        notes.append(f"{', '.join(some)}: {looked_at} (--max-forget-images)")
     if not isinstance(threshold, str) and {"frequency", "reconstruction"} & set(record.wanted):
         notes.append(f"threshold: {threshold.value:.4g} ({threshold.how})")
         if threshold.calibrated not in (None, threshold.value):
