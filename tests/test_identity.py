@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from collections.abc import Callable
@@ -13,12 +14,13 @@ import runs
 import torch
 from torch import nn
 
-from fastunlearn import ImageStore, NoiseSchedule
+from fastunlearn import ImageStore, NoiseSchedule, Unlearner
 from fastunlearn.identity import described, identity
 from fastunlearn.methods import SISS, ReTrack
 from fastunlearn.precision import tf32
 from fastunlearn.run_record import read_run
 from fastunlearn.testing.factories import TinyDenoiser, linear_schedule
+from fastunlearn.training import unlearn
 
 Lr = torch.optim.lr_scheduler
 
@@ -180,10 +182,14 @@ ALLOWED: dict[str, tuple[dict, dict, bool]] = {
     "logging_steps": ({}, {"logging_steps": 3}, True),
     "report_to": ({}, {"report_to": lambda step, values: None}, True),
     "max_skipped_steps": ({}, {"max_skipped_steps": 99}, True),
+    "max_skipped_share": ({}, {"max_skipped_share": 0.9}, True),
     "show_progress": ({}, {"show_progress": True}, True),
     "total_steps": ({"total_steps": 99}, {}, True),
     "replay": ({"replay": False}, {}, True),
     "residency": ({"residency": "device"}, {}, True),
+    "keep_grad": ({"keep_grad": True}, {}, True),
+    "allow_overlap": ({"allow_overlap": True}, {}, True),
+    "warn_of_near_copies": ({"warn_of_near_copies": False}, {}, True),
     "order of the parameters": (
         {"order": lambda parameters: parameters[::-1]},
         {},
@@ -194,6 +200,31 @@ ALLOWED: dict[str, tuple[dict, dict, bool]] = {
     "memory format": ({"model": lambda: TinyDenoiser().to(memory_format=torch.channels_last)}, {}, False),
     "parallel": ({"wrap": nn.DataParallel}, {}, True),
 }
+
+
+# Arguments that are part of a run: of each a change is refused above.
+COMPARED = {
+    "model", "optimizer", "schedule", "method", "forget", "retain", "neighbors", "batch_size", "seed",
+    "autocast_dtype", "grad_scaler", "max_grad_norm", "ema", "lr_scheduler", "identity",
+}  # fmt: skip
+# What a run is given that is neither: itself, where it is written, what its record says beside; how long it is
+# and how many processes take it have tests of their own; of the last two only None is taken.
+NEITHER = {
+    "self", "unlearner", "output_dir", "resume_from_checkpoint", "record", "num_steps", "process_group",
+    "time_window", "lowpass",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("function", [Unlearner.__init__, unlearn], ids=["Unlearner", "unlearn"])
+def test_every_argument_is_compared_or_may_change(function: Callable):
+    """And what may change is listed in the docs."""
+    names = set(inspect.signature(function).parameters)
+    may_change = names & set(ALLOWED)
+    assert names - may_change <= COMPARED | NEITHER
+    assert not may_change & COMPARED
+    page = (Path(__file__).parents[1] / "docs" / "resume.md").read_text(encoding="utf-8")
+    listed = page.partition("**What may change:**")[2].partition("\n\n")[0]
+    assert [name for name in sorted(may_change) if f"`{name}`" not in listed] == []
 
 
 @pytest.fixture(scope="module")
