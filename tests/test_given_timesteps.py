@@ -159,6 +159,57 @@ def test_a_schedule_does_not_change(name):
     assert copy.deepcopy(schedule).prediction_type == "epsilon"
 
 
+class OnAGpu:
+    """What `readable` asks of a tensor."""
+
+    device = torch.device("cuda")
+
+
+@pytest.mark.parametrize(("asked", "read"), [(None, False), ("", False), ("0", False), ("1", True)])
+def test_on_a_gpu_values_are_read_where_that_is_asked_for(monkeypatch, asked, read):
+    monkeypatch.setattr(_check, "Tensor", OnAGpu)
+    monkeypatch.delenv("FASTUNLEARN_CHECK", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("FASTUNLEARN_CHECK", asked)
+    assert _check.readable(OnAGpu()) is read
+
+
+@pytest.mark.parametrize("asked", [None, "0", "1"])
+@pytest.mark.parametrize("name", ["vanilla_step", "the schedule"])
+def test_on_a_cpu_values_are_always_read(monkeypatch, asked, name):
+    monkeypatch.delenv("FASTUNLEARN_CHECK", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("FASTUNLEARN_CHECK", asked)
+    model = TinyDenoiser()
+    calls = {
+        "the schedule": lambda: SCHEDULE.coefficients(one_is(-1)),
+        "vanilla_step": lambda: vanilla_step(
+            model, None, SCHEDULE, images(0), draws=Draws(retain_timesteps=one_is(-1))
+        ),
+    }
+    with pytest.raises(ValueError, match=r"timesteps: expected indices in \[0, 999\]"):
+        calls[name]()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("timestep", OUTSIDE.values(), ids=OUTSIDE)
+def test_on_this_gpu(gpu, monkeypatch, timestep):
+    """Refused with `FASTUNLEARN_CHECK=1`; else the step is skipped, and no parameter moves."""
+    device = gpu.device
+    if device.type != "cuda":
+        pytest.skip("cannot be rehearsed: on a CPU values are always read")
+    model = TinyDenoiser().to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    before = copy.deepcopy(model.state_dict())
+    given = Draws(retain_timesteps=one_is(timestep).to(device))
+    monkeypatch.delenv("FASTUNLEARN_CHECK", raising=False)
+    assert vanilla_step(model, optimizer, SCHEDULE, images(0).to(device), draws=given).skipped
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    monkeypatch.setenv("FASTUNLEARN_CHECK", "1")
+    with pytest.raises(ValueError, match=rf"draws.retain_timesteps: expected indices in .*{timestep}"):
+        vanilla_step(model, optimizer, SCHEDULE, images(0).to(device), draws=given)
+
+
 # --- functions and steps ------------------------------------------------------------------------------------
 
 CHOSEN = torch.tensor([True, False, True, False])
