@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -40,11 +41,15 @@ def _alone(train: Callable[..., Path]) -> Callable[..., Path]:
 
 @_alone
 def pretrain(images: ImageStore, recipe: Pretraining, output_dir: Path, *, seed: int = 0, resume: bool = True, checkpointing_steps: int = 500,
-             channels_last: bool = True, device: torch.device | str = "cpu", show_progress: bool = True) -> Path:
+             channels_last: bool = True, device: torch.device | str = "cpu", show_progress: bool = True,
+             record: dict[str, Any] | None = None) -> Path:
     """Trains `recipe` on `images` and writes `output_dir` as a folder that `DDPMPipeline.from_pretrained` opens (EMA weights).
 
     Every random number of step s comes from a generator seeded with `(seed, s)`, so a run that is stopped and resumed takes the
     same steps as one that is not. `pretraining.json` beside the weights records recipe, seed, hours and the loss curve.
+
+    Args:
+        record: more entries for `pretraining.json`, such as how pictures became rows.
 
     Raises:
         FolderLocked: another process, or another thread, trains the model of `output_dir`.
@@ -134,9 +139,9 @@ def pretrain(images: ImageStore, recipe: Pretraining, output_dir: Path, *, seed:
     ema.copy_to(model.parameters())
     with checkpoint.atomic_directory(output_dir) as folder:
         diffusers.DDPMPipeline(unet=model.eval(), scheduler=scheduler).save_pretrained(folder)
-        record = {"recipe": asdict(recipe), "seed": seed, "images": len(images), "hours": log[-1]["seconds"] / 3600, "torch": torch.__version__,
-                  "threads": torch.get_num_threads(), "log": log}
-        (folder / "pretraining.json").write_text(json.dumps(record, indent=1))
+        own = {"recipe": asdict(recipe), "seed": seed, "images": len(images), "hours": log[-1]["seconds"] / 3600, "torch": torch.__version__,
+               "threads": torch.get_num_threads(), "log": log}
+        (folder / "pretraining.json").write_text(json.dumps((record or {}) | own, indent=1))
     return output_dir
 
 

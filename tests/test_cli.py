@@ -134,6 +134,25 @@ def changed_model(world, folder: Path, **settings: object) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("kind", ["latents", "labels"])
+@pytest.mark.parametrize("command", ["unlearn", "evaluate"])
+def test_what_is_no_network_of_pictures_alone_is_refused_before_a_picture_is_read(
+    world, tmp_path, capsys, monkeypatch, command, kind
+):
+    monkeypatch.setattr("fastunlearn.data.load_images", None)  # nor is a neighbour looked for
+    model = Path(shutil.copytree(world.model, tmp_path / "model"))
+    file = model / ("model_index.json" if kind == "latents" else "unet/config.json")
+    entry = {"vqvae": ["diffusers", "VQModel"]} if kind == "latents" else {"num_class_embeds": 10}
+    file.write_text(json.dumps(json.loads(file.read_text()) | entry))
+    arguments = ["--model", model, "--forget", world.forget, "--retain", world.retain]
+    if command == "unlearn":
+        arguments += ["--method", "retrack"]
+    assert run(command, *arguments, "--output", tmp_path / "out") == 2
+    named = "works on the latents of its vqvae" if kind == "latents" else "num_class_embeds: null"
+    assert named in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_run_is_not_resumed_from_another_model(world, tmp_path, capsys):
     output = half_done(world, tmp_path / "run")
     record = (output / "run.json").read_text()
@@ -667,6 +686,9 @@ def test_pretrain_hands_over_what_it_was_told(world, tmp_path, capsys, monkeypat
     assert run("pretrain", *arguments, "--data", tmp_path / "digits.npy", "--seed", "5") == 0
     ((rows, recipe, output, options),) = calls
     assert (rows, recipe, output, options["seed"], options["resume"]) == (3, PRETRAINING["mnist-tshirt-small"], tmp_path / "out", 5, False)
+    read = options["record"]["read"]
+    assert (read["rows"], read["files"], read["passed_over"]) == (3, 1, 0)
+    assert read["options"] == {"size": (28, 28), "channels": 1} | DEFAULTS
     assert prepared == ["kept"]
     assert run("pretrain", *arguments, "--data", world.retain) == 2
     assert "retain.npy: expected images of 28 x 28 (arrays are not resized), got shape [20, 1, 8, 8]" in capsys.readouterr().err

@@ -28,7 +28,7 @@ def pretrain_tiny(output_dir: str, *, seed: int = 3, lr: float = 1e-3, rows: int
     blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,)}
     unet = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "layers_per_block": 1, "norm_num_groups": 4, "dropout": 0.1, **blocks}
     recipe = Pretraining(unet=unet, batch_size=4, total_steps=STEPS, lr=lr, warmup_steps=5, ema_decay=0.9)
-    options = {"checkpointing_steps": SAVE_EVERY, "show_progress": False}
+    options = {"checkpointing_steps": SAVE_EVERY, "show_progress": False, "record": {"read": {"rows": 30}}}
     pretrain(ImageStore(images), recipe, Path(output_dir) / "model", seed=seed, **options)
 
 
@@ -46,7 +46,7 @@ def test_result_opens_in_diffusers_and_is_recorded(uninterrupted):
     record = json.loads((folder / "pretraining.json").read_text())
     assert [entry["step"] for entry in record["log"]] == [50, 60]
     assert record["seed"] == 3
-    assert record["images"] == 30
+    assert (record["images"], record["read"]) == (30, {"rows": 30})
     assert record["log"][-1]["loss"] < record["log"][0]["loss"]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from .options import unset
 from .picture_flags import PictureFlags
@@ -60,7 +60,11 @@ class Pretrain:
         prepare_host(device)
         recipe = PRETRAINING[self.recipe]
         shape = {"size": recipe.unet["sample_size"], "channels": recipe.unet["in_channels"]}
-        images = self.pictures.load("data", self.data, {}, **shape)
-        pretrain(images, recipe, self.output, seed=self.seed, resume=resume, checkpointing_steps=self.checkpointing_steps, device=device)
+        read: dict[str, Any] = {}
+        images = self.pictures.load("data", self.data, read, **shape)
+        pretrain(
+            images, recipe, self.output, seed=self.seed, resume=resume, checkpointing_steps=self.checkpointing_steps,
+            device=device, record={"read": read["data"]},
+        )  # fmt: skip
         print(f"trained model: {self.output}")
         return 0
