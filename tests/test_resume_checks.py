@@ -191,6 +191,15 @@ def test_a_negative_mean_of_squares_is_refused(copied: Path, resuming: Resuming)
         runs.change_tensors(copied, "optimizer", lambda named, key=key: named.update({key: named[key].abs()}))
 
 
+@pytest.mark.parametrize("byte", [0, 255])
+def test_bytes_that_are_no_generator_are_refused(copied: Path, resuming: Resuming, byte: int):
+    """Of the right number and dtype."""
+    runs.change_tensors(
+        copied, "random", lambda named: named.update({name: value * 0 + byte for name, value in named.items()})
+    )
+    resuming.assert_refused(copied, "random.safetensors", "expected the state of a generator")
+
+
 @pytest.mark.parametrize("stem", FILES)
 def test_missing_added_and_swapped_tensors_are_refused(
     saved: Path, copied: Path, resuming: Resuming, stem: str
