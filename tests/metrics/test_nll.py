@@ -65,6 +65,19 @@ def test_a_gaussian_has_its_likelihood(images, prediction_type):
     assert result.mean == pytest.approx(expected.mean().item(), abs=2e-3)
 
 
+@pytest.mark.parametrize("kind", ["one row", "a constant image"])
+def test_the_least_of_images_has_its_likelihood(images, kind):
+    few = images[:1] if kind == "one row" else torch.full_like(images[:1], 0.25)
+    covariance = SPREAD**2 * torch.eye(16, dtype=torch.float64)
+    found = bits_per_dim(exact_model(), schedule("epsilon"), few, interpolate=True)
+    assert found.bits_per_dim == pytest.approx(true_bits(few, covariance).tolist(), abs=2e-3)
+
+
+def test_no_image_has_none(images):
+    with pytest.raises(ValueError, match="images: expected at least one image"):
+        bits_per_dim(exact_model(), schedule("epsilon"), images[:0])
+
+
 def test_the_papers_rounding_is_close_to_the_continuous_ode(images):
     """With `floor(999 t)` the schedule is a staircase; the likelihood moves by less than 0.01 bit."""
     result = bits_per_dim(exact_model(), schedule(), images[:1])
