@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +22,7 @@ from .draws import CounterSource, Draws, Purpose
 from .feeds import HostFeed, open_feed
 from .methods import Batch, Method
 from .neighbors import check_neighbors, nearest_neighbors
+from .plain_names import plain
 from .precision import resolve_autocast
 from .profiling import stage
 from .replay import make_replay
@@ -45,7 +47,8 @@ class Unlearner:
     """Takes unlearning steps on a model, from a store of images to forget and a store of images to keep.
 
     Args:
-        model: a diffusers model, or any callable `(x_t, t, **kwargs)` that returns a tensor or an object with `.sample`.
+        model: a diffusers model, or any callable `(x_t, t)` that returns a tensor or an object with `.sample`. One that needs labels or
+            prompts is refused: the `*_step` functions hand them over.
         optimizer: over the parameters to train; `torch.optim.AdamW(..., fused=True)` skips a non-finite step without a host check.
             accelerate's prepared optimizer is taken for the one in it, as in `retrack_step`.
         schedule: `NoiseSchedule.from_diffusers(scheduler)`.
@@ -124,6 +127,7 @@ class Unlearner:
         for around in (model, unwrapped(model)):
             refuse_elsewhere("model", around)
         trainable(unwrapped(model), optimizer)
+        check_unconditional(unwrapped(model))
         reduced = process_group is not None or unwrapped(model) is not model
         if not isinstance(keep_grad, bool):
             raise TypeError(f"keep_grad: expected True or False, got {_check.describe(keep_grad)}")
@@ -367,6 +371,28 @@ class Unlearner:
             _warn_of_near_copies(self.forget, self.retain, index, sqdist)
         sqdist = sqdist.double() * UINT8_SCALE if self.retain.is_uint8 else sqdist.double()
         return index.long().to(self.device), sqdist.to(self.device)
+
+
+def check_unconditional(model: Callable) -> None:
+    """Whether images and timesteps are all that the network asks for: an `Unlearner` has nothing else for it.
+
+    Raises:
+        ValueError: naming what it asks for. Its first step would fail, after neighbours have been searched.
+    """
+    if not isinstance(model, torch.nn.Module):
+        return
+    network = plain(model)
+    required = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    try:
+        parameters = inspect.signature(network.forward).parameters.values()
+    except (TypeError, ValueError):  # of compiled code, TorchScript's, say: nothing is known
+        parameters = ()
+    asked = [each.name for each in parameters if each.default is each.empty and each.kind in required][2:]
+    if type(network).__module__.startswith("diffusers.") and getattr(network, "class_embedding", None) is not None:
+        asked.append("class_labels")
+    if asked:
+        expected = "expected a network of images and timesteps alone (the *_step functions take forget_kwargs and retain_kwargs)"
+        raise ValueError(f"model: {expected}, got a {type(network).__name__} that needs {', '.join(asked)}")
 
 
 def check_stores(method: Method, forget: ImageStore | None, retain: ImageStore | None, *, allow_overlap: bool = False) -> None:

@@ -194,3 +194,26 @@ def test_neighbours_of_other_images_are_refused(dtype, spoil):
         pytest.skip("integers have no NaN")
     with pytest.raises(ValueError, match="neighbors: expected"):
         make(ReTrack(k=2), dtype=dtype, neighbors=spoil(*found))
+
+
+class Prompted(TinyDenoiser):
+    def forward(self, x, t, prompt):
+        raise AssertionError("called")
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, torch.nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
+@pytest.mark.parametrize("needs", ["prompt", "class_labels"])
+def test_a_network_that_needs_more_than_images_is_refused_before_neighbours_are_searched(monkeypatch, needs, wrap):
+    monkeypatch.setattr("fastunlearn.unlearner.nearest_neighbors", None)
+    if needs == "class_labels":
+        pytest.importorskip("diffusers")
+        from fastunlearn.testing.checkpoints import tiny_unet
+
+        model = tiny_unet(num_class_embeds=10)
+    else:
+        model = Prompted()
+    rows = torch.randint(0, 256, (8, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    stores = {"forget": ImageStore(rows[:2]), "retain": ImageStore(rows[2:])}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=rf"model: expected a network of images and timesteps alone .*, got a .* that needs {needs}"):
+        Unlearner(wrap(model), optimizer, linear_schedule(), ReTrack(k=2), **stores, batch_size=2)
