@@ -290,13 +290,28 @@ def _skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
     """Whether a step with `found_inf` changes nothing.
 
     Not SGD's first with momentum: torch makes the buffers of unwritten memory, and would leave them so. Not a
-    wrapper that looks like the optimizer in it (Lightning's do): the one in it would not see `found_inf`.
+    wrapper that looks like the optimizer in it (Lightning's do): the one in it would not see `found_inf`. Not a
+    subclass with a step() of its own, which may be blind to it.
     """
+    if _replaces_step(type(optimizer)):
+        return False
     if any(isinstance(value, torch.optim.Optimizer) for value in vars(optimizer).values()):
         return False
     if not getattr(optimizer, "_step_supports_amp_scaling", False) or not all(group.get("fused", True) for group in optimizer.param_groups):
         return False
     return bool(optimizer.state) or not any(group.get("momentum") for group in optimizer.param_groups)
+
+
+@functools.lru_cache(maxsize=256)  # asked at every step
+def _replaces_step(kind: type) -> bool:
+    """Whether `kind` inherits "takes `found_inf`" from one of torch's optimizers, but not the step() that does."""
+    own, *replaced = [base for base in kind.__mro__ if "step" in vars(base)]
+    inherited = any(_of_torch(base) for base in replaced if base is not torch.optim.Optimizer)
+    return inherited and not _of_torch(own) and "_step_supports_amp_scaling" not in vars(own)
+
+
+def _of_torch(kind: type) -> bool:
+    return f"{kind.__module__}.".startswith("torch.optim.")
 
 
 def divide(gradients: list[Tensor], divisor: Tensor | None) -> None:

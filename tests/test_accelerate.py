@@ -731,6 +731,28 @@ def test_a_wrapper_that_looks_like_a_fused_optimizer():
     assert not torch.equal(flat(model), before)
 
 
+class Blind(torch.optim.AdamW):
+    """Says that it takes `found_inf`, as it inherits from an optimizer that does; its step() never looks."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter -= group["lr"] * parameter.grad
+
+
+@pytest.mark.parametrize("scaler", [None, torch.amp.GradScaler("cpu")])
+def test_a_fused_optimizer_with_a_step_of_its_own(scaler):
+    model = TinyDenoiser()
+    optimizer = Blind(model.parameters(), lr=0.1, fused=True)
+    before = flat(model).clone()
+    assert vanilla_step(model, optimizer, SCHEDULE, images(), draws=nan(), grad_scaler=scaler).skipped
+    assert torch.equal(flat(model), before)
+    vanilla_step(model, optimizer, SCHEDULE, images(), grad_scaler=scaler)
+    assert not torch.equal(flat(model), before)
+
+
 def test_accelerate_is_not_imported_for_it(monkeypatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == "accelerate"]:
         monkeypatch.delitem(sys.modules, name)
