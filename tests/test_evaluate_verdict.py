@@ -71,6 +71,12 @@ VERDICTS = {
         "not decided",
         "forget image 1 did not come back before either",
     ),
+    "samples nobody looked at": (
+        BEFORE,
+        measured(hits=None),
+        "not decided",
+        "the samples after were not searched for forget images",
+    ),
     "no chains": (measured(()), measured(()), "not decided", "reconstruction was not measured"),
 }
 

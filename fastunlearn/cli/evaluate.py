@@ -40,8 +40,8 @@ class Evaluate:
     comparable with each other but not with published numbers. No picture is written.
 
     What cannot be had is known before the first sample, and costs its row, with the reason; the exit code is
-    then 1. With --against there is a verdict: yes only if the images came back before, do not after, and the
-    quality of the rest (is) was measured and kept.
+    then 1. With --against there is a verdict: yes only if the images came back before, do not after, are in
+    none of the samples (frequency), and the quality of the rest (is) was measured and kept.
 
     Try: fastunlearn evaluate --model runs/forget-7/model --against pretrained --forget forget/ --retain keep/
     """

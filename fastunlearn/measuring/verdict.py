@@ -26,8 +26,8 @@ def decide(
     """The verdict on two checkpoints that were measured on the same noise.
 
     No: a sample after shows a forget image, most chains of one still come back, or more than a tenth of those
-    that did before, or the quality fell. Yes: every forget image came back before, none does after, and
-    quality is there and was kept. Anything else is not decided.
+    that did before, or the quality fell. Yes: every forget image came back before, none does after, no sample
+    after shows one, and quality is there and was kept. Anything else is not decided.
 
     Args:
         before, after: metric -> what was measured; `before` None without a second checkpoint.
@@ -56,6 +56,10 @@ def decide(
             f"forget image {_listed(unseen)} did not come back before either, "
             "so nothing can be seen to have gone"
         )
+        return Verdict("not decided", reason, forgotten)
+    if "frequency" not in after:
+        # The scores are of the other samples: they do not say how many were left out of them.
+        reason = "the samples after were not searched for forget images (--metrics frequency)"
         return Verdict("not decided", reason, forgotten)
     kept = _kept(before, after)
     if kept is None:
