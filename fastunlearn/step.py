@@ -25,7 +25,7 @@ from .methods import SISS, Batch, EraseDiff, Method, NegGrad, Pass, ReTrack, Van
 from .precision import AUTOCAST_DTYPES
 from .profiling import stage
 from .schedule import NoiseSchedule
-from .trained import Trained, add_kept, look_at, say_unscaled, set_aside
+from .trained import Trained, add_kept, check_reached, look_at, say_unscaled, set_aside
 from .trained import processes as processes  # for those who know them by this place
 from .trained import unwrapped as unwrapped
 from .wrappers import tell_skipped
@@ -114,8 +114,7 @@ def _six_stages(
 
     with stage("combine"):
         combined = gradients.finish()
-    if all(parameter.grad is None for parameter in parameters):
-        raise ValueError("optimizer: expected parameters that the model's output depends on, got none (was it built for another copy of the model?)")
+    check_reached(model, parameters)
     add_kept(parameters, kept)  # not earlier: the norms and products that combine are the step's own
 
     with stage("update"):

@@ -33,6 +33,7 @@ MARKS = {
     "tensor_model_parallel": "parameters that Megatron-LM spreads over processes",
 }
 NAMES_SHOWN = 3
+_UNREACHED: set[tuple[int, int]] = set()  # how many parameters of how many: what has been said
 
 
 class Trained(NamedTuple):
@@ -110,6 +111,33 @@ def say_unscaled() -> None:
         "grad_scaler: none with autocast_dtype=torch.float16, in which gradients below 6e-8 become 0: "
         "torch.amp.GradScaler() keeps them, bfloat16 needs none"
     )
+
+
+def check_reached(model: Callable, parameters: list[nn.Parameter]) -> None:
+    """Whether the backward passes of a step came to `parameters`. Values are not read.
+
+    Says once of those that they did not come to: they stay as they are, and no number of the step shows it.
+
+    Raises:
+        ValueError: they came to none.
+    """
+    missing = [parameter for parameter in parameters if parameter.grad is None]
+    if len(missing) == len(parameters):
+        expected = "expected parameters that the model's output depends on"
+        why = (
+            "was it built for another copy of the model, "
+            "or is all of that in an activation checkpoint with use_reentrant=True?"
+        )
+        raise ValueError(f"optimizer: {expected}, got none ({why})")
+    counts = len(missing), len(parameters)
+    if missing and counts not in _UNREACHED:
+        _UNREACHED.add(counts)
+        log.warning(
+            "optimizer: %d of %d parameters get no gradient, and stay as they are (%s): does the output not "
+            "depend on them, are they another copy's, or in an activation checkpoint with use_reentrant=True?",
+            *counts,
+            _names(model, missing),
+        )
 
 
 def unwrapped(model: Callable) -> Callable:

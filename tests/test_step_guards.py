@@ -364,3 +364,30 @@ def test_images_of_bytes_are_spoken_of_once(caplog):
     for images in (latents, 20 * latents, 20 * latents):
         vanilla_step(model, optimizer, linear_schedule(), images)
     assert ["retain: values above 32" in record.message for record in caplog.records] == [True]
+
+
+class Checkpointed(nn.Module):
+    """Its middle is in an activation checkpoint, whose input no parameter has touched."""
+
+    def __init__(self, *, use_reentrant: bool):
+        super().__init__()
+        self.middle, self.last = TinyDenoiser(), nn.Conv2d(1, 1, 1)
+        self.use_reentrant = use_reentrant
+
+    def forward(self, x, t):
+        x = torch.utils.checkpoint.checkpoint(self.middle, x, t, use_reentrant=self.use_reentrant)
+        return self.last(x)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize(("use_reentrant", "said"), [(True, [True]), (False, [])])
+def test_parameters_that_no_gradient_comes_to_are_spoken_of_once(caplog, use_reentrant, said):
+    trained._UNREACHED.clear()
+    model = Checkpointed(use_reentrant=use_reentrant)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = flat(model.middle).clone()
+    for seed in range(2):
+        siss_step(model, optimizer, SCHEDULE, images(seed), images(2))
+    text = "6 of 8 parameters get no gradient, and stay as they are (middle.enter.weight"
+    assert [text in record.message for record in caplog.records] == said
+    assert torch.equal(flat(model.middle), before) == use_reentrant
