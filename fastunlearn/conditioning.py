@@ -121,12 +121,16 @@ def check_distances(forget: Tensor, neighbors: Tensor, sqdist: Tensor | None) ->
     """
     if not isinstance(sqdist, Tensor) or not _check.readable(sqdist) or not sqdist.is_floating_point():
         return
-    if sqdist.shape != neighbors.shape[:2] or neighbors[:, 0].shape != forget.shape or neighbors.device != forget.device:
+    if sqdist.shape != neighbors.shape[:2] or neighbors[:, 0].shape != forget.shape:
         return  # refused with the other shapes
+    if {sqdist.device, neighbors.device} != {forget.device}:
+        return  # the same
+    if bool((sqdist < 0).any()):
+        raise ValueError(f"sqdist: expected squared distances >= 0, got {float(sqdist.min()):.6g}")
     measured = (forget.double() - neighbors[:, 0].double()).flatten(1).square().sum(1)
     rounding = DISTANCE_ROUNDING.get(forget.dtype, LEAST_ROUNDING)
     alike = torch.isclose(sqdist[:, 0].double(), measured, rtol=rounding, atol=rounding)
-    if not bool(alike.all()) or bool((sqdist < 0).any()):
+    if not bool(alike.all()):
         row = int((~alike).long().argmax())
         expected = "squared distances between the images given (for uint8 rows: the integers times (2 / 255)^2)"
         got = f"{sqdist[row, 0].item():.6g} where row {row} is {measured[row].item():.6g} from its first neighbour"

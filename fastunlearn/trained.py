@@ -134,7 +134,7 @@ def check_reached(model: Callable, parameters: list[nn.Parameter]) -> None:
         _UNREACHED.add(counts)
         log.warning(
             "optimizer: %d of %d parameters get no gradient, and stay as they are (%s): does the output not "
-            "depend on them, are they another copy's, or in an activation checkpoint with use_reentrant=True?",
+            "depend on them, are they another copy's, or in a checkpoint with use_reentrant=True?",
             *counts,
             _names(model, missing),
         )

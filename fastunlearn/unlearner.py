@@ -33,6 +33,7 @@ from .trained import check_gradients, processes, trainable, unwrapped
 from .wrappers import (
     check_update_is_due,
     check_wrappers,
+    device_of,
     grad_scaler_of,
     refuse_elsewhere,
     tell_skipped,
@@ -118,7 +119,7 @@ class Unlearner:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {_check.describe(optimizer)}")
         grad_scaler = grad_scaler_of(self._wrappers, grad_scaler)
-        device = optimizer.param_groups[0]["params"][0].device
+        device = device_of(optimizer)
         autocast_dtype = resolve_autocast(autocast_dtype, device)
         max_grad_norm, micro_batch_size = check_options(
             model, schedule, max_grad_norm, micro_batch_size, autocast_dtype, grad_scaler,

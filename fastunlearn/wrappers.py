@@ -114,6 +114,18 @@ def _work(code: types.CodeType) -> list[tuple[str, Any]]:
     ]
 
 
+def device_of(optimizer: torch.optim.Optimizer) -> torch.device:
+    """Where the parameters of `optimizer` lie, by the first of them.
+
+    Raises:
+        ValueError: it has none.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            return parameter.device
+    raise ValueError("optimizer: expected at least one parameter, got none")
+
+
 def grad_scaler_of(wrappers: list[Any], given: torch.amp.GradScaler | None) -> torch.amp.GradScaler | None:
     """`given`, or the scaler that accelerate made for the optimizer.
 
@@ -234,7 +246,7 @@ def unwrap_scheduler(scheduler: Any, optimizer: torch.optim.Optimizer) -> tuple[
         _check_scheduler(scheduler, optimizer)
         return scheduler, None, []
     _check_scheduler(scheduler.scheduler, optimizer)
-    device = optimizer.param_groups[0]["params"][0].device
+    device = device_of(optimizer)
     if device.type != "cpu":
         log.warning(
             "lr_scheduler: a prepared one asks after every step whether it was skipped, which waits for the "

@@ -37,12 +37,29 @@ def test_the_distances_of_the_search_are_taken(dtype):
         lambda sqdist: sqdist.double(),  # grey levels
         lambda sqdist: (sqdist * SCALE)[[1, 2, 0]],  # rows in another order
         lambda sqdist: (sqdist * SCALE).sqrt(),  # not squared
-        lambda sqdist: -sqdist * SCALE,
         lambda sqdist: sqdist * float("nan"),
     ],
-    ids=["grey levels", "other rows", "not squared", "negative", "NaN"],
+    ids=["grey levels", "other rows", "not squared", "NaN"],
 )
 def test_other_distances_are_refused(spoil):
     images, sqdist = batch()
     with pytest.raises(ValueError, match="sqdist: expected squared distances between the images given"):
         step(images, spoil(sqdist))
+
+
+def test_a_negative_distance_is_shown():
+    """Of the second neighbour, too, which is not measured."""
+    images, sqdist = batch()
+    sqdist = sqdist * SCALE
+    sqdist[2, 1] = -3
+    with pytest.raises(ValueError, match=r"sqdist: expected squared distances >= 0, got -3"):
+        step(images, sqdist)
+
+
+def test_distances_on_another_device_are_refused_by_name():
+    images, sqdist = batch()
+    model = TinyDenoiser().to("meta")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    images = [rows.to("meta") for rows in images]
+    with pytest.raises(ValueError, match="sqdist: expected the device of forget, meta, got cpu"):
+        retrack_step(model, optimizer, linear_schedule(), *images, sqdist=sqdist * SCALE)

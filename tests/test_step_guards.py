@@ -391,3 +391,16 @@ def test_parameters_that_no_gradient_comes_to_are_spoken_of_once(caplog, use_ree
     text = "6 of 8 parameters get no gradient, and stay as they are (middle.enter.weight"
     assert [text in record.message for record in caplog.records] == said
     assert torch.equal(flat(model.middle), before) == use_reentrant
+
+
+def test_a_group_without_parameters():
+    """The first one may be empty: parameters that a filter left out, say."""
+    model, rows = TinyDenoiser(), ImageStore(images(0))
+    optimizer = torch.optim.SGD([{"params": []}, {"params": list(model.parameters())}], lr=0.1)
+    before = flat(model).clone()
+    unlearner = Unlearner(model, optimizer, SCHEDULE, Vanilla(), retain=rows, batch_size=2)
+    assert not unlearner.step().skipped
+    assert not torch.equal(flat(model), before)
+    optimizer = torch.optim.SGD([{"params": []}], lr=0.1)
+    with pytest.raises(ValueError, match="optimizer: expected at least one parameter, got none"):
+        Unlearner(model, optimizer, SCHEDULE, Vanilla(), retain=rows, batch_size=2)
