@@ -33,6 +33,7 @@ ELSEWHERE = {
     "megatron": "Megatron-LM",
     "torch.distributed.fsdp": "FSDP",
 }
+PLAIN = "deepspeed.ops"  # optimizers that update from .grad, as any other does where no engine has them
 WHOLE = "whole parameters in every process, updated from .grad"
 
 
@@ -50,6 +51,8 @@ def refuse_elsewhere(name: str, value: Any, expected: str = WHOLE) -> None:
 def _library(kind: type) -> str | None:
     """The library in `ELSEWHERE` that `kind` or a class that it inherits from is of."""
     for base in kind.__mro__:
+        if f"{base.__module__}.".startswith(f"{PLAIN}."):
+            continue
         for module, library in ELSEWHERE.items():
             if f"{base.__module__}.".startswith(f"{module}."):
                 return library

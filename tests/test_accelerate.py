@@ -634,6 +634,15 @@ def test_a_name_that_only_begins_alike_is_not_refused():
     vanilla_step(model, torch.optim.SGD(model.parameters(), lr=0.1), SCHEDULE, images())
 
 
+def test_deepspeeds_plain_optimizers_are_taken():
+    """Its FusedAdam and CPUAdam, where no engine has them."""
+    model = TinyDenoiser()
+    optimizer = of_module("deepspeed.ops.adam.fused_adam")(model.parameters(), lr=0.1)
+    before = flat(model).clone()
+    assert not vanilla_step(model, optimizer, SCHEDULE, images()).skipped
+    assert not torch.equal(flat(model), before)
+
+
 @pytest.mark.parametrize(
     "mark", ["ds_id", "_is_flat_param", "_fsdp_flattened", "tensor_model_parallel", "_in_backward_optimizers"]
 )
