@@ -26,8 +26,6 @@ from .precision import AUTOCAST_DTYPES
 from .profiling import stage
 from .schedule import NoiseSchedule
 from .trained import Trained, add_kept, check_reached, look_at, say_unscaled, set_aside
-from .trained import processes as processes  # for those who know them by this place
-from .trained import unwrapped as unwrapped
 from .wrappers import tell_skipped
 
 if TYPE_CHECKING:

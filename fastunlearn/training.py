@@ -25,8 +25,9 @@ from .processes import Processes
 from .resume import find_checkpoint, load_checkpoint, save_checkpoint
 from .run_health import SkipLimit, TooManySkippedSteps, WeightsNotFinite, check_finite, remedy
 from .run_record import Metrics, describe_run, purge, read_metrics, resumed_record, update_run, write_run
-from .step import StepOutput, unwrapped
+from .step import StepOutput
 from .trackers import ProgressBar, Report, Reporter, make_reporter
+from .trained import unwrapped
 
 __all__ = ["History", "RunInterrupted", "TooManySkippedSteps", "WeightsNotFinite", "purge", "unlearn"]
 
