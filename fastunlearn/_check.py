@@ -121,6 +121,15 @@ def one_of(name: str, value, choices: tuple[str, ...]) -> str:
     return value
 
 
+def network_output(output):
+    """What a network returned, out of what it came in: an object with `.sample`, or a tuple that begins with it.
+
+    The latter is diffusers' `return_dict=False`. It may still be no tensor.
+    """
+    output = getattr(output, "sample", output)
+    return output[0] if isinstance(output, (tuple, list)) and output else output
+
+
 def package(name: str, needed_by: str) -> ModuleType:
     """The module `name` of a package that not everybody needs; an error says how to install it."""
     try:

@@ -65,9 +65,7 @@ def predict(model: Callable, x_t: Tensor, t: Tensor, kwargs: dict, autocast_dtyp
     else:
         with torch.autocast(x_t.device.type, dtype=autocast_dtype):  # a `with` of its own: TorchDynamo cannot trace one in an ExitStack
             output = _call(model, x_t, t, kwargs)
-    prediction = getattr(output, "sample", output)
-    if isinstance(prediction, (tuple, list)) and prediction:  # of diffusers' return_dict=False
-        prediction = prediction[0]
+    prediction = _check.network_output(output)
     rows, channels, *plane = x_t.shape
     if not isinstance(prediction, Tensor) or list(prediction.shape) not in ([rows, channels, *plane], [rows, 2 * channels, *plane]):
         shapes = f"of shape {(rows, channels, *plane)}, or with {2 * channels} channels"

@@ -27,9 +27,9 @@ def sample(model: nn.Module | Callable, scheduler, num_images: int, *, shape: tu
 
     Args:
         model: a diffusers model, or any `callable(x_t, t)` (`x_t` `[B, C, H, W]`, `t` int64 `[B]`) that
-            returns a tensor or an object with `.sample`. A module is put in eval mode meanwhile. Of 2C output
-            channels the first C count, unless the scheduler learns the variance and the sampler uses one:
-            `"ddim"` does not.
+            returns a tensor, a tuple that begins with one, or an object with `.sample`. A module is put in
+            eval mode meanwhile. Of 2C output channels the first C count, unless the scheduler learns the
+            variance and the sampler uses one: `"ddim"` does not.
         scheduler: the diffusers scheduler of the checkpoint: its noise levels, prediction type, clipping and timestep spacing are used.
         num_images: N.
         shape: `(C, H, W)` of one sample.
@@ -204,16 +204,16 @@ def _denoise(model, scheduler, timesteps: list[int], indices, start: Callable[[r
 def _prediction(output, x: Tensor, learned_variance: bool) -> Tensor:
     """What the network returned for `x` `[B, C, H, W]`, float32: C channels, or 2C where the sampler reads
     the variance."""
-    prediction = getattr(output, "sample", output)
+    prediction = _check.network_output(output)
     channels = x.shape[1]
     wanted = (2 * channels,) if learned_variance else (channels, 2 * channels)
     batch, height, width = x.shape[0], *x.shape[2:]
     shapes = [(batch, count, height, width) for count in wanted]
-    if tuple(prediction.shape) not in shapes:
+    if not isinstance(prediction, Tensor) or tuple(prediction.shape) not in shapes:
         reason = " (the scheduler learns the variance)" if learned_variance else ""
         expected = " or ".join(str(list(shape)) for shape in shapes)
         raise ValueError(
-            f"model: expected a prediction of shape {expected}{reason}, got {list(prediction.shape)}"
+            f"model: expected a prediction of shape {expected}{reason}, got {_check.describe(prediction)}"
         )
     return (prediction if learned_variance else prediction[:, :channels]).float()
 

@@ -255,12 +255,13 @@ def _angles(schedule: NoiseSchedule) -> Tensor:
 
 def _prediction(output, x: Tensor) -> Tensor:
     """The first C of the C or 2C channels that the network returned for `x` `[N, C, H, W]`."""
-    prediction = getattr(output, "sample", output)
+    prediction = _check.network_output(output)
     channels = x.shape[1]
     shapes = [[len(x), count, *x.shape[2:]] for count in (channels, 2 * channels)]
-    if list(prediction.shape) not in shapes:
+    if not isinstance(prediction, Tensor) or list(prediction.shape) not in shapes:
         expected = " or ".join(map(str, shapes))
-        raise ValueError(f"model: expected a prediction of shape {expected}, got {list(prediction.shape)}")
+        got = _check.describe(prediction)
+        raise ValueError(f"model: expected a prediction of shape {expected}, got {got}")
     return prediction[:, :channels]
 
 

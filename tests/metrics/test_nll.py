@@ -207,6 +207,16 @@ def test_nothing_that_is_not_finite_gets_a_likelihood(images):
 
 
 def test_a_prediction_of_another_shape_is_refused(images):
-    expected = r"model: expected a prediction of shape \[3, 1, 4, 4\] or \[3, 2, 4, 4\], got \[3, 3, 4, 4\]"
+    expected = r"model: expected a prediction of shape \[3, 1, 4, 4\] or \[3, 2, 4, 4\], got .*\(3, 3, 4, 4\)"
     with pytest.raises(ValueError, match=expected):
         bits_per_dim(lambda x, t: x.expand(-1, 3, -1, -1), schedule(), images)
+
+
+def test_the_first_of_a_tuple_is_the_prediction(images):
+    """diffusers' return_dict=False."""
+    model = exact_model()
+    options = {"rtol": 1e-2, "atol": 1e-2}
+    expected = bits_per_dim(model, schedule(), images, **options)
+    assert bits_per_dim(lambda x, t: (model(x, t),), schedule(), images, **options) == expected
+    with pytest.raises(ValueError, match=r"model: expected a prediction of shape .*, got dict"):
+        bits_per_dim(lambda x, t: {"sample": model(x, t)}, schedule(), images)
