@@ -30,6 +30,7 @@ class SISS(Method):
     images of a pair have different ones (labels, captions: any number of `forget_kwargs` and
     `retain_kwargs`), the network is told that of the drawn image, which alone could have made the row: the
     mixture then weights it as Bernoulli does, by `1 / lambd` or `1 / (1 - lambd)`, and the other image by 0.
+    Conditions are compared bit for bit: one caption encoded in two batches may come out as two.
 
     Args:
         lambd: the share of forget images in the mixture, in [0, 1] ((0, 1) for `"bernoulli"`).
