@@ -122,9 +122,9 @@ def one_of(name: str, value, choices: tuple[str, ...]) -> str:
 
 
 def network_output(output):
-    """What a network returned, out of what it came in: an object with `.sample`, or a tuple that begins with it.
+    """What a network returned, taken out of an object with `.sample`, or of a tuple that begins with it.
 
-    The latter is diffusers' `return_dict=False`. It may still be no tensor.
+    The latter is diffusers' `return_dict=False`. What comes out may still be no tensor.
     """
     output = getattr(output, "sample", output)
     return output[0] if isinstance(output, (tuple, list)) and output else output
