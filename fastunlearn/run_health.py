@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,22 +53,30 @@ class SkipLimit:
         )
 
 
-def check_finite(name: str, weights: dict[str, Any], remedy: str) -> None:
+def check_finite(name: str, weights: dict[str, Any], remedy: str, *, but: Collection[str] = ()) -> None:
     """Whether all floating-point tensors in `weights`, nested as state dicts are, are finite.
 
     One pass over them, and one wait for the device: for checkpoints, not for steps.
 
+    Args:
+        but: those that need not be, as `not_finite` names them.
+
     Raises:
         WeightsNotFinite: naming what they belong to (`name`), some of those that are not, and the `remedy`.
     """
-    named = dict(_tensors("", weights))
-    finite = _are_finite(list(named.values()))
-    bad = [entry for entry, good in zip(named, finite, strict=True) if not good]
+    bad = [entry for entry in not_finite(weights) if entry not in but]
     if bad:
         shown = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
+        count = sum(1 for _ in _tensors("", weights))
         raise WeightsNotFinite(
-            f"{name}: expected finite weights, got NaN or Inf in {shown} (of {len(named)} tensors); {remedy}"
+            f"{name}: expected finite weights, got NaN or Inf in {shown} (of {count} tensors); {remedy}"
         )
+
+
+def not_finite(weights: dict[str, Any]) -> list[str]:
+    """The tensors in `weights` that hold NaN or Inf, by the keys that lead to them, joined by dots."""
+    named = dict(_tensors("", weights))
+    return [entry for entry, good in zip(named, _are_finite(list(named.values())), strict=True) if not good]
 
 
 def remedy(saved: Path | None) -> str:

@@ -23,7 +23,7 @@ from .optimizer_state import group_names
 from .packed import Arriving
 from .processes import Processes
 from .resume import find_checkpoint, load_checkpoint, save_checkpoint
-from .run_health import SkipLimit, TooManySkippedSteps, WeightsNotFinite, check_finite, remedy
+from .run_health import SkipLimit, TooManySkippedSteps, WeightsNotFinite, check_finite, not_finite, remedy
 from .run_record import Metrics, describe_run, purge, read_metrics, resumed_record, update_run, write_run
 from .step import StepOutput
 from .trackers import ProgressBar, Report, Reporter, make_reporter
@@ -104,7 +104,7 @@ def unlearn(
         FolderLocked: another process, or another thread, writes to `output_dir`; naming it.
         TooManySkippedSteps: see `max_skipped_steps` and `max_skipped_share`; no checkpoint is written then.
         WeightsNotFinite: the weights, or the EMA, hold NaN or Inf when a checkpoint is due (it is not
-            written), or in the one resumed from.
+            written).
         RunInterrupted: after SIGINT or SIGTERM (seen in the main thread only), when the running step is done and its checkpoint written.
             A second signal ends the process at once.
         OtherProcessFailed: process 0 could not write, or another one not read, what this one waited for.
@@ -149,7 +149,8 @@ def unlearn(
         except BaseException as error:
             with suppress(Exception):  # `error` ended the run; a device that failed can be read no more
                 loop.pass_on()
-            loop.note(status=f"failed: {type(error).__name__}")
+            with suppress(Exception):  # on a full disk, say: `error` is the one to be told
+                loop.note(status=f"failed: {type(error).__name__}")
             raise
         finally:
             loop.close()
@@ -195,6 +196,7 @@ class _Loop:
         self.report = Reporter()
         self.show: Report = lambda step, values: None
         self._logged: tuple[int, Arriving] | None = None
+        self._masks: set[str] = set()  # buffers that are not finite before the first step
         self.saved: Path | None = None
         self.saved_step: int | None = None
         self.started = 0.0
@@ -206,6 +208,7 @@ class _Loop:
 
     def start_from(self, found: Path | None) -> None:
         """Gives every process the same state: that of the checkpoint `found`, or the weights of process 0."""
+        self._masks = self.buffers() & set(not_finite(self.weights()))
         if found is None:
             self.processes.share_weights(unwrapped(self.unlearner.model))
         # Of process 0, whose weights the others take over, in a new run as at the beginning of one that is resumed.
@@ -259,12 +262,26 @@ class _Loop:
     def check_skipped(self, skipped: int, step: int) -> None:
         self.limit.check(skipped, step, self.num_steps, self.saved)
 
-    def check_weights(self, name: str, what_now: str) -> None:
-        """That weights and average are finite, in every process."""
+    def weights(self) -> dict[str, Any]:
+        """The states of model and average."""
         states = {"model": unwrapped(self.unlearner.model).state_dict()}
         if self.unlearner.ema is not None:
             states["ema"] = self.unlearner.ema.state_dict()
-        self.processes.by_all(lambda: check_finite(name, states, what_now))
+        return states
+
+    def buffers(self) -> set[str]:
+        """The names in `weights()` of what no step trains."""
+        modules = {"model": unwrapped(self.unlearner.model), "ema": self.unlearner.ema}
+        return {
+            f"{key}.{name}"
+            for key, module in modules.items()
+            if isinstance(module, torch.nn.Module)
+            for name, _ in module.named_buffers()
+        }
+
+    def check_weights(self, name: str, what_now: str) -> None:
+        """That weights and average are finite, in every process; a mask of -inf is none of them."""
+        self.processes.by_all(lambda: check_finite(name, self.weights(), what_now, but=self._masks))
 
     def save(self) -> None:
         """Passes on what was logged; writes the checkpoint of the present step, unless it stands already."""

@@ -303,6 +303,32 @@ def test_weights_that_are_not_finite_are_never_written(tmp_path: Path, part: str
     assert run_record.read_run(tmp_path)["status"] == "failed: WeightsNotFinite"
 
 
+@pytest.mark.parametrize("average", [False, True])
+def test_a_mask_of_infinities_is_no_weight(tmp_path: Path, average: bool):
+    def masked() -> FakeUnlearner:
+        unlearner = FakeUnlearner()
+        unlearner.model.register_buffer("mask", torch.full((3, 3), -torch.inf).triu(1))
+        unlearner.ema = torch.optim.swa_utils.AveragedModel(unlearner.model) if average else None
+        return unlearner
+
+    run(masked(), tmp_path, checkpointing_steps=None)
+    (tmp_path / "checkpoint-10").rename(tmp_path / "checkpoint-10-of-before")
+    run(masked(), tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-10-of-before"))
+    broken = masked()
+    broken.on_step = lambda step: broken.model.weight.data.fill_(torch.inf)
+    with pytest.raises(WeightsNotFinite, match=r"NaN or Inf in model\.weight \(of"):
+        run(broken, tmp_path / "broken")
+
+
+def test_the_error_of_a_run_is_told_though_its_end_cannot_be_noted(tmp_path: Path):
+    def remove_and_fail(step: int) -> None:
+        (tmp_path / "run.json").unlink()
+        raise MemoryError("of the step")
+
+    with pytest.raises(MemoryError, match="of the step"):
+        run(FakeUnlearner(on_step=remove_and_fail), tmp_path)
+
+
 def test_neither_the_last_checkpoint_nor_that_of_a_signal_is_spared(tmp_path: Path):
     with pytest.raises(WeightsNotFinite, match=r"step 10: .*no checkpoint was written yet"):
         run(Ruined(at=10), tmp_path / "end", checkpointing_steps=None)
