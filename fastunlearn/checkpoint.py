@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -206,7 +207,11 @@ def clean(run_dir: str | Path) -> None:
 
 @contextmanager
 def atomic_directory(path: str | Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its place, fsynced, when the block ends without an error; nothing changes otherwise."""
+    """A temporary folder beside `path` that takes its place, fsynced, when the block ends without an error; nothing changes otherwise.
+
+    Raises:
+        OSError: the disk does not take it (full, a limit of size).
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path.parent, glob.escape(path.name))
@@ -223,6 +228,8 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
             os.replace(path, path.with_name(f".{path.name}.{os.getpid()}.old"))
             os.replace(temporary, path)
         _fsync(path.parent)
+    except SafetensorError as error:  # its word for what the disk says
+        raise OSError(f"{path}: expected a disk that takes it, got: {error}") from error
     finally:
         _remove_leftovers(path.parent, glob.escape(path.name))
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from fastunlearn import checkpoint
@@ -323,6 +324,16 @@ def test_failed_write_leaves_the_old_one(run_dir: Path, monkeypatch):
         checkpoint.save(run_dir, 20, {"model": {"w": torch.zeros(2)}}, {})
     assert checkpoint.load(run_dir / "checkpoint-20").metadata == {"step": 20}
     assert len(list(run_dir.iterdir())) == 3
+
+
+def test_what_safetensors_says_of_a_full_disk_is_an_error_of_the_disk(run_dir: Path, monkeypatch):
+    def full_disk(*args):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    with pytest.raises(OSError, match=r"checkpoint-20: expected a disk that takes it, got: .*No space left"):
+        checkpoint.save(run_dir, 20, {"model": {"w": torch.zeros(2)}}, {})
+    assert checkpoint.load(run_dir / "checkpoint-20").metadata == {"step": 20}
 
 
 NOBODY = 2**22 + 1  # no process has this number: Linux goes up to 2**22
