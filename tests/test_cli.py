@@ -481,6 +481,28 @@ def test_a_place_that_cannot_be_written_to_is_named(world, tmp_path, capsys):
         assert f"{output}: expected a place that can be written to, got: " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["unlearn", "evaluate", "neighbors", "pretrain"])
+@pytest.mark.parametrize("linked", [False, True])
+def test_nothing_is_written_among_the_images_that_are_read(world, tmp_path, capsys, command, linked):
+    folder, output = tmp_path / "images", tmp_path / "images" / "out.npz"
+    shutil.copytree(world.forget, folder)
+    if linked:
+        (tmp_path / "link").symlink_to(folder)
+        output = tmp_path / "link" / "out.npz"
+    sets = ("--forget", folder, "--retain", world.retain, "--output", output)
+    arguments = {
+        "unlearn": ("--model", world.model, "--method", "retrack", *FAST, *sets),
+        "evaluate": ("--model", world.model, *sets),
+        "neighbors": sets,
+        "pretrain": ("--recipe", "mnist-tshirt-small", "--data", folder, "--output", output),
+    }
+    before = sorted(folder.iterdir())
+    assert run(command, *arguments[command]) == 2
+    expected = f"output: expected a place outside of the folders in --{'data' if command == 'pretrain' else 'forget'}"
+    assert f"error: {expected}, got {output}, which is in {folder}\n" in capsys.readouterr().err
+    assert sorted(folder.iterdir()) == before
+
+
 def test_debug_shows_the_traceback(world, tmp_path, capsys, monkeypatch):
     assert unlearn(world, tmp_path / "run", "--k", "21", "--debug") == 2
     assert "Traceback" in capsys.readouterr().err

@@ -92,8 +92,9 @@ class Evaluate:
     def run(self) -> int:
         from .. import _check
         from ..measuring import Record, Settings, decide, parse_metrics
-        from .options import pick_device
+        from .options import check_outside, pick_device
 
+        check_outside(self.output, forget=self.forget, retain=self.retain)
         wanted = parse_metrics(self.metrics)
         settings = Settings(
             num_images=self.num_images, timestep=self.timestep, chains=self.chains,

@@ -46,7 +46,9 @@ class Neighbors:
         from ..checkpoint import atomic_file
         from ..copies import near_copies
         from ..neighbors import nearest_neighbors
+        from .options import check_outside
 
+        check_outside(self.output, forget=self.forget, retain=self.retain)
         if self.output.suffix != ".npz":
             raise ValueError(f"output: expected a path that ends in .npz, got {self.output}")
         read: dict[str, Any] = {}

@@ -58,6 +58,24 @@ def model_shape(model) -> tuple[int, int, int]:
     return model.config.in_channels, height, width
 
 
+def check_outside(output: Path, **inputs: tuple[Path, ...]) -> None:
+    """Refuses an `output` in a folder that is read: what is written there would count as images.
+
+    Args:
+        inputs: for each flag its paths.
+
+    Raises:
+        ValueError: naming the folder.
+    """
+    place = output.resolve()
+    for flag, paths in inputs.items():
+        for path in paths:
+            folder = path.resolve()
+            if folder.is_dir() and folder in (place, *place.parents):
+                expected = f"expected a place outside of the folders in --{flag}"
+                raise ValueError(f"output: {expected}, got {output}, which is in {path}")
+
+
 def load_for(
     model, name: str, paths: tuple[Path, ...], pictures: PictureFlags, record: dict[str, Any]
 ) -> ImageStore:

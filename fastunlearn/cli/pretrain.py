@@ -46,8 +46,9 @@ class Pretrain:
         from .. import checkpoint
         from ..pretraining import pretrain, run_folder
         from ..recipes.mnist_tshirt import PRETRAINING
-        from .options import pick_device, prepare_host
+        from .options import check_outside, pick_device, prepare_host
 
+        check_outside(self.output, data=self.data)
         run_dir = run_folder(self.output)
         started, resume = checkpoint.latest(run_dir), self.resume_from_checkpoint is not None
         if self.output.exists():

@@ -61,7 +61,9 @@ class Unlearn:
 
     def run(self) -> int:
         from .launched import launched
+        from .options import check_outside
 
+        check_outside(self.output, forget=self.forget, retain=self.retain)
         work = "fastunlearn unlearn"
         with launched(self.bookkeeping.device) as (processes, device), processes.alone_in(self.output, work):
             self._run(processes, device)
