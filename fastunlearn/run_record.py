@@ -64,6 +64,15 @@ def resumed_record(run_dir: str | Path, record: dict[str, Any], step: int) -> di
     return record | kept | {"resumed": [*earlier, resumed]}
 
 
+def private_record(run_dir: str | Path) -> dict[str, Any]:
+    """What a run that left no checkpoint said of its private files: the one in its place must not forget them."""
+    try:
+        record = read_run(run_dir)
+    except ValueError:  # there was none
+        return {}
+    return {name: record[name] for name in ("private_files", "purged") if name in record}
+
+
 def read_run(run_dir: str | Path) -> dict[str, Any]:
     """`run.json` of a run folder.
 

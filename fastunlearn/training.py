@@ -24,7 +24,7 @@ from .packed import Arriving
 from .processes import Processes
 from .resume import find_checkpoint, load_checkpoint, save_checkpoint
 from .run_health import SkipLimit, TooManySkippedSteps, WeightsNotFinite, check_finite, not_finite, remedy
-from .run_record import Metrics, describe_run, purge, read_metrics, resumed_record, update_run, write_run
+from .run_record import Metrics, describe_run, private_record, purge, read_metrics, resumed_record, update_run, write_run
 from .step import StepOutput
 from .trackers import ProgressBar, Report, Reporter, make_reporter
 from .trained import unwrapped
@@ -223,6 +223,8 @@ class _Loop:
         checkpoint.clean(self.output_dir)
         if resumed:
             record = resumed_record(self.output_dir, record, self.unlearner.step_index)
+        else:
+            record |= private_record(self.output_dir)
         write_run(self.output_dir, record)
         self.metrics = Metrics(self.output_dir, self.unlearner.step_index)
         self.started = time.perf_counter() - self.metrics.seconds

@@ -320,6 +320,19 @@ def test_a_mask_of_infinities_is_no_weight(tmp_path: Path, average: bool):
         run(broken, tmp_path / "broken")
 
 
+def test_private_files_of_a_run_without_checkpoint_stay_listed(tmp_path: Path):
+    def fail(step: int) -> None:
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        run(FakeUnlearner(on_step=fail), tmp_path / "run")
+    nearest_neighbors(STORE, STORE, 1, cache_dir=tmp_path / "caches")
+    cache = next((tmp_path / "caches").iterdir())
+    run_record.list_private(tmp_path / "run", cache)
+    run(FakeUnlearner(), tmp_path / "run", resume_from_checkpoint="latest")
+    assert run_record.read_run(tmp_path / "run")["private_files"] == [str(cache)]
+
+
 def test_the_error_of_a_run_is_told_though_its_end_cannot_be_noted(tmp_path: Path):
     def remove_and_fail(step: int) -> None:
         (tmp_path / "run.json").unlink()
