@@ -245,6 +245,10 @@ def atomic_file(path: str | Path, *, mode: int = 0o666) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:  # a full disk does not say for what
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -334,6 +335,13 @@ def test_what_safetensors_says_of_a_full_disk_is_an_error_of_the_disk(run_dir: P
     with pytest.raises(OSError, match=r"checkpoint-20: expected a disk that takes it, got: .*No space left"):
         checkpoint.save(run_dir, 20, {"model": {"w": torch.zeros(2)}}, {})
     assert checkpoint.load(run_dir / "checkpoint-20").metadata == {"step": 20}
+
+
+def test_a_file_that_the_disk_does_not_take_is_named(tmp_path: Path):
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}/file'$"), checkpoint.atomic_file(tmp_path / "file"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("file", "old")]
 
 
 NOBODY = 2**22 + 1  # no process has this number: Linux goes up to 2**22
