@@ -20,7 +20,6 @@ from safetensors import SafetensorError, safe_open
 
 from .checkpoint import atomic_file
 from .folder_lock import locked
-from .identity import identity as identity
 from .neighbors import CACHE_FORMAT
 
 RUN_FILE = "run.json"
