@@ -333,8 +333,8 @@ def test_overlap_is_refused_unless_allowed(world, tmp_path, capsys):
 
 def test_the_retain_set_may_be_the_whole_training_set(world, tmp_path, capsys):
     """`--drop_overlap` takes the forget images out of it, every copy of them, and the run is the one without them."""
-    shutil.copy(world.forget / "1.png", tmp_path / "again.png")
-    whole = ("--retain", world.forget / "1.png", world.retain, tmp_path / "again.png")
+    again = shutil.copy(world.forget / "1.png", tmp_path / "again.png")
+    whole = ("--retain", world.forget / "1.png", world.retain, again)
     assert unlearn(world, tmp_path / "whole", *whole, "--drop_overlap") == 0
     assert "(2 dropped, which are to be forgotten)" in capsys.readouterr().out
     assert unlearn(world, tmp_path / "clean") == 0
@@ -479,6 +479,14 @@ def test_a_place_that_cannot_be_written_to_is_named(world, tmp_path, capsys):
     for output in (tmp_path / "file", tmp_path / "file" / "run"):
         assert unlearn(world, output) == 2
         assert f"{output}: expected a place that can be written to, got: " in capsys.readouterr().err
+
+
+def test_a_last_step_that_destroys_the_network_is_seen(world, tmp_path, capsys):
+    output = tmp_path / "run"
+    assert unlearn(world, output, "--lr", "1e30", "--steps", "1", method="neggrad") == 1
+    assert "after its last step, got NaN or Inf; no model is written" in capsys.readouterr().err
+    assert not (output / "model").exists()
+    assert json.loads((output / "run.json").read_text())["status"] == "failed: WeightsNotFinite"
 
 
 @pytest.mark.parametrize("command", ["unlearn", "evaluate", "neighbors", "pretrain"])

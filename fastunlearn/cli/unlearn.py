@@ -124,7 +124,12 @@ class Unlearn:
     def _write_results(self, model, scheduler, forget: ImageStore | None, private: Path) -> None:
         from .. import run_record
         from ..models import save_checkpoint
+        from ..run_health import WeightsNotFinite
 
+        if not _answers(model, len(scheduler)):
+            run_record.update_run(self.output, status="failed: WeightsNotFinite")
+            text = "expected a network that answers with finite numbers after its last step, got NaN or Inf"
+            raise WeightsNotFinite(f"{self.output}: {text}; no model is written. A lower learning rate usually helps.")
         save_checkpoint(self.output / "model", model, scheduler)
         run_record.update_run(self.output, model="model")
         if self.report_images and forget is not None:
@@ -172,6 +177,18 @@ class Unlearn:
             file.write(side_by_side(*halves, columns=1 + REPORTED_CHAINS))
         self._note_private_files(private)
         print(f"forget images and reconstructions, before and after: {private / 'reconstructions.png'}")
+
+
+def _answers(model, num_timesteps: int) -> bool:
+    """Whether the network's answers are finite: of what the last step did to it, no later step can tell."""
+    import torch
+
+    from .options import model_shape
+
+    noise = torch.randn(1, *model_shape(model), generator=torch.Generator().manual_seed(0)).to(model.device)
+    ends = torch.tensor([0, num_timesteps - 1], device=model.device)
+    with torch.no_grad():
+        return bool(model(noise.expand(2, -1, -1, -1), ends).sample.isfinite().all())
 
 
 def _scheduler_identity(scheduler) -> dict:
