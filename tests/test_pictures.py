@@ -321,3 +321,14 @@ WRONG = [
 def test_options_outside_their_choices_are_refused_before_a_file_is_opened(options, error, text, tmp_path):
     with pytest.raises(error, match=text):
         load_images(tmp_path / "gone", **options)
+
+
+def test_an_image_that_does_not_fit_into_memory_is_named(tmp_path, monkeypatch):
+    Image.new("L", (8, 8)).save(tmp_path / "large.png")
+
+    def load(image):
+        raise MemoryError
+
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", load)
+    with pytest.raises(MemoryError, match=r"large\.png: expected an image that fits into memory"):
+        load_images(tmp_path)

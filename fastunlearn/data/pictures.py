@@ -86,8 +86,8 @@ def decode(source: Path | bytes, name: str | Path, options: Options) -> np.ndarr
     with file:
         try:
             array = _pixels(file, options)
-        except MemoryError:
-            raise
+        except MemoryError as error:
+            raise MemoryError(f"{shown(name)}: expected an image that fits into memory, got more pixels") from error
         except Exception as error:  # Pillow's decoders raise whatever they stumble over
             raise ValueError(f"{shown(name)}: {_reason(error, file)}") from None
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
