@@ -149,7 +149,19 @@ def not_in_this_version(**arguments) -> None:
 
 def values_enabled() -> bool:
     """Whether `FASTUNLEARN_CHECK=1` asks for checks that read values (on a GPU each one waits for the device)."""
-    return os.environ.get("FASTUNLEARN_CHECK", "0") not in ("", "0")
+    return switched_on("FASTUNLEARN_CHECK")
+
+
+def switched_on(variable: str, *, default: bool = False) -> bool:
+    """Whether an environment variable is 1; unset or empty is the `default`.
+
+    Raises:
+        ValueError: it is something else than 0 or 1.
+    """
+    value = os.environ.get(variable, "")
+    if value not in ("", "0", "1"):
+        raise ValueError(f"{variable}: expected 0 or 1, got {value!r}")
+    return value == "1" or (value == "" and default)
 
 
 def readable(tensor: Tensor) -> bool:

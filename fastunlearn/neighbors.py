@@ -23,6 +23,7 @@ CACHE_VERSION = 1  # raised whenever a search could give another answer
 DEFAULT_CHUNK_BYTES = 2**28
 ROWS_MEASURED = 256  # of neighbours that a caller gives
 DISTANCE_ROUNDING = 1e-6  # between float rows, for callers who measured in float32
+SMALLEST = 1e-140  # of which a square, and a share of 1e-16 of it, is a number
 BACKENDS = ("auto", "exact", "faiss")
 
 
@@ -124,6 +125,7 @@ def _rows(name: str, images: ImageStore | Tensor) -> Tensor:
 def _search(forget: Tensor, retain: Tensor, k: int, backend: str, chunk_bytes: int, show_progress: bool) -> tuple[Tensor, Tensor]:
     from rich.progress import Progress
 
+    _refuse_tiny(forget, retain)
     first, inverse = _distinct(forget)
     integers = retain.dtype == torch.uint8
     if backend == "auto" and not integers and retain.device.type == "cpu" and importlib.util.find_spec("faiss") is not None:
@@ -133,6 +135,20 @@ def _search(forget: Tensor, retain: Tensor, k: int, backend: str, chunk_bytes: i
         task = bar.add_task("nearest neighbours", total=len(retain))
         index, sqdist = search(forget[first.to(forget.device)].flatten(1), retain, k, chunk_bytes=chunk_bytes, progress=lambda rows: bar.advance(task, rows))
     return index.cpu()[inverse], sqdist.cpu()[inverse]
+
+
+def _refuse_tiny(forget: Tensor, retain: Tensor) -> None:
+    """
+    Raises:
+        ValueError: all values are so small that their squares are 0 in float64, and with them all distances.
+    """
+    if not forget.is_floating_point() or forget.is_meta:
+        return
+    largest = float(forget.abs().amax())
+    if largest < SMALLEST:  # else no look at the larger set
+        largest = max(largest, *(float(part.abs().amax()) for part in retain.split(1024)))
+        if 0 < largest < SMALLEST:
+            raise ValueError(f"forget, retain: expected values of at least {SMALLEST:g}, got at most {largest:g}: scale them")
 
 
 def _distinct(rows: Tensor) -> tuple[Tensor, Tensor]:

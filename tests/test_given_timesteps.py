@@ -174,6 +174,15 @@ def test_on_a_gpu_values_are_read_where_that_is_asked_for(monkeypatch, asked, re
     assert _check.readable(OnAGpu()) is read
 
 
+def test_a_switch_is_0_or_1(monkeypatch):
+    monkeypatch.setenv("FASTUNLEARN_CHECK", "yes")
+    with pytest.raises(ValueError, match="FASTUNLEARN_CHECK: expected 0 or 1, got 'yes'"):
+        _check.values_enabled()
+    for value, default, on in (("", True, True), ("", False, False), ("0", True, False), ("1", False, True)):
+        monkeypatch.setenv("FASTUNLEARN_CHECK", value)
+        assert _check.switched_on("FASTUNLEARN_CHECK", default=default) is on
+
+
 @pytest.mark.parametrize("asked", [None, "0", "1"])
 @pytest.mark.parametrize("name", ["vanilla_step", "the schedule"])
 def test_on_a_cpu_values_are_always_read(monkeypatch, asked, name):

@@ -485,6 +485,16 @@ def test_damaged_cache_is_reported_and_replaced(cached, damage: str):
     assert len(searches) == 1
 
 
+def test_values_whose_squares_are_zero_are_refused():
+    rows = torch.rand(9, 1, 2, 2, dtype=torch.float64) + 0.5
+    for tiny in (1e-170, 1e-145):
+        with pytest.raises(ValueError, match="forget, retain: expected values of at least 1e-140, got at most"):
+            nearest_neighbors(rows[:2] * tiny, rows[2:] * tiny, 3)
+    assert_same(nearest_neighbors(rows[:2] * 1e-100, rows[2:] * 1e-100, 3), brute_force(rows[:2] * 1e-100, rows[2:] * 1e-100, 3))
+    zeros = nearest_neighbors(torch.zeros(1, 1, 2, 2), torch.zeros(4, 1, 2, 2), 2)
+    assert zeros[0].tolist() == [[0, 1]]
+
+
 def test_failed_cache_write_leaves_nothing(cached, monkeypatch):
     forget, retain, folder, _ = cached
     before = sorted(folder.iterdir())
