@@ -32,6 +32,9 @@ class SISS(Method):
     mixture then weights it as Bernoulli does, by `1 / lambd` or `1 / (1 - lambd)`, and the other image by 0.
     Conditions are compared bit for bit: one caption encoded in two batches may come out as two.
 
+    Where every forget weight of a batch is below 1e-308 (small t, no row made from a forget image), it is 0: the
+    step is that of the retain term alone, and its `scaling_factor` 0, as in the papers' code.
+
     Args:
         lambd: the share of forget images in the mixture, in [0, 1] ((0, 1) for `"bernoulli"`).
         scaling_norm: the L2 norm that the forget gradient is set to at every step, up or down (the paper tunes it to a tenth of the retain gradient's).
