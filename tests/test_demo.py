@@ -69,7 +69,10 @@ def test_it_writes_a_report_and_a_pipeline(run, model_dir):
 def test_without_steps_nothing_was_forgotten(run, model_dir):
     result = run(steps=0)
     assert not result.passed
-    assert result.results["before"] == result.results["after"]
+    before, after = result.results["before"], result.results["after"]
+    bits = [measured.pop("likelihood")["bits_per_dim"] for measured in (before, after)]
+    assert bits[0] == pytest.approx(bits[1], rel=1e-9)  # an adaptive solver over a network's rounding
+    assert before == after
     assert result.results["log"] == []
     assert "Not forgotten" in result.report.read_text(encoding="utf-8")
     assert torch.equal(parameters(result.model), parameters(model_dir))
