@@ -217,6 +217,9 @@ def test_the_first_of_a_tuple_is_the_prediction(images):
     model = exact_model()
     options = {"rtol": 1e-2, "atol": 1e-2}
     expected = bits_per_dim(model, schedule(), images, **options)
-    assert bits_per_dim(lambda x, t: (model(x, t),), schedule(), images, **options) == expected
+    found = bits_per_dim(lambda x, t: (model(x, t),), schedule(), images, **options)
+    assert (found.evaluations, found.ode) == (expected.evaluations, expected.ode)
+    # Two equal calls differ in the last bits: how a float64 sum is ordered depends on where its memory begins.
+    assert found.bits_per_dim == pytest.approx(expected.bits_per_dim, rel=1e-12)
     with pytest.raises(ValueError, match=r"model: expected a prediction of shape .*, got dict"):
         bits_per_dim(lambda x, t: {"sample": model(x, t)}, schedule(), images)
