@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from . import _check
+from ._finite import named_tensors, not_finite
 
 
 class TooManySkippedSteps(RuntimeError):
@@ -67,50 +65,13 @@ def check_finite(name: str, weights: dict[str, Any], remedy: str, *, but: Collec
     bad = [entry for entry in not_finite(weights) if entry not in but]
     if bad:
         shown = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
-        count = sum(1 for _ in _tensors("", weights))
+        count = len(named_tensors(weights))
         raise WeightsNotFinite(
             f"{name}: expected finite weights, got NaN or Inf in {shown} (of {count} tensors); {remedy}"
         )
-
-
-def not_finite(weights: dict[str, Any]) -> list[str]:
-    """The tensors in `weights` that hold NaN or Inf, by the keys that lead to them, joined by dots."""
-    named = dict(_tensors("", weights))
-    return [entry for entry, good in zip(named, _are_finite(list(named.values())), strict=True) if not good]
 
 
 def remedy(saved: Path | None) -> str:
     """What there still is, and what to change."""
     last = "no checkpoint was written yet" if saved is None else f"the last good checkpoint is {saved}"
     return f"{last}. A lower learning rate, max_grad_norm, or float32 instead of float16 usually helps."
-
-
-def _are_finite(tensors: list[Tensor]) -> list[bool]:
-    if not tensors:
-        return []
-    # The fast way, without a buffer of their size. For the largest numbers the sum of squares overflows, too.
-    finite = _read(torch._foreach_norm(tensors))
-    suspects = [tensor for tensor, good in zip(tensors, finite, strict=True) if not good]
-    if not suspects:
-        return finite
-    exact = iter(_read(torch._foreach_norm(suspects, torch.inf)))
-    return [good or next(exact) for good in finite]
-
-
-def _read(norms: Sequence[Tensor]) -> list[bool]:
-    return torch.stack([norm.isfinite().to(norms[0].device) for norm in norms]).tolist()
-
-
-def _tensors(name: str, state: Any) -> Iterator[tuple[str, Tensor]]:
-    """The tensors below `state` that could hold NaN, with where they are."""
-    if isinstance(state, Tensor):
-        if state.numel() and (state.is_floating_point() or state.is_complex()):
-            yield name, state.detach()
-        return
-    parts: Iterable = ()
-    if isinstance(state, dict):
-        parts = state.items()
-    elif isinstance(state, (list, tuple)):
-        parts = enumerate(state)
-    for key, value in parts:
-        yield from _tensors(f"{name}.{key}" if name else str(key), value)

@@ -17,13 +17,14 @@ from typing import Any
 import torch
 
 from . import _check, checkpoint, launcher
+from ._finite import not_finite
 from .identity import identity as describe_identity
 from .identity import start_weights
 from .optimizer_state import group_names
 from .packed import Arriving
 from .processes import Processes
 from .resume import find_checkpoint, load_checkpoint, save_checkpoint
-from .run_health import SkipLimit, TooManySkippedSteps, WeightsNotFinite, check_finite, not_finite, remedy
+from .run_health import SkipLimit, TooManySkippedSteps, WeightsNotFinite, check_finite, remedy
 from .run_record import Metrics, describe_run, private_record, purge, read_metrics, resumed_record, update_run, write_run
 from .step import StepOutput
 from .trackers import ProgressBar, Report, Reporter, make_reporter

@@ -51,11 +51,12 @@ def prepare_host(device: torch.device) -> None:
 
 def model_shape(model) -> tuple[int, int, int]:
     """`(C, H, W)` of the images that a diffusers network was trained on."""
-    size = model.config.sample_size
-    if size is None:
+    from ..models.supported import picture_shape
+
+    shape = picture_shape(model)
+    if shape is None:
         raise ValueError("model: expected sample_size in its config.json, got none")
-    height, width = (size, size) if isinstance(size, int) else size
-    return model.config.in_channels, height, width
+    return shape
 
 
 def check_outside(output: Path, **inputs: tuple[Path, ...]) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .. import _check
+from .._finite import not_finite
 from ..checkpoint import atomic_directory
 from ..plain_names import plain, plain_copy
 from .supported import check_network, check_parts, check_runs, check_surroundings
@@ -174,9 +175,9 @@ def _load_model(folder: Path, dtype: torch.dtype) -> UNet2DModel:
     wrong = [f"{len(info[key])} {key.replace('_', ' ')}" for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]]
     if wrong:
         raise ValueError(f"{weights}: expected the weights of the {name} in config.json beside it, got {', '.join(wrong)}")
-    for key, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ValueError(f"{weights}: expected finite weights, got NaN or Inf in {key}")
+    bad = not_finite(model.state_dict())
+    if bad:
+        raise ValueError(f"{weights}: expected finite weights, got NaN or Inf in {bad[0]}")
     return model.eval()
 
 

@@ -1,7 +1,8 @@
-"""What may be trained as it is: a network that takes a noisy picture and a timestep, and nothing else. All that is not is refused by name.
+"""What may be trained as it is: a network that takes a noisy picture and a timestep, and nothing else.
 
-A pipeline with more parts than a network and a scheduler does something with its pictures before the network sees them. Trained on the
-pictures themselves, such a network would lose what it can do, and no error would say so.
+All that is not is refused by name. A pipeline with more parts than a network and a scheduler does something with
+its pictures before the network sees them. Trained on the pictures themselves, such a network would lose what it can
+do, and no error would say so.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from .. import _check
 
 PARTS = ("unet", "transformer", "scheduler")  # what a pipeline of pictures is made of
 AUTOENCODERS = ("vae", "vqvae", "vqgan", "movq")  # diffusers' names of the part that makes latents
-NOT_CALLED_SO = "expected a network of pictures alone (DDPMPipeline)"
+PICTURES_ALONE = "expected a network of pictures alone (DDPMPipeline)"
 
 
 def check_parts(index_file: Path, index: dict) -> None:
-    """Refuses a pipeline that has more parts than a network and a scheduler; `index` is its `model_index.json`.
+    """Refuses a pipeline that has more parts than a network and a scheduler; `index`: its `model_index.json`.
 
     Raises:
         ValueError: naming the parts.
@@ -28,13 +29,15 @@ def check_parts(index_file: Path, index: dict) -> None:
     more = [name for name in parts if name not in PARTS]
     latents = [name for name in more if name in AUTOENCODERS]
     if latents:
-        raise ValueError(f"{index_file}: {NOT_CALLED_SO}, got one that works on the latents of its {latents[0]}, which is not supported yet")
+        got = f"one that works on the latents of its {latents[0]}, which is not supported yet"
+        raise ValueError(f"{index_file}: {PICTURES_ALONE}, got {got}")
     if more:
-        raise ValueError(f"{index_file}: {NOT_CALLED_SO}, got a pipeline with {', '.join(more)} too, which is not supported yet")
+        got = f"a pipeline with {', '.join(more)} too, which is not supported yet"
+        raise ValueError(f"{index_file}: {PICTURES_ALONE}, got {got}")
 
 
 def check_surroundings(folder: Path) -> None:
-    """Refuses the network in `folder` if it is a part of a pipeline of latents, whose other parts lie beside it.
+    """Refuses the network in `folder` if an autoencoder lies beside it: it is a part of a pipeline of latents.
 
     Raises:
         ValueError: naming the folder of the autoencoder.
@@ -42,29 +45,42 @@ def check_surroundings(folder: Path) -> None:
     for name in AUTOENCODERS:
         beside = folder.parent / name
         if (beside / "config.json").is_file():
-            raise ValueError(f"{folder}: {NOT_CALLED_SO}, got one that works on the latents of {beside}, which is not supported yet")
+            got = f"one that works on the latents of {beside}, which is not supported yet"
+            raise ValueError(f"{folder}: {PICTURES_ALONE}, got {got}")
 
 
 def check_network(config_file: Path, config: dict, num_timesteps: int) -> None:
-    """Refuses networks that ask for more than a picture and one of `num_timesteps` timesteps, or that answer with something else.
+    """Refuses networks that ask for more than a picture and one of `num_timesteps` timesteps, or answer otherwise.
 
     Raises:
         ValueError: naming `config_file`, the entry and its value.
     """
     for entry in ("class_embed_type", "num_class_embeds"):
         if config.get(entry) is not None:
-            expected = f"{entry}: null (the *_step functions take class_labels in forget_kwargs and retain_kwargs)"
-            raise ValueError(f"{config_file}: expected an unconditional network, {expected}, got {config[entry]!r}")
+            elsewhere = "the *_step functions take class_labels in forget_kwargs and retain_kwargs"
+            expected = f"an unconditional network, {entry}: null ({elsewhere})"
+            raise ValueError(f"{config_file}: expected {expected}, got {config[entry]!r}")
     channels, answered = config.get("in_channels", 3), config.get("out_channels", 3)
     if answered not in (channels, 2 * channels):
         expected = f"out_channels equal to in_channels, {channels}, or twice as many (a learned variance)"
-        raise ValueError(f"{config_file}: {NOT_CALLED_SO}, {expected}, got {answered}")
+        raise ValueError(f"{config_file}: {PICTURES_ALONE}, {expected}, got {answered}")
     embedding = config.get("time_embedding_type", "positional")
     if embedding == "fourier":  # it takes noise levels for timesteps, and divides by them
-        raise ValueError(f"{config_file}: expected a time_embedding_type of timesteps, positional or learned, got 'fourier'")
+        expected = "a time_embedding_type of timesteps, positional or learned"
+        raise ValueError(f"{config_file}: expected {expected}, got 'fourier'")
     known = config.get("num_train_timesteps")
     if embedding == "learned" and known is not None and known < num_timesteps:
-        raise ValueError(f"{config_file}: expected num_train_timesteps of at least the scheduler's {num_timesteps}, got {known}")
+        expected = f"num_train_timesteps of at least the scheduler's {num_timesteps}"
+        raise ValueError(f"{config_file}: expected {expected}, got {known}")
+
+
+def picture_shape(model: nn.Module) -> tuple[int, int, int] | None:
+    """`(C, H, W)` of the pictures that a diffusers network was trained on; None: its configuration says none."""
+    size = model.config.sample_size
+    if size is None:
+        return None
+    height, width = (size, size) if isinstance(size, int) else size
+    return model.config.in_channels, height, width
 
 
 @torch.no_grad()
@@ -74,14 +90,14 @@ def check_runs(config_file: Path, model: nn.Module, num_timesteps: int) -> None:
     Raises:
         ValueError: it raises, or answers with something else than one picture, or one with a variance.
     """
-    size = model.config.sample_size
-    if size is None:  # the commands refuse it: they would not know what pictures to make
+    shape = picture_shape(model)
+    if shape is None:  # the commands refuse it: they would not know what pictures to make
         return
-    channels = model.config.in_channels
-    height, width = (size, size) if isinstance(size, int) else size
+    channels, height, width = shape
     parameter = next(model.parameters())
     picture = torch.zeros(1, channels, height, width, device=parameter.device, dtype=parameter.dtype)
-    expected = f"{config_file}: expected a network that can be called on pictures of {channels}x{height}x{width}"
+    pictures = f"pictures of {channels}x{height}x{width}"
+    expected = f"{config_file}: expected a network that can be called on {pictures}"
     try:
         answer = model(picture, torch.tensor([num_timesteps - 1], device=parameter.device)).sample
     except Exception as error:  # whatever a layer makes of what does not fit
