@@ -99,6 +99,13 @@ def weights(unlearner: Unlearner) -> Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in unlearner.model.parameters()])
 
 
+def whole(folder: Path) -> tuple[Path, Tensor]:
+    """A run of the plain network to its end: its folder, and its weights."""
+    unlearner = make()
+    run(unlearner, folder)
+    return folder, weights(unlearner)
+
+
 def snapshot(unlearner: Unlearner) -> dict[str, Any]:
     """A copy of everything that a resume may change."""
     parts = {

@@ -407,6 +407,11 @@ def store(count: int = 12, seed: int = 5) -> ImageStore:
     )
 
 
+def vanilla_run(model: nn.Module, **options) -> Unlearner:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return Unlearner(model, optimizer, SCHEDULE, Vanilla(), retain=store(), batch_size=2, **options)
+
+
 def unlearner(loop: Loop, method=None, *, prepared: bool = True, **options) -> Unlearner:
     optimizer = loop.optimizer if prepared else loop.plain
     scheduler = loop.scheduler if prepared else loop.scheduler.scheduler
@@ -534,15 +539,7 @@ def test_what_has_no_step_is_refused_before_any(name, value):
         else r"ema: expected an object with .step\(parameters\) or None, got 0.999"
     )
     with pytest.raises(TypeError, match=text):
-        Unlearner(
-            model,
-            torch.optim.SGD(model.parameters(), lr=0.1),
-            SCHEDULE,
-            Vanilla(),
-            retain=store(),
-            batch_size=2,
-            **{name: value},
-        )
+        vanilla_run(model, **{name: value})
 
 
 # --- what updates elsewhere ---------------------------------------------------------------------------------
@@ -565,15 +562,7 @@ def test_deepspeeds_scheduler():
         TypeError,
         match=r"lr_scheduler: expected one whose step\(\) .*, got DeepSpeedSchedulerWrapper of DeepSpeed",
     ):
-        Unlearner(
-            model,
-            torch.optim.SGD(model.parameters(), lr=0.1),
-            SCHEDULE,
-            Vanilla(),
-            retain=store(),
-            batch_size=2,
-            lr_scheduler=scheduler,
-        )
+        vanilla_run(model, lr_scheduler=scheduler)
 
 
 def refused_optimizers(parameters):
@@ -653,14 +642,7 @@ def test_marked_parameters(mark):
     with pytest.raises(TypeError, match="model: expected whole parameters, updated by the optimizer, got"):
         vanilla_step(model, torch.optim.SGD(model.parameters(), lr=0.1), SCHEDULE, images())
     with pytest.raises(TypeError, match="model: expected whole parameters, updated by the optimizer, got"):
-        Unlearner(
-            model,
-            torch.optim.SGD(model.parameters(), lr=0.1),
-            SCHEDULE,
-            Vanilla(),
-            retain=store(),
-            batch_size=2,
-        )
+        vanilla_run(model)
     setattr(model.leave.weight, mark, False)  # Megatron says so of parameters that are whole
     vanilla_step(model, torch.optim.SGD(model.parameters(), lr=0.1), SCHEDULE, images())
 

@@ -229,10 +229,7 @@ def test_every_argument_is_compared_or_may_change(function: Callable):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> tuple[Path, torch.Tensor]:
-    folder = tmp_path_factory.mktemp("whole")
-    unlearner = runs.make()
-    runs.run(unlearner, folder)
-    return folder, runs.weights(unlearner)
+    return runs.whole(tmp_path_factory.mktemp("whole"))
 
 
 @pytest.mark.parametrize("name", ALLOWED)

@@ -7,35 +7,15 @@ import io
 import struct
 import warnings
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, features
+from encoded_images import COLOURS, GREY, encoded, needs_avif, put, read
+from PIL import Image
 
 from fastunlearn.data import load_images
 
-needs_avif = pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")
-COLOURS = np.random.default_rng(0).integers(0, 256, (8, 6, 3)).astype(np.uint8)
-GREY = COLOURS[..., 0]
 WAVES = (np.add.outer(np.arange(64) * 3, np.arange(64))[..., None] + np.array([0, 40, 80])).astype(np.uint8)
-
-
-def encoded(image: np.ndarray | Image.Image, kind: str = "PNG", **options) -> bytes:
-    buffer = io.BytesIO()
-    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def put(folder: Path, content: bytes, name: str = "x.png") -> Path:
-    (folder / name).write_bytes(content)
-    return folder / name
-
-
-def read(folder: Path, content: bytes, **options) -> np.ndarray:
-    """The one row, `[H, W, C]`."""
-    return load_images(put(folder, content), **options).images[0].permute(1, 2, 0).numpy()
 
 
 # --- values ----------------------------------------------------------------------------------------------

@@ -46,11 +46,7 @@ WRAPS = {
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> tuple[Path, torch.Tensor]:
-    """A run of the plain network: its folder, and its weights at the end."""
-    folder = tmp_path_factory.mktemp("whole")
-    unlearner = runs.make()
-    runs.run(unlearner, folder)
-    return folder, runs.weights(unlearner)
+    return runs.whole(tmp_path_factory.mktemp("whole"))
 
 
 @pytest.mark.parametrize("name", WRAPS)

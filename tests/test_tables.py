@@ -2,41 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-import io
 import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from encoded_images import COLOURS, encoded, needs_pyarrow, put, table
 from PIL import Image, ImageFile
 
 from fastunlearn.data import load_images
 from fastunlearn.data.options import stack
-
-needs_pyarrow = pytest.mark.skipif(importlib.util.find_spec("pyarrow") is None, reason="no pyarrow")
-COLOURS = np.random.default_rng(0).integers(0, 256, (8, 6, 3)).astype(np.uint8)
-
-
-def encoded(image: np.ndarray | Image.Image, kind: str = "PNG", **options) -> bytes:
-    buffer = io.BytesIO()
-    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def put(folder: Path, content: bytes, name: str = "x.png") -> Path:
-    (folder / name).write_bytes(content)
-    return folder / name
-
-
-def table(folder: Path, **columns) -> Path:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    pq.write_table(pa.table(columns), folder / "x.parquet")
-    return folder / "x.parquet"
 
 
 @needs_pyarrow
