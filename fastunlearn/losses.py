@@ -6,7 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .gradients import Combined, reduce_mean
+from .combine import Combined
+from .gradients import reduce_mean
 from .methods import Pass
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from . import _check
-from .checkpoint import atomic_file
+from .atomic import atomic_file
 from .neighbor_search import search_faiss, search_float, search_uint8
 from .store import ImageStore
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from . import _check, checkpoint
+from . import _check, atomic, checkpoint
 from .folder_lock import locked
 from .identity import check_same, described
 from .recipes.mnist_tshirt import Pretraining
@@ -137,7 +137,7 @@ def pretrain(images: ImageStore, recipe: Pretraining, output_dir: Path, *, seed:
                 save(done)
 
     ema.copy_to(model.parameters())
-    with checkpoint.atomic_directory(output_dir) as folder:
+    with atomic.atomic_directory(output_dir) as folder:
         diffusers.DDPMPipeline(unet=model.eval(), scheduler=scheduler).save_pretrained(folder)
         own = {"recipe": asdict(recipe), "seed": seed, "images": len(images), "hours": log[-1]["seconds"] / 3600, "torch": torch.__version__,
                "threads": torch.get_num_threads(), "log": log}

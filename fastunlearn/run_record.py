@@ -18,7 +18,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from .checkpoint import atomic_file
+from .atomic import atomic_file
 from .folder_lock import locked
 from .neighbors import CACHE_FORMAT
 

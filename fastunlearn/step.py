@@ -19,13 +19,15 @@ from .compilation import Compile, resolve_compile
 from .conditioning import check_distances, conditioning_of, keyword_arguments, warn_of_bytes, without_graph
 from .draws import Draws
 from .evaluation import evaluate
-from .gradients import Accumulator, clipping, total_norm, update
+from .gradients import Accumulator
 from .losses import Losses
 from .methods import SISS, Batch, EraseDiff, Method, NegGrad, Pass, ReTrack, Vanilla
 from .precision import AUTOCAST_DTYPES
 from .profiling import stage
 from .schedule import NoiseSchedule
+from .tensor_lists import total_norm
 from .trained import Trained, add_kept, check_reached, look_at, say_unscaled, set_aside
+from .update import clipping, update
 from .wrappers import tell_skipped
 
 if TYPE_CHECKING:

@@ -94,10 +94,10 @@ class _Counter:
     """Counts lines of the package, by Python's hook for debuggers, for as long as a `with` block lasts."""
 
     def __init__(self, reached: Callable[[_Counter], None] = lambda counter: None):
-        from fastunlearn import checkpoint
+        from fastunlearn import atomic
 
         self.all = self.saving = 0
-        self._write = checkpoint.atomic_directory.__wrapped__.__code__  # a generator: it yields while it writes
+        self._write = atomic.atomic_directory.__wrapped__.__code__  # a generator: it yields while it writes
         self._in_save = False
         self._reached = reached
 

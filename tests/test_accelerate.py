@@ -26,7 +26,6 @@ from fastunlearn import (
     vanilla_step,
     wrappers,
 )
-from fastunlearn.gradients import _skips_on_device
 from fastunlearn.methods import Pass
 from fastunlearn.reference import combine, objectives
 from fastunlearn.reference import noising as literal_noising
@@ -35,6 +34,7 @@ from fastunlearn.testing.budgets import relative_l2
 from fastunlearn.testing.factories import TinyDenoiser, linear_schedule, redirect_inputs
 from fastunlearn.testing.host_sync import TapeGraphs
 from fastunlearn.training import unlearn
+from fastunlearn.update import _skips_on_device
 
 accelerate = pytest.importorskip("accelerate")
 deepspeed = pytest.importorskip("accelerate.utils.deepspeed")  # DeepSpeed itself is not needed for it

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from fastunlearn import checkpoint
+from fastunlearn import atomic, checkpoint
 from fastunlearn.state_tree import flatten, unflatten
 
 
@@ -339,7 +339,7 @@ def test_what_safetensors_says_of_a_full_disk_is_an_error_of_the_disk(run_dir: P
 
 def test_a_file_that_the_disk_does_not_take_is_named(tmp_path: Path):
     (tmp_path / "file").write_text("old")
-    with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}/file'$"), checkpoint.atomic_file(tmp_path / "file"):
+    with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}/file'$"), atomic.atomic_file(tmp_path / "file"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("file", "old")]
 
@@ -373,16 +373,16 @@ def test_folder_displaced_by_a_dead_writer_is_put_back(run_dir: Path):
 @pytest.mark.parametrize("exchange", [True, False])
 def test_replacing_a_folder(tmp_path: Path, monkeypatch, exchange: bool):
     if not exchange:
-        monkeypatch.setattr(checkpoint, "_exchange", lambda first, second: False)
+        monkeypatch.setattr(atomic, "exchange", lambda first, second: False)
     target = tmp_path / "a [strange] name"
     for content in ("old", "new"):
-        with checkpoint.atomic_directory(target) as folder:
+        with atomic.atomic_directory(target) as folder:
             (folder / "nested").mkdir()
             (folder / "nested" / "file").write_text(content)
     assert (target / "nested" / "file").read_text() == "new"
 
     def fail_half_way() -> None:
-        with checkpoint.atomic_directory(target) as folder:
+        with atomic.atomic_directory(target) as folder:
             (folder / "file").write_text("never")
             raise RuntimeError("half way")
 
@@ -398,7 +398,7 @@ def test_a_reader_always_finds_a_whole_folder(tmp_path: Path):
     target, stop, failures, reads = tmp_path / "model", threading.Event(), [], []
 
     def replace(number: int) -> None:
-        with checkpoint.atomic_directory(target) as folder:
+        with atomic.atomic_directory(target) as folder:
             for name in ("a", "b"):
                 (folder / name).write_text(str(number))
 
@@ -413,7 +413,7 @@ def test_a_reader_always_finds_a_whole_folder(tmp_path: Path):
             os.close(folder)
 
     replace(0)
-    if not checkpoint._exchange(target, target):
+    if not atomic.exchange(target, target):
         pytest.skip("this file system cannot exchange names")
     reader = threading.Thread(target=read)
     reader.start()

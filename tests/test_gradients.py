@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastunlearn import gradients
+from fastunlearn import combine, gradients, tensor_lists, update
 from fastunlearn.reference import combine as reference
 
 
@@ -45,7 +45,7 @@ def pair():
 def test_rescale_is_the_paper(pair, scale, in_place, passes):
     main, correction = pair[0], [scale * g for g in pair[1]]
     expected = reference.rescale(main, correction, 5.0)
-    parameters, report = combined(main, correction, gradients.Rescale(5.0), in_place=in_place, passes=passes)
+    parameters, report = combined(main, correction, combine.Rescale(5.0), in_place=in_place, passes=passes)
     torch.testing.assert_close([p.grad for p in parameters], expected.gradients, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(report.scaling_factor, expected.factor, rtol=1e-12, atol=0)
     torch.testing.assert_close(report.correction_norm, expected.correction_norm, rtol=1e-12, atol=0)
@@ -55,7 +55,7 @@ def test_rescale_is_the_paper(pair, scale, in_place, passes):
 def test_project_is_the_paper_and_does_what_it_promises(pair, eta):
     main, correction = pair
     expected = reference.project(main, correction, eta)
-    parameters, report = combined(main, correction, gradients.Project(eta), in_place=True)  # in vain: the projection needs both
+    parameters, report = combined(main, correction, combine.Project(eta), in_place=True)  # in vain: the projection needs both
     torch.testing.assert_close([p.grad for p in parameters], expected.gradients, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(report.scaling_factor, expected.factor, rtol=1e-10, atol=1e-14)
     inner = sum((p.grad * g).sum() for p, g in zip(parameters, correction, strict=True))
@@ -66,11 +66,11 @@ def test_project_is_the_paper_and_does_what_it_promises(pair, eta):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_inner_products_on_accelerators(pair, limit, dtype, monkeypatch):
     """The way of GPUs, here on a CPU: products in portions, the two signs summed apart."""
-    monkeypatch.setattr(gradients, "MULTIPLIED_AT_ONCE", limit)
+    monkeypatch.setattr(tensor_lists, "MULTIPLIED_AT_ONCE", limit)
     left, right = ([g.to(dtype) for g in side] for side in pair)
     expected = sum((a.double() * b.double()).sum() for a, b in zip(left, right, strict=True))
     for device in (torch.device("cpu"), torch.device("meta")):  # the device only chooses the way
-        error = abs(gradients.inner_product(left, right, device).double() - expected)
+        error = abs(tensor_lists.inner_product(left, right, device).double() - expected)
         assert error <= 1e-5 * sum((a * b).abs().sum() for a, b in zip(left, right, strict=True))
 
 
@@ -78,9 +78,9 @@ def test_rescale_reports_the_norm_with_its_unit_and_without_the_loss_scale(pair)
     """Both gradients carry the loss scale, the correction is divided by its unit: the combined gradient is the same, times the loss scale."""
     unit, loss_scale = torch.tensor(1e-3, dtype=torch.float64), 1024.0
     for in_place in (True, False):
-        plain, expected = combined(pair[0], [g * unit for g in pair[1]], gradients.Rescale(5.0), in_place=in_place)
+        plain, expected = combined(pair[0], [g * unit for g in pair[1]], combine.Rescale(5.0), in_place=in_place)
         both = ([g * loss_scale for g in side] for side in pair)
-        scaled, report = combined(*both, gradients.Rescale(5.0), in_place=in_place, unit=unit, loss_scale=loss_scale)
+        scaled, report = combined(*both, combine.Rescale(5.0), in_place=in_place, unit=unit, loss_scale=loss_scale)
         torch.testing.assert_close(report.correction_norm, expected.correction_norm)
         torch.testing.assert_close(report.scaling_factor, expected.scaling_factor)
         torch.testing.assert_close([p.grad / loss_scale for p in scaled], [p.grad for p in plain])
@@ -88,7 +88,7 @@ def test_rescale_reports_the_norm_with_its_unit_and_without_the_loss_scale(pair)
 
 @pytest.mark.parametrize("in_place", [True, False])
 @pytest.mark.parametrize("nothing", [torch.zeros_like, lambda g: None])
-@pytest.mark.parametrize("combination", [gradients.Rescale(5.0), gradients.Project(1e-3)])
+@pytest.mark.parametrize("combination", [combine.Rescale(5.0), combine.Project(1e-3)])
 def test_a_zero_correction_changes_nothing(pair, combination, nothing, in_place):
     parameters, report = combined(pair[0], [nothing(g) for g in pair[0]], combination, in_place=in_place)
     assert report.scaling_factor == 0
@@ -99,7 +99,7 @@ def test_a_zero_correction_changes_nothing(pair, combination, nothing, in_place)
 def test_parameters_without_a_gradient_stay_without(pair, in_place):
     """Frozen layers and LoRA: a parameter may have the main gradient only, the correction only, or none."""
     main, correction = [pair[0][0].clone(), pair[0][1].clone(), None, None], [pair[1][0].clone(), None, pair[1][2].clone(), None]
-    parameters, report = combined(main, correction, gradients.Rescale(5.0), in_place=in_place)
+    parameters, report = combined(main, correction, combine.Rescale(5.0), in_place=in_place)
     factor = report.scaling_factor
     assert math.isclose(factor.item(), 5 / torch.stack([pair[1][0], pair[1][2]]).norm().item(), rel_tol=1e-9)
     torch.testing.assert_close(parameters[0].grad, pair[0][0] - factor * pair[1][0])
@@ -110,7 +110,7 @@ def test_parameters_without_a_gradient_stay_without(pair, in_place):
 
 def test_a_correction_after_the_main_gradient_is_refused(pair):
     parameters = [nn.Parameter(torch.zeros(3, 2, dtype=torch.float64)) for _ in pair[0]]
-    accumulator = gradients.Accumulator(parameters, gradients.Rescale(5.0), in_place=True)
+    accumulator = gradients.Accumulator(parameters, combine.Rescale(5.0), in_place=True)
     accumulator.backward("retain", Sum.apply(pair[0], *parameters), torch.ones((), dtype=torch.float64))
     with pytest.raises(RuntimeError, match="its passes come first"):
         accumulator.backward("forget", Sum.apply(pair[1], *parameters), torch.ones((), dtype=torch.float64))
@@ -121,8 +121,8 @@ def test_clip_is_torchs(pair, max_norm):
     ours, theirs = [gradient.clone() for gradient in pair[0]], [nn.Parameter(torch.zeros(3, 2, dtype=torch.float64)) for _ in pair[0]]
     for parameter, gradient in zip(theirs, pair[0], strict=True):
         parameter.grad = gradient.clone()
-    norm = gradients.total_norm(ours, torch.device("cpu"))
-    gradients.divide(ours, gradients.clipping(norm, max_norm))
+    norm = tensor_lists.total_norm(ours, torch.device("cpu"))
+    tensor_lists.divide(ours, update.clipping(norm, max_norm))
     expected = nn.utils.clip_grad_norm_(theirs, math.inf if max_norm is None else max_norm)
     torch.testing.assert_close(norm, expected, rtol=1e-12, atol=0)
     torch.testing.assert_close(ours, [p.grad for p in theirs], rtol=1e-12, atol=0)
@@ -134,7 +134,7 @@ def test_a_non_finite_step_is_not_made(fused, finite):
     parameter = nn.Parameter(torch.ones(4))
     optimizer = torch.optim.AdamW([parameter], lr=0.1, fused=fused)
     parameter.grad = torch.full((4,), 1.0 if finite else float("nan"))
-    gradients.update(optimizer, None, torch.tensor(finite), [parameter.grad])
+    update.update(optimizer, None, torch.tensor(finite), [parameter.grad])
     assert torch.isfinite(parameter).all()
     assert torch.equal(parameter, torch.ones(4)) == (not finite)
 
@@ -146,7 +146,7 @@ def test_a_fused_optimizer_divides_in_its_own_pass(pair):
         for step in range(1, 4):
             for parameter, gradient in zip(own, pair[0], strict=True):
                 parameter.grad = gradient.float() * step
-            gradients.update(optimizer, torch.tensor(7.0), torch.tensor(True), [parameter.grad for parameter in own])
+            update.update(optimizer, torch.tensor(7.0), torch.tensor(True), [parameter.grad for parameter in own])
     torch.testing.assert_close(*parameters, rtol=1e-5, atol=1e-6)
 
 
@@ -180,7 +180,7 @@ def test_a_skipped_first_step_leaves_no_trace(make, scaler):
             if scaled is not None:
                 parameter.grad *= scaled.scale(torch.ones(()))
                 scaled.unscale_(optimizer)
-            gradients.update(optimizer, torch.tensor(2.0), torch.tensor(finite), [parameter.grad], scaled)
+            update.update(optimizer, torch.tensor(2.0), torch.tensor(finite), [parameter.grad], scaled)
         results.append(parameter.detach())
     torch.testing.assert_close(*results, rtol=1e-6, atol=0)
 
@@ -190,13 +190,13 @@ def test_an_optimizer_that_is_fused_in_part_is_not_fused():
     optimizer = torch.optim.AdamW([{"params": parameters[:1]}, {"params": parameters[1:], "fused": False}], lr=0.1, fused=True)
     for parameter in parameters:
         parameter.grad = torch.ones(4)
-    gradients.update(optimizer, torch.tensor(2.0), torch.tensor(True), [parameter.grad for parameter in parameters])
+    update.update(optimizer, torch.tensor(2.0), torch.tensor(True), [parameter.grad for parameter in parameters])
     assert not torch.equal(parameters[0], torch.ones(4))
 
 
 @pytest.mark.parametrize("order", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
 def test_a_factor_is_not_rounded_to_the_dtype_of_another_gradient(order):
     values = [torch.ones(3, dtype=dtype) for dtype in order]
-    gradients.divide(values, torch.tensor(3.0))
+    tensor_lists.divide(values, torch.tensor(3.0))
     for value in values:
         torch.testing.assert_close(value, (torch.ones(3) / 3).to(value.dtype), rtol=0 if value.dtype == torch.bfloat16 else 1e-7, atol=0)

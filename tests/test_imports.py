@@ -10,14 +10,14 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "fastunlearn"
 # Lower layers first: a module imports only from layers below its own (and from within its own).
 LAYERS = [
-    {"_check", "_arrays", "_finite", "profiling", "precision", "host_memory", "assets", "packed", "launcher", "plain_names"},
+    {"_check", "_arrays", "_finite", "profiling", "precision", "host_memory", "assets", "packed", "launcher", "plain_names", "atomic", "tensor_lists"},
     {"lock_owner"},
     {"schedule", "store", "state_tree", "state_checks", "philox", "selection", "folder_lock", "run_health"},
-    {"optimizer_state"},
+    {"optimizer_state", "combine"},
     {"checkpoint", "kernels"},
     {"reference", "ops", "data"},
     {"functional", "neighbor_search", "neighbors", "copies", "feeds"},
-    {"draws", "gradients", "agreement", "wrappers"},
+    {"draws", "gradients", "update", "agreement", "wrappers"},
     {"methods"},
     {"evaluation", "compilation", "attention", "losses", "conditioning", "trained"},
     {"step"},

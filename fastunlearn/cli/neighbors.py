@@ -43,7 +43,7 @@ class Neighbors:
     def run(self) -> int:
         import numpy as np
 
-        from ..checkpoint import atomic_file
+        from ..atomic import atomic_file
         from ..copies import near_copies
         from ..neighbors import nearest_neighbors
         from .options import check_outside

@@ -49,7 +49,7 @@ class Sample:
     def run(self) -> int:
         import numpy as np
 
-        from ..checkpoint import atomic_file
+        from ..atomic import atomic_file
         from ..models import load_checkpoint
         from ..report.pictures import grid
         from ..sampling import sample

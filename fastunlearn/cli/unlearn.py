@@ -160,7 +160,7 @@ class Unlearn:
         """Each forget image, and what the two models make of it from the same noise."""
         import torch
 
-        from ..checkpoint import atomic_file
+        from ..atomic import atomic_file
         from ..models import load_checkpoint
         from ..report.pictures import side_by_side
         from ..sampling import inject_and_denoise

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _check
-from ..checkpoint import atomic_file
+from ..atomic import atomic_file
 from ..store import ImageStore
 from .arrays import check_labels, map_npy
 from .folders import list_known

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import _check, gradients
+from .. import _check
+from .. import combine as combination
 from ..draws import Draws
 from ..schedule import NoiseSchedule
 from ..store import Rows
@@ -139,7 +140,7 @@ class Method:
         """Refuses hyperparameters that make no sense."""
 
     @property
-    def combine(self) -> gradients.Combination | None:
+    def combine(self) -> combination.Combination | None:
         """How the gradient of the terms of role `"forget"`, kept apart, joins that of the others; None: all terms are one gradient."""
         return None
 

@@ -3,7 +3,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .. import _check, gradients
+from .. import _check
+from .. import combine as combination
 from .. import functional as F
 from ..draws import Draws
 from ..schedule import NoiseSchedule
@@ -27,8 +28,8 @@ class EraseDiff(Method):
         _check.number("eta", self.eta, low=0)
 
     @property
-    def combine(self) -> gradients.Combination:
-        return gradients.Project(self.eta)
+    def combine(self) -> combination.Combination:
+        return combination.Project(self.eta)
 
     def compose(self, batch: Batch, draws: Draws, schedule: NoiseSchedule) -> list[Pass]:
         forget_x_t, _ = F.noised(batch.forget, draws.forget_noise, draws.forget_timesteps, schedule)

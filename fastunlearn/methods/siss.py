@@ -7,7 +7,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .. import _check, gradients
+from .. import _check
+from .. import combine as combination
 from .. import functional as F
 from ..draws import Draws
 from ..philox import Noise
@@ -64,8 +65,8 @@ class SISS(Method):
         return self.lambd
 
     @property
-    def combine(self) -> gradients.Combination:
-        return gradients.Rescale(self.scaling_norm)
+    def combine(self) -> combination.Combination:
+        return combination.Rescale(self.scaling_norm)
 
     def compose(self, batch: Batch, draws: Draws, schedule: NoiseSchedule) -> list[Pass]:
         if batch.forget.shape != batch.retain.shape:

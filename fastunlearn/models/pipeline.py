@@ -11,7 +11,7 @@ import torch
 
 from .. import _check
 from .._finite import not_finite
-from ..checkpoint import atomic_directory
+from ..atomic import atomic_directory
 from ..plain_names import plain, plain_copy
 from .supported import check_network, check_parts, check_runs, check_surroundings
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from .. import assets
-from ..checkpoint import atomic_file
+from ..atomic import atomic_file
 from ..data.idx import idx_header, read_idx
 from ..store import ImageStore
 
