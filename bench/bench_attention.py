@@ -1,7 +1,7 @@
 """attention: softmax attention alone, and with its gradient, against torch's `scaled_dot_product_attention`, which diffusers calls.
 
 The first two shapes are those of the papers' MNIST network (heads of 8 channels at 14 x 14 and 7 x 7 pixels, 16 images); with the others the
-size of a head grows at the same arithmetic. `fastunlearn.attention` leaves heads beyond its limits to torch.
+size of a head grows at the same arithmetic. `fastunlearn.step.attention` leaves heads beyond its limits to torch.
 """
 
 from __future__ import annotations

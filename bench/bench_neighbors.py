@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastunlearn.neighbors import nearest_neighbors
+from fastunlearn.neighbors.nearest import nearest_neighbors
 
 from .comparison import Row
 

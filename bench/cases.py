@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastunlearn import philox
+from fastunlearn.host import philox
 from fastunlearn.ops._library import served
 from fastunlearn.testing.accelerator import DRY
 from fastunlearn.testing.factories import linear_schedule

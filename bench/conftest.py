@@ -28,7 +28,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastunlearn.host_memory import keep_freed_memory
+from fastunlearn.host.memory import keep_freed_memory
 from fastunlearn.testing.accelerator import Accelerator, StandIn, find_accelerator, rehearsal
 
 from .comparison import Comparison, Options

@@ -17,8 +17,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fastunlearn import compilation
 from fastunlearn.ops import _backends
+from fastunlearn.step import compilation
 from fastunlearn.testing.accelerator import DRY, Accelerator
 
 COPY_BYTES = 1 << 30

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fastunlearn.atomic import atomic_file
+from fastunlearn.host.atomic import atomic_file
 
 
 class Journal:

@@ -1,5 +1,5 @@
 // Counter-based standard normal numbers: Philox4x32-10 (Salmon et al. 2011) and Box-Muller, with the words of
-// fastunlearn/philox.py. A number depends on (seed, step, row of the global batch, purpose, element of the image)
+// fastunlearn/host/philox.py. A number depends on (seed, step, row of the global batch, purpose, element of the image)
 // alone, so any range of elements can be made anywhere and in any order.
 #pragma once
 

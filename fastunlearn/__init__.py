@@ -1,7 +1,7 @@
 """fastunlearn: make a trained diffusion model forget given training images.
 
-ReTrack, SISS, EraseDiff and their baselines as single steps on a caller's own batches (`retrack_step`, `siss_step`, ...), or as an
-`Unlearner` that owns the data and draws everything itself. See docs/architecture.md.
+ReTrack, SISS, EraseDiff and their baselines as single steps on a caller's own batches (`retrack_step`,
+`siss_step`, ...), or as an `Unlearner` that owns the data and draws everything itself. See docs/architecture.md.
 
 The names are imported when they are first used, so that `fastunlearn --help` does not wait for torch.
 """
@@ -13,15 +13,14 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from . import functional
-    from .copies import near_copies
-    from .draws import Draws
+    from .engine.unlearner import Unlearner
+    from .host.store import ImageStore
     from .methods import SISS, EraseDiff, NegGrad, ReTrack, Vanilla
-    from .neighbors import nearest_neighbors
-    from .schedule import NoiseSchedule
-    from .selection import LowPass
-    from .step import StepOutput, erasediff_step, neggrad_step, retrack_step, siss_step, vanilla_step
-    from .store import ImageStore
-    from .unlearner import Unlearner
+    from .neighbors import near_copies, nearest_neighbors
+    from .objective.draws import Draws
+    from .objective.frequency import LowPass
+    from .objective.schedule import NoiseSchedule
+    from .step.take import StepOutput, erasediff_step, neggrad_step, retrack_step, siss_step, vanilla_step
 
 __version__ = "0.1.0"
 __all__ = [
@@ -45,19 +44,29 @@ __all__ = [
     "siss_step",
     "vanilla_step",
 ]
-_MODULES = ("functional", "draws", "copies", "methods", "neighbors", "schedule", "selection", "step", "store", "unlearner")  # where the names above live
+
+# Where the names above live, but for `functional`, which is a module itself.
+_HOMES = {
+    "engine.unlearner": ["Unlearner"],
+    "host.store": ["ImageStore"],
+    "methods": ["SISS", "EraseDiff", "NegGrad", "ReTrack", "Vanilla"],
+    "neighbors": ["near_copies", "nearest_neighbors"],
+    "objective.draws": ["Draws"],
+    "objective.frequency": ["LowPass"],
+    "objective.schedule": ["NoiseSchedule"],
+    "step.take": ["StepOutput", "erasediff_step", "neggrad_step", "retrack_step", "siss_step", "vanilla_step"],
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str):
     if name == "functional":
         return import_module(".functional", __name__)
-    if name in __all__:
-        for module in _MODULES:
-            found = getattr(import_module(f".{module}", __name__), name, None)
-            if found is not None:
-                globals()[name] = found
-                return found
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(import_module(f".{_HOME_OF[name]}", __name__), name)
+    globals()[name] = found
+    return found
 
 
 def __dir__() -> list[str]:

@@ -15,23 +15,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _check
+from .host import check
+from .host.philox import Noise, check_noise
+from .host.store import Rows
+from .objective.frequency import LowPass
+from .objective.schedule import NoiseSchedule
 from .ops._library import backend
 from .ops.lowpass_residual import lowpass_residual as _lowpass_residual
 from .ops.mixture import mixture as _mixture
 from .ops.noising import noising as _noising
 from .ops.redirect import redirect as _redirect
 from .ops.residual import residual as _residual
-from .philox import Noise, check_noise
 from .reference.lowpass_residual import lowpass_residual as _literal_lowpass
 from .reference.mixture import mixture as _literal_mixture
 from .reference.noising import noising as _literal_noising
 from .reference.noising import prediction_target as _literal_target
 from .reference.redirect import redirect as _literal_redirect
 from .reference.residual import denoising_loss as _literal_loss
-from .schedule import NoiseSchedule
-from .selection import LowPass
-from .store import Rows
 
 
 class Noised(NamedTuple):
@@ -102,20 +102,20 @@ def redirect(
     """
     _check_images("forget", forget)
     if isinstance(neighbors, Rows):
-        _check.tensor("neighbors.index", neighbors.index, ndim=2, floating=False)
-        _check.rows_within("neighbors.index", neighbors.index, len(neighbors.images))
+        check.tensor("neighbors.index", neighbors.index, ndim=2, floating=False)
+        check.rows_within("neighbors.index", neighbors.index, len(neighbors.images))
     else:
-        _check.tensor("neighbors", neighbors, ndim=5)
+        check.tensor("neighbors", neighbors, ndim=5)
     if neighbors.shape[1] == 0 or neighbors.shape[0] != forget.shape[0] or neighbors.shape[2:] != forget.shape[1:]:
         raise ValueError(f"neighbors: expected [B, K, C, H, W] = {_with_k(forget)} with K >= 1, got {tuple(neighbors.shape)}")
-    _check.same_device("neighbors", neighbors, "forget", forget)
+    check.same_device("neighbors", neighbors, "forget", forget)
     if neighbors.dtype != forget.dtype:
         raise TypeError(f"neighbors: expected the dtype of forget, {forget.dtype}, got {neighbors.dtype}")
     if sqdist is not None:
-        _check.tensor("sqdist", sqdist, ndim=2)
+        check.tensor("sqdist", sqdist, ndim=2)
         if sqdist.shape != neighbors.shape[:2]:
             raise ValueError(f"sqdist: expected one distance a neighbour, {tuple(neighbors.shape[:2])}, got {tuple(sqdist.shape)}")
-        _check.same_device("sqdist", sqdist, "forget", forget)
+        check.same_device("sqdist", sqdist, "forget", forget)
     _check_data(forget=forget, neighbors=neighbors, noise=noise, x_t=x_t)
     noise = _noise_of("forget", forget, noise, x_t, timesteps, schedule)
     coefficients = _prepare("forget", forget, noise, timesteps, schedule)
@@ -159,16 +159,16 @@ def mixture(
     """
     _check_images("retain", retain)
     _check_images("forget", forget)
-    _check.same_shape("forget", forget, "retain", retain)
-    _check.same_device("forget", forget, "retain", retain)
+    check.same_shape("forget", forget, "retain", retain)
+    check.same_device("forget", forget, "retain", retain)
     if forget.dtype != retain.dtype:
         raise TypeError(f"forget: expected the dtype of retain, {retain.dtype}, got {forget.dtype}")
-    lambd = _check.number("lambd", lambd, low=0, high=1)
+    lambd = check.number("lambd", lambd, low=0, high=1)
     if not isinstance(from_forget, Tensor) or from_forget.dtype != torch.bool or from_forget.shape != retain.shape[:1]:
-        raise TypeError(f"from_forget: expected a bool tensor of shape ({len(retain)},), got {_check.describe(from_forget)}")
-    _check.same_device("from_forget", from_forget, "retain", retain)
+        raise TypeError(f"from_forget: expected a bool tensor of shape ({len(retain)},), got {check.describe(from_forget)}")
+    check.same_device("from_forget", from_forget, "retain", retain)
     if time_log_ratio is not None:
-        _check.vector("time_log_ratio", time_log_ratio, len(retain), retain.device)
+        check.vector("time_log_ratio", time_log_ratio, len(retain), retain.device)
     _check_data(retain=retain, forget=forget, noise=noise, x_t=x_t)
     if x_t is not None:
         noise = _noise_of("retain", torch.where(from_forget.view(-1, 1, 1, 1), _gathered(forget), _gathered(retain)), noise, x_t, timesteps, schedule)
@@ -200,9 +200,9 @@ def denoising_loss(prediction: Tensor, target: Tensor, weight: Tensor | None = N
 
 def weighted_residual(prediction: Tensor, target: Tensor, weight: Tensor | None = None, lowpass: LowPass | None = None) -> tuple[Tensor, Tensor]:
     """`denoising_loss` and, from the same pass, its gradient `[B, C, H, W]` in the dtype of `prediction`."""
-    _check.images("prediction", prediction)
-    _check.like("target", target, "prediction", prediction)
-    weight = torch.ones(len(prediction), device=prediction.device) if weight is None else _check.vector("weight", weight, len(prediction), prediction.device)
+    check.images("prediction", prediction)
+    check.like("target", target, "prediction", prediction)
+    weight = torch.ones(len(prediction), device=prediction.device) if weight is None else check.vector("weight", weight, len(prediction), prediction.device)
     for name, value in (("target", target), ("weight", weight)):
         if value.requires_grad:
             raise ValueError(f"{name}: expected no gradient (the loss is differentiable in prediction only), got requires_grad=True; detach it")
@@ -211,7 +211,7 @@ def weighted_residual(prediction: Tensor, target: Tensor, weight: Tensor | None 
             return _literal_loss(prediction, target, weight), 2 * weight.to(prediction.dtype).view(-1, 1, 1, 1) * (prediction - target).detach()
         return _residual(prediction, target, weight)
     if not isinstance(lowpass, LowPass):
-        raise TypeError(f"lowpass: expected a LowPass or None, got {_check.describe(lowpass)}")
+        raise TypeError(f"lowpass: expected a LowPass or None, got {check.describe(lowpass)}")
     band, inside, outside = _mask(lowpass, *prediction.shape[-2:], prediction.device)
     if backend() == "reference":
         return _literal_lowpass(prediction, target, weight, band, inside, outside)
@@ -234,10 +234,10 @@ _mask._dynamo_marked_constant = True
 
 def _check_images(name: str, images: Tensor | Rows) -> None:
     if isinstance(images, Rows):
-        _check.tensor(f"{name}.index", images.index, ndim=1, floating=False)
-        _check.rows_within(f"{name}.index", images.index, len(images.images))
+        check.tensor(f"{name}.index", images.index, ndim=1, floating=False)
+        check.rows_within(f"{name}.index", images.index, len(images.images))
     else:
-        _check.images(name, images)
+        check.images(name, images)
 
 
 def _check_data(**arguments: Tensor | Rows | Noise | None) -> None:
@@ -272,19 +272,19 @@ def _channels_last(images: Tensor | Rows) -> bool:
 def _prepare(name: str, images: Tensor | Rows, noise: Tensor | Noise | None, timesteps: Tensor, schedule: NoiseSchedule) -> Tensor:
     _check_images(name, images)
     if isinstance(noise, Noise):
-        _check.same_shape("noise", noise, name, images)
-        _check.vector("noise.counter", noise.counter, 3, images.device, floating=False)
+        check.same_shape("noise", noise, name, images)
+        check.vector("noise.counter", noise.counter, 3, images.device, floating=False)
         check_noise("noise", noise)
     else:
-        _check.like("noise", noise, name, images)
+        check.like("noise", noise, name, images)
     _check_timesteps(timesteps, images, schedule)
     return schedule.coefficients(timesteps)
 
 
 def _check_timesteps(timesteps: Tensor, images: Tensor | Rows, schedule: NoiseSchedule) -> None:
     if not isinstance(schedule, NoiseSchedule):
-        raise TypeError(f"schedule: expected a NoiseSchedule (NoiseSchedule.from_diffusers(scheduler) makes one), got {_check.describe(schedule)}")
-    _check.vector("timesteps", timesteps, len(images), images.device, floating=False)
+        raise TypeError(f"schedule: expected a NoiseSchedule (NoiseSchedule.from_diffusers(scheduler) makes one), got {check.describe(schedule)}")
+    check.vector("timesteps", timesteps, len(images), images.device, floating=False)
 
 
 def _noise_of(
@@ -294,7 +294,7 @@ def _noise_of(
     if x_t is None:
         return noise
     images = _gathered(images)
-    _check.like("x_t", x_t, name, images)
+    check.like("x_t", x_t, name, images)
     _check_timesteps(timesteps, images, schedule)
     alpha, sigma = (schedule.coefficients(timesteps)[:, column].view(-1, 1, 1, 1) for column in (0, 1))
     return ((x_t.double() - alpha * images.double()) / sigma).to(images.dtype)

@@ -22,9 +22,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastunlearn import assets
+from fastunlearn.host.store import network_input
 from fastunlearn.metrics.classifier import ASSET, MnistClassifier, load_mnist_classifier
 from fastunlearn.recipes.mnist_tshirt import FASHION_MNIST_TRAIN_INDEX, read_split, write_npz
-from fastunlearn.store import network_input
 
 DEMO = "mnist_tshirt_demo.npz"
 DEMO_BYTES = 2_800_000

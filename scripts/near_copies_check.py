@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastunlearn.copies import near_copies
-from fastunlearn.store import ImageStore
+from fastunlearn.host.store import ImageStore
+from fastunlearn.neighbors.copies import near_copies
 
 FILTERS = ("BILINEAR", "BICUBIC", "LANCZOS", "BOX", "HAMMING", "NEAREST")
 LIMITS = {"found": 0.99, "false_alarms": 0.001}

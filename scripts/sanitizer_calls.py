@@ -13,12 +13,12 @@ os.environ["FASTUNLEARN_BACKEND"] = "kernels"  # a fallback would pass every che
 
 import torch
 
+from fastunlearn.host.store import network_input
 from fastunlearn.ops.lowpass_residual import lowpass_residual
 from fastunlearn.ops.mixture import mixture
 from fastunlearn.ops.noising import noising
 from fastunlearn.ops.redirect import redirect
 from fastunlearn.ops.residual import residual
-from fastunlearn.store import network_input
 from fastunlearn.testing.factories import linear_schedule
 
 SHAPES = ((3, 5, 7), (1, 28, 28), (3, 40, 41))  # the last one has more elements than one pass of redirect takes

@@ -94,7 +94,7 @@ class _Counter:
     """Counts lines of the package, by Python's hook for debuggers, for as long as a `with` block lasts."""
 
     def __init__(self, reached: Callable[[_Counter], None] = lambda counter: None):
-        from fastunlearn import atomic
+        from fastunlearn.host import atomic
 
         self.all = self.saving = 0
         self._write = atomic.atomic_directory.__wrapped__.__code__  # a generator: it yields while it writes

@@ -4,9 +4,9 @@ import importlib.util
 
 import torch
 
-import fastunlearn.pretraining
-import fastunlearn.training
-import fastunlearn.unlearner
+import fastunlearn.engine.unlearner
+import fastunlearn.runs.pretraining
+import fastunlearn.runs.training
 
 torch.set_num_threads(1)
 LOADED = [fastunlearn]

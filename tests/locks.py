@@ -11,8 +11,8 @@ from typing import Any
 import crash
 import pytest
 
-from fastunlearn import lock_owner
-from fastunlearn.folder_lock import FolderLocked
+from fastunlearn.host import lock_owner
+from fastunlearn.host.folder_lock import FolderLocked
 
 
 @contextmanager

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from fastunlearn import ImageStore, Unlearner
 from fastunlearn.methods import Method, ReTrack
+from fastunlearn.runs.training import unlearn
 from fastunlearn.testing.factories import TinyDenoiser, linear_schedule
-from fastunlearn.training import unlearn
 
 STEPS, SAVED_AT = 4, 2
 

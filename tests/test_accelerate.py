@@ -10,31 +10,18 @@ import pytest
 import torch
 from torch import nn
 
-from fastunlearn import (
-    SISS,
-    Draws,
-    EraseDiff,
-    ImageStore,
-    ReTrack,
-    Unlearner,
-    Vanilla,
-    erasediff_step,
-    replay,
-    retrack_step,
-    siss_step,
-    trained,
-    vanilla_step,
-    wrappers,
-)
+from fastunlearn import SISS, Draws, EraseDiff, ImageStore, ReTrack, Unlearner, Vanilla, erasediff_step, retrack_step, siss_step, vanilla_step
+from fastunlearn.engine import replay
+from fastunlearn.engine.replay import WARM_UP_STEPS, Replay
 from fastunlearn.methods import Pass
 from fastunlearn.reference import combine, objectives
 from fastunlearn.reference import noising as literal_noising
-from fastunlearn.replay import WARM_UP_STEPS, Replay
+from fastunlearn.runs.training import unlearn
+from fastunlearn.step import trained, wrappers
+from fastunlearn.step.update import _skips_on_device
 from fastunlearn.testing.budgets import relative_l2
 from fastunlearn.testing.factories import TinyDenoiser, linear_schedule, redirect_inputs
 from fastunlearn.testing.host_sync import TapeGraphs
-from fastunlearn.training import unlearn
-from fastunlearn.update import _skips_on_device
 
 accelerate = pytest.importorskip("accelerate")
 deepspeed = pytest.importorskip("accelerate.utils.deepspeed")  # DeepSpeed itself is not needed for it

@@ -12,9 +12,9 @@ import torch
 from safetensors import safe_open
 
 from fastunlearn import assets
+from fastunlearn.host.store import network_input, overlap
 from fastunlearn.metrics.classifier import ASSET, MnistClassifier, load_mnist_classifier
 from fastunlearn.recipes.mnist_tshirt import TSHIRT_LABEL, load_demo
-from fastunlearn.store import network_input, overlap
 
 SHARED = Path("/work/shared/data")
 needs_full_set = pytest.mark.skipif(not (SHARED / "mnist_tshirt_train.npz").exists(), reason="the full MNIST T-Shirt set is not on this machine")

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from fastunlearn import functional as F
+from fastunlearn.host.store import Rows
 from fastunlearn.ops import _backends
-from fastunlearn.store import Rows
 from fastunlearn.testing.factories import linear_schedule, redirect_inputs
 
 ROOT = Path(__file__).parents[1]

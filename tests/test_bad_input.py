@@ -23,20 +23,19 @@ from fastunlearn import (
     ReTrack,
     Unlearner,
     Vanilla,
-    checkpoint,
     erasediff_step,
     functional,
     nearest_neighbors,
     neggrad_step,
     retrack_step,
-    sampling,
     siss_step,
     vanilla_step,
 )
 from fastunlearn.data import load_images
 from fastunlearn.metrics.frequency import frequency
-from fastunlearn.models import load_checkpoint, save_checkpoint
+from fastunlearn.models import load_checkpoint, sampling, save_checkpoint
 from fastunlearn.recipes.mnist_tshirt import load_mnist_tshirt
+from fastunlearn.runs import checkpoint
 from fastunlearn.testing.factories import TinyDenoiser, linear_schedule
 
 ROWS, SHAPE, STEPS = 4, (1, 8, 8), 1000

@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import nn
 
-from fastunlearn import ImageStore, Unlearner, Vanilla, replay
-from fastunlearn.replay import WARM_UP_STEPS, CudaGraphs
+from fastunlearn import ImageStore, Unlearner, Vanilla
+from fastunlearn.engine import replay
+from fastunlearn.engine.replay import WARM_UP_STEPS, CudaGraphs
 from fastunlearn.testing.factories import TinyDenoiser, linear_schedule
 
 DEVICE = torch.device("cuda", 1)

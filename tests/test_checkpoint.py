@@ -17,8 +17,9 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from fastunlearn import atomic, checkpoint
-from fastunlearn.state_tree import flatten, unflatten
+from fastunlearn.host import atomic
+from fastunlearn.runs import checkpoint
+from fastunlearn.runs.state_tree import flatten, unflatten
 
 
 def small_model() -> nn.Module:

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from fastunlearn import __version__, nearest_neighbors
 from fastunlearn.cli import main
 from fastunlearn.data import load_images
-from fastunlearn.folder_lock import locked, locked_file
+from fastunlearn.host.folder_lock import locked, locked_file
 from fastunlearn.models import load_checkpoint, save_checkpoint
 from fastunlearn.recipes.mnist_tshirt import PRETRAINING
 from fastunlearn.testing.checkpoints import TINY_SHAPE, save_tiny_checkpoint
@@ -53,7 +53,7 @@ def world(tmp_path_factory) -> SimpleNamespace:
 def prepared(monkeypatch) -> list[str]:
     """Stands in for the setting of malloc, which would outlive the test; one entry a call."""
     calls: list[str] = []
-    monkeypatch.setattr("fastunlearn.host_memory.keep_freed_memory", lambda: calls.append("kept"))
+    monkeypatch.setattr("fastunlearn.host.memory.keep_freed_memory", lambda: calls.append("kept"))
     return calls
 
 
@@ -225,7 +225,7 @@ def started(monkeypatch, world, output: Path, *more: object) -> tuple[object, st
         seen.append((unlearner, torch.backends.cuda.matmul.fp32_precision))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastunlearn.training.unlearn", unlearn_nothing)
+    monkeypatch.setattr("fastunlearn.runs.training.unlearn", unlearn_nothing)
     assert unlearn(world, output, *more) == 130
     ((unlearner, precision),) = seen
     return unlearner, precision
@@ -263,7 +263,7 @@ def test_auto_on_a_gpu(monkeypatch):
     """As far as it can be seen without one: what is handed to the library."""
     from fastunlearn.cli.unlearn_flags import Execution
 
-    monkeypatch.setattr("fastunlearn.precision.resolve_autocast", lambda requested, device: (requested, device))
+    monkeypatch.setattr("fastunlearn.host.precision.resolve_autocast", lambda requested, device: (requested, device))
     device, execution = torch.device("cuda", 1), Execution()
     assert execution.autocast_dtype(device) == ("auto", device)
     assert execution.memory_format(device) is torch.channels_last
@@ -710,7 +710,7 @@ def test_data_says_which_file_is_missing(tmp_path, capsys):
 
 def test_pretrain_hands_over_what_it_was_told(world, tmp_path, capsys, monkeypatch, prepared):
     calls = []
-    monkeypatch.setattr("fastunlearn.pretraining.pretrain", lambda images, recipe, output, **options: calls.append((len(images), recipe, output, options)))
+    monkeypatch.setattr("fastunlearn.runs.pretraining.pretrain", lambda images, recipe, output, **options: calls.append((len(images), recipe, output, options)))
     np.save(tmp_path / "digits.npy", np.zeros((3, 28, 28), np.uint8))
     arguments = ("--recipe", "mnist-tshirt-small", "--output", tmp_path / "out", "--device", "cpu")
     assert run("pretrain", *arguments, "--data", tmp_path / "digits.npy", "--seed", "5") == 0

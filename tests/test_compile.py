@@ -10,12 +10,13 @@ import torch
 from torch import nn
 from torch._dynamo.backends.registry import lookup_backend
 
-from fastunlearn import SISS, EraseDiff, ImageStore, NegGrad, ReTrack, Unlearner, Vanilla, compilation, siss_step, vanilla_step
-from fastunlearn.draws import CounterSource, Draws, complete
+from fastunlearn import SISS, EraseDiff, ImageStore, NegGrad, ReTrack, Unlearner, Vanilla, siss_step, vanilla_step
+from fastunlearn.host.philox import Noise
+from fastunlearn.host.precision import tf32
 from fastunlearn.methods import Batch
-from fastunlearn.philox import Noise
-from fastunlearn.precision import tf32
-from fastunlearn.step import take_step
+from fastunlearn.objective.draws import CounterSource, Draws, complete
+from fastunlearn.step import compilation
+from fastunlearn.step.take import take_step
 from fastunlearn.testing.budgets import assert_within_budget, relative_l2
 from fastunlearn.testing.checkpoints import tiny_unet
 from fastunlearn.testing.factories import TinyDenoiser, linear_schedule, redirect_inputs

@@ -11,15 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastunlearn import (
-    Draws,
-    compilation,
-    erasediff_step,
-    neggrad_step,
-    retrack_step,
-    siss_step,
-    vanilla_step,
-)
+from fastunlearn import Draws, erasediff_step, neggrad_step, retrack_step, siss_step, vanilla_step
+from fastunlearn.step import compilation
 from fastunlearn.testing.budgets import relative_l2
 from fastunlearn.testing.checkpoints import tiny_unet
 from fastunlearn.testing.factories import TinyDenoiser, linear_schedule

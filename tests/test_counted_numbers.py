@@ -5,11 +5,12 @@ import re
 import pytest
 import torch
 
-from fastunlearn import SISS, ImageStore, Unlearner, Vanilla, philox
+from fastunlearn import SISS, ImageStore, Unlearner, Vanilla
 from fastunlearn import functional as F
-from fastunlearn.draws import CounterSource, Purpose, rows_of_step
-from fastunlearn.philox import Noise
-from fastunlearn.pretraining import pretrain
+from fastunlearn.host import philox
+from fastunlearn.host.philox import Noise
+from fastunlearn.objective.draws import CounterSource, Purpose, rows_of_step
+from fastunlearn.runs.pretraining import pretrain
 from fastunlearn.testing.factories import TinyDenoiser, linear_schedule
 
 SCHEDULE = linear_schedule()

@@ -17,7 +17,7 @@ from PIL import Image
 
 from fastunlearn.data import load_images, save_latents
 from fastunlearn.data.idx import idx_header, read_idx
-from fastunlearn.store import ImageStore
+from fastunlearn.host.store import ImageStore
 
 
 def needs(package: str):

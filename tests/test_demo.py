@@ -10,11 +10,11 @@ import torch
 from locks import held_elsewhere
 
 from fastunlearn import demo
-from fastunlearn._finite import NotFiniteError
 from fastunlearn.demo import evaluation, page, run_demo
-from fastunlearn.folder_lock import FolderLocked, locked
+from fastunlearn.host.finite import NotFiniteError
+from fastunlearn.host.folder_lock import FolderLocked, locked
 from fastunlearn.report import Criterion
-from fastunlearn.run_health import TooManySkippedSteps
+from fastunlearn.runs.run_health import TooManySkippedSteps
 
 diffusers = pytest.importorskip("diffusers")
 

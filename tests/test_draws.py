@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from fastunlearn.draws import CounterSource, Draws, GeneratorSource, Purpose, complete
+from fastunlearn.host.philox import philox
 from fastunlearn.methods import SISS, EraseDiff, ReTrack
-from fastunlearn.philox import philox
+from fastunlearn.objective.draws import CounterSource, Draws, GeneratorSource, Purpose, complete
 
 CPU = torch.device("cpu")
 

@@ -10,9 +10,9 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
-from fastunlearn import attention as module
-from fastunlearn.attention import FEWEST_SCORES, LARGEST_DEPTH, fast_attention
 from fastunlearn.ops._backends import build_command, extension
+from fastunlearn.step import attention as module
+from fastunlearn.step.attention import FEWEST_SCORES, LARGEST_DEPTH, fast_attention
 from fastunlearn.testing.budgets import assert_within_budget, relative_l2
 
 pytestmark = [

@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 import torch
 
-from fastunlearn import EraseDiff, Unlearner, feeds, philox
-from fastunlearn.feeds import HostFeed, ResidentFeed, compact_neighbors, open_feed
-from fastunlearn.store import ImageStore
+from fastunlearn import EraseDiff, Unlearner
+from fastunlearn.engine import feeds
+from fastunlearn.engine.feeds import HostFeed, ResidentFeed, compact_neighbors, open_feed
+from fastunlearn.host import philox
+from fastunlearn.host.store import ImageStore
 from fastunlearn.testing.factories import TinyDenoiser, linear_schedule
 
 CPU = torch.device("cpu")
@@ -274,8 +276,8 @@ GUARDED = """
 import ctypes, mmap, sys
 import numpy as np
 import torch
-from fastunlearn.feeds import open_feed
-from fastunlearn.store import ImageStore
+from fastunlearn.engine.feeds import open_feed
+from fastunlearn.host.store import ImageStore
 
 file, count, batch = sys.argv[1], int(sys.argv[2]), 6
 rows = np.memmap(file, np.uint8, "r", shape=(count, 1, 256, 256))

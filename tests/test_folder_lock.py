@@ -17,8 +17,8 @@ import crash
 import pytest
 from locks import at_one_instant, held_elsewhere, refused
 
-from fastunlearn import folder_lock, lock_owner
-from fastunlearn.folder_lock import LOCK_FILE, FolderLocked, locked, locked_file
+from fastunlearn.host import folder_lock, lock_owner
+from fastunlearn.host.folder_lock import LOCK_FILE, FolderLocked, locked, locked_file
 
 ELSEWHERE = {"pid": 7, "host": "another.host", "started": "2026-01-01T00:00:00+00:00", "work": "unlearn"}
 ELSEWHERE["kernel"] = "another"

@@ -15,7 +15,7 @@ from PIL import Image, features
 
 from fastunlearn.data import load_images, save_latents
 from fastunlearn.data import pictures as pictures_module
-from fastunlearn.store import ImageStore
+from fastunlearn.host.store import ImageStore
 
 GREY = np.zeros((8, 8), np.uint8)
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fastunlearn import functional as F
 from fastunlearn import reference
-from fastunlearn.schedule import PREDICTION_TYPES
+from fastunlearn.objective.schedule import PREDICTION_TYPES
 from fastunlearn.testing.budgets import assert_within_budget, largest_error, relative_error
 from fastunlearn.testing.factories import linear_schedule, mixture_inputs, redirect_inputs
 

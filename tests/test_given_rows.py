@@ -5,10 +5,11 @@ import copy
 import pytest
 import torch
 
-from fastunlearn import SISS, Draws, EraseDiff, ImageStore, NegGrad, ReTrack, Unlearner, Vanilla, _check
+from fastunlearn import SISS, Draws, EraseDiff, ImageStore, NegGrad, ReTrack, Unlearner, Vanilla
 from fastunlearn import functional as F
+from fastunlearn.host import check
+from fastunlearn.host.store import Rows
 from fastunlearn.methods import Pass
-from fastunlearn.store import Rows
 from fastunlearn.testing.factories import TinyDenoiser, linear_schedule
 
 SCHEDULE = linear_schedule()
@@ -44,7 +45,7 @@ def test_an_unlearner_refuses_rows_outside_its_store(method, branch, row):
 @pytest.mark.parametrize("row", [-1, 20, 2**62])
 def test_where_nobody_looks_the_step_is_skipped(method, branch, row, residency, monkeypatch):
     """As on a GPU, where a kernel would read beside the store: no update comes of it."""
-    monkeypatch.setattr(_check, "readable", lambda tensor: False)
+    monkeypatch.setattr(check, "readable", lambda tensor: False)
     monkeypatch.setattr(Pass, "by_role", lambda self: [self])
     run = unlearner(method, residency=residency)
     before = copy.deepcopy(run.model.state_dict())

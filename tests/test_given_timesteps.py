@@ -16,7 +16,6 @@ from fastunlearn import (
     ReTrack,
     Unlearner,
     Vanilla,
-    _check,
     erasediff_step,
     neggrad_step,
     reference,
@@ -25,8 +24,9 @@ from fastunlearn import (
     vanilla_step,
 )
 from fastunlearn import functional as F
+from fastunlearn.engine.replay import Replay
+from fastunlearn.host import check
 from fastunlearn.methods import Pass
-from fastunlearn.replay import Replay
 from fastunlearn.testing.factories import TinyDenoiser, linear_schedule
 from fastunlearn.testing.host_sync import TapeGraphs, no_host_sync
 
@@ -48,7 +48,7 @@ ENDS = {  # schedules of two timesteps, of which the named one cannot be trained
 @pytest.fixture
 def unread(monkeypatch):
     """As on a GPU: what lies on the device is not read."""
-    monkeypatch.setattr(_check, "readable", lambda tensor: False)
+    monkeypatch.setattr(check, "readable", lambda tensor: False)
     monkeypatch.setattr(Pass, "by_role", lambda self: [self])
 
 
@@ -167,20 +167,20 @@ class OnAGpu:
 
 @pytest.mark.parametrize(("asked", "read"), [(None, False), ("", False), ("0", False), ("1", True)])
 def test_on_a_gpu_values_are_read_where_that_is_asked_for(monkeypatch, asked, read):
-    monkeypatch.setattr(_check, "Tensor", OnAGpu)
+    monkeypatch.setattr(check, "Tensor", OnAGpu)
     monkeypatch.delenv("FASTUNLEARN_CHECK", raising=False)
     if asked is not None:
         monkeypatch.setenv("FASTUNLEARN_CHECK", asked)
-    assert _check.readable(OnAGpu()) is read
+    assert check.readable(OnAGpu()) is read
 
 
 def test_a_switch_is_0_or_1(monkeypatch):
     monkeypatch.setenv("FASTUNLEARN_CHECK", "yes")
     with pytest.raises(ValueError, match="FASTUNLEARN_CHECK: expected 0 or 1, got 'yes'"):
-        _check.values_enabled()
+        check.values_enabled()
     for value, default, on in (("", True, True), ("", False, False), ("0", True, False), ("1", False, True)):
         monkeypatch.setenv("FASTUNLEARN_CHECK", value)
-        assert _check.switched_on("FASTUNLEARN_CHECK", default=default) is on
+        assert check.switched_on("FASTUNLEARN_CHECK", default=default) is on
 
 
 @pytest.mark.parametrize("asked", [None, "0", "1"])

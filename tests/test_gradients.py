@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from fastunlearn import combine, gradients, tensor_lists, update
+from fastunlearn.host import tensor_lists
+from fastunlearn.objective import combine
 from fastunlearn.reference import combine as reference
+from fastunlearn.step import accumulate, update
 
 
 class Sum(torch.autograd.Function):
@@ -24,7 +26,7 @@ class Sum(torch.autograd.Function):
 def combined(main, correction, combination, *, in_place, passes=1, unit=1.0, loss_scale=1.0):
     """Parameters with the combined gradient of `main` and `correction` (lists of gradients; None: none) in `.grad`, and what was reported."""
     parameters = [nn.Parameter(torch.zeros(3, 2, dtype=torch.float64)) for _ in main]
-    accumulator = gradients.Accumulator(parameters, combination, in_place=in_place, unit=unit, loss_scale=loss_scale)
+    accumulator = accumulate.Accumulator(parameters, combination, in_place=in_place, unit=unit, loss_scale=loss_scale)
     for role, values in (("forget", correction), ("retain", main)):
         for _ in range(passes):
             used = [parameter for parameter, value in zip(parameters, values, strict=True) if value is not None]
@@ -110,7 +112,7 @@ def test_parameters_without_a_gradient_stay_without(pair, in_place):
 
 def test_a_correction_after_the_main_gradient_is_refused(pair):
     parameters = [nn.Parameter(torch.zeros(3, 2, dtype=torch.float64)) for _ in pair[0]]
-    accumulator = gradients.Accumulator(parameters, combine.Rescale(5.0), in_place=True)
+    accumulator = accumulate.Accumulator(parameters, combine.Rescale(5.0), in_place=True)
     accumulator.backward("retain", Sum.apply(pair[0], *parameters), torch.ones((), dtype=torch.float64))
     with pytest.raises(RuntimeError, match="its passes come first"):
         accumulator.backward("forget", Sum.apply(pair[1], *parameters), torch.ones((), dtype=torch.float64))

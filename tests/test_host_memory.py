@@ -14,7 +14,7 @@ import sys
 
 import pytest
 
-from fastunlearn import host_memory
+from fastunlearn.host import memory
 
 MEGABYTE = 1 << 20
 
@@ -28,7 +28,7 @@ import ctypes, importlib.util, json, sys
 how, file = sys.argv[1:]
 spec = importlib.util.spec_from_file_location("host_memory", file)
 host_memory = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(host_memory)
+spec.loader.exec_module(memory)
 libc = ctypes.CDLL(None)
 libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
 libc.free.argtypes = [ctypes.c_void_p]
@@ -45,7 +45,7 @@ def held():
     return books.arena + books.hblkhd
 
 start = held()
-kept = host_memory.keep_freed_memory() if how == "kept" else None
+kept = memory.keep_freed_memory() if how == "kept" else None
 for _ in range(8):
     before = held()
     blocks = [libc.malloc(8 << 20) for _ in range(8)]
@@ -61,7 +61,7 @@ def measure(how: str) -> dict:
     # Without what sets malloc up, or puts another one in its place.
     others = "MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD"
     environment = {name: value for name, value in os.environ.items() if not name.startswith(others)}
-    command = [sys.executable, "-c", PROGRAM, how, host_memory.__file__]
+    command = [sys.executable, "-c", PROGRAM, how, memory.__file__]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
@@ -82,18 +82,18 @@ def test_what_is_freed_is_kept_and_the_system_is_asked_for_no_more():
 
 @pytest.mark.parametrize(("system", "libc"), [("darwin", None), ("linux", object())])
 def test_another_malloc_is_left_alone(monkeypatch, system, libc):
-    monkeypatch.setattr(host_memory.sys, "platform", system)
-    monkeypatch.setattr(host_memory.ctypes, "CDLL", lambda name: libc)
-    assert host_memory.keep_freed_memory() is False
+    monkeypatch.setattr(memory.sys, "platform", system)
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: libc)
+    assert memory.keep_freed_memory() is False
 
 
-@pytest.mark.parametrize("refused", [host_memory._M_TRIM_THRESHOLD, host_memory._M_MMAP_MAX])
+@pytest.mark.parametrize("refused", [memory._M_TRIM_THRESHOLD, memory._M_MMAP_MAX])
 def test_a_refusal_is_said(monkeypatch, refused):
     class Library:
         @staticmethod
         def mallopt(option: int, value: int) -> int:
             return int(option != refused)
 
-    monkeypatch.setattr(host_memory.sys, "platform", "linux")
-    monkeypatch.setattr(host_memory.ctypes, "CDLL", lambda name: Library())
-    assert host_memory.keep_freed_memory() is False
+    monkeypatch.setattr(memory.sys, "platform", "linux")
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: Library())
+    assert memory.keep_freed_memory() is False

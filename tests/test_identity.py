@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 from fastunlearn import ImageStore, NoiseSchedule, Unlearner
-from fastunlearn.identity import described, identity
+from fastunlearn.host.precision import tf32
 from fastunlearn.methods import SISS, ReTrack
-from fastunlearn.precision import tf32
-from fastunlearn.run_record import read_run
+from fastunlearn.runs.identity import described, identity
+from fastunlearn.runs.run_record import read_run
+from fastunlearn.runs.training import unlearn
 from fastunlearn.testing.factories import TinyDenoiser, linear_schedule
-from fastunlearn.training import unlearn
 
 Lr = torch.optim.lr_scheduler
 
@@ -238,7 +238,7 @@ def test_what_a_resumed_run_may_change(
 ):
     folder, expected = whole
     arguments, options, exactly = ALLOWED[name]
-    monkeypatch.setattr("fastunlearn.compilation.BACKEND", "eager")  # inductor takes a minute
+    monkeypatch.setattr("fastunlearn.step.compilation.BACKEND", "eager")  # inductor takes a minute
     shutil.copytree(folder / "checkpoint-2", tmp_path / "moved" / "checkpoint-2")
     unlearner = make(arguments)
     runs.run(unlearner, tmp_path / "moved", **{"resume_from_checkpoint": "latest"} | options)

@@ -8,30 +8,22 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "fastunlearn"
-# Lower layers first: a module imports only from layers below its own (and from within its own).
+# The rooms, lower ones first: a file imports only from lines above that of its own room, or from its own room.
 LAYERS = [
-    {"_check", "_arrays", "_finite", "profiling", "precision", "host_memory", "assets", "packed", "launcher", "plain_names", "atomic", "tensor_lists"},
-    {"lock_owner"},
-    {"schedule", "store", "state_tree", "state_checks", "philox", "selection", "folder_lock", "run_health"},
-    {"optimizer_state", "combine"},
-    {"checkpoint", "kernels"},
-    {"reference", "ops", "data"},
-    {"functional", "neighbor_search", "neighbors", "copies", "feeds"},
-    {"draws", "gradients", "update", "agreement", "wrappers"},
+    {"host", "assets", "kernels"},
+    {"objective"},
+    {"reference", "ops"},
+    {"functional"},
     {"methods"},
-    {"evaluation", "compilation", "attention", "losses", "conditioning", "trained"},
     {"step"},
-    {"replay"},
-    {"unlearner"},
-    {"models", "sampling", "sampling_grid", "recipes"},
-    {"metrics", "report"},
+    {"data"},
+    {"neighbors", "models"},
+    {"engine", "recipes", "metrics"},
+    {"runs", "report"},
     {"measuring"},
-    {"identity", "run_state"},
-    {"run_record", "trackers", "processes"},
-    {"resume"},
-    {"pretraining", "training"},
     {"demo", "testing"},
-    {"cli", "__main__"},
+    {"cli"},
+    {"__main__"},
 ]
 HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}
 
@@ -56,7 +48,7 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__in
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_run_one_way(path):
     own = unit(path)
-    assert own in HEIGHT, f"{own} has no layer: give it one in tests/test_imports.py and in docs/architecture.md"
+    assert own in HEIGHT, f"{own} has no line: give it one in tests/test_imports.py and in docs/architecture.md"
     upward = {name for name in imported_units(path) if name in HEIGHT and name != own and HEIGHT[name] >= HEIGHT[own]}
     beside = {name for name in upward if HEIGHT[name] == HEIGHT[own]}
     assert not upward - beside, f"{own} imports from above: {sorted(upward - beside)}"
@@ -64,7 +56,7 @@ def test_imports_run_one_way(path):
 
 def test_reference_stands_at_the_bottom():
     for path in (PACKAGE / "reference").glob("*.py"):
-        assert set(imported_units(path)) <= {"schedule"}, path.name
+        assert set(imported_units(path)) <= {"objective"}, path.name
 
 
 def test_ops_do_not_know_the_reference():

@@ -10,9 +10,9 @@ from pathlib import Path
 import crash
 import pytest
 
-from fastunlearn import launcher
-from fastunlearn.folder_lock import locked
-from fastunlearn.run_record import read_run
+from fastunlearn.host.folder_lock import locked
+from fastunlearn.runs import launcher
+from fastunlearn.runs.run_record import read_run
 
 
 class Launched:
@@ -55,7 +55,7 @@ def run_ten_steps(folder: Path, pipe) -> None:
     """Says that it is at step 2, waits, goes on, and says how it ended."""
     from test_training import FakeUnlearner, run
 
-    from fastunlearn.training import RunInterrupted
+    from fastunlearn.runs.training import RunInterrupted
 
     def wait(step: int) -> None:
         if step == 2:

@@ -52,11 +52,11 @@ CALLS = {
     ),
     "pretrain": (
         "diffusers",
-        "from fastunlearn.pretraining import pretrain; pretrain(None, None, 'out')",
+        "from fastunlearn.runs.pretraining import pretrain; pretrain(None, None, 'out')",
     ),
     "sampler='ddim'": (
         "diffusers",
-        "from types import SimpleNamespace as Scheduler; from fastunlearn.sampling import sample\n"
+        "from types import SimpleNamespace as Scheduler; from fastunlearn.models.sampling import sample\n"
         "sample(None, Scheduler(alphas_cumprod=None), 1, shape=(1, 8, 8), sampler='ddim')",
     ),
 }

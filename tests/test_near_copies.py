@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fastunlearn import ImageStore, ReTrack, Unlearner, near_copies
 from fastunlearn.assets import path as asset
-from fastunlearn.copies import NearCopyWarning
-from fastunlearn.neighbor_search import likeness, renderings
+from fastunlearn.neighbors import likeness, renderings
+from fastunlearn.neighbors.copies import NearCopyWarning
 from fastunlearn.testing.factories import TinyDenoiser, linear_schedule
 
 NUM_FORGET, NUM_RETAIN = 8, 1000
@@ -234,8 +234,8 @@ def test_chunks_and_blocks_change_nothing(digits, monkeypatch):
     for row, image in enumerate(forget):
         retain[90 * row] = COPIES["half, turned, jpeg 60"](image)
     whole = near_copies(ImageStore(forget), ImageStore(retain))
-    monkeypatch.setattr("fastunlearn.neighbor_search.copy_search.CHUNK_BYTES", 7 * 784)
-    monkeypatch.setattr("fastunlearn.neighbor_search.copy_search.QUERY_BYTES", 1)
+    monkeypatch.setattr("fastunlearn.neighbors.copy_search.CHUNK_BYTES", 7 * 784)
+    monkeypatch.setattr("fastunlearn.neighbors.copy_search.QUERY_BYTES", 1)
     parts = near_copies(ImageStore(forget), ImageStore(retain[:400]))
     assert (
         parts.retain_rows.tolist()

@@ -16,11 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastunlearn import neighbors
-from fastunlearn.neighbor_search import candidates, floating, uint8
+from fastunlearn.host.store import ImageStore
+from fastunlearn.neighbors import candidates, floating, nearest, uint8
 from fastunlearn.ops import sqdist as sqdist_op
 from fastunlearn.ops._backends import build_command, extension
-from fastunlearn.store import ImageStore
 
 needs_extension = pytest.mark.skipif(not extension("_C"), reason=f"the C++ extension is not built; build it with: {build_command()}")
 in_torch_and_in_cpp = pytest.mark.parametrize("arithmetic", ["eager", pytest.param("kernels", marks=needs_extension)])
@@ -41,9 +40,9 @@ def brute_force(forget: Tensor, retain: Tensor, k: int) -> tuple[Tensor, Tensor]
 
 def nearest_neighbors(forget, retain, k, **options) -> tuple[Tensor, Tensor]:
     """By both backends where a test leaves the choice: float rows go to faiss by default, and this package's own search must say the same."""
-    found = neighbors.nearest_neighbors(forget, retain, k, **options)
+    found = nearest.nearest_neighbors(forget, retain, k, **options)
     if isinstance(forget, Tensor) and forget.is_floating_point() and not {"backend", "cache_dir"} & options.keys():
-        assert_same(neighbors.nearest_neighbors(forget, retain, k, backend="exact", **options), found)
+        assert_same(nearest.nearest_neighbors(forget, retain, k, backend="exact", **options), found)
     return found
 
 
@@ -333,8 +332,8 @@ def test_backends_share_the_cache(cached):
 
 def test_equal_forget_rows_are_searched_once(monkeypatch):
     searched = []
-    search = neighbors.search_uint8
-    monkeypatch.setattr(neighbors, "search_uint8", lambda forget, *args, **kwargs: searched.append(len(forget)) or search(forget, *args, **kwargs))
+    search = nearest.search_uint8
+    monkeypatch.setattr(nearest, "search_uint8", lambda forget, *args, **kwargs: searched.append(len(forget)) or search(forget, *args, **kwargs))
     forget, retain = random_rows(8, 3, 20)[[0, 1, 0, 0, 2, 1]], random_rows(9, 50, 20)
     assert_same(nearest_neighbors(forget, retain, 4), brute_force(forget, retain, 4))
     assert searched == [3]
@@ -391,7 +390,7 @@ STREAM = """
 import resource, sys
 import numpy as np, torch
 from fastunlearn.neighbors import nearest_neighbors
-from fastunlearn.store import ImageStore
+from fastunlearn.host.store import ImageStore
 torch.set_num_threads(1)
 retain = np.memmap(sys.argv[1], dtype=np.uint8, mode="r", shape=({rows}, 3, 64, 64))
 forget = torch.full((2, 3, 64, 64), 9, dtype=torch.uint8)
@@ -434,8 +433,8 @@ def test_memory_mapped_set_larger_than_the_memory_allowed(tmp_path: Path):
 def cached(tmp_path, monkeypatch):
     """A filled cache: forget, retain, the folder, and the list of searches made since."""
     searches = []
-    search = neighbors._search
-    monkeypatch.setattr(neighbors, "_search", lambda *args: searches.append(args) or search(*args))
+    search = nearest._search
+    monkeypatch.setattr(nearest, "_search", lambda *args: searches.append(args) or search(*args))
     forget, retain = random_rows(14, 4, 1, 4, 4), random_rows(15, 40, 1, 4, 4)
     folder = tmp_path / "cache"
     nearest_neighbors(forget, retain, 3, cache_dir=folder)

@@ -12,8 +12,8 @@ import torch
 from test_checkpoint import OPTIMIZERS, small_model, train
 from torch import nn
 
-from fastunlearn import checkpoint, optimizer_state
-from fastunlearn.state_checks import Entry
+from fastunlearn.runs import checkpoint, optimizer_state
+from fastunlearn.runs.state_checks import Entry
 
 PLACE = Entry(Path("checkpoint-1"), "optimizer")
 REVERSED = {

@@ -9,13 +9,15 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from fastunlearn import SISS, ImageStore, Unlearner, Vanilla, _check, packed, training
+from fastunlearn import SISS, ImageStore, Unlearner, Vanilla
+from fastunlearn.host import check, packed
+from fastunlearn.host.packed import Arriving, Packed
 from fastunlearn.methods import Pass
-from fastunlearn.packed import Arriving, Packed
-from fastunlearn.run_record import read_metrics
+from fastunlearn.runs import training
+from fastunlearn.runs.run_record import read_metrics
+from fastunlearn.runs.training import TooManySkippedSteps, unlearn
 from fastunlearn.testing import host_sync
 from fastunlearn.testing.factories import TinyDenoiser, linear_schedule
-from fastunlearn.training import TooManySkippedSteps, unlearn
 
 VALUES = {
     "small": torch.tensor(1.5, dtype=torch.bfloat16),
@@ -117,7 +119,7 @@ def test_one_copy_a_logged_step_read_when_the_next_is_queued(monkeypatch, tmp_pa
 
     monkeypatch.setattr(training, "Arriving", Logged)
     monkeypatch.setattr(Pass, "by_role", lambda self: [self])  # on a CPU alone a step reads weights
-    monkeypatch.setattr(_check, "readable", lambda tensor: False)  # and timesteps
+    monkeypatch.setattr(check, "readable", lambda tensor: False)  # and timesteps
     run, reads = watched(), ExitStack()
     run.before = lambda step: reads.enter_context(Reads(log)) if step == 2 else None
     run.after = lambda step: (log.append(f"queued {step}"), reads.close() if step == last else None)

@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastunlearn import SISS, Draws, gradients, siss_step
+from fastunlearn import SISS, Draws, siss_step
 from fastunlearn.methods import Batch, Pass, Term
+from fastunlearn.step import accumulate
 from fastunlearn.testing.budgets import relative_l2
 from fastunlearn.testing.factories import TinyDenoiser, linear_schedule
 
@@ -116,8 +117,8 @@ def test_siss_needs_no_second_buffer_unless_several_passes_carry_both_gradients(
     forget, retain, draws = far_apart()
     if variant == "no_is":
         draws = Draws()
-    swapped, swap = [], gradients.Accumulator._swap
-    monkeypatch.setattr(gradients.Accumulator, "_swap", lambda self: swapped.append(1) or swap(self))
+    swapped, swap = [], accumulate.Accumulator._swap
+    monkeypatch.setattr(accumulate.Accumulator, "_swap", lambda self: swapped.append(1) or swap(self))
     siss_step(TinyDenoiser().double(), None, linear_schedule(), forget, retain, variant=variant, draws=draws, micro_batch_size=micro_batch_size)
     assert bool(swapped) == swaps
 

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from fastunlearn import plain_names
-from fastunlearn.run_record import read_run
+from fastunlearn.host import plain_names
+from fastunlearn.runs.run_record import read_run
 from fastunlearn.testing.factories import TinyDenoiser
 
 PLAIN = {"enter.weight", "enter.bias", "time.weight", "time.bias", "leave.weight", "leave.bias"}

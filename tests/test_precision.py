@@ -9,7 +9,7 @@ from itertools import permutations, product
 import pytest
 import torch
 
-from fastunlearn.precision import memory_format, resolve_autocast, tf32
+from fastunlearn.host.precision import memory_format, resolve_autocast, tf32
 
 OPERATIONS = {
     "products": torch.backends.cuda.matmul,

@@ -12,16 +12,16 @@ import runs
 import torch
 from safetensors.torch import load_file
 
-from fastunlearn import checkpoint
+from fastunlearn.runs import checkpoint
 
 diffusers = pytest.importorskip("diffusers")
 STEPS, SAVE_EVERY = 60, 7
 
 
 def pretrain_tiny(output_dir: str, *, seed: int = 3, lr: float = 1e-3, rows: int = 30) -> None:
-    from fastunlearn.pretraining import pretrain
+    from fastunlearn.host.store import ImageStore
     from fastunlearn.recipes.mnist_tshirt import Pretraining
-    from fastunlearn.store import ImageStore
+    from fastunlearn.runs.pretraining import pretrain
 
     torch.manual_seed(0)
     images = torch.randint(0, 256, (30, 1, 8, 8), dtype=torch.uint8)[:rows]
@@ -78,10 +78,10 @@ def test_killed_and_resumed_run_is_bit_equal(uninterrupted, tmp_path):
 )
 def test_weights_that_are_not_finite_end_it_and_are_never_written(tmp_path, lr, every, found):
     """The first checkpoint finds them, or, before one is due, the log its loss."""
-    from fastunlearn.pretraining import pretrain
+    from fastunlearn.host.store import ImageStore
     from fastunlearn.recipes.mnist_tshirt import Pretraining
-    from fastunlearn.run_health import WeightsNotFinite
-    from fastunlearn.store import ImageStore
+    from fastunlearn.runs.pretraining import pretrain
+    from fastunlearn.runs.run_health import WeightsNotFinite
 
     unet = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": (8,)}
     unet |= {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
@@ -96,7 +96,7 @@ def test_weights_that_are_not_finite_end_it_and_are_never_written(tmp_path, lr, 
 def test_two_into_one_output_are_refused(tmp_path):
     from locks import held_elsewhere
 
-    from fastunlearn.folder_lock import FolderLocked, locked
+    from fastunlearn.host.folder_lock import FolderLocked, locked
 
     refused = pytest.raises(FolderLocked, match=r"model\.run: .*held by process")
     with held_elsewhere(locked, tmp_path / "model.run"), refused:

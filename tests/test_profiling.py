@@ -11,8 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastunlearn import profiling, siss_step
-from fastunlearn.profiling import stage
+from fastunlearn import siss_step
+from fastunlearn.host import profiling
+from fastunlearn.host.profiling import stage
 from fastunlearn.testing.factories import TinyDenoiser, linear_schedule, mixture_inputs
 
 STAGES = {"draw", "compose", "predict", "residual", "combine", "update"}
@@ -153,7 +154,7 @@ def test_a_missing_nvtx_is_named(monkeypatch):
 def test_the_environment_decides_at_import_and_only_then_imports_nvtx(value, on):
     if on:
         pytest.importorskip("nvtx")
-    code = "import sys, fastunlearn.profiling as p; print('nvtx' in sys.modules, p.stage('a') is not p.stage('b'))"
+    code = "import sys, fastunlearn.host.profiling as p; print('nvtx' in sys.modules, p.stage('a') is not p.stage('b'))"
     environment = os.environ | {"FASTUNLEARN_NVTX": value}
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)

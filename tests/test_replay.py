@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from fastunlearn import SISS, Draws, EraseDiff, ImageStore, NegGrad, ReTrack, Unlearner, Vanilla, replay
-from fastunlearn.identity import identity
+from fastunlearn import SISS, Draws, EraseDiff, ImageStore, NegGrad, ReTrack, Unlearner, Vanilla
+from fastunlearn.engine import replay
+from fastunlearn.engine.replay import WARM_UP_STEPS, Replay, make_replay
 from fastunlearn.methods import Pass
-from fastunlearn.replay import WARM_UP_STEPS, Replay, make_replay
+from fastunlearn.runs.identity import identity
 from fastunlearn.testing.budgets import relative_l2
 from fastunlearn.testing.factories import TinyDenoiser, linear_schedule
 from fastunlearn.testing.host_sync import TapeGraphs

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastunlearn._finite import NotFiniteError
+from fastunlearn.host.finite import NotFiniteError
 from fastunlearn.metrics.frequency import Share
 from fastunlearn.metrics.inception import InceptionScores
 from fastunlearn.metrics.reconstruction import Reconstruction

@@ -9,8 +9,8 @@ import crash
 import pytest
 import torch
 
-from fastunlearn import checkpoint
-from fastunlearn.run_record import read_metrics, read_run
+from fastunlearn.runs import checkpoint
+from fastunlearn.runs.run_record import read_metrics, read_run
 
 NUM_STEPS = 12
 
@@ -21,11 +21,11 @@ def unlearn_tiny(run_dir: str) -> None:
     from diffusers.optimization import get_cosine_schedule_with_warmup
     from diffusers.training_utils import EMAModel
 
+    from fastunlearn.engine.unlearner import Unlearner
+    from fastunlearn.host.store import ImageStore
     from fastunlearn.methods import ReTrack
-    from fastunlearn.schedule import NoiseSchedule
-    from fastunlearn.store import ImageStore
-    from fastunlearn.training import unlearn
-    from fastunlearn.unlearner import Unlearner
+    from fastunlearn.objective.schedule import NoiseSchedule
+    from fastunlearn.runs.training import unlearn
 
     torch.manual_seed(0)
     blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,), "add_attention": False}
@@ -59,7 +59,7 @@ def assert_same_run(run_dir: Path, expected_dir: Path) -> None:
 
 
 def _flat(states: dict) -> dict:
-    from fastunlearn.state_tree import flatten
+    from fastunlearn.runs.state_tree import flatten
 
     skeleton, tensors = flatten(states)
     return {"skeleton": skeleton, **tensors}

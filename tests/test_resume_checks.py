@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fastunlearn.identity import described, identity, start_weights
-from fastunlearn.processes import Processes
-from fastunlearn.resume import load_checkpoint
-from fastunlearn.state_checks import Entry, check_tensor
+from fastunlearn.runs.identity import described, identity, start_weights
+from fastunlearn.runs.processes import Processes
+from fastunlearn.runs.resume import load_checkpoint
+from fastunlearn.runs.state_checks import Entry, check_tensor
 from fastunlearn.testing.factories import TinyDenoiser
 
 MAKE = {"scale": 1024.0, "autocast_dtype": torch.float16}  # with a scaler: everything that has a state

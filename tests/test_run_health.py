@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fastunlearn.run_health import SkipLimit, TooManySkippedSteps, WeightsNotFinite, check_finite
+from fastunlearn.runs.run_health import SkipLimit, TooManySkippedSteps, WeightsNotFinite, check_finite
 from fastunlearn.testing.host_sync import HostSync, no_host_sync
 
 LAYOUTS = {

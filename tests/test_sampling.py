@@ -9,15 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastunlearn._finite import NotFiniteError
-from fastunlearn.sampling import (
-    check_injection,
-    check_sampling,
-    inject_and_denoise,
-    noised,
-    sample,
-    sample_seed,
-)
+from fastunlearn.host.finite import NotFiniteError
+from fastunlearn.models.sampling import check_injection, check_sampling, inject_and_denoise, noised, sample, sample_seed
 
 diffusers = pytest.importorskip("diffusers")
 SHAPE = (1, 8, 8)

@@ -7,20 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastunlearn import (
-    SISS,
-    EraseDiff,
-    ImageStore,
-    LowPass,
-    NegGrad,
-    ReTrack,
-    Unlearner,
-    Vanilla,
-    _check,
-    nearest_neighbors,
-    retrack_step,
-    siss_step,
-)
+from fastunlearn import SISS, EraseDiff, ImageStore, LowPass, NegGrad, ReTrack, Unlearner, Vanilla, nearest_neighbors, retrack_step, siss_step
+from fastunlearn.host import check
 from fastunlearn.testing.factories import TinyDenoiser, linear_schedule, redirect_inputs
 
 SCHEDULE = linear_schedule()
@@ -44,17 +32,17 @@ THREES = [
 
 @pytest.mark.parametrize("value", HALVES, ids=repr)
 def test_a_number(value):
-    found = _check.number("lambd", value, low=0, high=1)
+    found = check.number("lambd", value, low=0, high=1)
     assert type(found) is float
     assert found == 0.5
 
 
 @pytest.mark.parametrize("value", THREES, ids=repr)
 def test_an_integer(value):
-    found = _check.integer("k", value, low=1)
+    found = check.integer("k", value, low=1)
     assert type(found) is int
     assert found == 3
-    assert _check.number("radius", value) == 3.0
+    assert check.number("radius", value) == 3.0
 
 
 REFUSED = {
@@ -85,7 +73,7 @@ REFUSED = {
 @pytest.mark.parametrize(("value", "error", "text"), REFUSED.values(), ids=REFUSED)
 def test_no_number(value, error, text):
     with pytest.raises(error, match=text):
-        _check.number("lambd", value, low=0, high=1)
+        check.number("lambd", value, low=0, high=1)
     with pytest.raises(error, match=text):
         ReTrack(lambd=value)
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastunlearn.selection import LowPass
+from fastunlearn.objective.frequency import LowPass
 
 
 def held(lowpass, height, width):

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from fastunlearn import ImageStore
+from fastunlearn.host.store import LOWER_PART, UPPER_PART, Rows, network_input
 from fastunlearn.ops.mixture import mixture
 from fastunlearn.ops.noising import noising
 from fastunlearn.ops.redirect import redirect
-from fastunlearn.store import LOWER_PART, UPPER_PART, Rows, network_input
 from fastunlearn.testing.cuda_division import CudaDivision, by_reciprocal
 from fastunlearn.testing.factories import served
 

@@ -342,7 +342,7 @@ def test_a_row_of_a_branch_that_is_never_drawn_is_refused(lambd, branch):
 
 
 def test_where_nobody_looks_such_a_row_is_a_skipped_step(monkeypatch):
-    monkeypatch.setattr("fastunlearn._check.readable", lambda tensor: False)
+    monkeypatch.setattr("fastunlearn.host.check.readable", lambda tensor: False)
     model = Labelled()
     forget, retain, draws = pair()
     before = model.embedding.weight.detach().clone()

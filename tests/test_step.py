@@ -12,8 +12,8 @@ from torch import Tensor
 
 import fastunlearn as fu
 from fastunlearn import reference
+from fastunlearn.objective.schedule import PREDICTION_TYPES
 from fastunlearn.reference import combine, objectives
-from fastunlearn.schedule import PREDICTION_TYPES
 from fastunlearn.testing.budgets import relative_l2
 from fastunlearn.testing.factories import TinyDenoiser, linear_schedule, mixture_inputs, redirect_inputs
 

@@ -6,24 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from fastunlearn import (
-    SISS,
-    Draws,
-    EraseDiff,
-    ImageStore,
-    ReTrack,
-    Unlearner,
-    Vanilla,
-    conditioning,
-    erasediff_step,
-    neggrad_step,
-    retrack_step,
-    siss_step,
-    trained,
-    vanilla_step,
-)
+from fastunlearn import SISS, Draws, EraseDiff, ImageStore, ReTrack, Unlearner, Vanilla, erasediff_step, neggrad_step, retrack_step, siss_step, vanilla_step
 from fastunlearn import functional as F
 from fastunlearn.methods import Batch
+from fastunlearn.step import conditioning, trained
 from fastunlearn.testing.factories import Average, TinyDenoiser, linear_schedule, redirect_inputs
 
 SCHEDULE = linear_schedule()

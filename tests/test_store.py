@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastunlearn import philox
-from fastunlearn.store import ImageStore, overlap
+from fastunlearn.host import philox
+from fastunlearn.host.store import ImageStore, overlap
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -14,9 +14,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from fastunlearn.metrics import inception
-from fastunlearn.neighbor_search import uint8
-from fastunlearn.neighbors import nearest_neighbors
-from fastunlearn.sampling import evaluation_mode
+from fastunlearn.models.sampling import evaluation_mode
+from fastunlearn.neighbors import uint8
+from fastunlearn.neighbors.nearest import nearest_neighbors
 
 PATIENCE = 60  # seconds, after which a test has failed
 

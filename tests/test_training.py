@@ -15,13 +15,13 @@ import torch
 from locks import at_one_instant, held_elsewhere
 from torch import nn
 
-from fastunlearn import checkpoint, run_record
-from fastunlearn.folder_lock import FolderLocked, locked
+from fastunlearn.host.folder_lock import FolderLocked, locked
+from fastunlearn.host.store import ImageStore
 from fastunlearn.methods import NegGrad, Vanilla
-from fastunlearn.neighbors import nearest_neighbors
-from fastunlearn.step import StepOutput
-from fastunlearn.store import ImageStore
-from fastunlearn.training import RunInterrupted, TooManySkippedSteps, WeightsNotFinite, purge, unlearn
+from fastunlearn.neighbors.nearest import nearest_neighbors
+from fastunlearn.runs import checkpoint, run_record
+from fastunlearn.runs.training import RunInterrupted, TooManySkippedSteps, WeightsNotFinite, purge, unlearn
+from fastunlearn.step.take import StepOutput
 
 STORE = ImageStore(torch.arange(2 * 16, dtype=torch.uint8).view(2, 1, 4, 4))
 

@@ -204,7 +204,7 @@ class Prompted(TinyDenoiser):
 @pytest.mark.parametrize("wrap", [lambda model: model, torch.nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
 @pytest.mark.parametrize("needs", ["prompt", "class_labels"])
 def test_a_network_that_needs_more_than_images_is_refused_before_neighbours_are_searched(monkeypatch, needs, wrap):
-    monkeypatch.setattr("fastunlearn.unlearner.nearest_neighbors", None)
+    monkeypatch.setattr("fastunlearn.engine.unlearner.nearest_neighbors", None)
     if needs == "class_labels":
         pytest.importorskip("diffusers")
         from fastunlearn.testing.checkpoints import tiny_unet

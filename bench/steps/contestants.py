@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastunlearn import compilation
-from fastunlearn.replay import WARM_UP_STEPS
+from fastunlearn.engine.replay import WARM_UP_STEPS
+from fastunlearn.step import compilation
 from fastunlearn.testing.accelerator import Accelerator
 
 from . import limit, official, ours, papers_way, strongest, tuned

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from fastunlearn.attention import fast_attention
+from fastunlearn.step.attention import fast_attention
 
 from .job import Draw, Images, Job
 from .networks import Step

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fastunlearn.replay import WARM_UP_STEPS, Graphs
+from fastunlearn.engine.replay import WARM_UP_STEPS, Graphs
 
 from .job import Draw
 from .networks import Step

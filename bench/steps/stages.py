@@ -7,7 +7,7 @@ import os
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from fastunlearn import profiling
+from fastunlearn.host import profiling
 from fastunlearn.testing.accelerator import Accelerator
 
 from .networks import Step

@@ -13,7 +13,8 @@ import traceback
 from collections.abc import Sequence
 from contextlib import nullcontext
 
-from .. import __version__, launcher
+from .. import __version__
+from ..runs import launcher
 
 DESCRIPTION = """Make a trained diffusion model forget given training images.
 

@@ -28,7 +28,7 @@ class Data:
     """A file .npz."""
 
     def lock(self):
-        from ..folder_lock import locked_file
+        from ..host.folder_lock import locked_file
 
         return locked_file(self.output, "fastunlearn data")
 

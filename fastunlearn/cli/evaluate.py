@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from ..host.store import ImageStore
     from ..measuring import Images, Record, Settings, Subject, Verdict
     from ..metrics.threshold import Threshold
-    from ..store import ImageStore
 
 ROWS = {  # metric -> (row of the table, which direction is wanted)
     "frequency": ("forget images in samples", "lower"),
@@ -85,12 +85,12 @@ class Evaluate:
     pictures: PictureFlags = field(default_factory=PictureFlags)
 
     def lock(self):
-        from ..folder_lock import locked
+        from ..host.folder_lock import locked
 
         return locked(self.output, "fastunlearn evaluate")
 
     def run(self) -> int:
-        from .. import _check
+        from ..host import check
         from ..measuring import Record, Settings, decide, parse_metrics
         from .options import check_outside, pick_device
 
@@ -102,9 +102,9 @@ class Evaluate:
             num_inference_steps=self.num_inference_steps, batch_size=self.batch_size, seed=self.seed,
             show_progress=True,
         )  # fmt: skip
-        _check.integer("max_forget_images", self.max_forget_images, low=1)
+        check.integer("max_forget_images", self.max_forget_images, low=1)
         if self.threshold is not None:
-            _check.number("threshold", self.threshold, low=0, low_open=True)
+            check.number("threshold", self.threshold, low=0, low_open=True)
         subjects = self._subjects(pick_device(self.device))
         read: dict[str, Any] = {}
         images = self._images(wanted, next(iter(subjects.values())).model, read)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..copies import NearCopies
-    from ..store import ImageStore
+    from ..host.store import ImageStore
+    from ..neighbors.copies import NearCopies
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ def rows_to_keep(forget: ImageStore, retain: ImageStore, dropping: Dropping, *, 
     """
     import torch
 
-    from ..store import overlap
-    from ..unlearner import check_same_kind
+    from ..engine.unlearner import check_same_kind
+    from ..host.store import overlap
 
     check_same_kind(forget, retain)
     record: dict[str, Any] = {}
@@ -121,7 +121,7 @@ def rows_to_keep(forget: ImageStore, retain: ImageStore, dropping: Dropping, *, 
 
 def _near_copies(forget: ImageStore, retain: ImageStore, rows: Tensor, within: str | float) -> NearCopies:
     """Among the `rows` of `retain`; with row numbers of `retain`."""
-    from ..copies import near_copies
+    from ..neighbors.copies import near_copies
 
     compared = retain if len(rows) == len(retain) else retain.select(rows)
     found = near_copies(forget, compared, within=within)

@@ -12,7 +12,7 @@ from .options import pick_device
 if TYPE_CHECKING:
     import torch
 
-    from ..processes import Processes
+    from ..runs.processes import Processes
 
 UNSUPPORTED = ("DEEPSPEED", "FSDP", "MEGATRON_LM")  # of accelerate's configurations: they spread one network over the processes
 
@@ -29,7 +29,7 @@ def launched(device: str | None) -> Iterator[tuple[Processes, torch.device]]:
     Raises:
         ValueError: `device` is one GPU for several processes, there are fewer GPUs than processes, or the launcher asks for what is not supported.
     """
-    from ..processes import Processes
+    from ..runs.processes import Processes
 
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Processes(None), pick_device(device)

@@ -36,16 +36,16 @@ class Neighbors:
     pictures: PictureFlags = field(default_factory=PictureFlags)
 
     def lock(self):
-        from ..folder_lock import locked_file
+        from ..host.folder_lock import locked_file
 
         return locked_file(self.output, "fastunlearn neighbors")
 
     def run(self) -> int:
         import numpy as np
 
-        from ..atomic import atomic_file
-        from ..copies import near_copies
-        from ..neighbors import nearest_neighbors
+        from ..host.atomic import atomic_file
+        from ..neighbors.copies import near_copies
+        from ..neighbors.nearest import nearest_neighbors
         from .options import check_outside
 
         check_outside(self.output, forget=self.forget, retain=self.retain)

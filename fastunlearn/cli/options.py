@@ -10,7 +10,7 @@ from tyro.conf import arg
 if TYPE_CHECKING:
     import torch
 
-    from ..store import ImageStore
+    from ..host.store import ImageStore
     from .picture_flags import PictureFlags
 
 
@@ -43,7 +43,7 @@ def pick_device(name: str | None) -> torch.device:
 
 def prepare_host(device: torch.device) -> None:
     """Before the work on `device` starts: on a CPU the process keeps the memory that steps free. A command has its process to itself."""
-    from ..host_memory import keep_freed_memory
+    from ..host.memory import keep_freed_memory
 
     if device.type == "cpu":
         keep_freed_memory()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import arg
 
 if TYPE_CHECKING:
-    from ..store import ImageStore
+    from ..host.store import ImageStore
 
 
 @dataclass(kw_only=True)

@@ -37,15 +37,15 @@ class Pretrain:
     pictures: PictureFlags = field(default_factory=PictureFlags)
 
     def lock(self):
-        from ..folder_lock import locked
-        from ..pretraining import run_folder
+        from ..host.folder_lock import locked
+        from ..runs.pretraining import run_folder
 
         return locked(run_folder(self.output), "fastunlearn pretrain")
 
     def run(self) -> int:
-        from .. import checkpoint
-        from ..pretraining import pretrain, run_folder
         from ..recipes.mnist_tshirt import PRETRAINING
+        from ..runs import checkpoint
+        from ..runs.pretraining import pretrain, run_folder
         from .options import check_outside, pick_device, prepare_host
 
         check_outside(self.output, data=self.data)

@@ -21,7 +21,7 @@ class Purge:
     """The --output of `fastunlearn unlearn`."""
 
     def run(self) -> int:
-        from ..training import purge
+        from ..runs.training import purge
 
         purged = purge(self.run_dir)
         print(purged)

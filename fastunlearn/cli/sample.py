@@ -42,17 +42,17 @@ class Sample:
         return self.output if self.output.suffix == ".npz" else self.output / "samples.npz"
 
     def lock(self):
-        from ..folder_lock import locked_file
+        from ..host.folder_lock import locked_file
 
         return locked_file(self.file, "fastunlearn sample")
 
     def run(self) -> int:
         import numpy as np
 
-        from ..atomic import atomic_file
+        from ..host.atomic import atomic_file
         from ..models import load_checkpoint
+        from ..models.sampling import sample
         from ..report.pictures import grid
-        from ..sampling import sample
         from .options import model_shape, pick_device
 
         model, scheduler = load_checkpoint(self.model, device=pick_device(self.device))

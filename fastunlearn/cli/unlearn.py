@@ -14,8 +14,8 @@ from .unlearn_flags import Execution, MethodFlags, MethodName, Optimization, Run
 if TYPE_CHECKING:
     import torch
 
-    from ..processes import Processes
-    from ..store import ImageStore
+    from ..host.store import ImageStore
+    from ..runs.processes import Processes
 
 REPORTED_IMAGES, REPORTED_CHAINS, REPORTED_TIMESTEP, REPORTED_STEPS = 8, 4, 250, 50  # of --report-images
 
@@ -72,11 +72,11 @@ class Unlearn:
     def _run(self, processes: Processes, device: torch.device) -> None:
         import torch
 
-        from .. import run_record, training
+        from ..engine.unlearner import Unlearner, check_stores
+        from ..host.precision import tf32
         from ..models import check_replaceable, load_checkpoint
-        from ..precision import tf32
-        from ..schedule import NoiseSchedule
-        from ..unlearner import Unlearner, check_stores
+        from ..objective.schedule import NoiseSchedule
+        from ..runs import run_record, training
         from .options import prepare_host
 
         dropping = Dropping.from_flags(self.drop_overlap, self.drop_within)
@@ -122,9 +122,9 @@ class Unlearn:
         processes.by_first(lambda: self._write_results(model.eval(), scheduler, forget, private))
 
     def _write_results(self, model, scheduler, forget: ImageStore | None, private: Path) -> None:
-        from .. import run_record
         from ..models import save_checkpoint
-        from ..run_health import WeightsNotFinite
+        from ..runs import run_record
+        from ..runs.run_health import WeightsNotFinite
 
         if not _answers(model, len(scheduler)):
             run_record.update_run(self.output, status="failed: WeightsNotFinite")
@@ -151,7 +151,7 @@ class Unlearn:
 
     def _note_private_files(self, private: Path) -> None:
         """Lists in the manifest what `purge` removes."""
-        from .. import run_record
+        from ..runs import run_record
 
         if private.is_dir() and (self.output / run_record.RUN_FILE).is_file():
             run_record.list_private(self.output, *sorted(private.iterdir()))
@@ -160,10 +160,10 @@ class Unlearn:
         """Each forget image, and what the two models make of it from the same noise."""
         import torch
 
-        from ..atomic import atomic_file
+        from ..host.atomic import atomic_file
         from ..models import load_checkpoint
+        from ..models.sampling import inject_and_denoise
         from ..report.pictures import side_by_side
-        from ..sampling import inject_and_denoise
 
         images = forget.rows(torch.arange(min(REPORTED_IMAGES, len(forget))))
         before, _ = load_checkpoint(self.model, device=model.device)
@@ -198,6 +198,6 @@ def _scheduler_identity(scheduler) -> dict:
 
 
 def _neighbors(forget: ImageStore, retain: ImageStore, k: int, cache_dir: Path):
-    from ..neighbors import nearest_neighbors
+    from ..neighbors.nearest import nearest_neighbors
 
     return nearest_neighbors(forget, retain, k, cache_dir=cache_dir, show_progress=True)

@@ -90,17 +90,17 @@ class Optimization:
         """
         import torch
 
-        from .. import _check
+        from ..host import check
 
         for name in ("learning_rate", "adam_epsilon"):
-            _check.number(name, getattr(self, name), low=0, low_open=True)
+            check.number(name, getattr(self, name), low=0, low_open=True)
         for name in ("adam_beta1", "adam_beta2", "adam_weight_decay", "ema_decay"):
-            _check.number(name, getattr(self, name), low=0, high=1)
+            check.number(name, getattr(self, name), low=0, high=1)
             if name.startswith("adam_beta") and getattr(self, name) == 1:
                 raise ValueError(f"{name}: expected a number in [0, 1), got 1: the average would never move")
         # A run that forgets nothing, because it takes no step or never comes out of the warm-up, would end as one that does.
-        _check.integer("max_train_steps", self.max_train_steps, low=1)
-        _check.integer("lr_warmup_steps", self.lr_warmup_steps, low=0, high=self.max_train_steps - 1, of="max_train_steps - 1")
+        check.integer("max_train_steps", self.max_train_steps, low=1)
+        check.integer("lr_warmup_steps", self.lr_warmup_steps, low=0, high=self.max_train_steps - 1, of="max_train_steps - 1")
         parameters = list(model.parameters())
         optimizer = torch.optim.AdamW(
             parameters, lr=self.learning_rate, betas=(self.adam_beta1, self.adam_beta2), weight_decay=self.adam_weight_decay, eps=self.adam_epsilon, fused=True
@@ -108,12 +108,12 @@ class Optimization:
         lr_scheduler = None
         if self.lr_scheduler != "constant" or self.lr_warmup_steps:
             name = "constant_with_warmup" if self.lr_scheduler == "constant" else self.lr_scheduler
-            get_scheduler = _check.package("diffusers.optimization", "lr_scheduler").get_scheduler
+            get_scheduler = check.package("diffusers.optimization", "lr_scheduler").get_scheduler
             length = {"num_warmup_steps": self.lr_warmup_steps, "num_training_steps": self.max_train_steps}
             lr_scheduler = get_scheduler(name, optimizer, **length)
         ema = None
         if self.use_ema:
-            training_utils = _check.package("diffusers.training_utils", "use_ema")
+            training_utils = check.package("diffusers.training_utils", "use_ema")
             ema = training_utils.EMAModel(parameters, decay=self.ema_decay)
         return optimizer, lr_scheduler, ema
 
@@ -140,7 +140,7 @@ class Execution:
         """What autocast runs the network in on `device`; None: no autocast."""
         import torch
 
-        from ..precision import resolve_autocast
+        from ..host.precision import resolve_autocast
 
         return resolve_autocast({"auto": "auto", "no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.mixed_precision], device)
 
@@ -148,7 +148,7 @@ class Execution:
         """The layout of the weights on `device`."""
         import torch
 
-        from ..precision import memory_format
+        from ..host.precision import memory_format
 
         return memory_format({"auto": "auto", "on": torch.channels_last, "off": torch.contiguous_format}[self.channels_last], device)
 

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import _check
-from ..atomic import atomic_file
-from ..store import ImageStore
+from ..host import check
+from ..host.atomic import atomic_file
+from ..host.store import ImageStore
 from .arrays import check_labels, map_npy
 from .folders import list_known
 from .options import Options, Part
@@ -30,7 +30,7 @@ def save_latents(folder: str | os.PathLike, store: ImageStore) -> None:
         ValueError: a store of images, or a folder that holds latents already.
     """
     if not isinstance(store, ImageStore):
-        raise TypeError(f"store: expected an ImageStore, got {_check.describe(store)}")
+        raise TypeError(f"store: expected an ImageStore, got {check.describe(store)}")
     if not store.latents:
         raise ValueError(f"store: expected latents (latents=True), got {store}")
     for rows in (store.images, store.std):

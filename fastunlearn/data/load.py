@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import _check
-from ..store import ImageStore
+from ..host import check
+from ..host.store import ImageStore
 from .arrays import read_idx_images, read_npy, read_npz
 from .folders import read_folder
 from .latents import is_latents_folder, read_latents
@@ -92,14 +92,14 @@ def load_images(
     paths = [paths] if isinstance(paths, (str, os.PathLike)) or not isinstance(paths, Iterable) else list(paths)
     for path in paths:
         if not isinstance(path, (str, os.PathLike)):
-            raise TypeError(f"paths: expected a path or several, got {_check.describe(path)}")
+            raise TypeError(f"paths: expected a path or several, got {check.describe(path)}")
     paths = [Path(path) for path in paths]
     if not paths:
         raise ValueError("paths: expected at least one path, got none")
     _check_apart(paths)
     if tell is not None and not callable(tell):
-        raise TypeError(f"tell: expected a function of a Reading, or None, got {_check.describe(tell)}")
-    channels = None if channels is None else _check.integer("channels", channels, low=1)
+        raise TypeError(f"tell: expected a function of a Reading, or None, got {check.describe(tell)}")
+    channels = None if channels is None else check.integer("channels", channels, low=1)
     pictures = {"exif": exif, "crop": crop, "resample": resample, "alpha": alpha}
     options = Options(_height_and_width(size), channels, bool(labels), bool(latents), **pictures)
     parts = _read_all(paths, options)
@@ -206,4 +206,4 @@ def _height_and_width(size) -> tuple[int, int] | None:
     pair = (size, size) if isinstance(size, int) else size
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise TypeError(f"size: expected an integer or (height, width), got {size!r}")
-    return tuple(_check.integer("size", length, low=1) for length in pair)
+    return tuple(check.integer("size", length, low=1) for length in pair)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import ImageColor
 
-from .. import _check
+from ..host import check
 from .refusals import Refused, listed
 
 EXIF = ("apply", "ignore")
@@ -35,9 +35,9 @@ class Options:
     alpha: str = "refuse"  # or "drop", or a colour
 
     def __post_init__(self) -> None:
-        _check.one_of("exif", self.exif, EXIF)
-        _check.one_of("crop", self.crop, CROPS)
-        _check.one_of("resample", self.resample, FILTERS)
+        check.one_of("exif", self.exif, EXIF)
+        check.one_of("crop", self.crop, CROPS)
+        check.one_of("resample", self.resample, FILTERS)
         _check_alpha(self.alpha)
 
     def of_pictures(self) -> dict[str, Any]:
@@ -163,7 +163,7 @@ def _number(count: int, noun: str) -> str:
 def _check_alpha(alpha: str) -> None:
     expected = "alpha: expected 'refuse', 'drop' or an opaque colour such as 'white' or '#ffffff'"
     if not isinstance(alpha, str):
-        raise TypeError(f"{expected}, got {_check.describe(alpha)}")
+        raise TypeError(f"{expected}, got {check.describe(alpha)}")
     if alpha in ALPHA_WORDS:
         return
     try:

@@ -12,17 +12,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import __version__, _check, assets
-from ..folder_lock import locked
+from .. import __version__, assets
+from ..engine.unlearner import Unlearner
+from ..host import check
+from ..host.folder_lock import locked
+from ..host.store import ImageStore
 from ..methods import SISS, EraseDiff, Method, NegGrad, ReTrack, Vanilla
 from ..models import load_checkpoint, save_checkpoint
+from ..objective.schedule import NoiseSchedule
 from ..recipes.mnist_tshirt import load_demo
 from ..report import Criterion, all_passed
-from ..run_health import SkipLimit, check_finite, remedy
-from ..schedule import NoiseSchedule
-from ..store import ImageStore
-from ..trackers import ProgressBar
-from ..unlearner import Unlearner
+from ..runs.run_health import SkipLimit, check_finite, remedy
+from ..runs.trackers import ProgressBar
 from .evaluation import INFERENCE_STEPS, Evaluator, decide, timed
 from .page import print_summary, report
 
@@ -106,10 +107,10 @@ def run_demo(
         NotFiniteError: a ValueError; the model's weights, its samples or a score are not finite, before or
             after the steps.
     """
-    steps = _check.integer("steps", steps, low=0)
-    num_samples = _check.integer("num_samples", num_samples, low=2)
-    batch_size = _check.integer("batch_size", batch_size, low=1)
-    seed = _check.integer("seed", seed, low=0, high=2**63 - 1)
+    steps = check.integer("steps", steps, low=0)
+    num_samples = check.integer("num_samples", num_samples, low=2)
+    batch_size = check.integer("batch_size", batch_size, low=1)
+    seed = check.integer("seed", seed, low=0, high=2**63 - 1)
     setting = _setting(method, lr, lambd)
     output_dir = Path(output_dir)
     seconds: dict[str, float] = {}
@@ -146,9 +147,9 @@ def run_demo(
 
 
 def _setting(method: str, lr: float | None, lambd: float | None) -> Setting:
-    setting = SETTINGS[_check.one_of("method", method, tuple(SETTINGS))]
+    setting = SETTINGS[check.one_of("method", method, tuple(SETTINGS))]
     if lr is not None:
-        setting = replace(setting, lr=_check.number("lr", lr, low=0, low_open=True))
+        setting = replace(setting, lr=check.number("lr", lr, low=0, low_open=True))
     if lambd is not None:
         if not hasattr(setting.method, "lambd"):
             raise ValueError(f"lambd: expected None for {method}, which has none, got {lambd!r}")

@@ -10,17 +10,17 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
+from ..host.store import ImageStore
 from ..metrics.classifier import load_mnist_classifier
 from ..metrics.distance import distances
 from ..metrics.frequency import Share, frequency
 from ..metrics.inception import InceptionScores, inception_scores
 from ..metrics.nll import Likelihood, bits_per_dim
 from ..metrics.reconstruction import Reconstruction, reconstruct
+from ..models.sampling import noised, sample
+from ..objective.schedule import NoiseSchedule
 from ..recipes.mnist_tshirt import FREQUENCY_THRESHOLD, TSHIRT_COPIES
 from ..report import Criterion, frequency_criterion, quality_criterion, reconstruction_criterion
-from ..sampling import noised, sample
-from ..schedule import NoiseSchedule
-from ..store import ImageStore
 
 TRAINING_SHARE = TSHIRT_COPIES / (60_000 + TSHIRT_COPIES)  # of the T-shirt in the data that the model was trained on
 INJECTION_TIMESTEPS = (250, 500)  # the papers' one, and one where little is left of the image and the trained model still finds it

@@ -15,8 +15,8 @@ from ..metrics.frequency import Share
 from ..metrics.inception import inception_scores
 from ..metrics.nll import bits_per_dim
 from ..metrics.reconstruction import reconstruct
-from ..sampling import sample
-from ..schedule import NoiseSchedule
+from ..models.sampling import sample
+from ..objective.schedule import NoiseSchedule
 from .planning import Images, Settings, Subject
 
 # What a metric may raise without the others being wrong: a refusal of ours, a device out of memory, a solver

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .. import _check
+from ..host import check as _check
 from ..metrics.nll import check_likelihood
 from ..metrics.threshold import Threshold
-from ..sampling import check_injection, check_sampling
-from ..sampling_grid import SAMPLERS
-from ..schedule import NoiseSchedule
+from ..models.sampling import check_injection, check_sampling
+from ..models.sampling_grid import SAMPLERS
+from ..objective.schedule import NoiseSchedule
 
 METRICS = ("frequency", "nll", "reconstruction", "fid", "is")
 CLASSIFIED_SHAPE = (1, 28, 28)  # of the shipped classifier

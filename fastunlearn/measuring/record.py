@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..atomic import atomic_file
+from ..host.atomic import atomic_file
 from .measurement import Measurement
 
 FILE = "evaluation.json"

@@ -1,6 +1,6 @@
 """The methods: frozen dataclasses of hyperparameters that say what a step composes and how it combines the gradients."""
 
-from .base import Batch, Method, Pass, Term
+from ..objective.protocol import Batch, Method, Pass, Term
 from .erasediff import EraseDiff
 from .neggrad import NegGrad
 from .retrack import ReTrack

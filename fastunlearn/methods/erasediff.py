@@ -3,12 +3,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .. import _check
-from .. import combine as combination
 from .. import functional as F
-from ..draws import Draws
-from ..schedule import NoiseSchedule
-from .base import Batch, Method, Pass, Term, mean_weight
+from ..host import check
+from ..objective import combine as combination
+from ..objective.draws import Draws
+from ..objective.protocol import Batch, Method, Pass, Term, mean_weight
+from ..objective.schedule import NoiseSchedule
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class EraseDiff(Method):
     draws: ClassVar[frozenset[str]] = frozenset({"forget_noise", "forget_timesteps", "retain_noise", "retain_timesteps", "uniform_target"})
 
     def __post_init__(self):
-        _check.number("eta", self.eta, low=0)
+        check.number("eta", self.eta, low=0)
 
     @property
     def combine(self) -> combination.Combination:

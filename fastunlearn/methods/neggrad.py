@@ -3,11 +3,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .. import _check
 from .. import functional as F
-from ..draws import Draws
-from ..schedule import NoiseSchedule
-from .base import Batch, Method, Pass, Term, mean_weight
+from ..host import check
+from ..objective.draws import Draws
+from ..objective.protocol import Batch, Method, Pass, Term, mean_weight
+from ..objective.schedule import NoiseSchedule
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class NegGrad(Method):
     draws: ClassVar[frozenset[str]] = frozenset({"forget_noise", "forget_timesteps"})
 
     def __post_init__(self):
-        _check.number("superfactor", self.superfactor, low=0, low_open=True)
+        check.number("superfactor", self.superfactor, low=0, low_open=True)
 
     def compose(self, batch: Batch, draws: Draws, schedule: NoiseSchedule) -> list[Pass]:
         x_t, target = F.noised(batch.forget, draws.forget_noise, draws.forget_timesteps, schedule)

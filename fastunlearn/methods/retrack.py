@@ -5,11 +5,11 @@ from typing import ClassVar
 
 import torch
 
-from .. import _check
 from .. import functional as F
-from ..draws import Draws
-from ..schedule import NoiseSchedule
-from .base import Batch, Method, Pass, Term, concatenate, mean_weight
+from ..host import check
+from ..objective.draws import Draws
+from ..objective.protocol import Batch, Method, Pass, Term, concatenate, mean_weight
+from ..objective.schedule import NoiseSchedule
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class ReTrack(Method):
     name: ClassVar[str] = "retrack"
 
     def __post_init__(self):
-        _check.integer("k", self.k, low=1)
-        _check.number("lambd", self.lambd, low=0, high=1)
+        check.integer("k", self.k, low=1)
+        check.number("lambd", self.lambd, low=0, high=1)
 
     @property
     def batches(self) -> frozenset[str]:

@@ -7,14 +7,14 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .. import _check
-from .. import combine as combination
 from .. import functional as F
-from ..draws import Draws
-from ..philox import Noise
-from ..schedule import NoiseSchedule
-from ..store import Rows
-from .base import Batch, Method, Pass, Term, map_tensors, mean_weight
+from ..host import check
+from ..host.philox import Noise
+from ..host.store import Rows
+from ..objective import combine as combination
+from ..objective.draws import Draws
+from ..objective.protocol import Batch, Method, Pass, Term, map_tensors, mean_weight
+from ..objective.schedule import NoiseSchedule
 
 SMALLEST_RELATIVE_WEIGHT = 1e-12
 
@@ -49,9 +49,9 @@ class SISS(Method):
     shared_draws: ClassVar[bool] = True
 
     def __post_init__(self):
-        _check.one_of("variant", self.variant, ("mixture", "no_is", "bernoulli"))
-        _check.number("lambd", self.lambd, low=0, high=1)
-        _check.number("scaling_norm", self.scaling_norm, low=0, low_open=True)
+        check.one_of("variant", self.variant, ("mixture", "no_is", "bernoulli"))
+        check.number("lambd", self.lambd, low=0, high=1)
+        check.number("scaling_norm", self.scaling_norm, low=0, low_open=True)
         if self.variant == "bernoulli" and self.lambd in (0, 1):
             raise ValueError(f"lambd: expected a number in (0, 1) for the variant 'bernoulli', got {self.lambd!r}")
 
@@ -94,7 +94,7 @@ class SISS(Method):
 
         Off the CPU nobody looks: such a row has an infinite weight, and the step is skipped.
         """
-        if self.lambd in (0, 1) and _check.readable(ratio):
+        if self.lambd in (0, 1) and check.readable(ratio):
             never = float("inf") if self.lambd == 0 else -float("inf")
             if (ratio == never).any():
                 branch = "retain" if self.lambd == 0 else "forget"

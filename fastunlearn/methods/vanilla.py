@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from .. import functional as F
-from ..draws import Draws
-from ..schedule import NoiseSchedule
-from .base import Batch, Method, Pass, Term, mean_weight
+from ..objective.draws import Draws
+from ..objective.protocol import Batch, Method, Pass, Term, mean_weight
+from ..objective.schedule import NoiseSchedule
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import _finite
+from ..host import finite
 
 
 def distances(samples: Tensor, image: Tensor) -> Tensor:  # [N]
@@ -21,8 +21,8 @@ def distances(samples: Tensor, image: Tensor) -> Tensor:  # [N]
         TypeError, ValueError: shapes that do not fit, no samples, or values outside [-1, 1].
         NotFiniteError: a ValueError; NaN or Inf in a sample or the image, which nothing is near to.
     """
-    _finite.pixels("samples", samples)
-    image = _finite.pixels("image", image if image.ndim == 4 else image[None])
+    finite.pixels("samples", samples)
+    image = finite.pixels("image", image if image.ndim == 4 else image[None])
     if image.shape != (1, *samples.shape[1:]):
         raise ValueError(
             f"image: expected one image of the samples' shape, {tuple(samples.shape[1:])}, "

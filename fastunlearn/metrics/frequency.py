@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import _check, _finite
+from ..host import check, finite
 from .distance import distances
 from .threshold import resolve
 
@@ -23,17 +23,17 @@ class Share:
     high: float
 
     def __post_init__(self):
-        _check.integer("total", self.total, low=1)
-        _check.integer("count", self.count, low=0, high=self.total, of="total")
-        _finite.numbers("share", share=self.share, low=self.low, high=self.high)
+        check.integer("total", self.total, low=1)
+        check.integer("count", self.count, low=0, high=self.total, of="total")
+        finite.numbers("share", share=self.share, low=self.low, high=self.high)
 
     @classmethod
     def of(cls, count: int, total: int) -> Share:
         """The Clopper-Pearson interval (Clopper & Pearson 1934): never below its nominal coverage, defined at 0 and at `total` hits."""
         from scipy.stats import beta
 
-        total = _check.integer("total", total, low=1)
-        count = _check.integer("count", count, low=0, high=total, of="total")
+        total = check.integer("total", total, low=1)
+        count = check.integer("count", count, low=0, high=total, of="total")
         low = float(beta.ppf(0.025, count, total - count + 1)) if count > 0 else 0.0
         high = float(beta.ppf(0.975, count + 1, total - count)) if count < total else 1.0
         return cls(count, total, count / total, low, high)

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .. import _check, _finite
-from ..sampling import evaluation_mode
+from ..host import check, finite
+from ..models.sampling import evaluation_mode
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class InceptionScores:
 
     def __post_init__(self):
         confidence = {"mean_confidence": self.mean_confidence}
-        _finite.numbers("scores", fid=self.fid, inception_score=self.inception_score, **confidence)
+        finite.numbers("scores", fid=self.fid, inception_score=self.inception_score, **confidence)
 
 
 class _Precomputed(nn.Module):
@@ -67,11 +67,11 @@ def inception_scores(samples: Tensor, real: Tensor, classifier: nn.Module, *, sp
         NotFiniteError: a ValueError; an image, a weight, a feature or a score is not finite.
     """
     for name, images in (("samples", samples), ("real", real)):
-        if len(_check.images(name, images)) < 2:
+        if len(check.images(name, images)) < 2:
             raise ValueError(f"{name}: expected at least two images, got {len(images)}")
-        _finite.pixels(name, images)
-    _finite.weights(classifier, "classifier")
-    splits = _check.integer("splits", splits, low=1, high=len(samples), of="the samples")
+        finite.pixels(name, images)
+    finite.weights(classifier, "classifier")
+    splits = check.integer("splits", splits, low=1, high=len(samples), of="the samples")
     from torchmetrics.image.fid import FrechetInceptionDistance
     from torchmetrics.image.inception import InceptionScore
 
@@ -128,4 +128,4 @@ def _run(classifier: nn.Module, images: Tensor, batch_size: int) -> tuple[Tensor
             batch = batch.to(device, torch.float32)
             features.append(classifier.features(batch).double().cpu())
             logits.append(classifier(batch).double().cpu())
-    return _finite.rows("features", torch.cat(features)), _finite.rows("logits", torch.cat(logits))
+    return finite.rows("features", torch.cat(features)), finite.rows("logits", torch.cat(logits))

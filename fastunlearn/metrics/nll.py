@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .. import _check, _finite
-from ..sampling import evaluation_mode, sample_seed
-from ..schedule import NoiseSchedule
+from ..host import check, finite
+from ..models.sampling import evaluation_mode, sample_seed
+from ..objective.schedule import NoiseSchedule
 
 START = 1e-5  # the lower end of the papers' ODE, as in Song et al.'s code
 ODES = ("papers", "angle")
@@ -42,7 +42,7 @@ class Likelihood:
 
     def __post_init__(self):
         each = {f"image {row}": bits for row, bits in enumerate(self.bits_per_dim)}
-        _finite.numbers("likelihood", mean=self.mean, **each)
+        finite.numbers("likelihood", mean=self.mean, **each)
 
 
 def check_schedule(schedule: NoiseSchedule, ode: str | None = None) -> str:
@@ -59,7 +59,7 @@ def check_schedule(schedule: NoiseSchedule, ode: str | None = None) -> str:
     if schedule.prediction_type == "flow":
         raise ValueError("schedule: expected a variance-preserving schedule, got flow matching")
     if ode is not None:
-        _check.one_of("ode", ode, ODES)
+        check.one_of("ode", ode, ODES)
     last = schedule.alpha[-1].item() ** 2
     if last > ENDS_IN_NOISE:
         raise ValueError(
@@ -87,14 +87,14 @@ def check_likelihood(model: nn.Module | Callable, schedule: NoiseSchedule, image
     Raises:
         TypeError, ValueError, NotFiniteError: what `bits_per_dim` would raise of this model.
     """
-    _finite.rows("images", _check.images("images", image))
+    finite.rows("images", check.images("images", image))
     ode = check_schedule(schedule)
-    _finite.weights(model)
+    finite.weights(model)
     device, dtype = _home(model, image)
     x = image.to(device, dtype)
     with evaluation_mode(model), torch.no_grad():
         output = model(x, torch.zeros(len(x), device=device))
-    _finite.rows("predictions", _prediction(output, x))
+    finite.rows("predictions", _prediction(output, x))
     return ode
 
 
@@ -125,12 +125,12 @@ def bits_per_dim(
     """
     from torchdiffeq import odeint
 
-    _finite.pixels("images", images)
-    rtol = _check.number("rtol", rtol, low=0, low_open=True)
-    atol = _check.number("atol", atol, low=0, low_open=True)
-    seed = _check.integer("seed", seed, low=0)
+    finite.pixels("images", images)
+    rtol = check.number("rtol", rtol, low=0, low_open=True)
+    atol = check.number("atol", atol, low=0, low_open=True)
+    seed = check.integer("seed", seed, low=0)
     ode = check_schedule(schedule, ode)
-    _finite.weights(model)
+    finite.weights(model)
     flow = _PapersFlow(schedule, interpolate) if ode == "papers" else _AngleFlow(schedule)
     device, dtype = _home(model, images)
     flow.table = flow.table.to(device)
@@ -150,7 +150,7 @@ def bits_per_dim(
             (projected,) = torch.autograd.grad((signal * probes).sum(), x)
         trace = (projected.double() * probes).flatten(1).sum(1)
         drift, divergence = flow.velocity(time, signal.detach(), trace, position)
-        return _finite.rows("predictions", torch.cat([drift.flatten(1), divergence[:, None]], dim=1))
+        return finite.rows("predictions", torch.cat([drift.flatten(1), divergence[:, None]], dim=1))
 
     first, last = flow.span
     pixels = flow.scale_at_start * images.to(device, torch.float64).flatten(1)
@@ -255,12 +255,12 @@ def _angles(schedule: NoiseSchedule) -> Tensor:
 
 def _prediction(output, x: Tensor) -> Tensor:
     """The first C of the C or 2C channels that the network returned for `x` `[N, C, H, W]`."""
-    prediction = _check.network_output(output)
+    prediction = check.network_output(output)
     channels = x.shape[1]
     shapes = [[len(x), count, *x.shape[2:]] for count in (channels, 2 * channels)]
     if not isinstance(prediction, Tensor) or list(prediction.shape) not in shapes:
         expected = " or ".join(map(str, shapes))
-        got = _check.describe(prediction)
+        got = check.describe(prediction)
         raise ValueError(f"model: expected a prediction of shape {expected}, got {got}")
     return prediction[:, :channels]
 

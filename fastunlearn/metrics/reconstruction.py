@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .. import _check, _finite
-from ..sampling import inject_and_denoise
+from ..host import check, finite
+from ..models.sampling import inject_and_denoise
 from .distance import distances
 from .frequency import Share
 from .threshold import resolve
@@ -25,7 +25,7 @@ class Reconstruction:
 
     def __post_init__(self):
         distances = {"mean_distance": self.mean_distance, "min_distance": self.min_distance}
-        _finite.numbers("reconstruction", threshold=self.threshold, **distances)
+        finite.numbers("reconstruction", threshold=self.threshold, **distances)
 
 
 def reconstruct(
@@ -52,10 +52,10 @@ def reconstruct(
             refuses it.
         NotFiniteError: a ValueError; the image, the weights or what the network returned is not finite.
     """
-    image = _check.images("image", image if image.ndim == 4 else image[None])
+    image = check.images("image", image if image.ndim == 4 else image[None])
     if len(image) != 1:
         raise ValueError(f"image: expected one image, got {len(image)}")
-    _finite.rows("image", image)
+    finite.rows("image", image)
     threshold = resolve(threshold, image)
     images = inject_and_denoise(model, scheduler, image, timestep, chains=chains, **sampling)
     distance = distances(images, image)

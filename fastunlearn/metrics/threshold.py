@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import _check, _finite
+from ..host import check, finite
 from .distance import distances
 
 PAPERS_SHAPE = (1, 28, 28)
@@ -139,7 +139,7 @@ def refuse_empty_matches(threshold: float, images: Tensor, retain: Tensor | None
     Raises:
         TypeError, ValueError: such a threshold, or one that is no positive number.
     """
-    threshold = _check.number("threshold", threshold, low=0, low_open=True)
+    threshold = check.number("threshold", threshold, low=0, low_open=True)
     distance, row, picture = _nearest_empty(images, retain)
     _refuse_empty_image(distance, row, picture)
     if distance <= threshold:
@@ -201,9 +201,9 @@ def _threshold(value: float, how: str, images: Tensor, retain: Tensor | None) ->
 
 
 def _images(images: Tensor, retain: Tensor | None) -> None:
-    _finite.rows("images", _check.images("images", images))
+    finite.rows("images", check.images("images", images))
     if retain is not None:
-        _finite.rows("retain", _check.images("retain", retain))
+        finite.rows("retain", check.images("retain", retain))
         if retain.shape[1:] != images.shape[1:]:
             raise ValueError(
                 f"retain: expected images of the forget images' shape, {tuple(images.shape[1:])}, "

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .. import _check
-from .._finite import not_finite
-from ..atomic import atomic_directory
-from ..plain_names import plain, plain_copy
+from ..host import check
+from ..host.atomic import atomic_directory
+from ..host.finite import not_finite
+from ..host.plain_names import plain, plain_copy
 from .supported import check_network, check_parts, check_runs, check_surroundings
 
 if TYPE_CHECKING:
@@ -81,11 +81,11 @@ def save_checkpoint(output_dir: str | os.PathLike, model: UNet2DModel, scheduler
         ImportError: the package diffusers is not installed.
     """
     if not isinstance(model, torch.nn.Module) or type(plain(model)).__name__ not in MODELS:
-        raise TypeError(f"model: expected a diffusers {' or '.join(MODELS)}, got {_check.describe(model)}")
+        raise TypeError(f"model: expected a diffusers {' or '.join(MODELS)}, got {check.describe(model)}")
     if type(scheduler).__name__ not in SCHEDULERS:
-        raise TypeError(f"scheduler: expected one of {', '.join(SCHEDULERS)} of diffusers, got {_check.describe(scheduler)}")
+        raise TypeError(f"scheduler: expected one of {', '.join(SCHEDULERS)} of diffusers, got {check.describe(scheduler)}")
     output_dir = check_replaceable(output_dir)
-    diffusers = _check.package("diffusers", "save_checkpoint")
+    diffusers = check.package("diffusers", "save_checkpoint")
     model = plain_copy(model).to("cpu", memory_format=torch.contiguous_format)  # safetensors refuses channels-last
     with atomic_directory(output_dir) as folder:
         pipeline = diffusers.DDPMPipeline(unet=model, scheduler=scheduler)
@@ -135,11 +135,11 @@ def _supported(file: Path, name, allowed: tuple[str, ...], what: str) -> None:
     if name in NOT_YET:
         raise ValueError(f"{file}: expected the {what} {' or '.join(allowed)}, got {name}, which is not supported yet")
     if name not in allowed:
-        raise ValueError(f"{file}: expected the {what} {', '.join(allowed)} in _class_name, got {_check.describe(name)}")
+        raise ValueError(f"{file}: expected the {what} {', '.join(allowed)} in _class_name, got {check.describe(name)}")
 
 
 def _load_scheduler(root: Path, folder: Path) -> SchedulerMixin:
-    diffusers = _check.package("diffusers", "load_checkpoint")
+    diffusers = check.package("diffusers", "load_checkpoint")
     places = (root / "scheduler", root, folder.parent / "scheduler", folder)
     file = next((place / "scheduler_config.json" for place in places if (place / "scheduler_config.json").is_file()), None)
     if file is None:
@@ -157,7 +157,7 @@ def _load_scheduler(root: Path, folder: Path) -> SchedulerMixin:
 
 
 def _load_model(folder: Path, dtype: torch.dtype) -> UNet2DModel:
-    diffusers = _check.package("diffusers", "load_checkpoint")
+    diffusers = check.package("diffusers", "load_checkpoint")
     name = _read_json(folder / "config.json")["_class_name"]
     weights = next((folder / file for file in WEIGHTS if (folder / file).is_file()), None)
     if weights is None:
@@ -189,7 +189,7 @@ def _check_shards(index_file: Path) -> None:
     """
     shards = _read_json(index_file).get("weight_map")
     if not isinstance(shards, dict) or not shards:
-        raise ValueError(f"{index_file}: expected weight_map to name a file for each tensor, got {_check.describe(shards)}")
+        raise ValueError(f"{index_file}: expected weight_map to name a file for each tensor, got {check.describe(shards)}")
     for tensor, shard in shards.items():
         plain = isinstance(shard, str) and Path(shard).name == shard and "\\" not in shard and shard.endswith(".safetensors")
         if not plain:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .. import _check
+from ..host import check
 
 PARTS = ("unet", "transformer", "scheduler")  # what a pipeline of pictures is made of
 AUTOENCODERS = ("vae", "vqvae", "vqgan", "movq")  # diffusers' names of the part that makes latents
@@ -103,4 +103,4 @@ def check_runs(config_file: Path, model: nn.Module, num_timesteps: int) -> None:
     except Exception as error:  # whatever a layer makes of what does not fit
         raise ValueError(f"{expected}, got {type(error).__name__}: {error}") from error
     if tuple(answer.shape) not in ((1, channels, height, width), (1, 2 * channels, height, width)):
-        raise ValueError(f"{expected} and answers with their shape, got {_check.describe(answer)}")
+        raise ValueError(f"{expected} and answers with their shape, got {check.describe(answer)}")

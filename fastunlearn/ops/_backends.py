@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import _check
+from ..host import check
 
 _PACKAGE = Path(__file__).parents[1]
 REVISION = 2  # of the C++ kernels and their arguments; csrc/common.h has the same number
@@ -54,7 +54,7 @@ def extension(library: str) -> bool:
     wanted = os.environ.get("FASTUNLEARN_ISA") or ISAS[-1]
     if wanted not in ISAS:
         raise ValueError(f"FASTUNLEARN_ISA: expected one of {', '.join(ISAS)}, got {wanted!r}")
-    _check.switched_on("FASTUNLEARN_VNNI", default=True)  # C++ reads it: here a typing error is seen
+    check.switched_on("FASTUNLEARN_VNNI", default=True)  # C++ reads it: here a typing error is seen
     found = getattr(ctypes.CDLL(str(path)), "fastunlearn_revision", lambda: 0)()
     if found != REVISION:
         warnings.warn(

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..store import network_input
+from ..host.store import network_input
 from . import _backends
 
 BACKENDS = ("auto", "kernels", "eager", "reference")

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from .. import philox
+from ..host import philox
 from ._library import (
     at_least_float32,
     check_noise,

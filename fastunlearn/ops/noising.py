@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import philox
+from ..host import philox
 from ._library import (
     at_least_float32,
     check_noise,

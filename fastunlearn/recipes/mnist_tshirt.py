@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from .. import assets
-from ..atomic import atomic_file
 from ..data.idx import idx_header, read_idx
-from ..store import ImageStore
+from ..host.atomic import atomic_file
+from ..host.store import ImageStore
 
 TSHIRT_LABEL = 10
 TSHIRT_COPIES = 606

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..schedule import NoiseSchedule
+from ..objective.schedule import NoiseSchedule
 from .noising import levels, noising, prediction_target
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..schedule import NoiseSchedule
+from ..objective.schedule import NoiseSchedule
 
 
 def noising(images: Tensor, noise: Tensor, timesteps: Tensor, schedule: NoiseSchedule) -> Tensor:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..schedule import NoiseSchedule
+from ..objective.schedule import NoiseSchedule
 from .mixture import mixture
 from .redirect import expected_loss, log_kernel, neighbor_noise
 from .residual import denoising_loss

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from .. import _check, _finite
+from ..host import check, finite
 
 BACKGROUND, FRAME, HIDDEN = (0, 0, 0, 0), (226, 84, 20, 255), (150, 156, 164, 255)  # the gaps are transparent
 TILE = 56  # least side of a tile, in pixels of the picture
@@ -77,9 +77,9 @@ def loss_curves(log: Sequence[dict], labels: dict[str, str]) -> bytes:
 def _grid(images: Tensor, columns: int, marked: Sequence[bool] | None, hidden: Sequence[bool] | None, tile: int = TILE) -> Image.Image:
     if images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
         raise ValueError(f"images: expected [N, 1 or 3, H, W] with at least one image, got {tuple(images.shape)}")
-    _check.images("images", images)
-    _check.integer("columns", columns, low=1)
-    _finite.rows("images", images)
+    check.images("images", images)
+    check.integer("columns", columns, low=1)
+    finite.rows("images", images)
     pixels = ((images.detach().cpu().float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     height, width = pixels.shape[1:3]
     scale = -(-tile // min(height, width))

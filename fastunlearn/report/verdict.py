@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .. import _check
+from ..host import check
 from ..metrics.frequency import Share
 from ..metrics.inception import InceptionScores
 from ..metrics.reconstruction import Reconstruction
@@ -32,7 +32,7 @@ class Criterion:
 
     def __post_init__(self):
         if not isinstance(self.passed, bool):
-            raise TypeError(f"passed: expected True or False, got {_check.describe(self.passed)}")
+            raise TypeError(f"passed: expected True or False, got {check.describe(self.passed)}")
 
 
 def all_passed(criteria: Sequence[Criterion]) -> bool | None:
@@ -55,7 +55,7 @@ def frequency_criterion(before: Share, after: Share, expected: float) -> Criteri
     """
     from scipy.stats import binom
 
-    _check.number("expected", expected, low=0, high=1, low_open=True)
+    check.number("expected", expected, low=0, high=1, low_open=True)
     if expected == 1:  # one hit less than all would be rarer
         raise ValueError("expected: expected a share below 1 (1 % is 0.01), got 1")
     if after.total != before.total:
@@ -101,8 +101,8 @@ def quality_criterion(before: InceptionScores, after: InceptionScores, subject: 
         ValueError: a score that is not positive.
     """
     for when, scores in (("before", before), ("after", after)):
-        _check.number(f"inception score {when}", scores.inception_score, low=0, low_open=True)
-        _check.number(f"mean confidence {when}", scores.mean_confidence, low=0, low_open=True)
+        check.number(f"inception score {when}", scores.inception_score, low=0, low_open=True)
+        check.number(f"mean confidence {when}", scores.mean_confidence, low=0, low_open=True)
     falls = [1 - after.inception_score / before.inception_score, 1 - after.mean_confidence / before.mean_confidence]
     evidence = (f"inception score {before.inception_score:.2f} to {after.inception_score:.2f} ({-falls[0]:+.1%}), mean confidence "
                 f"{before.mean_confidence:.3f} to {after.mean_confidence:.3f} ({-falls[1]:+.1%}); allowed {-ALLOWED_FALL:.0%}")

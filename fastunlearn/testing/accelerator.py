@@ -19,10 +19,11 @@ from unittest import mock
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from .. import compilation, replay
+from ..engine import replay
 from ..methods import Pass
+from ..objective.schedule import NoiseSchedule
 from ..ops import _backends
-from ..schedule import NoiseSchedule
+from ..step import compilation
 from .host_sync import TapeGraphs, no_host_sync
 
 DRY = os.environ.get("FASTUNLEARN_DRY", "0") not in ("", "0")

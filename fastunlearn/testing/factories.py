@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..schedule import NoiseSchedule
+from ..objective.schedule import NoiseSchedule
 
 
 def linear_schedule(num_timesteps: int = 1000, prediction_type: str = "epsilon") -> NoiseSchedule:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..schedule import NoiseSchedule
+from ..objective.schedule import NoiseSchedule
 
 VARIABLE = "FASTUNLEARN_GOLDEN"
 

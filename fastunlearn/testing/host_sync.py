@@ -136,7 +136,7 @@ class Tape(NoHostSync):
 
 
 class TapeGraphs:
-    """`fastunlearn.replay.Graphs` for CPUs. What is captured must not wait for the device."""
+    """`fastunlearn.engine.replay.Graphs` for CPUs. What is captured must not wait for the device."""
 
     def __init__(self):
         self.warm_ups = self.captures = self.replays = 0

@@ -14,9 +14,9 @@ from step_cases import SCHEDULE, images
 from torch import Tensor, nn
 
 from fastunlearn import ImageStore, ReTrack, Unlearner
-from fastunlearn.draws import Draws
+from fastunlearn.objective.draws import Draws
+from fastunlearn.runs.training import RunInterrupted, unlearn
 from fastunlearn.testing.factories import Average, TinyDenoiser
-from fastunlearn.training import RunInterrupted, unlearn
 
 STEPS = 6
 

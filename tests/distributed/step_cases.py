@@ -9,9 +9,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastunlearn import SISS, ImageStore, Unlearner, erasediff_step, retrack_step, siss_step
-from fastunlearn.draws import Draws
-from fastunlearn.precision import tf32
-from fastunlearn.step import StepOutput
+from fastunlearn.host.precision import tf32
+from fastunlearn.objective.draws import Draws
+from fastunlearn.step.take import StepOutput
 from fastunlearn.testing.factories import TinyDenoiser, linear_schedule
 
 SCHEDULE = linear_schedule()

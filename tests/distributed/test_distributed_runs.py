@@ -10,8 +10,8 @@ import torch
 from run_cases import STEPS, FailAt, NotFinite, Ruin, SignalAt, run
 from team import Team
 
-from fastunlearn import checkpoint
-from fastunlearn.run_record import read_metrics, read_run
+from fastunlearn.runs import checkpoint
+from fastunlearn.runs.run_record import read_metrics, read_run
 
 
 def together(team: Team, folder: Path, num_steps: int = STEPS, *, of_unlearner: dict[str, Any] | None = None, **options: Any) -> list[dict[str, Any]]:
@@ -127,7 +127,7 @@ def test_what_fails_in_the_first_process_alone_is_told_to_the_others(pair: Team,
     (tmp_path / "file").write_text("no folder")
     texts = failing(pair, run, False, tmp_path / "file" / "run", STEPS, {}, {})
     assert texts[0].startswith("NotADirectoryError")
-    assert texts[1].startswith("fastunlearn.processes.OtherProcessFailed: process 0: NotADirectoryError")
+    assert texts[1].startswith("fastunlearn.runs.processes.OtherProcessFailed: process 0: NotADirectoryError")
     texts = failing(pair, run, False, tmp_path / "run", STEPS, {"report_to": "nobody"}, {})
     assert "report_to: expected one of tensorboard, wandb" in texts[0]
     assert "process 0: ValueError: report_to: expected one of tensorboard, wandb" in texts[1]
@@ -168,7 +168,7 @@ def run_in_a_part(folder: Path) -> None:
     import torch.distributed as dist
     from run_cases import build
 
-    from fastunlearn.training import unlearn
+    from fastunlearn.runs.training import unlearn
 
     part = dist.new_group([0, 1])
     assert dist.get_rank() < 2, "not one of them"

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from team import PATIENCE, tell_place
 
 from fastunlearn.cli import main
-from fastunlearn.folder_lock import LOCK_FILE, locked
-from fastunlearn.run_record import read_metrics, read_run
+from fastunlearn.host.folder_lock import LOCK_FILE, locked
+from fastunlearn.runs.run_record import read_metrics, read_run
 from fastunlearn.testing.checkpoints import save_tiny_checkpoint
 
 LAUNCHERS = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 from scipy.stats import binom
 
-from fastunlearn._finite import NotFiniteError
+from fastunlearn.host.finite import NotFiniteError
 from fastunlearn.metrics.distance import distances
 from fastunlearn.metrics.frequency import Share, frequency
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastunlearn import NoiseSchedule
-from fastunlearn._finite import NotFiniteError
+from fastunlearn.host.finite import NotFiniteError
 from fastunlearn.metrics.nll import Likelihood, bits_per_dim
 from fastunlearn.testing.factories import linear_schedule
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fastunlearn._finite import NotFiniteError
+from fastunlearn.host.finite import NotFiniteError
 from fastunlearn.metrics.frequency import Share
 from fastunlearn.metrics.reconstruction import Reconstruction, reconstruct
 

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from fastunlearn._finite import NotFiniteError
+from fastunlearn.host.finite import NotFiniteError
 from fastunlearn.metrics.distance import distances
 from fastunlearn.metrics.threshold import QUANTILE, calibrate, choose, even_rows, refuse_empty_matches
 from fastunlearn.recipes.mnist_tshirt import load_demo

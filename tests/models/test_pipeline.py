@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastunlearn.models import load_checkpoint, save_checkpoint
-from fastunlearn.schedule import NoiseSchedule
+from fastunlearn.objective.schedule import NoiseSchedule
 from fastunlearn.testing.checkpoints import TINY_TIMESTEPS, save_tiny_checkpoint, tiny_unet
 
 diffusers = pytest.importorskip("diffusers")

@@ -164,7 +164,7 @@ def test_opcheck(layout, backend, monkeypatch):
     monkeypatch.setenv("FASTUNLEARN_BACKEND", backend)
     query, key, value, grad_out = operands((2, 2, 7, 5, 8))
     given = [layout(tensor).detach().requires_grad_() for tensor in (query, key, value)]
-    torch.library.opcheck(torch.ops.fastunlearn.attention.default, (*given, 0.3))
+    torch.library.opcheck(torch.ops.fastunlearn.step.attention.default, (*given, 0.3))
     saved = [tensor.detach() for tensor in (*given, *attention(*given, 0.3))]
     torch.library.opcheck(torch.ops.fastunlearn.attention_backward.default, (layout(grad_out), *saved, 0.3))
 

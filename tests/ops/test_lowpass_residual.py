@@ -8,11 +8,11 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from fastunlearn.objective.frequency import LowPass
 from fastunlearn.ops._backends import ISAS, build_command, extension
 from fastunlearn.ops.lowpass_residual import lowpass_residual
 from fastunlearn.reference.lowpass_residual import full_mask
 from fastunlearn.reference.lowpass_residual import lowpass_residual as literal
-from fastunlearn.selection import LowPass
 from fastunlearn.testing.budgets import assert_within_budget, in_several_orders, shifts
 
 needs_extension = pytest.mark.skipif(not extension("_C"), reason=f"the C++ extension is not built; build it with: {build_command()}")

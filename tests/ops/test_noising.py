@@ -8,9 +8,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from fastunlearn.host.store import DTYPES as ROWS
 from fastunlearn.ops._backends import ISAS, build_command, extension
 from fastunlearn.ops.noising import noising
-from fastunlearn.store import DTYPES as ROWS
 from fastunlearn.testing.budgets import assert_within_budget
 from fastunlearn.testing.factories import linear_schedule, served
 

@@ -7,9 +7,9 @@ import torch
 
 from fastunlearn import LowPass
 from fastunlearn import functional as F
+from fastunlearn.host.philox import Noise
+from fastunlearn.host.store import Rows
 from fastunlearn.ops._backends import build_command, extension
-from fastunlearn.philox import Noise
-from fastunlearn.store import Rows
 from fastunlearn.testing.budgets import assert_within_budget, in_several_orders
 from fastunlearn.testing.factories import linear_schedule, mixture_inputs, redirect_inputs
 

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from fastunlearn import philox
+from fastunlearn.host import philox
 from fastunlearn.ops._backends import build_command, extension
 from fastunlearn.ops.noising import noising
 from fastunlearn.testing.budgets import assert_within_budget

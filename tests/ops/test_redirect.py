@@ -9,11 +9,11 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fastunlearn import philox
+from fastunlearn.host import philox
+from fastunlearn.host.store import DTYPES as ROWS
 from fastunlearn.ops._backends import ISAS, build_command, extension
 from fastunlearn.ops.redirect import redirect
 from fastunlearn.reference.redirect import redirect as literal
-from fastunlearn.store import DTYPES as ROWS
 from fastunlearn.testing.budgets import assert_within_budget, budget, in_several_orders, largest_error
 from fastunlearn.testing.factories import linear_schedule, served
 

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastunlearn.objective.schedule import PREDICTION_TYPES
 from fastunlearn.reference import noising, redirect
 from fastunlearn.reference.redirect import expected_loss, neighbor_targets
-from fastunlearn.schedule import PREDICTION_TYPES
 from fastunlearn.testing.factories import linear_schedule, redirect_inputs
 
 few = settings(max_examples=25, deadline=None, derandomize=True)

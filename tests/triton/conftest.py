@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastunlearn import philox
+from fastunlearn.host import philox
 from fastunlearn.testing.cuda_division import CudaDivision
 from fastunlearn.testing.factories import served
 

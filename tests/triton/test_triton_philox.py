@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastunlearn import philox
+from fastunlearn.host import philox
 from fastunlearn.kernels.images import channels_last_offset, to_float
 from fastunlearn.kernels.philox import normals, philox_words
 from fastunlearn.testing.budgets import assert_within_budget

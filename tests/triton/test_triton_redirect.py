@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastunlearn import philox
+from fastunlearn.host import philox
 from fastunlearn.kernels import redirect as kernels
 from fastunlearn.ops.redirect import redirect as op
 from fastunlearn.reference.redirect import neighbor_targets, squared_norms
@@ -92,7 +92,7 @@ def test_large_tiles(tiles, device, output, monkeypatch):
 
 @pytest.mark.parametrize("split", [False, True])
 def test_philox(split, device, output, monkeypatch):
-    """Both launches draw the same noise, that of `fastunlearn.philox`, at the positions of the global batch."""
+    """Both launches draw the same noise, that of `fastunlearn.host.philox`, at the positions of the global batch."""
     if split:
         monkeypatch.setattr(kernels, "_ONE_LAUNCH_K", 0)
     case = Case(4, (3, 19, 19), timesteps=(0, 500))

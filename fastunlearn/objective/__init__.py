@@ -1,0 +1,1 @@
+"""What a step is made of: the noise schedule, draws, bands of frequencies, terms and passes, and how two gradients become one."""

@@ -1,0 +1,246 @@
+"""Checkpoints that survive a kill at any moment: written aside, fsynced, renamed; every file's SHA-256 in a manifest; safetensors and JSON only.
+
+A run folder holds `checkpoint-<step>/`, each with `manifest.json` (file name -> SHA-256), `metadata.json` and some `.safetensors`. What holds:
+
+- `checkpoint-<step>` is absent or complete, whatever moment the writing process dies at (power loss included, as far as the disk honours fsync).
+- Replacing an existing folder exchanges the two names in one system call where the system can (Linux, on all its usual file systems): a reader
+  finds the old folder or the new one, never neither. Elsewhere two renames follow each other: a reader may miss the folder for the instant
+  between them and finds it on a retry; if the writer dies in that instant, the next `latest` or write puts the old folder back.
+- A run folder has one writer at a time. Its leftovers (`.NAME.PID.tmp`) are removed by the next write after it has died.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..host import check
+from . import optimizer_state
+from ..host.atomic import atomic_directory, remove_leftovers, restore_displaced
+from .state_checks import Entry
+from .state_tree import flatten, unflatten
+
+MANIFEST = "manifest.json"
+METADATA = "metadata.json"
+PREFIX = "checkpoint-"
+# 1 had no number: optimizer state by position, wrapped names, and nothing about model, schedule and precision.
+FORMAT_VERSION = 2
+
+
+@dataclass
+class Checkpoint:
+    tensors: dict[str, dict[str, Tensor]]  # file stem -> name -> tensor, on the CPU
+    metadata: dict[str, Any]
+    states: dict[str, Any]  # name -> state_dict(), as it was given to `save`
+    path: Path = Path()  # where it was read
+
+
+def save(
+    run_dir: str | Path,
+    step: int,
+    tensors: dict[str, dict[str, Tensor]],
+    metadata: dict[str, Any],
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    model: nn.Module | None = None,
+    states: dict[str, Any] | None = None,
+    keep: int | None = None,
+) -> Path:
+    """Writes `run_dir/checkpoint-<step>` and returns its path; an existing one is replaced.
+
+    Args:
+        tensors: for each file stem (`"model"` gives `model.safetensors`) a state dict of tensors, on any device.
+        metadata: anything JSON can hold.
+        optimizer: any `torch.optim` optimizer; `load_optimizer` reads it back.
+        model: the network whose parameters `optimizer` trains. Its state is then kept under their plain names
+            (without wrappers such as `torch.compile`'s); without `model`, under their positions.
+        states: for each name a `state_dict()` of anything else (learning-rate scheduler, EMA, gradient scaler, ...): nested dicts, lists
+            and tuples of tensors, numbers, strings, booleans and None.
+        keep: afterwards, remove the oldest checkpoints beyond this many (diffusers' `checkpoints_total_limit`); at least 1.
+
+    Raises:
+        TypeError: a state or `tensors` hold something else; nothing is written.
+        ValueError: `optimizer` trains a parameter that is none of `model`.
+    """
+    step = check.integer("step", step, low=0)
+    if keep is not None:
+        keep = check.integer("keep", keep, low=1)
+    run_dir = Path(run_dir)
+    states = dict(states or {})
+    if optimizer is not None:
+        states["optimizer"] = optimizer_state.named(optimizer, model)
+    skeletons = {}
+    for name, state in states.items():
+        if name in tensors:
+            raise ValueError(f"states: expected names other than those of tensors, got {name!r} in both")
+        skeletons[name], tensors = _split(name, state, tensors)
+    content = {"version": FORMAT_VERSION, "metadata": metadata, "states": skeletons}
+    text = json.dumps(content, indent=1)
+    clean(run_dir)
+    with atomic_directory(run_dir / f"{PREFIX}{step}") as folder:
+        for stem, named in tensors.items():
+            save_file(_owned(named), folder / f"{stem}.safetensors")
+        (folder / METADATA).write_text(text)
+        manifest = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    if keep is not None:
+        others = [other for other in _steps(run_dir) if other != step]
+        newest_last = [other for other in others if other > step] + [other for other in others if other < step]  # beyond `step`: given up or damaged
+        for stale in newest_last[: max(0, len(others) - keep + 1)]:
+            _discard(run_dir / f"{PREFIX}{stale}")
+    return run_dir / f"{PREFIX}{step}"
+
+
+def load(path: str | Path) -> Checkpoint:
+    """Reads a checkpoint after every file has been compared with the manifest.
+
+    Raises:
+        ValueError: naming the file: it is not a checkpoint, or one of another version of the format, or a file is
+            missing or does not have the hash that the manifest gives.
+    """
+    path = Path(path)
+    names = verify(path)
+    with _readable(path / METADATA):
+        content = json.loads((path / METADATA).read_text())
+        _check_version(content)
+        metadata, skeletons = content["metadata"], dict(content["states"])
+    tensors = {}
+    for name in names:
+        if name.endswith(".safetensors"):
+            with _readable(path / name):
+                tensors[Path(name).stem] = _aligned(load_file(path / name))
+    states = {}
+    for name, skeleton in skeletons.items():
+        with _readable(path / METADATA):
+            states[name] = unflatten(skeleton, tensors.pop(name, {}))
+    return Checkpoint(tensors, metadata, states, path)
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # whatever a file of another kind makes json, safetensors and torch raise
+        text = f"{file}: not a checkpoint of this version of fastunlearn ({type(error).__name__}: {error})"
+        raise ValueError(text) from error
+
+
+def _check_version(content: dict[str, Any]) -> None:
+    version = content.get("version", 1)
+    if version == 1:
+        raise ValueError(
+            f"expected format {FORMAT_VERSION}, got format 1, which lacks the names of the optimizer's parameters and "
+            "the start weights, schedule and precision of the run; the fastunlearn that wrote it can go on with it"
+        )
+    if version != FORMAT_VERSION or isinstance(version, bool):
+        raise ValueError(f"expected format {FORMAT_VERSION}, got format {version!r}")
+
+
+def verify(path: str | Path) -> list[str]:
+    """The names of a checkpoint's files, each with the SHA-256 that the manifest gives; `ValueError` otherwise."""
+    path = Path(path)
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected a checkpoint folder with a readable {MANIFEST}, got {error}") from error
+    if not isinstance(manifest, dict) or METADATA not in manifest:
+        raise ValueError(f"{path / MANIFEST}: expected file names and hashes, {METADATA} among them")
+    for name, expected in manifest.items():
+        if Path(name).name != name:
+            raise ValueError(f"{path / MANIFEST}: expected plain file names, got {name!r}")
+        if not (path / name).is_file() or _sha256(path / name) != expected:
+            raise ValueError(f"{path / name}: missing or damaged (its SHA-256 is not the manifest's)")
+    return list(manifest)
+
+
+def latest(run_dir: str | Path) -> Path | None:
+    """The newest undamaged checkpoint below `run_dir`, or None; damaged newer ones are reported by a warning."""
+    run_dir = Path(run_dir)
+    restore_displaced(run_dir, f"{PREFIX}*")
+    for step in reversed(_steps(run_dir)):
+        path = run_dir / f"{PREFIX}{step}"
+        try:
+            verify(path)
+        except ValueError as error:
+            warnings.warn(f"damaged checkpoint passed over: {error}", stacklevel=2)
+        else:
+            return path
+    return None
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Checkpoint, model: nn.Module | None = None) -> None:
+    """Puts the optimizer state of `state` into `optimizer`: each parameter gets what was kept under its name.
+
+    Args:
+        model: as in `save`.
+
+    Raises:
+        ValueError: naming file and entry: the state is not that of these parameters. `optimizer` is as it was.
+    """
+    place = Entry(state.path, "optimizer")
+    if "optimizer" not in state.states:
+        raise place.error("the state of an optimizer", None)
+    optimizer_state.load(optimizer, optimizer_state.checked(optimizer, model, state.states["optimizer"], place))
+
+
+def clean(run_dir: str | Path) -> None:
+    """Removes what a killed writer of `run_dir` left beside its checkpoints; every `save` begins with it."""
+    remove_leftovers(Path(run_dir), f"{PREFIX}*")
+
+
+def _discard(path: Path) -> None:
+    """Removes a checkpoint; under its own name it is whole until it is gone."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    os.replace(path, aside)
+    shutil.rmtree(aside)
+
+
+def _split(name: str, state: Any, tensors: dict[str, dict[str, Tensor]]) -> tuple[Any, dict[str, dict[str, Tensor]]]:
+    skeleton, found = flatten(state, name)
+    return skeleton, {**tensors, name: found} if found else tensors
+
+
+def _owned(named: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous CPU tensors that share no memory (tied weights do), as safetensors wants them."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in named.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a tensor in a state dict, got {check.describe(tensor)}")
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != tensor.nbytes:
+            tensor = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
+        result[name] = tensor
+    return result
+
+
+def _aligned(named: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies with the alignment of fresh tensors: in the file they start anywhere, and BLAS sums in another order there (LBFGS is not bit-equal then)."""
+    return {name: tensor.clone() for name, tensor in named.items()}
+
+
+def _steps(run_dir: Path) -> list[int]:
+    found = (folder.name.removeprefix(PREFIX) for folder in run_dir.glob(f"{PREFIX}*") if (folder / MANIFEST).exists())
+    return sorted(int(step) for step in found if step.isdigit())
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

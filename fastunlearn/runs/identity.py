@@ -1,0 +1,257 @@
+"""What makes two runs the same run: a checkpoint is resumed only by a run of the same identity.
+
+It is taken before the first step, of objects that are new: whatever a run changes afterwards (rates,
+counters, weights) has the value there that its arguments give it. docs/resume.md lists what stands in it, and
+what does not.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, is_dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..host import check
+from ..host.arrays import tensor_bytes
+from ..host.plain_names import plain, plain_parameters, plain_state
+
+SHOWN = 600  # characters of a value in a message; of longer ones only what differs is shown
+FACTOR_STEPS = [*range(1024), *range(1024, 20_000, 64), *range(20_000, 1_000_001, 20_000)]
+UNKNOWN = "not known: the run did not begin at step 0"  # equal to anything
+ABSENT = "nothing of this name"
+
+
+def identity(unlearner, more: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Everything but the start weights (`start_weights`); JSON-able, the same for any number of processes.
+
+    Args:
+        more: what else belongs to it.
+
+    Raises:
+        ValueError: a name in `more` is taken.
+    """
+    method = unlearner.method
+    hyperparameters = asdict(method) if is_dataclass(method) else vars(method)
+    description = {
+        "seed": unlearner.seed,
+        "network": _network(unlearner.model),
+        "schedule": _schedule(getattr(unlearner, "schedule", None)),
+        "optimizer": _optimizer(unlearner.optimizer),
+        "lr_scheduler": _lr_scheduler(unlearner),
+        "method": {"name": type(method).__name__} | hyperparameters,
+        "batch_size": unlearner.batch_size,
+        "data": {name: _store(getattr(unlearner, name)) for name in ("forget", "retain")},
+        "neighbors": _neighbors(getattr(unlearner, "neighbor_rows", None)),
+        "max_grad_norm": getattr(unlearner, "max_grad_norm", None),
+        "precision": _precision(unlearner),
+        "ema": _part(unlearner, "ema"),
+    }
+    more = {} if more is None else more
+    taken = sorted((description.keys() | {"start_weights"}) & more.keys())
+    if taken:
+        raise ValueError(f"identity: expected names of your own, got {taken[0]!r}, which has a meaning")
+    return described({**more, **description})  # the more readable ones first: they are compared in this order
+
+
+def start_weights(unlearner) -> str:
+    """SHA-256 over the model's state before any step, by plain name, whatever its device and wrapping.
+
+    Raises:
+        TypeError: the state holds something that is no tensor: no checkpoint can.
+    """
+    if unlearner.step_index != 0:
+        return UNKNOWN
+    digest = hashlib.sha256()
+    for name, value in sorted(plain_state(unlearner.model).items()):
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"model: expected a state dict of tensors, got {check.describe(value)} for {name}"
+            )
+        digest.update(f"{name} {_hash(value)}\n".encode())
+    return digest.hexdigest()
+
+
+def check_same(present: dict[str, Any], saved: Any, names: list[str], where: str) -> None:
+    """Whether the entries `names` of two identities agree.
+
+    Raises:
+        ValueError: with both values of the first that does not.
+    """
+    for name in names:
+        first, second = present.get(name, ABSENT), saved.get(name, ABSENT)
+        differences = list(_differences(first, second))
+        if not differences:
+            continue
+        first_ones = differences[:4]
+        listed = ", ".join(f"{path} ({left!r} here, {right!r} there)" for path, left, right in first_ones)
+        text = "resume_from_checkpoint: expected a checkpoint of a run with"
+        if max(len(str(first)), len(str(second))) > SHOWN:
+            raise ValueError(f"{text} this {name}, got another in {where}: {listed}")
+        more = f"; they differ in {listed}" if differences[0][0] else ""
+        raise ValueError(f"{text} {name} {first}, got {second} in {where}{more}")
+
+
+def described(value: Any) -> Any:
+    """`value` as JSON, the same in every process: no addresses, no objects; large tensors by their hash."""
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else repr(value)  # NaN is not equal to itself
+    if isinstance(value, Mapping):
+        return {str(key): described(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [described(item) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(str, value))
+    if isinstance(value, (np.ndarray, np.generic)):
+        return described(value.tolist())
+    if isinstance(value, Tensor):
+        one = value.numel() == 1
+        return described(value.item()) if one else {"shape": list(value.shape), "sha256": _hash(value)}
+    if isinstance(value, (torch.dtype, torch.device)):
+        return str(value)
+    if isinstance(value, functools.partial):
+        return [described(value.func), described(value.args), described(value.keywords)]
+    return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+
+
+def _hash(*tensors: Tensor) -> str:
+    digest = hashlib.sha256()
+    for value in tensors:
+        digest.update(f"{value.dtype} {list(value.shape)}\n".encode())
+        digest.update(tensor_bytes(value.detach().flatten()))
+    return digest.hexdigest()
+
+
+def _network(model: nn.Module) -> dict[str, Any]:
+    """Its class, configuration (diffusers keeps one), mode and dtypes, and which parameters are trained."""
+    parameters = plain_parameters(model)
+    trained = sorted(name for name, parameter in parameters.items() if parameter.requires_grad)
+    names = hashlib.sha256(" ".join(trained).encode()).hexdigest()[:16]
+    config = getattr(plain(model), "config", None)
+    settings = config.items() if isinstance(config, Mapping) else ()
+    return {
+        "name": type(plain(model)).__name__,
+        "config": {key: value for key, value in settings if not str(key).startswith("_")},
+        "training": model.training,
+        "dtypes": {parameter.dtype for parameter in parameters.values()},
+        "parameters": sum(parameter.numel() for parameter in parameters.values()),
+        "trained": f"{len(trained)} of {len(parameters)} tensors, {names}",
+    }
+
+
+def _schedule(schedule) -> dict[str, Any] | None:
+    if schedule is None:
+        return None
+    tables = _hash(schedule.alpha, schedule.sigma, schedule.model_timesteps)
+    return {"prediction_type": schedule.prediction_type, "timesteps": len(schedule), "sha256": tables}
+
+
+def _optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    left_out = ("params", "param_names", "lr", "initial_lr")  # a scheduler moves lr, and keeps the first
+    groups = [
+        {key: value for key, value in group.items() if key not in left_out}
+        for group in optimizer.param_groups
+    ]
+    rates = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
+    return {"name": type(optimizer).__name__, "learning_rates": rates, "groups": groups}
+
+
+def _lr_scheduler(unlearner) -> dict[str, Any] | None:
+    """How the rates will go on: the scheduler's settings, and what the functions of a LambdaLR give."""
+    scheduler = unlearner.lr_scheduler
+    if scheduler is None:
+        return None
+    part = _part(unlearner, "lr_scheduler")
+    if not isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler):
+        # Nothing is known of it: its rates may depend on the length of the run.
+        return part | {"total_steps": getattr(unlearner, "total_steps", None)}
+    functions = getattr(scheduler, "lr_lambdas", [])
+    return part | ({"factors": [_factors(function) for function in functions]} if functions else {})
+
+
+def _factors(function) -> dict[str, Any]:
+    """What a function of the step gives at many steps; a table may end before the last of them."""
+    values = []
+    for step in FACTOR_STEPS:
+        try:
+            values.append(float(function(step)))
+        except Exception:  # a function of the user's: whatever it raises where it is not defined
+            break
+    shown = [step for step in (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if step < len(values)]
+    return {
+        "at": {str(step): values[step] for step in shown},
+        "sha256": hashlib.sha256(repr(values).encode()).hexdigest(),
+    }
+
+
+def _part(unlearner, name: str) -> dict[str, Any] | None:
+    """A scheduler's, an EMA's or a scaler's class and the numbers and texts of its state."""
+    part = getattr(unlearner, name, None)
+    if part is None:
+        return None
+    settings = _settings(part.state_dict()) if unlearner.step_index == 0 else UNKNOWN
+    return {"name": type(part).__name__, "settings": settings}
+
+
+def _settings(state: Any) -> Any:
+    """A state without its tensors: but for a single number under a name, those are no settings."""
+    if isinstance(state, Mapping):
+        return {
+            str(key): _settings(value)
+            for key, value in state.items()
+            if not isinstance(value, Tensor) or not value.ndim
+        }
+    if isinstance(state, (list, tuple)):
+        return [_settings(value) for value in state if not isinstance(value, Tensor)]
+    return described(state)
+
+
+def _precision(unlearner) -> dict[str, Any]:
+    backends = torch.backends
+    return {
+        "autocast_dtype": getattr(unlearner, "autocast_dtype", None),
+        "grad_scaler": _part(unlearner, "grad_scaler"),
+        "float32": {
+            "products": backends.cuda.matmul.fp32_precision,
+            "convolutions": backends.cudnn.conv.fp32_precision,
+        },
+    }
+
+
+def _store(store) -> dict[str, Any] | None:
+    if store is None:
+        return None
+    return {
+        "rows": len(store),
+        "shape": list(store.shape),
+        "dtype": str(store.dtype),
+        "sha256": store.content_hash(),
+    }
+
+
+def _neighbors(rows: Tensor | None) -> dict[str, Any] | None:
+    """Their rows in the retain set, `[N, k]`."""
+    return None if rows is None else {"shape": list(rows.shape), "sha256": _hash(rows.long())}
+
+
+def _differences(first: Any, second: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Where two descriptions differ: path and both values."""
+    if UNKNOWN in (first, second):
+        return
+    if isinstance(first, dict) and isinstance(second, dict):
+        for key in dict.fromkeys([*first, *second]):
+            values = first.get(key, ABSENT), second.get(key, ABSENT)
+            yield from _differences(*values, f"{path}.{key}" if path else key)
+    elif isinstance(first, list) and isinstance(second, list) and len(first) == len(second):
+        for index, (left, right) in enumerate(zip(first, second, strict=True)):
+            yield from _differences(left, right, f"{path}.{index}" if path else str(index))
+    elif first != second or isinstance(first, bool) != isinstance(second, bool):
+        yield path, first, second

@@ -1,0 +1,1 @@
+"""One unlearning step: draw, compose, predict, residual, combine, update. Begin with `take.py`."""

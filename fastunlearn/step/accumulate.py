@@ -1,0 +1,174 @@
+"""Backward passes, which accumulate one gradient or two, and the mean of gradients over processes."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..host.tensor_lists import multiply, portions, total_norm
+from ..objective.combine import Combination, Combined
+
+log = logging.getLogger("fastunlearn")
+
+REDUCED_AT_ONCE = 64 << 20  # bytes of gradients in one all-reduce
+
+# What torch says of a network whose backward pass is not the step's to take, and what that means here.
+REFUSED_BACKWARD = {
+    "use_reentrant": (
+        "model: expected activation checkpoints with use_reentrant=False (in diffusers and transformers an "
+        "argument of what enables gradient checkpointing), got reentrant ones, which cannot go back for the "
+        "trained parameters alone"
+    ),
+    "backward through the graph a second time": (
+        "model: expected an output whose graph is that of its own call, got one that shares a part with "
+        "another call of the step (something with a graph that was computed before, such as a text embedding: "
+        "detach() it, or compute it inside of the model)"
+    ),
+}
+
+
+class Accumulator:
+    """Backward passes of two roles, `"retain"` (the main gradient) and `"forget"` (the correction), and how they become one gradient in `.grad`.
+
+    With `in_place` all passes of the correction come first: it is then scaled where it lies, and the main gradient is added to it. Otherwise
+    the two have a set of buffers each, swapped between `.grad` and here, never copied.
+
+    Args:
+        combination: None: both roles are one gradient.
+        unit: 0-d; the correction was computed divided by it.
+        loss_scale: both gradients are multiplied by it.
+        group: processes whose mean the gradients are; each gradient is reduced before its norm is taken.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        combination: Combination | None = None,
+        *,
+        in_place: bool = False,
+        unit: Tensor | float = 1.0,
+        loss_scale: Tensor | float = 1.0,
+        group: dist.ProcessGroup | None = None,
+    ):
+        self.parameters = list(parameters)
+        self.combination, self.unit, self.loss_scale, self.group = combination, unit, loss_scale, group
+        for parameter in self.parameters:
+            parameter.grad = None
+        self._parked: list[Tensor | None] = [None] * len(self.parameters)
+        self._combined: Combined | None = None if combination else Combined()
+        self._in_place = in_place and combination is not None and not combination.needs_main
+        self._role = "forget" if self._in_place else "retain"
+
+    def backward(self, role: str, prediction: Tensor, gradient: Tensor, *, retain_graph: bool = False) -> None:
+        """Adds the gradient of `role` that `gradient` (d loss / d prediction) brings."""
+        self._select(role)
+        try:
+            torch.autograd.backward(prediction, gradient, retain_graph=retain_graph, inputs=self.parameters)
+        except RuntimeError as error:
+            for text, explanation in REFUSED_BACKWARD.items():
+                if text in str(error):
+                    raise ValueError(explanation) from error
+            raise
+
+    def finish(self) -> Combined:
+        """Leaves the combined gradient in `.grad`: of all processes, and still multiplied by the loss scale."""
+        self._select("retain")
+        self._reduce()
+        if self._combined is None:
+            self._combined = self._merge()
+        return self._combined
+
+    def _merge(self) -> Combined:
+        """Adds the parked correction to the main gradient in `.grad`."""
+        self._swap()
+        self._reduce()
+        norm = total_norm(self._present(), self._device)
+        both = [(main, parameter.grad) for main, parameter in zip(self._parked, self.parameters, strict=True) if parameter.grad is not None]
+        mains, corrections = [main for main, _ in both if main is not None], [own for main, own in both if main is not None]
+        factor = self.combination.factor(norm, mains, corrections, self.loss_scale)
+        multiply([own for main, own in both if main is None], -factor)
+        if mains and self._device.type == "cpu":  # one pass over both; on GPUs foreach has a fast way for tensors of equal shapes only
+            torch._foreach_addcmul_(mains, corrections, [(-factor).to(main.dtype) for main in mains])
+        elif mains:
+            multiply(corrections, -factor)
+            torch._foreach_add_(mains, corrections)
+        for parameter, main in zip(self.parameters, self._parked, strict=True):
+            parameter.grad = parameter.grad if main is None else main
+        self._parked = [None] * len(self.parameters)
+        return self._report(norm, factor)
+
+    def _select(self, role: str) -> None:
+        """Lets backward passes accumulate the gradient of `role`."""
+        if role == self._role or self.combination is None:
+            return
+        if self._in_place:
+            if role == "forget":
+                raise RuntimeError("the correction was complete: its passes come first")
+            self._settle()
+        else:
+            self._swap()
+        self._role = role
+
+    def _settle(self) -> None:
+        """Makes the complete correction in `.grad`, g_a, to -f g_a, on which the main gradient comes."""
+        self._reduce()
+        correction = self._present()
+        norm = total_norm(correction, self._device)
+        factor = self.combination.factor(norm, [], [], self.loss_scale)
+        multiply(correction, -factor)
+        self._combined = self._report(norm, factor)
+
+    def _report(self, norm: Tensor, factor: Tensor) -> Combined:
+        return Combined(norm * self.unit / self.loss_scale, factor / self.unit, factor)
+
+    def _swap(self) -> None:
+        for index, parameter in enumerate(self.parameters):
+            parameter.grad, self._parked[index] = self._parked[index], parameter.grad
+
+    def _present(self) -> list[Tensor]:
+        return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+
+    def _reduce(self) -> None:
+        """Makes `.grad` the mean over the processes. A gradient that is missing here counts as zero; one that is missing everywhere stays missing,
+        since an optimizer would decay the parameter of a zero one."""
+        if self.group is None:
+            return
+        missing = [index for index, parameter in enumerate(self.parameters) if parameter.grad is None]
+        present = torch.ones(len(self.parameters), device=self._device)
+        for index in missing:
+            self.parameters[index].grad = torch.zeros_like(self.parameters[index])
+            present[index].zero_()
+        reduce_mean([*self._present(), present], self.group)
+        if missing:
+            if self._device.type != "cpu":
+                _say_missing(len(missing))
+            shares = present.tolist()
+            for index in missing:
+                if shares[index] == 0:
+                    self.parameters[index].grad = None
+
+    @property
+    def _device(self) -> torch.device:
+        return self.parameters[0].device
+
+
+def reduce_mean(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
+    """The mean of `tensors` over the processes of `group`, in place; every process brings the same shapes in the same order."""
+    for some in portions(tensors, REDUCED_AT_ONCE):
+        flat = torch.cat([tensor.flatten() for tensor in some])
+        dist.all_reduce(flat, group=group)
+        flat /= dist.get_world_size(group)
+        torch._foreach_copy_(some, [part.view_as(tensor) for part, tensor in zip(flat.split([t.numel() for t in some]), some, strict=True)])
+
+
+@functools.cache
+def _say_missing(count: int) -> None:
+    log.warning(
+        "%d parameters get no gradient: every step waits for the device to learn whether they have one in another process; requires_grad_(False) avoids it",
+        count,
+    )

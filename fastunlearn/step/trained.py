@@ -1,0 +1,295 @@
+"""What a step trains and with what: parameters that it can answer for, optimizer, what stood in `.grad`."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..host import check
+from .wrappers import (
+    check_update_is_due,
+    check_wrappers,
+    grad_scaler_of,
+    refuse_elsewhere,
+    unwrap_optimizer,
+    warn_if_accumulating,
+)
+
+log = logging.getLogger("fastunlearn")
+
+# Attributes by which libraries mark parameters that are not whole, or not updated from `.grad`.
+MARKS = {
+    "_fsdp_flattened": "parameters that FSDP has flattened",
+    "_in_backward_optimizers": "an optimizer that steps inside the backward pass",
+    "_is_flat_param": "parameters that FSDP has flattened",
+    "ds_id": "parameters that DeepSpeed ZeRO-3 spreads over processes",
+    "tensor_model_parallel": "parameters that Megatron-LM spreads over processes",
+}
+NAMES_SHOWN = 3
+_UNREACHED: set[tuple[int, int]] = set()  # how many parameters of how many: what has been said
+
+
+class Trained(NamedTuple):
+    """Arguments of a step that have been looked at; what they are wrapped in is off."""
+
+    model: Callable
+    parameters: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer | None
+    grad_scaler: torch.amp.GradScaler | None
+    process_group: dist.ProcessGroup | None
+    wrappers: list[Any]  # accelerate's, around the optimizer
+
+
+def look_at(
+    model: Callable,
+    optimizer: torch.optim.Optimizer | None,
+    grad_scaler: torch.amp.GradScaler | None,
+    process_group: dist.ProcessGroup | None,
+    *,
+    keep_grad: bool = False,
+) -> Trained:
+    """The arguments of a step as it uses them. Nothing on the device is read.
+
+    Args:
+        model: as the caller has it, perhaps in DistributedDataParallel.
+
+    Raises:
+        TypeError, ValueError: naming the argument that a step could not answer for.
+    """
+    network = unwrapped(model)
+    for each in (model, network):
+        refuse_elsewhere("model", each)
+    optimizer, wrappers = unwrap_optimizer(optimizer)
+    grad_scaler = grad_scaler_of(wrappers, grad_scaler)
+    if grad_scaler is not None and not isinstance(grad_scaler, torch.amp.GradScaler):
+        expected = "expected a torch.amp.GradScaler or None"
+        raise TypeError(f"grad_scaler: {expected}, got {check.describe(grad_scaler)}")
+    parameters = trainable(network, optimizer)
+    check_gradients(network, optimizer, parameters, keep_grad=keep_grad)
+    check_update_is_due(wrappers)
+    if optimizer is not None and not wrappers:
+        warn_if_accumulating()
+    check_wrappers(wrappers, reduced=process_group is not None or network is not model)
+    if grad_scaler is not None and not grad_scaler.is_enabled():
+        grad_scaler = None  # its step would make the update unconditionally
+    if optimizer is not None and process_group is None and network is model and _count_processes() > 1:
+        _say_alone(_count_processes())
+    return Trained(network, parameters, optimizer, grad_scaler, processes(model, process_group), wrappers)
+
+
+def _count_processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+@functools.cache
+def _say_alone(count: int) -> None:
+    log.warning(
+        "model: %d processes run together, but this network is not in DistributedDataParallel, and there is no "
+        "process_group: each process makes updates of its own, and they drift apart unless that is meant",
+        count,
+    )
+
+
+@functools.cache
+def _say_bfloat16() -> None:
+    log.warning(
+        "model: bfloat16 parameters: an update of less than 1/256 of a weight is rounded away, unless the optimizer "
+        "keeps more bits; float32 parameters with autocast_dtype=torch.bfloat16 lose none"
+    )
+
+
+@functools.cache
+def say_unscaled() -> None:
+    log.warning(
+        "grad_scaler: none with autocast_dtype=torch.float16, in which gradients below 6e-8 become 0: "
+        "torch.amp.GradScaler() keeps them, bfloat16 needs none"
+    )
+
+
+def check_reached(model: Callable, parameters: list[nn.Parameter]) -> None:
+    """Whether the backward passes of a step came to `parameters`. Values are not read.
+
+    Says once of those that they did not come to: they stay as they are, and no number of the step shows it.
+
+    Raises:
+        ValueError: they came to none.
+    """
+    missing = [parameter for parameter in parameters if parameter.grad is None]
+    if len(missing) == len(parameters):
+        expected = "expected parameters that the model's output depends on"
+        why = (
+            "was it built for another copy of the model, "
+            "or is all of that in an activation checkpoint with use_reentrant=True?"
+        )
+        raise ValueError(f"optimizer: {expected}, got none ({why})")
+    counts = len(missing), len(parameters)
+    if missing and counts not in _UNREACHED:
+        _UNREACHED.add(counts)
+        log.warning(
+            "optimizer: %d of %d parameters get no gradient, and stay as they are (%s): does the output not "
+            "depend on them, are they another copy's, or in a checkpoint with use_reentrant=True?",
+            *counts,
+            _names(model, missing),
+        )
+
+
+def unwrapped(model: Callable) -> Callable:
+    """The network itself.
+
+    DistributedDataParallel reduces neither a second backward pass nor one with given inputs: the step calls
+    what it wraps, and reduces itself.
+    """
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def processes(model: Callable, process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """The processes that train `model` together; None: this one alone."""
+    if process_group is None and isinstance(model, nn.parallel.DistributedDataParallel):
+        process_group = model.process_group
+    return None if process_group is None or dist.get_world_size(process_group) == 1 else process_group
+
+
+def trainable(model: Callable, optimizer: torch.optim.Optimizer | None) -> list[nn.Parameter]:
+    """The parameters that a step on `model`, unwrapped, trains.
+
+    Raises:
+        TypeError, ValueError: there are none, or some that are not whole, or that a step could not update.
+    """
+    if optimizer is None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"model: expected a torch.nn.Module where optimizer is None, got {type(model).__name__}"
+            )
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    else:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(
+                f"optimizer: expected a torch.optim.Optimizer or None, got {type(optimizer).__name__}"
+            )
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise TypeError("optimizer: expected one whose step() needs no closure, got LBFGS")
+        parameters = [parameter for parameter in _of(optimizer) if parameter.requires_grad]
+    twice = len(parameters) - len({id(parameter) for parameter in parameters})
+    if twice:  # torch only warns; norm, clipping and update would count its gradient twice
+        raise ValueError(f"optimizer: expected every parameter once, got {twice} a second time")
+    if any(parameter.dtype == torch.bfloat16 for parameter in parameters):
+        _say_bfloat16()
+    if not parameters:
+        raise ValueError("model: expected at least one trainable parameter, got none with requires_grad=True")
+    if any(hasattr(parameter, "device_mesh") for parameter in parameters):
+        raise TypeError(
+            "model: expected whole parameters in every process, got DTensor shards (FSDP, tensor "
+            "parallelism), whose norms are partial"
+        )
+    if any(parameter.dtype == torch.float16 for parameter in parameters):
+        raise TypeError(
+            "model: expected float32 (or bfloat16) parameters, got float16, in which norms overflow; "
+            "autocast_dtype runs the network in float16"
+        )
+    for parameter in parameters:
+        if parameter.__dict__:  # few have attributes of their own
+            _refuse_marked(parameter)
+    return parameters
+
+
+def _refuse_marked(parameter: nn.Parameter) -> None:
+    for mark in parameter.__dict__.keys() & MARKS.keys():
+        if getattr(parameter, mark) is not False:
+            raise TypeError(f"model: expected whole parameters, updated by the optimizer, got {MARKS[mark]}")
+
+
+def _of(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    return (parameter for group in optimizer.param_groups for parameter in group["params"])
+
+
+def check_gradients(
+    model: Callable,
+    optimizer: torch.optim.Optimizer | None,
+    parameters: list[nn.Parameter],
+    *,
+    keep_grad: bool,
+) -> None:
+    """Whether the step is free to use `.grad`. Values are not read.
+
+    Raises:
+        TypeError: hooks after accumulation, which would see two or three gradients a step, or a gradient that
+            is not dense.
+        ValueError: a gradient stands in `.grad` and is not to be kept, or it is that of a frozen parameter,
+            which the optimizer would move.
+    """
+    if not isinstance(keep_grad, bool):
+        raise TypeError(f"keep_grad: expected True or False, got {check.describe(keep_grad)}")
+    hooked = [parameter for parameter in parameters if parameter._post_accumulate_grad_hooks]
+    if hooked:
+        expected = (
+            "expected parameters without hooks after accumulation (an optimizer in the backward pass, say)"
+        )
+        text = "a step accumulates its gradients in several backward passes"
+        raise TypeError(f"model: {expected}, since {text}, got them on {_names(model, hooked)}")
+    everything = parameters if optimizer is None else list(_of(optimizer))
+    standing = [parameter for parameter in everything if parameter.grad is not None]
+    if not standing:
+        return
+    frozen = [parameter for parameter in standing if not parameter.requires_grad]
+    if frozen:
+        expected = "expected no gradient in a frozen parameter, which the optimizer would move"
+        clear = "optimizer.zero_grad(set_to_none=True) clears it"
+        raise ValueError(f"keep_grad: {expected} ({clear}), got one in {_names(model, frozen)}")
+    if not keep_grad:
+        expected = "expected .grad to be None before a step (optimizer.zero_grad(set_to_none=True) clears it)"
+        instead = "or keep_grad=True, which adds what stands there to the step's gradient"
+        raise ValueError(f"keep_grad: {expected}, {instead}, got a gradient in {_names(model, standing)}")
+    sparse = [parameter for parameter in standing if parameter.grad.layout != torch.strided]
+    if sparse:
+        raise TypeError(f"keep_grad: expected dense gradients, got sparse ones in {_names(model, sparse)}")
+
+
+def _names(model: Callable, parameters: list[Tensor]) -> str:
+    """`parameters` by their names in `model`, or by their shapes; the first few."""
+    named = (
+        {parameter: name for name, parameter in model.named_parameters()}
+        if isinstance(model, nn.Module)
+        else {}
+    )
+    shown = [
+        named.get(parameter, f"a parameter of shape {tuple(parameter.shape)}") for parameter in parameters
+    ]
+    more = len(shown) - NAMES_SHOWN
+    return ", ".join(shown[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+@contextmanager
+def set_aside(parameters: Iterable[nn.Parameter]) -> Iterator[list[Tensor | None]]:
+    """Within the block `.grad` is the step's. What stood there is handed out, and put back after an error."""
+    parameters = list(parameters)
+    kept = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    try:
+        yield kept
+    except BaseException:
+        for parameter, gradient in zip(parameters, kept, strict=True):
+            parameter.grad = gradient
+        raise
+
+
+def add_kept(parameters: Iterable[nn.Parameter], kept: list[Tensor | None]) -> None:
+    """Adds `kept` to the gradients in `.grad`. Its tensors are the caller's: nothing is written to them."""
+    own, others = [], []
+    for parameter, gradient in zip(parameters, kept, strict=True):
+        if gradient is None:
+            continue
+        if parameter.grad is None:
+            parameter.grad = gradient.detach().clone()
+        else:
+            own.append(parameter.grad)
+            others.append(gradient.detach())
+    if own:
+        torch._foreach_add_(own, others)
