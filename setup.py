@@ -1,9 +1,14 @@
-"""Builds the C++/CUDA extension through CMakeLists.txt. Everything else about the package stands in pyproject.toml.
+"""Builds the C++/CUDA extension through CMakeLists.txt.
 
-FASTUNLEARN_CUDA   auto (default): CUDA sources too where nvcc and a CUDA build of torch are found; check: compile them for every shipped
-                   architecture, spills are errors, and link (against a stub where torch has no CUDA); off: CPU only.
+Everything else about the package stands in pyproject.toml.
+
+FASTUNLEARN_CUDA   auto (default): CUDA sources too where nvcc and a CUDA build of torch are found; check:
+compile them for every shipped
+                   architecture, spills are errors, and link (against a stub where torch has no CUDA); off:
+                   CPU only.
 FASTUNLEARN_CUDA_ARCHS   architectures, default "80;90".
-FASTUNLEARN_EXTENSION    auto (default): without torch, cmake or a compiler the package installs as plain Python, with a warning;
+FASTUNLEARN_EXTENSION    auto (default): without torch, cmake or a compiler the package installs as plain
+Python, with a warning;
                          require: that is an error; off: no extension.
 MAX_JOBS           compilations at a time, default 2.
 """
@@ -32,7 +37,10 @@ def one_of(variable: str, *values: str) -> str:
 
 
 def torch_dir() -> Path | None:
-    """The installed torch, which is never imported: only its headers and libraries are used. Found from pip's isolated build, too."""
+    """The installed torch, which is never imported: only its headers and libraries are used.
+
+    Found from pip's isolated build, too.
+    """
     spec = importlib.util.find_spec("torch")
     places = [Path(spec.origin).parent] if spec and spec.origin else []
     places += [Path(sysconfig.get_paths()[scheme]) / "torch" for scheme in ("platlib", "purelib")]
@@ -45,7 +53,9 @@ def sources() -> list[str]:
 
 
 class CMakeBuild(build_ext):
-    """One CMake project instead of setuptools' compiler calls: `_C.abi3.so`, and `_C_cuda.abi3.so` where CUDA is wanted."""
+    """One CMake project instead of setuptools' compiler calls: `_C.abi3.so`, and `_C_cuda.abi3.so` where CUDA
+    is wanted.
+    """
 
     def build_extension(self, extension: Extension) -> None:
         if one_of("FASTUNLEARN_EXTENSION", "auto", "require", "off") == "off":
@@ -53,7 +63,11 @@ class CMakeBuild(build_ext):
         torch, missing = torch_dir(), []
         if torch is None:
             missing.append("torch >= 2.11, installed before")
-        missing += [what for what, found in (("cmake", shutil.which("cmake")), ("a C++ compiler", self._compiler())) if not found]
+        missing += [
+            what
+            for what, found in (("cmake", shutil.which("cmake")), ("a C++ compiler", self._compiler()))
+            if not found
+        ]
         if missing:
             message = f"fastunlearn: no C++ extension (missing: {', '.join(missing)}); plain torch will be used. Later: {REBUILD}"
             if os.environ.get("FASTUNLEARN_EXTENSION") == "require":
@@ -65,11 +79,15 @@ class CMakeBuild(build_ext):
         arguments = [f"-DTORCH_DIR={torch}", f"-DOUT={out}", *self._cuda_arguments(torch)]
         ninja = shutil.which("ninja")
         arguments += ["-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else ["-GUnix Makefiles"]
-        folder = ROOT / "build" / ("extension-ninja" if ninja else "extension-make")  # kept: the next build compiles only what changed
+        # kept: the next build compiles only what changed
+        folder = ROOT / "build" / ("extension-ninja" if ninja else "extension-make")
         folder.mkdir(parents=True, exist_ok=True)
-        if subprocess.call(["cmake", str(ROOT), *arguments], cwd=folder) != 0:  # it may remember tools of a pip environment that is gone
+        # it may remember tools of a pip environment that is gone
+        if subprocess.call(["cmake", str(ROOT), *arguments], cwd=folder) != 0:
             subprocess.check_call(["cmake", "--fresh", str(ROOT), *arguments], cwd=folder)
-        subprocess.check_call(["cmake", "--build", ".", "--parallel", os.environ.get("MAX_JOBS", "2")], cwd=folder)
+        subprocess.check_call(
+            ["cmake", "--build", ".", "--parallel", os.environ.get("MAX_JOBS", "2")], cwd=folder
+        )
 
     @staticmethod
     def _compiler() -> str | None:
@@ -82,8 +100,14 @@ class CMakeBuild(build_ext):
         if mode == "off" or (mode == "auto" and not (nvcc and (torch / "lib/libtorch_cuda.so").exists())):
             return ["-DWITH_CUDA=OFF"]
         if nvcc is None:
-            raise SystemExit("FASTUNLEARN_CUDA=check: expected nvcc on the path or in /usr/local/cuda/bin, found none")
-        return ["-DWITH_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCMAKE_CUDA_ARCHITECTURES={os.environ.get('FASTUNLEARN_CUDA_ARCHS', '80;90')}"]
+            raise SystemExit(
+                "FASTUNLEARN_CUDA=check: expected nvcc on the path or in /usr/local/cuda/bin, found none"
+            )
+        return [
+            "-DWITH_CUDA=ON",
+            f"-DCMAKE_CUDA_COMPILER={nvcc}",
+            f"-DCMAKE_CUDA_ARCHITECTURES={os.environ.get('FASTUNLEARN_CUDA_ARCHS', '80;90')}",
+        ]
 
     def copy_extensions_to_source(self) -> None:
         """An editable install runs from the source folder."""
@@ -103,9 +127,20 @@ class CMakeBuild(build_ext):
         return {}
 
 
-headers = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").glob("*")) if path.suffix in (".h", ".cuh", ".cmake", ".txt", ".cpp", ".cu")]
+headers = [
+    str(path.relative_to(ROOT))
+    for path in sorted((ROOT / "csrc").glob("*"))
+    if path.suffix in (".h", ".cuh", ".cmake", ".txt", ".cpp", ".cu")
+]
 setup(
-    ext_modules=[Extension("fastunlearn._C", sources=[], depends=sorted({*sources(), *headers, "CMakeLists.txt"}), py_limited_api=True)],
+    ext_modules=[
+        Extension(
+            "fastunlearn._C",
+            sources=[],
+            depends=sorted({*sources(), *headers, "CMakeLists.txt"}),
+            py_limited_api=True,
+        )
+    ],
     cmdclass={"build_ext": CMakeBuild},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

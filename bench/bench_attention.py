@@ -1,7 +1,9 @@
-"""attention: softmax attention alone, and with its gradient, against torch's `scaled_dot_product_attention`, which diffusers calls.
+"""attention: softmax attention alone, and with its gradient, against torch's `scaled_dot_product_attention`,
+which diffusers calls.
 
-The first two shapes are those of the papers' MNIST network (heads of 8 channels at 14 x 14 and 7 x 7 pixels, 16 images); with the others the
-size of a head grows at the same arithmetic. `fastunlearn.step.attention` leaves heads beyond its limits to torch.
+The first two shapes are those of the papers' MNIST network (heads of 8 channels at 14 x 14 and 7 x 7 pixels,
+16 images); with the others the size of a head grows at the same arithmetic. `fastunlearn.step.attention`
+leaves heads beyond its limits to torch.
 """
 
 from __future__ import annotations
@@ -38,7 +40,10 @@ class Heads:
 
 SMOKE = Heads(3, 2, 19, 8)
 BY_DEFAULT = (Heads(16, 16, 196, 8), Heads(16, 32, 49, 8), Heads(16, 1, 256, 256))
-IN_FULL = (*(Heads(16, 128 // depth, 196, depth) for depth in (16, 32, 64)), *(Heads(16, 256 // depth, 49, depth) for depth in (16, 32, 64)))
+IN_FULL = (
+    *(Heads(16, 128 // depth, 196, depth) for depth in (16, 32, 64)),
+    *(Heads(16, 256 // depth, 49, depth) for depth in (16, 32, 64)),
+)
 
 
 def laid_out(heads: Heads, device: torch.device) -> tuple[Tensor, ...]:
@@ -55,7 +60,10 @@ def test_attention(compare, heads: Heads, gradient: bool):
     if compare.options.smoke:
         heads = SMOKE if heads == BY_DEFAULT[0] else pytest.skip("a smoke run needs one shape")
     *given, grad_out = laid_out(heads, compare.device)
-    scale, some = 1 / math.sqrt(heads.depth), torch.linspace(0, heads.batch - 1, min(heads.batch, 4), device=compare.device).long()
+    scale, some = (
+        1 / math.sqrt(heads.depth),
+        torch.linspace(0, heads.batch - 1, min(heads.batch, 4), device=compare.device).long(),
+    )
     leaves = [tensor.requires_grad_(gradient) for tensor in given]
 
     def with_gradient(out: Tensor, inputs: list[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
@@ -63,14 +71,18 @@ def test_attention(compare, heads: Heads, gradient: bool):
 
     def exact(dtype: torch.dtype) -> dict[str, Tensor]:
         rows = [tensor.detach()[some].to(dtype).requires_grad_(gradient) for tensor in given]
-        return dict(zip(NAMES, with_gradient(literal(*rows, scale), rows, grad_out[some].to(dtype)), strict=False))
+        return dict(
+            zip(NAMES, with_gradient(literal(*rows, scale), rows, grad_out[some].to(dtype)), strict=False)
+        )
 
     def closed_form(query: Tensor, key: Tensor, value: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
         out, logsumexp = op._eager(query, key, value, scale)
         return out, *(op._eager_backward(grad, query, key, value, out, logsumexp, scale) if gradient else ())
 
     calls = {
-        PAPERS: lambda: with_gradient(torch.nn.functional.scaled_dot_product_attention(*leaves, scale=scale), leaves, grad_out),
+        PAPERS: lambda: with_gradient(
+            torch.nn.functional.scaled_dot_product_attention(*leaves, scale=scale), leaves, grad_out
+        ),
         KERNEL: lambda: with_gradient(op.attention(*leaves, scale)[0], leaves, grad_out),
     }
     passes = 12 if gradient else 4  # query, key, value, out; those, the gradient of out and three more

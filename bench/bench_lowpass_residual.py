@@ -1,6 +1,8 @@
-"""lowpass_residual: the energy of a band of frequencies and its gradient, against Fourier transforms with autograd (four of them; half size with rfft2).
+"""lowpass_residual: the energy of a band of frequencies and its gradient, against Fourier transforms with
+autograd (four of them; half size with rfft2).
 
-Radii are shares of Nyquist per axis. With `outside` = 0 nothing but the band counts; otherwise the residual is needed a second time.
+Radii are shares of Nyquist per axis. With `outside` = 0 nothing but the band counts; otherwise the residual
+is needed a second time.
 """
 
 from __future__ import annotations
@@ -35,7 +37,10 @@ NAMES = ("energy", "gradient")
 @pytest.mark.parametrize("mask", MASKS)
 @parametrize_shapes(SHAPES)
 def test_lowpass_residual(compare, shape: Shape, mask: str):
-    compare.only_in_full(unless=mask == BY_DEFAULT or (shape.name == "celeba" and compare.device.type == "cuda"))  # where goals are set
+    # where goals are set
+    compare.only_in_full(
+        unless=mask == BY_DEFAULT or (shape.name == "celeba" and compare.device.type == "cuda")
+    )
     shape = compare.shape(shape)
     radius, inside, outside = MASKS[mask]
     x = Inputs(shape, compare.device)
@@ -49,18 +54,33 @@ def test_lowpass_residual(compare, shape: Shape, mask: str):
     def by_autograd(transforms):
         return lambda: papers.with_gradient(transforms(leaf, target, weight, table32), leaf)
 
-    calls = {PAPERS: by_autograd(papers.filtered_error), "rfft2": by_autograd(papers.filtered_error_of_reals), KERNEL: lambda: op.lowpass_residual(*arguments)}
-    calls[KERNEL_BY_AUTOGRAD] = lambda: papers.with_gradient(op.lowpass_residual(leaf, *arguments[1:])[0], leaf)
+    calls = {
+        PAPERS: by_autograd(papers.filtered_error),
+        "rfft2": by_autograd(papers.filtered_error_of_reals),
+        KERNEL: lambda: op.lowpass_residual(*arguments),
+    }
+    calls[KERNEL_BY_AUTOGRAD] = lambda: papers.with_gradient(
+        op.lowpass_residual(leaf, *arguments[1:])[0], leaf
+    )
     if compare.device.type == "cuda" and importlib.util.find_spec("cupyx"):
         calls["cupyx plan"] = lazily(lambda: by_cupyx(prediction, target, weight, table32))
 
     def at(dtype: torch.dtype) -> tuple:
-        return prediction[some].to(dtype), target[some].to(dtype), weight[some].to(dtype), band.cpu() if compare.device.type == "cpu" else band, inside, outside
+        return (
+            prediction[some].to(dtype),
+            target[some].to(dtype),
+            weight[some].to(dtype),
+            band.cpu() if compare.device.type == "cpu" else band,
+            inside,
+            outside,
+        )
 
     truth = dict(zip(NAMES, literal(*at(torch.float64)), strict=True))
     images, others = at(torch.float32)[:2], at(torch.float32)[2:]
     orders = shifts(shape.image, ORDERS)
-    transforms, products = (in_several_orders(partial(_on_images, call, others), images, orders) for call in (literal, op._eager))
+    transforms, products = (
+        in_several_orders(partial(_on_images, call, others), images, orders) for call in (literal, op._eager)
+    )
     plain = {name: [*one, *two] for name, one, two in zip(NAMES, transforms, products, strict=True)}
     _expect_papers_to_be_right(at(torch.float64), table, truth)
 
@@ -84,7 +104,9 @@ def _on_images(formula, others: tuple, prediction: Tensor, target: Tensor) -> tu
 
 
 def disc(shape: Shape, radius: float) -> Tensor:
-    """The frequencies with `(u / U)^2 + (v / V)^2 <= 1` for U and V at `radius` of Nyquist, float32 `[floor(U) + 1, floor(V) + 1]`."""
+    """The frequencies with `(u / U)^2 + (v / V)^2 <= 1` for U and V at `radius` of Nyquist, float32
+    `[floor(U) + 1, floor(V) + 1]`.
+    """
     limits = [radius * size / 2 for size in (shape.height, shape.width)]
     u, v = (torch.arange(int(limit) + 1, dtype=torch.float64) / limit for limit in limits)
     return (u[:, None] ** 2 + v**2 <= 1).float()
@@ -92,7 +114,9 @@ def disc(shape: Shape, radius: float) -> Tensor:
 
 def products_flops(shape: Shape, band: Tensor) -> int:
     """Of the four matrix products of one plane, with even/odd folding, which halves them."""
-    rows, columns = (min(2 * count - 1, size) for count, size in zip(band.shape, (shape.height, shape.width), strict=True))
+    rows, columns = (
+        min(2 * count - 1, size) for count, size in zip(band.shape, (shape.height, shape.width), strict=True)
+    )
     once = 2 * shape.height * shape.width * columns + 2 * shape.height * rows * columns
     return once  # analysis and synthesis, each halved
 
@@ -104,11 +128,15 @@ def by_cupyx(prediction: Tensor, target: Tensor, weight: Tensor, mask: Tensor):
 
     height, width = prediction.shape[-2:]
     half = mask[:, : width // 2 + 1]
-    twice = torch.full_like(half[0], 2)  # a column of the half spectrum stands for two, but for the first and (even widths) the last
+    # a column of the half spectrum stands for two, but for the first and (even widths) the last
+    twice = torch.full_like(half[0], 2)
     twice[0] = 1
     if width % 2 == 0:
         twice[-1] = 1
-    squared, counted = cupy.from_dlpack(half.square().contiguous()), cupy.from_dlpack((half.square() * twice).contiguous())
+    squared, counted = (
+        cupy.from_dlpack(half.square().contiguous()),
+        cupy.from_dlpack((half.square() * twice).contiguous()),
+    )
     scale = cupy.from_dlpack(weight.view(-1, 1, 1, 1))
     real = cupy.from_dlpack(prediction.clone())
     forward = fft.get_fft_plan(real, (height, width), axes=(2, 3), value_type="R2C")
@@ -118,7 +146,13 @@ def by_cupyx(prediction: Tensor, target: Tensor, weight: Tensor, mask: Tensor):
         with cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream):
             spectrum = fft.rfft2(cupy.from_dlpack(prediction - target), plan=forward, norm="ortho")
             energy = scale[:, 0, 0, 0] * (counted * (spectrum.real**2 + spectrum.imag**2)).sum(axis=(1, 2, 3))
-            gradient = 2 * scale * fft.irfft2(squared * spectrum, (height, width), overwrite_x=True, plan=backward, norm="ortho")
+            gradient = (
+                2
+                * scale
+                * fft.irfft2(
+                    squared * spectrum, (height, width), overwrite_x=True, plan=backward, norm="ortho"
+                )
+            )
             return torch.from_dlpack(energy), torch.from_dlpack(gradient)
 
     return call

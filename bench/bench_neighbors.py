@@ -1,9 +1,12 @@
-"""Exact 10 nearest neighbours of 1,000 MNIST digits among 59,000, against scikit-learn's brute force and faiss' IndexFlatL2.
+"""Exact 10 nearest neighbours of 1,000 MNIST digits among 59,000, against scikit-learn's brute force and
+faiss' IndexFlatL2.
 
-Data: the digits of the MNIST T-Shirt set, `$FASTUNLEARN_MNIST` (an .npz with `images`) or ../shared/data; without them random
-blobs of the same size and range, and the benchmark's name says "synthetic". Every timing is taken after its result was checked.
+Data: the digits of the MNIST T-Shirt set, `$FASTUNLEARN_MNIST` (an .npz with `images`) or ../shared/data;
+without them random blobs of the same size and range, and the benchmark's name says "synthetic". Every timing
+is taken after its result was checked.
 
-The contestants take turns within one process, so that a busy machine slows all of them: the ratios of the medians are what to quote.
+The contestants take turns within one process, so that a busy machine slows all of them: the ratios of the
+medians are what to quote.
 """
 
 from __future__ import annotations
@@ -25,7 +28,11 @@ from fastunlearn.neighbors.nearest import nearest_neighbors
 
 from .comparison import Row
 
-DIGITS = Path(os.environ.get("FASTUNLEARN_MNIST", Path(__file__).parents[2] / "shared" / "data" / "mnist_tshirt_train.npz"))
+DIGITS = Path(
+    os.environ.get(
+        "FASTUNLEARN_MNIST", Path(__file__).parents[2] / "shared" / "data" / "mnist_tshirt_train.npz"
+    )
+)
 SOURCE = "mnist" if DIGITS.exists() else "synthetic"
 K = 10
 ROUNDS = 7
@@ -42,7 +49,9 @@ def ours(forget: Tensor, retain: Tensor, backend: str = "exact", arithmetic: str
 def scikit_learn(forget: Tensor, retain: Tensor) -> np.ndarray:
     from sklearn.neighbors import NearestNeighbors
 
-    return NearestNeighbors(n_neighbors=K, algorithm="brute").fit(retain.numpy()).kneighbors(forget.numpy())[1]
+    return (
+        NearestNeighbors(n_neighbors=K, algorithm="brute").fit(retain.numpy()).kneighbors(forget.numpy())[1]
+    )
 
 
 def faiss_flat(forget: Tensor, retain: Tensor) -> np.ndarray:
@@ -70,14 +79,19 @@ def contestants(forget: Tensor, retain: Tensor, kind: str) -> dict[str, Callable
     """The search of `kind` rows; the baselines take float32, and the conversion is not timed."""
     floats = forget.float(), retain.float()
     given = (forget, retain) if kind == "uint8" else floats
-    found = {OURS: partial(ours, *given), "fastunlearn, faiss backend": partial(ours, *given, backend="faiss")}
+    found = {
+        OURS: partial(ours, *given),
+        "fastunlearn, faiss backend": partial(ours, *given, backend="faiss"),
+    }
     if kind == "uint8":
         found["fastunlearn, plain torch"] = partial(ours, *given, arithmetic="eager")
     return found | {"scikit-learn": partial(scikit_learn, *floats), "faiss": partial(faiss_flat, *floats)}
 
 
 def gate(forget: Tensor, retain: Tensor, searches: dict[str, Callable[[], Tensor | np.ndarray]]) -> None:
-    """No timing without the right answer: ours is that of a direct evaluation in integers, ties in order, and no contestant finds a nearer row."""
+    """No timing without the right answer: ours is that of a direct evaluation in integers, ties in order, and
+    no contestant finds a nearer row.
+    """
     index = searches[OURS]()
     for position in range(0, len(forget), 50):
         distances = (retain.int() - forget[position].int()).square_().sum(1)
@@ -109,7 +123,9 @@ def test_neighbors(benchmark, digits, threads, journal, kind: str, num_forget: i
             search()
             seconds[name].append(time.perf_counter() - started)
 
-    benchmark.group = f"one round of all, {K} neighbours of {num_forget:,} {kind} rows among {len(retain):,}, {SOURCE}"
+    benchmark.group = (
+        f"one round of all, {K} neighbours of {num_forget:,} {kind} rows among {len(retain):,}, {SOURCE}"
+    )
     benchmark.pedantic(one_round, rounds=ROUNDS, iterations=1)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     shape = f"{num_forget} x {len(retain)} x {retain.shape[1]}"
@@ -124,6 +140,15 @@ def test_neighbors(benchmark, digits, threads, journal, kind: str, num_forget: i
         for name, median in medians.items()
     )
     ratios = {f"{name} / {OURS}": value / medians[OURS] for name, value in medians.items() if name != OURS}
-    operations = 2 * len(forget) * retain.numel()  # the floor: a multiplication and an addition for each pair of values
-    benchmark.extra_info.update(source=SOURCE, threads=threads, medians=medians, operations_per_second=operations / medians[OURS], **ratios)
-    print(f"\n{benchmark.group}:", {name: float(f"{value:.3g}") for name, value in (medians | ratios).items()})
+    # the floor: a multiplication and an addition for each pair of values
+    operations = 2 * len(forget) * retain.numel()
+    benchmark.extra_info.update(
+        source=SOURCE,
+        threads=threads,
+        medians=medians,
+        operations_per_second=operations / medians[OURS],
+        **ratios,
+    )
+    print(
+        f"\n{benchmark.group}:", {name: float(f"{value:.3g}") for name, value in (medians | ratios).items()}
+    )

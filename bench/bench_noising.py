@@ -27,13 +27,21 @@ def test_noising(compare, shape: Shape, job: str):
     arguments = (*x.given_rows(job), x.coefficients, *x.given_noise(job), False, torch.float32, False)
     some = x.some_rows()
     given, exact = (x.at(some, dtype, job) for dtype in (torch.float32, torch.float64))
-    plain, truth = ({"x_t": reference.noising(y.images, y.noise, y.timesteps, SCHEDULE)} for y in (given, exact))
+    plain, truth = (
+        {"x_t": reference.noising(y.images, y.noise, y.timesteps, SCHEDULE)} for y in (given, exact)
+    )
     expect_equal({"x_t": papers.noised(exact.images, exact.noise, exact.alpha, exact.sigma)}, truth)
 
     source = 4 * shape.elements if job == "tensors" else shape.row_bytes
     size = shape.batch * (source + (4 if draws(job) else 8) * shape.elements)
     compare(
-        *("noising", shape, job, from_tensors_and_rows(by_papers, lambda: (x.images,), job) | {KERNEL: lambda: op.noising(*arguments)}),
+        *(
+            "noising",
+            shape,
+            job,
+            from_tensors_and_rows(by_papers, lambda: (x.images,), job)
+            | {KERNEL: lambda: op.noising(*arguments)},
+        ),
         kernels=["noising"],
         floor=size,
         moved=size,

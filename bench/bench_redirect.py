@@ -1,7 +1,8 @@
-"""redirect, ReTrack's target, alone and with the loss and its gradient (`redirect+residual`, the whole of L_unlearn but the network).
+"""redirect, ReTrack's target, alone and with the loss and its gradient (`redirect+residual`, the whole of
+L_unlearn but the network).
 
-The papers' way materialises `v` `[B, K, C, H, W]` and needs it again in the loss. The job `tensors` knows no distances; with a store they come from the
-neighbour search.
+The papers' way materialises `v` `[B, K, C, H, W]` and needs it again in the loss. The job `tensors` knows no
+distances; with a store they come from the neighbour search.
 """
 
 from __future__ import annotations
@@ -58,7 +59,9 @@ def _redirect(compare, shape: Shape, neighbors: int, job: str) -> None:
     alpha, sigma = x.levels()
 
     def by_papers(forget, near):
-        return papers.redirected(forget, near, torch.randn_like(forget) if draws(job) else x.noise, alpha, sigma)
+        return papers.redirected(
+            forget, near, torch.randn_like(forget) if draws(job) else x.noise, alpha, sigma
+        )
 
     arguments, some = _arguments(x, job), x.some_rows()
     given, exact = (x.at(some, dtype, job) for dtype in (torch.float32, torch.float64))
@@ -67,7 +70,12 @@ def _redirect(compare, shape: Shape, neighbors: int, job: str) -> None:
     expect_equal({"x_t": x_t, "weights": weights}, truth)
     floor, moved = _bytes(x, arguments, job)
     compare(
-        *("redirect", f"{shape} K{neighbors}", job, from_tensors_and_rows(by_papers, _images(x), job) | {KERNEL: lambda: op.redirect(*arguments)}),
+        *(
+            "redirect",
+            f"{shape} K{neighbors}",
+            job,
+            from_tensors_and_rows(by_papers, _images(x), job) | {KERNEL: lambda: op.redirect(*arguments)},
+        ),
         kernels=["redirect"],
         floor=floor,
         moved=moved,
@@ -86,7 +94,9 @@ def _redirect_with_residual(compare, shape: Shape, neighbors: int, job: str) -> 
     weight = torch.full((shape.batch,), 1 / shape.batch, device=compare.device)
 
     def by_papers(forget, near):
-        _, v, p = papers.redirected(forget, near, torch.randn_like(forget) if draws(job) else x.noise, alpha, sigma)
+        _, v, p = papers.redirected(
+            forget, near, torch.randn_like(forget) if draws(job) else x.noise, alpha, sigma
+        )
         return papers.with_gradient(papers.redirect_losses(prediction, v, p) / shape.batch, prediction)
 
     def closed_form(prediction, weight, *arguments):
@@ -101,12 +111,19 @@ def _redirect_with_residual(compare, shape: Shape, neighbors: int, job: str) -> 
 
     given, exact = (x.at(some, dtype, job) for dtype in (torch.float32, torch.float64))
     truth = dict(zip(LOSS, _literal_loss(exact, shape.batch, *_images_of(exact)), strict=True))
-    several = in_several_orders(partial(_literal_loss, given, shape.batch), _images_of(given), shuffles(shape.elements, ORDERS))
+    several = in_several_orders(
+        partial(_literal_loss, given, shape.batch), _images_of(given), shuffles(shape.elements, ORDERS)
+    )
     plain = dict(zip(LOSS, several, strict=True))
     floor, moved = _bytes(x, arguments, job)
     both = 3 * 4 * shape.batch * shape.elements
     compare(
-        *("redirect+residual", f"{shape} K{neighbors}", job, from_tensors_and_rows(by_papers, _images(x), job) | {KERNEL: by_kernels}),
+        *(
+            "redirect+residual",
+            f"{shape} K{neighbors}",
+            job,
+            from_tensors_and_rows(by_papers, _images(x), job) | {KERNEL: by_kernels},
+        ),
         kernels=["redirect", "residual"],
         floor=floor + both,
         moved=moved + both,
@@ -121,7 +138,11 @@ def _images(x: Inputs):
 
 
 def _arguments(x: Inputs, job: str) -> tuple:
-    rows = (x.neighbor_images(), None, x.coefficients, None) if job == "tensors" else (x.neighbor_store, x.neighbor_index, x.coefficients, x.sqdist)
+    rows = (
+        (x.neighbor_images(), None, x.coefficients, None)
+        if job == "tensors"
+        else (x.neighbor_store, x.neighbor_index, x.coefficients, x.sqdist)
+    )
     return (*x.given_rows(job), *rows, *x.given_noise(job), torch.float32, False)
 
 
@@ -144,7 +165,9 @@ def _literal_loss(
 
 
 def _bytes(x: Inputs, arguments: tuple, job: str) -> tuple[int, int]:
-    """The floor, and what is moved: with D > `ONE_PASS` a second pass reads the image, the noise and the neighbours that weigh anything."""
+    """The floor, and what is moved: with D > `ONE_PASS` a second pass reads the image, the noise and the
+    neighbours that weigh anything.
+    """
     elements, neighbors = x.shape.elements, x.neighbor_index.shape[1]
     row = 4 * elements if job == "tensors" else x.shape.row_bytes
     noise = 0 if draws(job) else 4 * elements

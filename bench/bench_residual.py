@@ -30,18 +30,31 @@ def test_residual(compare, shape: Shape, dtype: torch.dtype):
 
     def literal(rows: torch.Tensor, goal: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         rows = rows.requires_grad_()
-        loss, gradient = papers.with_gradient(papers.squared_error(rows, goal, weight[some].to(rows.dtype)), rows)
+        loss, gradient = papers.with_gradient(
+            papers.squared_error(rows, goal, weight[some].to(rows.dtype)), rows
+        )
         return loss.detach(), gradient
 
     def by_autograd():
-        """What `functional.denoising_loss(...).backward()` takes; the step calls `prediction.backward(gradient)` and saves a pass."""
+        """What `functional.denoising_loss(...).backward()` takes; the step calls
+        `prediction.backward(gradient)` and saves a pass.
+        """
         return papers.with_gradient(op.residual(leaf, target, weight)[0], leaf)
 
-    calls = {PAPERS: by_papers, KERNEL: lambda: op.residual(prediction, target, weight), KERNEL_BY_AUTOGRAD: by_autograd}
+    calls = {
+        PAPERS: by_papers,
+        KERNEL: lambda: op.residual(prediction, target, weight),
+        KERNEL_BY_AUTOGRAD: by_autograd,
+    }
     some = x.some_rows()
-    exact, single = ((prediction[some].to(precision), target[some].to(precision)) for precision in (torch.float64, torch.float32))
+    exact, single = (
+        (prediction[some].to(precision), target[some].to(precision))
+        for precision in (torch.float64, torch.float32)
+    )
     truth = dict(zip(NAMES, literal(*exact), strict=True))
-    plain = dict(zip(NAMES, in_several_orders(literal, single, shuffles(shape.elements, ORDERS)), strict=True))
+    plain = dict(
+        zip(NAMES, in_several_orders(literal, single, shuffles(shape.elements, ORDERS)), strict=True)
+    )
     plain["gradient"] = [gradient.to(dtype) for gradient in plain["gradient"]]
     size = shape.batch * shape.elements * (2 * dtype.itemsize + 4)
     compare(

@@ -1,7 +1,9 @@
-"""Whole steps of every method on the papers' networks: the limit, the papers' way, tuned eager, the strongest plain torch, this package.
+"""Whole steps of every method on the papers' networks: the limit, the papers' way, tuned eager, the strongest
+plain torch, this package.
 
-On a CPU the default is the MNIST network for the methods that the papers compare and a network of 3 million parameters for the others; on a GPU the MNIST
-and the CIFAR-10 network. `--full` adds the other pairs, torch.compile and, on a GPU, the large networks.
+On a CPU the default is the MNIST network for the methods that the papers compare and a network of 3 million
+parameters for the others; on a GPU the MNIST and the CIFAR-10 network. `--full` adds the other pairs,
+torch.compile and, on a GPU, the large networks.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ _PAPERS = ("retrack", "siss", "erasediff")
 
 
 def _cases() -> list:
-    return [pytest.param(network, method, id=f"{network}-{method}") for network in NETWORKS for method in METHODS]
+    return [
+        pytest.param(network, method, id=f"{network}-{method}") for network in NETWORKS for method in METHODS
+    ]
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -28,7 +32,9 @@ def test_step(compare_steps, network, method, precision):
         pytest.skip("needs diffusers")
     gpu = compare_steps.accelerator is not None
     if precision == "bfloat16" and not gpu:
-        pytest.skip("bfloat16 runs on a GPU: the networks are float32 on a CPU, where the papers run them, too")
+        pytest.skip(
+            "bfloat16 runs on a GPU: the networks are float32 on a CPU, where the papers run them, too"
+        )
     if network in (("small",) if gpu else ("cifar", "celeba", "sd")):
         pytest.skip("runs on a CPU" if gpu else "takes minutes a step on a CPU")
     default = network in ("mnist", "cifar") if gpu else (network == "mnist") == (method in _PAPERS)

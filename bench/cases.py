@@ -1,4 +1,6 @@
-"""The shapes of the papers and the inputs of every op at these shapes, drawn from a fixed seed on the device that is timed."""
+"""The shapes of the papers and the inputs of every op at these shapes, drawn from a fixed seed on the device
+that is timed.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ JOBS = {
 }
 ORDERS = 4  # in which plain torch adds the elements of an image for a gate, so that no lucky sum decides it
 _GATE_ELEMENTS = 1 << 22
-_DISTANCE = 0.1  # of the nearest neighbour, root mean square per element in [-1, 1]; the last one is half as far again
+# of the nearest neighbour, root mean square per element in [-1, 1]; the last one is half as far again
+_DISTANCE = 0.1
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,11 @@ class Given(NamedTuple):
 
 
 class Inputs:
-    """One batch, as every op can be given it. Rows `index` of `store` are the images; neighbour `j` of row `b` is `neighbor_store[neighbor_index[b, j]]`."""
+    """One batch, as every op can be given it.
+
+    Rows `index` of `store` are the images; neighbour `j` of row `b` is `neighbor_store[neighbor_index[b,
+    j]]`.
+    """
 
     def __init__(self, shape: Shape, device: torch.device, neighbors: int = 0):
         self.shape, self.device = shape, device
@@ -97,10 +104,14 @@ class Inputs:
         self.store = self._store()
         self.other_store = self._near(self.store, _DISTANCE)  # row i is near row i of `store`
         self.neighbor_index: Tensor | None = None
-        self.timesteps = torch.randint(0, len(SCHEDULE), (shape.batch,), generator=self._generator, device=device)
+        self.timesteps = torch.randint(
+            0, len(SCHEDULE), (shape.batch,), generator=self._generator, device=device
+        )
         self.coefficients = SCHEDULE.coefficients(self.timesteps)
         self.noise = torch.randn(shape.batch, *shape.image, generator=self._generator, device=device)
-        self.prediction = self.noise + 0.3 * torch.randn(shape.batch, *shape.image, generator=self._generator, device=device)
+        self.prediction = self.noise + 0.3 * torch.randn(
+            shape.batch, *shape.image, generator=self._generator, device=device
+        )
         self.counter = torch.tensor([1234, 7, 0], device=device)
         self.from_forget = torch.rand(shape.batch, generator=self._generator, device=device) < 0.5
         if neighbors:
@@ -140,10 +151,22 @@ class Inputs:
         neighbors = self.neighbor_images(rows).to(dtype) if self.neighbor_index is not None else None
         images, others = self.images[rows].to(dtype), self.other_images[rows].to(dtype)
         prediction = self.prediction[rows].to(dtype).requires_grad_()
-        return Given(images, others, neighbors, noise, prediction, alpha, sigma, self.timesteps[rows], self.from_forget[rows])
+        return Given(
+            images,
+            others,
+            neighbors,
+            noise,
+            prediction,
+            alpha,
+            sigma,
+            self.timesteps[rows],
+            self.from_forget[rows],
+        )
 
     def some_rows(self) -> Tensor:
-        """The rows of the batch that the correctness gate looks at: as many as float64 is quick for, spread evenly."""
+        """The rows of the batch that the correctness gate looks at: as many as float64 is quick for, spread
+        evenly.
+        """
         neighbors = 0 if self.neighbor_index is None else self.neighbor_index.shape[1]
         count = min(self.shape.batch, max(4, _GATE_ELEMENTS // (self.shape.elements * (1 + neighbors))))
         return torch.linspace(0, self.shape.batch - 1, count, device=self.device).long()
@@ -160,11 +183,15 @@ class Inputs:
     def _store(self) -> Tensor:
         count = (self.shape.batch, *self.shape.image)
         if self.shape.store_dtype == torch.uint8:
-            return torch.randint(0, 256, count, generator=self._generator, device=self.device, dtype=torch.uint8)
+            return torch.randint(
+                0, 256, count, generator=self._generator, device=self.device, dtype=torch.uint8
+            )
         return torch.randn(count, generator=self._generator, device=self.device)
 
     def _near(self, images: Tensor, distance: float) -> Tensor:
-        """Other rows at a root mean square distance of about `distance` per element from `images`, in the dtype of the store."""
+        """Other rows at a root mean square distance of about `distance` per element from `images`, in the
+        dtype of the store.
+        """
         step = torch.randn(images.shape, generator=self._generator, device=self.device)
         if images.dtype == torch.uint8:
             return (images + 127.5 * distance * step).round().clamp(0, 255).to(torch.uint8)
@@ -173,7 +200,9 @@ class Inputs:
     def _add_neighbors(self, count: int) -> None:
         batch = self.shape.batch
         self.neighbor_index = self._shuffled(batch * count).view(batch, count)
-        self.neighbor_store = torch.empty(batch * count, *self.shape.image, dtype=self.shape.store_dtype, device=self.device)
+        self.neighbor_store = torch.empty(
+            batch * count, *self.shape.image, dtype=self.shape.store_dtype, device=self.device
+        )
         self.sqdist = torch.empty(batch, count, dtype=torch.float64, device=self.device)
         for j, farther in enumerate(torch.linspace(1, 1.5, count).tolist()):
             near = self._near(self.store[self.index], farther * _DISTANCE)

@@ -23,12 +23,16 @@ PAPERS, PAPERS_ROWS, EAGER, COMPILED = "papers", "papers+rows", "eager", "compil
 KERNEL, FILL = "kernel", "kernel alone"  # through the op; into outputs that exist already
 KERNEL_BY_AUTOGRAD = "kernel, autograd"  # where the caller asks for the loss and calls backward()
 OURS = (KERNEL, FILL, KERNEL_BY_AUTOGRAD)
-_COMPILED_SHAPES, _COMPILED_JOBS = ("cifar", "celeba"), ("tensors", "float32", "low 1/4")  # under torch.compile, in a default run on a GPU
+# under torch.compile, in a default run on a GPU
+_COMPILED_SHAPES, _COMPILED_JOBS = ("cifar", "celeba"), ("tensors", "float32", "low 1/4")
 
 
 @dataclass
 class Row:
-    """What one contestant took. Bandwidths count `floor`, the bytes of design.md section 6 below which no implementation gets."""
+    """What one contestant took.
+
+    Bandwidths count `floor`, the bytes of design.md section 6 below which no implementation gets.
+    """
 
     op: str
     shape: str
@@ -40,14 +44,16 @@ class Row:
     reason: str = ""  # why it did not run
     samples: int = 0
     floor: int = 0  # bytes
-    moved: int = 0  # bytes that the kernel reads and writes, counted from its loads and stores; 0: not counted
+    # bytes that the kernel reads and writes, counted from its loads and stores; 0: not counted
+    moved: int = 0
     gbps: float | None = None  # floor / seconds / 1e9
     copy_gbps: float | None = None  # of copy_, reads and writes, in the same rounds
     share: float | None = None  # of the copy's bandwidth
     times_faster: dict[str, float] | None = None  # than each other contestant
     launch_seconds: float | None = None  # on a GPU, by graph replay
     compile_seconds: float | None = None
-    predicted: dict[str, float] | None = None  # seconds of the floor on each GPU of the device table, at this shape
+    # seconds of the floor on each GPU of the device table, at this shape
+    predicted: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -62,8 +68,16 @@ class Options:
 class Comparison:
     """The fixture `compare` of every benchmark of an op."""
 
-    def __init__(self, benchmark, yardstick: harness.Yardstick, options: Options, threads: int, journal: Journal):
-        self.benchmark, self.yardstick, self.options, self.threads, self.journal = benchmark, yardstick, options, threads, journal
+    def __init__(
+        self, benchmark, yardstick: harness.Yardstick, options: Options, threads: int, journal: Journal
+    ):
+        self.benchmark, self.yardstick, self.options, self.threads, self.journal = (
+            benchmark,
+            yardstick,
+            options,
+            threads,
+            journal,
+        )
 
     @property
     def device(self) -> torch.device:
@@ -74,12 +88,20 @@ class Comparison:
         return self.yardstick.accelerator is not None
 
     def _compiles(self, shape: str, job: str) -> bool:
-        """Inductor takes seconds a case, too long for all of them in a default run, and for any of them on a few CPU cores."""
-        return self.options.full or (self.on_gpu and shape.startswith(_COMPILED_SHAPES) and job in _COMPILED_JOBS)
+        """Inductor takes seconds a case, too long for all of them in a default run, and for any of them on a
+        few CPU cores.
+        """
+        return self.options.full or (
+            self.on_gpu and shape.startswith(_COMPILED_SHAPES) and job in _COMPILED_JOBS
+        )
 
     def shape(self, shape: Shape, neighbors: int = 0) -> Shape:
         """`shape` as this run times it."""
-        return replace(SMOKE, store_dtype=shape.store_dtype) if self.options.smoke else on_device(shape, self.device, neighbors)
+        return (
+            replace(SMOKE, store_dtype=shape.store_dtype)
+            if self.options.smoke
+            else on_device(shape, self.device, neighbors)
+        )
 
     def only_in_full(self, unless: bool = False) -> None:
         """Skips a case in a default run, `unless` it belongs there."""
@@ -101,15 +123,20 @@ class Comparison:
         closed_form: ModuleType | Callable[..., Sequence[Tensor]],
         arguments: tuple,
     ) -> None:
-        """Checks, then times. A contestant that fails is left out and its row says why; if it is one of ours, the benchmark fails in the end.
+        """Checks, then times.
+
+        A contestant that fails is left out and its row says why; if it is one of ours, the benchmark fails in
+        the end.
 
         Args:
             calls: the contestants.
-            kernels: the ops that the contestant `KERNEL` consists of; where one has no kernel it does not run, and its row says why.
+            kernels: the ops that the contestant `KERNEL` consists of; where one has no kernel it does not
+                run, and its row says why.
             floor, moved: bytes, see `Row`.
             gate: raises where a contestant's results are wrong.
             flops: of matrix products, if they can be the bottleneck.
-            closed_form, arguments: what the contestants `EAGER` and `COMPILED` call; or the module of the op, whose kernel is then timed alone, too.
+            closed_form, arguments: what the contestants `EAGER` and `COMPILED` call; or the module of the op,
+                whose kernel is then timed alone, too.
         """
         calls, failed, missing = dict(calls), {}, {}
         module = closed_form if isinstance(closed_form, ModuleType) else None
@@ -165,16 +192,31 @@ class Comparison:
                     predicted=predicted if name in (KERNEL, FILL) else None,
                 )
             )
-        rows += [Row(op, str(shape), job, name, backend, reason=reason, floor=floor, predicted=predicted) for name, reason in missing.items()]
-        rows += [Row(op, str(shape), job, name, "none", reason=f"{name}: {reason}") for name, reason in failed.items()]
+        rows += [
+            Row(op, str(shape), job, name, backend, reason=reason, floor=floor, predicted=predicted)
+            for name, reason in missing.items()
+        ]
+        rows += [
+            Row(op, str(shape), job, name, "none", reason=f"{name}: {reason}")
+            for name, reason in failed.items()
+        ]
         self.journal.add(rows)
         self._measure_launches(rows, calls)
-        self.benchmark.extra_info.update(device=str(self.device), threads=self.threads, rows=[asdict(row) for row in rows])
+        self.benchmark.extra_info.update(
+            device=str(self.device), threads=self.threads, rows=[asdict(row) for row in rows]
+        )
         if wrong := [f"{name}: {failed[name]}" for name in OURS if name in failed]:
             pytest.fail("; ".join(wrong))
 
     def _add_compiled(
-        self, op: str, shape: str, job: str, calls: dict[str, Call], failed: dict[str, str], formula: Callable, arguments: tuple
+        self,
+        op: str,
+        shape: str,
+        job: str,
+        calls: dict[str, Call],
+        failed: dict[str, str],
+        formula: Callable,
+        arguments: tuple,
     ) -> dict[str, float]:
         """The contestant `COMPILED`, where it takes part; a dict that gets the `seconds` of its first call."""
         if not self._compiles(shape, job):
@@ -198,7 +240,9 @@ class Comparison:
         for row in rows:
             if row.contestant in (KERNEL, FILL) and row.seconds is not None:
                 try:
-                    row.launch_seconds = harness.launch_seconds(calls[row.contestant], self.yardstick.accelerator)
+                    row.launch_seconds = harness.launch_seconds(
+                        calls[row.contestant], self.yardstick.accelerator
+                    )
                 except Exception as error:
                     row.reason = f"{row.contestant} in a graph: {type(error).__name__}: {error}"
         self.journal.write()
@@ -208,9 +252,13 @@ class Comparison:
         least, seconds = (1, 0.0) if self.options.smoke else (5, self.options.seconds)
         turns = {**calls, "copy": self.yardstick.copy}
         self.benchmark.group = group
-        return self.benchmark.pedantic(harness.alternate, args=(turns, self.yardstick, seconds, least), rounds=1, iterations=1)
+        return self.benchmark.pedantic(
+            harness.alternate, args=(turns, self.yardstick, seconds, least), rounds=1, iterations=1
+        )
 
-    def _time_the_others(self, group: str, calls: dict[str, Call], failed: dict[str, str]) -> dict[str, list[float]]:
+    def _time_the_others(
+        self, group: str, calls: dict[str, Call], failed: dict[str, str]
+    ) -> dict[str, list[float]]:
         """The turns of all contestants; of the others anew, where one fails in the middle."""
         while True:
             running: list[str] = []
@@ -245,8 +293,11 @@ def lazily(make: Callable[[], Call]) -> Call:
     return call
 
 
-def from_tensors_and_rows(by_papers: Callable[..., Sequence[Tensor]], images: Callable[[], tuple[Tensor, ...]], job: str) -> dict[str, Call]:
-    """The papers' way from the float tensors that a DataLoader hands over, and, in jobs with rows, from the store: the gathering and converting timed too.
+def from_tensors_and_rows(
+    by_papers: Callable[..., Sequence[Tensor]], images: Callable[[], tuple[Tensor, ...]], job: str
+) -> dict[str, Call]:
+    """The papers' way from the float tensors that a DataLoader hands over, and, in jobs with rows, from the
+    store: the gathering and converting timed too.
 
     Args:
         by_papers: of those tensors.
@@ -258,9 +309,13 @@ def from_tensors_and_rows(by_papers: Callable[..., Sequence[Tensor]], images: Ca
 
 
 def check(
-    names: Sequence[str | None], rows: Tensor, plain: dict[str, Tensor | Sequence[Tensor]], truth: dict[str, Tensor]
+    names: Sequence[str | None],
+    rows: Tensor,
+    plain: dict[str, Tensor | Sequence[Tensor]],
+    truth: dict[str, Tensor],
 ) -> Callable[[str, Call], None]:
-    """A gate: the named results, at `rows` of the batch, err at most twice as much as `plain`, the literal formula in float32, does.
+    """A gate: the named results, at `rows` of the batch, err at most twice as much as `plain`, the literal
+    formula in float32, does.
 
     Args:
         names: what each result of a call is; None: not compared.
@@ -278,7 +333,9 @@ def check(
 def expect_equal(actual: dict[str, Tensor], truth: dict[str, Tensor]) -> None:
     """The papers' way, run in float64, computes what the reference does: the baseline is the right formula."""
     for name, value in actual.items():
-        torch.testing.assert_close(value, truth[name], rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"papers' {name}: {text}")
+        torch.testing.assert_close(
+            value, truth[name], rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"papers' {name}: {text}"
+        )
 
 
 def parametrize_shapes(shapes: dict[str, Shape]) -> pytest.MarkDecorator:

@@ -1,7 +1,9 @@
-"""What the vendor says of the GPUs that the kernels are tuned for, and the shortest time that a kernel can take there.
+"""What the vendor says of the GPUs that the kernels are tuned for, and the shortest time that a kernel can
+take there.
 
-Sources: the A100, H100 and H200 data sheets for bandwidth and peak rates (tensor cores without sparsity, that is half of the printed number where it is
-printed with it), the Ampere and Hopper architecture white papers for L2, the Ampere and Hopper tuning guides for the shared memory that one block can have.
+Sources: the A100, H100 and H200 data sheets for bandwidth and peak rates (tensor cores without sparsity, that
+is half of the printed number where it is printed with it), the Ampere and Hopper architecture white papers
+for L2, the Ampere and Hopper tuning guides for the shared memory that one block can have.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ class Device:
     tf32: float  # FLOP/s of the tensor cores, dense
 
     def floor_seconds(self, size: int, flops: int = 0) -> float:
-        """The time below which no kernel gets that moves `size` bytes and multiplies matrices of float32 accuracy with `flops` operations."""
+        """The time below which no kernel gets that moves `size` bytes and multiplies matrices of float32
+        accuracy with `flops` operations.
+        """
         return max(size / self.bandwidth, _TF32X3 * flops / self.tf32)
 
 

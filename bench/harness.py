@@ -1,8 +1,10 @@
-"""Contestants take turns within one process, so that a busy machine slows all of them alike; what counts is the ratio of their medians.
+"""Contestants take turns within one process, so that a busy machine slows all of them alike; what counts is
+the ratio of their medians.
 
-Every call starts with cold caches, unless `--warm` asks for warm ones: between two calls a buffer of at least twice the last-level cache is overwritten,
-which evicts code as well as data, as a network between two steps does. A copy of 1 GiB takes
-part in every comparison: its bandwidth is the yardstick for the bytes that a kernel moves.
+Every call starts with cold caches, unless `--warm` asks for warm ones: between two calls a buffer of at least
+twice the last-level cache is overwritten, which evicts code as well as data, as a network between two steps
+does. A copy of 1 GiB takes part in every comparison: its bandwidth is the yardstick for the bytes that a
+kernel moves.
 """
 
 from __future__ import annotations
@@ -69,20 +71,33 @@ def last_level_cache() -> int:
     return 64 << 20
 
 
-def alternate(calls: dict[str, Call], yardstick: Yardstick, seconds: float, least: int) -> dict[str, list[float]]:
-    """The seconds of each call, in rounds in which every call has one turn: about `seconds` in all, but `least` rounds at least.
+def alternate(
+    calls: dict[str, Call], yardstick: Yardstick, seconds: float, least: int
+) -> dict[str, list[float]]:
+    """The seconds of each call, in rounds in which every call has one turn: about `seconds` in all, but
+    `least` rounds at least.
 
     Whoever starts a round ends the next one, so that no call always follows the same one.
     """
-    clock = _HostClock(yardstick) if yardstick.accelerator is None else _DeviceClock(yardstick, yardstick.accelerator)
+    clock = (
+        _HostClock(yardstick)
+        if yardstick.accelerator is None
+        else _DeviceClock(yardstick, yardstick.accelerator)
+    )
     clock(calls)  # warm-up: pages, plans
     return take_turns(calls, clock, seconds, least)
 
 
 def take_turns(
-    calls: dict[str, Callable[..., object]], clock: Callable[[dict[str, Callable[..., object]]], dict[str, float]], seconds: float, least: int, most: int = 100
+    calls: dict[str, Callable[..., object]],
+    clock: Callable[[dict[str, Callable[..., object]]], dict[str, float]],
+    seconds: float,
+    least: int,
+    most: int = 100,
 ) -> dict[str, list[float]]:
-    """As `alternate`, without a warm-up, and with a `clock` that times one round: calls by name, in order, to seconds by name."""
+    """As `alternate`, without a warm-up, and with a `clock` that times one round: calls by name, in order, to
+    seconds by name.
+    """
     started, rounds = time.perf_counter(), clock(calls)
     count = min(most, max(least, int(seconds / (time.perf_counter() - started))))
     samples = {name: [rounds[name]] for name in calls}
@@ -114,8 +129,8 @@ class _HostClock:
 class _DeviceClock:
     """Times calls by events on the device.
 
-    The device waits before the first event until Python has queued the whole call behind it, so that what is timed is the
-    work of the device and never the host's pace.
+    The device waits before the first event until Python has queued the whole call behind it, so that what is
+    timed is the work of the device and never the host's pace.
     """
 
     def __init__(self, yardstick: Yardstick, accelerator: Accelerator):
@@ -148,7 +163,9 @@ class _DeviceClock:
 
 
 def launch_seconds(call: Call, accelerator: Accelerator) -> float:
-    """Of one call out of many in a graph: caches are warm and Python is not in the way, so this is the launch and the arithmetic."""
+    """Of one call out of many in a graph: caches are warm and Python is not in the way, so this is the launch
+    and the arithmetic.
+    """
     graphs = accelerator.graphs()
     graphs.warm_up(call)
 
@@ -169,7 +186,8 @@ def launch_seconds(call: Call, accelerator: Accelerator) -> float:
     return statistics.median(samples)
 
 
-# --- backends ----------------------------------------------------------------------------------------------------------------------
+# --- backends
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def kernel_name(op: str, device: torch.device) -> str:
@@ -190,7 +208,9 @@ def kernel_name(op: str, device: torch.device) -> str:
 
 
 def filling(op: str, module: ModuleType, arguments: tuple) -> Callable[[], tuple[Tensor, ...]]:
-    """The kernel of `op` (defined in `module`) alone: into outputs that exist already, as in a CUDA graph, without the dispatcher."""
+    """The kernel of `op` (defined in `module`) alone: into outputs that exist already, as in a CUDA graph,
+    without the dispatcher.
+    """
     device = next(value.device for value in arguments if isinstance(value, Tensor))
     kernel, outputs = _backends.find_kernel(op, device, arguments, required=True), module._empty(*arguments)
     prepared = module._prepare(arguments, outputs)
@@ -202,7 +222,9 @@ def filling(op: str, module: ModuleType, arguments: tuple) -> Callable[[], tuple
     return fill
 
 
-def compiled(function: Callable[..., tuple[Tensor, ...]]) -> tuple[Callable[..., tuple[Tensor, ...]], dict[str, float]]:
+def compiled(
+    function: Callable[..., tuple[Tensor, ...]],
+) -> tuple[Callable[..., tuple[Tensor, ...]], dict[str, float]]:
     """`function` under torch.compile in one graph, and a dict that gets `seconds`, those of its first call."""
     torch.compiler.reset()  # the shapes of earlier comparisons count towards dynamo's limit of recompilations
     inner, took = torch.compile(function, fullgraph=True, dynamic=False, backend=compilation.BACKEND), {}

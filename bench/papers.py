@@ -1,4 +1,6 @@
-"""The papers' way: their formulas in eager torch, with autograd, as a training loop writes them. The baseline of every benchmark.
+"""The papers' way: their formulas in eager torch, with autograd, as a training loop writes them.
+
+The baseline of every benchmark.
 
 `alpha, sigma` are `[B, 1, 1, 1]` float32, made before the clock starts, as they are for the kernels.
 """
@@ -14,7 +16,9 @@ def noised(images: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tenso
     return alpha * images + sigma * noise
 
 
-def redirected(forget: Tensor, neighbors: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def redirected(
+    forget: Tensor, neighbors: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """ReTrack section 3.3: `x_t`, the K targets `v_j` `[B, K, C, H, W]` and their weights `p_j` `[B, K]`."""
     x_t = noised(forget, noise, alpha, sigma)
     v = (x_t.unsqueeze(1) - alpha.unsqueeze(1) * neighbors) / sigma.unsqueeze(1)
@@ -27,7 +31,13 @@ def redirect_losses(prediction: Tensor, v: Tensor, p: Tensor) -> Tensor:
 
 
 def mixed(
-    retain: Tensor, forget: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor, from_forget: Tensor, lambd: float
+    retain: Tensor,
+    forget: Tensor,
+    noise: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    from_forget: Tensor,
+    lambd: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """SISS Eq. 6: `x_t`, both targets, both importance weights."""
     x_t = noised(torch.where(from_forget.view(-1, 1, 1, 1), forget, retain), noise, alpha, sigma)

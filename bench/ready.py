@@ -26,7 +26,8 @@ class Ready:
         self._found: dict[str, str] = {}  # label -> how its compilation went
         if path is not None and path.exists() and not recording:
             lines = path.read_text(errors="replace").splitlines()
-            self._found = dict(line.split("\t", 1) for line in lines if "\t" in line)  # a writer may have been ended
+            # a writer may have been ended
+            self._found = dict(line.split("\t", 1) for line in lines if "\t" in line)
 
     def missing(self, label: str) -> str | None:
         """Why `label` must not be compiled now; None where it is ready."""

@@ -42,7 +42,9 @@ def render(rows: list[Row], device: str, gpu: str | None) -> str:
         device: `"cpu"` or `"cuda"`.
         gpu: the name of the GPU, as torch gives it.
     """
-    console = Console(file=io.StringIO(), width=max(172, shutil.get_terminal_size().columns), force_terminal=False)
+    console = Console(
+        file=io.StringIO(), width=max(172, shutil.get_terminal_size().columns), force_terminal=False
+    )
     console.print(_times(rows))
     for reason in dict.fromkeys(row.reason for row in rows if row.reason):
         console.print(reason, style=None, soft_wrap=True, markup=False)
@@ -58,7 +60,19 @@ def _times(rows: list[Row]) -> Table:
     table = Table(title=title, **_STYLE)
     for name in ("op, shape", "job", "contestant", "backend"):
         table.add_column(name, no_wrap=True)
-    for name in ("ms", "x papers", "x +rows", "x eager", "x comp.", "floor", "moved", "GB/s", "share", "graph us", "compile s"):
+    for name in (
+        "ms",
+        "x papers",
+        "x +rows",
+        "x eager",
+        "x comp.",
+        "floor",
+        "moved",
+        "GB/s",
+        "share",
+        "graph us",
+        "compile s",
+    ):
         table.add_column(name, justify="right", no_wrap=True)
     previous = None
     for row in rows:
@@ -70,10 +84,16 @@ def _times(rows: list[Row]) -> Table:
         if row.seconds is None:
             table.add_row(*cells, row.contestant, "not run")
             continue
-        numbers = [f"{row.seconds * 1e3:.3f}", *(_ratio(row, other) for other in (PAPERS, PAPERS_ROWS, EAGER, COMPILED))]
+        numbers = [
+            f"{row.seconds * 1e3:.3f}",
+            *(_ratio(row, other) for other in (PAPERS, PAPERS_ROWS, EAGER, COMPILED)),
+        ]
         numbers += [f"{size / 1e6:.2f}" if size else "" for size in (row.floor, row.moved)]
         numbers += ["", ""] if row.gbps is None else [f"{row.gbps:.1f}", f"{row.share:.0%}"]
-        numbers += [f"{row.launch_seconds * 1e6:.1f}" if row.launch_seconds else "", f"{row.compile_seconds:.1f}" if row.compile_seconds else ""]
+        numbers += [
+            f"{row.launch_seconds * 1e6:.1f}" if row.launch_seconds else "",
+            f"{row.compile_seconds:.1f}" if row.compile_seconds else "",
+        ]
         table.add_row(*cells, row.contestant, row.backend, *numbers)
     return table
 
@@ -90,11 +110,32 @@ def _goals(rows: list[Row], device: str) -> Table:
             if asked and where == device and (row.op, row.job) == (op, job) and row.shape.startswith(shape):
                 value = row.share if what == "share" else row.times_faster[what.partition(":")[2]]
                 label = "share of copy" if what == "share" else f"times faster than {what.partition(':')[2]}"
-                table.add_row(op, row.shape, job, label, f">= {least:g}", f"{value:.2f}", "met" if value >= least else "missed")
+                table.add_row(
+                    op,
+                    row.shape,
+                    job,
+                    label,
+                    f">= {least:g}",
+                    f"{value:.2f}",
+                    "met" if value >= least else "missed",
+                )
     for row in rows:
-        if row.contestant == FILL and row.launch_seconds is not None and row.shape.startswith(SMALL_SHAPES) and _few_neighbors(row):
+        if (
+            row.contestant == FILL
+            and row.launch_seconds is not None
+            and row.shape.startswith(SMALL_SHAPES)
+            and _few_neighbors(row)
+        ):
             met = "met" if row.launch_seconds <= LAUNCH_GOAL else "missed"
-            table.add_row(row.op, row.shape, row.job, "us a launch", f"<= {LAUNCH_GOAL * 1e6:g}", f"{row.launch_seconds * 1e6:.1f}", met)
+            table.add_row(
+                row.op,
+                row.shape,
+                row.job,
+                "us a launch",
+                f"<= {LAUNCH_GOAL * 1e6:g}",
+                f"{row.launch_seconds * 1e6:.1f}",
+                met,
+            )
     return table
 
 
@@ -104,7 +145,9 @@ def _few_neighbors(row: Row) -> bool:
 
 
 def _floors(rows: list[Row], gpu: str | None) -> Table:
-    """The predicted floor on the GPUs of the device table, and how near the kernel came to it on the one that is there."""
+    """The predicted floor on the GPUs of the device table, and how near the kernel came to it on the one that
+    is there.
+    """
     here = find(gpu) if gpu else None
     title = "predicted floor in us at the shapes of this run, by the vendor's numbers; share of it that the kernel reached (-: not yet measured)"
     table = Table(title=title, **_STYLE)
@@ -114,7 +157,9 @@ def _floors(rows: list[Row], gpu: str | None) -> Table:
         table.add_column(device.name, justify="right")
         table.add_column("share", justify="right")
     for row in rows:
-        if row.predicted is None or row.contestant != (KERNEL if "+" in row.op or row.seconds is None else FILL):
+        if row.predicted is None or row.contestant != (
+            KERNEL if "+" in row.op or row.seconds is None else FILL
+        ):
             continue
         cells = []
         for device in DEVICES:

@@ -65,12 +65,14 @@ class StepRow:
     note: str = ""  # what a reader of its time must know
     images_per_second: float | None = None  # rows / seconds
     times_faster: dict[str, float] = field(default_factory=dict)  # than each other contestant
-    update_error: float | None = None  # relative L2 distance to the papers' update, at the gate; None: not gated
+    # relative L2 distance to the papers' update, at the gate; None: not gated
+    update_error: float | None = None
     first_call_seconds: float | None = None  # with compilation
     step_memory: int | None = None  # bytes at the peak, without the weights
     weights: int | None = None  # bytes
     stages: dict[str, float] = field(default_factory=dict)  # share of the step's time
-    host_seconds: float | None = None  # that a step occupies the host, on a GPU; where that is slower, its full queue holds the host back
+    # that a step occupies the host, on a GPU; where that is slower, its full queue holds the host back
+    host_seconds: float | None = None
     launches: int | None = None  # calls of the GPU by the host in a step: kernels, and graphs of them
 
 
@@ -95,8 +97,21 @@ class StepComparison:
         chosen: what was chosen by measurement in this run, by network and precision; filled.
     """
 
-    def __init__(self, benchmark, accelerator: Accelerator | None, options: StepOptions, threads: int, journal: Journal, chosen: dict):
-        self.benchmark, self.accelerator, self.options, self.threads = benchmark, accelerator, options, threads
+    def __init__(
+        self,
+        benchmark,
+        accelerator: Accelerator | None,
+        options: StepOptions,
+        threads: int,
+        journal: Journal,
+        chosen: dict,
+    ):
+        self.benchmark, self.accelerator, self.options, self.threads = (
+            benchmark,
+            accelerator,
+            options,
+            threads,
+        )
         self.journal, self.chosen = journal, chosen
         self._round = 0
         self._bursts: dict[str, int] = {}
@@ -126,17 +141,29 @@ class StepComparison:
         for measure in (self._measure_host, self._measure_stages, self._measure_memory):
             measure(setting, rows, steps)
             self.journal.write()
-        self.benchmark.extra_info.update(device=str(device), threads=self.threads, steps=[asdict(row) for row in rows.values()], chosen=self.chosen)
+        self.benchmark.extra_info.update(
+            device=str(device),
+            threads=self.threads,
+            steps=[asdict(row) for row in rows.values()],
+            chosen=self.chosen,
+        )
 
     def _names(self, job: Job) -> list[str]:
         gpu = self.accelerator is not None
         every = names(job, compiled=self.options.full or gpu, replayed=gpu, official=self.options.official)
-        return [name for name in every if not self.options.contestants or base_of(name) in self.options.contestants]
+        return [
+            name
+            for name in every
+            if not self.options.contestants or base_of(name) in self.options.contestants
+        ]
 
-    # --- what is chosen, and what is compiled ------------------------------------------------------------------------------------
+    # --- what is chosen, and what is compiled
+    # ------------------------------------------------------------------------------------
 
     def _setting(self, job: Job) -> Setting:
-        """With the faster layout, measured once for a network and precision, and, for ReTrack, the faster of one call and two."""
+        """With the faster layout, measured once for a network and precision, and, for ReTrack, the faster of
+        one call and two.
+        """
         key = f"{job.network.name} {job.precision}"
         chosen = self.chosen.setdefault(key, {})
         only = self.options.layout or chosen.get("layout")
@@ -155,7 +182,9 @@ class StepComparison:
         """Under the fastest mode that is timed; where that fails, under the next one, and `chosen` says so."""
         modes = [EAGERLY]
         if self.accelerator is not None:
-            compiled = all(self.options.ready.missing(self._label(job, layout, LIMIT)) is None for layout in LAYOUTS)
+            compiled = all(
+                self.options.ready.missing(self._label(job, layout, LIMIT)) is None for layout in LAYOUTS
+            )
             modes = [BOTH] * compiled + [REPLAYED, EAGERLY]
         for mode in modes:
             try:
@@ -188,7 +217,8 @@ class StepComparison:
             if mode_of(name).compiled and missing is not None:
                 row.reason = f"{name}: {missing}"
 
-    # --- the contestants ---------------------------------------------------------------------------------------------------------
+    # --- the contestants
+    # ---------------------------------------------------------------------------------------------------------
 
     def _row(self, setting: Setting, name: str) -> StepRow:
         job = setting.job
@@ -196,7 +226,9 @@ class StepComparison:
         precision = "float32" if name in PAPERS else job.precision
         layout_name = next(key for key, value in LAYOUTS.items() if value == layout)
         row = StepRow(job.network.name, job.method, precision, name, job.batch, job.rows, layout_name)
-        row.weights = sum(parameter.numel() * parameter.element_size() for parameter in setting.models[layout].parameters())
+        row.weights = sum(
+            parameter.numel() * parameter.element_size() for parameter in setting.models[layout].parameters()
+        )
         return row
 
     def _check(self, setting: Setting, rows: dict[str, StepRow]) -> None:
@@ -230,7 +262,9 @@ class StepComparison:
         return max(GATE_ROWS, _GATE_ELEMENTS // job.images.forget[0].numel()) if large else None
 
     def _start(self, setting: Setting, name: str, row: StepRow, steps: dict[str, Step]) -> None:
-        """Builds a contestant and takes its first steps, the warm-up; on a GPU their peak memory, and the length of its turns."""
+        """Builds a contestant and takes its first steps, the warm-up; on a GPU their peak memory, and the
+        length of its turns.
+        """
         made: list[Step] = []
 
         def first_steps() -> None:
@@ -266,9 +300,12 @@ class StepComparison:
         if all(torch.equal(one, two) for one, two in zip(before, parameters, strict=True)):
             raise RuntimeError("its step changes no weights")
 
-    # --- the turns ---------------------------------------------------------------------------------------------------------------
+    # --- the turns
+    # ---------------------------------------------------------------------------------------------------------------
 
-    def _time(self, group: str, steps: dict[str, Step], samples: dict[str, list[float]], rows: dict[str, StepRow]) -> None:
+    def _time(
+        self, group: str, steps: dict[str, Step], samples: dict[str, list[float]], rows: dict[str, StepRow]
+    ) -> None:
         """The turns, as one benchmark: what pytest-benchmark itself sees is the whole of them."""
         least = 7 if self.options.smoke else 3
         self.benchmark.group = group
@@ -277,11 +314,19 @@ class StepComparison:
         def clock(turns: dict[str, Step]) -> dict[str, float]:
             return self._clock(turns, samples, rows)
 
-        self.benchmark.pedantic(harness.take_turns, args=(steps, clock, seconds, least, _MOST_ROUNDS), rounds=1, iterations=1)
+        self.benchmark.pedantic(
+            harness.take_turns, args=(steps, clock, seconds, least, _MOST_ROUNDS), rounds=1, iterations=1
+        )
 
-    def _clock(self, steps: dict[str, Step], samples: dict[str, list[float]], rows: dict[str, StepRow]) -> dict[str, float]:
-        """One round. Every contestant starts it from the same seed; on a GPU a turn is a step that is not timed, for the memory that another one's
-        `empty_cache` gave back, and then a burst of them. Who fails takes no turn any more."""
+    def _clock(
+        self, steps: dict[str, Step], samples: dict[str, list[float]], rows: dict[str, StepRow]
+    ) -> dict[str, float]:
+        """One round.
+
+        Every contestant starts it from the same seed; on a GPU a turn is a step that is not timed, for the
+        memory that another one's `empty_cache` gave back, and then a burst of them. Who fails takes no turn
+        any more.
+        """
         self._round += 1
         for name, step in steps.items():
             if rows[name].reason:
@@ -305,14 +350,24 @@ class StepComparison:
 
     @staticmethod
     def _complete(rows: dict[str, StepRow], samples: dict[str, list[float]]) -> None:
-        medians = {name: statistics.median(values) for name, values in samples.items() if values and not rows[name].reason}
+        medians = {
+            name: statistics.median(values)
+            for name, values in samples.items()
+            if values and not rows[name].reason
+        }
         for name, median in medians.items():
             row = rows[name]
-            row.seconds, row.best, row.worst, row.samples = median, min(samples[name]), max(samples[name]), len(samples[name])
+            row.seconds, row.best, row.worst, row.samples = (
+                median,
+                min(samples[name]),
+                max(samples[name]),
+                len(samples[name]),
+            )
             row.images_per_second = row.rows / median
             row.times_faster = {other: value / median for other, value in medians.items() if other != name}
 
-    # --- what else is worth knowing, once the times are on disk --------------------------------------------------------------------
+    # --- what else is worth knowing, once the times are on disk
+    # --------------------------------------------------------------------
 
     def _measure_host(self, setting: Setting, rows: dict[str, StepRow], steps: dict[str, Step]) -> None:
         """On a GPU: how long a step occupies the host, and how often it calls the device."""

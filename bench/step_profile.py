@@ -1,9 +1,11 @@
 """Where the time of a step goes, operator by operator.
 
-    python -m bench.step_profile --network mnist --method siss [--contestant fastunlearn] [--json bench/results/step_profile_cpu.json]
+    python -m bench.step_profile --network mnist --method siss [--contestant fastunlearn] [--json
+    bench/results/step_profile_cpu.json]
 
-profiles a few steps with torch's profiler and adds up each operator's own time by kind, beside what the system counted in steps without the profiler:
-page faults and CPU time. `--method` and `--contestant` may be given several times; `--json` writes all of them.
+profiles a few steps with torch's profiler and adds up each operator's own time by kind, beside what the
+system counted in steps without the profiler: page faults and CPU time. `--method` and `--contestant` may be
+given several times; `--json` writes all of them.
 """
 
 from __future__ import annotations
@@ -32,7 +34,17 @@ from .steps.networks import METHODS, NETWORKS, Step
 
 # Kind -> parts of the names of operators and kernels; the first kind that fits counts.
 KINDS = {
-    "optimizer": ("adam", "optimizer.", "_foreach_add", "_foreach_mul", "_foreach_addc", "_foreach_sqrt", "_foreach_div", "_foreach_lerp", "_foreach_sub"),
+    "optimizer": (
+        "adam",
+        "optimizer.",
+        "_foreach_add",
+        "_foreach_mul",
+        "_foreach_addc",
+        "_foreach_sqrt",
+        "_foreach_div",
+        "_foreach_lerp",
+        "_foreach_sub",
+    ),
     "gradient norms": ("_foreach_norm", "linalg_vector_norm", "_foreach_clamp"),
     "convolution, backward": ("convolution_backward", "dgrad", "wgrad", "bprop"),
     "convolution, forward": ("convolution", "conv2d", "fprop"),
@@ -55,7 +67,9 @@ def kind_of(name: str) -> str:
 
 
 def breakdown(step: Step, device: torch.device, steps: int) -> dict[str, float]:
-    """Kind -> seconds a step of the operators' own time: on a CPU summed over the calling threads, on a GPU of the kernels. After the longest, `OTHER`."""
+    """Kind -> seconds a step of the operators' own time: on a CPU summed over the calling threads, on a GPU
+    of the kernels. After the longest, `OTHER`.
+    """
     gpu = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * gpu) as recorded:
         for _ in range(steps):
@@ -70,8 +84,9 @@ def breakdown(step: Step, device: torch.device, steps: int) -> dict[str, float]:
 
 
 def counted(step: Step, accelerator: Accelerator | None, steps: int) -> dict[str, float]:
-    """Median seconds of a step without the profiler, its CPU seconds, and its page faults (minor: served from memory; each costs about as much as
-    writing the page twice)."""
+    """Median seconds of a step without the profiler, its CPU seconds, and its page faults (minor: served from
+    memory; each costs about as much as writing the page twice).
+    """
     taken, before = [], resource.getrusage(resource.RUSAGE_SELF)
     for _ in range(steps):
         synchronize(accelerator)
@@ -99,20 +114,35 @@ def _shown(results: list[dict]) -> Table:
         cells = [(result["operators"][kind], sum(result["operators"].values())) for result in results]
         table.add_row(kind, *(f"{seconds * 1e3:.1f}  {seconds / total:5.1%}" for seconds, total in cells))
     table.add_section()
-    for name, unit in (("seconds", 1e3), ("cpu_seconds", 1e3), ("system_seconds", 1e3), ("page_faults", 1), ("major_page_faults", 1)):
-        table.add_row(f"{name}, ms" if unit == 1e3 else name, *(f"{result['counted'][name] * unit:.1f}" for result in results))
+    for name, unit in (
+        ("seconds", 1e3),
+        ("cpu_seconds", 1e3),
+        ("system_seconds", 1e3),
+        ("page_faults", 1),
+        ("major_page_faults", 1),
+    ):
+        table.add_row(
+            f"{name}, ms" if unit == 1e3 else name,
+            *(f"{result['counted'][name] * unit:.1f}" for result in results),
+        )
     return table
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--network", choices=NETWORKS, default="mnist")
     parser.add_argument("--method", choices=METHODS, action="append")
-    parser.add_argument("--contestant", action="append", help=f"as the tables of bench_step.py name them (default: {OURS})")
+    parser.add_argument(
+        "--contestant", action="append", help=f"as the tables of bench_step.py name them (default: {OURS})"
+    )
     parser.add_argument("--precision", choices=PRECISIONS, default="float32")
     parser.add_argument("--layout", choices=LAYOUTS, help="default: the faster one")
     parser.add_argument("--batch", type=int, help="default: the network's own")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda")
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--json", type=Path, help="written there")
@@ -128,14 +158,30 @@ def main() -> None:
         for contestant in args.contestant or [OURS]:
             step = setting.build(contestant)
             step()
-            result = {"network": args.network, "method": method, "contestant": contestant, "batch": job.batch, "precision": args.precision}
+            result = {
+                "network": args.network,
+                "method": method,
+                "contestant": contestant,
+                "batch": job.batch,
+                "precision": args.precision,
+            }
             result["layout"] = layout
-            result |= {"counted": counted(step, accelerator, args.steps), "operators": breakdown(step, device, args.steps)}
+            result |= {
+                "counted": counted(step, accelerator, args.steps),
+                "operators": breakdown(step, device, args.steps),
+            }
             results.append(result)
     Console(width=max(100, 40 + 24 * len(results))).print(_shown(results))
     if args.json:
-        versions = {"torch": torch.__version__, "threads": args.threads, "device": args.device, "datetime": datetime.now(timezone.utc).isoformat()}
-        args.json.write_text(json.dumps({**versions, "steps": args.steps, "profiles": results}, indent=1) + "\n")
+        versions = {
+            "torch": torch.__version__,
+            "threads": args.threads,
+            "device": args.device,
+            "datetime": datetime.now(timezone.utc).isoformat(),
+        }
+        args.json.write_text(
+            json.dumps({**versions, "steps": args.steps, "profiles": results}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,19 @@ from rich.console import Console
 from rich.table import Table
 
 from .step_comparison import StepRow
-from .steps.contestants import EAGER, LIMIT, OFFICIAL_RETRACK, OFFICIAL_SISS, OURS, RETRACK_REPO, SISS_REPO, STRONGEST, UNLEARNER, mode_of, papers_baseline
+from .steps.contestants import (
+    EAGER,
+    LIMIT,
+    OFFICIAL_RETRACK,
+    OFFICIAL_SISS,
+    OURS,
+    RETRACK_REPO,
+    SISS_REPO,
+    STRONGEST,
+    UNLEARNER,
+    mode_of,
+    papers_baseline,
+)
 from .steps.networks import SMOKE, TWO_GRADIENTS
 from .steps.stages import STAGES
 
@@ -49,9 +61,15 @@ MEMORY_GOAL = 0.6  # of contestant (1)'s peak, weights included, for methods wit
 
 def render(rows: list[StepRow], device: str) -> str:
     """All tables as text, for a terminal or a log."""
-    console = Console(file=io.StringIO(), width=max(250, shutil.get_terminal_size().columns), force_terminal=False)
+    console = Console(
+        file=io.StringIO(), width=max(250, shutil.get_terminal_size().columns), force_terminal=False
+    )
     for precision in dict.fromkeys(_precisions(rows)):
-        console.print(_times([row for row, of in zip(rows, _precisions(rows), strict=True) if of == precision], precision))
+        console.print(
+            _times(
+                [row for row, of in zip(rows, _precisions(rows), strict=True) if of == precision], precision
+            )
+        )
     for reason in dict.fromkeys(said for row in rows for said in (row.note, row.reason) if said):
         console.print(reason, soft_wrap=True, markup=False, highlight=False)
     for table in (_stages(rows), _fidelity(rows), _goals(rows, device)):
@@ -61,7 +79,10 @@ def render(rows: list[StepRow], device: str) -> str:
 
 
 def comparisons(rows: Iterable[StepRow]) -> list[dict[str, StepRow]]:
-    """The rows of each comparison by contestant, of those that ran. The precision of a comparison is that of the limit."""
+    """The rows of each comparison by contestant, of those that ran.
+
+    The precision of a comparison is that of the limit.
+    """
     found, last = [], None
     for row in rows:
         if row.contestant == LIMIT:
@@ -73,7 +94,10 @@ def comparisons(rows: Iterable[StepRow]) -> list[dict[str, StepRow]]:
 
 
 def _precisions(rows: list[StepRow]) -> list[str]:
-    """Of the comparison that each row belongs to: that of its limit. The papers' way is float32 in all of them."""
+    """Of the comparison that each row belongs to: that of its limit.
+
+    The papers' way is float32 in all of them.
+    """
     found: list[str] = []
     for row in rows:
         found.append(row.precision if row.contestant == LIMIT else found[-1])
@@ -88,7 +112,22 @@ def _times(rows: list[StepRow], precision: str) -> Table:
     table = Table(title=title, **_STYLE)
     for name in ("network, method", "contestant", "precision", "layout"):
         table.add_column(name, no_wrap=True)
-    headings = ("ms", "best", "worst", "n", "img/s", "x limit", "x papers", "x eager", "x strong.", "gate", "MB", "host ms", "launches", "first call s")
+    headings = (
+        "ms",
+        "best",
+        "worst",
+        "n",
+        "img/s",
+        "x limit",
+        "x papers",
+        "x eager",
+        "x strong.",
+        "gate",
+        "MB",
+        "host ms",
+        "launches",
+        "first call s",
+    )
     for name in headings:
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
@@ -100,10 +139,17 @@ def _times(rows: list[StepRow], precision: str) -> Table:
             continue
         mode = mode_of(row.contestant)
         others = (mode.of(LIMIT), papers_baseline(row.method), EAGER, mode.of(STRONGEST))
-        cells = [f"{seconds * 1e3:.4g}" for seconds in (row.seconds, row.best, row.worst)] + [str(row.samples), f"{row.images_per_second:.4g}"]
+        cells = [f"{seconds * 1e3:.4g}" for seconds in (row.seconds, row.best, row.worst)] + [
+            str(row.samples),
+            f"{row.images_per_second:.4g}",
+        ]
         cells += [f"{row.times_faster[other]:.2f}" if other in row.times_faster else "" for other in others]
         cells += [f"{row.update_error:.0e}" if row.update_error is not None else ""]
-        cells += [f"{row.step_memory / 1e6:.0f} / {(row.step_memory + row.weights) / 1e6:.0f}" if row.step_memory is not None else ""]
+        cells += [
+            f"{row.step_memory / 1e6:.0f} / {(row.step_memory + row.weights) / 1e6:.0f}"
+            if row.step_memory is not None
+            else ""
+        ]
         cells += [f"{row.host_seconds * 1e3:.3g}" if row.host_seconds is not None else ""]
         cells += [str(row.launches) if row.launches is not None else ""]
         cells += [f"{row.first_call_seconds:.1f}" if row.first_call_seconds is not None else ""]
@@ -112,60 +158,125 @@ def _times(rows: list[StepRow], precision: str) -> Table:
 
 
 def _stages(rows: list[StepRow]) -> Table:
-    table = Table(title=f"share of the time of {OURS}'s step in each stage (eager profile; backward passes count to the stage that starts them)", **_STYLE)
+    table = Table(
+        title=f"share of the time of {OURS}'s step in each stage (eager profile; backward passes count to the stage that starts them)",
+        **_STYLE,
+    )
     for name in ("network, method", "precision"):
         table.add_column(name, no_wrap=True)
     for name in (*STAGES, "between"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         if row.stages:
-            table.add_row(f"{row.network} {row.method}", row.precision, *(f"{row.stages[name]:.1%}" for name in (*STAGES, "between")))
+            table.add_row(
+                f"{row.network} {row.method}",
+                row.precision,
+                *(f"{row.stages[name]:.1%}" for name in (*STAGES, "between")),
+            )
     return table
 
 
 def _fidelity(rows: list[StepRow]) -> Table:
     """How long the renderings of the papers' way take beside the real repositories."""
-    table = Table("network, method", "repository", "rendering / official", "", title="the papers' way against the official code", **_STYLE)
+    table = Table(
+        "network, method",
+        "repository",
+        "rendering / official",
+        "",
+        title="the papers' way against the official code",
+        **_STYLE,
+    )
     for found in comparisons(rows):
         for rendering, official in ((RETRACK_REPO, OFFICIAL_RETRACK), (SISS_REPO, OFFICIAL_SISS)):
             if rendering in found and official in found:
                 ratio = found[rendering].seconds / found[official].seconds
-                verdict = "a ratio may be quoted" if abs(ratio - 1) <= _FAITHFUL else f"off by more than {_FAITHFUL:.0%}: quote no ratio"
-                table.add_row(f"{found[official].network} {found[official].method}", rendering, f"{ratio:.3f}", verdict)
+                verdict = (
+                    "a ratio may be quoted"
+                    if abs(ratio - 1) <= _FAITHFUL
+                    else f"off by more than {_FAITHFUL:.0%}: quote no ratio"
+                )
+                table.add_row(
+                    f"{found[official].network} {found[official].method}", rendering, f"{ratio:.3f}", verdict
+                )
     return table
 
 
 def _goals(rows: list[StepRow], device: str) -> Table:
     table = Table("network, method", "precision", "what", "goal", "measured", "", title="goals", **_STYLE)
     for found in comparisons(rows):
-        ours = [row for name, row in found.items() if name.startswith((OURS, UNLEARNER)) and row.network != SMOKE]
+        ours = [
+            row for name, row in found.items() if name.startswith((OURS, UNLEARNER)) and row.network != SMOKE
+        ]
         if not ours:
             continue
         best = min(ours, key=lambda row: row.seconds)
-        strongest = min((name for name in found if name.startswith(STRONGEST)), key=lambda name: found[name].seconds, default=None)
-        limit = min((name for name in found if name.startswith(LIMIT)), key=lambda name: found[name].seconds, default=None)
+        strongest = min(
+            (name for name in found if name.startswith(STRONGEST)),
+            key=lambda name: found[name].seconds,
+            default=None,
+        )
+        limit = min(
+            (name for name in found if name.startswith(LIMIT)),
+            key=lambda name: found[name].seconds,
+            default=None,
+        )
         label = (f"{best.network} {best.method}", best.precision)
         for goal in GOALS:
-            if goal.device != device or (goal.networks and best.network not in goal.networks) or (goal.methods and best.method not in goal.methods):
+            if (
+                goal.device != device
+                or (goal.networks and best.network not in goal.networks)
+                or (goal.methods and best.method not in goal.methods)
+            ):
                 continue
-            other = {"papers": papers_baseline(best.method), STRONGEST: strongest, LIMIT: limit}.get(goal.other, goal.other)
+            other = {"papers": papers_baseline(best.method), STRONGEST: strongest, LIMIT: limit}.get(
+                goal.other, goal.other
+            )
             if other not in found:
                 continue
             ratio = found[other].seconds / best.seconds
             if goal.other == LIMIT:
-                table.add_row(*label, f"{best.contestant} / {other}", f"<= {1 / goal.least:.2f}", f"{1 / ratio:.3f}", _met(ratio >= goal.least))
+                table.add_row(
+                    *label,
+                    f"{best.contestant} / {other}",
+                    f"<= {1 / goal.least:.2f}",
+                    f"{1 / ratio:.3f}",
+                    _met(ratio >= goal.least),
+                )
             else:
-                table.add_row(*label, f"{best.contestant}: times faster than {other}", f">= {goal.least:g}", f"{ratio:.2f}", _met(ratio >= goal.least))
-        if device == "cuda" and strongest and limit and found[strongest].seconds / found[limit].seconds >= _ROOM:
+                table.add_row(
+                    *label,
+                    f"{best.contestant}: times faster than {other}",
+                    f">= {goal.least:g}",
+                    f"{ratio:.2f}",
+                    _met(ratio >= goal.least),
+                )
+        if (
+            device == "cuda"
+            and strongest
+            and limit
+            and found[strongest].seconds / found[limit].seconds >= _ROOM
+        ):
             ratio = found[strongest].seconds / best.seconds
-            table.add_row(*label, f"{best.contestant}: times faster than {strongest}, with room", f">= {_ROOM:g}", f"{ratio:.2f}", _met(ratio >= _ROOM))
+            table.add_row(
+                *label,
+                f"{best.contestant}: times faster than {strongest}, with room",
+                f">= {_ROOM:g}",
+                f"{ratio:.2f}",
+                _met(ratio >= _ROOM),
+            )
         _memory_goal(table, label, found, device)
     return table
 
 
 def _memory_goal(table: Table, label: tuple[str, str], found: dict[str, StepRow], device: str) -> None:
     ours, papers = found.get(OURS), found.get(papers_baseline(label[0].partition(" ")[2]))
-    if device != "cpu" or not ours or not papers or ours.method not in TWO_GRADIENTS or None in (ours.step_memory, papers.step_memory):
+    if (
+        device != "cpu"
+        or not ours
+        or not papers
+        or ours.method not in TWO_GRADIENTS
+        or None in (ours.step_memory, papers.step_memory)
+    ):
         return
     ratio = (ours.step_memory + ours.weights) / (papers.step_memory + papers.weights)
     without = ours.step_memory / papers.step_memory
@@ -175,4 +286,3 @@ def _memory_goal(table: Table, label: tuple[str, str], found: dict[str, StepRow]
 
 def _met(met: bool) -> str:
     return "met" if met else "missed"
-

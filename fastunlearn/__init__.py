@@ -1,7 +1,8 @@
 """fastunlearn: make a trained diffusion model forget given training images.
 
 ReTrack, SISS, EraseDiff and their baselines as single steps on a caller's own batches (`retrack_step`,
-`siss_step`, ...), or as an `Unlearner` that owns the data and draws everything itself. See docs/architecture.md.
+`siss_step`, ...), or as an `Unlearner` that owns the data and draws everything itself. See
+docs/architecture.md.
 
 The names are imported when they are first used, so that `fastunlearn --help` does not wait for torch.
 """
@@ -54,7 +55,14 @@ _HOMES = {
     "objective.draws": ["Draws"],
     "objective.frequency": ["LowPass"],
     "objective.schedule": ["NoiseSchedule"],
-    "step.take": ["StepOutput", "erasediff_step", "neggrad_step", "retrack_step", "siss_step", "vanilla_step"],
+    "step.take": [
+        "StepOutput",
+        "erasediff_step",
+        "neggrad_step",
+        "retrack_step",
+        "siss_step",
+        "vanilla_step",
+    ],
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -1,7 +1,10 @@
-"""Pure functions on tensors: validate, then call the op. Samples are rows; losses are per sample, summed over elements.
+"""Pure functions on tensors: validate, then call the op.
 
-Where images are asked for, `store.Rows` (rows of a store by index, uint8 or floating) may stand in for a tensor, and `philox.Noise` for
-noise: the op then gathers, dequantises and draws as it reads, and the images and the noise are never stored.
+Samples are rows; losses are per sample, summed over elements.
+
+Where images are asked for, `store.Rows` (rows of a store by index, uint8 or floating) may stand in for a
+tensor, and `philox.Noise` for noise: the op then gathers, dequantises and draws as it reads, and the images
+and the noise are never stored.
 
 Timesteps outside the schedule, or where the loss is not defined, are refused on a CPU. On a GPU they are not
 looked at, unless `FASTUNLEARN_CHECK=1` asks for it: what is made of them is NaN.
@@ -54,8 +57,11 @@ class Mixture(NamedTuple):
     forget_weight: Tensor  # [B] float64
 
 
-def noised(images: Tensor | Rows, noise: Tensor | Noise, timesteps: Tensor, schedule: NoiseSchedule) -> Noised:
-    """`x_t = alpha_t x_0 + sigma_t eps` and what the network should predict for it (the vanilla denoising target).
+def noised(
+    images: Tensor | Rows, noise: Tensor | Noise, timesteps: Tensor, schedule: NoiseSchedule
+) -> Noised:
+    """`x_t = alpha_t x_0 + sigma_t eps` and what the network should predict for it (the vanilla denoising
+    target).
 
     Args:
         images: `[B, C, H, W]` floating point, or rows of a store.
@@ -68,9 +74,20 @@ def noised(images: Tensor | Rows, noise: Tensor | Noise, timesteps: Tensor, sche
     coefficients = _prepare("images", images, noise, timesteps, schedule)
     if backend() == "reference":
         images, noise = _gathered(images), _numbers(noise, images.dtype)
-        return Noised(_literal_noising(images, noise, timesteps, schedule), _literal_target(images, noise, timesteps, schedule))
-    known = schedule.prediction_type == "epsilon" and isinstance(noise, Tensor)  # the target is the noise itself
-    x_t, target = _noising(*_source(images), coefficients, *_noise_arguments(noise), not known, images.dtype, _channels_last(images))
+        return Noised(
+            _literal_noising(images, noise, timesteps, schedule),
+            _literal_target(images, noise, timesteps, schedule),
+        )
+    # the target is the noise itself
+    known = schedule.prediction_type == "epsilon" and isinstance(noise, Tensor)
+    x_t, target = _noising(
+        *_source(images),
+        coefficients,
+        *_noise_arguments(noise),
+        not known,
+        images.dtype,
+        _channels_last(images),
+    )
     return Noised(x_t, noise if known else target)
 
 
@@ -84,18 +101,22 @@ def redirect(
     x_t: Tensor | None = None,
     sqdist: Tensor | None = None,
 ) -> Redirect:
-    """ReTrack's single target: the importance-weighted mean of the directions toward the k nearest neighbours (ReTrack section 3.3).
+    """ReTrack's single target: the importance-weighted mean of the directions toward the k nearest neighbours
+    (ReTrack section 3.3).
 
     `loss = ||prediction - target||^2 + spread` equals the paper's `sum_j p_j ||prediction - v_j||^2`, with
     `p = softmax_j(-||x_t - alpha x_j||^2 / (2 sigma^2))`; `p` carries no gradient.
 
     Args:
         forget: `[B, C, H, W]`, the images to forget, or rows of a store.
-        neighbors: `[B, K, C, H, W]`, their nearest neighbours among the images to keep, or rows of a store (index `[B, K]`).
-        noise: `[B, C, H, W]`, or a `Noise` to make it from; not used (and may be None) where `x_t` is given, which implies it.
+        neighbors: `[B, K, C, H, W]`, their nearest neighbours among the images to keep, or rows of a store
+            (index `[B, K]`).
+        noise: `[B, C, H, W]`, or a `Noise` to make it from; not used (and may be None) where `x_t` is given,
+            which implies it.
         timesteps: `[B]` int64, indices into `schedule`.
         x_t: `[B, C, H, W]`, noised forget images made elsewhere; the noise is then `(x_t - alpha a) / sigma`.
-        sqdist: `[B, K]`, `||a - x_j||^2` of the float images (uint8 rows: the integer distance times `(2/255)^2`); accumulated in float64 if None.
+        sqdist: `[B, K]`, `||a - x_j||^2` of the float images (uint8 rows: the integer distance times
+            `(2/255)^2`); accumulated in float64 if None.
 
     Raises:
         TypeError, ValueError: for arguments of another rank, shape, dtype or device.
@@ -106,22 +127,32 @@ def redirect(
         check.rows_within("neighbors.index", neighbors.index, len(neighbors.images))
     else:
         check.tensor("neighbors", neighbors, ndim=5)
-    if neighbors.shape[1] == 0 or neighbors.shape[0] != forget.shape[0] or neighbors.shape[2:] != forget.shape[1:]:
-        raise ValueError(f"neighbors: expected [B, K, C, H, W] = {_with_k(forget)} with K >= 1, got {tuple(neighbors.shape)}")
+    if (
+        neighbors.shape[1] == 0
+        or neighbors.shape[0] != forget.shape[0]
+        or neighbors.shape[2:] != forget.shape[1:]
+    ):
+        raise ValueError(
+            f"neighbors: expected [B, K, C, H, W] = {_with_k(forget)} with K >= 1, got {tuple(neighbors.shape)}"
+        )
     check.same_device("neighbors", neighbors, "forget", forget)
     if neighbors.dtype != forget.dtype:
         raise TypeError(f"neighbors: expected the dtype of forget, {forget.dtype}, got {neighbors.dtype}")
     if sqdist is not None:
         check.tensor("sqdist", sqdist, ndim=2)
         if sqdist.shape != neighbors.shape[:2]:
-            raise ValueError(f"sqdist: expected one distance a neighbour, {tuple(neighbors.shape[:2])}, got {tuple(sqdist.shape)}")
+            raise ValueError(
+                f"sqdist: expected one distance a neighbour, {tuple(neighbors.shape[:2])}, got {tuple(sqdist.shape)}"
+            )
         check.same_device("sqdist", sqdist, "forget", forget)
     _check_data(forget=forget, neighbors=neighbors, noise=noise, x_t=x_t)
     noise = _noise_of("forget", forget, noise, x_t, timesteps, schedule)
     coefficients = _prepare("forget", forget, noise, timesteps, schedule)
     if backend() == "reference":
         forget, neighbors = _gathered(forget), _gathered(neighbors)
-        return Redirect(*_literal_redirect(forget, neighbors, _numbers(noise, forget.dtype), timesteps, schedule, x_t=x_t))
+        return Redirect(
+            *_literal_redirect(forget, neighbors, _numbers(noise, forget.dtype), timesteps, schedule, x_t=x_t)
+        )
     rest = coefficients, sqdist, *_noise_arguments(noise), forget.dtype, _channels_last(forget)
     made, target, spread, weights = _redirect(*_source(forget), *_source(neighbors), *rest)
     return Redirect(made if x_t is None else x_t, target, spread, weights)
@@ -139,20 +170,22 @@ def mixture(
     x_t: Tensor | None = None,
     time_log_ratio: Tensor | None = None,
 ) -> Mixture:
-    """The SISS mixture sample with both targets and importance weights (SISS Eq. 6); `(1 - lambd) w_x + lambd w_a = 1`.
+    """The SISS mixture sample with both targets and importance weights (SISS Eq. 6); `(1 - lambd) w_x + lambd
+    w_a = 1`.
 
     Args:
         retain: `[B, C, H, W]`, images to keep, or rows of a store.
         forget: `[B, C, H, W]`, images to forget, or rows of a store.
-        noise: `[B, C, H, W]`, or a `Noise` to make it from; not used (and may be None) where `x_t` is given, which implies it.
+        noise: `[B, C, H, W]`, or a `Noise` to make it from; not used (and may be None) where `x_t` is given,
+            which implies it.
         timesteps: `[B]` int64, indices into `schedule`.
         lambd: in [0, 1], the share of forget images in the mixture.
         from_forget: `[B]` bool, True where `x_t` is made from the forget image.
         x_t: `[B, C, H, W]`, mixture samples made elsewhere.
-        time_log_ratio: `[B]`, `log p_forget(t) / p_retain(t)` where the branches draw timesteps from different densities.
-            Where one of them never draws `t`, or has another condition than the row, it is infinite, and the
-            weights are 0 and `1 / lambd` or `1 / (1 - lambd)`: infinite, too, at lambd 0 or 1 for a row that
-            the mixture cannot draw.
+        time_log_ratio: `[B]`, `log p_forget(t) / p_retain(t)` where the branches draw timesteps from
+            different densities. Where one of them never draws `t`, or has another condition than the row, it
+            is infinite, and the weights are 0 and `1 / lambd` or `1 / (1 - lambd)`: infinite, too, at lambd 0
+            or 1 for a row that the mixture cannot draw.
 
     Raises:
         TypeError, ValueError: for arguments of another rank, shape, dtype or device, or lambd outside [0, 1].
@@ -164,26 +197,62 @@ def mixture(
     if forget.dtype != retain.dtype:
         raise TypeError(f"forget: expected the dtype of retain, {retain.dtype}, got {forget.dtype}")
     lambd = check.number("lambd", lambd, low=0, high=1)
-    if not isinstance(from_forget, Tensor) or from_forget.dtype != torch.bool or from_forget.shape != retain.shape[:1]:
-        raise TypeError(f"from_forget: expected a bool tensor of shape ({len(retain)},), got {check.describe(from_forget)}")
+    if (
+        not isinstance(from_forget, Tensor)
+        or from_forget.dtype != torch.bool
+        or from_forget.shape != retain.shape[:1]
+    ):
+        raise TypeError(
+            f"from_forget: expected a bool tensor of shape ({len(retain)},), got {check.describe(from_forget)}"
+        )
     check.same_device("from_forget", from_forget, "retain", retain)
     if time_log_ratio is not None:
         check.vector("time_log_ratio", time_log_ratio, len(retain), retain.device)
     _check_data(retain=retain, forget=forget, noise=noise, x_t=x_t)
     if x_t is not None:
-        noise = _noise_of("retain", torch.where(from_forget.view(-1, 1, 1, 1), _gathered(forget), _gathered(retain)), noise, x_t, timesteps, schedule)
+        noise = _noise_of(
+            "retain",
+            torch.where(from_forget.view(-1, 1, 1, 1), _gathered(forget), _gathered(retain)),
+            noise,
+            x_t,
+            timesteps,
+            schedule,
+        )
     coefficients = _prepare("retain", retain, noise, timesteps, schedule)
     if backend() == "reference":
         retain, forget = _gathered(retain), _gathered(forget)
         noise = _numbers(noise, retain.dtype)
-        return Mixture(*_literal_mixture(retain, forget, noise, timesteps, schedule, lambd, from_forget, x_t=x_t, time_log_ratio=time_log_ratio))
-    rest = coefficients, from_forget, lambd, time_log_ratio, *_noise_arguments(noise), retain.dtype, _channels_last(retain)
+        return Mixture(
+            *_literal_mixture(
+                retain,
+                forget,
+                noise,
+                timesteps,
+                schedule,
+                lambd,
+                from_forget,
+                x_t=x_t,
+                time_log_ratio=time_log_ratio,
+            )
+        )
+    rest = (
+        coefficients,
+        from_forget,
+        lambd,
+        time_log_ratio,
+        *_noise_arguments(noise),
+        retain.dtype,
+        _channels_last(retain),
+    )
     made, *targets_and_weights = _mixture(*_source(retain), *_source(forget), *rest)
     return Mixture(made if x_t is None else x_t, *targets_and_weights)
 
 
-def denoising_loss(prediction: Tensor, target: Tensor, weight: Tensor | None = None, lowpass: LowPass | None = None) -> Tensor:
-    """`weight ||prediction - target||^2` per sample, `[B]`, summed over elements; differentiable in `prediction` only.
+def denoising_loss(
+    prediction: Tensor, target: Tensor, weight: Tensor | None = None, lowpass: LowPass | None = None
+) -> Tensor:
+    """`weight ||prediction - target||^2` per sample, `[B]`, summed over elements; differentiable in
+    `prediction` only.
 
     Args:
         prediction: `[B, C, H, W]`, any floating dtype; sums are float32 or better.
@@ -198,17 +267,27 @@ def denoising_loss(prediction: Tensor, target: Tensor, weight: Tensor | None = N
     return weighted_residual(prediction, target, weight, lowpass)[0]
 
 
-def weighted_residual(prediction: Tensor, target: Tensor, weight: Tensor | None = None, lowpass: LowPass | None = None) -> tuple[Tensor, Tensor]:
+def weighted_residual(
+    prediction: Tensor, target: Tensor, weight: Tensor | None = None, lowpass: LowPass | None = None
+) -> tuple[Tensor, Tensor]:
     """`denoising_loss` and, from the same pass, its gradient `[B, C, H, W]` in the dtype of `prediction`."""
     check.images("prediction", prediction)
     check.like("target", target, "prediction", prediction)
-    weight = torch.ones(len(prediction), device=prediction.device) if weight is None else check.vector("weight", weight, len(prediction), prediction.device)
+    weight = (
+        torch.ones(len(prediction), device=prediction.device)
+        if weight is None
+        else check.vector("weight", weight, len(prediction), prediction.device)
+    )
     for name, value in (("target", target), ("weight", weight)):
         if value.requires_grad:
-            raise ValueError(f"{name}: expected no gradient (the loss is differentiable in prediction only), got requires_grad=True; detach it")
+            raise ValueError(
+                f"{name}: expected no gradient (the loss is differentiable in prediction only), got requires_grad=True; detach it"
+            )
     if lowpass is None:
         if backend() == "reference":
-            return _literal_loss(prediction, target, weight), 2 * weight.to(prediction.dtype).view(-1, 1, 1, 1) * (prediction - target).detach()
+            return _literal_loss(prediction, target, weight), 2 * weight.to(prediction.dtype).view(
+                -1, 1, 1, 1
+            ) * (prediction - target).detach()
         return _residual(prediction, target, weight)
     if not isinstance(lowpass, LowPass):
         raise TypeError(f"lowpass: expected a LowPass or None, got {check.describe(lowpass)}")
@@ -223,12 +302,15 @@ def _mask(lowpass: LowPass, height: int, width: int, device: torch.device) -> tu
 
 
 @functools.lru_cache(maxsize=64)
-def _cached_mask(lowpass: LowPass, height: int, width: int, device: torch.device) -> tuple[Tensor, float, float]:
+def _cached_mask(
+    lowpass: LowPass, height: int, width: int, device: torch.device
+) -> tuple[Tensor, float, float]:
     band, inside, outside = lowpass.mask(height, width)
     return band.to(device), inside, outside
 
 
-# What torch.compiler.assume_constant_result sets; the decorator itself would import torch._dynamo, and with it Triton, at every start.
+# What torch.compiler.assume_constant_result sets; the decorator itself would import torch._dynamo, and with
+# it Triton, at every start.
 _mask._dynamo_marked_constant = True
 
 
@@ -244,7 +326,9 @@ def _check_data(**arguments: Tensor | Rows | Noise | None) -> None:
     """Refuses a gradient that would be lost: importance weights and targets are constants of a step."""
     for name, value in arguments.items():
         if isinstance(value, Tensor) and value.requires_grad:
-            raise ValueError(f"{name}: expected no gradient (weights and targets are constants of a step), got requires_grad=True; detach it")
+            raise ValueError(
+                f"{name}: expected no gradient (weights and targets are constants of a step), got requires_grad=True; detach it"
+            )
 
 
 def _source(images: Tensor | Rows) -> tuple[Tensor, Tensor | None]:
@@ -266,10 +350,16 @@ def _numbers(noise: Tensor | Noise, dtype: torch.dtype) -> Tensor:
 
 
 def _channels_last(images: Tensor | Rows) -> bool:
-    return isinstance(images, Tensor) and not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last)
+    return (
+        isinstance(images, Tensor)
+        and not images.is_contiguous()
+        and images.is_contiguous(memory_format=torch.channels_last)
+    )
 
 
-def _prepare(name: str, images: Tensor | Rows, noise: Tensor | Noise | None, timesteps: Tensor, schedule: NoiseSchedule) -> Tensor:
+def _prepare(
+    name: str, images: Tensor | Rows, noise: Tensor | Noise | None, timesteps: Tensor, schedule: NoiseSchedule
+) -> Tensor:
     _check_images(name, images)
     if isinstance(noise, Noise):
         check.same_shape("noise", noise, name, images)
@@ -283,12 +373,19 @@ def _prepare(name: str, images: Tensor | Rows, noise: Tensor | Noise | None, tim
 
 def _check_timesteps(timesteps: Tensor, images: Tensor | Rows, schedule: NoiseSchedule) -> None:
     if not isinstance(schedule, NoiseSchedule):
-        raise TypeError(f"schedule: expected a NoiseSchedule (NoiseSchedule.from_diffusers(scheduler) makes one), got {check.describe(schedule)}")
+        raise TypeError(
+            f"schedule: expected a NoiseSchedule (NoiseSchedule.from_diffusers(scheduler) makes one), got {check.describe(schedule)}"
+        )
     check.vector("timesteps", timesteps, len(images), images.device, floating=False)
 
 
 def _noise_of(
-    name: str, images: Tensor | Rows, noise: Tensor | Noise | None, x_t: Tensor | None, timesteps: Tensor, schedule: NoiseSchedule
+    name: str,
+    images: Tensor | Rows,
+    noise: Tensor | Noise | None,
+    x_t: Tensor | None,
+    timesteps: Tensor,
+    schedule: NoiseSchedule,
 ) -> Tensor | Noise | None:
     """The noise that `x_t` implies, or `noise` where `x_t` is not given."""
     if x_t is None:

@@ -1,8 +1,11 @@
-"""mixture (SISS) on NVIDIA GPUs: both rows gathered by index, `x_t`, both targets and the two importance weights, in one pass over the images.
+"""mixture (SISS) on NVIDIA GPUs: both rows gathered by index, `x_t`, both targets and the two importance
+weights, in one pass over the images.
 
-Bytes per element: both images and the noise (none with Philox) read once, `x_t` and two float32 targets written once: from uint8 with float32 noise and `x_t`
-18, with Philox and bfloat16 12. `<eps, x - a>` and `||x - a||^2` are added in float64, whose rate on data-centre GPUs is half that of float32: at small t they
-are multiplied by rho^2 ~ 10^4 and go into an exponent. A sample of more than 4096 elements is split: its programs leave partial sums for a second, tiny launch.
+Bytes per element: both images and the noise (none with Philox) read once, `x_t` and two float32 targets
+written once: from uint8 with float32 noise and `x_t` 18, with Philox and bfloat16 12. `<eps, x - a>` and `||x
+- a||^2` are added in float64, whose rate on data-centre GPUs is half that of float32: at small t they are
+multiplied by rho^2 ~ 10^4 and go into an exponent. A sample of more than 4096 elements is split: its programs
+leave partial sums for a second, tiny launch.
 """
 
 from __future__ import annotations
@@ -76,7 +79,18 @@ def mixture_kernel(
     dot = tl.sum(eps.to(tl.float64) * difference)
     square = tl.sum(difference * difference)
     if partial is None:
-        _store_weights(sample, dot, square, coefficients, chosen_forget, time_log_ratio, lambd, logit, retain_weight, forget_weight)
+        _store_weights(
+            sample,
+            dot,
+            square,
+            coefficients,
+            chosen_forget,
+            time_log_ratio,
+            lambd,
+            logit,
+            retain_weight,
+            forget_weight,
+        )
     else:
         tl.store(partial + tl.program_id(0).to(tl.int64) * 2, dot)
         tl.store(partial + tl.program_id(0).to(tl.int64) * 2 + 1, square)
@@ -105,11 +119,33 @@ def mixture_weights_kernel(
         dot += tl.load(place, mask=part < splits, other=0)
         square += tl.load(place + 1, mask=part < splits, other=0)
     chosen_forget = tl.load(from_forget + sample) != 0
-    _store_weights(sample, tl.sum(dot), tl.sum(square), coefficients, chosen_forget, time_log_ratio, lambd, logit, retain_weight, forget_weight)
+    _store_weights(
+        sample,
+        tl.sum(dot),
+        tl.sum(square),
+        coefficients,
+        chosen_forget,
+        time_log_ratio,
+        lambd,
+        logit,
+        retain_weight,
+        forget_weight,
+    )
 
 
 @triton.jit
-def _store_weights(sample, dot, square, coefficients, chosen_forget, time_log_ratio, lambd, logit, retain_weight, forget_weight):
+def _store_weights(
+    sample,
+    dot,
+    square,
+    coefficients,
+    chosen_forget,
+    time_log_ratio,
+    lambd,
+    logit,
+    retain_weight,
+    forget_weight,
+):
     """The weights of one sample from `<eps, x - a>` and `||x - a||^2`, in float64.
 
     At lambd 0 and 1 one of them is 1 and the other the exponential. An infinite log ratio of the branches'
@@ -176,7 +212,9 @@ def configurations() -> list[Variant]:
         _variant("D > 4096, uint8, Philox -> bfloat16", 196608, u8, None, bf16),
         _variant("D > 4096, uint8, noise -> float32", 196608, u8, f32, f32),
         _variant("D > 4096, float32, noise -> float32", 196608, f32, f32, f32),
-        _variant("D <= 4096, channels last, uint8, Philox -> bfloat16", 3072, u8, None, bf16, order="scatter"),
+        _variant(
+            "D <= 4096, channels last, uint8, Philox -> bfloat16", 3072, u8, None, bf16, order="scatter"
+        ),
         _variant("D > 4096, channels last, float32, noise -> float32", 196608, f32, f32, f32, order="gather"),
         _weights_variant("no log ratio of times", None),
         _weights_variant("with a log ratio of times", torch.float64),
@@ -206,5 +244,18 @@ def _variant(
 
 def _weights_variant(label: str, time_log_ratio: torch.dtype | None) -> Variant:
     f64 = torch.float64
-    signature, constants = pointers(partial=f64, coefficients=f64, from_forget=torch.bool, time_log_ratio=time_log_ratio, retain_weight=f64, forget_weight=f64)
-    return Variant(mixture_weights_kernel, label, signature | {"splits": "i32", "lambd": "fp64", "logit": "fp64"}, constants | {"PARTS": PARTS}, 4)
+    signature, constants = pointers(
+        partial=f64,
+        coefficients=f64,
+        from_forget=torch.bool,
+        time_log_ratio=time_log_ratio,
+        retain_weight=f64,
+        forget_weight=f64,
+    )
+    return Variant(
+        mixture_weights_kernel,
+        label,
+        signature | {"splits": "i32", "lambd": "fp64", "logit": "fp64"},
+        constants | {"PARTS": PARTS},
+        4,
+    )

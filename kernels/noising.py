@@ -1,7 +1,9 @@
-"""noising on NVIDIA GPUs: rows gathered by index, noise read or drawn in registers, `x_t` and the target written, in one pass and one launch.
+"""noising on NVIDIA GPUs: rows gathered by index, noise read or drawn in registers, `x_t` and the target
+written, in one pass and one launch.
 
-Bytes per element: the image's and the noise's (none with Philox) once, `x_t`'s once, 4 for the target. From uint8 with float32 noise, `x_t` and target that is
-13, of which a copy of the same size would take 13; with Philox and bfloat16 7, and the generator's ~50 instructions an element take about as long as they do.
+Bytes per element: the image's and the noise's (none with Philox) once, `x_t`'s once, 4 for the target. From
+uint8 with float32 noise, `x_t` and target that is 13, of which a copy of the same size would take 13; with
+Philox and bfloat16 7, and the generator's ~50 instructions an element take about as long as they do.
 Channels-last results: see `order_of` in images.py.
 """
 
@@ -78,7 +80,8 @@ def noising(
 def _block(elements: int, order: str, philox: bool) -> int:
     """Elements a program.
 
-    4 a thread spread a small batch over the device, and keep the registers of channels-last offsets low; 8 keep more loads in flight; 16 share Philox's keys.
+    4 a thread spread a small batch over the device, and keep the registers of channels-last offsets low; 8
+    keep more loads in flight; 16 share Philox's keys.
     """
     if elements <= 16384 or order != "same":
         return 1024
@@ -93,14 +96,22 @@ def configurations() -> list[Variant]:
         _variant("D <= 16384, odd, uint8, noise -> float32", 3071, u8, f32, f32),
         _variant("D > 16384, uint8, Philox -> bfloat16", 196608, u8, None, bf16),
         _variant("D > 16384, uint8, noise -> float32", 196608, u8, f32, f32),
-        _variant("D > 16384, bfloat16, noise -> bfloat16, no target", 196608, bf16, bf16, bf16, with_target=False),
+        _variant(
+            "D > 16384, bfloat16, noise -> bfloat16, no target", 196608, bf16, bf16, bf16, with_target=False
+        ),
         _variant("channels last, uint8, Philox -> bfloat16", 196608, u8, None, bf16, order="scatter"),
         _variant("channels last, float32, noise -> float32", 196608, f32, f32, f32, order="gather"),
     ]
 
 
 def _variant(
-    label: str, elements: int, images: torch.dtype, noise: torch.dtype | None, x_t: torch.dtype, with_target: bool = True, order: str = "same"
+    label: str,
+    elements: int,
+    images: torch.dtype,
+    noise: torch.dtype | None,
+    x_t: torch.dtype,
+    with_target: bool = True,
+    order: str = "same",
 ) -> Variant:
     signature, constants = pointers(
         images=images, index=torch.int64, coefficients=torch.float64, noise=noise, counter=torch.int64 if noise is None else None, x_t=x_t,

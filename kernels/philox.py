@@ -1,4 +1,4 @@
-"""Device functions for counter-based normal numbers, word by word those of fastunlearn/philox.py."""
+"""Device functions for counter-based normal numbers, word by word those of fastunlearn/host/philox.py."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from .images import to_float
 
 @triton.jit
 def philox_words(counter, sample, purpose, quads):
-    """Four uint32 blocks: the Philox4x32-10 words of the elements `4 quad .. 4 quad + 3` of a sample, for an int32 block `quads`.
+    """Four uint32 blocks: the Philox4x32-10 words of the elements `4 quad .. 4 quad + 3` of a sample, for an
+    int32 block `quads`.
 
-    `counter` points to int64 `(seed, step, first row)`; the counter words are (quad, first row + sample, step, purpose), the key is the seed.
+    `counter` points to int64 `(seed, step, first row)`; the counter words are (quad, first row + sample,
+    step, purpose), the key is the seed.
     """
     seed = tl.load(counter)
     k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
@@ -30,7 +32,9 @@ def philox_words(counter, sample, purpose, quads):
 
 @triton.jit
 def normals(counter, sample, purpose, quads):
-    """Standard normal float32 numbers of the elements `4 quad .. 4 quad + 3`, in that order: a block four times as long as `quads`."""
+    """Standard normal float32 numbers of the elements `4 quad .. 4 quad + 3`, in that order: a block four
+    times as long as `quads`.
+    """
     w0, w1, w2, w3 = philox_words(counter, sample, purpose, quads)
     n0, n1 = _box_muller(w0, w1)
     n2, n3 = _box_muller(w2, w3)
@@ -39,7 +43,9 @@ def normals(counter, sample, purpose, quads):
 
 @triton.jit
 def load_noise(noise, counter, purpose, sample, start, element, inside, D, BLOCK: tl.constexpr):
-    """The elements `start .. start + BLOCK - 1` of the noise of a sample, float32: read (`element` of `noise` `[B, D]`), or drawn where it is None."""
+    """The elements `start .. start + BLOCK - 1` of the noise of a sample, float32: read (`element` of `noise`
+    `[B, D]`), or drawn where it is None.
+    """
     if noise is None:
         eps = normals(counter, sample, purpose, start // 4 + tl.arange(0, BLOCK // 4))
     else:
@@ -49,10 +55,12 @@ def load_noise(noise, counter, purpose, sample, start, element, inside, D, BLOCK
 
 @triton.jit
 def _box_muller(radius_word, angle_word):
-    """`sqrt(-2 log(v)) (cos(2 pi u), sin(2 pi u))` with v in (0, 1] and u in [0, 1) from the upper 24 bits of the words.
+    """`sqrt(-2 log(v)) (cos(2 pi u), sin(2 pi u))` with v in (0, 1] and u in [0, 1) from the upper 24 bits of
+    the words.
 
-    The angle is reduced to an eighth of a turn on integers, where nothing is lost, and needs two short polynomials (interpolated at Chebyshev nodes, error
-    below 2^-24) in place of the general sine and cosine with their argument reduction.
+    The angle is reduced to an eighth of a turn on integers, where nothing is lost, and needs two short
+    polynomials (interpolated at Chebyshev nodes, error below 2^-24) in place of the general sine and cosine
+    with their argument reduction.
     """
     unit = (radius_word >> 8).to(tl.int32).to(tl.float32) * 2**-24
     radius = tl.sqrt(-2.0 * tl.log(unit + 2**-24))

@@ -1,9 +1,12 @@
-"""redirect on NVIDIA GPUs: rows gathered by index, softmax over the neighbours, weighted target and spread; noise read, or drawn in registers.
+"""redirect on NVIDIA GPUs: rows gathered by index, softmax over the neighbours, weighted target and spread;
+noise read, or drawn in registers.
 
-Images of at most 4096 elements with at most 64 neighbours take one launch, a program a sample: first all logits, then the rows again, out of L1, for the mean
-about the heaviest neighbour (an online softmax would have to re-centre that mean in registers). All others take two launches, split over the elements:
-`redirect_dots_kernel` writes parts of the dot products; every program of `redirect_mean_kernel` adds them up to the same softmax and then reads no neighbour
-with `p_j < 2^-32`. Bytes: (1 + K) D for uint8 rows and 8 D for results; split, up to (3 + K) D at small t, (1 + 2 K) D where all neighbours count.
+Images of at most 4096 elements with at most 64 neighbours take one launch, a program a sample: first all
+logits, then the rows again, out of L1, for the mean about the heaviest neighbour (an online softmax would
+have to re-centre that mean in registers). All others take two launches, split over the elements:
+`redirect_dots_kernel` writes parts of the dot products; every program of `redirect_mean_kernel` adds them up
+to the same softmax and then reads no neighbour with `p_j < 2^-32`. Bytes: (1 + K) D for uint8 rows and 8 D
+for results; split, up to (3 + K) D at small t, (1 + 2 K) D where all neighbours count.
 """
 
 from __future__ import annotations
@@ -89,14 +92,29 @@ def redirect_kernel(
     weight, heaviest = softmax(tl.reshape(dots, [WIDTH]), distance, column, coefficients, sample, K, BYTES)
     tl.store(weights + sample * K + column, weight, mask=column < K)
 
-    pivot, mean, variance = weighted_mean(neighbors, neighbor_index, weight, heaviest, column, sample, element, inside, K, D, BYTES, WIDTH, MEAN_K)
+    pivot, mean, variance = weighted_mean(
+        neighbors,
+        neighbor_index,
+        weight,
+        heaviest,
+        column,
+        sample,
+        element,
+        inside,
+        K,
+        D,
+        BYTES,
+        WIDTH,
+        MEAN_K,
+    )
     store_target(target + sample * D, place, inside, center, eps, pivot, mean, coefficients, sample, BYTES)
     store_spread(spread, variance, coefficients, sample)
 
 
 @triton.jit(do_not_specialize=[*_NOT_SPECIALIZED, "group"])
 def redirect_dots_kernel(
-    images, index, neighbors, neighbor_index, coefficients, noise, counter, x_t, purpose, K, D, plane,  # as above
+    # as above
+    images, index, neighbors, neighbor_index, coefficients, noise, counter, x_t, purpose, K, D, plane,
     dots,  # [B, splits, K] float32: parts of <eps, x_j - a>
     distances,  # [B, splits, K] float64: parts of ||x_j - a||^2, or None
     arrivals,  # [B] int32: set to 0 for the second launch
@@ -107,7 +125,9 @@ def redirect_dots_kernel(
     BLOCK_K: tl.constexpr,
     VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Program `(sample * groups + g) * splits + part` does `BLOCK_D` elements of `group` neighbours; those of the first group write `x_t`."""
+    """Program `(sample * groups + g) * splits + part` does `BLOCK_D` elements of `group` neighbours; those of
+    the first group write `x_t`.
+    """
     splits = tl.cdiv(D, BLOCK_D)
     groups = tl.cdiv(K, group)
     part = tl.program_id(0) % splits
@@ -134,7 +154,8 @@ def redirect_dots_kernel(
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def redirect_mean_kernel(
-    images, index, neighbors, neighbor_index, coefficients, sqdist, noise, counter, target, spread, weights, purpose, K, D, plane,  # as above
+    # as above
+    images, index, neighbors, neighbor_index, coefficients, sqdist, noise, counter, target, spread, weights, purpose, K, D, plane,
     dots, distances, arrivals,  # what the first launch left
     variances,  # [B, splits] float64: parts of the spread
     CHANNELS_LAST: tl.constexpr,
@@ -147,7 +168,8 @@ def redirect_mean_kernel(
 ):  # fmt: skip
     """Program `sample * splits + part` does `BLOCK_D` elements of one sample.
 
-    The last program of a sample to finish adds up its spread, always in the order of the parts: as repeatable as a third launch would be.
+    The last program of a sample to finish adds up its spread, always in the order of the parts: as repeatable
+    as a third launch would be.
     """
     splits = tl.cdiv(D, BLOCK_D)
     part = tl.program_id(0) % splits
@@ -166,8 +188,23 @@ def redirect_mean_kernel(
     if part == 0:
         tl.store(weights + sample * K + column, weight, mask=column < K)
 
-    pivot, mean, variance = weighted_mean(neighbors, neighbor_index, weight, heaviest, column, sample, element, inside, K, D, BYTES, WIDTH, MEAN_K)
-    center = load_image(images, index, sample, element, inside, D)  # only now: registers are scarce in the loop over neighbours
+    pivot, mean, variance = weighted_mean(
+        neighbors,
+        neighbor_index,
+        weight,
+        heaviest,
+        column,
+        sample,
+        element,
+        inside,
+        K,
+        D,
+        BYTES,
+        WIDTH,
+        MEAN_K,
+    )
+    # only now: registers are scarce in the loop over neighbours
+    center = load_image(images, index, sample, element, inside, D)
     eps = load_noise(noise, counter, purpose, sample, start, element, inside, D, BLOCK_D)
     place = channels_last_offset(element, plane, D) if CHANNELS_LAST else element
     store_target(target + sample * D, place, inside, center, eps, pivot, mean, coefficients, sample, BYTES)
@@ -178,7 +215,9 @@ def redirect_mean_kernel(
         total = tl.zeros([PARTS], tl.float64)
         for start_part in range(0, splits, PARTS):
             other = start_part + tl.arange(0, PARTS)
-            total += tl.load(variances + sample * splits + other, mask=other < splits, other=0, cache_modifier=".cg")
+            total += tl.load(
+                variances + sample * splits + other, mask=other < splits, other=0, cache_modifier=".cg"
+            )
         store_spread(spread, tl.sum(total, 0), coefficients, sample)
 
 
@@ -192,13 +231,15 @@ class Tiles(NamedTuple):
     num_warps: int
 
 
-# Three of each: for rows of 1 or 2 bytes an element; for 4 bytes, or results in channels-last order; for rows that cannot be read in vectors (D not a multiple
-# of 16). More neighbours at once keep more reads under way, until registers spill.
+# Three of each: for rows of 1 or 2 bytes an element; for 4 bytes, or results in channels-last order; for rows
+# that cannot be read in vectors (D not a multiple of 16). More neighbours at once keep more reads under way,
+# until registers spill.
 _SMALL = Tiles(1024, 16, 8, 4, 8), Tiles(1024, 8, 4, 8, 4), Tiles(1024, 8, 4, 8, 4)
 _IMAGE = Tiles(4096, 8, 4, 8, 16), Tiles(4096, 4, 2, 8, 16), Tiles(4096, 1, 1, 8, 16)
 _LARGE = Tiles(4096, 4, 2, 16, 8), Tiles(2048, 2, 2, 16, 4), Tiles(2048, 2, 2, 16, 4)
 _ONE_LAUNCH_K = 64
-_PROGRAMS = 4 * 132  # large tiles that fill an H200 (or an A100); with fewer, latency rules, and small tiles spread the work
+# large tiles that fill an H200 (or an A100); with fewer, latency rules, and small tiles spread the work
+_PROGRAMS = 4 * 132
 _WIDTHS = (16, 64, 1024)  # K, rounded up
 _REGISTERS = 168  # a thread may have, see `_register_limit`
 _REGISTERS_IN_ONE_LAUNCH = {4: 168, 8: 128, 16: 128}  # by warps; 3, 2 and 1 programs share a multiprocessor
@@ -213,7 +254,9 @@ def redirect(
     refuse_float64("redirect", images=images, neighbors=neighbors, noise=noise, x_t=x_t)
     batch, k = weights.shape
     if k > _WIDTHS[-1]:
-        raise ValueError(f"neighbors: expected at most {_WIDTHS[-1]} a row on a GPU, got {k}; FASTUNLEARN_BACKEND=eager takes any number")
+        raise ValueError(
+            f"neighbors: expected at most {_WIDTHS[-1]} a row on a GPU, got {k}; FASTUNLEARN_BACKEND=eager takes any number"
+        )
     elements, plane = math.prod(x_t.shape[1:]), math.prod(x_t.shape[2:])
     refuse_beyond_int32("redirect", elements)
     scattered = channels_last and plane != elements
@@ -221,14 +264,30 @@ def redirect(
     rows = (images, index, neighbors, neighbor_index, coefficients)
     draw = (noise, counter if noise is None else None)
     sizes = (purpose, k, elements, plane)
-    shared = {"CHANNELS_LAST": scattered, "BYTES": images.dtype == neighbors.dtype == torch.uint8, "BLOCK_D": tiles.block_d, "VECTOR": tiles.vector}
+    shared = {
+        "CHANNELS_LAST": scattered,
+        "BYTES": images.dtype == neighbors.dtype == torch.uint8,
+        "BLOCK_D": tiles.block_d,
+        "VECTOR": tiles.vector,
+    }
     shared |= {"num_warps": tiles.num_warps, "num_stages": 1, **COMPILE_OPTIONS}
     registers = _register_limit(tiles, split, distances_given=sqdist is not None)
     if registers is not None:
         shared["maxnreg"] = registers
     if not split:
         redirect_kernel[(batch,)](
-            *rows, sqdist, *draw, x_t, target, spread, weights, *sizes, BLOCK_K=tiles.block_k, MEAN_K=tiles.mean_k, WIDTH=_width(k), **shared
+            *rows,
+            sqdist,
+            *draw,
+            x_t,
+            target,
+            spread,
+            weights,
+            *sizes,
+            BLOCK_K=tiles.block_k,
+            MEAN_K=tiles.mean_k,
+            WIDTH=_width(k),
+            **shared,
         )
         return
 
@@ -256,14 +315,17 @@ def _tiles(batch: int, elements: int, k: int, access: int) -> tuple[Tiles, bool]
     """Tiles, and whether several programs share a sample."""
     if elements <= _IMAGE[access].block_d and k <= _ONE_LAUNCH_K:
         return (_SMALL if elements <= _SMALL[access].block_d else _IMAGE)[access], False
-    return (_LARGE if batch * triton.cdiv(elements, _LARGE[access].block_d) >= _PROGRAMS else _SMALL)[access], True
+    return (_LARGE if batch * triton.cdiv(elements, _LARGE[access].block_d) >= _PROGRAMS else _SMALL)[
+        access
+    ], True
 
 
 def _register_limit(tiles: Tiles, split: bool, distances_given: bool) -> int | None:
     """Registers that a thread may have; None: as many as ptxas thinks good.
 
     Left alone, it spills a few bytes for the sake of occupancy, on one version of Triton or another: where
-    distances are summed, and in the one-launch kernel, whose programs are no more than the samples of a batch.
+    distances are summed, and in the one-launch kernel, whose programs are no more than the samples of a
+    batch.
     """
     if not split:
         return _REGISTERS_IN_ONE_LAUNCH[tiles.num_warps]
@@ -288,7 +350,17 @@ def configurations() -> list[Variant]:
         *_variants("D <= 1024, odd, K = 10", 128, 783, 10, **floats_in),
         *_variants("CIFAR, K = 10", 128, 3072, 10, **bytes_in),
         *_variants("CIFAR, K = 10", 128, 3072, 10, **floats_in),
-        *_variants("CIFAR, K = 64, channels last", 128, 3072, 64, rows=u8, noise=None, x_t=bf16, scattered=True, sqdist=False),
+        *_variants(
+            "CIFAR, K = 64, channels last",
+            128,
+            3072,
+            64,
+            rows=u8,
+            noise=None,
+            x_t=bf16,
+            scattered=True,
+            sqdist=False,
+        ),
         *_variants("D <= 4096, odd, K = 64", 128, 3071, 64, rows=f32, noise=None, sqdist=False),
         *_variants("CIFAR, K = 1000", 128, 3072, 1000, **bytes_in),
         *_variants("CIFAR, K = 1000", 128, 3072, 1000, **floats_in),
@@ -298,7 +370,9 @@ def configurations() -> list[Variant]:
         *_variants("CelebA, K = 10", 64, 196608, 10, rows=u8, noise=f32),
         *_variants("CelebA, K = 10", 64, 196608, 10, **floats_in),
         *_variants("CelebA, K = 10", 64, 196608, 10, rows=bf16, noise=bf16, x_t=bf16, sqdist=False),
-        *_variants("CelebA, K = 10, channels last", 64, 196608, 10, rows=u8, noise=None, x_t=bf16, scattered=True),
+        *_variants(
+            "CelebA, K = 10, channels last", 64, 196608, 10, rows=u8, noise=None, x_t=bf16, scattered=True
+        ),
         *_variants("CelebA, K = 64", 64, 196608, 64, rows=f32, noise=None, sqdist=False),
         *_variants("CelebA, K = 1000", 64, 196608, 1000, **bytes_in),
         *_variants("D > 4096, odd, K = 1000", 64, 196607, 1000, **floats_in),
@@ -313,13 +387,34 @@ def _variants(
     tiles, split = _tiles(batch, elements, k, _access(elements, scattered, rows))
     i32, i64, f32, f64 = torch.int32, torch.int64, torch.float32, torch.float64
     index, distance = i64 if rows == torch.uint8 else None, f64 if sqdist else None
-    types = {"images": rows, "index": index, "neighbors": rows, "neighbor_index": index, "coefficients": f64, "sqdist": distance, "noise": noise}
-    types |= {"counter": i64 if noise is None else None, "x_t": x_t, "target": f32, "spread": f32, "weights": f32}
+    types = {
+        "images": rows,
+        "index": index,
+        "neighbors": rows,
+        "neighbor_index": index,
+        "coefficients": f64,
+        "sqdist": distance,
+        "noise": noise,
+    }
+    types |= {
+        "counter": i64 if noise is None else None,
+        "x_t": x_t,
+        "target": f32,
+        "spread": f32,
+        "weights": f32,
+    }
     types |= {"dots": f32, "distances": None if sqdist else f64, "arrivals": i32, "variances": f64}
     integers = {"purpose": "i32", "K": "i32", "D": "i32", "plane": "i32", "group": "i32"}
-    constants = {"CHANNELS_LAST": scattered, "BYTES": rows == torch.uint8, "BLOCK_D": tiles.block_d, "VECTOR": tiles.vector}
+    constants = {
+        "CHANNELS_LAST": scattered,
+        "BYTES": rows == torch.uint8,
+        "BLOCK_D": tiles.block_d,
+        "VECTOR": tiles.vector,
+    }
     constants |= {"BLOCK_K": tiles.block_k, "MEAN_K": tiles.mean_k, "WIDTH": _width(k), "PARTS": _parts(k)}
-    label += f", {str(rows)[6:]}, {'Philox' if noise is None else 'noise'}{'' if sqdist else ', no distances'}"
+    label += (
+        f", {str(rows)[6:]}, {'Philox' if noise is None else 'noise'}{'' if sqdist else ', no distances'}"
+    )
 
     def variant(kernel):
         pointer_types, absent = pointers(**{name: types[name] for name in kernel.arg_names if name in types})
@@ -333,7 +428,10 @@ def _variants(
         options = {"max_registers": registers, "divisible": divisible, "vectors": vectors}
         return Variant(kernel, label, signature, given, tiles.num_warps, **options)
 
-    return [variant(kernel) for kernel in ((redirect_dots_kernel, redirect_mean_kernel) if split else (redirect_kernel,))]
+    return [
+        variant(kernel)
+        for kernel in ((redirect_dots_kernel, redirect_mean_kernel) if split else (redirect_kernel,))
+    ]
 
 
 def _vectors(kernel: JITFunction, tiles: Tiles, scattered: bool) -> Vectors:

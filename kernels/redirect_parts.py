@@ -25,14 +25,17 @@ def load_rows(neighbors, neighbor_index, sample, column, wanted, element, inside
     row = sample * K + column
     if neighbor_index is not None:
         row = tl.load(neighbor_index + row, mask=wanted, other=0)
-    return tl.load(neighbors + (row * D)[:, None] + element[None, :], mask=wanted[:, None] & inside[None, :], other=0)
+    return tl.load(
+        neighbors + (row * D)[:, None] + element[None, :], mask=wanted[:, None] & inside[None, :], other=0
+    )
 
 
 @triton.jit
 def exact(values, BYTES: tl.constexpr):
     """float32 numbers whose differences are exact: of a byte `u`, `2^-22 u`, in units of `STEP`.
 
-    The bits of `u` are those of the subnormal number `2^-149 u`, so that conversion and difference are one fused multiply-add at full rate.
+    The bits of `u` are those of the subnormal number `2^-149 u`, so that conversion and difference are one
+    fused multiply-add at full rate.
     """
     if BYTES:
         return values.to(tl.int32).to(tl.float32, bitcast=True) * 2.0**127
@@ -62,20 +65,28 @@ def sum_of_parts(parts, sample, splits, column, K, PARTS: tl.constexpr):
     for start in range(0, splits, PARTS):
         part = start + tl.arange(0, PARTS)
         at = (sample * splits + part)[:, None] * K + column[None, :]
-        total += tl.sum(tl.load(parts + at, mask=(part < splits)[:, None] & (column < K)[None, :], other=0).to(tl.float64), axis=0)
+        total += tl.sum(
+            tl.load(parts + at, mask=(part < splits)[:, None] & (column < K)[None, :], other=0).to(
+                tl.float64
+            ),
+            axis=0,
+        )
     return total
 
 
 @triton.jit
 def reciprocal(x):
-    """1 / x of a float64 to 1e-13, by a float32 quotient and a step of Newton: the division of float64 is a subroutine whose registers spill."""
+    """1 / x of a float64 to 1e-13, by a float32 quotient and a step of Newton: the division of float64 is a
+    subroutine whose registers spill.
+    """
     r = (1.0 / x.to(tl.float32)).to(tl.float64)
     return r * (2.0 - x * r)
 
 
 @triton.jit
 def softmax(dot, distance, column, coefficients, sample, K, BYTES: tl.constexpr):
-    """`p_j` (float32, 0 beyond K) from the logits `rho <eps, x_j - a> - rho^2 d_j / 2`, and the heaviest neighbour.
+    """`p_j` (float32, 0 beyond K) from the logits `rho <eps, x_j - a> - rho^2 d_j / 2`, and the heaviest
+    neighbour.
 
     All in float64, for `rho^2 d_j` may be 1e9 and the difference of two logits counts.
     """
@@ -85,7 +96,9 @@ def softmax(dot, distance, column, coefficients, sample, K, BYTES: tl.constexpr)
     logit = tl.where(column < K, logit, float("-inf"))
     largest = tl.max(logit, axis=0)
     share = tl.exp(logit - largest)
-    return (share * reciprocal(tl.sum(share, axis=0))).to(tl.float32), tl.min(tl.where(logit == largest, column, K - 1), axis=0)
+    return (share * reciprocal(tl.sum(share, axis=0))).to(tl.float32), tl.min(
+        tl.where(logit == largest, column, K - 1), axis=0
+    )
 
 
 @triton.jit
@@ -93,7 +106,8 @@ def weighted_mean(
     neighbors, neighbor_index, weight, heaviest, column, sample, element, inside, K, D,
     BYTES: tl.constexpr, WIDTH: tl.constexpr, MEAN_K: tl.constexpr,
 ):  # fmt: skip
-    """The heaviest neighbour x* and `sum_j p_j (x_j - x*)`, in units of `exact`, and in float64 `sum_j p_j ||x_j - x*||^2 - ||sum_j p_j (x_j - x*)||^2`.
+    """The heaviest neighbour x* and `sum_j p_j (x_j - x*)`, in units of `exact`, and in float64 `sum_j p_j
+    ||x_j - x*||^2 - ||sum_j p_j (x_j - x*)||^2`.
 
     The latter is taken element by element: about x*, where the weights are one-hot, nothing cancels.
     """
@@ -103,13 +117,24 @@ def weighted_mean(
     pivot = exact(tl.load(neighbors + row * D + element, mask=inside, other=0), BYTES)
     mean = tl.zeros_like(pivot)
     energy = tl.zeros_like(pivot)
-    counts = (column < K) & (column != heaviest) & ((weight >= NEGLIGIBLE) | (weight != weight))  # NaN goes through
+    # NaN goes through
+    counts = (column < K) & (column != heaviest) & ((weight >= NEGLIGIBLE) | (weight != weight))
     counted = tl.where(counts, column, WIDTH)
     table = tl.reshape(tl.where(counts, weight, 0.0), [WIDTH // MEAN_K, MEAN_K])
     block = tl.min(counted, axis=0) // MEAN_K
     while block < WIDTH // MEAN_K:
         p = tl.sum(tl.where(tl.arange(0, WIDTH // MEAN_K)[:, None] == block, table, 0.0), axis=0)
-        rows = load_rows(neighbors, neighbor_index, sample, block * MEAN_K + tl.arange(0, MEAN_K), p != 0, element, inside, K, D)
+        rows = load_rows(
+            neighbors,
+            neighbor_index,
+            sample,
+            block * MEAN_K + tl.arange(0, MEAN_K),
+            p != 0,
+            element,
+            inside,
+            K,
+            D,
+        )
         y = exact(rows, BYTES) - pivot[None, :]
         py = p[:, None] * y
         mean += tl.sum(py, axis=0)
@@ -134,7 +159,9 @@ def store_target(target, place, inside, center, eps, pivot, mean, coefficients, 
     toward = (exact(center, BYTES) - pivot) - mean
     if BYTES:
         toward *= STEP
-    tl.store(target + place, (a * eps + b * to_float(center) + c * toward).to(target.dtype.element_ty), mask=inside)
+    tl.store(
+        target + place, (a * eps + b * to_float(center) + c * toward).to(target.dtype.element_ty), mask=inside
+    )
 
 
 @triton.jit

@@ -1,7 +1,8 @@
 """residual on NVIDIA GPUs: the weighted squared error of every sample and its gradient in one pass.
 
-Bytes per element: prediction and target read once, the gradient written once (12 in float32). A sample of more than 4096 elements is split: its programs leave
-partial sums, and a second launch of a few microseconds adds them in a fixed order, so that the same inputs give the same bits.
+Bytes per element: prediction and target read once, the gradient written once (12 in float32). A sample of
+more than 4096 elements is split: its programs leave partial sums, and a second launch of a few microseconds
+adds them in a fixed order, so that the same inputs give the same bits.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from .variant import COMPILE_OPTIONS, Variant, Vectors, pointers, refuse_beyond_
 @triton.jit
 def residual_kernel(
     prediction,  # [B, D] float16, bfloat16 or float32, rows `prediction_stride` apart
-    target,  # [B, D] float16, bfloat16 or float32, rows `target_stride` apart, its elements in the order of those of prediction
+    # [B, D] float16, bfloat16 or float32, rows `target_stride` apart, its elements in the order of those of
+    # prediction
+    target,
     weight,  # [B] floating
     gradient,  # [B, D] in the dtype and the order of prediction
     loss,  # [B] float32, where one program does a sample
@@ -37,11 +40,15 @@ def residual_kernel(
     sample = (tl.program_id(0) // splits).to(tl.int64)
     element = tl.max_contiguous((tl.program_id(0) % splits) * BLOCK + tl.arange(0, BLOCK), 4)
     inside = element < D
-    difference = to_float(tl.load(prediction + sample * prediction_stride + element, mask=inside, other=0)) - to_float(
-        tl.load(target + sample * target_stride + element, mask=inside, other=0)
-    )
+    difference = to_float(
+        tl.load(prediction + sample * prediction_stride + element, mask=inside, other=0)
+    ) - to_float(tl.load(target + sample * target_stride + element, mask=inside, other=0))
     scale = tl.load(weight + sample).to(tl.float32)
-    tl.store(gradient + sample * gradient_stride + element, (2.0 * scale * difference).to(gradient.dtype.element_ty), mask=inside)
+    tl.store(
+        gradient + sample * gradient_stride + element,
+        (2.0 * scale * difference).to(gradient.dtype.element_ty),
+        mask=inside,
+    )
     energy = tl.sum(difference * difference)
     if partial is None:
         tl.store(loss + sample, scale * energy)
@@ -69,7 +76,8 @@ def residual_sum_kernel(
 def residual(prediction: Tensor, target: Tensor, weight: Tensor, loss: Tensor, gradient: Tensor) -> None:
     """Fills `loss` and `gradient` of the op `residual` (fastunlearn/ops/residual.py).
 
-    Every sample of `prediction`, `target` and `gradient` is dense, its elements in the same order in all three; rows may lie farther apart.
+    Every sample of `prediction`, `target` and `gradient` is dense, its elements in the same order in all
+    three; rows may lie farther apart.
     """
     refuse_float64("residual", prediction=prediction, target=target)
     elements = math.prod(prediction.shape[1:])
@@ -82,7 +90,9 @@ def residual(prediction: Tensor, target: Tensor, weight: Tensor, loss: Tensor, g
         BLOCK=block, num_warps=warps, num_stages=1, **COMPILE_OPTIONS,
     )  # fmt: skip
     if partial is not None:
-        residual_sum_kernel[(len(prediction),)](partial, weight, loss, splits, PARTS=PARTS, num_warps=1, num_stages=1, **COMPILE_OPTIONS)
+        residual_sum_kernel[(len(prediction),)](
+            partial, weight, loss, splits, PARTS=PARTS, num_warps=1, num_stages=1, **COMPILE_OPTIONS
+        )
 
 
 def configurations() -> list[Variant]:
@@ -94,14 +104,25 @@ def configurations() -> list[Variant]:
         _variant("D <= 4096, odd, bfloat16, float32 target", 3071, bf16, f32),
         _variant("D > 4096, float32", 196608, f32, f32),
         _variant("D > 4096, bfloat16, float32 target", 196608, bf16, f32),
-        Variant(residual_sum_kernel, "any D > 4096", signature | {"splits": "i32"}, constants | {"PARTS": PARTS}, 1),
+        Variant(
+            residual_sum_kernel,
+            "any D > 4096",
+            signature | {"splits": "i32"},
+            constants | {"PARTS": PARTS},
+            1,
+        ),
     ]
 
 
 def _variant(label: str, elements: int, prediction: torch.dtype, target: torch.dtype) -> Variant:
     block, warps = tile_of(elements)
     signature, constants = pointers(
-        prediction=prediction, target=target, weight=torch.float32, gradient=prediction, loss=torch.float32, partial=torch.float32 if elements > TINY else None
+        prediction=prediction,
+        target=target,
+        weight=torch.float32,
+        gradient=prediction,
+        loss=torch.float32,
+        partial=torch.float32 if elements > TINY else None,
     )
     integers = ("D", "prediction_stride", "target_stride", "gradient_stride")
     vectors = Vectors(4, {"prediction": 1, "target": 1}, ("gradient",)) if elements % 16 == 0 else None

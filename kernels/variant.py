@@ -1,4 +1,6 @@
-"""What a launcher refuses, and what it may compile: the records that `scripts/aot_check.py` compiles without a GPU."""
+"""What a launcher refuses, and what it may compile: the records that `scripts/aot_check.py` compiles without
+a GPU.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,8 @@ import torch
 from torch import Tensor
 from triton.runtime import JITFunction
 
-COMPILE_OPTIONS = {"enable_fp_fusion": True}  # a * b + c in one rounding; the default depends on the version of Triton
+# a * b + c in one rounding; the default depends on the version of Triton
+COMPILE_OPTIONS = {"enable_fp_fusion": True}
 
 LARGEST_IMAGE = 2**31 - 2**14  # elements; no tile is larger than 2^14
 
@@ -29,8 +32,8 @@ _ITEMSIZES = {"*" + name: dtype.itemsize for dtype, name in _TYPES.items()}
 class Vectors(NamedTuple):
     """Which planes (images, noise, results: `D` elements a row) a thread accesses several elements at a time.
 
-    `scripts/aot_check.py` holds the compiler to it: every such access is as wide as `run` elements, at most 16
-    bytes. Planes whose layout forbids it (channels last, a length that is no multiple of 16) are left out.
+    `scripts/aot_check.py` holds the compiler to it: every such access is as wide as `run` elements, at most
+    16 bytes. Planes whose layout forbids it (channels last, a length that is no multiple of 16) are left out.
     """
 
     run: int  # consecutive elements of a thread
@@ -41,8 +44,9 @@ class Vectors(NamedTuple):
 class Variant(NamedTuple):
     """One compiled form of a kernel: argument types, compile-time constants and launch options.
 
-    The check takes pointers as aligned to 16 bytes, which is what torch allocates, except those named in `unaligned`; of the integers, only those named in
-    `divisible` are taken as divisible by 16, as Triton finds at a launch. Every argument stands in `signature` or in `constants`.
+    The check takes pointers as aligned to 16 bytes, which is what torch allocates, except those named in
+    `unaligned`; of the integers, only those named in `divisible` are taken as divisible by 16, as Triton
+    finds at a launch. Every argument stands in `signature` or in `constants`.
     """
 
     kernel: JITFunction
@@ -51,7 +55,8 @@ class Variant(NamedTuple):
     constants: dict[str, object]  # compile-time argument -> value; None for a pointer that is not given
     num_warps: int
     num_stages: int = 1
-    max_registers: int | None = None  # a thread may have; None: as many as the compiler thinks good for occupancy
+    # a thread may have; None: as many as the compiler thinks good for occupancy
+    max_registers: int | None = None
     divisible: tuple[str, ...] = ()
     unaligned: tuple[str, ...] = ()
     vectors: Vectors | None = None  # None: no plane is accessed in vectors
@@ -87,4 +92,6 @@ def refuse_float64(op: str, **images: Tensor | None) -> None:
     """The kernels compute in float32: float64 images are for plain torch."""
     for name, image in images.items():
         if image is not None and image.dtype == torch.float64:
-            raise TypeError(f"{op}: {name}: expected float16, bfloat16, float32 or uint8 on a GPU, got torch.float64")
+            raise TypeError(
+                f"{op}: {name}: expected float16, bfloat16, float32 or uint8 on a GPU, got torch.float64"
+            )

@@ -4,11 +4,13 @@
     python scripts/aot_check.py --check   fail if docs/kernels.md says something else
     python scripts/aot_check.py --only redirect    compile one op and print its rows
 
-Fails on local memory, on accesses narrower than the layout allows (`vectors` of a configuration), and on too much
-shared memory. Runs with every Triton that pyproject.toml allows; beside it, torch and numpy are all that it needs.
-The table is that of the pinned one. Others allot other registers: `--check` then compares all but the table.
+Fails on local memory, on accesses narrower than the layout allows (`vectors` of a configuration), and on too
+much shared memory. Runs with every Triton that pyproject.toml allows; beside it, torch and numpy are all that
+it needs. The table is that of the pinned one. Others allot other registers: `--check` then compares all but
+the table.
 
-A kernel module `kernels/<op>.py` lists in `configurations()` what its launcher can choose (kernels/variant.py); a kernel that no configuration names fails.
+A kernel module `kernels/<op>.py` lists in `configurations()` what its launcher can choose
+(kernels/variant.py); a kernel that no configuration names fails.
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ BEGIN, END = "<!-- aot_check: begin -->", "<!-- aot_check: end -->"
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block may have on A100, H100/H200
 WIDEST = 16  # bytes of one access of a thread
 PROCESSES = 2
-HELPERS = {"images", "partial_sums", "philox", "redirect_parts", "variant"}  # modules of kernels/ without a launcher
+# modules of kernels/ without a launcher
+HELPERS = {"images", "partial_sums", "philox", "redirect_parts", "variant"}
 
 
 class Usage(NamedTuple):
@@ -59,13 +62,20 @@ class Usage(NamedTuple):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="compare with docs/kernels.md in place of writing it")
+    parser.add_argument(
+        "--check", action="store_true", help="compare with docs/kernels.md in place of writing it"
+    )
     parser.add_argument("--only", metavar="OP", help="one op; prints its rows")
     arguments = parser.parse_args()
 
     variants = {op: configurations(op) for op in operations(arguments.only)}
     problems = [problem for op in variants for problem in unnamed(op, variants[op])]
-    jobs = [(op, position, arch) for op in variants for position in range(len(variants[op])) for arch in SHARED_LIMIT]
+    jobs = [
+        (op, position, arch)
+        for op in variants
+        for position in range(len(variants[op]))
+        for arch in SHARED_LIMIT
+    ]
     with ProcessPoolExecutor(PROCESSES, mp_context=multiprocessing.get_context("fork")) as pool:
         usages = dict(zip(jobs, pool.map(compile_one, jobs), strict=True))
     for (op, position, arch), usage in usages.items():
@@ -92,16 +102,28 @@ def operations(only: str | None) -> list[str]:
 
 def configurations(op: str) -> list:
     module = importlib.import_module(f"fastunlearn.kernels.{op}")
-    return module.configurations() if hasattr(module, "configurations") else sys.exit(f"kernels/{op}.py: expected a function configurations(), got none")
+    return (
+        module.configurations()
+        if hasattr(module, "configurations")
+        else sys.exit(f"kernels/{op}.py: expected a function configurations(), got none")
+    )
 
 
 def unnamed(op: str, variants: list) -> list[str]:
     """Complaints about kernels of `op` that no configuration names, and about labels that stand for two."""
     module = importlib.import_module(f"fastunlearn.kernels.{op}")
-    kernels = {name for name, value in vars(module).items() if isinstance(value, JITFunction) and name.endswith("_kernel")}
+    kernels = {
+        name
+        for name, value in vars(module).items()
+        if isinstance(value, JITFunction) and name.endswith("_kernel")
+    }
     labels = [(variant.kernel.__name__, variant.label) for variant in variants]
     missing = [f"{op}: no configuration of {name}" for name in sorted(kernels - {name for name, _ in labels})]
-    return missing + [f"{op}: {labels.count(label)} configurations {label}" for label in sorted(set(labels)) if labels.count(label) > 1]
+    return missing + [
+        f"{op}: {labels.count(label)} configurations {label}"
+        for label in sorted(set(labels))
+        if labels.count(label) > 1
+    ]
 
 
 def compile_one(job: tuple[str, int, int]) -> Usage | str:
@@ -117,12 +139,18 @@ def compile_variant(variant: Variant, arch: int) -> Usage | str:
     undefined = [name for name in names if (name in variant.signature) == (name in variant.constants)]
     if undefined or len(variant.signature) + len(variant.constants) != len(names):
         return f"signature and constants do not name every argument once: {undefined or sorted({*variant.signature, *variant.constants} - {*names})}"
-    # Written out as the JIT does it, attributes of all arguments: so that Triton's cache takes both for the same.
+    # Written out as the JIT does it, attributes of all arguments: so that Triton's cache takes both for the
+    # same.
     attributes = {(position,): [] for position in range(len(names))}
     for name in variant.aligned():
         attributes[names.index(name),] = [["tt.divisibility", 16]]
     source = ASTSource(fn=variant.kernel, signature=signature, constexprs=variant.constants, attrs=attributes)
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "maxnreg": variant.max_registers, **COMPILE_OPTIONS}
+    options = {
+        "num_warps": variant.num_warps,
+        "num_stages": variant.num_stages,
+        "maxnreg": variant.max_registers,
+        **COMPILE_OPTIONS,
+    }
     try:
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     except Exception as error:  # the compiler raises many kinds; each is a row that fails
@@ -143,7 +171,9 @@ def registers_and_local_memory(cubin: bytes) -> tuple[int, int] | str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        report = subprocess.run([knobs.nvidia.cuobjdump.path, "-res-usage", file.name], capture_output=True, text=True)
+        report = subprocess.run(
+            [knobs.nvidia.cuobjdump.path, "-res-usage", file.name], capture_output=True, text=True
+        )
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report.stdout)
     if found is None:
         return f"cuobjdump says nothing of registers: {report.stdout}{report.stderr}"
@@ -154,8 +184,9 @@ def registers_and_local_memory(cubin: bytes) -> tuple[int, int] | str:
 def accesses(ptx: str) -> Counter:
     """How many loads (`"ld"`) and stores (`"st"`) of global memory there are, by `(instruction, bytes)`.
 
-    Several narrow elements are accessed as a vector, one number of 8 bytes is not. The latter is counted under
-    `(instruction, 0)`, so that a float64 coefficient or int64 index is not taken for four bfloat16 elements.
+    Several narrow elements are accessed as a vector, one number of 8 bytes is not. The latter is counted
+    under `(instruction, 0)`, so that a float64 coefficient or int64 index is not taken for four bfloat16
+    elements.
     """
     found = Counter()
     for instruction, modifiers in re.findall(r"\b(ld|st)\.global\.([.\w:]+)", ptx):
@@ -192,7 +223,9 @@ def narrow_accesses(variant: Variant, found: Counter) -> list[str]:
         for size, count in wanted_accesses(variant, given).items():
             got = found[instruction, size]
             if got < count:
-                complaints.append(f"{', '.join(given)}: expected {count} {instruction} of {size} bytes, got {got}")
+                complaints.append(
+                    f"{', '.join(given)}: expected {count} {instruction} of {size} bytes, got {got}"
+                )
 
         # A plane of bytes or half precision that loses its vectors is accessed one element at a time. Few
         # scalars are so narrow; words are too many to tell, for an int32 is as wide as four bytes.
@@ -200,7 +233,9 @@ def narrow_accesses(variant: Variant, found: Counter) -> list[str]:
             scalars = narrow_scalars(variant, size)
             got = found[instruction, size]
             if got > scalars:
-                complaints.append(f"{', '.join(given)}: expected {scalars} {instruction} of {size} bytes, got {got}")
+                complaints.append(
+                    f"{', '.join(given)}: expected {scalars} {instruction} of {size} bytes, got {got}"
+                )
     return complaints
 
 
@@ -233,7 +268,13 @@ def markdown(variants: dict[str, list], usages: dict) -> list[str]:
     for op, records in variants.items():
         for position, variant in enumerate(records):
             a, b = (usages[op, position, arch] for arch in SHARED_LIMIT)
-            cells = (f"`{variant.kernel.__name__}`", variant.label, variant.num_warps, variant.num_stages, f"{a.registers} / {b.registers}")
+            cells = (
+                f"`{variant.kernel.__name__}`",
+                variant.label,
+                variant.num_warps,
+                variant.num_stages,
+                f"{a.registers} / {b.registers}",
+            )
             lines.append("| " + " | ".join(map(str, cells)) + f" | {a.shared} / {b.shared} |")
     return lines
 
@@ -248,16 +289,25 @@ def sections() -> tuple[str, str]:
 
 
 def difference(table: str) -> str | None:
-    """What is wrong with the table in docs/kernels.md; None if nothing is. Another triton than the pinned one allots other registers: no comparison."""
+    """What is wrong with the table in docs/kernels.md; None if nothing is.
+
+    Another triton than the pinned one allots other registers: no comparison.
+    """
     before, after = sections()
     text = TABLE.read_text()
     pinned = re.search(r"^triton==(\S+)", (ROOT / "constraints.txt").read_text(), re.M).group(1)
     if f"Compiled by triton {pinned};" not in text:
         return f"{TABLE}: not made by the pinned triton {pinned}: run scripts/aot_check.py"
     if triton.__version__ != pinned:
-        print(f"triton {triton.__version__} is not the pinned {pinned}: everything compiles, the table was not compared")
+        print(
+            f"triton {triton.__version__} is not the pinned {pinned}: everything compiles, the table was not compared"
+        )
         return None
-    return None if text == f"{before}{BEGIN}\n{table}\n{END}{after}" else f"{TABLE}: not what was compiled: run scripts/aot_check.py\n{table}"
+    return (
+        None
+        if text == f"{before}{BEGIN}\n{table}\n{END}{after}"
+        else f"{TABLE}: not what was compiled: run scripts/aot_check.py\n{table}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The README's table: every method on the embedded model, several seeds, mean and deviation.
 
-    python scripts/compare_methods.py --seeds 0 1 2 --num-samples 1024 --output bench/results/mnist_tshirt_small.json
+    python scripts/compare_methods.py --seeds 0 1 2 --num-samples 1024 --output
+    bench/results/mnist_tshirt_small.json
 
 A seed's numbers are added to the file as soon as they are there; seeds that it holds are not run again.
 """
@@ -31,20 +32,28 @@ COLUMNS = {  # name -> (title, decimals)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--num-samples", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--batch-size", type=int, default=48)
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
-    settings = {"num_samples": arguments.num_samples, "steps": arguments.steps, "batch_size": arguments.batch_size}
+    settings = {
+        "num_samples": arguments.num_samples,
+        "steps": arguments.steps,
+        "batch_size": arguments.batch_size,
+    }
     record = {"settings": settings, "methods": {name: repr(setting) for name, setting in SETTINGS.items()}, "version": __version__,
               "torch": torch.__version__, "machine": platform.processor() or platform.machine(), "runs": {}}  # fmt: skip
     if arguments.output.exists():
         earlier = json.loads(arguments.output.read_text())
         if earlier["settings"] != settings:
-            raise SystemExit(f"{arguments.output}: expected a file of {settings}, got one of {earlier['settings']}")
+            raise SystemExit(
+                f"{arguments.output}: expected a file of {settings}, got one of {earlier['settings']}"
+            )
         record["runs"] = earlier["runs"]
     for seed in arguments.seeds:
         if str(seed) not in record["runs"]:
@@ -68,14 +77,25 @@ def run(seed: int, num_samples: int, steps: int, batch_size: int) -> dict[str, d
 
 
 def numbers(evaluation) -> dict[str, float]:
-    chains = {f"chains_{result.timestep}": 100 * result.returned.share for result, _ in evaluation.reconstructions}
+    chains = {
+        f"chains_{result.timestep}": 100 * result.returned.share for result, _ in evaluation.reconstructions
+    }
     scores = evaluation.scores
-    return {"frequency": 100 * evaluation.frequency.share, **chains, "nll": evaluation.likelihood.mean, "fid": scores.fid, "is": scores.inception_score}
+    return {
+        "frequency": 100 * evaluation.frequency.share,
+        **chains,
+        "nll": evaluation.likelihood.mean,
+        "fid": scores.fid,
+        "is": scores.inception_score,
+    }
 
 
 def table(runs: list[dict[str, dict[str, float]]]) -> str:
     """Markdown, mean and deviation over the runs."""
-    lines = ["| | " + " | ".join(title for title, _ in COLUMNS.values()) + " |", "|---" * (1 + len(COLUMNS)) + "|"]
+    lines = [
+        "| | " + " | ".join(title for title, _ in COLUMNS.values()) + " |",
+        "|---" * (1 + len(COLUMNS)) + "|",
+    ]
     for name in runs[0]:
         cells = []
         for column, (_, decimals) in COLUMNS.items():

@@ -102,7 +102,10 @@ class Compilations:
         self.check.save()
 
     def end(self) -> None:
-        """Ends what still runs, all at once: what was compiled is in the cache. What they said goes to the log."""
+        """Ends what still runs, all at once: what was compiled is in the cache.
+
+        What they said goes to the log.
+        """
         for process, _ in self._running:
             if process.poll() is None:
                 kill(process)

@@ -84,7 +84,8 @@ class Check:
         Args:
             measures: the kind of rows, "ops" or "steps", of which the stage must add some: one that skips
                 everything has measured nothing, however it ends.
-            clears: files that an earlier run left and this stage writes anew; they stay where it does not run.
+            clears: files that an earlier run left and this stage writes anew; they stay where it does not
+                run.
         """
         limit = min(self.share(limit), self.left())
         outcome = Outcome(name, letter, round(limit, 1), command=list(command))

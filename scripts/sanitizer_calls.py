@@ -1,6 +1,8 @@
-"""Calls every kernel a few times, at small and awkward shapes, for compute-sanitizer to watch (scripts/gpu_check.sh).
+"""Calls every kernel a few times, at small and awkward shapes, for compute-sanitizer to watch
+(scripts/gpu_check.sh).
 
-python scripts/sanitizer_calls.py [cuda|cpu] [few]      few: each kernel, at the shapes where it is most likely to go wrong, in seconds
+python scripts/sanitizer_calls.py [cuda|cpu] [few]      few: each kernel, at the shapes where it is most
+likely to go wrong, in seconds
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from fastunlearn.ops.redirect import redirect
 from fastunlearn.ops.residual import residual
 from fastunlearn.testing.factories import linear_schedule
 
-SHAPES = ((3, 5, 7), (1, 28, 28), (3, 40, 41))  # the last one has more elements than one pass of redirect takes
+# the last one has more elements than one pass of redirect takes
+SHAPES = ((3, 5, 7), (1, 28, 28), (3, 40, 41))
 PLANES = ((1, 28, 28), (3, 32, 32), (1, 33, 47), (1, 64, 64), (1, 256, 256))
 COUNTS = (1, 10, 70)  # of neighbours
 BATCH, STORED = 3, 9
@@ -43,7 +46,9 @@ def main() -> None:
     counter = torch.tensor([1, 2, 3], device=DEVICE)
     from_forget = torch.tensor([True, False, True], device=DEVICE)
     weight = torch.rand(BATCH, device=DEVICE)
-    for shape, (stored, made, channels_last) in itertools.product(SHAPES, ((torch.uint8, torch.float32, False), (torch.bfloat16, torch.bfloat16, True))):
+    for shape, (stored, made, channels_last) in itertools.product(
+        SHAPES, ((torch.uint8, torch.float32, False), (torch.bfloat16, torch.bfloat16, True))
+    ):
         rows, noise = images(shape, stored), torch.randn(BATCH, *shape, device=DEVICE)
         for drawn in ((noise, None, 0), (None, counter, 5)):
             layout = (*drawn, made, channels_last)
@@ -52,11 +57,20 @@ def main() -> None:
             for count in COUNTS:
                 neighbors = torch.randint(STORED, (BATCH, count), device=DEVICE)
                 redirect(rows, index, rows, neighbors, coefficients, None, *layout)
-                redirect(rows[index], None, rows[neighbors], None, coefficients, torch.rand(BATCH, count, device=DEVICE).double(), *layout)
+                redirect(
+                    rows[index],
+                    None,
+                    rows[neighbors],
+                    None,
+                    coefficients,
+                    torch.rand(BATCH, count, device=DEVICE).double(),
+                    *layout,
+                )
         residual(noise.to(made), noise + 1, weight)
     for shape, dtype in itertools.product(PLANES, (torch.float32, torch.bfloat16)):
         prediction, target = torch.randn(2, BATCH, *shape, device=DEVICE)
-        for part, (inside, outside) in itertools.product((8, 4, 2), ((1.0, 0.0), (1.0, 0.1), (0.0, 1.0))):  # to a quarter and half of Nyquist, and all
+        # to a quarter and half of Nyquist, and all
+        for part, (inside, outside) in itertools.product((8, 4, 2), ((1.0, 0.0), (1.0, 0.1), (0.0, 1.0))):
             band = torch.ones(shape[1] // part + 1, shape[2] // part + 1, device=DEVICE)
             lowpass_residual(prediction.to(dtype), target, weight, band, inside, outside)
     if DEVICE == "cuda":

@@ -1,7 +1,9 @@
-"""What all tests share: one thread, fixed random numbers, nothing left behind, the golden vectors, and the GPU.
+"""What all tests share: one thread, fixed random numbers, nothing left behind, the golden vectors, and the
+GPU.
 
-`pytest -m gpu` is what only a GPU can test (scripts/gpu_check.sh). With FASTUNLEARN_DRY=1 a CPU stands in for it, and of every
-test function the first case runs: whether the tests themselves work, not whether every case passes.
+`pytest -m gpu` is what only a GPU can test (scripts/gpu_check.sh). With FASTUNLEARN_DRY=1 a CPU stands in for
+it, and of every test function the first case runs: whether the tests themselves work, not whether every case
+passes.
 """
 
 from __future__ import annotations
@@ -52,7 +54,11 @@ def process_state() -> dict[str, object]:
     # Not what libraries add when they are first imported.
     read_here = "FASTUNLEARN_", "ACCELERATE_", "CUDA_", "OMP_", "TRITON_", "RANK", "WORLD_SIZE", "LOCAL_"
     by_inductor = "TRITON_PTXAS_PATH", "TRITON_CACHE_DIR"  # set where it first compiles a kernel
-    environment = {name: value for name, value in os.environ.items() if name.startswith(read_here) and name not in by_inductor}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith(read_here) and name not in by_inductor
+    }
     return {
         "environment": environment,
         "folder": os.getcwd(),
@@ -74,6 +80,7 @@ def nothing_left_behind():
     yield
     for what, value in process_state().items():
         assert value == before[what], f"{what}: changed by this test"
+
 
 KERNELS = Path(__file__).parent / "triton"  # tests of what runs on GPUs alone
 
@@ -104,7 +111,10 @@ def _keep_first_cases(config: pytest.Config, items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
-    """The folder of golden vectors: `$FASTUNLEARN_GOLDEN`, or the committed selection. An empty or missing folder is an error."""
+    """The folder of golden vectors: `$FASTUNLEARN_GOLDEN`, or the committed selection.
+
+    An empty or missing folder is an error.
+    """
     return golden_vectors.root(Path(__file__).parent / "golden" / "data")
 
 

@@ -44,7 +44,8 @@ class Kills:
 def start_server() -> None:
     here = Path(__file__).parent
     before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(here), str(here.parent), *filter(None, [before])])  # Python 3.11's server ignores sys.path
+    # Python 3.11's server ignores sys.path
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(here), str(here.parent), *filter(None, [before])])
     CONTEXT.set_forkserver_preload(["crash_preload"])
     forkserver.ensure_running()
     if before is None:

@@ -10,7 +10,19 @@ import pytest
 import torch
 from torch import nn
 
-from fastunlearn import SISS, Draws, EraseDiff, ImageStore, ReTrack, Unlearner, Vanilla, erasediff_step, retrack_step, siss_step, vanilla_step
+from fastunlearn import (
+    SISS,
+    Draws,
+    EraseDiff,
+    ImageStore,
+    ReTrack,
+    Unlearner,
+    Vanilla,
+    erasediff_step,
+    retrack_step,
+    siss_step,
+    vanilla_step,
+)
 from fastunlearn.engine import replay
 from fastunlearn.engine.replay import WARM_UP_STEPS, Replay
 from fastunlearn.methods import Pass

@@ -1,4 +1,6 @@
-"""Every configuration of every Triton kernel compiles for sm_80 and sm_90 without a GPU, and docs/kernels.md lists what came out."""
+"""Every configuration of every Triton kernel compiles for sm_80 and sm_90 without a GPU, and docs/kernels.md
+lists what came out.
+"""
 
 import importlib.util
 import os
@@ -14,7 +16,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def test_every_configuration_compiles_and_the_table_is_current():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, "scripts/aot_check.py", "--check"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "scripts/aot_check.py", "--check"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stdout[-20_000:] + run.stderr[-5_000:]
 
 
@@ -32,7 +40,8 @@ def complaints(aot_check, variant):
     return aot_check.complaints("sm_80", variant, usage, aot_check.SHARED_LIMIT[80])
 
 
-# What loses its vectors -> what is said of it: floats, half precision, bytes of which 4 or 16 are read at once.
+# What loses its vectors -> what is said of it: floats, half precision, bytes of which 4 or 16 are read at
+# once.
 LOST = {
     ("residual", "D <= 1024, float32", "target"): "prediction, target: expected 2 ld of 16 bytes, got 1",
     ("noising", "D > 16384, bfloat16, noise -> bfloat16, no target", "x_t"):
@@ -55,7 +64,9 @@ def test_lost_vectors_are_found(lost, aot_check):
 
 def test_local_memory_is_found(aot_check):
     """With registers for no more than a few numbers, the others go to local memory."""
-    celeba = [variant for variant in aot_check.configurations("redirect") if variant.label.startswith("CelebA")]
+    celeba = [
+        variant for variant in aot_check.configurations("redirect") if variant.label.startswith("CelebA")
+    ]
     variant = celeba[0]
     found = complaints(aot_check, variant._replace(max_registers=24))
     assert any("bytes of local memory a thread (spills)" in complaint for complaint in found)

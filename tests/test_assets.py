@@ -17,8 +17,13 @@ from fastunlearn.metrics.classifier import ASSET, MnistClassifier, load_mnist_cl
 from fastunlearn.recipes.mnist_tshirt import TSHIRT_LABEL, load_demo
 
 SHARED = Path("/work/shared/data")
-needs_full_set = pytest.mark.skipif(not (SHARED / "mnist_tshirt_train.npz").exists(), reason="the full MNIST T-Shirt set is not on this machine")
-needs_test_set = pytest.mark.skipif(not (SHARED / "mnist_test.npz").exists(), reason="the MNIST test set is not on this machine")
+needs_full_set = pytest.mark.skipif(
+    not (SHARED / "mnist_tshirt_train.npz").exists(),
+    reason="the full MNIST T-Shirt set is not on this machine",
+)
+needs_test_set = pytest.mark.skipif(
+    not (SHARED / "mnist_test.npz").exists(), reason="the MNIST test set is not on this machine"
+)
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +69,16 @@ def test_demo_data():
 @needs_full_set
 def test_demo_data_is_part_of_the_published_set_and_keeps_its_neighbours():
     forget, retain = load_demo()
-    with np.load(SHARED / "mnist_tshirt_train.npz") as full, np.load(assets.path("mnist_tshirt_demo.npz")) as demo:
-        digits, labels, tshirt, rows = full["images"][:60000], full["labels"][:60000], full["tshirt"], demo["rows"].astype(np.int64)
+    with (
+        np.load(SHARED / "mnist_tshirt_train.npz") as full,
+        np.load(assets.path("mnist_tshirt_demo.npz")) as demo,
+    ):
+        digits, labels, tshirt, rows = (
+            full["images"][:60000],
+            full["labels"][:60000],
+            full["tshirt"],
+            demo["rows"].astype(np.int64),
+        )
     assert (np.diff(rows) > 0).all()
     assert np.array_equal(retain.images[:, 0].numpy(), digits[rows])
     assert np.array_equal(retain.labels.numpy(), labels[rows])
@@ -79,7 +92,9 @@ def test_classifier_file_is_small_half_precision():
     with safe_open(assets.path(ASSET), "pt") as file:
         stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
-    assert sum(tensor.numel() for tensor in stored.values()) == sum(parameter.numel() for parameter in MnistClassifier().parameters())
+    assert sum(tensor.numel() for tensor in stored.values()) == sum(
+        parameter.numel() for parameter in MnistClassifier().parameters()
+    )
 
 
 def test_classifier_features_and_logits(classifier):
@@ -103,7 +118,10 @@ def test_classifier_knows_its_training_digits_and_no_tshirt(classifier):
 @needs_test_set
 def test_classifier_on_the_test_digits(classifier):
     with np.load(SHARED / "mnist_test.npz") as test:
-        images, labels = torch.from_numpy(test["images"])[:, None], torch.from_numpy(test["labels"].astype(np.int64))
+        images, labels = (
+            torch.from_numpy(test["images"])[:, None],
+            torch.from_numpy(test["labels"].astype(np.int64)),
+        )
     p = probabilities(classifier, images).double()
     assert f"{(p.argmax(1) == labels).double().mean():.2%}".replace("%", " %") in readme()
     scores = [(part * (part.log() - part.mean(0).log())).sum(1).mean().exp() for part in p.chunk(10)]

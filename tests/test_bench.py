@@ -14,12 +14,33 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-TWO_GRADIENTS = {"siss": "retrack repo", "siss no_is": "siss repo", "siss bernoulli": "siss repo", "erasediff": "retrack repo"}
+TWO_GRADIENTS = {
+    "siss": "retrack repo",
+    "siss no_is": "siss repo",
+    "siss bernoulli": "siss repo",
+    "erasediff": "retrack repo",
+}
 
 
 def smoke(results: Path, *targets: str) -> None:
-    command = [sys.executable, "-m", "pytest", *targets, "--smoke", "--device", "cpu", "--threads", "1", "--results", str(results), "-p", "no:cacheprovider"]
-    run = subprocess.run(command, cwd=ROOT, env=dict(os.environ, OMP_NUM_THREADS="1"), capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        *targets,
+        "--smoke",
+        "--device",
+        "cpu",
+        "--threads",
+        "1",
+        "--results",
+        str(results),
+        "-p",
+        "no:cacheprovider",
+    ]
+    run = subprocess.run(
+        command, cwd=ROOT, env=dict(os.environ, OMP_NUM_THREADS="1"), capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stdout[-20_000:] + run.stderr[-5_000:]
 
 
@@ -29,7 +50,15 @@ def test_every_benchmark_of_an_op_passes_its_gate(tmp_path):
     smoke(results, "bench", "--ignore", "bench/bench_step.py")
     rows = json.loads(results.read_text())["rows"]
     ops = {row["op"] for row in rows if row["contestant"] == "papers" and row["seconds"] > 0}
-    assert ops == {"noising", "redirect", "redirect+residual", "mixture", "residual", "lowpass_residual", "attention"}
+    assert ops == {
+        "noising",
+        "redirect",
+        "redirect+residual",
+        "mixture",
+        "residual",
+        "lowpass_residual",
+        "attention",
+    }
     assert all(row["seconds"] or row["reason"] for row in rows)
     if (ROOT / "fastunlearn/_C.abi3.so").exists():
         assert {row["op"] for row in rows if row["contestant"] == "kernel" and row["seconds"]} == ops

@@ -24,12 +24,16 @@ from fastunlearn.runs.state_tree import flatten, unflatten
 
 def small_model() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 5, 3), nn.SiLU(), nn.Conv2d(5, 3, 3)).to(memory_format=torch.channels_last)
+    return nn.Sequential(nn.Conv2d(3, 5, 3), nn.SiLU(), nn.Conv2d(5, 3, 3)).to(
+        memory_format=torch.channels_last
+    )
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
     for step in steps:
-        inputs = torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(step)).to(memory_format=torch.channels_last)
+        inputs = torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(step)).to(
+            memory_format=torch.channels_last
+        )
 
         def closure(inputs=inputs):
             optimizer.zero_grad()
@@ -55,13 +59,16 @@ OPTIMIZERS = {
     "radam": lambda p: torch.optim.RAdam(p, lr=1e-2),
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-2, momentum=0.5, centered=True),
     "rprop": lambda p: torch.optim.Rprop(p, lr=1e-2),
-    "two groups": lambda p: torch.optim.AdamW([{"params": p[:1], "lr": 1e-1}, {"params": p[1:]}], lr=1e-3, betas=(0.8, 0.99)),
+    "two groups": lambda p: torch.optim.AdamW(
+        [{"params": p[:1], "lr": 1e-1}, {"params": p[1:]}], lr=1e-3, betas=(0.8, 0.99)
+    ),
 }
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_continues_bit_equal(tmp_path: Path, name: str):
-    layout = torch.contiguous_format if name == "lbfgs" else torch.channels_last  # torch's LBFGS refuses other layouts
+    # torch's LBFGS refuses other layouts
+    layout = torch.contiguous_format if name == "lbfgs" else torch.channels_last
     model = small_model().to(memory_format=layout)
     optimizer = OPTIMIZERS[name](list(model.parameters()))
     train(model, optimizer, range(3))
@@ -82,7 +89,9 @@ def test_memory_layout_of_optimizer_moments_comes_back(tmp_path: Path):
     model = small_model()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     train(model, optimizer, range(1))
-    state = checkpoint.load(checkpoint.save(tmp_path, 1, {}, {}, optimizer=optimizer)).states["optimizer"]["state"]
+    state = checkpoint.load(checkpoint.save(tmp_path, 1, {}, {}, optimizer=optimizer)).states["optimizer"][
+        "state"
+    ]
     for index, entry in optimizer.state_dict()["state"].items():
         assert state[index]["exp_avg"].stride() == entry["exp_avg"].stride()
     assert state[0]["exp_avg"].is_contiguous(memory_format=torch.channels_last)
@@ -93,9 +102,13 @@ def test_moments_take_the_layout_of_the_parameters(tmp_path: Path, layout):
     """A run may go on in another layout: the next update, from the same gradients, has the same bits."""
     other = torch.channels_last if layout is torch.contiguous_format else torch.contiguous_format
     model, resumed = small_model().to(memory_format=layout), small_model().to(memory_format=other)
-    optimizer, resumed_optimizer = (torch.optim.AdamW(network.parameters(), lr=1e-2, fused=True) for network in (model, resumed))
+    optimizer, resumed_optimizer = (
+        torch.optim.AdamW(network.parameters(), lr=1e-2, fused=True) for network in (model, resumed)
+    )
     train(model, optimizer, range(3))
-    state = checkpoint.load(checkpoint.save(tmp_path, 3, {"model": model.state_dict()}, {}, optimizer=optimizer))
+    state = checkpoint.load(
+        checkpoint.save(tmp_path, 3, {"model": model.state_dict()}, {}, optimizer=optimizer)
+    )
     resumed.load_state_dict(state.tensors["model"])
     checkpoint.load_optimizer(resumed_optimizer, state)
     for before, after in zip(model.parameters(), resumed.parameters(), strict=True):
@@ -112,7 +125,12 @@ def test_scheduler_and_scaler_states(tmp_path: Path):
     model = small_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     scheduler = torch.optim.lr_scheduler.SequentialLR(
-        optimizer, [torch.optim.lr_scheduler.LinearLR(optimizer), torch.optim.lr_scheduler.MultiStepLR(optimizer, [4, 4, 7])], milestones=[2]
+        optimizer,
+        [
+            torch.optim.lr_scheduler.LinearLR(optimizer),
+            torch.optim.lr_scheduler.MultiStepLR(optimizer, [4, 4, 7]),
+        ],
+        milestones=[2],
     )
     scaler = torch.amp.GradScaler("cpu", init_scale=128.0)
     for step in range(5):
@@ -146,7 +164,9 @@ def test_the_state_of_an_ema_of_diffusers(tmp_path: Path):
 def test_state_tree_keeps_structure_and_values():
     scalar = torch.tensor(3, dtype=torch.int32)
     tree = {
-        "a": [1, 2.5, float("inf"), None, True, "text", (scalar, [])], 7: {"x": torch.randn(2, 3).T, "y": ()}, "__tensor__": "not a reference",
+        "a": [1, 2.5, float("inf"), None, True, "text", (scalar, [])],
+        7: {"x": torch.randn(2, 3).T, "y": ()},
+        "__tensor__": "not a reference",
         "plain": {"b": {}, "half": torch.ones(2, dtype=torch.bfloat16)},
     }
     skeleton, tensors = flatten(tree)
@@ -177,7 +197,10 @@ def test_tensors_of_names_with_dots_stay_apart():
         ([{"__tensor__": "x"}], "y: expected tensors that belong to the state"),
         ([{"__tensor__": "x"}, {"__tensor__": "x"}], "'x': expected the name of a tensor, each of them once"),
         ([{"__tensor__": 5}], "5: expected the name of a tensor"),
-        ([{"__tensor__": "x", "stride": [0]}, {"__tensor__": "y"}], "x: expected the strides of a dense layout"),
+        (
+            [{"__tensor__": "x", "stride": [0]}, {"__tensor__": "y"}],
+            "x: expected the strides of a dense layout",
+        ),
         ([{"__tensor__": "x", "stride": [1, 1]}, {"__tensor__": "y"}], "x: expected 1 integers as strides"),
         ([{"__tensor__": "x", "more": 1}, {"__tensor__": "y"}], "__tensor__: expected it alone"),
         ([{"__items__": [[1, 2], [1, 3]]}], "__items__: expected every key once"),
@@ -202,18 +225,32 @@ def test_state_that_is_no_data_is_refused_before_writing(tmp_path: Path):
 
 def test_tied_and_sliced_tensors_are_written_once_each(tmp_path: Path):
     weight = torch.arange(12.0).view(3, 4)
-    state = checkpoint.load(checkpoint.save(tmp_path, 0, {"model": {"a": weight, "b": weight, "row": weight[1], "columns": weight[:, 1:3]}}, {}))
+    state = checkpoint.load(
+        checkpoint.save(
+            tmp_path,
+            0,
+            {"model": {"a": weight, "b": weight, "row": weight[1], "columns": weight[:, 1:3]}},
+            {},
+        )
+    )
     for name, expected in {"a": weight, "b": weight, "row": weight[1], "columns": weight[:, 1:3]}.items():
         assert torch.equal(state.tensors["model"][name], expected)
 
 
-# --- damage ----------------------------------------------------------------------------------------------------------------------
+# --- damage
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     for step in (9, 10, 20):
-        checkpoint.save(tmp_path, step, {"model": {"w": torch.full((50,), float(step))}}, {"step": step}, optimizer=torch.optim.SGD([torch.zeros(1)], lr=1.0))
+        checkpoint.save(
+            tmp_path,
+            step,
+            {"model": {"w": torch.full((50,), float(step))}},
+            {"step": step},
+            optimizer=torch.optim.SGD([torch.zeros(1)], lr=1.0),
+        )
     return tmp_path
 
 
@@ -234,10 +271,14 @@ DAMAGES = {
     "missing weights": lambda path: (path / "model.safetensors").unlink(),
     "missing metadata": lambda path: (path / "metadata.json").unlink(),
     "metadata edited": lambda path: (path / "metadata.json").write_text("{}"),
-    "manifest cut": lambda path: (path / "manifest.json").write_text((path / "manifest.json").read_text()[:-9]),
+    "manifest cut": lambda path: (path / "manifest.json").write_text(
+        (path / "manifest.json").read_text()[:-9]
+    ),
     "manifest empty": lambda path: (path / "manifest.json").write_text("{}"),
     "manifest a list": lambda path: (path / "manifest.json").write_text("[]"),
-    "manifest points outside": lambda path: (path / "manifest.json").write_text(json.dumps({"../x": "0", "metadata.json": "0"})),
+    "manifest points outside": lambda path: (path / "manifest.json").write_text(
+        json.dumps({"../x": "0", "metadata.json": "0"})
+    ),
 }
 
 
@@ -269,7 +310,9 @@ def test_other_folders_are_not_checkpoints(tmp_path: Path):
         checkpoint.load(tmp_path / "checkpoint-3")
 
 
-@pytest.mark.parametrize("content", [{}, {"states": {"optimizer": {"__tensor__": "gone"}}, "metadata": {}}, [1]])
+@pytest.mark.parametrize(
+    "content", [{}, {"states": {"optimizer": {"__tensor__": "gone"}}, "metadata": {}}, [1]]
+)
 def test_consistent_manifest_of_something_else(run_dir: Path, content):
     path = run_dir / "checkpoint-20"
     (path / "metadata.json").write_text(json.dumps(content))
@@ -280,21 +323,30 @@ def test_consistent_manifest_of_something_else(run_dir: Path, content):
         checkpoint.load(path)
 
 
-@pytest.mark.parametrize(("version", "text"), [(None, "got format 1, which lacks the names of the optimizer's parameters"), (3, "got format 3")])
+@pytest.mark.parametrize(
+    ("version", "text"),
+    [(None, "got format 1, which lacks the names of the optimizer's parameters"), (3, "got format 3")],
+)
 def test_another_format_is_refused_with_what_it_lacks(run_dir: Path, version: int | None, text: str):
     """The first one had no number, and the state of the optimizer as torch has it, by position."""
     path = run_dir / "checkpoint-20"
     optimizer = {"state": {}, "param_groups": [{"lr": 1.0, "params": [0]}]}
     content = {"version": version, "metadata": {"step": 20}, "states": {"optimizer": optimizer}}
-    (path / "metadata.json").write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+    (path / "metadata.json").write_text(
+        json.dumps({key: value for key, value in content.items() if value is not None})
+    )
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["metadata.json"] = checkpoint._sha256(path / "metadata.json")
     (path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match=rf"checkpoint-20/metadata\.json: not a checkpoint of this version .*expected format 2, {text}"):
+    with pytest.raises(
+        ValueError,
+        match=rf"checkpoint-20/metadata\.json: not a checkpoint of this version .*expected format 2, {text}",
+    ):
         checkpoint.load(path)
 
 
-# --- writing ---------------------------------------------------------------------------------------------------------------------
+# --- writing
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def test_keep_removes_the_oldest(run_dir: Path):
@@ -310,7 +362,11 @@ def test_keep_never_leaves_only_what_is_damaged(run_dir: Path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "text"), [({"keep": 0}, "keep: expected an integer >= 1, got 0"), ({"step": -1}, "step: expected an integer >= 0, got -1")]
+    ("arguments", "text"),
+    [
+        ({"keep": 0}, "keep: expected an integer >= 1, got 0"),
+        ({"step": -1}, "step: expected an integer >= 0, got -1"),
+    ],
 )
 def test_bad_arguments(tmp_path: Path, arguments, text):
     with pytest.raises(ValueError, match=text):
@@ -340,7 +396,10 @@ def test_what_safetensors_says_of_a_full_disk_is_an_error_of_the_disk(run_dir: P
 
 def test_a_file_that_the_disk_does_not_take_is_named(tmp_path: Path):
     (tmp_path / "file").write_text("old")
-    with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}/file'$"), atomic.atomic_file(tmp_path / "file"):
+    with (
+        pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}/file'$"),
+        atomic.atomic_file(tmp_path / "file"),
+    ):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("file", "old")]
 
@@ -358,7 +417,12 @@ def living():
 
 def test_leftovers_of_dead_writers_are_removed_those_of_living_ones_kept(run_dir: Path, living: int):
     dead = NOBODY
-    for name in (f".checkpoint-40.{dead}.tmp", f".checkpoint-40.{living}.tmp", f".checkpoint-20.{dead}.old", f".other.{dead}.tmp"):
+    for name in (
+        f".checkpoint-40.{dead}.tmp",
+        f".checkpoint-40.{living}.tmp",
+        f".checkpoint-20.{dead}.old",
+        f".other.{dead}.tmp",
+    ):
         (run_dir / name).mkdir()
         (run_dir / name / "part.safetensors").write_bytes(b"x")
     checkpoint.save(run_dir, 50, {}, {})
@@ -444,7 +508,12 @@ def test_kill_while_replacing_leaves_old_or_new(tmp_path: Path):
         if child == 0:
             try:
                 for count in range(newest + 1, newest + 10_000):
-                    checkpoint.save(tmp_path, 1, {"model": {name: torch.full((3000,), float(count)) for name in tensors}}, {"round": count})
+                    checkpoint.save(
+                        tmp_path,
+                        1,
+                        {"model": {name: torch.full((3000,), float(count)) for name in tensors}},
+                        {"round": count},
+                    )
                     os.write(says, b"x")
             finally:
                 os._exit(1)
@@ -457,6 +526,9 @@ def test_kill_while_replacing_leaves_old_or_new(tmp_path: Path):
         state = checkpoint.load(checkpoint.latest(tmp_path))
         assert state.metadata["round"] > newest
         newest = state.metadata["round"]
-        assert all(torch.equal(tensor, torch.full((3000,), float(newest))) for tensor in state.tensors["model"].values())
+        assert all(
+            torch.equal(tensor, torch.full((3000,), float(newest)))
+            for tensor in state.tensors["model"].values()
+        )
     checkpoint.save(tmp_path, 1, {}, {})
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]

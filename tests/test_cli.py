@@ -32,7 +32,13 @@ pytest.importorskip("tyro")
 COMMANDS = ("demo", "unlearn", "evaluate", "sample", "neighbors", "pretrain", "data", "purge")
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 FAST = ("--steps", "2", "--batch-size", "4", "--device", "cpu")
-METHODS = {"retrack": ["--k", "3"], "siss": ["--variant", "bernoulli"], "erasediff": ["--eta", "0.01"], "neggrad": ["--superfactor", "2"], "vanilla": []}
+METHODS = {
+    "retrack": ["--k", "3"],
+    "siss": ["--variant", "bernoulli"],
+    "erasediff": ["--eta", "0.01"],
+    "neggrad": ["--superfactor", "2"],
+    "vanilla": [],
+}
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +52,12 @@ def world(tmp_path_factory) -> SimpleNamespace:
     for row, image in enumerate(forget):
         Image.fromarray(image).save(root / "forget" / f"{row}.png")
     np.save(root / "retain.npy", generator.integers(0, 256, (20, 1, 8, 8), dtype=np.uint8))
-    return SimpleNamespace(model=save_tiny_checkpoint(root / "model"), forget=root / "forget", retain=root / "retain.npy", images=forget)
+    return SimpleNamespace(
+        model=save_tiny_checkpoint(root / "model"),
+        forget=root / "forget",
+        retain=root / "retain.npy",
+        images=forget,
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +87,8 @@ def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -
     assert all(torch.equal(tensor, right[name]) for name, tensor in left.items())
 
 
-# --- unlearn ---------------------------------------------------------------------------------------------------------------------
+# --- unlearn
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -88,14 +100,48 @@ def test_every_method_writes_a_model_that_diffusers_opens(world, tmp_path, capsy
     before = load_file(world.model / WEIGHTS)
     after = dict(DDPMPipeline.from_pretrained(tmp_path / "run" / "model").unet.state_dict())
     assert any(not torch.equal(before[name], after[name]) for name in before)
-    assert [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+    assert [
+        json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ] == [1, 2]
     record = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert (record["status"], record["method"]["name"].lower(), record["batch_size"]) == ("complete", method, 4)
+    assert (record["status"], record["method"]["name"].lower(), record["batch_size"]) == (
+        "complete",
+        method,
+        4,
+    )
 
 
 def test_sets_that_a_method_does_not_read_may_be_left_out(world, tmp_path):
-    assert run("unlearn", "--model", world.model, "--forget", world.forget, "--method", "neggrad", "--output", tmp_path / "a", *FAST) == 0
-    assert run("unlearn", "--model", world.model, "--retain", world.retain, "--method", "vanilla", "--output", tmp_path / "b", *FAST) == 0
+    assert (
+        run(
+            "unlearn",
+            "--model",
+            world.model,
+            "--forget",
+            world.forget,
+            "--method",
+            "neggrad",
+            "--output",
+            tmp_path / "a",
+            *FAST,
+        )
+        == 0
+    )
+    assert (
+        run(
+            "unlearn",
+            "--model",
+            world.model,
+            "--retain",
+            world.retain,
+            "--method",
+            "vanilla",
+            "--output",
+            tmp_path / "b",
+            *FAST,
+        )
+        == 0
+    )
 
 
 def test_the_seed_decides_and_flags_have_two_names(world, tmp_path):
@@ -103,14 +149,27 @@ def test_the_seed_decides_and_flags_have_two_names(world, tmp_path):
     unlearn(world, tmp_path / "b", "--lr", "1e-4", "--seed", "1")
     unlearn(world, tmp_path / "c", "--learning-rate", "1e-4", "--seed", "2")
     assert_same(weights(tmp_path / "a"), weights(tmp_path / "b"))
-    assert not torch.equal(weights(tmp_path / "a")["conv_in.weight"], weights(tmp_path / "c")["conv_in.weight"])
+    assert not torch.equal(
+        weights(tmp_path / "a")["conv_in.weight"], weights(tmp_path / "c")["conv_in.weight"]
+    )
 
 
 def test_a_resumed_run_equals_one_that_was_not_stopped(world, tmp_path):
-    schedule = ("--lr_scheduler", "cosine", "--lr_warmup_steps", "1", "--use_ema", "--checkpointing_steps", "2", "--steps", "4")
+    schedule = (
+        "--lr_scheduler",
+        "cosine",
+        "--lr_warmup_steps",
+        "1",
+        "--use_ema",
+        "--checkpointing_steps",
+        "2",
+        "--steps",
+        "4",
+    )
     unlearn(world, tmp_path / "whole", *schedule)
     unlearn(world, tmp_path / "resumed", *schedule)
-    shutil.rmtree(tmp_path / "resumed" / "checkpoint-4")  # what a run that was killed after its second step leaves
+    # what a run that was killed after its second step leaves
+    shutil.rmtree(tmp_path / "resumed" / "checkpoint-4")
     shutil.rmtree(tmp_path / "resumed" / "model")
     torch.manual_seed(1)  # a state that must not matter
     assert unlearn(world, tmp_path / "resumed", *schedule, "--resume_from_checkpoint", "latest") == 0
@@ -163,7 +222,11 @@ def test_a_run_is_not_resumed_from_another_model(world, tmp_path, capsys):
         "clip_sample": changed_model(world, tmp_path / "clip", clip_sample=False),
         "name": changed_model(world, tmp_path / "class", _class_name="DDIMScheduler"),
     }
-    both = {"prediction_type": ("'v_prediction'", "'epsilon'"), "beta_end": ("0.03", "0.02"), "name": ("'DDIMScheduler'", "'DDPMScheduler'")}
+    both = {
+        "prediction_type": ("'v_prediction'", "'epsilon'"),
+        "beta_end": ("0.03", "0.02"),
+        "name": ("'DDIMScheduler'", "'DDPMScheduler'"),
+    }
     for name, model in others.items():
         arguments = ("--steps", "4", "--resume_from_checkpoint", "latest", "--model", model)
         assert unlearn(world, output, *arguments) == 2
@@ -200,8 +263,26 @@ def test_a_run_is_not_resumed_with_other_flags(world, tmp_path, capsys, flags, w
 def test_a_model_that_has_moved_is_the_same_and_the_record_stays(world, tmp_path):
     output = half_done(world, tmp_path / "run", "--lr_warmup_steps", "1")
     moved = shutil.copytree(world.model, tmp_path / "moved")
-    changed = ("--micro_batch_size", "3", "--checkpointing_steps", "3", "--logging_steps", "2", "--channels_last", "on")
-    arguments = ("--lr_warmup_steps", "1", "--steps", "5", "--resume_from_checkpoint", "latest", "--model", moved)
+    changed = (
+        "--micro_batch_size",
+        "3",
+        "--checkpointing_steps",
+        "3",
+        "--logging_steps",
+        "2",
+        "--channels_last",
+        "on",
+    )
+    arguments = (
+        "--lr_warmup_steps",
+        "1",
+        "--steps",
+        "5",
+        "--resume_from_checkpoint",
+        "latest",
+        "--model",
+        moved,
+    )
     assert unlearn(world, output, *arguments, *changed) == 0
     record = json.loads((output / "run.json").read_text())
     assert (record["base_model"], record["steps"]) == (str(world.model), 5)
@@ -212,13 +293,16 @@ def test_micro_batches_and_mixed_precision(world, tmp_path):
     unlearn(world, tmp_path / "whole", "--micro_batch_size", "8")
     unlearn(world, tmp_path / "parts", "--micro-batch-size", "3")
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
-    assert max((whole[name] - parts[name]).abs().max() for name in whole) < 1e-4  # two steps of at most 5e-5 each
+    # two steps of at most 5e-5 each
+    assert max((whole[name] - parts[name]).abs().max() for name in whole) < 1e-4
     assert unlearn(world, tmp_path / "bf16", "--mixed_precision", "bf16") == 0
     assert weights(tmp_path / "bf16")["conv_in.weight"].dtype == torch.float32
 
 
 def started(monkeypatch, world, output: Path, *more: object) -> tuple[object, str]:
-    """The Unlearner that a command makes, and the precision of float32 products on GPUs while it runs; no step is taken."""
+    """The Unlearner that a command makes, and the precision of float32 products on GPUs while it runs; no
+    step is taken.
+    """
     seen = []
 
     def unlearn_nothing(unlearner, **options):
@@ -231,7 +315,9 @@ def started(monkeypatch, world, output: Path, *more: object) -> tuple[object, st
     return unlearner, precision
 
 
-def test_on_a_cpu_auto_is_float32_contiguous_uncompiled_and_keeps_memory(monkeypatch, world, tmp_path, prepared):
+def test_on_a_cpu_auto_is_float32_contiguous_uncompiled_and_keeps_memory(
+    monkeypatch, world, tmp_path, prepared
+):
     unlearner, precision = started(monkeypatch, world, tmp_path / "run")
     weight = unlearner.model.conv_out.weight
     assert (unlearner.autocast_dtype, unlearner.grad_scaler, unlearner.compile) == (None, None, False)
@@ -241,7 +327,10 @@ def test_on_a_cpu_auto_is_float32_contiguous_uncompiled_and_keeps_memory(monkeyp
     assert prepared == ["kept"]
 
 
-@pytest.mark.parametrize(("flag", "dtype", "scaled"), [("no", None, False), ("bf16", torch.bfloat16, False), ("fp16", torch.float16, True)])
+@pytest.mark.parametrize(
+    ("flag", "dtype", "scaled"),
+    [("no", None, False), ("bf16", torch.bfloat16, False), ("fp16", torch.float16, True)],
+)
 def test_mixed_precision_decides_dtype_and_scaler(monkeypatch, world, tmp_path, flag, dtype, scaled):
     unlearner, _ = started(monkeypatch, world, tmp_path / "run", "--mixed_precision", flag)
     assert (unlearner.autocast_dtype, unlearner.grad_scaler is not None) == (dtype, scaled)
@@ -249,12 +338,16 @@ def test_mixed_precision_decides_dtype_and_scaler(monkeypatch, world, tmp_path, 
 
 def test_execution_flags_reach_the_run(monkeypatch, world, tmp_path):
     before = torch.backends.cuda.matmul.fp32_precision
-    unlearner, precision = started(monkeypatch, world, tmp_path / "run", "--channels_last", "on", "--allow_tf32", "--compile", "try")
+    unlearner, precision = started(
+        monkeypatch, world, tmp_path / "run", "--channels_last", "on", "--allow_tf32", "--compile", "try"
+    )
     assert unlearner.model.conv_out.weight.is_contiguous(memory_format=torch.channels_last)
     assert unlearner.compile == "try"
     assert precision == "tf32"
     assert torch.backends.cuda.matmul.fp32_precision == before
-    unlearner, precision = started(monkeypatch, world, tmp_path / "run", "--channels-last", "off", "--compile", "on")
+    unlearner, precision = started(
+        monkeypatch, world, tmp_path / "run", "--channels-last", "off", "--compile", "on"
+    )
     assert not unlearner.model.conv_out.weight.is_contiguous(memory_format=torch.channels_last)
     assert unlearner.compile is True
 
@@ -263,7 +356,9 @@ def test_auto_on_a_gpu(monkeypatch):
     """As far as it can be seen without one: what is handed to the library."""
     from fastunlearn.cli.unlearn_flags import Execution
 
-    monkeypatch.setattr("fastunlearn.host.precision.resolve_autocast", lambda requested, device: (requested, device))
+    monkeypatch.setattr(
+        "fastunlearn.host.precision.resolve_autocast", lambda requested, device: (requested, device)
+    )
     device, execution = torch.device("cuda", 1), Execution()
     assert execution.autocast_dtype(device) == ("auto", device)
     assert execution.memory_format(device) is torch.channels_last
@@ -279,7 +374,9 @@ def test_nothing_shows_or_stores_a_forget_image_unless_asked(world, tmp_path):
     assert stat.S_IMODE(cache.stat().st_mode) == 0o600
     assert not [path for path in run_dir.rglob("*") if path.suffix in (".png", ".html", ".npy", ".npz")]
     for path in run_dir.rglob("*"):
-        assert not path.is_file() or not any(image.tobytes() in path.read_bytes() for image in world.images), path
+        assert not path.is_file() or not any(
+            image.tobytes() in path.read_bytes() for image in world.images
+        ), path
 
 
 def test_report_images_and_purge(world, tmp_path, capsys):
@@ -296,18 +393,42 @@ def test_report_images_and_purge(world, tmp_path, capsys):
 
 
 WRONG_UNLEARN = [
-    ("a flag of another method", ["--eta", "0.1"], r"--eta: expected --k, --lambd with --method retrack, got --eta 0.1, a flag of erasediff"),
-    ("a shared flag elsewhere", ["--method", "vanilla", "--lambd", "0.1"], r"expected no such flag with --method vanilla, got --.*a flag of"),
+    (
+        "a flag of another method",
+        ["--eta", "0.1"],
+        r"--eta: expected --k, --lambd with --method retrack, got --eta 0.1, a flag of erasediff",
+    ),
+    (
+        "a shared flag elsewhere",
+        ["--method", "vanilla", "--lambd", "0.1"],
+        r"expected no such flag with --method vanilla, got --.*a flag of",
+    ),
     ("k too large", ["--k", "21"], r"k: expected an integer in \[1, 20\] \(the rows of retain\), got 21"),
     ("lambda outside", ["--lambda", "1.5"], r"lambd: expected a finite number in \[0, 1\], got 1.5"),
     ("no batch", ["--batch-size", "0"], r"batch_size: expected an integer >= 1, got 0"),
     ("no learning rate", ["--lr", "-1"], r"learning_rate: expected a finite number in .*, got -1.0"),
     ("beta", ["--adam_beta1", "1.5"], r"adam_beta1: expected a finite number in \[0, 1\], got 1.5"),
-    ("beta of 1", ["--adam_beta2", "1"], r"adam_beta2: expected a number in \[0, 1\), got 1: the average would never move"),
+    (
+        "beta of 1",
+        ["--adam_beta2", "1"],
+        r"adam_beta2: expected a number in \[0, 1\), got 1: the average would never move",
+    ),
     ("no steps", ["--steps", "0"], r"max_train_steps: expected an integer >= 1, got 0"),
-    ("all warm-up", ["--lr_warmup_steps", "2"], r"lr_warmup_steps: expected an integer in \[0, 1\] \(max_train_steps - 1\), got 2"),
-    ("no checkpoint", ["--resume_from_checkpoint", "nowhere"], r"resume_from_checkpoint: expected 'latest' or the folder of a checkpoint, got 'nowhere'"),
-    ("no model", ["--model", "nowhere"], r"nowhere: expected a folder of DDPMPipeline.save_pretrained.*, got a path that does not exist"),
+    (
+        "all warm-up",
+        ["--lr_warmup_steps", "2"],
+        r"lr_warmup_steps: expected an integer in \[0, 1\] \(max_train_steps - 1\), got 2",
+    ),
+    (
+        "no checkpoint",
+        ["--resume_from_checkpoint", "nowhere"],
+        r"resume_from_checkpoint: expected 'latest' or the folder of a checkpoint, got 'nowhere'",
+    ),
+    (
+        "no model",
+        ["--model", "nowhere"],
+        r"nowhere: expected a folder of DDPMPipeline.save_pretrained.*, got a path that does not exist",
+    ),
     ("no data", ["--forget", "nowhere.npy"], r"nowhere.npy: expected .*, got a path that does not exist"),
     ("no forget set", ["--forget"], r"--forget: expected at least one path with --method retrack, got none"),
     ("no device to run on", ["--device", "meta"], r"device: expected cpu, cuda or cuda:N, got 'meta'"),
@@ -315,7 +436,9 @@ WRONG_UNLEARN = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), [case[1:] for case in WRONG_UNLEARN], ids=[case[0] for case in WRONG_UNLEARN])
+@pytest.mark.parametrize(
+    ("arguments", "message"), [case[1:] for case in WRONG_UNLEARN], ids=[case[0] for case in WRONG_UNLEARN]
+)
 def test_wrong_input_is_one_line_and_code_2(world, tmp_path, capsys, arguments, message):
     assert unlearn(world, tmp_path / "run", *arguments) == 2
     error = capsys.readouterr().err
@@ -327,12 +450,16 @@ def test_wrong_input_is_one_line_and_code_2(world, tmp_path, capsys, arguments, 
 def test_overlap_is_refused_unless_allowed(world, tmp_path, capsys):
     both = ("--retain", world.retain, world.forget / "1.png")
     assert unlearn(world, tmp_path / "run", *both) == 2
-    assert "forget: expected images that are not in retain, got 1 that are (rows 1)" in capsys.readouterr().err
+    assert (
+        "forget: expected images that are not in retain, got 1 that are (rows 1)" in capsys.readouterr().err
+    )
     assert unlearn(world, tmp_path / "run", *both, "--allow_overlap") == 0
 
 
 def test_the_retain_set_may_be_the_whole_training_set(world, tmp_path, capsys):
-    """`--drop_overlap` takes the forget images out of it, every copy of them, and the run is the one without them."""
+    """`--drop_overlap` takes the forget images out of it, every copy of them, and the run is the one without
+    them.
+    """
     again = shutil.copy(world.forget / "1.png", tmp_path / "again.png")
     whole = ("--retain", world.forget / "1.png", world.retain, again)
     assert unlearn(world, tmp_path / "whole", *whole, "--drop_overlap") == 0
@@ -344,13 +471,18 @@ def test_the_retain_set_may_be_the_whole_training_set(world, tmp_path, capsys):
 def test_arrays_of_another_size_are_refused(world, tmp_path, capsys):
     np.save(tmp_path / "large.npy", np.zeros((3, 1, 9, 9), np.uint8))
     assert unlearn(world, tmp_path / "run", "--retain", tmp_path / "large.npy") == 2
-    assert "large.npy: expected images of 8 x 8 (arrays are not resized), got shape [3, 1, 9, 9]" in capsys.readouterr().err
+    assert (
+        "large.npy: expected images of 8 x 8 (arrays are not resized), got shape [3, 1, 9, 9]"
+        in capsys.readouterr().err
+    )
 
 
 def test_image_files_are_made_to_fit(world, tmp_path):
     Image.new("RGB", (20, 10), (200, 100, 50)).save(tmp_path / "photo.jpg")
     assert unlearn(world, tmp_path / "run", "--forget", tmp_path / "photo.jpg") == 0
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["data"]["forget"]["shape"] == list(TINY_SHAPE)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["data"]["forget"]["shape"] == list(
+        TINY_SHAPE
+    )
 
 
 @pytest.fixture
@@ -412,7 +544,10 @@ def test_what_cannot_be_saved_is_said_before_the_work(world, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "model").write_text("mine")
     assert unlearn(world, tmp_path / "run") == 2
-    assert "expected a new or empty folder, or a saved pipeline to replace, got a file" in capsys.readouterr().err
+    assert (
+        "expected a new or empty folder, or a saved pipeline to replace, got a file"
+        in capsys.readouterr().err
+    )
     assert not (tmp_path / "run" / "private").exists()
 
 
@@ -528,7 +663,8 @@ def test_a_defect_keeps_its_traceback(world, tmp_path, monkeypatch):
         unlearn(world, tmp_path / "run")
 
 
-# --- near copies ----------------------------------------------------------------------------------------------
+# --- near copies
+# ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -607,7 +743,16 @@ def test_dropping_nothing_is_said(world, copied, tmp_path, capsys):
     assert "images to keep: 20 (none dropped: none is equal to an image to forget)" in capsys.readouterr().out
     assert unlearn(copied, tmp_path / "near", "--retain", copied.clean, "--drop_within", "auto") == 0
     assert "images to keep: 18 (none dropped by --drop_within auto: no near copies" in capsys.readouterr().out
-    vanilla = ("--model", world.model, "--retain", world.retain, "--output", tmp_path / "run", "--method", "vanilla")
+    vanilla = (
+        "--model",
+        world.model,
+        "--retain",
+        world.retain,
+        "--output",
+        tmp_path / "run",
+        "--method",
+        "vanilla",
+    )
     assert run("unlearn", *vanilla, *FAST, "--drop_overlap") == 2
     assert "--drop_overlap: expected --forget and --retain, got no --forget" in capsys.readouterr().err
 
@@ -648,7 +793,8 @@ def test_a_radius_that_is_none_or_leaves_nothing(copied, tmp_path, capsys, withi
     assert not (tmp_path / "run").exists()
 
 
-# --- the other commands ----------------------------------------------------------------------------------------------------------
+# --- the other commands
+# ----------------------------------------------------------------------------------------------------------
 
 
 def test_sample(world, tmp_path, capsys):
@@ -656,7 +802,9 @@ def test_sample(world, tmp_path, capsys):
     assert run("sample", *common, "--output", tmp_path / "out") == 0
     assert run("sample", *common, "--output", tmp_path / "again.npz", "--batch-size", "2") == 0
     assert str(tmp_path / "again.npz") in capsys.readouterr().out.splitlines()[-1]
-    first, again = (np.load(file)["images"] for file in (tmp_path / "out" / "samples.npz", tmp_path / "again.npz"))
+    first, again = (
+        np.load(file)["images"] for file in (tmp_path / "out" / "samples.npz", tmp_path / "again.npz")
+    )
     assert first.dtype == np.uint8
     assert first.shape == (5, *TINY_SHAPE)
     assert np.abs(first.astype(int) - again).max() <= 1  # other batches round differently
@@ -678,7 +826,20 @@ def test_sample_writes_nothing_of_a_model_that_draws_nothing(world, tmp_path, ca
 
 
 def test_neighbors(world, tmp_path):
-    assert run("neighbors", "--forget", world.forget, "--retain", world.retain, "--k", "4", "--output", tmp_path / "near.npz") == 0
+    assert (
+        run(
+            "neighbors",
+            "--forget",
+            world.forget,
+            "--retain",
+            world.retain,
+            "--k",
+            "4",
+            "--output",
+            tmp_path / "near.npz",
+        )
+        == 0
+    )
     found = np.load(tmp_path / "near.npz")
     index, sqdist = nearest_neighbors(load_images(world.forget), load_images(world.retain), 4)
     np.testing.assert_array_equal(found["index"], index)
@@ -699,30 +860,62 @@ def test_neighbors_names_near_copies(copied, tmp_path, capsys):
 
 
 def test_neighbors_wants_an_npz(world, tmp_path, capsys):
-    assert run("neighbors", "--forget", world.forget, "--retain", world.retain, "--output", tmp_path / "near.csv") == 2
+    assert (
+        run(
+            "neighbors", "--forget", world.forget, "--retain", world.retain, "--output", tmp_path / "near.csv"
+        )
+        == 2
+    )
     assert "output: expected a path that ends in .npz, got" in capsys.readouterr().err
 
 
 def test_data_says_which_file_is_missing(tmp_path, capsys):
-    assert run("data", "mnist-tshirt", "--mnist", tmp_path, "--fashion_mnist", tmp_path, "--output", tmp_path / "out.npz") == 2
+    assert (
+        run(
+            "data",
+            "mnist-tshirt",
+            "--mnist",
+            tmp_path,
+            "--fashion_mnist",
+            tmp_path,
+            "--output",
+            tmp_path / "out.npz",
+        )
+        == 2
+    )
     assert f"{tmp_path}: expected a file train-images-idx3-ubyte" in capsys.readouterr().err
 
 
 def test_pretrain_hands_over_what_it_was_told(world, tmp_path, capsys, monkeypatch, prepared):
     calls = []
-    monkeypatch.setattr("fastunlearn.runs.pretraining.pretrain", lambda images, recipe, output, **options: calls.append((len(images), recipe, output, options)))
+    monkeypatch.setattr(
+        "fastunlearn.runs.pretraining.pretrain",
+        lambda images, recipe, output, **options: calls.append((len(images), recipe, output, options)),
+    )
     np.save(tmp_path / "digits.npy", np.zeros((3, 28, 28), np.uint8))
     arguments = ("--recipe", "mnist-tshirt-small", "--output", tmp_path / "out", "--device", "cpu")
     assert run("pretrain", *arguments, "--data", tmp_path / "digits.npy", "--seed", "5") == 0
     ((rows, recipe, output, options),) = calls
-    assert (rows, recipe, output, options["seed"], options["resume"]) == (3, PRETRAINING["mnist-tshirt-small"], tmp_path / "out", 5, False)
+    assert (rows, recipe, output, options["seed"], options["resume"]) == (
+        3,
+        PRETRAINING["mnist-tshirt-small"],
+        tmp_path / "out",
+        5,
+        False,
+    )
     read = options["record"]["read"]
     assert (read["rows"], read["files"], read["passed_over"]) == (3, 1, 0)
     assert read["options"] == {"size": (28, 28), "channels": 1} | DEFAULTS
     assert prepared == ["kept"]
     assert run("pretrain", *arguments, "--data", world.retain) == 2
-    assert "retain.npy: expected images of 28 x 28 (arrays are not resized), got shape [20, 1, 8, 8]" in capsys.readouterr().err
-    assert run("pretrain", *arguments, "--data", tmp_path / "digits.npy", "--resume_from_checkpoint", "latest") == 2
+    assert (
+        "retain.npy: expected images of 28 x 28 (arrays are not resized), got shape [20, 1, 8, 8]"
+        in capsys.readouterr().err
+    )
+    assert (
+        run("pretrain", *arguments, "--data", tmp_path / "digits.npy", "--resume_from_checkpoint", "latest")
+        == 2
+    )
     assert "resume_from_checkpoint: expected a checkpoint in" in capsys.readouterr().err
 
 
@@ -747,7 +940,8 @@ def test_purge_needs_a_run(tmp_path, capsys):
     assert "run_dir: expected a run folder with a readable run.json" in capsys.readouterr().err
 
 
-# --- the program -----------------------------------------------------------------------------------------------------------------
+# --- the program
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def test_choices_are_those_of_the_library():
@@ -836,7 +1030,17 @@ def test_help_is_shown_whatever_the_width(monkeypatch, capsys, columns):
 
 def test_names_that_are_no_text_are_shown_escaped(world, tmp_path):
     output = os.fsencode(tmp_path) + b"/\xff run"
-    command = [sys.executable, "-m", "fastunlearn", "unlearn", "--model", world.model, "--forget", world.forget, *FAST]
+    command = [
+        sys.executable,
+        "-m",
+        "fastunlearn",
+        "unlearn",
+        "--model",
+        world.model,
+        "--forget",
+        world.forget,
+        *FAST,
+    ]
     command += ["--method", "neggrad", "--output", output]
     result = subprocess.run([os.fsencode(argument) for argument in command], capture_output=True, check=False)
     assert result.returncode == 0, result.stderr

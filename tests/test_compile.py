@@ -10,7 +10,17 @@ import torch
 from torch import nn
 from torch._dynamo.backends.registry import lookup_backend
 
-from fastunlearn import SISS, EraseDiff, ImageStore, NegGrad, ReTrack, Unlearner, Vanilla, siss_step, vanilla_step
+from fastunlearn import (
+    SISS,
+    EraseDiff,
+    ImageStore,
+    NegGrad,
+    ReTrack,
+    Unlearner,
+    Vanilla,
+    siss_step,
+    vanilla_step,
+)
 from fastunlearn.host.philox import Noise
 from fastunlearn.host.precision import tf32
 from fastunlearn.methods import Batch
@@ -35,7 +45,9 @@ METHODS = {  # method -> graphs of a step: one for each set of shapes and terms
 
 
 class CountingBackend:
-    """`aot_eager` (or another cheap one): graphs are traced and split in forward and backward, nothing is generated."""
+    """`aot_eager` (or another cheap one): graphs are traced and split in forward and backward, nothing is
+    generated.
+    """
 
     def __init__(self, name="aot_eager"):
         self.graphs, self.backend = 0, lookup_backend(name)
@@ -58,17 +70,38 @@ def cheapest(monkeypatch):
     return compilation.BACKEND
 
 
-def gradients(method, model, *, compile, dtype=torch.float32, rows=3, conditioning=None, device="cpu", **options):
+def gradients(
+    method, model, *, compile, dtype=torch.float32, rows=3, conditioning=None, device="cpu", **options
+):
     """Loss and combined gradient of a step, one vector, on the CPU."""
     inputs = redirect_inputs(rows, 2, dtype=dtype)
     retain = redirect_inputs(rows, 1, dtype=dtype, seed=1).forget
-    drawn = complete(Draws(), method, CounterSource(torch.tensor([0, 5, 0])), inputs.forget.float(), retain.float(), len(SCHEDULE))
+    drawn = complete(
+        Draws(),
+        method,
+        CounterSource(torch.tensor([0, 5, 0])),
+        inputs.forget.float(),
+        retain.float(),
+        len(SCHEDULE),
+    )
     drawn = Draws(**{name: _numbers(value, dtype, device) for name, value in vars(drawn).items()})
-    conditioning = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in (conditioning or {}).items()}
-    batch = Batch(inputs.forget.to(device), retain.to(device), inputs.neighbors.to(device), None, conditioning, conditioning)
+    conditioning = {
+        name: value.to(device) if isinstance(value, torch.Tensor) else value
+        for name, value in (conditioning or {}).items()
+    }
+    batch = Batch(
+        inputs.forget.to(device),
+        retain.to(device),
+        inputs.neighbors.to(device),
+        None,
+        conditioning,
+        conditioning,
+    )
     model = copy.deepcopy(model).to(device, dtype)
     out = take_step(method, model, None, SCHEDULE, batch, drawn, compile=compile, **options)
-    return out.loss.cpu(), torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]).cpu()
+    return out.loss.cpu(), torch.cat(
+        [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
+    ).cpu()
 
 
 def _numbers(value, dtype, device):
@@ -107,7 +140,9 @@ def test_autocast(backend, method):
 @pytest.mark.parametrize(("method", "graphs"), {ReTrack(k=2): 3, SISS(): 2, Vanilla(): 2}.items(), ids=str)
 def test_micro_batches(backend, method, graphs):
     """SISS and vanilla: 2, 2 and 1 of 5 rows. ReTrack: 4 forget rows, 1 with 3 retain rows, 2 retain rows."""
-    assert_as_eager(method, TinyDenoiser(), rows=5, micro_batch_size=2 if not isinstance(method, ReTrack) else 4)
+    assert_as_eager(
+        method, TinyDenoiser(), rows=5, micro_batch_size=2 if not isinstance(method, ReTrack) else 4
+    )
     assert backend.graphs == graphs
 
 
@@ -116,11 +151,16 @@ def test_conditioning(backend):
         def forward(self, x_t, t, *, shift, added):
             return super().forward(x_t + shift[:, None, None, None] * added["scale"][:, None, None, None], t)
 
-    conditioning = {"shift": torch.tensor([0.1, 0.2, 0.3]), "added": {"scale": torch.tensor([1.0, -1.0, 2.0])}}
+    conditioning = {
+        "shift": torch.tensor([0.1, 0.2, 0.3]),
+        "added": {"scale": torch.tensor([1.0, -1.0, 2.0])},
+    }
     model = Conditioned()
     _, gradient = gradients(ReTrack(k=2), model, compile=True, conditioning=conditioning)
     _, plain = gradients(ReTrack(k=2), model, compile=False, conditioning=conditioning)
-    _, without = gradients(ReTrack(k=2), model, compile=False, conditioning={**conditioning, "shift": torch.zeros(3)})
+    _, without = gradients(
+        ReTrack(k=2), model, compile=False, conditioning={**conditioning, "shift": torch.zeros(3)}
+    )
     torch.testing.assert_close(gradient, plain)
     assert not torch.allclose(plain, without)
     assert backend.graphs == 1
@@ -139,7 +179,9 @@ def test_steps_of_a_run_compile_once(backend):
 
 
 def unlearner(**options):
-    images = torch.randint(0, 256, (24, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    images = torch.randint(
+        0, 256, (24, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
     model = TinyDenoiser()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     stores = {"forget": ImageStore(images[:4]), "retain": ImageStore(images[4:])}
@@ -147,7 +189,9 @@ def unlearner(**options):
 
 
 def test_more_networks_and_shapes_than_torch_allows_a_function(cheapest):
-    """TorchDynamo gives up on a function that it has compiled eight times: one network may need more, and so may a process with several."""
+    """TorchDynamo gives up on a function that it has compiled eight times: one network may need more, and so
+    may a process with several.
+    """
     model = TinyDenoiser()
     for rows in range(1, 10):
         vanilla_step(model, None, SCHEDULE, torch.zeros(rows, 1, 8, 8), compile=True)
@@ -172,7 +216,14 @@ class Read(nn.Module):
 def test_conditioning_of_more_lengths_than_torch_allows_a_function(cheapest, compile):
     model = Read()
     for length in range(1, 12):
-        vanilla_step(model, None, SCHEDULE, torch.zeros(2, 1, 8, 8), retain_kwargs={"text": torch.zeros(2, length)}, compile=compile)
+        vanilla_step(
+            model,
+            None,
+            SCHEDULE,
+            torch.zeros(2, 1, 8, 8),
+            retain_kwargs={"text": torch.zeros(2, length)},
+            compile=compile,
+        )
         model.zero_grad()
     assert cheapest.graphs == 11
 
@@ -188,7 +239,8 @@ def test_a_compiled_network_can_be_freed():
     assert alive() is None
 
 
-# --- what cannot be compiled -----------------------------------------------------------------------------------------------------
+# --- what cannot be compiled
+# -----------------------------------------------------------------------------------------------------
 
 
 class Breaks(TinyDenoiser):
@@ -200,7 +252,9 @@ class Breaks(TinyDenoiser):
 
 @pytest.mark.usefixtures("backend")
 def test_a_failure_names_the_network():
-    with pytest.raises(RuntimeError, match=r"compile: torch\.compile failed on Breaks with \(2, 1, 8, 8\)") as failure:
+    with pytest.raises(
+        RuntimeError, match=r"compile: torch\.compile failed on Breaks with \(2, 1, 8, 8\)"
+    ) as failure:
         vanilla_step(Breaks(), None, SCHEDULE, torch.zeros(2, 1, 8, 8), compile=True)
     assert "compile='try'" in str(failure.value)
     assert failure.value.__cause__ is not None
@@ -220,13 +274,20 @@ def test_try_goes_on_eagerly(monkeypatch, caplog, backend):
     with caplog.at_level(logging.WARNING, "fastunlearn"):
         for _ in range(3):
             model.zero_grad()
-            vanilla_step(model, None, SCHEDULE, images, compile="try", generator=torch.Generator().manual_seed(0))
+            vanilla_step(
+                model, None, SCHEDULE, images, compile="try", generator=torch.Generator().manual_seed(0)
+            )
     gradient = [parameter.grad for parameter in model.parameters()]
     model.zero_grad()
     vanilla_step(model, None, SCHEDULE, images, compile=False, generator=torch.Generator().manual_seed(0))
-    assert all(torch.equal(one, parameter.grad) for one, parameter in zip(gradient, model.parameters(), strict=True))
+    assert all(
+        torch.equal(one, parameter.grad) for one, parameter in zip(gradient, model.parameters(), strict=True)
+    )
     assert len(attempts) == 1
-    assert len([record for record in caplog.records if "torch.compile failed on Breaks" in record.getMessage()]) == 1
+    assert (
+        len([record for record in caplog.records if "torch.compile failed on Breaks" in record.getMessage()])
+        == 1
+    )
     assert backend.graphs == 0
     model.zero_grad()
     with pytest.raises(RuntimeError, match=r"torch\.compile failed on Breaks"):  # True still asks for it
@@ -240,7 +301,8 @@ def test_only_modules_are_compiled():
         vanilla_step(lambda x_t, t: model(x_t, t), optimizer, SCHEDULE, torch.zeros(2, 1, 8, 8), compile=True)
 
 
-# --- blocks only -----------------------------------------------------------------------------------------------------------------
+# --- blocks only
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def conditional_unet():
@@ -266,7 +328,9 @@ def test_regional_reports_its_first_call(cheapest):
     model = conditional_unet()
     images, hidden = torch.rand(2, 2, 1, 8, 8), {"encoder_hidden_states": torch.randn(2, 4, 8)}
     for _ in range(2):
-        siss_step(model, None, SCHEDULE, *images, compile="regional", forget_kwargs=hidden, retain_kwargs=hidden)
+        siss_step(
+            model, None, SCHEDULE, *images, compile="regional", forget_kwargs=hidden, retain_kwargs=hidden
+        )
         model.zero_grad()
         seconds, graphs = compilation.compile_seconds(model), cheapest.graphs
         assert seconds > 0
@@ -275,7 +339,11 @@ def test_regional_reports_its_first_call(cheapest):
 
 def test_regional_leaves_the_network_as_it_was(cheapest):
     """Sampling with the unlearned network, in any batch size, is not the step's affair."""
-    model, images, hidden = conditional_unet(), torch.rand(2, 1, 8, 8), {"encoder_hidden_states": torch.randn(2, 4, 8)}
+    model, images, hidden = (
+        conditional_unet(),
+        torch.rand(2, 1, 8, 8),
+        {"encoder_hidden_states": torch.randn(2, 4, 8)},
+    )
     vanilla_step(model, None, SCHEDULE, images, compile="regional", retain_kwargs=hidden)
     model.zero_grad()
     graphs = cheapest.graphs
@@ -292,17 +360,24 @@ def test_regional_says_what_failed(monkeypatch):
         raise RuntimeError("no compiler")
 
     monkeypatch.setattr(compilation, "BACKEND", fails)
-    with pytest.raises(RuntimeError, match=r"(?s)compile: torch.compile failed on the blocks of UNet2DConditionModel: .*no compiler"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"(?s)compile: torch.compile failed on the blocks of UNet2DConditionModel: .*no compiler",
+    ):
         vanilla_step(conditional_unet(), None, SCHEDULE, torch.rand(2, 1, 8, 8), compile="regional",
                      retain_kwargs={"encoder_hidden_states": torch.randn(2, 4, 8)})  # fmt: skip
 
 
 def test_regional_needs_a_network_that_repeats_blocks():
-    with pytest.raises(ValueError, match="compile: expected a diffusers network that names its repeated blocks for 'regional', got TinyDenoiser"):
+    with pytest.raises(
+        ValueError,
+        match="compile: expected a diffusers network that names its repeated blocks for 'regional', got TinyDenoiser",
+    ):
         vanilla_step(TinyDenoiser(), None, SCHEDULE, torch.zeros(2, 1, 8, 8), compile="regional")
 
 
-# --- what None means -------------------------------------------------------------------------------------------------------------
+# --- what None means
+# -------------------------------------------------------------------------------------------------------------
 
 
 def test_by_default_gpus_compile_and_cpus_do_not(monkeypatch):
@@ -323,17 +398,23 @@ def test_by_default_big_networks_compile_by_blocks_on_gpus(monkeypatch):
 
 
 def test_a_channels_last_network_on_a_cpu_is_warned_of(monkeypatch, caplog):
-    """Inductor of torch 2.13 loses gradients of channels-last convolutions there, and makes contiguous ones channels-last unless told otherwise."""
+    """Inductor of torch 2.13 loses gradients of channels-last convolutions there, and makes contiguous ones
+    channels-last unless told otherwise.
+    """
     monkeypatch.setattr(torch, "compile", lambda function, **options: asked.append(options) or function)
     asked, images = [], torch.zeros(2, 1, 8, 8)
-    for model, warned in ((TinyDenoiser(), False), (TinyDenoiser().to(memory_format=torch.channels_last), True)):
+    for model, warned in (
+        (TinyDenoiser(), False),
+        (TinyDenoiser().to(memory_format=torch.channels_last), True),
+    ):
         with caplog.at_level(logging.WARNING, "fastunlearn"):
             vanilla_step(model, None, SCHEDULE, images, compile=True)
         assert asked.pop()["options"] == {"layout_optimization": False}
         assert ("gave wrong gradients for a network in channels-last" in caplog.text) == warned
 
 
-# --- the real backend ------------------------------------------------------------------------------------------------------------
+# --- the real backend
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

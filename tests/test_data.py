@@ -1,4 +1,6 @@
-"""Readers: every format gives the rows that went in; what is damaged, ambiguous, pickled or of the wrong kind is refused with the file's name."""
+"""Readers: every format gives the rows that went in; what is damaged, ambiguous, pickled or of the wrong kind
+is refused with the file's name.
+"""
 
 from __future__ import annotations
 
@@ -92,80 +94,379 @@ G = (4, 6)  # a grey picture
 CASES = [
     ("no-paths", lambda d: load_images([]), ValueError, r"paths: expected at least one path, got none"),
     ("paths-number", lambda d: load_images(5), TypeError, r"paths: expected a path or several, got 5"),
-    ("paths-none", lambda d: load_images([d, None]), TypeError, r"paths: expected a path or several, got None"),
-    ("missing", lambda d: load_images(d / "gone"), ValueError, r"gone: expected a folder of images.* got a path that does not exist"),
-    ("unknown-ending", lambda d: load_images(raw(d, b"x", "x.txt")), ValueError, r"x.txt: expected .* got a file that ends in .txt"),
-    ("no-ending", lambda d: load_images(raw(d, b"x", "x")), ValueError, r"x: expected .* got a file without an ending"),
-    *((f"refused{ending}", lambda d, ending=ending: load_images(raw(d, pickle.dumps(1), f"x{ending}")), ValueError,
-       rf"x\{ending}: expected .* got \{ending}: such files are pickles, and unpickling runs whatever code they hold")
-      for ending in (".bin", ".pt", ".pth", ".ckpt", ".pkl")),
-    ("size-text", lambda d: load_images(d, size="28"), TypeError, r"size: expected an integer or \(height, width\), got '28'"),
+    (
+        "paths-none",
+        lambda d: load_images([d, None]),
+        TypeError,
+        r"paths: expected a path or several, got None",
+    ),
+    (
+        "missing",
+        lambda d: load_images(d / "gone"),
+        ValueError,
+        r"gone: expected a folder of images.* got a path that does not exist",
+    ),
+    (
+        "unknown-ending",
+        lambda d: load_images(raw(d, b"x", "x.txt")),
+        ValueError,
+        r"x.txt: expected .* got a file that ends in .txt",
+    ),
+    (
+        "no-ending",
+        lambda d: load_images(raw(d, b"x", "x")),
+        ValueError,
+        r"x: expected .* got a file without an ending",
+    ),
+    *(
+        (
+            f"refused{ending}",
+            lambda d, ending=ending: load_images(raw(d, pickle.dumps(1), f"x{ending}")),
+            ValueError,
+            rf"x\{ending}: expected .* got \{ending}: such files are pickles, and unpickling runs whatever code they hold",
+        )
+        for ending in (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+    ),
+    (
+        "size-text",
+        lambda d: load_images(d, size="28"),
+        TypeError,
+        r"size: expected an integer or \(height, width\), got '28'",
+    ),
     ("size-zero", lambda d: load_images(d, size=0), ValueError, r"size: expected an integer >= 1, got 0"),
-    ("channels-zero", lambda d: load_images(d, channels=0), ValueError, r"channels: expected an integer >= 1, got 0"),
-    ("channels-float", lambda d: load_images(d, channels=3.0), TypeError, r"channels: expected an integer, got 3.0"),
+    (
+        "channels-zero",
+        lambda d: load_images(d, channels=0),
+        ValueError,
+        r"channels: expected an integer >= 1, got 0",
+    ),
+    (
+        "channels-float",
+        lambda d: load_images(d, channels=3.0),
+        TypeError,
+        r"channels: expected an integer, got 3.0",
+    ),
     # npy
-    ("npy-pickle", lambda d: load_images(raw(d, pickle.dumps([1]), "x.npy")), ValueError, r"x.npy: expected .* plain numbers \(pickled objects are refused"),
-    ("npy-objects", lambda d: load_images(npy(d, np.array([{}, None]))), ValueError, r"x.npy: expected .* plain numbers \(pickled objects are refused"),
+    (
+        "npy-pickle",
+        lambda d: load_images(raw(d, pickle.dumps([1]), "x.npy")),
+        ValueError,
+        r"x.npy: expected .* plain numbers \(pickled objects are refused",
+    ),
+    (
+        "npy-objects",
+        lambda d: load_images(npy(d, np.array([{}, None]))),
+        ValueError,
+        r"x.npy: expected .* plain numbers \(pickled objects are refused",
+    ),
     ("npy-empty", lambda d: load_images(raw(d, b"", "x.npy")), ValueError, r"x.npy: .*does not read"),
-    ("npy-cut", lambda d: load_images(raw(d, npy(d, images(9, 8, 8)).read_bytes()[:-5], "cut.npy")), ValueError, r"cut.npy: .*does not read"),
-    ("npy-rank-2", lambda d: load_images(npy(d, images(60, 784))), ValueError, r"x.npy: expected an array \[N, C, H, W\].* got shape \[60, 784\]"),
-    ("npy-rank-5", lambda d: load_images(npy(d, images(1, 1, 1, 8, 8))), ValueError, r"x.npy: expected an array .* got shape \[1, 1, 1, 8, 8\]"),
-    ("npy-one-hwc", lambda d: load_images(npy(d, images(32, 32, 3))), ValueError, r"x.npy: .* grey .* may be a single image: give channels"),
-    ("npy-one-chw", lambda d: load_images(npy(d, images(3, 32, 32))), ValueError, r"x.npy: expected grey images .* got shape \[3, 32, 32\]"),
-    ("npy-hw1", lambda d: load_images(npy(d, images(32, 32, 1)), channels=1), ValueError, r"x.npy: expected grey images .* got shape \[32, 32, 1\]"),
-    ("npy-both", lambda d: load_images(npy(d, images(9, 3, 8, 3))), ValueError, r"x.npy: expected channels in .* both could be meant"),
-    ("npy-neither", lambda d: load_images(npy(d, images(9, 8, 8, 8))), ValueError, r"x.npy: .* neither could be meant: give channels="),
-    ("npy-channels", lambda d: load_images(npy(d, images(9, 3, 8, 8)), channels=1), ValueError, r"x.npy: expected 1 channel in .* got shape \[9, 3, 8, 8\]"),
-    ("npy-size", lambda d: load_images(npy(d, images(9, 3, 8, 8)), size=(8, 9)), ValueError, r"x.npy: .* 8 x 9 \(arrays are not resized\)"),
-    ("npy-labels", lambda d: load_images(npy(d, images(9, 8, 8)), labels=True), ValueError, r"x.npy: expected labels too .* one array only"),
-    ("npy-int64", lambda d: load_images(npy(d, np.zeros((2, 8, 8), np.int64))), TypeError, r"x.npy: images: expected dtype uint8, .* got int64"),
-    ("npy-no-rows", lambda d: load_images(npy(d, images(0, 8, 8))), ValueError, r"x.npy: .*(at least one row|does not read)"),
-    ("npy-nan", lambda d: load_images(npy(d, np.full((2, 8, 8), np.nan, np.float32))), ValueError, r"x.npy: images: expected finite .* in row 0"),
-    ("npy-0-to-255", lambda d: load_images(npy(d, np.full((2, 8, 8), 255.0))), ValueError, r"x.npy: images: expected .* within \[-1, 1\].* \[255, 255\]"),
+    (
+        "npy-cut",
+        lambda d: load_images(raw(d, npy(d, images(9, 8, 8)).read_bytes()[:-5], "cut.npy")),
+        ValueError,
+        r"cut.npy: .*does not read",
+    ),
+    (
+        "npy-rank-2",
+        lambda d: load_images(npy(d, images(60, 784))),
+        ValueError,
+        r"x.npy: expected an array \[N, C, H, W\].* got shape \[60, 784\]",
+    ),
+    (
+        "npy-rank-5",
+        lambda d: load_images(npy(d, images(1, 1, 1, 8, 8))),
+        ValueError,
+        r"x.npy: expected an array .* got shape \[1, 1, 1, 8, 8\]",
+    ),
+    (
+        "npy-one-hwc",
+        lambda d: load_images(npy(d, images(32, 32, 3))),
+        ValueError,
+        r"x.npy: .* grey .* may be a single image: give channels",
+    ),
+    (
+        "npy-one-chw",
+        lambda d: load_images(npy(d, images(3, 32, 32))),
+        ValueError,
+        r"x.npy: expected grey images .* got shape \[3, 32, 32\]",
+    ),
+    (
+        "npy-hw1",
+        lambda d: load_images(npy(d, images(32, 32, 1)), channels=1),
+        ValueError,
+        r"x.npy: expected grey images .* got shape \[32, 32, 1\]",
+    ),
+    (
+        "npy-both",
+        lambda d: load_images(npy(d, images(9, 3, 8, 3))),
+        ValueError,
+        r"x.npy: expected channels in .* both could be meant",
+    ),
+    (
+        "npy-neither",
+        lambda d: load_images(npy(d, images(9, 8, 8, 8))),
+        ValueError,
+        r"x.npy: .* neither could be meant: give channels=",
+    ),
+    (
+        "npy-channels",
+        lambda d: load_images(npy(d, images(9, 3, 8, 8)), channels=1),
+        ValueError,
+        r"x.npy: expected 1 channel in .* got shape \[9, 3, 8, 8\]",
+    ),
+    (
+        "npy-size",
+        lambda d: load_images(npy(d, images(9, 3, 8, 8)), size=(8, 9)),
+        ValueError,
+        r"x.npy: .* 8 x 9 \(arrays are not resized\)",
+    ),
+    (
+        "npy-labels",
+        lambda d: load_images(npy(d, images(9, 8, 8)), labels=True),
+        ValueError,
+        r"x.npy: expected labels too .* one array only",
+    ),
+    (
+        "npy-int64",
+        lambda d: load_images(npy(d, np.zeros((2, 8, 8), np.int64))),
+        TypeError,
+        r"x.npy: images: expected dtype uint8, .* got int64",
+    ),
+    (
+        "npy-no-rows",
+        lambda d: load_images(npy(d, images(0, 8, 8))),
+        ValueError,
+        r"x.npy: .*(at least one row|does not read)",
+    ),
+    (
+        "npy-nan",
+        lambda d: load_images(npy(d, np.full((2, 8, 8), np.nan, np.float32))),
+        ValueError,
+        r"x.npy: images: expected finite .* in row 0",
+    ),
+    (
+        "npy-0-to-255",
+        lambda d: load_images(npy(d, np.full((2, 8, 8), 255.0))),
+        ValueError,
+        r"x.npy: images: expected .* within \[-1, 1\].* \[255, 255\]",
+    ),
     # npz
-    ("npz-objects", lambda d: load_images(npz(d, images=np.array([{}]))), ValueError, r"x.npz: expected .* plain numbers \(pickled objects are refused"),
-    ("npz-cut", lambda d: load_images(raw(d, npz(d, x=images(9, 8, 8)).read_bytes()[:-50], "x.npz")), ValueError, r"x.npz: expected an .npz file, which is"),
-    ("npz-pickle", lambda d: load_images(raw(d, pickle.dumps([1]), "x.npz")), ValueError, r"x.npz: expected an .npz file, which is a zip archive"),
-    ("npz-damaged", lambda d: load_images(raw(d, npz(d, x=images(9, 8, 8)).read_bytes().replace(b"NUMPY", b"NUMBY"), "x.npz")), ValueError, r"x.npz: "),
-    ("npz-is-npy", lambda d: load_images(raw(d, npy(d, images(2, 8, 8)).read_bytes(), "x.npz")), ValueError, r"x.npz: expected an .npz file, which is a zip"),
-    ("npz-which", lambda d: load_images(npz(d, a=images(2, 8, 8), b=images(2, 8, 8))), ValueError, r"x.npz: expected .* named images, .* got a, b"),
-    ("npz-no-labels", lambda d: load_images(npz(d, images=images(2, 8, 8)), labels=True), ValueError, r"x.npz: expected .* named labels .*got none"),
-    ("npz-few-labels", lambda d: load_images(npz(d, images=images(2, 8, 8), labels=images(3)), labels=True), ValueError,
-     r"x.npz: expected .* integers of shape \[2\], got uint8 of shape \[3\]"),
+    (
+        "npz-objects",
+        lambda d: load_images(npz(d, images=np.array([{}]))),
+        ValueError,
+        r"x.npz: expected .* plain numbers \(pickled objects are refused",
+    ),
+    (
+        "npz-cut",
+        lambda d: load_images(raw(d, npz(d, x=images(9, 8, 8)).read_bytes()[:-50], "x.npz")),
+        ValueError,
+        r"x.npz: expected an .npz file, which is",
+    ),
+    (
+        "npz-pickle",
+        lambda d: load_images(raw(d, pickle.dumps([1]), "x.npz")),
+        ValueError,
+        r"x.npz: expected an .npz file, which is a zip archive",
+    ),
+    (
+        "npz-damaged",
+        lambda d: load_images(
+            raw(d, npz(d, x=images(9, 8, 8)).read_bytes().replace(b"NUMPY", b"NUMBY"), "x.npz")
+        ),
+        ValueError,
+        r"x.npz: ",
+    ),
+    (
+        "npz-is-npy",
+        lambda d: load_images(raw(d, npy(d, images(2, 8, 8)).read_bytes(), "x.npz")),
+        ValueError,
+        r"x.npz: expected an .npz file, which is a zip",
+    ),
+    (
+        "npz-which",
+        lambda d: load_images(npz(d, a=images(2, 8, 8), b=images(2, 8, 8))),
+        ValueError,
+        r"x.npz: expected .* named images, .* got a, b",
+    ),
+    (
+        "npz-no-labels",
+        lambda d: load_images(npz(d, images=images(2, 8, 8)), labels=True),
+        ValueError,
+        r"x.npz: expected .* named labels .*got none",
+    ),
+    (
+        "npz-few-labels",
+        lambda d: load_images(npz(d, images=images(2, 8, 8), labels=images(3)), labels=True),
+        ValueError,
+        r"x.npz: expected .* integers of shape \[2\], got uint8 of shape \[3\]",
+    ),
     # idx
-    ("idx-magic", lambda d: load_images(raw(d, b"\x00\x00\x0d\x03" + bytes(20), "x.idx")), ValueError, r"x.idx: expected an idx file .* got 00 00 0d 03"),
-    ("idx-empty", lambda d: load_images(raw(d, b"", "x-idx3-ubyte")), ValueError, r"x-idx3-ubyte: expected an idx file .* got an empty file"),
-    ("idx-header", lambda d: load_images(raw(d, b"\x00\x00\x08\x03\x00", "x.idx")), ValueError, r"x.idx: expected 3 axis lengths .* got 1 bytes"),
-    ("idx-cut", lambda d: load_images(raw(d, idx_header((2, 2, 2)) + bytes(7), "x.idx")), ValueError, r"x.idx: expected 8 bytes .* got 7"),
-    ("idx-long", lambda d: load_images(raw(d, idx_header((2, 2, 2)) + bytes(9), "x.idx")), ValueError, r"x.idx: expected 8 bytes .* got more"),
-    ("idx-gz-long", lambda d: load_images(raw(d, gzip.compress(idx_header((2, 2, 2)) + bytes(9)), "x.gz")), ValueError, r"x.gz: expected 8 .* got more"),
-    ("idx-gz-cut", lambda d: load_images(raw(d, gzip.compress(idx_header((2, 2, 2)) + bytes(8))[:-9], "x.gz")), ValueError, r"x.gz: expected a whole gzip"),
-    ("idx-not-gz", lambda d: load_images(raw(d, b"plain", "x.gz")), ValueError, r"x.gz: expected a whole gzip file"),
-    ("idx-no-rows", lambda d: load_images(raw(d, idx_header((0, 2, 2)), "x.idx")), ValueError, r"x.idx: expected at least one entry, got shape \[0, 2, 2\]"),
-    ("idx-is-labels", lambda d: load_images(idx(d, images(9), "t-labels-idx1-ubyte")), ValueError, r"expected images .* shape \[9\], as of labels"),
-    ("idx-no-labels", lambda d: load_images(idx(d, images(9, 8, 8)), labels=True), ValueError, r"expected labels .* named like t-labels-idx1-ubyte, got none"),
+    (
+        "idx-magic",
+        lambda d: load_images(raw(d, b"\x00\x00\x0d\x03" + bytes(20), "x.idx")),
+        ValueError,
+        r"x.idx: expected an idx file .* got 00 00 0d 03",
+    ),
+    (
+        "idx-empty",
+        lambda d: load_images(raw(d, b"", "x-idx3-ubyte")),
+        ValueError,
+        r"x-idx3-ubyte: expected an idx file .* got an empty file",
+    ),
+    (
+        "idx-header",
+        lambda d: load_images(raw(d, b"\x00\x00\x08\x03\x00", "x.idx")),
+        ValueError,
+        r"x.idx: expected 3 axis lengths .* got 1 bytes",
+    ),
+    (
+        "idx-cut",
+        lambda d: load_images(raw(d, idx_header((2, 2, 2)) + bytes(7), "x.idx")),
+        ValueError,
+        r"x.idx: expected 8 bytes .* got 7",
+    ),
+    (
+        "idx-long",
+        lambda d: load_images(raw(d, idx_header((2, 2, 2)) + bytes(9), "x.idx")),
+        ValueError,
+        r"x.idx: expected 8 bytes .* got more",
+    ),
+    (
+        "idx-gz-long",
+        lambda d: load_images(raw(d, gzip.compress(idx_header((2, 2, 2)) + bytes(9)), "x.gz")),
+        ValueError,
+        r"x.gz: expected 8 .* got more",
+    ),
+    (
+        "idx-gz-cut",
+        lambda d: load_images(raw(d, gzip.compress(idx_header((2, 2, 2)) + bytes(8))[:-9], "x.gz")),
+        ValueError,
+        r"x.gz: expected a whole gzip",
+    ),
+    (
+        "idx-not-gz",
+        lambda d: load_images(raw(d, b"plain", "x.gz")),
+        ValueError,
+        r"x.gz: expected a whole gzip file",
+    ),
+    (
+        "idx-no-rows",
+        lambda d: load_images(raw(d, idx_header((0, 2, 2)), "x.idx")),
+        ValueError,
+        r"x.idx: expected at least one entry, got shape \[0, 2, 2\]",
+    ),
+    (
+        "idx-is-labels",
+        lambda d: load_images(idx(d, images(9), "t-labels-idx1-ubyte")),
+        ValueError,
+        r"expected images .* shape \[9\], as of labels",
+    ),
+    (
+        "idx-no-labels",
+        lambda d: load_images(idx(d, images(9, 8, 8)), labels=True),
+        ValueError,
+        r"expected labels .* named like t-labels-idx1-ubyte, got none",
+    ),
     # pictures
-    ("empty-folder", lambda d: load_images(d), ValueError, r"expected a folder with images \((AVIF|BMP), .*\), got none in it or below it"),
-    ("sizes-differ", lambda d: load_images(pictures(d, a=images(*G), b=images(*G), c=images(6, 4))), ValueError,
-     r"c.png: expected \[C, H, W\] = \[1, 4, 6\] uint8, as .*a.png \(size=.*, got \[C, H, W\] = \[1, 6, 4\] uint8"),
-    ("modes-differ", lambda d: load_images(pictures(d, a=images(*G), b=images(*G, 3))), ValueError, r"b.png: .* \[1, 4, 6\].* got .* \[3, 4, 6\]"),
-    ("palette", lambda d: load_images(picture(d, images(*G), mode="P")), ValueError, r"x.png: expected mode L or RGB, got P \(channels=1 or"),
-    ("rgba", lambda d: load_images(picture(d, images(*G, 3), mode="RGBA")), ValueError, r"x.png: expected mode L or RGB, got RGBA"),
-    ("16-bit", lambda d: load_images(picture(d, images(*G).astype(np.uint16)), channels=1), ValueError, r"x.png: expected 8 bits a channel, got 16 \(use .npy"),
-    ("4-channels", lambda d: load_images(picture(d, images(*G)), channels=4), ValueError, r"channels: expected 1 or 3 for encoded images, got 4"),
-    ("not-a-picture", lambda d: load_images(raw(d, b"hello", "x.jpg")), ValueError, r"x.jpg: expected an image \(.*JPEG.*\), got text"),
-    ("cut-picture", lambda d: load_images(raw(d, encoded(images(64, 64))[:-900], "x.png")), ValueError, r"x.png: .* got one that is damaged"),
+    (
+        "empty-folder",
+        lambda d: load_images(d),
+        ValueError,
+        r"expected a folder with images \((AVIF|BMP), .*\), got none in it or below it",
+    ),
+    (
+        "sizes-differ",
+        lambda d: load_images(pictures(d, a=images(*G), b=images(*G), c=images(6, 4))),
+        ValueError,
+        r"c.png: expected \[C, H, W\] = \[1, 4, 6\] uint8, as .*a.png \(size=.*, got \[C, H, W\] = \[1, 6, 4\] uint8",
+    ),
+    (
+        "modes-differ",
+        lambda d: load_images(pictures(d, a=images(*G), b=images(*G, 3))),
+        ValueError,
+        r"b.png: .* \[1, 4, 6\].* got .* \[3, 4, 6\]",
+    ),
+    (
+        "palette",
+        lambda d: load_images(picture(d, images(*G), mode="P")),
+        ValueError,
+        r"x.png: expected mode L or RGB, got P \(channels=1 or",
+    ),
+    (
+        "rgba",
+        lambda d: load_images(picture(d, images(*G, 3), mode="RGBA")),
+        ValueError,
+        r"x.png: expected mode L or RGB, got RGBA",
+    ),
+    (
+        "16-bit",
+        lambda d: load_images(picture(d, images(*G).astype(np.uint16)), channels=1),
+        ValueError,
+        r"x.png: expected 8 bits a channel, got 16 \(use .npy",
+    ),
+    (
+        "4-channels",
+        lambda d: load_images(picture(d, images(*G)), channels=4),
+        ValueError,
+        r"channels: expected 1 or 3 for encoded images, got 4",
+    ),
+    (
+        "not-a-picture",
+        lambda d: load_images(raw(d, b"hello", "x.jpg")),
+        ValueError,
+        r"x.jpg: expected an image \(.*JPEG.*\), got text",
+    ),
+    (
+        "cut-picture",
+        lambda d: load_images(raw(d, encoded(images(64, 64))[:-900], "x.png")),
+        ValueError,
+        r"x.png: .* got one that is damaged",
+    ),
     ("frames", lambda d: load_images(frames(d)), ValueError, r"x.tiff: expected one image, got 2 frames"),
-    ("bomb", lambda d: load_images(bomb(d, 3)), ValueError, r"x.png: expected at most \d+ pixels \(Pillow's limit\)"),
-    ("bomb-that-warns", lambda d: load_images(bomb(d, 1.5)), ValueError, r"x.png: expected at most \d+ pixels \(Pillow's limit\)"),
-    ("picture-labels", lambda d: load_images(picture(d, images(*G)), labels=True), ValueError, r"x.png: expected labels too .* single image"),
-    ("loose-picture", lambda d: load_images(picture(d, images(*G)).parent, labels=True), ValueError, r"x.png: expected every image in a sub-folder"),
+    (
+        "bomb",
+        lambda d: load_images(bomb(d, 3)),
+        ValueError,
+        r"x.png: expected at most \d+ pixels \(Pillow's limit\)",
+    ),
+    (
+        "bomb-that-warns",
+        lambda d: load_images(bomb(d, 1.5)),
+        ValueError,
+        r"x.png: expected at most \d+ pixels \(Pillow's limit\)",
+    ),
+    (
+        "picture-labels",
+        lambda d: load_images(picture(d, images(*G)), labels=True),
+        ValueError,
+        r"x.png: expected labels too .* single image",
+    ),
+    (
+        "loose-picture",
+        lambda d: load_images(picture(d, images(*G)).parent, labels=True),
+        ValueError,
+        r"x.png: expected every image in a sub-folder",
+    ),
     # several paths
-    ("shapes-differ", lambda d: load_images([npy(d, images(2, 8, 8)), npy(d, images(2, 9, 8), "y.npy")]), ValueError,
-     r"y.npy: expected rows of shape \[1, 8, 8\], as in .*x.npy, got \[1, 9, 8\]"),
-    ("dtypes-differ", lambda d: load_images([npy(d, images(2, 8, 8)), npy(d, images(2, 8, 8, dtype=np.float32), "y.npy")]), ValueError,
-     r"y.npy: expected dtype uint8, as in .*x.npy, got float32"),
-    ("split-missing", lambda d: load_images(raw(d, b"{}", "dataset_dict.json").parent), ValueError, r"expected one split .* such as .*train, got"),
+    (
+        "shapes-differ",
+        lambda d: load_images([npy(d, images(2, 8, 8)), npy(d, images(2, 9, 8), "y.npy")]),
+        ValueError,
+        r"y.npy: expected rows of shape \[1, 8, 8\], as in .*x.npy, got \[1, 9, 8\]",
+    ),
+    (
+        "dtypes-differ",
+        lambda d: load_images([npy(d, images(2, 8, 8)), npy(d, images(2, 8, 8, dtype=np.float32), "y.npy")]),
+        ValueError,
+        r"y.npy: expected dtype uint8, as in .*x.npy, got float32",
+    ),
+    (
+        "split-missing",
+        lambda d: load_images(raw(d, b"{}", "dataset_dict.json").parent),
+        ValueError,
+        r"expected one split .* such as .*train, got",
+    ),
 ]
 
 
@@ -235,7 +536,9 @@ def test_a_file_beside_its_folder_is_refused(tmp_path):
     folder.mkdir()
     Image.new("L", (8, 8)).save(folder / "a.png")
     for paths in ([folder, folder / "a.png"], [folder / "a.png", folder]):
-        with pytest.raises(ValueError, match=r"paths: expected every path once, got .*a.png and a folder that it lies in"):
+        with pytest.raises(
+            ValueError, match=r"paths: expected every path once, got .*a.png and a folder that it lies in"
+        ):
             load_images(paths)
 
 
@@ -269,7 +572,11 @@ def test_npz_prefers_images(tmp_path):
 @pytest.mark.parametrize("name", ["t-images-idx3-ubyte", "t-images.idx3-ubyte"])
 def test_idx_with_labels(name, ending, tmp_path):
     path = idx(tmp_path, NCHW[:, 0], name + ending)
-    idx(tmp_path, np.arange(5, dtype=np.uint8), name.replace("images", "labels").replace("idx3", "idx1") + ending)
+    idx(
+        tmp_path,
+        np.arange(5, dtype=np.uint8),
+        name.replace("images", "labels").replace("idx3", "idx1") + ending,
+    )
     store = load_images(path, labels=True)
     assert np.array_equal(store.images.numpy(), NCHW[:, :1])
     assert store.labels.tolist() == [0, 1, 2, 3, 4]
@@ -305,7 +612,8 @@ def latents_folder(folder: Path, **arrays: np.ndarray) -> Path:
 @pytest.mark.parametrize("labels", [False, True])
 def test_latents_round_trip_and_stay_on_disk(dtype, labels, tmp_path, monkeypatch):
     monkeypatch.setattr(ImageStore.chunks, "__defaults__", (1000,))
-    mean, std = (torch.from_numpy(rows).to(dtype).permute(0, 1, 3, 2) for rows in (MEAN, STD))  # not contiguous
+    # not contiguous
+    mean, std = (torch.from_numpy(rows).to(dtype).permute(0, 1, 3, 2) for rows in (MEAN, STD))
     store = ImageStore(mean, std=std, latents=True, labels=range(5) if labels else None)
     save_latents(tmp_path / "set" / "retain", store)
     read = load_images(tmp_path / "set" / "retain", latents=True, labels=labels)
@@ -345,7 +653,11 @@ def test_folders_of_latents_are_joined(tmp_path):
 def test_a_write_that_dies_leaves_no_folder_of_latents(tmp_path, monkeypatch):
     store = ImageStore(MEAN, std=STD, latents=True)
     chunks = ImageStore.chunks
-    monkeypatch.setattr(ImageStore, "chunks", lambda self: chunks(self) if self is not store else (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        ImageStore,
+        "chunks",
+        lambda self: chunks(self) if self is not store else (_ for _ in ()).throw(KeyboardInterrupt),
+    )
     with pytest.raises(KeyboardInterrupt):
         save_latents(tmp_path, store)
     assert [file.name for file in tmp_path.iterdir()] == ["std.npy"]
@@ -354,30 +666,97 @@ def test_a_write_that_dies_leaves_no_folder_of_latents(tmp_path, monkeypatch):
 
 
 LATENT_CASES = [
-    ("images", lambda d: save_latents(d, ImageStore(NCHW)), ValueError, r"store: expected latents \(latents=True\), got ImageStore\(5 rows"),
-    ("tensor", lambda d: save_latents(d, torch.zeros(2, 4, 8, 8)), TypeError, r"store: expected an ImageStore, got float32 of shape"),
-    ("bfloat16", lambda d: save_latents(d, ImageStore(torch.zeros(2, 4, 8, 8).bfloat16(), latents=True)), TypeError, r"store: .* know bfloat16"),
-    ("twice", lambda d: save_latents(latents_folder(d, std=STD), ImageStore(MEAN, latents=True)), ValueError, r"expected a folder without latents"),
-    ("std-shape", lambda d: load_images(latents_folder(d, mean=MEAN, std=STD[:4]), latents=True), ValueError, r"std: expected the shape of images"),
-    ("rank", lambda d: load_images(latents_folder(d, mean=MEAN[0]), latents=True), ValueError, r"mean.npy: expected an array \[N, C, H, W\], got shape"),
-    ("channels", lambda d: load_images(latents_folder(d, mean=MEAN), latents=True, channels=16), ValueError, r"mean.npy: expected channels 16, got 4"),
-    ("size", lambda d: load_images(latents_folder(d, mean=MEAN), latents=True, size=8), ValueError, r"mean.npy: expected size \(8, 8\), got \(8, 6\)"),
-    ("no-labels", lambda d: load_images(latents_folder(d, mean=MEAN), latents=True, labels=True), ValueError, r"expected labels in labels.npy .* got none"),
-    ("pickle", lambda d: load_images(raw(d, pickle.dumps(1), "mean.npy").parent, latents=True), ValueError, r"mean.npy: expected .* plain numbers"),
-    ("npz-not-latents", lambda d: load_images(npz(d, mean=MEAN, std=STD)), ValueError, r"x.npz: std: expected none, or latents=True"),
-    ("npz-std-shape", lambda d: load_images(npz(d, mean=MEAN, std=STD[:4]), latents=True), ValueError, r"x.npz: expected std of the shape of mean"),
-    ("one-without-std", lambda d: load_images([npz(d, mean=MEAN, std=STD), npz(d, "y.npz", images=MEAN)], latents=True), ValueError,
-     r"y.npz: expected standard deviations of dtype float32, as in .*x.npz .* got None"),
+    (
+        "images",
+        lambda d: save_latents(d, ImageStore(NCHW)),
+        ValueError,
+        r"store: expected latents \(latents=True\), got ImageStore\(5 rows",
+    ),
+    (
+        "tensor",
+        lambda d: save_latents(d, torch.zeros(2, 4, 8, 8)),
+        TypeError,
+        r"store: expected an ImageStore, got float32 of shape",
+    ),
+    (
+        "bfloat16",
+        lambda d: save_latents(d, ImageStore(torch.zeros(2, 4, 8, 8).bfloat16(), latents=True)),
+        TypeError,
+        r"store: .* know bfloat16",
+    ),
+    (
+        "twice",
+        lambda d: save_latents(latents_folder(d, std=STD), ImageStore(MEAN, latents=True)),
+        ValueError,
+        r"expected a folder without latents",
+    ),
+    (
+        "std-shape",
+        lambda d: load_images(latents_folder(d, mean=MEAN, std=STD[:4]), latents=True),
+        ValueError,
+        r"std: expected the shape of images",
+    ),
+    (
+        "rank",
+        lambda d: load_images(latents_folder(d, mean=MEAN[0]), latents=True),
+        ValueError,
+        r"mean.npy: expected an array \[N, C, H, W\], got shape",
+    ),
+    (
+        "channels",
+        lambda d: load_images(latents_folder(d, mean=MEAN), latents=True, channels=16),
+        ValueError,
+        r"mean.npy: expected channels 16, got 4",
+    ),
+    (
+        "size",
+        lambda d: load_images(latents_folder(d, mean=MEAN), latents=True, size=8),
+        ValueError,
+        r"mean.npy: expected size \(8, 8\), got \(8, 6\)",
+    ),
+    (
+        "no-labels",
+        lambda d: load_images(latents_folder(d, mean=MEAN), latents=True, labels=True),
+        ValueError,
+        r"expected labels in labels.npy .* got none",
+    ),
+    (
+        "pickle",
+        lambda d: load_images(raw(d, pickle.dumps(1), "mean.npy").parent, latents=True),
+        ValueError,
+        r"mean.npy: expected .* plain numbers",
+    ),
+    (
+        "npz-not-latents",
+        lambda d: load_images(npz(d, mean=MEAN, std=STD)),
+        ValueError,
+        r"x.npz: std: expected none, or latents=True",
+    ),
+    (
+        "npz-std-shape",
+        lambda d: load_images(npz(d, mean=MEAN, std=STD[:4]), latents=True),
+        ValueError,
+        r"x.npz: expected std of the shape of mean",
+    ),
+    (
+        "one-without-std",
+        lambda d: load_images([npz(d, mean=MEAN, std=STD), npz(d, "y.npz", images=MEAN)], latents=True),
+        ValueError,
+        r"y.npz: expected standard deviations of dtype float32, as in .*x.npz .* got None",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("call", "error", "text"), [pytest.param(*case[1:], id=case[0]) for case in LATENT_CASES])
+@pytest.mark.parametrize(
+    ("call", "error", "text"), [pytest.param(*case[1:], id=case[0]) for case in LATENT_CASES]
+)
 def test_latents_refuse(call, error, text, tmp_path):
     with pytest.raises(error, match=text):
         call(tmp_path)
 
 
 # Pictures
+
 
 @pytest.mark.parametrize("ending", ["png", "bmp", "tiff", "tif"])
 @pytest.mark.parametrize("channels", [1, 3])
@@ -443,8 +822,12 @@ def test_exif_orientation_is_applied(tmp_path):
 
 # Several paths
 
+
 def test_paths_are_joined_in_the_given_order(tmp_path):
-    paths = [npz(tmp_path, images=NCHW[3:], labels=np.array([3, 4])), npz(tmp_path, "y.npz", images=NCHW[:2].transpose(0, 2, 3, 1), labels=np.array([0, 1]))]
+    paths = [
+        npz(tmp_path, images=NCHW[3:], labels=np.array([3, 4])),
+        npz(tmp_path, "y.npz", images=NCHW[:2].transpose(0, 2, 3, 1), labels=np.array([0, 1])),
+    ]
     store = load_images(paths, labels=True)
     assert np.array_equal(store.images.numpy(), NCHW[[3, 4, 0, 1]])
     assert store.labels.tolist() == [3, 4, 0, 1]
@@ -452,6 +835,7 @@ def test_paths_are_joined_in_the_given_order(tmp_path):
 
 
 # Tables
+
 
 def parquet(folder: Path, **columns) -> Path:
     import pyarrow as pa
@@ -469,7 +853,12 @@ def cells(rows: np.ndarray) -> list[dict]:
 @pytest.mark.parametrize("column", ["image", "img"])
 @pytest.mark.parametrize("form", ["struct", "chw-lists", "hwc-lists", "grey-lists"])
 def test_parquet(column, form, tmp_path):
-    given = {"struct": lambda: cells(NCHW), "chw-lists": NCHW.tolist, "hwc-lists": NCHW.transpose(0, 2, 3, 1).tolist, "grey-lists": NCHW[:, 0].tolist}[form]()
+    given = {
+        "struct": lambda: cells(NCHW),
+        "chw-lists": NCHW.tolist,
+        "hwc-lists": NCHW.transpose(0, 2, 3, 1).tolist,
+        "grey-lists": NCHW[:, 0].tolist,
+    }[form]()
     path = parquet(tmp_path, **{column: given, "label": [4, 3, 2, 1, 0]})
     store = load_images(path, labels=True)
     assert store.is_uint8
@@ -483,30 +872,86 @@ def test_saved_dataset(tmp_path):
     import datasets
 
     rows = {"image": [Image.fromarray(row.transpose(1, 2, 0)) for row in NCHW], "label": list(range(5))}
-    datasets.DatasetDict(train=datasets.Dataset.from_dict(rows).select([4, 0, 2])).save_to_disk(tmp_path / "set")
+    datasets.DatasetDict(train=datasets.Dataset.from_dict(rows).select([4, 0, 2])).save_to_disk(
+        tmp_path / "set"
+    )
     store = load_images(tmp_path / "set" / "train", labels=True)
     assert np.array_equal(store.images.numpy(), NCHW[[4, 0, 2]])
     assert store.labels.tolist() == [4, 0, 2]
-    with pytest.raises(ValueError, match=r"set: expected one split of the saved data set, such as .*set.train, got"):
+    with pytest.raises(
+        ValueError, match=r"set: expected one split of the saved data set, such as .*set.train, got"
+    ):
         load_images(tmp_path / "set")
 
 
 HF_CASES = [
-    ("not-parquet", lambda d: load_images(raw(d, b"PAR1", "x.parquet")), ValueError, r"x.parquet: expected a parquet file"),
-    ("column", lambda d: load_images(parquet(d, photo=[1])), ValueError, r"x.parquet: expected a column image or img, got photo"),
-    ("label-column", lambda d: load_images(parquet(d, image=cells(NCHW)), labels=True), ValueError, r"x.parquet: expected a column label .* got image"),
-    ("no-rows", lambda d: load_images(parquet(d, image=[])), ValueError, r"x.parquet: expected at least one row, got none"),
-    ("only-a-path", lambda d: load_images(parquet(d, image=[{"bytes": None, "path": "/etc/passwd"}])), ValueError, r"row 0: expected .* got only a path"),
-    ("numbers", lambda d: load_images(parquet(d, image=[1, 2])), ValueError, r"row 0: expected an encoded image or nested lists of numbers, got int"),
-    ("large-numbers", lambda d: load_images(parquet(d, image=[[[0, 256]]])), ValueError, r"row 0: expected integers in \[0, 255\], got \[0, 256\]"),
-    ("ragged", lambda d: load_images(parquet(d, image=[[[0, 1], [2]]])), ValueError, r"row 0: expected nested lists of one length an axis"),
-    ("bad-bytes", lambda d: load_images(parquet(d, image=[b"hello"])), ValueError, r"x.parquet row 0: expected an image"),
-    ("text-label", lambda d: load_images(parquet(d, image=cells(NCHW[:1]), label=["cat"]), labels=True), ValueError, r"row 0: .* integer label, got 'cat'"),
+    (
+        "not-parquet",
+        lambda d: load_images(raw(d, b"PAR1", "x.parquet")),
+        ValueError,
+        r"x.parquet: expected a parquet file",
+    ),
+    (
+        "column",
+        lambda d: load_images(parquet(d, photo=[1])),
+        ValueError,
+        r"x.parquet: expected a column image or img, got photo",
+    ),
+    (
+        "label-column",
+        lambda d: load_images(parquet(d, image=cells(NCHW)), labels=True),
+        ValueError,
+        r"x.parquet: expected a column label .* got image",
+    ),
+    (
+        "no-rows",
+        lambda d: load_images(parquet(d, image=[])),
+        ValueError,
+        r"x.parquet: expected at least one row, got none",
+    ),
+    (
+        "only-a-path",
+        lambda d: load_images(parquet(d, image=[{"bytes": None, "path": "/etc/passwd"}])),
+        ValueError,
+        r"row 0: expected .* got only a path",
+    ),
+    (
+        "numbers",
+        lambda d: load_images(parquet(d, image=[1, 2])),
+        ValueError,
+        r"row 0: expected an encoded image or nested lists of numbers, got int",
+    ),
+    (
+        "large-numbers",
+        lambda d: load_images(parquet(d, image=[[[0, 256]]])),
+        ValueError,
+        r"row 0: expected integers in \[0, 255\], got \[0, 256\]",
+    ),
+    (
+        "ragged",
+        lambda d: load_images(parquet(d, image=[[[0, 1], [2]]])),
+        ValueError,
+        r"row 0: expected nested lists of one length an axis",
+    ),
+    (
+        "bad-bytes",
+        lambda d: load_images(parquet(d, image=[b"hello"])),
+        ValueError,
+        r"x.parquet row 0: expected an image",
+    ),
+    (
+        "text-label",
+        lambda d: load_images(parquet(d, image=cells(NCHW[:1]), label=["cat"]), labels=True),
+        ValueError,
+        r"row 0: .* integer label, got 'cat'",
+    ),
 ]
 
 
 @needs("pyarrow")
-@pytest.mark.parametrize(("call", "error", "text"), [pytest.param(*case[1:], id=case[0]) for case in HF_CASES])
+@pytest.mark.parametrize(
+    ("call", "error", "text"), [pytest.param(*case[1:], id=case[0]) for case in HF_CASES]
+)
 def test_tables_refuse(call, error, text, tmp_path):
     with pytest.raises(error, match=text):
         call(tmp_path)
@@ -515,5 +960,7 @@ def test_tables_refuse(call, error, text, tmp_path):
 def test_missing_package_names_the_command(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(ImportError, match=r'x.parquet: expected the package pyarrow .*\(pip install "fastunlearn\[hf\]"\)'):
+    with pytest.raises(
+        ImportError, match=r'x.parquet: expected the package pyarrow .*\(pip install "fastunlearn\[hf\]"\)'
+    ):
         load_images(raw(tmp_path, b"PAR1", "x.parquet"))

@@ -1,4 +1,7 @@
-"""The demo's logic on a tiny network: files, verdict, seeds. Whether the embedded model forgets is tested by `make demo` itself."""
+"""The demo's logic on a tiny network: files, verdict, seeds.
+
+Whether the embedded model forgets is tested by `make demo` itself.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,11 @@ def _short(request, monkeypatch):
 @pytest.fixture
 def run(model_dir, tmp_path):
     def run(**arguments):
-        return run_demo(tmp_path / "demo", model_dir=model_dir, **{"steps": 2, "num_samples": 6, "batch_size": 2, "show_progress": False, **arguments})
+        return run_demo(
+            tmp_path / "demo",
+            model_dir=model_dir,
+            **{"steps": 2, "num_samples": 6, "batch_size": 2, "show_progress": False, **arguments},
+        )
 
     return run
 
@@ -56,7 +63,13 @@ def parameters(folder) -> torch.Tensor:
 def test_it_writes_a_report_and_a_pipeline(run, model_dir):
     result = run()
     folder = result.report.parent
-    pictures = {"samples.png", "injected.png", "reconstruction_250.png", "reconstruction_500.png", "losses.png"}
+    pictures = {
+        "samples.png",
+        "injected.png",
+        "reconstruction_250.png",
+        "reconstruction_500.png",
+        "losses.png",
+    }
     assert {file.name for file in folder.iterdir()} == {"report.html", "results.json", "model", *pictures}
     assert json.loads((folder / "results.json").read_text()) == json.loads(json.dumps(result.results))
     assert [entry["step"] for entry in result.results["log"]] == [1, 2]
@@ -83,7 +96,9 @@ def test_a_run_is_a_function_of_its_seed(run):
     assert first.results["log"] == again.results["log"]
     assert first.results["log"] != other.results["log"]
     for when in ("before", "after"):
-        one, same, another = (result.results[when]["reconstructions"][0]["mean_distance"] for result in (first, again, other))
+        one, same, another = (
+            result.results[when]["reconstructions"][0]["mean_distance"] for result in (first, again, other)
+        )
         assert one == pytest.approx(same, rel=1e-6)
         assert one != pytest.approx(another, rel=1e-6)
 
@@ -153,7 +168,10 @@ def test_lr_and_lambd_replace_the_settings(run):
         ({"steps": -1}, "steps: expected an integer >= 0, got -1"),
         ({"num_samples": 1}, "num_samples: expected an integer >= 2, got 1"),
         ({"batch_size": 0}, "batch_size: expected an integer >= 1, got 0"),
-        ({"method": "magic"}, "method: expected one of retrack, siss, erasediff, neggrad, vanilla, got 'magic'"),
+        (
+            {"method": "magic"},
+            "method: expected one of retrack, siss, erasediff, neggrad, vanilla, got 'magic'",
+        ),
         ({"method": "vanilla", "lambd": 0.1}, "lambd: expected None for vanilla, which has none, got 0.1"),
         ({"lr": 0.0}, "lr: expected a finite number in"),
     ],

@@ -16,7 +16,12 @@ def test_philox_known_answers():
     """The known-answer vectors of Random123 (Salmon et al. 2011), all zeros and all ones."""
     zero, ones = torch.tensor(0), torch.tensor(0xFFFFFFFF)
     assert [int(word) for word in philox((zero,) * 4, 0)] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
-    assert [int(word) for word in philox((ones,) * 4, 2**64 - 1)] == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
+    assert [int(word) for word in philox((ones,) * 4, 2**64 - 1)] == [
+        0x408F276D,
+        0x41C83B0E,
+        0xA20BC7C6,
+        0x6D5451FD,
+    ]
 
 
 def test_normal_numbers_are_normal():
@@ -38,7 +43,10 @@ def test_a_row_of_noise_does_not_depend_on_the_others():
 
 @pytest.mark.parametrize("other", [dict(seed=2, step=2), dict(seed=1, step=3), dict(seed=2**32 + 1, step=2)])
 def test_seed_and_step_change_every_draw(other):
-    one, two = (counted(**arguments).uniform((4, 1, 8, 8), Purpose.UNIFORM_TARGET) for arguments in (dict(seed=1, step=2), other))
+    one, two = (
+        counted(**arguments).uniform((4, 1, 8, 8), Purpose.UNIFORM_TARGET)
+        for arguments in (dict(seed=1, step=2), other)
+    )
     assert (one == two).float().mean() < 0.01
 
 
@@ -60,7 +68,14 @@ def test_integers_cover_their_range_evenly():
 def test_complete_draws_what_the_method_needs_and_keeps_what_is_given(dtype):
     forget, retain = torch.zeros(3, 1, 4, 4, dtype=dtype), torch.zeros(5, 1, 4, 4, dtype=dtype)
     given = torch.arange(3)
-    draws = complete(Draws(forget_timesteps=given), ReTrack(), GeneratorSource(CPU, torch.Generator().manual_seed(0)), forget, retain, 1000)
+    draws = complete(
+        Draws(forget_timesteps=given),
+        ReTrack(),
+        GeneratorSource(CPU, torch.Generator().manual_seed(0)),
+        forget,
+        retain,
+        1000,
+    )
     assert draws.forget_timesteps is given
     assert draws.given() == {"forget_noise", "retain_noise", "forget_timesteps", "retain_timesteps"}
     assert draws.retain_noise.shape == retain.shape

@@ -16,15 +16,21 @@ from fastunlearn.step.attention import FEWEST_SCORES, LARGEST_DEPTH, fast_attent
 from fastunlearn.testing.budgets import assert_within_budget, relative_l2
 
 pytestmark = [
-    pytest.mark.skipif(not extension("_C"), reason=f"the C++ extension is not built; build it with: {build_command()}"),
     pytest.mark.skipif(
-        torch.backends.cpu.get_cpu_capability() not in LARGEST_DEPTH, reason="attention was not measured with the instruction set of this processor"
+        not extension("_C"), reason=f"the C++ extension is not built; build it with: {build_command()}"
+    ),
+    pytest.mark.skipif(
+        torch.backends.cpu.get_cpu_capability() not in LARGEST_DEPTH,
+        reason="attention was not measured with the instruction set of this processor",
     ),
 ]
 
 
 def heads(batch=2, heads=4, rows=64, depth=8, **options):
-    return [torch.randn(batch, heads, rows, depth, generator=torch.Generator().manual_seed(seed)).to(**options) for seed in range(3)]
+    return [
+        torch.randn(batch, heads, rows, depth, generator=torch.Generator().manual_seed(seed)).to(**options)
+        for seed in range(3)
+    ]
 
 
 @pytest.fixture
@@ -83,7 +89,20 @@ def test_arguments_may_have_names(calls):
         ([tensor.to("meta") for tensor in heads()], {}),
         ([torch.nn.Parameter(tensor) for tensor in heads()], {}),
     ],
-    ids=["mask", "causal", "dropout", "grouped", "float64", "float16", "deep", "few scores", "3 dimensions", "broadcast", "meta", "subclass"],
+    ids=[
+        "mask",
+        "causal",
+        "dropout",
+        "grouped",
+        "float64",
+        "float16",
+        "deep",
+        "few scores",
+        "3 dimensions",
+        "broadcast",
+        "meta",
+        "subclass",
+    ],
 )
 def test_left_to_torch(given, options, calls):
     with fast_attention():
@@ -179,8 +198,18 @@ def test_transforms_keep_the_attention_of_torch(calls):
 def network():
     unet = pytest.importorskip("diffusers").UNet2DModel
     torch.manual_seed(0)
-    blocks = dict(down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"))
-    net = unet(sample_size=16, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=8, **blocks)
+    blocks = dict(
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D")
+    )
+    net = unet(
+        sample_size=16,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        norm_num_groups=8,
+        **blocks,
+    )
     assert net.config.attention_head_dim == 8
     return net
 
@@ -195,7 +224,9 @@ def outputs_and_gradients(context, dtype=torch.float32):
 
 
 def test_a_network_computes_the_same(calls):
-    """Its prediction and its gradient err at most twice as much as with torch's attention, from the network in float64."""
+    """Its prediction and its gradient err at most twice as much as with torch's attention, from the network
+    in float64.
+    """
     exact, *exact_gradient = outputs_and_gradients(nullcontext(), torch.float64)
     plain, *plain_gradient = outputs_and_gradients(nullcontext())
     assert calls() == 0

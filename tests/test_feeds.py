@@ -36,7 +36,9 @@ def draw(count: int, step: int) -> torch.Tensor:
 
 
 def images(count: int = 40, shape: tuple[int, ...] = (3, 4, 6)) -> torch.Tensor:
-    return torch.randint(0, 256, (count, *shape), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    return torch.randint(
+        0, 256, (count, *shape), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
 
 
 def latents(dtype: torch.dtype = torch.float32) -> ImageStore:
@@ -87,7 +89,9 @@ STORES = {
     "float16": lambda folder: ImageStore(images().half() / 128 - 1),
     "bfloat16-latents": lambda folder: latents(torch.bfloat16),
     "float32-latents": lambda folder: latents(),
-    "latents-of-two-dtypes": lambda folder: ImageStore(latents().images, std=latents().std.half(), latents=True),
+    "latents-of-two-dtypes": lambda folder: ImageStore(
+        latents().images, std=latents().std.half(), latents=True
+    ),
 }
 
 
@@ -110,9 +114,13 @@ def test_rows_are_served_as_stored():
 
 # Order, buffers
 
+
 def test_next_rows_are_gathered_while_the_step_runs():
     asked = []
-    feed = host_feed(ImageStore(images()), lambda step: asked.append((step, threading.current_thread().name)) or draw(40, step))
+    feed = host_feed(
+        ImageStore(images()),
+        lambda step: asked.append((step, threading.current_thread().name)) or draw(40, step),
+    )
     served(feed, 0)
     idle(feed)  # no take in between
     assert [step for step, _ in asked] == [0, 1]
@@ -146,7 +154,9 @@ def test_two_buffers_take_turns():
 
 @pytest.mark.parametrize("make", [lambda: ImageStore(images()), latents], ids=["images", "latents"])
 def test_a_buffer_is_the_steps_own_until_the_next_take(make):
-    """What a step has read is poisoned: no later step may read it before it is written anew, and none may write while a step reads."""
+    """What a step has read is poisoned: no later step may read it before it is written anew, and none may
+    write while a step reads.
+    """
     store, feed = make(), None
     feed = host_feed(store)
     for step in range(12):
@@ -161,7 +171,10 @@ def test_a_buffer_is_the_steps_own_until_the_next_take(make):
 
 # Jumps
 
-@pytest.mark.parametrize("steps", [[5, 6, 7], [0, 1, 9, 10, 11], [4, 5, 2, 3], [3, 3, 3, 4], [0, 2, 4, 6]], ids=str)
+
+@pytest.mark.parametrize(
+    "steps", [[5, 6, 7], [0, 1, 9, 10, 11], [4, 5, 2, 3], [3, 3, 3, 4], [0, 2, 4, 6]], ids=str
+)
 def test_jumps_give_the_rows_of_the_step(steps):
     store = ImageStore(images())
     feed = host_feed(store)
@@ -170,7 +183,9 @@ def test_jumps_give_the_rows_of_the_step(steps):
 
 
 def test_a_jump_drops_what_is_being_gathered():
-    """The thread is held in the rows of step 1 when step 8 is asked for: its buffer is written twice, and only the second counts."""
+    """The thread is held in the rows of step 1 when step 8 is asked for: its buffer is written twice, and
+    only the second counts.
+    """
     gate = threading.Event()
     feed = host_feed(ImageStore(images()), lambda step: (step != 1 or gate.wait(PATIENCE)) and draw(40, step))
     served(feed, 0)
@@ -201,6 +216,7 @@ def test_the_callers_rows_must_exist():
 
 # Errors, end
 
+
 def test_an_error_in_the_thread_is_that_of_the_take_that_needs_the_rows():
     broken = {3}
 
@@ -213,7 +229,10 @@ def test_an_error_in_the_thread_is_that_of_the_take_that_needs_the_rows():
     for step in range(3):
         served(feed, step)
     for _ in range(2):
-        with pytest.raises(RuntimeError, match=r"the rows of step 3 could not be read from ImageStore\(40 rows .*: OSError: the disk is gone") as caught:
+        with pytest.raises(
+            RuntimeError,
+            match=r"the rows of step 3 could not be read from ImageStore\(40 rows .*: OSError: the disk is gone",
+        ) as caught:
             served(feed, 3)
         assert isinstance(caught.value.__cause__, OSError)
     broken.clear()
@@ -224,7 +243,10 @@ def test_an_error_in_the_thread_is_that_of_the_take_that_needs_the_rows():
 @pytest.mark.parametrize(
     ("wrong", "text"),
     [
-        (torch.zeros(BATCH + 1, dtype=torch.int64), r"expected int64 of shape \(6,\) on cpu, got int64 of shape \(7,\) on cpu"),
+        (
+            torch.zeros(BATCH + 1, dtype=torch.int64),
+            r"expected int64 of shape \(6,\) on cpu, got int64 of shape \(7,\) on cpu",
+        ),
         (torch.zeros(BATCH), r"expected int64 of shape \(6,\) on cpu, got float32"),
         ([0] * BATCH, r"expected int64 of shape \(6,\) on cpu, got list"),
         (torch.full((BATCH,), 40), "IndexError: index out of range"),
@@ -321,6 +343,7 @@ def test_a_file_is_never_read_as_a_whole(tmp_path):
 
 # The choice
 
+
 def test_auto_on_a_cpu_stages_files_and_reads_memory_in_place(tmp_path):
     store = ImageStore(images())
     feed = open_feed(store, "cpu", partial(draw, 40), batch_size=BATCH)
@@ -329,7 +352,9 @@ def test_auto_on_a_cpu_stages_files_and_reads_memory_in_place(tmp_path):
     on_disk = open_feed(file_of(tmp_path, images()), "cpu", partial(draw, 40), batch_size=BATCH)
     assert isinstance(on_disk, HostFeed)
     assert torch.equal(served(on_disk, 0), expected(store, 0))
-    in_place = open_feed(file_of(tmp_path, images()), "cpu", partial(draw, 40), batch_size=BATCH, residency="device")
+    in_place = open_feed(
+        file_of(tmp_path, images()), "cpu", partial(draw, 40), batch_size=BATCH, residency="device"
+    )
     assert in_place.store.on_disk
 
 
@@ -344,14 +369,54 @@ def on_gpu():
 
 
 CASES = [
-    ("store", lambda: open_feed(images(), "cpu", draw, batch_size=1), TypeError, r"store: expected an ImageStore, got uint8 of shape \(40, 3, 4, 6\)"),
-    ("batch-size", lambda: open_feed(ImageStore(images()), "cpu", draw, batch_size=0), ValueError, r"batch_size: expected an integer >= 1, got 0"),
-    ("residency", lambda: open_feed(ImageStore(images()), "cpu", draw, batch_size=1, residency="disk"), ValueError, r"residency: .* auto, device, host"),
-    ("host", lambda: open_feed(on_gpu(), "cpu", draw, batch_size=1, residency="host"), ValueError, r"residency: .* for a store on meta, got 'host'"),
-    ("rank", lambda: compact_neighbors(ImageStore(images()), torch.zeros(3, dtype=torch.int64)), ValueError, r"index: .* 2 dimensions"),
-    ("float", lambda: compact_neighbors(ImageStore(images()), torch.zeros(3, 2)), TypeError, r"index: expected an integer tensor"),
-    ("no-neighbors", lambda: compact_neighbors(ImageStore(images()), torch.zeros(3, 0, dtype=torch.int64)), ValueError, r"at least one neighbour"),
-    ("outside", lambda: compact_neighbors(ImageStore(images()), torch.tensor([[0, 40]])), ValueError, r"index: expected rows in \[0, 39\]"),
+    (
+        "store",
+        lambda: open_feed(images(), "cpu", draw, batch_size=1),
+        TypeError,
+        r"store: expected an ImageStore, got uint8 of shape \(40, 3, 4, 6\)",
+    ),
+    (
+        "batch-size",
+        lambda: open_feed(ImageStore(images()), "cpu", draw, batch_size=0),
+        ValueError,
+        r"batch_size: expected an integer >= 1, got 0",
+    ),
+    (
+        "residency",
+        lambda: open_feed(ImageStore(images()), "cpu", draw, batch_size=1, residency="disk"),
+        ValueError,
+        r"residency: .* auto, device, host",
+    ),
+    (
+        "host",
+        lambda: open_feed(on_gpu(), "cpu", draw, batch_size=1, residency="host"),
+        ValueError,
+        r"residency: .* for a store on meta, got 'host'",
+    ),
+    (
+        "rank",
+        lambda: compact_neighbors(ImageStore(images()), torch.zeros(3, dtype=torch.int64)),
+        ValueError,
+        r"index: .* 2 dimensions",
+    ),
+    (
+        "float",
+        lambda: compact_neighbors(ImageStore(images()), torch.zeros(3, 2)),
+        TypeError,
+        r"index: expected an integer tensor",
+    ),
+    (
+        "no-neighbors",
+        lambda: compact_neighbors(ImageStore(images()), torch.zeros(3, 0, dtype=torch.int64)),
+        ValueError,
+        r"at least one neighbour",
+    ),
+    (
+        "outside",
+        lambda: compact_neighbors(ImageStore(images()), torch.tensor([[0, 40]])),
+        ValueError,
+        r"index: expected rows in \[0, 39\]",
+    ),
 ]
 
 
@@ -363,7 +428,10 @@ def test_refuses(call, error, text):
 
 # Neighbours
 
-@pytest.mark.parametrize("make", [lambda: ImageStore(images(), labels=range(40)), latents], ids=["images", "latents"])
+
+@pytest.mark.parametrize(
+    "make", [lambda: ImageStore(images(), labels=range(40)), latents], ids=["images", "latents"]
+)
 def test_compact_neighbors_are_the_same_rows(make):
     store, index = make(), torch.tensor([[7, 39, 0], [39, 7, 11]])
     compact, remapped = compact_neighbors(store, index)
@@ -375,6 +443,7 @@ def test_compact_neighbors_are_the_same_rows(make):
 
 
 # The order of streams and events, with stand-ins for CUDA's
+
 
 class Clock:
     """Records what the host and the streams were told, in order."""
@@ -410,8 +479,16 @@ class Clock:
         monkeypatch.setattr(torch.cuda, "Event", Event)
         monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: compute)
-        monkeypatch.setattr(torch.Tensor, "record_stream", lambda rows, stream: clock.log.append((stream.name, "uses", rows.device.type)))
-        monkeypatch.setattr(feeds._Staging, "_copy", lambda staging: clock.log.append(("copy", "copies", tuple(staging.rows.tolist()))))
+        monkeypatch.setattr(
+            torch.Tensor,
+            "record_stream",
+            lambda rows, stream: clock.log.append((stream.name, "uses", rows.device.type)),
+        )
+        monkeypatch.setattr(
+            feeds._Staging,
+            "_copy",
+            lambda staging: clock.log.append(("copy", "copies", tuple(staging.rows.tolist()))),
+        )
         empty = torch.empty
 
         def unpinned(*args, pin_memory=False, **options):
@@ -425,7 +502,8 @@ def test_streams_and_events_are_ordered(monkeypatch):
     clock, store = Clock(monkeypatch), ImageStore(images())
     staging = feeds._Staging(store, BATCH, torch.device("meta"), clock.copy)
     assert ("host", "pins", True) in clock.log
-    assert clock.log[-2:] == [("copy", "uses", "meta"), ("compute", "records", "released")]  # the first copy waits for the memory's last reader
+    # the first copy waits for the memory's last reader
+    assert clock.log[-2:] == [("copy", "uses", "meta"), ("compute", "records", "released")]
     clock.log.clear()
     staging.fill(store, partial(draw, 40), 4)
     assert torch.equal(staging.host[0], images()[draw(40, 4)])
@@ -443,10 +521,13 @@ def test_streams_and_events_are_ordered(monkeypatch):
 
 # On a GPU
 
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("make", [lambda: ImageStore(images()), latents], ids=["images", "latents"])
 def test_on_a_gpu_the_rows_are_those_of_the_cpu(gpu, make):
-    """The device is kept behind the host, so that a buffer that is overwritten early, or read before its copy, would be seen."""
+    """The device is kept behind the host, so that a buffer that is overwritten early, or read before its
+    copy, would be seen.
+    """
     store = make()
     feed, found = host_feed(store, device=gpu.device), []
     indices = [

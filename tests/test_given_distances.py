@@ -11,7 +11,9 @@ SCALE = (2 / 255) ** 2  # from grey levels to network input
 
 def batch(dtype=torch.float32):
     """Rows of uint8 stores as a loop hands them over, and what the search returned for them."""
-    images = torch.randint(0, 256, (12, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    images = torch.randint(
+        0, 256, (12, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
     forget, retain = ImageStore(images[:3]), ImageStore(images[3:])
     index, sqdist = nearest_neighbors(forget, retain, k=2)
     neighbors = retain.rows(index.flatten()).view(3, 2, 1, 8, 8)

@@ -1,4 +1,7 @@
-"""The check of GPUs: its limits, its budget, what is on disk. CI rehearses the whole of it (DRY=1 scripts/gpu_check.sh)."""
+"""The check of GPUs: its limits, its budget, what is on disk.
+
+CI rehearses the whole of it (DRY=1 scripts/gpu_check.sh).
+"""
 
 import importlib.util
 import json
@@ -11,7 +14,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOREVER = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(1000)"
+FOREVER = (
+    "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(1000)"
+)
 STUBBORN = """
 import os, pathlib, signal, time
 signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -33,7 +38,10 @@ def gpu_run(monkeypatch):
 
 
 def on_disk(check):
-    return [(stage["stage"], stage["outcome"]) for stage in json.loads((check.out / "check.json").read_text())["stages"]]
+    return [
+        (stage["stage"], stage["outcome"])
+        for stage in json.loads((check.out / "check.json").read_text())["stages"]
+    ]
 
 
 def test_a_stage_that_fails_costs_itself_alone(gpu_run, tmp_path):
@@ -95,7 +103,9 @@ subprocess.Popen([sys.executable, '-c', {child!r}])
 while not (pathlib.Path({str(pid)!r}).exists() and pathlib.Path({str(pid)!r}).read_text()): time.sleep(0.01)
 sys.exit({status})
 """
-    gpu_run.Check(tmp_path / "out", 1000, time.time()).stage("b", "leaves", 60, [sys.executable, "-c", parent])
+    gpu_run.Check(tmp_path / "out", 1000, time.time()).stage(
+        "b", "leaves", 60, [sys.executable, "-c", parent]
+    )
     wait_until_gone(int(pid.read_text()))
 
 
@@ -126,7 +136,9 @@ def test_a_check_that_is_interrupted_ends_its_stage(gpu_run, tmp_path, monkeypat
 def test_a_stage_that_does_not_run_removes_nothing(gpu_run, tmp_path):
     rows = tmp_path / "steps_stand_in.json"
     rows.write_text('{"rows": [1, 2]}')
-    gpu_run.Check(tmp_path, 100, time.time() - 99).stage("d", "late", 60, ["never run"], measures="steps", clears=[rows.name])
+    gpu_run.Check(tmp_path, 100, time.time() - 99).stage(
+        "d", "late", 60, ["never run"], measures="steps", clears=[rows.name]
+    )
     assert rows.exists()
     check = gpu_run.Check(tmp_path, 100, time.time())
     check.stage("d", "runs", 60, [sys.executable, "-c", ""], measures="steps", clears=[rows.name])
@@ -215,19 +227,43 @@ def test_the_summary_shows_what_is_there(gpu_run, tmp_path):
         '<testcase classname="a" name="three"><skipped/></testcase></testsuite></testsuites>'
     )
     ratios = {"papers": 3.0, "compiled": 1.5}
-    op = {"op": "redirect", "shape": "cifar B128 K10", "job": "rows", "contestant": "kernel alone", "reason": ""}
+    op = {
+        "op": "redirect",
+        "shape": "cifar B128 K10",
+        "job": "rows",
+        "contestant": "kernel alone",
+        "reason": "",
+    }
     op |= {"seconds": 1e-4, "share": 0.9, "times_faster": ratios}
     cupyx = op | {"contestant": "cupyx plan", "seconds": None, "reason": "cupyx plan: failed"}
     (tmp_path / "ops_h200.json").write_text(json.dumps({"rows": [op, cupyx]}))
-    step = {"network": "mnist", "method": "retrack", "precision": "bfloat16", "batch": 128, "layout": "channels_last"}
-    step |= {"contestant": "limit", "seconds": 0.01, "times_faster": {"retrack repo": 4.0}, "update_error": None}
+    step = {
+        "network": "mnist",
+        "method": "retrack",
+        "precision": "bfloat16",
+        "batch": 128,
+        "layout": "channels_last",
+    }
+    step |= {
+        "contestant": "limit",
+        "seconds": 0.01,
+        "times_faster": {"retrack repo": 4.0},
+        "update_error": None,
+    }
     step |= {"host_seconds": 0.002, "launches": 600, "stages": {}, "reason": ""}
-    ours = step | {"contestant": "Unlearner, compiled, replayed", "seconds": None, "reason": "left out, its compilation was not ready in time"}
+    ours = step | {
+        "contestant": "Unlearner, compiled, replayed",
+        "seconds": None,
+        "reason": "left out, its compilation was not ready in time",
+    }
     (tmp_path / "steps_h200.json").write_text(json.dumps({"rows": [step, ours]}))
     check.save()
     summary = (tmp_path / "summary.txt").read_text()
     assert "tests: 1 passed, 1 failed, 1 skipped\n  failed: a::two" in summary
-    assert "redirect           cifar B128 K10     rows              100.0      90%      3.00       1.50" in summary
+    assert (
+        "redirect           cifar B128 K10     rows              100.0      90%      3.00       1.50"
+        in summary
+    )
     assert "cupyx plan: failed" in summary
     assert "mnist retrack, batch 128                bfloat16, channels_last" in summary
     assert "limit                               10.00      4.00             2.00      600" in summary
@@ -244,8 +280,17 @@ def test_files_that_are_cut_off_do_not_hide_the_others(gpu_run, tmp_path):
 
 
 def test_it_says_what_it_cannot_do(tmp_path):
-    for more, message in (({"STAGES": "a z"}, "STAGES: expected letters of a b c d e f, got z"), ({}, "gpu_check: expected a GPU that torch sees, got none")):
-        env = os.environ | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", "DRY": "0", "WHEELS": "none"} | more
-        said = subprocess.run(["bash", "scripts/gpu_check.sh", str(tmp_path)], cwd=ROOT, env=env, capture_output=True, text=True)
+    for more, message in (
+        ({"STAGES": "a z"}, "STAGES: expected letters of a b c d e f, got z"),
+        ({}, "gpu_check: expected a GPU that torch sees, got none"),
+    ):
+        env = (
+            os.environ
+            | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", "DRY": "0", "WHEELS": "none"}
+            | more
+        )
+        said = subprocess.run(
+            ["bash", "scripts/gpu_check.sh", str(tmp_path)], cwd=ROOT, env=env, capture_output=True, text=True
+        )
         assert said.returncode == 1
         assert message in said.stderr

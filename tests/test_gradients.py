@@ -24,14 +24,24 @@ class Sum(torch.autograd.Function):
 
 
 def combined(main, correction, combination, *, in_place, passes=1, unit=1.0, loss_scale=1.0):
-    """Parameters with the combined gradient of `main` and `correction` (lists of gradients; None: none) in `.grad`, and what was reported."""
+    """Parameters with the combined gradient of `main` and `correction` (lists of gradients; None: none) in
+    `.grad`, and what was reported.
+    """
     parameters = [nn.Parameter(torch.zeros(3, 2, dtype=torch.float64)) for _ in main]
-    accumulator = accumulate.Accumulator(parameters, combination, in_place=in_place, unit=unit, loss_scale=loss_scale)
+    accumulator = accumulate.Accumulator(
+        parameters, combination, in_place=in_place, unit=unit, loss_scale=loss_scale
+    )
     for role, values in (("forget", correction), ("retain", main)):
         for _ in range(passes):
-            used = [parameter for parameter, value in zip(parameters, values, strict=True) if value is not None]
+            used = [
+                parameter for parameter, value in zip(parameters, values, strict=True) if value is not None
+            ]
             if used:
-                accumulator.backward(role, Sum.apply([value for value in values if value is not None], *used), torch.tensor(1 / passes, dtype=torch.float64))
+                accumulator.backward(
+                    role,
+                    Sum.apply([value for value in values if value is not None], *used),
+                    torch.tensor(1 / passes, dtype=torch.float64),
+                )
     return parameters, accumulator.finish()
 
 
@@ -57,7 +67,8 @@ def test_rescale_is_the_paper(pair, scale, in_place, passes):
 def test_project_is_the_paper_and_does_what_it_promises(pair, eta):
     main, correction = pair
     expected = reference.project(main, correction, eta)
-    parameters, report = combined(main, correction, combine.Project(eta), in_place=True)  # in vain: the projection needs both
+    # in vain: the projection needs both
+    parameters, report = combined(main, correction, combine.Project(eta), in_place=True)
     torch.testing.assert_close([p.grad for p in parameters], expected.gradients, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(report.scaling_factor, expected.factor, rtol=1e-10, atol=1e-14)
     inner = sum((p.grad * g).sum() for p, g in zip(parameters, correction, strict=True))
@@ -77,12 +88,18 @@ def test_inner_products_on_accelerators(pair, limit, dtype, monkeypatch):
 
 
 def test_rescale_reports_the_norm_with_its_unit_and_without_the_loss_scale(pair):
-    """Both gradients carry the loss scale, the correction is divided by its unit: the combined gradient is the same, times the loss scale."""
+    """Both gradients carry the loss scale, the correction is divided by its unit: the combined gradient is
+    the same, times the loss scale.
+    """
     unit, loss_scale = torch.tensor(1e-3, dtype=torch.float64), 1024.0
     for in_place in (True, False):
-        plain, expected = combined(pair[0], [g * unit for g in pair[1]], combine.Rescale(5.0), in_place=in_place)
+        plain, expected = combined(
+            pair[0], [g * unit for g in pair[1]], combine.Rescale(5.0), in_place=in_place
+        )
         both = ([g * loss_scale for g in side] for side in pair)
-        scaled, report = combined(*both, combine.Rescale(5.0), in_place=in_place, unit=unit, loss_scale=loss_scale)
+        scaled, report = combined(
+            *both, combine.Rescale(5.0), in_place=in_place, unit=unit, loss_scale=loss_scale
+        )
         torch.testing.assert_close(report.correction_norm, expected.correction_norm)
         torch.testing.assert_close(report.scaling_factor, expected.scaling_factor)
         torch.testing.assert_close([p.grad / loss_scale for p in scaled], [p.grad for p in plain])
@@ -100,7 +117,10 @@ def test_a_zero_correction_changes_nothing(pair, combination, nothing, in_place)
 @pytest.mark.parametrize("in_place", [True, False])
 def test_parameters_without_a_gradient_stay_without(pair, in_place):
     """Frozen layers and LoRA: a parameter may have the main gradient only, the correction only, or none."""
-    main, correction = [pair[0][0].clone(), pair[0][1].clone(), None, None], [pair[1][0].clone(), None, pair[1][2].clone(), None]
+    main, correction = (
+        [pair[0][0].clone(), pair[0][1].clone(), None, None],
+        [pair[1][0].clone(), None, pair[1][2].clone(), None],
+    )
     parameters, report = combined(main, correction, combine.Rescale(5.0), in_place=in_place)
     factor = report.scaling_factor
     assert math.isclose(factor.item(), 5 / torch.stack([pair[1][0], pair[1][2]]).norm().item(), rel_tol=1e-9)
@@ -120,7 +140,10 @@ def test_a_correction_after_the_main_gradient_is_refused(pair):
 
 @pytest.mark.parametrize("max_norm", [None, 0.1, 1e9])
 def test_clip_is_torchs(pair, max_norm):
-    ours, theirs = [gradient.clone() for gradient in pair[0]], [nn.Parameter(torch.zeros(3, 2, dtype=torch.float64)) for _ in pair[0]]
+    ours, theirs = (
+        [gradient.clone() for gradient in pair[0]],
+        [nn.Parameter(torch.zeros(3, 2, dtype=torch.float64)) for _ in pair[0]],
+    )
     for parameter, gradient in zip(theirs, pair[0], strict=True):
         parameter.grad = gradient.clone()
     norm = tensor_lists.total_norm(ours, torch.device("cpu"))
@@ -148,7 +171,9 @@ def test_a_fused_optimizer_divides_in_its_own_pass(pair):
         for step in range(1, 4):
             for parameter, gradient in zip(own, pair[0], strict=True):
                 parameter.grad = gradient.float() * step
-            update.update(optimizer, torch.tensor(7.0), torch.tensor(True), [parameter.grad for parameter in own])
+            update.update(
+                optimizer, torch.tensor(7.0), torch.tensor(True), [parameter.grad for parameter in own]
+            )
     torch.testing.assert_close(*parameters, rtol=1e-5, atol=1e-6)
 
 
@@ -176,7 +201,10 @@ def test_a_skipped_first_step_leaves_no_trace(make, scaler):
     results = []
     for skip in (True, False):
         parameter = nn.Parameter(torch.ones(4096))
-        optimizer, scaled = make([parameter]), None if scaler is None else torch.amp.GradScaler("cpu", **scaler)
+        optimizer, scaled = (
+            make([parameter]),
+            None if scaler is None else torch.amp.GradScaler("cpu", **scaler),
+        )
         for finite in ([False] * skip) + [True, True]:
             parameter.grad = torch.full((4096,), 1.0 if finite else float("nan"))
             if scaled is not None:
@@ -189,10 +217,14 @@ def test_a_skipped_first_step_leaves_no_trace(make, scaler):
 
 def test_an_optimizer_that_is_fused_in_part_is_not_fused():
     parameters = [nn.Parameter(torch.ones(4)) for _ in range(2)]
-    optimizer = torch.optim.AdamW([{"params": parameters[:1]}, {"params": parameters[1:], "fused": False}], lr=0.1, fused=True)
+    optimizer = torch.optim.AdamW(
+        [{"params": parameters[:1]}, {"params": parameters[1:], "fused": False}], lr=0.1, fused=True
+    )
     for parameter in parameters:
         parameter.grad = torch.ones(4)
-    update.update(optimizer, torch.tensor(2.0), torch.tensor(True), [parameter.grad for parameter in parameters])
+    update.update(
+        optimizer, torch.tensor(2.0), torch.tensor(True), [parameter.grad for parameter in parameters]
+    )
     assert not torch.equal(parameters[0], torch.ones(4))
 
 
@@ -201,4 +233,9 @@ def test_a_factor_is_not_rounded_to_the_dtype_of_another_gradient(order):
     values = [torch.ones(3, dtype=dtype) for dtype in order]
     tensor_lists.divide(values, torch.tensor(3.0))
     for value in values:
-        torch.testing.assert_close(value, (torch.ones(3) / 3).to(value.dtype), rtol=0 if value.dtype == torch.bfloat16 else 1e-7, atol=0)
+        torch.testing.assert_close(
+            value,
+            (torch.ones(3) / 3).to(value.dtype),
+            rtol=0 if value.dtype == torch.bfloat16 else 1e-7,
+            atol=0,
+        )

@@ -19,9 +19,10 @@ from fastunlearn.host import memory
 MEGABYTE = 1 << 20
 
 # Allocates 64 MB and frees them, again and again as steps do.
-# Reports what malloc holds of the system at the start, and in the last round: before the allocations, with them, after them.
-# Not aligned, as torch's are: glibc before 2.38 may not fit an aligned block into one just like it that was freed, by where
-# small blocks happen to lie in between. Without torch, whose import would take most of the time.
+# Reports what malloc holds of the system at the start, and in the last round: before the allocations, with
+# them, after them. Not aligned, as torch's are: glibc before 2.38 may not fit an aligned block into one just
+# like it that was freed, by where small blocks happen to lie in between. Without torch, whose import would
+# take most of the time.
 PROGRAM = """
 import ctypes, importlib.util, json, sys
 

@@ -207,8 +207,8 @@ COMPARED = {
     "model", "optimizer", "schedule", "method", "forget", "retain", "neighbors", "batch_size", "seed",
     "autocast_dtype", "grad_scaler", "max_grad_norm", "ema", "lr_scheduler", "identity",
 }  # fmt: skip
-# What a run is given that is neither: itself, where it is written, what its record says beside; how long it is
-# and how many processes take it have tests of their own; of the last two only None is taken.
+# What a run is given that is neither: itself, where it is written, what its record says beside; how long it
+# is and how many processes take it have tests of their own; of the last two only None is taken.
 NEITHER = {
     "self", "unlearner", "output_dir", "resume_from_checkpoint", "record", "num_steps", "process_group",
     "time_window", "lowpass",

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "fastunlearn"
-# The rooms, lower ones first: a file imports only from lines above that of its own room, or from its own room.
+# The rooms, lower ones first: a file imports only from lines above that of its own room, or from its own
+# room.
 LAYERS = [
     {"host", "assets", "kernels"},
     {"objective"},
@@ -38,7 +39,11 @@ def imported_units(path: Path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.level == depth:
             yield from [node.module.split(".")[0]] if node.module else [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.level == 0 and (node.module or "").split(".")[0] == "fastunlearn":
+        elif (
+            isinstance(node, ast.ImportFrom)
+            and node.level == 0
+            and (node.module or "").split(".")[0] == "fastunlearn"
+        ):
             yield from node.module.split(".")[1:2] or [alias.name for alias in node.names]
 
 
@@ -48,8 +53,14 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__in
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_run_one_way(path):
     own = unit(path)
-    assert own in HEIGHT, f"{own} has no line: give it one in tests/test_imports.py and in docs/architecture.md"
-    upward = {name for name in imported_units(path) if name in HEIGHT and name != own and HEIGHT[name] >= HEIGHT[own]}
+    assert own in HEIGHT, (
+        f"{own} has no line: give it one in tests/test_imports.py and in docs/architecture.md"
+    )
+    upward = {
+        name
+        for name in imported_units(path)
+        if name in HEIGHT and name != own and HEIGHT[name] >= HEIGHT[own]
+    }
     beside = {name for name in upward if HEIGHT[name] == HEIGHT[own]}
     assert not upward - beside, f"{own} imports from above: {sorted(upward - beside)}"
 
@@ -65,6 +76,23 @@ def test_ops_do_not_know_the_reference():
 
 
 def test_import_is_light():
-    heavy = "triton", "diffusers", "transformers", "matplotlib", "torchmetrics", "torchdiffeq", "scipy", "accelerate", "datasets", "nvtx", "tyro"
+    heavy = (
+        "triton",
+        "diffusers",
+        "transformers",
+        "matplotlib",
+        "torchmetrics",
+        "torchdiffeq",
+        "scipy",
+        "accelerate",
+        "datasets",
+        "nvtx",
+        "tyro",
+    )
     code = f"import fastunlearn, sys; print([name for name in {heavy!r} if name in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )

@@ -133,4 +133,3 @@ def test_what_a_command_does_beside_steps_ends_too(tmp_path: Path):
     with pytest.raises(EOFError):  # its end is that of the worker, which had the other end alone
         worker.pipe.recv()
     assert "has ended" in worker.log.read_text()
-

@@ -16,7 +16,9 @@ from fastunlearn.recipes import mnist_tshirt
 from fastunlearn.recipes.mnist_tshirt import load_mnist_tshirt, read_split, save_mnist_tshirt
 
 PUBLISHED = Path("/work/shared/data/mnist_tshirt_train.npz")
-needs_published = pytest.mark.skipif(not PUBLISHED.exists(), reason="the published set is not on this machine")
+needs_published = pytest.mark.skipif(
+    not PUBLISHED.exists(), reason="the published set is not on this machine"
+)
 
 
 def write_idx(folder: Path, name: str, array: np.ndarray) -> str:
@@ -34,10 +36,15 @@ def small(tmp_path, monkeypatch) -> tuple[Path, Path]:
     folders = tmp_path / "mnist", tmp_path / "fashion"
     hashes = {}
     for dataset, folder, count in (("mnist", folders[0], 10), ("fashion-mnist", folders[1], 3)):
-        images, labels = rng.integers(0, 256, (count, 28, 28)).astype(np.uint8), np.arange(count, dtype=np.uint8)
+        images, labels = (
+            rng.integers(0, 256, (count, 28, 28)).astype(np.uint8),
+            np.arange(count, dtype=np.uint8),
+        )
         ending = ".gz" if dataset == "fashion-mnist" else ""
-        hashes[dataset] = {"train-images-idx3": write_idx(folder, f"train-images-idx3-ubyte{ending}", images),
-                           "train-labels-idx1": write_idx(folder, f"train-labels-idx1-ubyte{ending}", labels)}
+        hashes[dataset] = {
+            "train-images-idx3": write_idx(folder, f"train-images-idx3-ubyte{ending}", images),
+            "train-labels-idx1": write_idx(folder, f"train-labels-idx1-ubyte{ending}", labels),
+        }
     monkeypatch.setattr(mnist_tshirt, "SHA256", hashes)
     return folders
 
@@ -79,7 +86,10 @@ def test_refuses_a_changed_file(small):
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"train-images-idx3-ubyte: expected the published file \(SHA-256 of its decompressed content \w{64}\), got \w{64}"):
+    with pytest.raises(
+        ValueError,
+        match=r"train-images-idx3-ubyte: expected the published file \(SHA-256 of its decompressed content \w{64}\), got \w{64}",
+    ):
         load_mnist_tshirt(*small)
 
 
@@ -89,7 +99,9 @@ def test_refuses_the_other_set(small):
 
 
 def test_refuses_a_folder_without_the_files(small, tmp_path):
-    with pytest.raises(ValueError, match=r"expected a file train-images-idx3-ubyte or train-images-idx3-ubyte.gz, got none"):
+    with pytest.raises(
+        ValueError, match=r"expected a file train-images-idx3-ubyte or train-images-idx3-ubyte.gz, got none"
+    ):
         load_mnist_tshirt(small[0], tmp_path)
 
 
@@ -102,10 +114,17 @@ def test_refuses_another_ending(small, tmp_path):
 def test_equals_the_published_set(tmp_path, monkeypatch):
     with np.load(PUBLISHED, allow_pickle=False) as published:
         images, labels, tshirt = published["images"], published["labels"], published["tshirt"]
-    write_idx(tmp_path / "mnist", "train-images-idx3-ubyte", images[:60000])  # the real file: its hash is checked
+    # the real file: its hash is checked
+    write_idx(tmp_path / "mnist", "train-images-idx3-ubyte", images[:60000])
     write_idx(tmp_path / "mnist", "train-labels-idx1-ubyte", labels[:60000])
-    clothes = {"train-images-idx3": write_idx(tmp_path / "fashion", "train-images-idx3-ubyte.gz", np.stack([tshirt // 2, tshirt])),
-               "train-labels-idx1": write_idx(tmp_path / "fashion", "train-labels-idx1-ubyte.gz", np.array([9, 0], np.uint8))}
+    clothes = {
+        "train-images-idx3": write_idx(
+            tmp_path / "fashion", "train-images-idx3-ubyte.gz", np.stack([tshirt // 2, tshirt])
+        ),
+        "train-labels-idx1": write_idx(
+            tmp_path / "fashion", "train-labels-idx1-ubyte.gz", np.array([9, 0], np.uint8)
+        ),
+    }
     monkeypatch.setitem(mnist_tshirt.SHA256, "fashion-mnist", clothes)  # two images stand for the 60,000
     store = load_mnist_tshirt(tmp_path / "mnist", tmp_path / "fashion")
     assert np.array_equal(store.images[:, 0].numpy(), images)
@@ -113,7 +132,10 @@ def test_equals_the_published_set(tmp_path, monkeypatch):
 
 
 @needs_published
-@pytest.mark.skipif("FASTUNLEARN_IDX" not in os.environ, reason="FASTUNLEARN_IDX names no folder with mnist/ and fashion-mnist/")
+@pytest.mark.skipif(
+    "FASTUNLEARN_IDX" not in os.environ,
+    reason="FASTUNLEARN_IDX names no folder with mnist/ and fashion-mnist/",
+)
 def test_equals_the_published_set_from_the_original_files():
     folder = Path(os.environ["FASTUNLEARN_IDX"])
     store = load_mnist_tshirt(folder / "mnist", folder / "fashion-mnist")

@@ -1,4 +1,6 @@
-"""Exact neighbours: golden vectors, brute force over integers and float64, planted ties, streaming, the cache, bad input."""
+"""Exact neighbours: golden vectors, brute force over integers and float64, planted ties, streaming, the
+cache, bad input.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,12 @@ from fastunlearn.neighbors import candidates, floating, nearest, uint8
 from fastunlearn.ops import sqdist as sqdist_op
 from fastunlearn.ops._backends import build_command, extension
 
-needs_extension = pytest.mark.skipif(not extension("_C"), reason=f"the C++ extension is not built; build it with: {build_command()}")
-in_torch_and_in_cpp = pytest.mark.parametrize("arithmetic", ["eager", pytest.param("kernels", marks=needs_extension)])
+needs_extension = pytest.mark.skipif(
+    not extension("_C"), reason=f"the C++ extension is not built; build it with: {build_command()}"
+)
+in_torch_and_in_cpp = pytest.mark.parametrize(
+    "arithmetic", ["eager", pytest.param("kernels", marks=needs_extension)]
+)
 
 
 def using(arithmetic: str):
@@ -30,18 +36,28 @@ def using(arithmetic: str):
 
 
 def brute_force(forget: Tensor, retain: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Literal definition: int64 for uint8 rows, float64 otherwise; a stable sort puts equal distances by the lower index."""
+    """Literal definition: int64 for uint8 rows, float64 otherwise; a stable sort puts equal distances by the
+    lower index.
+    """
     dtype = np.int64 if forget.dtype == torch.uint8 else np.float64
-    queries, rows = (x.flatten(1).to(torch.int64 if dtype is np.int64 else torch.float64).numpy() for x in (forget, retain))
+    queries, rows = (
+        x.flatten(1).to(torch.int64 if dtype is np.int64 else torch.float64).numpy() for x in (forget, retain)
+    )
     distances = np.stack([np.square(query - rows).sum(1) for query in queries])
     index = np.argsort(distances, axis=1, kind="stable")[:, :k]
     return torch.from_numpy(index), torch.from_numpy(np.take_along_axis(distances, index, 1))
 
 
 def nearest_neighbors(forget, retain, k, **options) -> tuple[Tensor, Tensor]:
-    """By both backends where a test leaves the choice: float rows go to faiss by default, and this package's own search must say the same."""
+    """By both backends where a test leaves the choice: float rows go to faiss by default, and this package's
+    own search must say the same.
+    """
     found = nearest.nearest_neighbors(forget, retain, k, **options)
-    if isinstance(forget, Tensor) and forget.is_floating_point() and not {"backend", "cache_dir"} & options.keys():
+    if (
+        isinstance(forget, Tensor)
+        and forget.is_floating_point()
+        and not {"backend", "cache_dir"} & options.keys()
+    ):
         assert_same(nearest.nearest_neighbors(forget, retain, k, backend="exact", **options), found)
     return found
 
@@ -56,7 +72,8 @@ def random_rows(seed: int, *shape: int, high: int = 256) -> Tensor:
     return torch.randint(high, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 
-# --- golden ----------------------------------------------------------------------------------------------------------------------
+# --- golden
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("k", [1, 10, 100])
@@ -65,7 +82,8 @@ def random_rows(seed: int, *shape: int, high: int = 256) -> Tensor:
 def test_golden(golden: Path, case: str, kind: str, k: int):
     digits = torch.from_numpy(np.load(golden / "knn" / "digits_uint8.npz")["data"])
     data = np.load(golden / "knn" / f"{case}.npz")
-    scale = 1 / 64 if json.loads(str(data["meta"]))["data_shape"] == [1797, 1, 8, 8] else 1.0  # that case measures digits / 8 - 1
+    # that case measures digits / 8 - 1
+    scale = 1 / 64 if json.loads(str(data["meta"]))["data_shape"] == [1797, 1, 8, 8] else 1.0
     if kind == "float32":
         digits = digits.float() / 8 - 1 if scale != 1 else digits.float()
     forget, retain = digits[data["in.deletion_rows"]], digits[data["in.remain_rows"]]
@@ -81,28 +99,48 @@ def test_golden(golden: Path, case: str, kind: str, k: int):
     assert_same((index, sqdist), brute_force(forget, retain, k))
 
 
-# --- uint8 -----------------------------------------------------------------------------------------------------------------------
+# --- uint8
+# -----------------------------------------------------------------------------------------------------------------------
 
 
 @in_torch_and_in_cpp
 @settings(max_examples=60, deadline=None)
 @given(
-    seed=st.integers(0, 2**32 - 1), num_forget=st.integers(1, 9), num_retain=st.integers(1, 700), columns=st.integers(1, 40), high=st.sampled_from([2, 3, 256]),
-    k=st.integers(1, 30), copies=st.integers(0, 40), chunk_bytes=st.sampled_from([1, 20_000, 2**28]),
+    seed=st.integers(0, 2**32 - 1),
+    num_forget=st.integers(1, 9),
+    num_retain=st.integers(1, 700),
+    columns=st.integers(1, 40),
+    high=st.sampled_from([2, 3, 256]),
+    k=st.integers(1, 30),
+    copies=st.integers(0, 40),
+    chunk_bytes=st.sampled_from([1, 20_000, 2**28]),
 )
-def test_uint8_equals_brute_force_with_planted_ties(arithmetic, seed, num_forget, num_retain, columns, high, k, copies, chunk_bytes):
+def test_uint8_equals_brute_force_with_planted_ties(
+    arithmetic, seed, num_forget, num_retain, columns, high, k, copies, chunk_bytes
+):
     forget, retain = rows_with_ties(seed, num_forget, num_retain, columns, high, copies)
     k = min(k, num_retain)
     with using(arithmetic):
-        assert_same(nearest_neighbors(forget, retain, k, chunk_bytes=chunk_bytes), brute_force(forget, retain, k))
+        assert_same(
+            nearest_neighbors(forget, retain, k, chunk_bytes=chunk_bytes), brute_force(forget, retain, k)
+        )
 
 
-def rows_with_ties(seed: int, num_forget: int, num_retain: int, columns: int, high: int, copies: int) -> tuple[Tensor, Tensor]:
+def rows_with_ties(
+    seed: int, num_forget: int, num_retain: int, columns: int, high: int, copies: int
+) -> tuple[Tensor, Tensor]:
     """Equal retain rows far apart, and some equal to a forget row."""
     generator = np.random.default_rng(seed)
-    forget, retain = random_rows(seed, num_forget, columns, high=high), random_rows(seed + 1, num_retain, columns, high=high)
+    forget, retain = (
+        random_rows(seed, num_forget, columns, high=high),
+        random_rows(seed + 1, num_retain, columns, high=high),
+    )
     for _ in range(copies):
-        source = retain[generator.integers(num_retain)] if generator.random() < 0.7 else forget[generator.integers(num_forget)]
+        source = (
+            retain[generator.integers(num_retain)]
+            if generator.random() < 0.7
+            else forget[generator.integers(num_forget)]
+        )
         retain[generator.integers(num_retain)] = source
     return forget, retain
 
@@ -110,7 +148,13 @@ def rows_with_ties(seed: int, num_forget: int, num_retain: int, columns: int, hi
 @in_torch_and_in_cpp
 @pytest.mark.parametrize("columns", [33_025, 33_026, 65_536, 65_537, 131_073, 200_000])
 def test_long_rows_do_not_overflow(columns: int, arithmetic: str):
-    forget = torch.stack([torch.zeros(columns, dtype=torch.uint8), torch.full((columns,), 255, dtype=torch.uint8), random_rows(0, columns)])
+    forget = torch.stack(
+        [
+            torch.zeros(columns, dtype=torch.uint8),
+            torch.full((columns,), 255, dtype=torch.uint8),
+            random_rows(0, columns),
+        ]
+    )
     retain = torch.cat([random_rows(1, 3, columns), forget[[1, 0, 2, 1]]])
     with using(arithmetic):
         assert_same(nearest_neighbors(forget, retain, 7), brute_force(forget, retain, 7))
@@ -130,7 +174,10 @@ def test_int8_product_check_is_sound():
     left, right = random_rows(4, 70, 3000).view(torch.int8), random_rows(5, 300, 3000).view(torch.int8)
     exact = left.double() @ right.double().T
     assert torch.equal(sqdist_op.products(left, right).double(), exact)
-    assert torch.equal(sqdist_op.products(left[:, 7:8], right[:, 7:8]).double(), left[:, 7:8].double() @ right[:, 7:8].double().T)
+    assert torch.equal(
+        sqdist_op.products(left[:, 7:8], right[:, 7:8]).double(),
+        left[:, 7:8].double() @ right[:, 7:8].double().T,
+    )
 
 
 @in_torch_and_in_cpp
@@ -160,16 +207,24 @@ def test_threads_share_the_work_and_the_setting_stays(arithmetic: str):
     assert_same(found, brute_force(forget, retain, 6))
 
 
-# --- float -----------------------------------------------------------------------------------------------------------------------
+# --- float
+# -----------------------------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    seed=st.integers(0, 2**32 - 1), num_forget=st.integers(1, 5), num_retain=st.integers(1, 400), columns=st.sampled_from([1, 7, 64, 1500]),
-    k=st.integers(1, 20), spread=st.sampled_from([1.0, 1e-3, 1e-6, 0.0]), dtype=st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16]),
+    seed=st.integers(0, 2**32 - 1),
+    num_forget=st.integers(1, 5),
+    num_retain=st.integers(1, 400),
+    columns=st.sampled_from([1, 7, 64, 1500]),
+    k=st.integers(1, 20),
+    spread=st.sampled_from([1.0, 1e-3, 1e-6, 0.0]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16]),
     chunk_bytes=st.sampled_from([1, 100_000, 2**28]),
 )
-def test_float_equals_brute_force_with_near_ties(seed, num_forget, num_retain, columns, k, spread, dtype, chunk_bytes):
+def test_float_equals_brute_force_with_near_ties(
+    seed, num_forget, num_retain, columns, k, spread, dtype, chunk_bytes
+):
     """`spread` 1e-6 gives distances that float32 cannot tell apart; 0 makes all retain rows equal."""
     generator = torch.Generator().manual_seed(seed)
     centre = torch.randn(columns, generator=generator)
@@ -182,9 +237,16 @@ def test_float_equals_brute_force_with_near_ties(seed, num_forget, num_retain, c
 def test_unproven_rows_are_searched_again(monkeypatch):
     searched = []
     within = floating._search_within
-    monkeypatch.setattr(floating, "_search_within", lambda forget, *args: searched.append(len(forget)) or within(forget, *args))
+    monkeypatch.setattr(
+        floating,
+        "_search_within",
+        lambda forget, *args: searched.append(len(forget)) or within(forget, *args),
+    )
     generator = torch.Generator().manual_seed(0)
-    spread_out, crowded = torch.randn(300, 500, generator=generator), 3 + 1e-7 * torch.randn(300, 500, generator=generator)
+    spread_out, crowded = (
+        torch.randn(300, 500, generator=generator),
+        3 + 1e-7 * torch.randn(300, 500, generator=generator),
+    )
     near_nothing_else, near_the_crowd = spread_out[:1] + 0.01, torch.full((1, 500), 3.5)
     retain = torch.cat([spread_out, crowded])
     forget = torch.cat([near_nothing_else, near_the_crowd])
@@ -207,7 +269,8 @@ def test_bound_holds_where_reduced_precision_products_are_allowed():
     assert_same(found, brute_force(forget, retain, 8))
 
 
-# --- faiss -----------------------------------------------------------------------------------------------------------------------
+# --- faiss
+# -----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -232,21 +295,40 @@ def assert_faiss_equals_exact(forget: Tensor, retain: Tensor, k: int, chunk_byte
 
 @settings(max_examples=60, deadline=None)
 @given(
-    seed=st.integers(0, 2**32 - 1), num_forget=st.integers(1, 30), num_retain=st.integers(1, 400), columns=st.sampled_from([1, 3, 40, 300]),
-    high=st.sampled_from([2, 3, 256]), k=st.integers(1, 60), copies=st.integers(0, 40), chunk_bytes=st.sampled_from([1, 20_000, 2**28]),
+    seed=st.integers(0, 2**32 - 1),
+    num_forget=st.integers(1, 30),
+    num_retain=st.integers(1, 400),
+    columns=st.sampled_from([1, 3, 40, 300]),
+    high=st.sampled_from([2, 3, 256]),
+    k=st.integers(1, 60),
+    copies=st.integers(0, 40),
+    chunk_bytes=st.sampled_from([1, 20_000, 2**28]),
 )
-def test_faiss_equals_exact_with_planted_ties(seed, num_forget, num_retain, columns, high, k, copies, chunk_bytes):
+def test_faiss_equals_exact_with_planted_ties(
+    seed, num_forget, num_retain, columns, high, k, copies, chunk_bytes
+):
     pytest.importorskip("faiss")
-    assert_faiss_equals_exact(*rows_with_ties(seed, num_forget, num_retain, columns, high, copies), min(k, num_retain), chunk_bytes)
+    assert_faiss_equals_exact(
+        *rows_with_ties(seed, num_forget, num_retain, columns, high, copies), min(k, num_retain), chunk_bytes
+    )
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    seed=st.integers(0, 2**32 - 1), num_forget=st.integers(1, 30), num_retain=st.integers(1, 400), columns=st.sampled_from([1, 7, 64, 1500]),
-    k=st.integers(1, 40), spread=st.sampled_from([1.0, 1e-3, 1e-6, 0.0]), offset=st.sampled_from([0.0, 1.0, 1e4]), duplicates=st.integers(0, 60),
-    dtype=st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16]), chunk_bytes=st.sampled_from([1, 100_000, 2**28]),
+    seed=st.integers(0, 2**32 - 1),
+    num_forget=st.integers(1, 30),
+    num_retain=st.integers(1, 400),
+    columns=st.sampled_from([1, 7, 64, 1500]),
+    k=st.integers(1, 40),
+    spread=st.sampled_from([1.0, 1e-3, 1e-6, 0.0]),
+    offset=st.sampled_from([0.0, 1.0, 1e4]),
+    duplicates=st.integers(0, 60),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16]),
+    chunk_bytes=st.sampled_from([1, 100_000, 2**28]),
 )
-def test_faiss_equals_exact_on_float_rows(seed, num_forget, num_retain, columns, k, spread, offset, duplicates, dtype, chunk_bytes):
+def test_faiss_equals_exact_on_float_rows(
+    seed, num_forget, num_retain, columns, k, spread, offset, duplicates, dtype, chunk_bytes
+):
     """Distances that float32 cannot tell apart, equal rows, and offsets beside which the differences vanish."""
     pytest.importorskip("faiss")
     generator = torch.Generator().manual_seed(seed)
@@ -261,7 +343,8 @@ def test_faiss_equals_exact_on_float_rows(seed, num_forget, num_retain, columns,
 @pytest.mark.parametrize("kind", ["uint8", "float32"])
 def test_candidates_of_faiss_are_proven_or_searched_again(searched_again, kind: str):
     generator = torch.Generator().manual_seed(0)
-    # Beside `lonely` 300 rows at different distances; at `crowded` the k-th neighbour and 100 more are equally far.
+    # Beside `lonely` 300 rows at different distances; at `crowded` the k-th neighbour and 100 more are
+    # equally far.
     lonely, crowded = torch.full((1, 500), 100.0), torch.full((1, 500), 200.0)
     apart = 100 + torch.linspace(1, 60, 300)[:, None] * torch.randn(300, 500, generator=generator).sign()
     equal = 200 + 3 * torch.randn(100, 500, generator=generator).sign()
@@ -271,7 +354,9 @@ def test_candidates_of_faiss_are_proven_or_searched_again(searched_again, kind: 
     assert_faiss_equals_exact(forget, retain, 5)
     assert searched_again == [1]
     searched_again.clear()
-    assert_faiss_equals_exact(forget + (1 if kind == "uint8" else 2.0**20), retain + (1 if kind == "uint8" else 2.0**20), 5)
+    assert_faiss_equals_exact(
+        forget + (1 if kind == "uint8" else 2.0**20), retain + (1 if kind == "uint8" else 2.0**20), 5
+    )
     assert searched_again == [1]
 
 
@@ -280,7 +365,9 @@ def test_candidates_that_are_all_rows_need_no_proof(searched_again):
     assert searched_again == []
 
 
-@pytest.mark.parametrize("wrong", [lambda values: values * 1.01, lambda values: values + float("nan"), lambda values: values - 100])
+@pytest.mark.parametrize(
+    "wrong", [lambda values: values * 1.01, lambda values: values + float("nan"), lambda values: values - 100]
+)
 def test_faiss_that_computes_otherwise_than_assumed_is_not_believed(monkeypatch, searched_again, wrong):
     faiss = pytest.importorskip("faiss")
     knn = faiss.knn
@@ -315,7 +402,10 @@ def test_faiss_leaves_its_own_number_of_threads_alone():
 
 def test_missing_faiss_is_said_with_the_command_that_installs_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(ImportError, match="backend='faiss': expected faiss to be installed; install it with: pip install faiss-cpu"):
+    with pytest.raises(
+        ImportError,
+        match="backend='faiss': expected faiss to be installed; install it with: pip install faiss-cpu",
+    ):
         nearest_neighbors(random_rows(0, 3, 4), random_rows(1, 20, 4), 5, backend="faiss")
     nearest_neighbors(random_rows(0, 3, 4), random_rows(1, 20, 4), 5)
 
@@ -323,17 +413,25 @@ def test_missing_faiss_is_said_with_the_command_that_installs_it(monkeypatch):
 def test_backends_share_the_cache(cached):
     forget, retain, folder, searches = cached
     for backend in ("exact", "faiss", "auto"):
-        assert_same(nearest_neighbors(forget, retain, 3, backend=backend, cache_dir=folder), brute_force(forget, retain, 3))
+        assert_same(
+            nearest_neighbors(forget, retain, 3, backend=backend, cache_dir=folder),
+            brute_force(forget, retain, 3),
+        )
     assert not searches
 
 
-# --- duplicates, stores, streaming -----------------------------------------------------------------------------------------------
+# --- duplicates, stores, streaming
+# -----------------------------------------------------------------------------------------------
 
 
 def test_equal_forget_rows_are_searched_once(monkeypatch):
     searched = []
     search = nearest.search_uint8
-    monkeypatch.setattr(nearest, "search_uint8", lambda forget, *args, **kwargs: searched.append(len(forget)) or search(forget, *args, **kwargs))
+    monkeypatch.setattr(
+        nearest,
+        "search_uint8",
+        lambda forget, *args, **kwargs: searched.append(len(forget)) or search(forget, *args, **kwargs),
+    )
     forget, retain = random_rows(8, 3, 20)[[0, 1, 0, 0, 2, 1]], random_rows(9, 50, 20)
     assert_same(nearest_neighbors(forget, retain, 4), brute_force(forget, retain, 4))
     assert searched == [3]
@@ -344,7 +442,9 @@ def test_stores_give_what_tensors_give(latents: bool):
     forget, retain = random_rows(10, 4, 3, 5, 6), random_rows(11, 60, 3, 5, 6)
     if latents:
         forget, retain = forget / 20, retain / 20
-    found = nearest_neighbors(ImageStore(forget, latents=latents), ImageStore(retain, latents=latents), 5, show_progress=True)
+    found = nearest_neighbors(
+        ImageStore(forget, latents=latents), ImageStore(retain, latents=latents), 5, show_progress=True
+    )
     assert_same(found, brute_force(forget, retain, 5))
 
 
@@ -357,7 +457,10 @@ def test_rows_that_are_no_dense_array_are_measured_as_they_are(arithmetic: str):
     with using(arithmetic):
         for forget, retain in (images, apart, across, repeated):
             for chunk_bytes in (1, 2**28):
-                assert_same(nearest_neighbors(forget, retain, 5, chunk_bytes=chunk_bytes), brute_force(forget, retain, 5))
+                assert_same(
+                    nearest_neighbors(forget, retain, 5, chunk_bytes=chunk_bytes),
+                    brute_force(forget, retain, 5),
+                )
 
 
 @needs_extension
@@ -378,7 +481,13 @@ def test_rows_are_read_where_they_lie(monkeypatch):
 
     addresses = []
     kernel = uint8.nearest_kernel(torch.device("cpu"))
-    monkeypatch.setattr(uint8, "nearest_kernel", lambda device: lambda queries, rows, *rest: addresses.append(rows.data_ptr()) or kernel(queries, rows, *rest))
+    monkeypatch.setattr(
+        uint8,
+        "nearest_kernel",
+        lambda device: (
+            lambda queries, rows, *rest: addresses.append(rows.data_ptr()) or kernel(queries, rows, *rest)
+        ),
+    )
     forget, retain, wide = random_rows(12, 4, 1, 5, 6), random_rows(13, 60, 1, 5, 6), random_rows(14, 60, 40)
     foreign = ImageStore(Foreign(retain.numpy()))
     for few, many in ((forget, retain), (ImageStore(forget), foreign), (forget.flatten(1), wide[:, 7:37])):
@@ -419,14 +528,17 @@ def test_memory_mapped_set_larger_than_the_memory_allowed(tmp_path: Path):
     retain[25_000] = 203
     retain.flush()
     script = STREAM.format(rows=rows, allowed=100 * 2**20)
-    result = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=False, timeout=300)
+    result = subprocess.run(
+        [sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=False, timeout=300
+    )
     assert result.returncode == 0, result.stderr
     expected_index = [[33_999, 17, 20_000], [25_000, 17, 20_000]]
     expected = [[0, columns, columns], [9 * columns, 190**2 * columns, 190**2 * columns]]
     assert result.stdout.strip() == f"{expected_index} {expected}"
 
 
-# --- cache -----------------------------------------------------------------------------------------------------------------------
+# --- cache
+# -----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -447,7 +559,9 @@ def test_cache_is_used_private_and_keyed_by_content(cached):
     (file,) = folder.iterdir()
     assert file.stat().st_mode & 0o777 == 0o600
     assert folder.stat().st_mode & 0o777 == 0o700
-    assert_same(nearest_neighbors(forget.clone(), retain.clone(), 3, cache_dir=folder), brute_force(forget, retain, 3))
+    assert_same(
+        nearest_neighbors(forget.clone(), retain.clone(), 3, cache_dir=folder), brute_force(forget, retain, 3)
+    )
     assert not searches
     other = retain.clone()
     other[39, 0, 0, 0] ^= 1
@@ -487,9 +601,14 @@ def test_damaged_cache_is_reported_and_replaced(cached, damage: str):
 def test_values_whose_squares_are_zero_are_refused():
     rows = torch.rand(9, 1, 2, 2, dtype=torch.float64) + 0.5
     for tiny in (1e-170, 1e-145):
-        with pytest.raises(ValueError, match="forget, retain: expected values of at least 1e-140, got at most"):
+        with pytest.raises(
+            ValueError, match="forget, retain: expected values of at least 1e-140, got at most"
+        ):
             nearest_neighbors(rows[:2] * tiny, rows[2:] * tiny, 3)
-    assert_same(nearest_neighbors(rows[:2] * 1e-100, rows[2:] * 1e-100, 3), brute_force(rows[:2] * 1e-100, rows[2:] * 1e-100, 3))
+    assert_same(
+        nearest_neighbors(rows[:2] * 1e-100, rows[2:] * 1e-100, 3),
+        brute_force(rows[:2] * 1e-100, rows[2:] * 1e-100, 3),
+    )
     zeros = nearest_neighbors(torch.zeros(1, 1, 2, 2), torch.zeros(4, 1, 2, 2), 2)
     assert zeros[0].tolist() == [[0, 1]]
 
@@ -507,7 +626,8 @@ def test_failed_cache_write_leaves_nothing(cached, monkeypatch):
     assert sorted(folder.iterdir()) == before
 
 
-# --- bad input -------------------------------------------------------------------------------------------------------------------
+# --- bad input
+# -------------------------------------------------------------------------------------------------------------------
 
 ROWS = random_rows(16, 6, 4)
 
@@ -518,15 +638,33 @@ ROWS = random_rows(16, 6, 4)
         (ROWS, ROWS, 0, ValueError, r"k: expected an integer in \[1, 6\] \(the rows of retain\), got 0"),
         (ROWS, ROWS, 7, ValueError, r"k: expected an integer in \[1, 6\] \(the rows of retain\), got 7"),
         (ROWS, ROWS, 2.0, TypeError, "k: expected an integer, got 2.0"),
-        (ROWS, ROWS[:, :3], 1, ValueError, r"retain: expected rows of shape \(4,\) \(those of forget\), got \(3,\)"),
+        (
+            ROWS,
+            ROWS[:, :3],
+            1,
+            ValueError,
+            r"retain: expected rows of shape \(4,\) \(those of forget\), got \(3,\)",
+        ),
         (ROWS, ROWS.float(), 1, TypeError, "retain: expected rows of the kind of forget"),
         (ROWS, ROWS.int(), 1, TypeError, "retain: expected uint8 or floating-point rows, got int32"),
         (ROWS[:0], ROWS, 1, ValueError, "forget: expected at least one row"),
         (ROWS, ROWS[:0], 1, ValueError, "retain: expected at least one row"),
         (ROWS[0], ROWS, 1, ValueError, "forget: expected at least one row"),
         (ROWS.tolist(), ROWS, 1, TypeError, "forget: expected an ImageStore or a tensor"),
-        (ROWS.float(), ROWS / torch.tensor([1.0, 1.0, 1.0, 0.0]), 1, ValueError, "retain: expected finite values"),
-        (ROWS.float(), ROWS.float() * 1e20, 1, ValueError, "retain: expected rows with a squared norm below 1e36"),
+        (
+            ROWS.float(),
+            ROWS / torch.tensor([1.0, 1.0, 1.0, 0.0]),
+            1,
+            ValueError,
+            "retain: expected finite values",
+        ),
+        (
+            ROWS.float(),
+            ROWS.float() * 1e20,
+            1,
+            ValueError,
+            "retain: expected rows with a squared norm below 1e36",
+        ),
     ],
 )
 def test_bad_input(forget, retain, k, error, text):

@@ -1,4 +1,6 @@
-"""No step waits for the device: on a CPU by looking at every op, on the meta device because it has no values to wait for, on a GPU by asking CUDA."""
+"""No step waits for the device: on a CPU by looking at every op, on the meta device because it has no values
+to wait for, on a GPU by asking CUDA.
+"""
 
 import copy
 
@@ -25,7 +27,16 @@ from fastunlearn.testing.factories import Average, TinyDenoiser, linear_schedule
 from fastunlearn.testing.host_sync import HostSync, no_host_sync
 
 SCHEDULE = linear_schedule()
-METHODS = [ReTrack(k=2), ReTrack(k=1, lambd=1.0), SISS(), SISS(variant="no_is"), SISS(variant="bernoulli"), EraseDiff(), NegGrad(), Vanilla()]
+METHODS = [
+    ReTrack(k=2),
+    ReTrack(k=1, lambd=1.0),
+    SISS(),
+    SISS(variant="no_is"),
+    SISS(variant="bernoulli"),
+    EraseDiff(),
+    NegGrad(),
+    Vanilla(),
+]
 OPTIONS = {
     "plain": {},
     "micro-batches": {"micro_batch_size": 4},
@@ -35,10 +46,14 @@ OPTIONS = {
     "loss scale": {"grad_scaler": torch.amp.GradScaler("cpu", init_scale=2.0**8)},
 }
 STEPS = {
-    "retrack": lambda *args, images, **options: retrack_step(*args, images[0], images[1].unsqueeze(1).repeat(1, 2, 1, 1, 1), images[2], **options),
+    "retrack": lambda *args, images, **options: retrack_step(
+        *args, images[0], images[1].unsqueeze(1).repeat(1, 2, 1, 1, 1), images[2], **options
+    ),
     "siss": lambda *args, images, **options: siss_step(*args, *images[:2], **options),
     "siss no_is": lambda *args, images, **options: siss_step(*args, *images[:2], variant="no_is", **options),
-    "siss bernoulli": lambda *args, images, **options: siss_step(*args, *images[:2], variant="bernoulli", **options),
+    "siss bernoulli": lambda *args, images, **options: siss_step(
+        *args, *images[:2], variant="bernoulli", **options
+    ),
     "erasediff": lambda *args, images, **options: erasediff_step(*args, *images[:2], **options),
     "neggrad": lambda *args, images, **options: neggrad_step(*args, images[0], **options),
     "vanilla": lambda *args, images, **options: vanilla_step(*args, images[0], **options),
@@ -46,7 +61,9 @@ STEPS = {
 
 
 class DeviceSGD(torch.optim.Optimizer):
-    """Gradient descent that takes found_inf as fused AdamW does, on any device: torch's fused optimizers refuse the meta device."""
+    """Gradient descent that takes found_inf as fused AdamW does, on any device: torch's fused optimizers
+    refuse the meta device.
+    """
 
     _step_supports_amp_scaling = True
 
@@ -57,27 +74,49 @@ class DeviceSGD(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for parameter in group["params"]:
-                factor = group["lr"] * (1 - self.found_inf) / (1 if self.grad_scale is None else self.grad_scale)
+                factor = (
+                    group["lr"] * (1 - self.found_inf) / (1 if self.grad_scale is None else self.grad_scale)
+                )
                 parameter -= factor * parameter.grad
 
 
 def stores():
-    images = torch.randint(0, 256, (24, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    images = torch.randint(
+        0, 256, (24, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
     return ImageStore(images[:4]), ImageStore(images[4:])
 
 
 def unlearner(method, device="cpu", **options):
     forget, retain = stores()
     model = TinyDenoiser().to(device)
-    optimizer = DeviceSGD(model.parameters()) if device == "meta" else torch.optim.AdamW(model.parameters(), fused=True)
+    optimizer = (
+        DeviceSGD(model.parameters())
+        if device == "meta"
+        else torch.optim.AdamW(model.parameters(), fused=True)
+    )
     if device == "meta" and isinstance(method, ReTrack):  # a search among meta rows would find nothing
-        options["neighbors"] = torch.zeros(4, method.k, dtype=torch.int64), torch.ones(4, method.k, dtype=torch.int64)
-    return Unlearner(model, optimizer, SCHEDULE, method, forget=forget, retain=retain, **{"batch_size": 6, "compile": False, **copy.deepcopy(options)})
+        options["neighbors"] = (
+            torch.zeros(4, method.k, dtype=torch.int64),
+            torch.ones(4, method.k, dtype=torch.int64),
+        )
+    return Unlearner(
+        model,
+        optimizer,
+        SCHEDULE,
+        method,
+        forget=forget,
+        retain=retain,
+        **{"batch_size": 6, "compile": False, **copy.deepcopy(options)},
+    )
 
 
 @pytest.fixture
 def as_on_an_accelerator(monkeypatch):
-    """Steps on a CPU read weights, to leave out rows that count nothing; no other device does. What `check_usable` reads lies on the host anyway."""
+    """Steps on a CPU read weights, to leave out rows that count nothing; no other device does.
+
+    What `check_usable` reads lies on the host anyway.
+    """
     monkeypatch.setattr(Pass, "by_role", lambda self: [self])
     monkeypatch.setattr(NoiseSchedule, "check_usable", lambda self: None)
 
@@ -124,7 +163,9 @@ def test_functional_steps(monkeypatch, step, options, backend):
 @pytest.mark.parametrize("micro_batch_size", [None, 4])
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_on_a_device_without_values(method, micro_batch_size):
-    """Everything but the optimizer and autocast takes the branches of an accelerator here: nothing is patched, and no value could be read."""
+    """Everything but the optimizer and autocast takes the branches of an accelerator here: nothing is
+    patched, and no value could be read.
+    """
     run = unlearner(method, "meta", micro_batch_size=micro_batch_size)
     run.step()
     with no_host_sync("meta"):
@@ -142,7 +183,8 @@ def test_functional_steps_on_a_device_without_values(step):
         assert step(model, optimizer, SCHEDULE, images=images, compile=False).loss.device.type == "meta"
 
 
-# --- that the check can fail -----------------------------------------------------------------------------------------------------
+# --- that the check can fail
+# -----------------------------------------------------------------------------------------------------
 
 
 class ReadsGradient(torch.autograd.Function):
@@ -189,7 +231,14 @@ READS = {
 @pytest.mark.parametrize("read", READS.values(), ids=READS)
 def test_a_step_that_waits_is_found(read):
     model = Reader(read)
-    run = Unlearner(model, torch.optim.AdamW(model.parameters(), fused=True), SCHEDULE, Vanilla(), retain=stores()[1], batch_size=4)
+    run = Unlearner(
+        model,
+        torch.optim.AdamW(model.parameters(), fused=True),
+        SCHEDULE,
+        Vanilla(),
+        retain=stores()[1],
+        batch_size=4,
+    )
     run.step()
     with pytest.raises(HostSync), no_host_sync():
         run.step()
@@ -197,7 +246,8 @@ def test_a_step_that_waits_is_found(read):
 
 def test_an_optimizer_that_waits_is_found():
     run = unlearner(Vanilla())
-    run.optimizer = torch.optim.AdamW(run.model.parameters())  # neither fused nor capturable: reads its step count, and the step reads `finite`
+    # neither fused nor capturable: reads its step count, and the step reads `finite`
+    run.optimizer = torch.optim.AdamW(run.model.parameters())
     run.step()
     with pytest.raises(HostSync), no_host_sync():
         run.step()
@@ -215,7 +265,11 @@ def test_own_ops_are_looked_into(monkeypatch):
     from fastunlearn.ops import _library
 
     monkeypatch.setenv("FASTUNLEARN_BACKEND", "eager")
-    monkeypatch.setattr(_library, "_one_or_all", lambda outputs: (outputs[0].sum().item(), outputs if len(outputs) > 1 else outputs[0])[1])
+    monkeypatch.setattr(
+        _library,
+        "_one_or_all",
+        lambda outputs: (outputs[0].sum().item(), outputs if len(outputs) > 1 else outputs[0])[1],
+    )
     run = unlearner(Vanilla())
     run.step()
     with pytest.raises(HostSync), no_host_sync():
@@ -241,7 +295,8 @@ def test_last_lr_is_read_when_it_is_asked_for():
     assert (run.last_lr, run.optimizer.param_groups[0]["lr"]) == (0.25, 0.125)
 
 
-# --- on a GPU --------------------------------------------------------------------------------------------------------------------
+# --- on a GPU
+# --------------------------------------------------------------------------------------------------------------------
 
 ON_GPU = [(method, "plain") for method in reversed(METHODS)]  # the cheapest first: it is rehearsed on CPUs
 ON_GPU += [

@@ -1,4 +1,6 @@
-"""How a step arranges its network calls: which rows need which backward pass, and where the two gradients lie."""
+"""How a step arranges its network calls: which rows need which backward pass, and where the two gradients
+lie.
+"""
 
 from dataclasses import replace
 
@@ -16,16 +18,25 @@ SHAPE = (6, 1, 8, 8)
 
 def a_pass(forget_weight, retain_weight, **kwargs):
     rows = torch.arange(len(forget_weight)).float().view(-1, 1, 1, 1).expand(-1, 1, 8, 8)
-    terms = Term("forget", rows + 0.25, torch.tensor(forget_weight)), Term("retain", rows + 0.5, torch.tensor(retain_weight))
+    terms = (
+        Term("forget", rows + 0.25, torch.tensor(forget_weight)),
+        Term("retain", rows + 0.5, torch.tensor(retain_weight)),
+    )
     return Pass(rows, torch.arange(len(rows)), terms, kwargs)
 
 
 def test_rows_are_grouped_by_the_gradients_that_need_them():
     whole = a_pass([0.0, 1.0, 2.0, 0.0, 3.0, 0.0], [1.0, 1.0, 0.0, 2.0, 0.0, 0.0], labels=torch.arange(6))
     forget, both, retain = whole.by_role()
-    for part, rows, roles in ((forget, [2, 4], {"forget"}), (both, [1], {"forget", "retain"}), (retain, [0, 3], {"retain"})):
+    for part, rows, roles in (
+        (forget, [2, 4], {"forget"}),
+        (both, [1], {"forget", "retain"}),
+        (retain, [0, 3], {"retain"}),
+    ):
         assert part.roles == roles
-        assert part.timesteps.tolist() == part.kwargs["labels"].tolist() == part.x_t[:, 0, 0, 0].tolist() == rows
+        assert (
+            part.timesteps.tolist() == part.kwargs["labels"].tolist() == part.x_t[:, 0, 0, 0].tolist() == rows
+        )
         for term in part.terms:
             offset = 0.25 if term.role == "forget" else 0.5
             assert (term.target[:, 0, 0, 0] - offset).tolist() == rows
@@ -41,7 +52,11 @@ def test_rows_that_all_need_both_stay_together():
 
 def test_other_passes_come_back_as_they_are():
     whole = a_pass([0.0, 1.0], [1.0, 0.0])
-    twice = Pass(torch.cat([whole.x_t, whole.x_t]), torch.arange(4), (whole.terms[1], Term("retain", whole.x_t, torch.ones(2), start=2)))
+    twice = Pass(
+        torch.cat([whole.x_t, whole.x_t]),
+        torch.arange(4),
+        (whole.terms[1], Term("retain", whole.x_t, torch.ones(2), start=2)),
+    )
     nothing = a_pass([0.0, 0.0], [0.0, 0.0])
     assert twice.by_role() == [twice]
     assert nothing.by_role() == [nothing]
@@ -53,7 +68,11 @@ def test_terms_of_other_rows_are_told_apart():
     forget = Term("forget", rows[:2] + 0.25, torch.ones(2), spread=torch.tensor([7.0, 8.0]), scale=0.1)
     retain = Term("retain", rows[2:] + 0.5, torch.ones(3), start=2, scale=0.9)
     parts = Pass(rows, torch.arange(5), (forget, retain), {"labels": torch.arange(5)}).by_role()
-    assert [part.timesteps.tolist() for part in parts] == [part.kwargs["labels"].tolist() for part in parts] == [[0, 1], [2, 3, 4]]
+    assert (
+        [part.timesteps.tolist() for part in parts]
+        == [part.kwargs["labels"].tolist() for part in parts]
+        == [[0, 1], [2, 3, 4]]
+    )
     for part, whole in zip(parts, (forget, retain), strict=True):
         (term,) = part.terms
         assert (term.start, term.scale, term.role) == (0, whole.scale, whole.role)
@@ -62,7 +81,9 @@ def test_terms_of_other_rows_are_told_apart():
 
 
 def far_apart(dtype=torch.float64):
-    """Pairs of images so far apart that at small timesteps only one weight of a row matters, and at large ones both do."""
+    """Pairs of images so far apart that at small timesteps only one weight of a row matters, and at large
+    ones both do.
+    """
     generator = torch.Generator().manual_seed(0)
     forget, noise = torch.rand(SHAPE, generator=generator) * 2 - 1, torch.randn(SHAPE, generator=generator)
     timesteps = torch.tensor([50, 50, 900, 900, 50, 900])
@@ -102,7 +123,9 @@ def test_the_grouping_changes_nothing_else(variant, monkeypatch):
     for index, model in enumerate(models):
         if index == 1:
             monkeypatch.setattr(Pass, "by_role", lambda self: [self])
-        reports.append(siss_step(model, None, linear_schedule(), forget, retain, variant=variant, draws=draws))
+        reports.append(
+            siss_step(model, None, linear_schedule(), forget, retain, variant=variant, draws=draws)
+        )
     grouped, plain = ([parameter.grad for parameter in model.parameters()] for model in models)
     assert relative_l2(grouped, plain) <= 1e-11
     for name, value in reports[0]._asdict().items():
@@ -111,15 +134,32 @@ def test_the_grouping_changes_nothing_else(variant, monkeypatch):
 
 @pytest.mark.parametrize(
     ("variant", "micro_batch_size", "swaps"),
-    [("mixture", None, False), ("bernoulli", 2, False), ("no_is", None, False), ("no_is", 2, False), ("mixture", 1, True)],
+    [
+        ("mixture", None, False),
+        ("bernoulli", 2, False),
+        ("no_is", None, False),
+        ("no_is", 2, False),
+        ("mixture", 1, True),
+    ],
 )
-def test_siss_needs_no_second_buffer_unless_several_passes_carry_both_gradients(variant, micro_batch_size, swaps, monkeypatch):
+def test_siss_needs_no_second_buffer_unless_several_passes_carry_both_gradients(
+    variant, micro_batch_size, swaps, monkeypatch
+):
     forget, retain, draws = far_apart()
     if variant == "no_is":
         draws = Draws()
     swapped, swap = [], accumulate.Accumulator._swap
     monkeypatch.setattr(accumulate.Accumulator, "_swap", lambda self: swapped.append(1) or swap(self))
-    siss_step(TinyDenoiser().double(), None, linear_schedule(), forget, retain, variant=variant, draws=draws, micro_batch_size=micro_batch_size)
+    siss_step(
+        TinyDenoiser().double(),
+        None,
+        linear_schedule(),
+        forget,
+        retain,
+        variant=variant,
+        draws=draws,
+        micro_batch_size=micro_batch_size,
+    )
     assert bool(swapped) == swaps
 
 
@@ -133,11 +173,17 @@ def test_weights_that_count_for_nothing_are_zero():
 
 
 def test_a_forget_gradient_of_tiny_weights_alone_is_kept():
-    """All rows come from the retain set at small timesteps: every forget weight is tiny, and the rescaling makes a gradient of norm 5 of them all the same."""
+    """All rows come from the retain set at small timesteps: every forget weight is tiny, and the rescaling
+    makes a gradient of norm 5 of them all the same.
+    """
     forget, retain, draws = far_apart()
     early = torch.full((6,), 200)
-    draws = replace(draws, forget_timesteps=early, retain_timesteps=early, from_forget=torch.zeros(6, dtype=torch.bool))
+    draws = replace(
+        draws, forget_timesteps=early, retain_timesteps=early, from_forget=torch.zeros(6, dtype=torch.bool)
+    )
     model = TinyDenoiser().double()
     output = siss_step(model, None, linear_schedule(), forget, retain, draws=draws)
     assert 0 < output.correction_norm < 1e-12
-    torch.testing.assert_close(output.correction_norm * output.scaling_factor, torch.tensor(5.0, dtype=torch.float64))
+    torch.testing.assert_close(
+        output.correction_norm * output.scaling_factor, torch.tensor(5.0, dtype=torch.float64)
+    )

@@ -19,7 +19,8 @@ OPERATIONS = {
 }
 
 
-# --- autocast and memory format --------------------------------------------------------------------------------------------------
+# --- autocast and memory format
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("requested", [torch.bfloat16, torch.float16, None])
@@ -28,7 +29,10 @@ def test_what_is_asked_for_is_given(requested, device):
     assert resolve_autocast(requested, device) is requested
 
 
-@pytest.mark.parametrize(("device", "native", "expected"), [("cpu", True, None), ("cuda", True, torch.bfloat16), ("cuda:1", False, None)])
+@pytest.mark.parametrize(
+    ("device", "native", "expected"),
+    [("cpu", True, None), ("cuda", True, torch.bfloat16), ("cuda:1", False, None)],
+)
 def test_auto_is_bfloat16_where_a_gpu_computes_in_it(monkeypatch, device, native, expected):
     asked = []
 
@@ -62,10 +66,18 @@ def test_auto_memory_format():
 
 
 WRONG = [
-    (lambda: resolve_autocast(torch.float32, "cpu"), ValueError, r"autocast_dtype: expected torch.bfloat16, .*, got torch.float32"),
+    (
+        lambda: resolve_autocast(torch.float32, "cpu"),
+        ValueError,
+        r"autocast_dtype: expected torch.bfloat16, .*, got torch.float32",
+    ),
     (lambda: resolve_autocast("bf16", "cpu"), ValueError, r"autocast_dtype: expected .*, got 'bf16'"),
     (lambda: resolve_autocast(True, "cpu"), TypeError, r"autocast_dtype: expected .*, got True"),
-    (lambda: memory_format(torch.channels_last_3d, "cpu"), ValueError, r"memory_format: expected .*, got torch.channels_last_3d"),
+    (
+        lambda: memory_format(torch.channels_last_3d, "cpu"),
+        ValueError,
+        r"memory_format: expected .*, got torch.channels_last_3d",
+    ),
     (lambda: memory_format("on", "cpu"), ValueError, r"memory_format: expected .*, got 'on'"),
     (lambda: memory_format(None, "cpu"), TypeError, r"memory_format: expected .*, got None"),
     (lambda: tf32("on").__enter__(), TypeError, r"tf32: expected True, False or None, got 'on'"),
@@ -79,11 +91,15 @@ def test_wrong_input(call, error, message):
         call()
 
 
-# --- TF32 ------------------------------------------------------------------------------------------------------------------------
+# --- TF32
+# ------------------------------------------------------------------------------------------------------------------------
 
 
 def switches() -> dict[str, object]:
-    """Every switch of both generations. Reading an old one that disagrees with a new one raises: here, `RuntimeError` itself is the value."""
+    """Every switch of both generations.
+
+    Reading an old one that disagrees with a new one raises: here, `RuntimeError` itself is the value.
+    """
 
     def read(getter):
         try:
@@ -133,7 +149,11 @@ def test_tf32_sets_every_switch_and_puts_it_back(before, enabled):
     found = switches()
     with tf32(enabled):
         wanted = dict.fromkeys(OPERATIONS, "tf32" if enabled else "ieee")
-        assert switches() == wanted | {"old products": enabled, "old convolutions": enabled, "old precision": "high" if enabled else "highest"}
+        assert switches() == wanted | {
+            "old products": enabled,
+            "old convolutions": enabled,
+            "old precision": "high" if enabled else "highest",
+        }
     left = switches()
     readable = [name for name, value in found.items() if value is not RuntimeError]
     assert [left[name] for name in readable] == [found[name] for name in readable]

@@ -1,4 +1,6 @@
-"""Pre-training: the folder diffusers opens, the record beside it, and a run that is killed and resumed ends with the same bits."""
+"""Pre-training: the folder diffusers opens, the record beside it, and a run that is killed and resumed ends
+with the same bits.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,20 @@ def pretrain_tiny(output_dir: str, *, seed: int = 3, lr: float = 1e-3, rows: int
 
     torch.manual_seed(0)
     images = torch.randint(0, 256, (30, 1, 8, 8), dtype=torch.uint8)[:rows]
-    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,)}
-    unet = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "layers_per_block": 1, "norm_num_groups": 4, "dropout": 0.1, **blocks}
+    blocks = {
+        "down_block_types": ("DownBlock2D",),
+        "up_block_types": ("UpBlock2D",),
+        "block_out_channels": (8,),
+    }
+    unet = {
+        "sample_size": 8,
+        "in_channels": 1,
+        "out_channels": 1,
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "dropout": 0.1,
+        **blocks,
+    }
     recipe = Pretraining(unet=unet, batch_size=4, total_steps=STEPS, lr=lr, warmup_steps=5, ema_decay=0.9)
     options = {"checkpointing_steps": SAVE_EVERY, "show_progress": False, "record": {"read": {"rows": 30}}}
     pretrain(ImageStore(images), recipe, Path(output_dir) / "model", seed=seed, **options)
@@ -68,8 +82,13 @@ def test_killed_and_resumed_run_is_bit_equal(uninterrupted, tmp_path):
     found, expected = load_file(tmp_path / weights), load_file(expected_dir / weights)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-    logs = [json.loads((folder / "model" / "pretraining.json").read_text())["log"] for folder in (tmp_path, expected_dir)]
-    assert [(entry["step"], entry["loss"], entry["lr"]) for entry in logs[0]] == [(entry["step"], entry["loss"], entry["lr"]) for entry in logs[1]]
+    logs = [
+        json.loads((folder / "model" / "pretraining.json").read_text())["log"]
+        for folder in (tmp_path, expected_dir)
+    ]
+    assert [(entry["step"], entry["loss"], entry["lr"]) for entry in logs[0]] == [
+        (entry["step"], entry["loss"], entry["lr"]) for entry in logs[1]
+    ]
 
 
 @pytest.mark.parametrize(
@@ -107,7 +126,9 @@ def test_two_into_one_output_are_refused(tmp_path):
 @pytest.fixture
 def half_done(uninterrupted, tmp_path) -> Path:
     """What a run leaves whose last checkpoint is that of step 56."""
-    shutil.copytree(uninterrupted[0] / "model.run" / "checkpoint-56", tmp_path / "model.run" / "checkpoint-56")
+    shutil.copytree(
+        uninterrupted[0] / "model.run" / "checkpoint-56", tmp_path / "model.run" / "checkpoint-56"
+    )
     return tmp_path
 
 
@@ -129,7 +150,10 @@ def test_a_checkpoint_that_does_not_fit_is_refused(half_done):
     saved = half_done / "model.run" / "checkpoint-56"
     name = "optimizer.state.conv_in.bias.exp_avg"
     runs.change_tensors(saved, "optimizer", lambda named: named.update({name: named[name][:3].clone()}))
-    with pytest.raises(ValueError, match=r"conv_in\.bias\.exp_avg: expected float32 of shape \(8,\), got float32 of shape \(3,\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"conv_in\.bias\.exp_avg: expected float32 of shape \(8,\), got float32 of shape \(3,\)",
+    ):
         pretrain_tiny(str(half_done))
     runs.change_tensors(saved, "ema", lambda named: named.pop("conv_in.bias"))
     with pytest.raises(ValueError, match=r"ema\.conv_in\.bias: expected an entry of this name"):

@@ -1,4 +1,6 @@
-"""The ranges of the six stages: free when off, complete when on, closed by exceptions, absent from compiled graphs."""
+"""The ranges of the six stages: free when off, complete when on, closed by exceptions, absent from compiled
+graphs.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,11 @@ def take_siss_step():
 
 def annotations(profile) -> set[str]:
     """The spans of a profile that a `record_function` opened: operators of the same names are not among them."""
-    return {event.name for event in profile.events() if event.is_user_annotation and event.name.startswith("fastunlearn")}
+    return {
+        event.name
+        for event in profile.events()
+        if event.is_user_annotation and event.name.startswith("fastunlearn")
+    }
 
 
 def calls_of(function) -> int:

@@ -1,4 +1,6 @@
-"""Replay, on a CPU with tapes in place of CUDA graphs: the same ops on the same memory, and no Python between them."""
+"""Replay, on a CPU with tapes in place of CUDA graphs: the same ops on the same memory, and no Python between
+them.
+"""
 
 import copy
 import logging
@@ -16,7 +18,16 @@ from fastunlearn.testing.budgets import relative_l2
 from fastunlearn.testing.factories import TinyDenoiser, linear_schedule
 from fastunlearn.testing.host_sync import TapeGraphs
 
-METHODS = [ReTrack(k=2), ReTrack(k=1, lambd=1.0), SISS(), SISS(variant="no_is"), SISS(variant="bernoulli"), EraseDiff(), NegGrad(), Vanilla()]
+METHODS = [
+    ReTrack(k=2),
+    ReTrack(k=1, lambd=1.0),
+    SISS(),
+    SISS(variant="no_is"),
+    SISS(variant="bernoulli"),
+    EraseDiff(),
+    NegGrad(),
+    Vanilla(),
+]
 SCHEDULE = linear_schedule()
 LR = 2.0**-10  # the same number in float32, in which the device holds it
 
@@ -29,13 +40,29 @@ def as_on_an_accelerator(monkeypatch):
 
 def make(method=None, *, replayed, model=None, optimizer=None, lr=LR, required=False, **options):
     """An Unlearner on a CPU, with a tape if `replayed`."""
-    images = torch.randint(0, 256, (24, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    images = torch.randint(
+        0, 256, (24, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
     model = TinyDenoiser() if model is None else model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True) if optimizer is None else optimizer(model.parameters())
+    optimizer = (
+        torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
+        if optimizer is None
+        else optimizer(model.parameters())
+    )
     method = SISS() if method is None else method
-    run = Unlearner(model, optimizer, SCHEDULE, method, forget=ImageStore(images[:4]), retain=ImageStore(images[4:]), **{"batch_size": 6, **options})
+    run = Unlearner(
+        model,
+        optimizer,
+        SCHEDULE,
+        method,
+        forget=ImageStore(images[:4]),
+        retain=ImageStore(images[4:]),
+        **{"batch_size": 6, **options},
+    )
     if replayed:
-        run._replay = Replay(TapeGraphs(), optimizer, [*model.parameters(), *model.buffers()], required=required)
+        run._replay = Replay(
+            TapeGraphs(), optimizer, [*model.parameters(), *model.buffers()], required=required
+        )
     return run
 
 
@@ -51,7 +78,8 @@ def state(run):
 
 def assert_same_steps(eager, other, count=1):
     """`count` steps of both runs report and do the same, to the last bit."""
-    outputs = [(eager.step(), other.step()) for _ in range(count)]  # compared afterwards: a later step leaves them alone
+    # compared afterwards: a later step leaves them alone
+    outputs = [(eager.step(), other.step()) for _ in range(count)]
     for one, two in outputs:
         for name, expected, got in zip(one._fields, one, two, strict=True):
             assert (expected is None) == (got is None), name
@@ -60,7 +88,11 @@ def assert_same_steps(eager, other, count=1):
                 assert torch.equal(got, expected), f"{name}: expected {expected}, got {got}"
     assert torch.equal(state(eager), state(other))
     assert torch.equal(eager._counter, other._counter)
-    assert (eager.step_index, eager.last_lr, eager.skipped_steps) == (other.step_index, other.last_lr, other.skipped_steps)
+    assert (eager.step_index, eager.last_lr, eager.skipped_steps) == (
+        other.step_index,
+        other.last_lr,
+        other.skipped_steps,
+    )
 
 
 def captured(*args, **options):
@@ -71,7 +103,11 @@ def captured(*args, **options):
     return eager, other
 
 
-@pytest.mark.parametrize("options", [{}, {"micro_batch_size": 4}, {"autocast_dtype": torch.bfloat16}, {"max_grad_norm": None}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"micro_batch_size": 4}, {"autocast_dtype": torch.bfloat16}, {"max_grad_norm": None}],
+    ids=str,
+)
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_replayed_steps_are_the_eager_ones(method, options):
     eager, other = pair(method, **options)
@@ -156,7 +192,12 @@ def test_outputs_outlive_later_steps():
 
 
 def test_dropout_draws_anew_at_every_replay():
-    other = make(Vanilla(), replayed=True, model=nn.Sequential(nn.Conv2d(1, 1, 1), nn.Dropout(0.5)).requires_grad_(True), lr=0.0)
+    other = make(
+        Vanilla(),
+        replayed=True,
+        model=nn.Sequential(nn.Conv2d(1, 1, 1), nn.Dropout(0.5)).requires_grad_(True),
+        lr=0.0,
+    )
     forward = other.model.forward
     other.model.forward = lambda x_t, t: forward(x_t)
     drawn = other._draw(Draws())
@@ -164,7 +205,8 @@ def test_dropout_draws_anew_at_every_replay():
     assert len({other.step().loss.item() for _ in range(WARM_UP_STEPS + 4)}) == WARM_UP_STEPS + 4
 
 
-# --- learning rates, checkpoints -------------------------------------------------------------------------------------------------
+# --- learning rates, checkpoints
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scheduler", [
@@ -174,7 +216,12 @@ def test_dropout_draws_anew_at_every_replay():
 ])  # fmt: skip
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD])
 def test_a_scheduler_moves_the_learning_rate_of_replayed_steps(kind, scheduler):
-    eager, other = pair(Vanilla(), optimizer=lambda parameters: kind(parameters, lr=LR, fused=True, **({"momentum": 0.9} if kind is torch.optim.SGD else {})))
+    eager, other = pair(
+        Vanilla(),
+        optimizer=lambda parameters: kind(
+            parameters, lr=LR, fused=True, **({"momentum": 0.9} if kind is torch.optim.SGD else {})
+        ),
+    )
     for run in (eager, other):
         run.lr_scheduler = scheduler(run.optimizer)
     assert_same_steps(eager, other, 9)
@@ -182,7 +229,9 @@ def test_a_scheduler_moves_the_learning_rate_of_replayed_steps(kind, scheduler):
 
 
 def test_a_tensor_as_learning_rate():
-    eager, other = captured(Vanilla(), optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=torch.tensor(LR), fused=True))
+    eager, other = captured(
+        Vanilla(), optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=torch.tensor(LR), fused=True)
+    )
     for run in (eager, other):
         run.optimizer.param_groups[0]["lr"].fill_(LR / 4)
     assert_same_steps(eager, other, 2)
@@ -223,7 +272,8 @@ def test_a_run_goes_on_replayed_or_not(first, second):
     assert torch.equal(state(two), state(whole))
 
 
-# --- what makes a graph invalid, and what does not -------------------------------------------------------------------------------
+# --- what makes a graph invalid, and what does not
+# -------------------------------------------------------------------------------
 
 
 def swap_memory(run):
@@ -265,7 +315,8 @@ def test_what_the_graph_holds_as_a_constant_is_captured_anew(caplog, change):
 def test_settings_that_never_stand_still_are_never_captured():
     eager, other = pair()
     for run in (eager, other):
-        run.lr_scheduler = torch.optim.lr_scheduler.OneCycleLR(run.optimizer, max_lr=LR, total_steps=20)  # cycles betas, too
+        # cycles betas, too
+        run.lr_scheduler = torch.optim.lr_scheduler.OneCycleLR(run.optimizer, max_lr=LR, total_steps=20)
     for _ in range(10):
         eager.step(), other.step()
     torch.testing.assert_close(state(other), state(eager), rtol=1e-5, atol=1e-7)
@@ -327,11 +378,14 @@ def test_a_step_within_autocast_is_taken_eagerly(caplog):
 
 def test_given_draws_are_an_error_where_replay_is_required():
     other = make(Vanilla(), replayed=True, required=True)
-    with pytest.raises(ValueError, match="replay: expected a step that can be replayed, got draws that the caller gives"):
+    with pytest.raises(
+        ValueError, match="replay: expected a step that can be replayed, got draws that the caller gives"
+    ):
         other.step(Draws(retain_timesteps=torch.full((6,), 300)))
 
 
-# --- a capture that fails --------------------------------------------------------------------------------------------------------
+# --- a capture that fails
+# --------------------------------------------------------------------------------------------------------
 
 
 class Waits(TinyDenoiser):
@@ -340,7 +394,10 @@ class Waits(TinyDenoiser):
 
 
 def test_a_failed_capture_leaves_the_run_as_it_was(caplog):
-    eager, other = make(Vanilla(), replayed=False, model=Waits()), make(Vanilla(), replayed=True, model=Waits())
+    eager, other = (
+        make(Vanilla(), replayed=False, model=Waits()),
+        make(Vanilla(), replayed=True, model=Waits()),
+    )
     with caplog.at_level(logging.WARNING, "fastunlearn"):
         assert_same_steps(eager, other, WARM_UP_STEPS + 3)
     assert len(caplog.records) == 1
@@ -360,7 +417,8 @@ def test_a_failed_capture_is_an_error_where_replay_is_required():
     assert other.optimizer.param_groups[0]["lr"] == LR
 
 
-# --- when there is replay --------------------------------------------------------------------------------------------------------
+# --- when there is replay
+# --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -372,7 +430,9 @@ def on_cuda(monkeypatch):
 
     def choose(requested, model=None, optimizer=None, **options):
         model = TinyDenoiser() if model is None else model
-        optimizer = torch.optim.AdamW(TinyDenoiser().parameters(), fused=True) if optimizer is None else optimizer
+        optimizer = (
+            torch.optim.AdamW(TinyDenoiser().parameters(), fused=True) if optimizer is None else optimizer
+        )
         return make_replay(requested, model, optimizer, device, **options)
 
     return choose
@@ -402,8 +462,14 @@ class Derived(torch.optim.AdamW):
 
 
 OBSTACLES = {
-    "not fused": ({"optimizer": torch.optim.AdamW(TinyDenoiser().parameters())}, "the optimizer AdamW, which is none of Adam"),
-    "another optimizer": ({"optimizer": torch.optim.RMSprop(TinyDenoiser().parameters())}, "the optimizer RMSprop"),
+    "not fused": (
+        {"optimizer": torch.optim.AdamW(TinyDenoiser().parameters())},
+        "the optimizer AdamW, which is none of Adam",
+    ),
+    "another optimizer": (
+        {"optimizer": torch.optim.RMSprop(TinyDenoiser().parameters())},
+        "the optimizer RMSprop",
+    ),
     "a subclass": ({"optimizer": Derived(TinyDenoiser().parameters(), fused=True)}, "the optimizer Derived"),
     "hooks of the optimizer": ({"optimizer": optimizer_with_hook()}, "an optimizer with hooks"),
     "a function": ({"model": lambda x_t, t: x_t}, "a model that is no torch.nn.Module, but function"),
@@ -443,7 +509,9 @@ def test_on_a_cpu_there_is_none(caplog):
     with caplog.at_level(logging.INFO, "fastunlearn"):
         assert make(replayed=False)._replay is None
     assert not caplog.records
-    with pytest.raises(ValueError, match="replay: expected a step that a CUDA graph can hold, got parameters on cpu"):
+    with pytest.raises(
+        ValueError, match="replay: expected a step that a CUDA graph can hold, got parameters on cpu"
+    ):
         make(replayed=False, replay=True)
     with pytest.raises(TypeError, match="replay: expected None, True or False, got 'yes'"):
         make(replayed=False, replay="yes")
@@ -452,7 +520,9 @@ def test_on_a_cpu_there_is_none(caplog):
 def test_what_an_unlearner_knows_to_stand_against_it():
     assert make(replayed=False)._not_replayable() is None
     assert "grad_scaler" in make(replayed=False, grad_scaler=torch.amp.GradScaler("cpu"))._not_replayable()
-    assert make(replayed=False, grad_scaler=torch.amp.GradScaler("cpu", enabled=False))._not_replayable() is None
+    assert (
+        make(replayed=False, grad_scaler=torch.amp.GradScaler("cpu", enabled=False))._not_replayable() is None
+    )
     assert "forget, retain" in make(replayed=False, residency="host")._not_replayable()
     several = make(replayed=False)
     several.process_group = object()
@@ -469,7 +539,8 @@ def test_a_replayed_step_is_one_range(monkeypatch):
     assert ranges == ["step (replayed)"]
 
 
-# --- on a GPU --------------------------------------------------------------------------------------------------------------------
+# --- on a GPU
+# --------------------------------------------------------------------------------------------------------------------
 
 ALSO = [{"micro_batch_size": 2}, {"autocast_dtype": torch.bfloat16}, {"max_grad_norm": None}]
 CASES = [
@@ -480,11 +551,21 @@ CASES = [
 
 
 def on_gpu(gpu, method=None, *, model=None, **options):
-    images = torch.randint(0, 256, (24, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    images = torch.randint(
+        0, 256, (24, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
     model = (TinyDenoiser() if model is None else model).to(gpu.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
     options = {"batch_size": 3, "compile": False, "autocast_dtype": None} | options
-    return Unlearner(model, optimizer, SCHEDULE, SISS() if method is None else method, forget=ImageStore(images[:4]), retain=ImageStore(images[4:]), **options)
+    return Unlearner(
+        model,
+        optimizer,
+        SCHEDULE,
+        SISS() if method is None else method,
+        forget=ImageStore(images[:4]),
+        retain=ImageStore(images[4:]),
+        **options,
+    )
 
 
 @pytest.mark.gpu
@@ -512,7 +593,9 @@ def assert_replayed_as_eager(gpu, method, options):
         before = [parameter.detach().clone() for parameter in eager.model.parameters()]
         one, two = eager.step(), other.step()
         assert other.replayed == (step >= WARM_UP_STEPS)
-        torch.testing.assert_close(two.loss, one.loss, rtol=2e-2 if "autocast_dtype" in options else 1e-3, atol=1e-5)
+        torch.testing.assert_close(
+            two.loss, one.loss, rtol=2e-2 if "autocast_dtype" in options else 1e-3, atol=1e-5
+        )
         updates = [
             [after.detach() - old for after, old in zip(run.model.parameters(), before, strict=True)]
             for run in (other, eager)

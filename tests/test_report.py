@@ -69,7 +69,15 @@ def test_frequency_criterion(before, after, total, passed):
 
 @pytest.mark.parametrize(
     ("before", "after", "passed"),
-    [(64, 0, True), (64, 6, True), (64, 7, False), (64, 64, False), (40, 0, False), (45, 0, True), (0, 0, False)],
+    [
+        (64, 0, True),
+        (64, 6, True),
+        (64, 7, False),
+        (64, 64, False),
+        (40, 0, False),
+        (45, 0, True),
+        (0, 0, False),
+    ],
 )
 def test_reconstruction_criterion(before, after, passed):
     assert reconstruction_criterion(reconstruction(before), reconstruction(after)).passed is passed
@@ -77,7 +85,13 @@ def test_reconstruction_criterion(before, after, passed):
 
 @pytest.mark.parametrize(
     ("after", "passed"),
-    [((9.0, 0.95), True), ((9.4, 0.99), True), ((8.56, 0.91), True), ((8.5, 0.95), False), ((9.0, 0.9), False)],
+    [
+        ((9.0, 0.95), True),
+        ((9.4, 0.99), True),
+        ((8.56, 0.91), True),
+        ((8.5, 0.95), False),
+        ((9.0, 0.9), False),
+    ],
 )
 def test_quality_criterion(after, passed):
     assert quality_criterion(scores(9.0, 0.95), scores(*after)).passed is passed
@@ -181,7 +195,9 @@ def test_a_grid_takes_colour_and_refuses_other_shapes():
     red = torch.full((1, 3, 28, 28), -1.0)
     red[:, 0] = 1
     assert tuple(pixels(grid(red, columns=1))[30, 30]) == (255, 0, 0, 255)
-    with pytest.raises(ValueError, match=r"images: expected \[N, 1 or 3, H, W\] with at least one image, got \(1, 2, 4, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"images: expected \[N, 1 or 3, H, W\] with at least one image, got \(1, 2, 4, 4\)"
+    ):
         grid(torch.zeros(1, 2, 4, 4), columns=1)
 
 
@@ -199,8 +215,13 @@ def white(png: bytes) -> bool:
 
 def test_forget_images_are_drawn_only_on_request(samples):
     image = torch.ones(1, 1, 28, 28)
-    pair = ReconstructionPair(reconstruction(3, 4), reconstruction(0, 4), image.expand(4, -1, -1, -1), -image.expand(4, -1, -1, -1))
-    shown = samples_section(*samples, report_images=True), reconstructions_section(image, [image], [pair], report_images=True)
+    pair = ReconstructionPair(
+        reconstruction(3, 4), reconstruction(0, 4), image.expand(4, -1, -1, -1), -image.expand(4, -1, -1, -1)
+    )
+    shown = (
+        samples_section(*samples, report_images=True),
+        reconstructions_section(image, [image], [pair], report_images=True),
+    )
     hidden = samples_section(*samples), reconstructions_section(image, [image], [pair])
     assert white(shown[0].figures[0].png)
     assert not white(hidden[0].figures[0].png)
@@ -259,8 +280,19 @@ class _Page(HTMLParser):
 def report(samples):
     kept = Criterion("digits <kept>", True, "5 < 6 & 7", kept=True)
     criteria = kept, Criterion("forgotten", False, "3 of 4")
-    sections = [Section("Table", "Some text.", Table(("", "before"), [("FID & IS", "1.0")], "A note.")), samples_section(*samples)]
-    return Report("A <b>title</b>", "lead", sections, {"passed": False, "numbers": [1, 2.5]}, "Not forgotten.", criteria, "footer")
+    sections = [
+        Section("Table", "Some text.", Table(("", "before"), [("FID & IS", "1.0")], "A note.")),
+        samples_section(*samples),
+    ]
+    return Report(
+        "A <b>title</b>",
+        "lead",
+        sections,
+        {"passed": False, "numbers": [1, 2.5]},
+        "Not forgotten.",
+        criteria,
+        "footer",
+    )
 
 
 def test_the_page_is_well_formed_and_needs_no_network(report, tmp_path):

@@ -16,7 +16,9 @@ NUM_STEPS = 12
 
 
 def unlearn_tiny(run_dir: str) -> None:
-    """A UNet with dropout (torch's own random state matters), channels-last weights, fused AdamW, a schedule and EMA: everything that has a state."""
+    """A UNet with dropout (torch's own random state matters), channels-last weights, fused AdamW, a schedule
+    and EMA: everything that has a state.
+    """
     from diffusers import DDPMScheduler, UNet2DModel
     from diffusers.optimization import get_cosine_schedule_with_warmup
     from diffusers.training_utils import EMAModel
@@ -28,30 +30,69 @@ def unlearn_tiny(run_dir: str) -> None:
     from fastunlearn.runs.training import unlearn
 
     torch.manual_seed(0)
-    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,), "add_attention": False}
-    model = UNet2DModel(sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, norm_num_groups=4, dropout=0.1, **blocks)
+    blocks = {
+        "down_block_types": ("DownBlock2D",),
+        "up_block_types": ("UpBlock2D",),
+        "block_out_channels": (8,),
+        "add_attention": False,
+    }
+    model = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        norm_num_groups=4,
+        dropout=0.1,
+        **blocks,
+    )
     model = model.to(memory_format=torch.channels_last).train()
     images = torch.randint(0, 256, (40, 1, 8, 8), dtype=torch.uint8)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    stateful = {"ema": EMAModel(model.parameters(), decay=0.9), "lr_scheduler": get_cosine_schedule_with_warmup(optimizer, 3, NUM_STEPS)}
+    stateful = {
+        "ema": EMAModel(model.parameters(), decay=0.9),
+        "lr_scheduler": get_cosine_schedule_with_warmup(optimizer, 3, NUM_STEPS),
+    }
     stores = {"forget": ImageStore(images[:3]), "retain": ImageStore(images[3:])}
     schedule = NoiseSchedule.from_diffusers(DDPMScheduler())
-    unlearner = Unlearner(model, optimizer, schedule, ReTrack(k=3, lambd=0.1), batch_size=4, seed=7, total_steps=NUM_STEPS, **stores, **stateful)
-    options = {"checkpointing_steps": 1, "checkpoints_total_limit": 2, "resume_from_checkpoint": "latest", "show_progress": False}
+    unlearner = Unlearner(
+        model,
+        optimizer,
+        schedule,
+        ReTrack(k=3, lambd=0.1),
+        batch_size=4,
+        seed=7,
+        total_steps=NUM_STEPS,
+        **stores,
+        **stateful,
+    )
+    options = {
+        "checkpointing_steps": 1,
+        "checkpoints_total_limit": 2,
+        "resume_from_checkpoint": "latest",
+        "show_progress": False,
+    }
     unlearn(unlearner, num_steps=NUM_STEPS, output_dir=run_dir, **options)
 
 
 def assert_same_run(run_dir: Path, expected_dir: Path) -> None:
     found, expected = (checkpoint.load(path / f"checkpoint-{NUM_STEPS}") for path in (run_dir, expected_dir))
     assert found.metadata == expected.metadata
-    found_tensors, expected_tensors = ({**state.tensors} | {"states": _flat(state.states)} for state in (found, expected))
+    found_tensors, expected_tensors = (
+        {**state.tensors} | {"states": _flat(state.states)} for state in (found, expected)
+    )
     assert found_tensors.keys() == expected_tensors.keys()
     for stem, named in expected_tensors.items():
         assert named.keys() == found_tensors[stem].keys()
         for name, tensor in named.items():
-            same = torch.equal(found_tensors[stem][name], tensor) if isinstance(tensor, torch.Tensor) else found_tensors[stem][name] == tensor
+            same = (
+                torch.equal(found_tensors[stem][name], tensor)
+                if isinstance(tensor, torch.Tensor)
+                else found_tensors[stem][name] == tensor
+            )
             assert same, f"{stem}: {name}"
-    without_time = [[{**record, "seconds": None} for record in read_metrics(path)] for path in (run_dir, expected_dir)]
+    without_time = [
+        [{**record, "seconds": None} for record in read_metrics(path)] for path in (run_dir, expected_dir)
+    ]
     assert without_time[0] == without_time[1]
     assert [record["step"] for record in without_time[0]] == list(range(1, NUM_STEPS + 1))
     assert read_run(run_dir)["status"] == "complete"

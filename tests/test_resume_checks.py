@@ -195,7 +195,9 @@ def test_a_negative_mean_of_squares_is_refused(copied: Path, resuming: Resuming)
 def test_bytes_that_are_no_generator_are_refused(copied: Path, resuming: Resuming, byte: int):
     """Of the right number and dtype."""
     runs.change_tensors(
-        copied, "random", lambda named: named.update({name: value * 0 + byte for name, value in named.items()})
+        copied,
+        "random",
+        lambda named: named.update({name: value * 0 + byte for name, value in named.items()}),
     )
     resuming.assert_refused(copied, "random.safetensors", "expected the state of a generator")
 

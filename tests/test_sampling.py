@@ -1,4 +1,6 @@
-"""Sampling: equal to diffusers' own pipelines and schedulers, the same whatever the batch size, and it leaves the model as it was."""
+"""Sampling: equal to diffusers' own pipelines and schedulers, the same whatever the batch size, and it leaves
+the model as it was.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,14 @@ import torch
 from torch import nn
 
 from fastunlearn.host.finite import NotFiniteError
-from fastunlearn.models.sampling import check_injection, check_sampling, inject_and_denoise, noised, sample, sample_seed
+from fastunlearn.models.sampling import (
+    check_injection,
+    check_sampling,
+    inject_and_denoise,
+    noised,
+    sample,
+    sample_seed,
+)
 
 diffusers = pytest.importorskip("diffusers")
 SHAPE = (1, 8, 8)
@@ -55,7 +64,9 @@ def test_images_on_another_scale_are_refused():
 def test_samples_have_the_distribution_of_the_data(sampler):
     """3,200 independent pixels of the perfect model over the whole grid: standard errors 0.002 and 0.0013."""
     scheduler = diffusers.DDPMScheduler(clip_sample=False)
-    samples = sample(gaussian_model(scheduler), scheduler, 50, shape=SHAPE, num_inference_steps=1000, sampler=sampler)
+    samples = sample(
+        gaussian_model(scheduler), scheduler, 50, shape=SHAPE, num_inference_steps=1000, sampler=sampler
+    )
     assert samples.shape == (50, *SHAPE)
     assert samples.dtype == torch.float32
     assert not samples.is_inference()
@@ -81,7 +92,9 @@ def test_ddpm_is_the_loop_of_diffusers(unet, scheduler):
     with torch.no_grad():
         for t in loop.timesteps:
             x = loop.step(unet.eval()(x, t).sample, t, x, generator=generator).prev_sample
-    torch.testing.assert_close(sample(unet, scheduler, 1, shape=SHAPE, num_inference_steps=10, seed=7), x.clamp(-1, 1))
+    torch.testing.assert_close(
+        sample(unet, scheduler, 1, shape=SHAPE, num_inference_steps=10, seed=7), x.clamp(-1, 1)
+    )
 
 
 def test_full_injection_visits_every_timestep(exact, scheduler):
@@ -108,7 +121,9 @@ def test_few_steps_start_at_the_timestep_and_end_at_0(exact, scheduler, sampler)
 
 
 def test_uneven_ddim_steps_are_exact_for_a_point(scheduler):
-    """A model that knows the only image: any sequence of DDIM steps must keep `x_t = alpha x + sigma eps` and end at the image."""
+    """A model that knows the only image: any sequence of DDIM steps must keep `x_t = alpha x + sigma eps` and
+    end at the image.
+    """
     image = torch.linspace(-0.9, 0.9, 64).view(1, *SHAPE)
     inputs = []
 
@@ -117,8 +132,15 @@ def test_uneven_ddim_steps_are_exact_for_a_point(scheduler):
         abar = scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
         return (x - abar.sqrt() * image) / (1 - abar).sqrt()
 
-    torch.testing.assert_close(inject_and_denoise(knows, scheduler, image, 71, num_inference_steps=4, sampler="ddim"), image, rtol=0, atol=1e-4)
-    eps = (inputs[0][1] - scheduler.alphas_cumprod[71].sqrt() * image) / (1 - scheduler.alphas_cumprod[71]).sqrt()
+    torch.testing.assert_close(
+        inject_and_denoise(knows, scheduler, image, 71, num_inference_steps=4, sampler="ddim"),
+        image,
+        rtol=0,
+        atol=1e-4,
+    )
+    eps = (inputs[0][1] - scheduler.alphas_cumprod[71].sqrt() * image) / (
+        1 - scheduler.alphas_cumprod[71]
+    ).sqrt()
     for t, x in inputs:
         abar = scheduler.alphas_cumprod[t]
         torch.testing.assert_close(x, abar.sqrt() * image + (1 - abar).sqrt() * eps, rtol=0, atol=1e-4)
@@ -132,7 +154,9 @@ def test_chains_start_from_the_noised_images(scheduler):
         starts.append(x)
         return torch.zeros_like(x)
 
-    result = inject_and_denoise(first, scheduler, images, 20, chains=300, num_inference_steps=1, batch_size=1000, seed=1)
+    result = inject_and_denoise(
+        first, scheduler, images, 20, chains=300, num_inference_steps=1, batch_size=1000, seed=1
+    )
     assert result.shape == (600, *SHAPE)
     abar = scheduler.alphas_cumprod[20]
     for image, chains in zip(images, starts[0].split(300), strict=True):
@@ -163,9 +187,13 @@ def test_the_model_is_left_in_its_mode(scheduler):
 
 def test_channels_last_weights_get_channels_last_input(unet, scheduler):
     seen = []
-    unet.conv_in.register_forward_pre_hook(lambda module, args: seen.append(args[0].is_contiguous(memory_format=torch.channels_last)))
+    unet.conv_in.register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].is_contiguous(memory_format=torch.channels_last))
+    )
     plain = sample(unet, scheduler, 3, shape=SHAPE, num_inference_steps=2)
-    fast = sample(unet.to(memory_format=torch.channels_last), scheduler, 3, shape=SHAPE, num_inference_steps=2)
+    fast = sample(
+        unet.to(memory_format=torch.channels_last), scheduler, 3, shape=SHAPE, num_inference_steps=2
+    )
     assert seen[-1]
     torch.testing.assert_close(fast, plain, rtol=0, atol=1e-4)
 
@@ -202,14 +230,19 @@ def test_bad_arguments_of_sample(exact, scheduler, arguments, message):
     ("arguments", "message"),
     [
         ({"timestep": 100}, r"timestep: expected an integer in \[0, 99\]"),
-        ({"num_inference_steps": 12}, r"num_inference_steps: expected an integer in \[1, 11\] \(timestep \+ 1\)"),
+        (
+            {"num_inference_steps": 12},
+            r"num_inference_steps: expected an integer in \[1, 11\] \(timestep \+ 1\)",
+        ),
         ({"chains": 0}, "chains: expected an integer >= 1, got 0"),
         ({"images": torch.zeros(SHAPE)}, "images: expected a floating-point tensor of 4 dimensions"),
     ],
 )
 def test_bad_arguments_of_inject_and_denoise(exact, scheduler, arguments, message):
     with pytest.raises(ValueError, match=message):
-        inject_and_denoise(exact, scheduler, **{"images": torch.zeros(1, *SHAPE), "timestep": 10, **arguments})
+        inject_and_denoise(
+            exact, scheduler, **{"images": torch.zeros(1, *SHAPE), "timestep": 10, **arguments}
+        )
 
 
 # --- what cannot be sampled ---------------------------------------------------------------------------
@@ -356,7 +389,9 @@ def test_a_check_calls_the_network_once_and_says_what_sampling_would(exact, sche
 
 
 def test_a_scheduler_without_noise_levels_is_refused(exact):
-    with pytest.raises(TypeError, match="scheduler: expected a diffusers scheduler with alphas_cumprod, got object"):
+    with pytest.raises(
+        TypeError, match="scheduler: expected a diffusers scheduler with alphas_cumprod, got object"
+    ):
         sample(exact, object(), 1, shape=SHAPE)
 
 

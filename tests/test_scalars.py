@@ -7,7 +7,19 @@ import numpy as np
 import pytest
 import torch
 
-from fastunlearn import SISS, EraseDiff, ImageStore, LowPass, NegGrad, ReTrack, Unlearner, Vanilla, nearest_neighbors, retrack_step, siss_step
+from fastunlearn import (
+    SISS,
+    EraseDiff,
+    ImageStore,
+    LowPass,
+    NegGrad,
+    ReTrack,
+    Unlearner,
+    Vanilla,
+    nearest_neighbors,
+    retrack_step,
+    siss_step,
+)
 from fastunlearn.host import check
 from fastunlearn.testing.factories import TinyDenoiser, linear_schedule, redirect_inputs
 

@@ -27,15 +27,21 @@ def test_levels_that_rise_are_refused():
     scheduler = diffusers.DDPMScheduler()
     assert len(NoiseSchedule.from_alphas_cumprod(scheduler.alphas_cumprod)) == 1000
     for table in (scheduler.betas, scheduler.alphas_cumprod.flip(0)):
-        with pytest.raises(ValueError, match="alphas_cumprod: expected values that fall with t, got one that rises at t = 1"):
+        with pytest.raises(
+            ValueError, match="alphas_cumprod: expected values that fall with t, got one that rises at t = 1"
+        ):
             NoiseSchedule.from_alphas_cumprod(table)
 
 
 def test_other_noise_levels_are_refused():
     inverted = diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
-    with pytest.raises(ValueError, match=r"scheduler: expected noise levels that rise with t, got invert_sigmas=True"):
+    with pytest.raises(
+        ValueError, match=r"scheduler: expected noise levels that rise with t, got invert_sigmas=True"
+    ):
         NoiseSchedule.from_diffusers(inverted)
-    with pytest.raises(TypeError, match=r"scheduler: expected .*FlowMatchEulerDiscreteScheduler.*, got EDMEulerScheduler"):
+    with pytest.raises(
+        TypeError, match=r"scheduler: expected .*FlowMatchEulerDiscreteScheduler.*, got EDMEulerScheduler"
+    ):
         NoiseSchedule.from_diffusers(diffusers.EDMEulerScheduler())
     flow = diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
     with pytest.raises(ValueError, match=r"prediction_type: expected one of .*, got 'flow_prediction'"):

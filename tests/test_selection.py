@@ -33,9 +33,15 @@ def within(height, width, condition):
     unit=st.sampled_from(("nyquist", "bins")),
 )
 def test_masks_hold_what_their_definition_says(height, width, hundredths, kind, unit):
-    """Compared in integers, for radii of two decimals: (u / (H/2))^2 + (v / (W/2))^2 <= (h/100)^2, times (100 H W)^2."""
+    """Compared in integers, for radii of two decimals: (u / (H/2))^2 + (v / (W/2))^2 <= (h/100)^2, times (100
+    H W)^2.
+    """
     radius = hundredths / 100 if unit == "nyquist" else hundredths / 10
-    rows, columns, square = (200 * width, 200 * height, hundredths * height * width) if unit == "nyquist" else (10, 10, hundredths)
+    rows, columns, square = (
+        (200 * width, 200 * height, hundredths * height * width)
+        if unit == "nyquist"
+        else (10, 10, hundredths)
+    )
 
     def condition(u, v):
         u, v = u * rows, v * columns
@@ -44,7 +50,10 @@ def test_masks_hold_what_their_definition_says(height, width, hundredths, kind, 
     assert held(LowPass(radius, kind=kind, unit=unit), height, width) == within(height, width, condition)
 
 
-@pytest.mark.parametrize(("radius", "size", "last"), [(0.3, 20, 3), (0.7, 20, 7), (0.1, 200, 10), (Fraction(1, 3), 6, 1), (0.29, 200, 29), (0.58, 100, 29)])
+@pytest.mark.parametrize(
+    ("radius", "size", "last"),
+    [(0.3, 20, 3), (0.7, 20, 7), (0.1, 200, 10), (Fraction(1, 3), 6, 1), (0.29, 200, 29), (0.58, 100, 29)],
+)
 def test_a_frequency_on_the_radius_is_in(radius, size, last):
     """Where float arithmetic drops it: 0.3 lies below 3/10, and 0.58 * 50 below 29."""
     assert max(u for u, _ in held(LowPass(radius), size, size)) == last
@@ -60,7 +69,9 @@ def test_radius_counts_for_each_axis():
 
 
 def test_bands_share_out_the_frequencies():
-    disc, ring, all_of_them = (held(mask, 32, 20) for mask in (LowPass(0.4), LowPass(0.8, band="mid", inner=0.4), LowPass(0.8)))
+    disc, ring, all_of_them = (
+        held(mask, 32, 20) for mask in (LowPass(0.4), LowPass(0.8, band="mid", inner=0.4), LowPass(0.8))
+    )
     assert disc & ring == set()
     assert disc | ring == all_of_them
 
@@ -94,11 +105,23 @@ def test_is_a_key():
         (dict(radius=0.5, kind="circle"), ValueError, r"kind: expected one of disc, box, got 'circle'"),
         (dict(radius=0.5, band="all"), ValueError, r"band: expected one of low, mid, high, got 'all'"),
         (dict(radius=0.5, unit="pixels"), ValueError, r"unit: expected one of nyquist, bins, got 'pixels'"),
-        (dict(radius=0.5, high_frequency_weight=-1), ValueError, r"high_frequency_weight: expected a finite number in \[0, inf\), got -1"),
+        (
+            dict(radius=0.5, high_frequency_weight=-1),
+            ValueError,
+            r"high_frequency_weight: expected a finite number in \[0, inf\), got -1",
+        ),
         (dict(radius=0.5, inner=0.2), ValueError, r"inner: expected None with band='low', got 0.2"),
         (dict(radius=0.5, band="mid"), ValueError, r"inner: expected a number with band='mid', got None"),
-        (dict(radius=0.5, band="mid", inner=0.5), ValueError, r"inner: expected a number below radius, 0.5, got 0.5"),
-        (dict(radius=0.5, band="mid", inner=-1.0), ValueError, r"inner: expected a finite number in \[0, inf\), got -1.0"),
+        (
+            dict(radius=0.5, band="mid", inner=0.5),
+            ValueError,
+            r"inner: expected a number below radius, 0.5, got 0.5",
+        ),
+        (
+            dict(radius=0.5, band="mid", inner=-1.0),
+            ValueError,
+            r"inner: expected a finite number in \[0, inf\), got -1.0",
+        ),
     ],
 )
 def test_bad_arguments(arguments, error, message):

@@ -369,5 +369,7 @@ def test_conditions_of_a_pair_have_one_shape(variant, other):
     batch = Batch(
         forget, retain, forget_kwargs={"caption": torch.zeros(6, 6)}, retain_kwargs={"caption": other}
     )
-    with pytest.raises(ValueError, match=r"forget_kwargs, retain_kwargs: expected the same shape.*got \(6, 6\) and"):
+    with pytest.raises(
+        ValueError, match=r"forget_kwargs, retain_kwargs: expected the same shape.*got \(6, 6\) and"
+    ):
         SISS(variant=variant).compose(batch, draws, SCHEDULE)

@@ -1,4 +1,6 @@
-"""The `*_step` functions against the literal objectives on a tiny network, in float64, and the promises of their options."""
+"""The `*_step` functions against the literal objectives on a tiny network, in float64, and the promises of
+their options.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +27,21 @@ class World:
     """A network, a batch of images and all random numbers of one step."""
 
     def __init__(self, seed: int = 0, prediction_type: str = "epsilon", dtype: torch.dtype = DOUBLE):
-        self.model, self.schedule = TinyDenoiser(seed=seed).to(dtype), linear_schedule(prediction_type=prediction_type)
-        self.forget, self.neighbors, self.forget_noise, self.forget_timesteps = redirect_inputs(BATCH, 3, seed=seed, dtype=dtype, num_timesteps=999)
+        self.model, self.schedule = (
+            TinyDenoiser(seed=seed).to(dtype),
+            linear_schedule(prediction_type=prediction_type),
+        )
+        self.forget, self.neighbors, self.forget_noise, self.forget_timesteps = redirect_inputs(
+            BATCH, 3, seed=seed, dtype=dtype, num_timesteps=999
+        )
         pairs = mixture_inputs(BATCH, seed=seed + 1, dtype=dtype, num_timesteps=999)
         self.retain_noise, self.retain_timesteps = pairs.noise, pairs.timesteps
-        self.retain = (self.forget + 0.02 * pairs.retain).clamp(-1, 1)  # near the forget images: both SISS weights matter
+        # near the forget images: both SISS weights matter
+        self.retain = (self.forget + 0.02 * pairs.retain).clamp(-1, 1)
         self.from_forget = torch.arange(BATCH) % 2 == 0
-        self.uniform = torch.rand(self.forget.shape, generator=torch.Generator().manual_seed(seed + 2), dtype=dtype)
+        self.uniform = torch.rand(
+            self.forget.shape, generator=torch.Generator().manual_seed(seed + 2), dtype=dtype
+        )
 
     def draws(self, *names: str) -> fu.Draws:
         values = {"from_forget": self.from_forget, "uniform_target": self.uniform}
@@ -51,28 +61,52 @@ FORGET, RETAIN = ("forget_noise", "forget_timesteps"), ("retain_noise", "retain_
 
 
 def vanilla(world: World, optimizer=None, **options) -> fu.StepOutput:
-    return fu.vanilla_step(world.model, optimizer, world.schedule, world.retain, draws=world.draws(*RETAIN), **options)
+    return fu.vanilla_step(
+        world.model, optimizer, world.schedule, world.retain, draws=world.draws(*RETAIN), **options
+    )
 
 
 def neggrad(world: World, optimizer=None, **options) -> fu.StepOutput:
-    return fu.neggrad_step(world.model, optimizer, world.schedule, world.forget, superfactor=0.25, draws=world.draws(*FORGET), **options)
+    return fu.neggrad_step(
+        world.model,
+        optimizer,
+        world.schedule,
+        world.forget,
+        superfactor=0.25,
+        draws=world.draws(*FORGET),
+        **options,
+    )
 
 
 def erasediff(world: World, optimizer=None, **options) -> fu.StepOutput:
     draws = world.draws(*FORGET, *RETAIN, "uniform_target")
-    return fu.erasediff_step(world.model, optimizer, world.schedule, world.forget, world.retain, eta=3.0, draws=draws, **options)
+    return fu.erasediff_step(
+        world.model, optimizer, world.schedule, world.forget, world.retain, eta=3.0, draws=draws, **options
+    )
 
 
 def retrack(world: World, optimizer=None, **options) -> fu.StepOutput:
     draws = world.draws(*FORGET, *RETAIN)
-    return fu.retrack_step(world.model, optimizer, world.schedule, world.forget, world.neighbors, world.retain, lambd=0.3, draws=draws, **options)
+    return fu.retrack_step(
+        world.model,
+        optimizer,
+        world.schedule,
+        world.forget,
+        world.neighbors,
+        world.retain,
+        lambd=0.3,
+        draws=draws,
+        **options,
+    )
 
 
 def _siss(variant: str, *more: str) -> Callable[..., fu.StepOutput]:
     def step(world: World, optimizer=None, **options) -> fu.StepOutput:
         draws = world.draws(*FORGET, *RETAIN, *more)
         settings = {"lambd": 0.4, "scaling_norm": 2.0, "variant": variant, "draws": draws}
-        return fu.siss_step(world.model, optimizer, world.schedule, world.forget, world.retain, **settings, **options)
+        return fu.siss_step(
+            world.model, optimizer, world.schedule, world.forget, world.retain, **settings, **options
+        )
 
     return step
 
@@ -93,8 +127,15 @@ def literal(name: str, world: World) -> tuple[list[Tensor], dict[str, Tensor]]:
     """The gradient by the papers' formulas and autograd, and what the step should report."""
     schedule, noisy = world.schedule, {}
     for branch in ("forget", "retain"):
-        noisy[branch] = reference.noising(getattr(world, branch), getattr(world, f"{branch}_noise"), getattr(world, f"{branch}_timesteps"), schedule)
-    forget, retain = (world.output(noisy[branch], getattr(world, f"{branch}_timesteps")) for branch in ("forget", "retain"))
+        noisy[branch] = reference.noising(
+            getattr(world, branch),
+            getattr(world, f"{branch}_noise"),
+            getattr(world, f"{branch}_timesteps"),
+            schedule,
+        )
+    forget, retain = (
+        world.output(noisy[branch], getattr(world, f"{branch}_timesteps")) for branch in ("forget", "retain")
+    )
     if name == "vanilla":
         loss = objectives.vanilla_loss(retain, world.retain_noise)
         return world.gradients(loss), {"loss": loss, "retain_loss": loss}
@@ -105,22 +146,39 @@ def literal(name: str, world: World) -> tuple[list[Tensor], dict[str, Tensor]]:
         arguments = (forget, noisy["forget"], world.neighbors, world.forget_timesteps)
         unlearn = objectives.retrack_unlearn_loss(*arguments, schedule).mean()
         loss = objectives.retrack_loss(*arguments, retain, world.retain_noise, schedule, 0.3)
-        return world.gradients(loss), {"loss": loss, "forget_loss": unlearn, "retain_loss": objectives.vanilla_loss(retain, world.retain_noise)}
+        return world.gradients(loss), {
+            "loss": loss,
+            "forget_loss": unlearn,
+            "retain_loss": objectives.vanilla_loss(retain, world.retain_noise),
+        }
     if name == "erasediff":
         main, correction = objectives.erasediff_losses(retain, world.retain_noise, forget, world.uniform)
     elif name == "siss":  # ReTrack's two forwards: the step makes one
         images, timesteps = (world.retain, world.forget), (world.retain_timesteps, world.forget_timesteps)
         pair = (noisy["retain"], noisy["forget"])
-        main, correction = objectives.siss_two_forward_losses((retain, forget), images, pair, timesteps, world.from_forget, schedule, 0.4)
+        main, correction = objectives.siss_two_forward_losses(
+            (retain, forget), images, pair, timesteps, world.from_forget, schedule, 0.4
+        )
     elif name == "no_is":
-        main, correction = objectives.vanilla_loss(retain, world.retain_noise), objectives.vanilla_loss(forget, world.forget_noise)
+        main, correction = (
+            objectives.vanilla_loss(retain, world.retain_noise),
+            objectives.vanilla_loss(forget, world.forget_noise),
+        )
     else:
         picked = world.from_forget.view(-1, 1, 1, 1)
-        output, noise = torch.where(picked, forget, retain), torch.where(picked, world.forget_noise, world.retain_noise)
+        output, noise = (
+            torch.where(picked, forget, retain),
+            torch.where(picked, world.forget_noise, world.retain_noise),
+        )
         main, correction = objectives.siss_bernoulli_losses(output, noise, world.from_forget, 0.4)
     pair = world.gradients(main), world.gradients(correction)
     combined = combine.project(*pair, 3.0) if name == "erasediff" else combine.rescale(*pair, 2.0)
-    report = {"retain_loss": main, "forget_loss": correction, "correction_norm": combined.correction_norm, "scaling_factor": combined.factor}
+    report = {
+        "retain_loss": main,
+        "forget_loss": correction,
+        "correction_norm": combined.correction_norm,
+        "scaling_factor": combined.factor,
+    }
     return combined.gradients, report | {"loss": main - combined.factor * correction}
 
 
@@ -133,7 +191,9 @@ def test_step_equals_the_literal_formula(name, seed):
     assert relative_l2(world.taken(), gradient) <= EXACT
     for key, value in report.items():
         torch.testing.assert_close(getattr(output, key), value.detach(), rtol=EXACT, atol=EXACT, msg=key)
-    torch.testing.assert_close(output.grad_norm, torch.cat([g.flatten() for g in gradient]).norm(), rtol=EXACT, atol=0)
+    torch.testing.assert_close(
+        output.grad_norm, torch.cat([g.flatten() for g in gradient]).norm(), rtol=EXACT, atol=0
+    )
     assert not any(value.requires_grad for value in output if value is not None)
     assert not output.skipped
     assert (output.correction_norm is not None) == (name in TWO_GRADIENTS)
@@ -145,11 +205,18 @@ def test_other_prediction_types(name, kind):
     """The loss in the model's own prediction space, from the literal targets of every neighbour."""
     world = World(1, kind)
     x_t = reference.noising(world.retain, world.retain_noise, world.retain_timesteps, world.schedule)
-    target = reference.prediction_target(world.retain, world.retain_noise, world.retain_timesteps, world.schedule)
+    target = reference.prediction_target(
+        world.retain, world.retain_noise, world.retain_timesteps, world.schedule
+    )
     loss = reference.denoising_loss(world.output(x_t, world.retain_timesteps), target).mean()
     if name == "retrack":
-        draw = reference.redirect(world.forget, world.neighbors, world.forget_noise, world.forget_timesteps, world.schedule)
-        unlearn = reference.denoising_loss(world.output(draw.x_t, world.forget_timesteps), draw.target) + draw.spread
+        draw = reference.redirect(
+            world.forget, world.neighbors, world.forget_noise, world.forget_timesteps, world.schedule
+        )
+        unlearn = (
+            reference.denoising_loss(world.output(draw.x_t, world.forget_timesteps), draw.target)
+            + draw.spread
+        )
         loss = 0.3 * unlearn.mean() + 0.7 * loss
     output = STEPS[name](world)
     assert relative_l2(world.taken(), world.gradients(loss)) <= 1e-9
@@ -180,14 +247,20 @@ def test_no_network_call_exceeds_the_micro_batch(name):
 
 @pytest.mark.parametrize("name", STEPS)
 def test_optimizer_gets_the_clipped_gradient(name):
-    """SGD with lr 1 moves by the gradient itself; the reported norm is the one before clipping, and gradients are cleared."""
+    """SGD with lr 1 moves by the gradient itself; the reported norm is the one before clipping, and gradients
+    are cleared.
+    """
     free, clipped = World(4), World(4)
     STEPS[name](free)
     before = [parameter.detach().clone() for parameter in clipped.model.parameters()]
     output = STEPS[name](clipped, torch.optim.SGD(clipped.model.parameters(), lr=1.0), max_grad_norm=0.5)
-    moved = [start - parameter.detach() for start, parameter in zip(before, clipped.model.parameters(), strict=True)]
+    moved = [
+        start - parameter.detach()
+        for start, parameter in zip(before, clipped.model.parameters(), strict=True)
+    ]
     shrink = min(1.0, 0.5 / output.grad_norm.item())
-    assert relative_l2(moved, [shrink * g for g in free.taken()]) <= 1e-5  # clip_grad_norm_ divides by norm + 1e-6
+    # clip_grad_norm_ divides by norm + 1e-6
+    assert relative_l2(moved, [shrink * g for g in free.taken()]) <= 1e-5
     assert all(parameter.grad is None for parameter in clipped.model.parameters())
 
 
@@ -201,23 +274,44 @@ def test_a_non_finite_step_changes_nothing(name):
         noise[:2] = torch.nan
     output = STEPS[name](world, optimizer)
     assert output.skipped
-    assert all(torch.equal(start, parameter) for start, parameter in zip(before, world.model.parameters(), strict=True))
+    assert all(
+        torch.equal(start, parameter)
+        for start, parameter in zip(before, world.model.parameters(), strict=True)
+    )
 
 
 def test_retrack_without_a_retain_batch():
     world = World(6)
-    draw = reference.redirect(world.forget, world.neighbors, world.forget_noise, world.forget_timesteps, world.schedule)
-    loss = (reference.denoising_loss(world.output(draw.x_t, world.forget_timesteps), draw.target) + draw.spread).mean()
+    draw = reference.redirect(
+        world.forget, world.neighbors, world.forget_noise, world.forget_timesteps, world.schedule
+    )
+    loss = (
+        reference.denoising_loss(world.output(draw.x_t, world.forget_timesteps), draw.target) + draw.spread
+    ).mean()
     expected = world.gradients(loss)
-    output = fu.retrack_step(world.model, None, world.schedule, world.forget, world.neighbors, lambd=1.0, draws=world.draws(*FORGET))
+    output = fu.retrack_step(
+        world.model,
+        None,
+        world.schedule,
+        world.forget,
+        world.neighbors,
+        lambd=1.0,
+        draws=world.draws(*FORGET),
+    )
     assert relative_l2(world.taken(), expected) <= EXACT
     assert output.retain_loss is None
 
 
 def test_each_branch_is_a_mean_over_its_own_batch():
-    """Unlike the papers' EraseDiff, which divides both terms by the forget batch: with two retain rows for six forget rows its main term is a third of ours."""
+    """Unlike the papers' EraseDiff, which divides both terms by the forget batch: with two retain rows for
+    six forget rows its main term is a third of ours.
+    """
     world = World(8)
-    world.retain, world.retain_noise, world.retain_timesteps = world.retain[:2], world.retain_noise[:2], world.retain_timesteps[:2]
+    world.retain, world.retain_noise, world.retain_timesteps = (
+        world.retain[:2],
+        world.retain_noise[:2],
+        world.retain_timesteps[:2],
+    )
     _, papers = literal("erasediff", world)
     output = erasediff(world)
     torch.testing.assert_close(output.retain_loss, 3 * papers["retain_loss"].detach())
@@ -225,7 +319,9 @@ def test_each_branch_is_a_mean_over_its_own_batch():
 
 
 def test_forget_gradient_is_not_obtained_by_subtraction():
-    """A tiny forget term has the direction of its own gradient; the difference of two accumulated float32 buffers would be rounding."""
+    """A tiny forget term has the direction of its own gradient; the difference of two accumulated float32
+    buffers would be rounding.
+    """
     exact, single = World(9), World(9, dtype=torch.float32)
     for world in (exact, single):
         world.from_forget[:] = False
@@ -240,7 +336,9 @@ def test_forget_gradient_is_not_obtained_by_subtraction():
 
 @pytest.mark.parametrize("name", STEPS)
 def test_what_is_not_given_is_drawn_from_the_generator(name):
-    """Two steps with the same generator seed agree, another seed differs, and torch's global generator is left alone."""
+    """Two steps with the same generator seed agree, another seed differs, and torch's global generator is
+    left alone.
+    """
     results = []
     for seed in (1, 1, 2):
         world = World(10)

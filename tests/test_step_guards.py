@@ -1,4 +1,6 @@
-"""What a caller's own loop may do to a step without spoiling it silently: autocast, scalers, odd optimizers, conditioning, other dtypes."""
+"""What a caller's own loop may do to a step without spoiling it silently: autocast, scalers, odd optimizers,
+conditioning, other dtypes.
+"""
 
 import copy
 
@@ -6,7 +8,20 @@ import pytest
 import torch
 from torch import nn
 
-from fastunlearn import SISS, Draws, EraseDiff, ImageStore, ReTrack, Unlearner, Vanilla, erasediff_step, neggrad_step, retrack_step, siss_step, vanilla_step
+from fastunlearn import (
+    SISS,
+    Draws,
+    EraseDiff,
+    ImageStore,
+    ReTrack,
+    Unlearner,
+    Vanilla,
+    erasediff_step,
+    neggrad_step,
+    retrack_step,
+    siss_step,
+    vanilla_step,
+)
 from fastunlearn import functional as F
 from fastunlearn.methods import Batch
 from fastunlearn.step import conditioning, trained
@@ -25,7 +40,9 @@ def flat(model):
 
 
 class Conditioned(nn.Module):
-    """A network with labels, a mask and twice the channels (a learned variance), which notes what it was given."""
+    """A network with labels, a mask and twice the channels (a learned variance), which notes what it was
+    given.
+    """
 
     def __init__(self):
         super().__init__()
@@ -33,7 +50,9 @@ class Conditioned(nn.Module):
 
     def forward(self, x, t, labels, extra):
         self.seen.append((labels.clone(), extra["mask"].clone(), x.dtype))
-        prediction = self.network(x, t) + self.embedding(labels).view(-1, 1, 1, 1) * extra["mask"].view(-1, 1, 1, 1)
+        prediction = self.network(x, t) + self.embedding(labels).view(-1, 1, 1, 1) * extra["mask"].view(
+            -1, 1, 1, 1
+        )
         return torch.cat([prediction, 1e6 * prediction.detach()], dim=1)
 
 
@@ -41,10 +60,13 @@ def conditions(first, count=4):
     return {"labels": torch.arange(first, first + count), "extra": {"mask": torch.linspace(0, 1, count)}}
 
 
-# --- scalers and non-finite numbers ----------------------------------------------------------------------------------------------
+# --- scalers and non-finite numbers
+# ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scaler", [None, {"enabled": False}, {"init_scale": 1e-12}, {"init_scale": 2.0**10}], ids=str)
+@pytest.mark.parametrize(
+    "scaler", [None, {"enabled": False}, {"init_scale": 1e-12}, {"init_scale": 2.0**10}], ids=str
+)
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e25])
 def test_what_is_reported_as_skipped_was_skipped(scaler, fused, bad):
@@ -52,10 +74,24 @@ def test_what_is_reported_as_skipped_was_skipped(scaler, fused, bad):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=fused)
     grad_scaler = None if scaler is None else torch.amp.GradScaler("cpu", **scaler)
     before = flat(model).clone()
-    out = vanilla_step(model, optimizer, SCHEDULE, images(0), draws=Draws(retain_noise=torch.full(SHAPE, bad)), grad_scaler=grad_scaler)
+    out = vanilla_step(
+        model,
+        optimizer,
+        SCHEDULE,
+        images(0),
+        draws=Draws(retain_noise=torch.full(SHAPE, bad)),
+        grad_scaler=grad_scaler,
+    )
     assert out.skipped
     assert torch.equal(flat(model), before)
-    assert not vanilla_step(model, optimizer, SCHEDULE, images(0), draws=Draws(retain_timesteps=torch.full((4,), 500)), grad_scaler=grad_scaler).skipped
+    assert not vanilla_step(
+        model,
+        optimizer,
+        SCHEDULE,
+        images(0),
+        draws=Draws(retain_timesteps=torch.full((4,), 500)),
+        grad_scaler=grad_scaler,
+    ).skipped
     assert not torch.equal(flat(model), before)
 
 
@@ -65,7 +101,16 @@ def test_loss_scaling_changes_no_update(step):
     models = [TinyDenoiser() for _ in range(2)]
     for model, scaler in zip(models, (None, torch.amp.GradScaler("cpu", init_scale=2.0**12)), strict=True):
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-        step(model, optimizer, SCHEDULE, images(0), images(1), generator=torch.Generator().manual_seed(0), grad_scaler=scaler, max_grad_norm=None)
+        step(
+            model,
+            optimizer,
+            SCHEDULE,
+            images(0),
+            images(1),
+            generator=torch.Generator().manual_seed(0),
+            grad_scaler=scaler,
+            max_grad_norm=None,
+        )
     start = flat(TinyDenoiser())
     torch.testing.assert_close(flat(models[0]) - start, flat(models[1]) - start, rtol=1e-3, atol=1e-4)
 
@@ -75,7 +120,17 @@ def test_what_is_left_to_the_caller_is_scaled_and_what_is_reported_is_not(step):
     reports, flats = [], []
     for scaler in (None, torch.amp.GradScaler("cpu", init_scale=2.0**12)):
         model = TinyDenoiser()
-        reports.append(step(model, None, SCHEDULE, images(0), images(1), generator=torch.Generator().manual_seed(0), grad_scaler=scaler))
+        reports.append(
+            step(
+                model,
+                None,
+                SCHEDULE,
+                images(0),
+                images(1),
+                generator=torch.Generator().manual_seed(0),
+                grad_scaler=scaler,
+            )
+        )
         flats.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
     for name, value in reports[0]._asdict().items():
         torch.testing.assert_close(getattr(reports[1], name), value, rtol=1e-4, atol=1e-5, msg=name)
@@ -85,7 +140,13 @@ def test_what_is_left_to_the_caller_is_scaled_and_what_is_reported_is_not(step):
 def test_weights_at_the_end_of_float64_make_a_step():
     """Forget weights of 1e-310: a factor for them overflows, their share of the loss does not."""
     noise, timesteps = torch.zeros(SHAPE), torch.full((4,), 300)
-    draws = Draws(forget_noise=noise, retain_noise=noise, forget_timesteps=timesteps, retain_timesteps=timesteps, from_forget=torch.zeros(4, dtype=torch.bool))
+    draws = Draws(
+        forget_noise=noise,
+        retain_noise=noise,
+        forget_timesteps=timesteps,
+        retain_timesteps=timesteps,
+        from_forget=torch.zeros(4, dtype=torch.bool),
+    )
     rho = float(SCHEDULE.alpha[300] / SCHEDULE.sigma[300])
     offset = (2 * 712.0) ** 0.5 / rho / 8  # ||retain - forget||^2 over 64 elements makes u = -712
     retain = torch.zeros(SHAPE)
@@ -98,7 +159,8 @@ def test_weights_at_the_end_of_float64_make_a_step():
     assert torch.isfinite(out.loss)
 
 
-# --- autocast and dtypes ---------------------------------------------------------------------------------------------------------
+# --- autocast and dtypes
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_callers_autocast_reaches_the_network_and_not_the_weights():
@@ -119,7 +181,11 @@ def test_a_callers_autocast_reaches_the_network_and_not_the_weights():
 
     model = Spy()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    for outer, autocast_dtype, expected in ((False, None, torch.float32), (True, None, torch.bfloat16), (False, torch.bfloat16, torch.bfloat16)):
+    for outer, autocast_dtype, expected in (
+        (False, None, torch.float32),
+        (True, None, torch.bfloat16),
+        (False, torch.bfloat16, torch.bfloat16),
+    ):
         with torch.autocast("cpu", torch.bfloat16, enabled=outer):
             vanilla_step(model, optimizer, SCHEDULE, images(0), autocast_dtype=autocast_dtype)
         assert dtypes.pop() == expected
@@ -132,25 +198,56 @@ def test_bfloat16_parameters_have_float32_norms(step):
     for network, dtype in ((reference, torch.float32), (model, torch.bfloat16)):
         optimizer = torch.optim.SGD(network.parameters(), lr=0.0)
         middle = torch.full((4,), 500)
-        draws = Draws(forget_noise=images(2, dtype), retain_noise=images(3, dtype), forget_timesteps=middle, retain_timesteps=middle)
-        results.append(step(network, optimizer, SCHEDULE, images(0, dtype), images(1, dtype), draws=draws, generator=torch.Generator().manual_seed(0)))
+        draws = Draws(
+            forget_noise=images(2, dtype),
+            retain_noise=images(3, dtype),
+            forget_timesteps=middle,
+            retain_timesteps=middle,
+        )
+        results.append(
+            step(
+                network,
+                optimizer,
+                SCHEDULE,
+                images(0, dtype),
+                images(1, dtype),
+                draws=draws,
+                generator=torch.Generator().manual_seed(0),
+            )
+        )
     assert results[1].grad_norm.dtype == torch.float32
     torch.testing.assert_close(results[1].grad_norm, results[0].grad_norm, rtol=0.05, atol=0)
-    torch.testing.assert_close(results[1].correction_norm.float(), results[0].correction_norm.float(), rtol=0.05, atol=0)
+    torch.testing.assert_close(
+        results[1].correction_norm.float(), results[0].correction_norm.float(), rtol=0.05, atol=0
+    )
 
 
 def test_tiny_weights_survive_half_precision():
-    """The gradient of the output is rounded to the prediction's dtype once, after weight, scale and loss scale."""
+    """The gradient of the output is rounded to the prediction's dtype once, after weight, scale and loss
+    scale.
+    """
     model = nn.Conv2d(1, 1, 1).requires_grad_()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     network = lambda x, t: model(x).half()  # noqa: E731
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
-    arguments = dict(draws=Draws(forget_timesteps=torch.full((4,), 500)), generator=torch.Generator().manual_seed(0))
-    norms = [retrack_step(network, optimizer, SCHEDULE, images(0), images(1).unsqueeze(1), None, lambd=1.0, **arguments).grad_norm]
+    arguments = dict(
+        draws=Draws(forget_timesteps=torch.full((4,), 500)), generator=torch.Generator().manual_seed(0)
+    )
+    norms = [
+        retrack_step(
+            network, optimizer, SCHEDULE, images(0), images(1).unsqueeze(1), None, lambd=1.0, **arguments
+        ).grad_norm
+    ]
     arguments["generator"].manual_seed(0)
-    norms.append(neggrad_step(network, optimizer, SCHEDULE, images(0), superfactor=1e-8, grad_scaler=scaler, **arguments).grad_norm)
+    norms.append(
+        neggrad_step(
+            network, optimizer, SCHEDULE, images(0), superfactor=1e-8, grad_scaler=scaler, **arguments
+        ).grad_norm
+    )
     arguments["generator"].manual_seed(0)
-    norms.append(neggrad_step(network, optimizer, SCHEDULE, images(0), superfactor=1.0, **arguments).grad_norm)
+    norms.append(
+        neggrad_step(network, optimizer, SCHEDULE, images(0), superfactor=1.0, **arguments).grad_norm
+    )
     assert norms[0] > 0
     torch.testing.assert_close(norms[1] * 1e8, norms[2], rtol=0.01, atol=0)
 
@@ -161,7 +258,8 @@ def test_float64_runs_in_float64():
     assert out.loss.dtype == out.grad_norm.dtype == torch.float64
 
 
-# --- optimizers ------------------------------------------------------------------------------------------------------------------
+# --- optimizers
+# ------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -176,7 +274,9 @@ def test_float64_runs_in_float64():
 def test_an_optimizer_of_another_copy_of_the_model_is_refused(step):
     model = TinyDenoiser()
     optimizer = torch.optim.SGD(copy.deepcopy(model).parameters(), lr=0.1)
-    with pytest.raises(ValueError, match=r"optimizer: expected parameters that the model's output depends on, got none"):
+    with pytest.raises(
+        ValueError, match=r"optimizer: expected parameters that the model's output depends on, got none"
+    ):
         step(model, optimizer, SCHEDULE)
 
 
@@ -208,10 +308,15 @@ def test_an_optimizer_of_a_part_leaves_the_rest_alone(step):
 
 def test_ema_follows_the_model_not_the_order_of_the_optimizer():
     model = nn.Sequential(*(nn.Conv2d(1, 1, 1) for _ in range(3)))
-    groups = [{"params": [model[2].weight, model[2].bias]}, {"params": [p for layer in model[:2] for p in layer.parameters()]}]
+    groups = [
+        {"params": [model[2].weight, model[2].bias]},
+        {"params": [p for layer in model[:2] for p in layer.parameters()]},
+    ]
     rows = ImageStore(torch.randint(0, 256, (9, 1, 8, 8), dtype=torch.uint8))
     ema = Average(model.parameters(), decay=0.0)  # the average is the last value
-    unlearner = Unlearner(lambda x, t: model(x), torch.optim.SGD(groups, lr=0.1), SCHEDULE, Vanilla(), retain=rows, batch_size=4)
+    unlearner = Unlearner(
+        lambda x, t: model(x), torch.optim.SGD(groups, lr=0.1), SCHEDULE, Vanilla(), retain=rows, batch_size=4
+    )
     unlearner.model = _Callable(model)
     unlearner.ema = ema
     unlearner.step()
@@ -228,19 +333,34 @@ class _Callable(nn.Module):
         return self.model(x)
 
 
-# --- conditioning and learned variance ---------------------------------------------------------------------------------------------
+# --- conditioning and learned variance
+# ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("micro_batch_size", [None, 3])
 def test_conditioning_stays_with_its_rows(micro_batch_size):
     model = Conditioned()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    options = dict(forget_kwargs=conditions(0), retain_kwargs=conditions(4), micro_batch_size=micro_batch_size, generator=torch.Generator().manual_seed(0))
+    options = dict(
+        forget_kwargs=conditions(0),
+        retain_kwargs=conditions(4),
+        micro_batch_size=micro_batch_size,
+        generator=torch.Generator().manual_seed(0),
+    )
     retrack_step(model, optimizer, SCHEDULE, images(0), images(1).unsqueeze(1), images(2), **options)
     assert torch.cat([labels for labels, *_ in model.seen]).tolist() == list(range(8))
     model.seen.clear()
-    siss_step(model, optimizer, SCHEDULE, images(0), images(1), draws=Draws(from_forget=torch.tensor([True, False, False, True])), **options)
-    assert torch.cat([labels for labels, *_ in model.seen]).sort().values.tolist() == [0, 3, 5, 6]  # in groups of rows that need the same backward passes
+    siss_step(
+        model,
+        optimizer,
+        SCHEDULE,
+        images(0),
+        images(1),
+        draws=Draws(from_forget=torch.tensor([True, False, False, True])),
+        **options,
+    )
+    # in groups of rows that need the same backward passes
+    assert torch.cat([labels for labels, *_ in model.seen]).sort().values.tolist() == [0, 3, 5, 6]
     assert all(torch.equal(mask, torch.linspace(0, 1, 4)[labels % 4]) for labels, mask, _ in model.seen)
     model.seen.clear()
     erasediff_step(model, optimizer, SCHEDULE, images(0), images(1), **options)
@@ -248,20 +368,39 @@ def test_conditioning_stays_with_its_rows(micro_batch_size):
 
 
 def test_a_learned_variance_is_left_alone():
-    """Of 2C output channels the first C count: the loss does not see the other half, which is a million times larger."""
+    """Of 2C output channels the first C count: the loss does not see the other half, which is a million times
+    larger.
+    """
     model = Conditioned()
-    out = vanilla_step(model, torch.optim.SGD(model.parameters(), lr=0.0), SCHEDULE, images(0), retain_kwargs=conditions(0))
+    out = vanilla_step(
+        model, torch.optim.SGD(model.parameters(), lr=0.0), SCHEDULE, images(0), retain_kwargs=conditions(0)
+    )
     assert out.loss < 1e4
 
 
 @pytest.mark.parametrize(
     ("call", "text"),
     [
-        (lambda *a: vanilla_step(*a, images(0), forget_kwargs=conditions(0)), r"forget_kwargs: expected none \(Vanilla reads no forget images\), got labels"),
-        (lambda *a: neggrad_step(*a, images(0), retain_kwargs=conditions(0)), r"retain_kwargs: expected none \(NegGrad reads no retain images\)"),
-        (lambda *a: vanilla_step(*a, images(0), retain_kwargs=conditions(0, 9)), r"retain_kwargs: expected tensors with the batch of 4 first, got .*9"),
-        (lambda *a: vanilla_step(*a, images(0), compile="yes"), r"compile: expected None, True, False, 'try' or 'regional', got 'yes'"),
-        (lambda *a: vanilla_step(*a, images(0), retain_kwargs=conditions(0), compile="regional"), r"names its repeated blocks for 'regional', got Conditioned"),
+        (
+            lambda *a: vanilla_step(*a, images(0), forget_kwargs=conditions(0)),
+            r"forget_kwargs: expected none \(Vanilla reads no forget images\), got labels",
+        ),
+        (
+            lambda *a: neggrad_step(*a, images(0), retain_kwargs=conditions(0)),
+            r"retain_kwargs: expected none \(NegGrad reads no retain images\)",
+        ),
+        (
+            lambda *a: vanilla_step(*a, images(0), retain_kwargs=conditions(0, 9)),
+            r"retain_kwargs: expected tensors with the batch of 4 first, got .*9",
+        ),
+        (
+            lambda *a: vanilla_step(*a, images(0), compile="yes"),
+            r"compile: expected None, True, False, 'try' or 'regional', got 'yes'",
+        ),
+        (
+            lambda *a: vanilla_step(*a, images(0), retain_kwargs=conditions(0), compile="regional"),
+            r"names its repeated blocks for 'regional', got Conditioned",
+        ),
         (lambda *a: vanilla_step(*a, images(0), lowpass=3), r"lowpass: expected None in this version, got 3"),
     ],
 )
@@ -274,10 +413,22 @@ def test_refused(call, text):
 @pytest.mark.parametrize(
     ("call", "text"),
     [
-        (lambda *a: vanilla_step(*a, images(0), draws=Draws(retain_noise=images(0, torch.float64))), r"draws.retain_noise: expected the dtype of retain"),
-        (lambda *a: siss_step(*a, images(0, torch.float64), images(0)), r"forget: expected the dtype of retain, torch.float32, got torch.float64"),
-        (lambda *a: vanilla_step(*a, images(0), grad_scaler=1024.0), r"grad_scaler: expected a torch.amp.GradScaler or None, got 1024.0"),
-        (lambda *a: vanilla_step(*a, images(0), process_group="world"), r"process_group: expected a torch.distributed.ProcessGroup or None, got 'world'"),
+        (
+            lambda *a: vanilla_step(*a, images(0), draws=Draws(retain_noise=images(0, torch.float64))),
+            r"draws.retain_noise: expected the dtype of retain",
+        ),
+        (
+            lambda *a: siss_step(*a, images(0, torch.float64), images(0)),
+            r"forget: expected the dtype of retain, torch.float32, got torch.float64",
+        ),
+        (
+            lambda *a: vanilla_step(*a, images(0), grad_scaler=1024.0),
+            r"grad_scaler: expected a torch.amp.GradScaler or None, got 1024.0",
+        ),
+        (
+            lambda *a: vanilla_step(*a, images(0), process_group="world"),
+            r"process_group: expected a torch.distributed.ProcessGroup or None, got 'world'",
+        ),
     ],
 )
 def test_mixed_dtypes_are_refused_before_the_network(call, text):
@@ -290,7 +441,9 @@ def test_half_precision_masters_and_closures_are_refused():
     half, model = TinyDenoiser().half(), TinyDenoiser()
     with pytest.raises(TypeError, match=r"model: expected float32 \(or bfloat16\) parameters, got float16"):
         vanilla_step(half, torch.optim.SGD(half.parameters(), lr=0.1), SCHEDULE, images(0, torch.float16))
-    with pytest.raises(TypeError, match=r"optimizer: expected one whose step\(\) needs no closure, got LBFGS"):
+    with pytest.raises(
+        TypeError, match=r"optimizer: expected one whose step\(\) needs no closure, got LBFGS"
+    ):
         vanilla_step(model, torch.optim.LBFGS(model.parameters()), SCHEDULE, images(0))
 
 
@@ -298,19 +451,35 @@ def test_distances_of_uint8_rows_are_integers():
     rows = ImageStore(torch.randint(0, 256, (9, 1, 8, 8), dtype=torch.uint8))
     model = TinyDenoiser()
     neighbors = torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1)
-    with pytest.raises(TypeError, match=r"neighbors\[1\]: expected an integer tensor of 2 dimensions, got float32"):
+    with pytest.raises(
+        TypeError, match=r"neighbors\[1\]: expected an integer tensor of 2 dimensions, got float32"
+    ):
         Unlearner(
             model, torch.optim.SGD(model.parameters(), lr=0.1), SCHEDULE, ReTrack(k=1), forget=rows.select([0, 1]), retain=rows.select([2, 3]),
             neighbors=neighbors,
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("method", [SISS(lambd=0.0), SISS(lambd=1.0), EraseDiff(eta=0.0), ReTrack(k=1, lambd=0.0), ReTrack(k=1, lambd=1.0)], ids=str)
+@pytest.mark.parametrize(
+    "method",
+    [SISS(lambd=0.0), SISS(lambd=1.0), EraseDiff(eta=0.0), ReTrack(k=1, lambd=0.0), ReTrack(k=1, lambd=1.0)],
+    ids=str,
+)
 def test_the_ends_of_the_ranges_take_finite_steps(method):
-    rows = ImageStore(torch.randint(0, 256, (9, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)))
+    rows = ImageStore(
+        torch.randint(0, 256, (9, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    )
     model = TinyDenoiser()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    unlearner = Unlearner(model, optimizer, SCHEDULE, method, forget=rows.select([0, 1]), retain=rows.select(range(2, 9)), batch_size=5)
+    unlearner = Unlearner(
+        model,
+        optimizer,
+        SCHEDULE,
+        method,
+        forget=rows.select([0, 1]),
+        retain=rows.select(range(2, 9)),
+        batch_size=5,
+    )
     assert not any(bool(unlearner.step().skipped) for _ in range(5))
 
 

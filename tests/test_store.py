@@ -15,7 +15,9 @@ FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def uint8_images(count: int = 5, shape: tuple[int, ...] = (3, 4, 6), seed: int = 0) -> torch.Tensor:
-    return torch.randint(0, 256, (count, *shape), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return torch.randint(
+        0, 256, (count, *shape), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
+    )
 
 
 def with_value(value: float, row: int = 3) -> torch.Tensor:
@@ -24,7 +26,9 @@ def with_value(value: float, row: int = 3) -> torch.Tensor:
     return images
 
 
-def posterior(count: int = 5, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def posterior(
+    count: int = 5, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation of latents `[count, 4, 2, 3]`."""
     generator = torch.Generator().manual_seed(seed)
     mean, log_std = (torch.randn(count, 4, 2, 3, generator=generator) for _ in range(2))
@@ -46,48 +50,247 @@ ROWS = torch.tensor([1])
 COUNTER = torch.tensor([7, 3, 0])
 # (id, what to call with a temporary folder, type, text)
 CASES = [
-    ("list", lambda _: ImageStore([[1.0]]), TypeError, r"images: expected a tensor, a numpy array or an object with __dlpack__, got list"),
+    (
+        "list",
+        lambda _: ImageStore([[1.0]]),
+        TypeError,
+        r"images: expected a tensor, a numpy array or an object with __dlpack__, got list",
+    ),
     ("none", lambda _: ImageStore(None), TypeError, r"images: expected a tensor.* got NoneType"),
-    ("int64", lambda _: ImageStore(torch.zeros(2, 1, 4, 4, dtype=torch.int64)), TypeError, r"images: expected dtype uint8, .* or float64, got int64"),
-    ("bool", lambda _: ImageStore(np.zeros((2, 1, 4, 4), bool)), TypeError, r"images: expected dtype uint8, .* got bool"),
-    ("complex", lambda _: ImageStore(torch.zeros(2, 1, 4, 4, dtype=torch.complex64)), TypeError, r"images: expected dtype .* got complex64"),
-    ("object-array", lambda _: ImageStore(np.empty((2, 1, 4, 4), object)), TypeError, r"images: expected an array of uint8 or of floats .* got dtype object"),
-    ("strings", lambda _: ImageStore(np.array([["a"]])), TypeError, r"images: expected an array of uint8 or of floats .* got dtype <U1"),
-    ("big-endian", lambda _: ImageStore(np.zeros((2, 1, 4, 4), ">f4")), TypeError, r"images: .* native byte order, got dtype >f4"),
-    ("sparse", lambda _: ImageStore(torch.zeros(2, 1, 4, 4).to_sparse()), TypeError, r"images: expected a dense tensor, got layout sparse_coo"),
-    ("negative-stride", lambda _: ImageStore(np.zeros((2, 1, 4, 4), np.uint8)[::-1]), ValueError, r"images: expected an array without negative strides"),
-    ("rank-3", lambda _: ImageStore(torch.zeros(2, 4, 4)), ValueError, r"images: expected shape \[N, C, H, W\], got \[2, 4, 4\]"),
-    ("rank-5", lambda _: ImageStore(torch.zeros(2, 1, 1, 4, 4)), ValueError, r"images: expected shape \[N, C, H, W\], got \[2, 1, 1, 4, 4\]"),
-    ("no-rows", lambda _: ImageStore(torch.zeros(0, 1, 4, 4)), ValueError, r"images: expected at least one row .* got shape \[0, 1, 4, 4\]"),
-    ("no-columns", lambda _: ImageStore(torch.zeros(2, 1, 4, 0)), ValueError, r"images: .* no axis of length 0, got shape \[2, 1, 4, 0\]"),
-    ("nan", lambda _: ImageStore(with_value(float("nan"))), ValueError, r"images: expected finite values, got NaN or Inf in row 3"),
-    ("inf", lambda _: ImageStore(with_value(float("inf"))), ValueError, r"images: expected finite values, got NaN or Inf in row 3"),
-    ("minus-inf-latent", lambda _: ImageStore(with_value(-float("inf"), 1), latents=True), ValueError, r"images: expected finite values, .* in row 1"),
-    ("above-1", lambda _: ImageStore(with_value(1.01)), ValueError, r"images: .*float images within \[-1, 1\], or latents=True, got .*\[0, 1.01\]"),
-    ("0-to-255", lambda _: ImageStore(uint8_images().float()), ValueError, r"images: expected .* within \[-1, 1\].* got float values in \[\d+, 25\d\]"),
-    ("below-minus-1", lambda _: ImageStore(with_value(-3.0).half()), ValueError, r"images: .* got float values in \[-3, 0\]"),
-    ("uint8-latents", lambda _: ImageStore(uint8_images(), latents=True), ValueError, r"latents: expected float rows for latents=True, got uint8"),
-    ("labels-length", lambda _: ImageStore(uint8_images(5), labels=[1, 2]), ValueError, r"labels: expected shape \[5\], one for each row of images, got \[2\]"),
-    ("labels-rank", lambda _: ImageStore(uint8_images(2), labels=torch.zeros(2, 1, dtype=torch.int64)), ValueError, r"labels: .*\[2\].* got \[2, 1\]"),
-    ("labels-float", lambda _: ImageStore(uint8_images(2), labels=[0.5, 1.0]), TypeError, r"labels: expected integers, got float32"),
-    ("labels-text", lambda _: ImageStore(uint8_images(2), labels=["a", "b"]), TypeError, r"labels: expected integers of shape \[2\], got list"),
-    ("labels-one", lambda _: ImageStore(uint8_images(2), labels=1), ValueError, r"labels: expected shape \[2\].* got \[\]"),
-    ("select-none", lambda _: ImageStore(uint8_images(2)).select([]), ValueError, r"index: expected shape \[M\] with M >= 1, got \[0\]"),
-    ("select-outside", lambda _: ImageStore(uint8_images(2)).select([0, 2]), ValueError, r"index: expected rows in \[0, 1\], got rows in \[0, 2\]"),
-    ("overlap-shape", lambda _: overlap(ImageStore(uint8_images()), ImageStore(uint8_images(5, (1, 4, 6)))), ValueError,
-     r"retain: expected rows of shape \[3, 4, 6\], as in forget, got \[1, 4, 6\]"),
-    ("std-of-images", lambda _: ImageStore(torch.zeros(2, 1, 4, 4), std=torch.zeros(2, 1, 4, 4)), ValueError, r"std: expected none, or latents=True"),
-    ("std-list", lambda _: ImageStore(posterior()[0], std=[1.0], latents=True), TypeError, r"std: expected a tensor, .* got list"),
-    ("std-uint8", lambda _: ImageStore(posterior()[0], std=uint8_images(5, (4, 2, 3)), latents=True), TypeError, r"std: expected a floating .* uint8"),
-    ("std-shape", lambda _: ImageStore(posterior()[0], std=posterior(4)[1], latents=True), ValueError, r"std: .*\[5, 4, 2, 3\], got \[4, 4, 2, 3\]"),
-    ("std-device", lambda _: ImageStore(posterior()[0], std=posterior()[1].to("meta"), latents=True), ValueError, r"std: expected .* cpu, got meta"),
-    ("std-negative", lambda _: with_std(-0.5), ValueError, r"std: expected standard deviations >= 0, got -0.5 \(rows 0 to 4\)"),
-    ("std-nan", lambda _: with_std(float("nan")), ValueError, r"std: expected finite values, got NaN or Inf in row 3"),
-    ("std-inf", lambda _: with_std(float("inf")), ValueError, r"std: expected finite values, got NaN or Inf in row 3"),
-    ("lazy-with-std", lambda _: latent_store().lazy(ROWS), ValueError, r"lazy: expected a store of fixed rows, .* use sample\(.* or freeze\(\)"),
-    ("rows-with-std", lambda _: latent_store().rows(ROWS), ValueError, r"rows: expected a store of fixed rows, .* use sample\(.* or freeze\(\)"),
-    ("freeze-seed", lambda _: latent_store().freeze(seed=-1), ValueError, r"seed: expected an integer in \[0, \d+\], got -1"),
-    ("sample-without-std", lambda _: ImageStore(uint8_images()).sample(ROWS, COUNTER, 0), ValueError, r"std: expected a store with standard deviations"),
+    (
+        "int64",
+        lambda _: ImageStore(torch.zeros(2, 1, 4, 4, dtype=torch.int64)),
+        TypeError,
+        r"images: expected dtype uint8, .* or float64, got int64",
+    ),
+    (
+        "bool",
+        lambda _: ImageStore(np.zeros((2, 1, 4, 4), bool)),
+        TypeError,
+        r"images: expected dtype uint8, .* got bool",
+    ),
+    (
+        "complex",
+        lambda _: ImageStore(torch.zeros(2, 1, 4, 4, dtype=torch.complex64)),
+        TypeError,
+        r"images: expected dtype .* got complex64",
+    ),
+    (
+        "object-array",
+        lambda _: ImageStore(np.empty((2, 1, 4, 4), object)),
+        TypeError,
+        r"images: expected an array of uint8 or of floats .* got dtype object",
+    ),
+    (
+        "strings",
+        lambda _: ImageStore(np.array([["a"]])),
+        TypeError,
+        r"images: expected an array of uint8 or of floats .* got dtype <U1",
+    ),
+    (
+        "big-endian",
+        lambda _: ImageStore(np.zeros((2, 1, 4, 4), ">f4")),
+        TypeError,
+        r"images: .* native byte order, got dtype >f4",
+    ),
+    (
+        "sparse",
+        lambda _: ImageStore(torch.zeros(2, 1, 4, 4).to_sparse()),
+        TypeError,
+        r"images: expected a dense tensor, got layout sparse_coo",
+    ),
+    (
+        "negative-stride",
+        lambda _: ImageStore(np.zeros((2, 1, 4, 4), np.uint8)[::-1]),
+        ValueError,
+        r"images: expected an array without negative strides",
+    ),
+    (
+        "rank-3",
+        lambda _: ImageStore(torch.zeros(2, 4, 4)),
+        ValueError,
+        r"images: expected shape \[N, C, H, W\], got \[2, 4, 4\]",
+    ),
+    (
+        "rank-5",
+        lambda _: ImageStore(torch.zeros(2, 1, 1, 4, 4)),
+        ValueError,
+        r"images: expected shape \[N, C, H, W\], got \[2, 1, 1, 4, 4\]",
+    ),
+    (
+        "no-rows",
+        lambda _: ImageStore(torch.zeros(0, 1, 4, 4)),
+        ValueError,
+        r"images: expected at least one row .* got shape \[0, 1, 4, 4\]",
+    ),
+    (
+        "no-columns",
+        lambda _: ImageStore(torch.zeros(2, 1, 4, 0)),
+        ValueError,
+        r"images: .* no axis of length 0, got shape \[2, 1, 4, 0\]",
+    ),
+    (
+        "nan",
+        lambda _: ImageStore(with_value(float("nan"))),
+        ValueError,
+        r"images: expected finite values, got NaN or Inf in row 3",
+    ),
+    (
+        "inf",
+        lambda _: ImageStore(with_value(float("inf"))),
+        ValueError,
+        r"images: expected finite values, got NaN or Inf in row 3",
+    ),
+    (
+        "minus-inf-latent",
+        lambda _: ImageStore(with_value(-float("inf"), 1), latents=True),
+        ValueError,
+        r"images: expected finite values, .* in row 1",
+    ),
+    (
+        "above-1",
+        lambda _: ImageStore(with_value(1.01)),
+        ValueError,
+        r"images: .*float images within \[-1, 1\], or latents=True, got .*\[0, 1.01\]",
+    ),
+    (
+        "0-to-255",
+        lambda _: ImageStore(uint8_images().float()),
+        ValueError,
+        r"images: expected .* within \[-1, 1\].* got float values in \[\d+, 25\d\]",
+    ),
+    (
+        "below-minus-1",
+        lambda _: ImageStore(with_value(-3.0).half()),
+        ValueError,
+        r"images: .* got float values in \[-3, 0\]",
+    ),
+    (
+        "uint8-latents",
+        lambda _: ImageStore(uint8_images(), latents=True),
+        ValueError,
+        r"latents: expected float rows for latents=True, got uint8",
+    ),
+    (
+        "labels-length",
+        lambda _: ImageStore(uint8_images(5), labels=[1, 2]),
+        ValueError,
+        r"labels: expected shape \[5\], one for each row of images, got \[2\]",
+    ),
+    (
+        "labels-rank",
+        lambda _: ImageStore(uint8_images(2), labels=torch.zeros(2, 1, dtype=torch.int64)),
+        ValueError,
+        r"labels: .*\[2\].* got \[2, 1\]",
+    ),
+    (
+        "labels-float",
+        lambda _: ImageStore(uint8_images(2), labels=[0.5, 1.0]),
+        TypeError,
+        r"labels: expected integers, got float32",
+    ),
+    (
+        "labels-text",
+        lambda _: ImageStore(uint8_images(2), labels=["a", "b"]),
+        TypeError,
+        r"labels: expected integers of shape \[2\], got list",
+    ),
+    (
+        "labels-one",
+        lambda _: ImageStore(uint8_images(2), labels=1),
+        ValueError,
+        r"labels: expected shape \[2\].* got \[\]",
+    ),
+    (
+        "select-none",
+        lambda _: ImageStore(uint8_images(2)).select([]),
+        ValueError,
+        r"index: expected shape \[M\] with M >= 1, got \[0\]",
+    ),
+    (
+        "select-outside",
+        lambda _: ImageStore(uint8_images(2)).select([0, 2]),
+        ValueError,
+        r"index: expected rows in \[0, 1\], got rows in \[0, 2\]",
+    ),
+    (
+        "overlap-shape",
+        lambda _: overlap(ImageStore(uint8_images()), ImageStore(uint8_images(5, (1, 4, 6)))),
+        ValueError,
+        r"retain: expected rows of shape \[3, 4, 6\], as in forget, got \[1, 4, 6\]",
+    ),
+    (
+        "std-of-images",
+        lambda _: ImageStore(torch.zeros(2, 1, 4, 4), std=torch.zeros(2, 1, 4, 4)),
+        ValueError,
+        r"std: expected none, or latents=True",
+    ),
+    (
+        "std-list",
+        lambda _: ImageStore(posterior()[0], std=[1.0], latents=True),
+        TypeError,
+        r"std: expected a tensor, .* got list",
+    ),
+    (
+        "std-uint8",
+        lambda _: ImageStore(posterior()[0], std=uint8_images(5, (4, 2, 3)), latents=True),
+        TypeError,
+        r"std: expected a floating .* uint8",
+    ),
+    (
+        "std-shape",
+        lambda _: ImageStore(posterior()[0], std=posterior(4)[1], latents=True),
+        ValueError,
+        r"std: .*\[5, 4, 2, 3\], got \[4, 4, 2, 3\]",
+    ),
+    (
+        "std-device",
+        lambda _: ImageStore(posterior()[0], std=posterior()[1].to("meta"), latents=True),
+        ValueError,
+        r"std: expected .* cpu, got meta",
+    ),
+    (
+        "std-negative",
+        lambda _: with_std(-0.5),
+        ValueError,
+        r"std: expected standard deviations >= 0, got -0.5 \(rows 0 to 4\)",
+    ),
+    (
+        "std-nan",
+        lambda _: with_std(float("nan")),
+        ValueError,
+        r"std: expected finite values, got NaN or Inf in row 3",
+    ),
+    (
+        "std-inf",
+        lambda _: with_std(float("inf")),
+        ValueError,
+        r"std: expected finite values, got NaN or Inf in row 3",
+    ),
+    (
+        "lazy-with-std",
+        lambda _: latent_store().lazy(ROWS),
+        ValueError,
+        r"lazy: expected a store of fixed rows, .* use sample\(.* or freeze\(\)",
+    ),
+    (
+        "rows-with-std",
+        lambda _: latent_store().rows(ROWS),
+        ValueError,
+        r"rows: expected a store of fixed rows, .* use sample\(.* or freeze\(\)",
+    ),
+    (
+        "freeze-seed",
+        lambda _: latent_store().freeze(seed=-1),
+        ValueError,
+        r"seed: expected an integer in \[0, \d+\], got -1",
+    ),
+    (
+        "sample-without-std",
+        lambda _: ImageStore(uint8_images()).sample(ROWS, COUNTER, 0),
+        ValueError,
+        r"std: expected a store with standard deviations",
+    ),
 ]
 
 
@@ -102,7 +305,8 @@ def test_uint8_rows_are_to_tensor_and_normalize():
     store = ImageStore(every_value)
     served = store.rows(torch.tensor([3, 0]))
     assert served.dtype == torch.float32
-    assert torch.equal(served, ((every_value.float() / 255 - 0.5) / 0.5)[[3, 0]])  # torchvision's ToTensor, Normalize(0.5, 0.5)
+    # torchvision's ToTensor, Normalize(0.5, 0.5)
+    assert torch.equal(served, ((every_value.float() / 255 - 0.5) / 0.5)[[3, 0]])
     assert (served.min(), served.max()) == (-1, 1)
     assert torch.equal(store.raw(torch.tensor([3, 0])), every_value[[3, 0]])
     assert store.is_uint8
@@ -151,8 +355,11 @@ def test_latents_may_all_be_positive(caplog):
     assert not caplog.records
 
 
-@pytest.mark.parametrize("wrap", [torch.clone, torch.Tensor.numpy, lambda t: np.lib.stride_tricks.as_strided(t.numpy(), writeable=False)],
-                         ids=["tensor", "numpy", "read-only"])
+@pytest.mark.parametrize(
+    "wrap",
+    [torch.clone, torch.Tensor.numpy, lambda t: np.lib.stride_tricks.as_strided(t.numpy(), writeable=False)],
+    ids=["tensor", "numpy", "read-only"],
+)
 def test_no_copy(wrap):
     array = wrap(uint8_images())
     pointer = array.data_ptr() if isinstance(array, torch.Tensor) else array.ctypes.data
@@ -178,7 +385,9 @@ def test_memory_map_larger_than_memory(tmp_path):
     path, count = tmp_path / "rows.npy", 2**20
     row = np.arange(3 * 256 * 256, dtype=np.uint32).astype(np.uint8).reshape(3, 256, 256)
     with open(path, "wb") as file:  # a sparse file of 192 GiB with two rows in it
-        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (count, *row.shape)})
+        np.lib.format.write_array_header_1_0(
+            file, {"descr": "|u1", "fortran_order": False, "shape": (count, *row.shape)}
+        )
         start = file.tell()
         try:
             file.truncate(start + count * row.size)
@@ -207,10 +416,13 @@ def test_chunks_cover_all_rows_in_order(max_bytes):
 @pytest.mark.parametrize("dtype", [torch.uint8, *FLOAT_DTYPES])
 def test_content_hash_is_over_dtype_shape_and_bytes(dtype, monkeypatch):
     images = (uint8_images(7) % 2).to(dtype)
-    expected = hashlib.sha256(f"{str(dtype)[6:]} [7, 3, 4, 6]\n".encode() + images.view(torch.uint8).numpy().tobytes()).hexdigest()
+    expected = hashlib.sha256(
+        f"{str(dtype)[6:]} [7, 3, 4, 6]\n".encode() + images.view(torch.uint8).numpy().tobytes()
+    ).hexdigest()
     monkeypatch.setattr(ImageStore.chunks, "__defaults__", (100,))
     assert ImageStore(images).content_hash() == expected
-    assert ImageStore(images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)).content_hash() == expected  # strides do not matter
+    # strides do not matter
+    assert ImageStore(images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)).content_hash() == expected
     assert ImageStore(images.reshape(7, 3, 6, 4)).content_hash() != expected
     changed = images.clone()
     changed[6, 2, 3, 5] = 1 - changed[6, 2, 3, 5]
@@ -329,6 +541,7 @@ def test_overlap_is_streamed(monkeypatch):
 
 # Latents with standard deviations
 
+
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 def test_sample_is_mean_plus_std_times_counted_noise(dtype):
     mean, std = posterior(dtype=dtype)
@@ -336,7 +549,8 @@ def test_sample_is_mean_plus_std_times_counted_noise(dtype):
     drawn = ImageStore(mean, std=std, latents=True).sample(index, COUNTER, 8)
     noise = philox.normal((3, 4, 2, 3), COUNTER, 8).double()
     exact = mean[index].double() + std[index].double() * noise
-    literal = (mean[index].float() + std[index].float() * noise.float()).double()  # plain torch in float32: what the error is measured by
+    # plain torch in float32: what the error is measured by
+    literal = (mean[index].float() + std[index].float() * noise.float()).double()
     assert drawn.dtype == torch.float32
     assert (drawn - exact).abs().max() <= 2 * (literal - exact).abs().max()
     assert not torch.equal(drawn[0], drawn[2])  # one row, drawn twice
@@ -400,25 +614,35 @@ def test_content_hash_sees_std():
     mean, std = posterior()
     changed = std.clone()
     changed[4, 3, 1, 2] += 1
-    stores = [ImageStore(mean, latents=True), ImageStore(mean, std=std, latents=True), ImageStore(mean, std=changed, latents=True),
-              ImageStore(mean, std=std.double(), latents=True)]
+    stores = [
+        ImageStore(mean, latents=True),
+        ImageStore(mean, std=std, latents=True),
+        ImageStore(mean, std=changed, latents=True),
+        ImageStore(mean, std=std.double(), latents=True),
+    ]
     assert len({store.content_hash() for store in stores}) == 4
     assert stores[1].content_hash() == ImageStore(mean.clone(), std=std.clone(), latents=True).content_hash()
 
 
 def test_overlap_compares_means():
     mean, std = posterior()
-    forget_rows, retain_rows = overlap(ImageStore(mean[3:], std=std[:2], latents=True), ImageStore(mean, std=std, latents=True))
+    forget_rows, retain_rows = overlap(
+        ImageStore(mean[3:], std=std[:2], latents=True), ImageStore(mean, std=std, latents=True)
+    )
     assert (forget_rows.tolist(), retain_rows.tolist()) == ([0, 1], [3, 4])
 
 
 def test_repr_and_nbytes_tell_std():
-    assert repr(latent_store(dtype=torch.float16)) == "ImageStore(5 rows of [4, 2, 3], float16 means with float16 standard deviations, cpu)"
+    assert (
+        repr(latent_store(dtype=torch.float16))
+        == "ImageStore(5 rows of [4, 2, 3], float16 means with float16 standard deviations, cpu)"
+    )
     assert latent_store().nbytes == 2 * 5 * 24 * 4
     assert ImageStore(uint8_images()).nbytes == 5 * 72
 
 
 # Files
+
 
 def test_on_disk_is_known_of_maps(tmp_path):
     path = tmp_path / "rows.npy"
@@ -429,7 +653,9 @@ def test_on_disk_is_known_of_maps(tmp_path):
     assert ImageStore(view).to("cpu").on_disk
     assert not ImageStore(view).select([0]).on_disk
     assert not ImageStore(np.load(path)).on_disk
-    shared = torch.from_file(str(tmp_path / "raw"), shared=True, size=5 * 24, dtype=torch.float32).view(5, 4, 2, 3)
+    shared = torch.from_file(str(tmp_path / "raw"), shared=True, size=5 * 24, dtype=torch.float32).view(
+        5, 4, 2, 3
+    )
     assert ImageStore(shared).on_disk
     assert ImageStore(posterior()[0], std=shared, latents=True).on_disk
     assert ImageStore(shared, std=posterior()[1], latents=True).freeze().on_disk

@@ -60,7 +60,10 @@ def test_nulls_in_lists_and_labels_are_named(tmp_path):
 @needs_pyarrow
 def test_labels_of_yes_and_no_are_numbers(tmp_path):
     cells = [{"bytes": encoded(COLOURS), "path": None}] * 2
-    assert load_images(table(tmp_path, image=cells, label=[True, False]), labels=True).labels.tolist() == [1, 0]
+    assert load_images(table(tmp_path, image=cells, label=[True, False]), labels=True).labels.tolist() == [
+        1,
+        0,
+    ]
 
 
 @needs_pyarrow

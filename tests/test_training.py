@@ -1,4 +1,6 @@
-"""The loop around `Unlearner.step`: metrics, trackers, checkpoints, signals, skipped steps, the run record, and `purge`."""
+"""The loop around `Unlearner.step`: metrics, trackers, checkpoints, signals, skipped steps, the run record,
+and `purge`.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ STORE = ImageStore(torch.arange(2 * 16, dtype=torch.uint8).view(2, 1, 4, 4))
 
 
 class FakeUnlearner:
-    """The surface of `Unlearner` that the loop uses, with a step that costs nothing; `bad_steps` are reported as skipped."""
+    """The surface of `Unlearner` that the loop uses, with a step that costs nothing; `bad_steps` are reported
+    as skipped.
+    """
 
     def __init__(self, bad_steps=(), on_step=None, method=None, seed=0):
         torch.manual_seed(0)
@@ -46,7 +50,9 @@ class FakeUnlearner:
         self.skipped_steps += skipped
         if not skipped:
             with torch.no_grad():
-                self.model.weight += torch.randn(2, 3, generator=torch.Generator().manual_seed(self.step_index))
+                self.model.weight += torch.randn(
+                    2, 3, generator=torch.Generator().manual_seed(self.step_index)
+                )
         if self.on_step is not None:
             self.on_step(self.step_index)
         loss = torch.tensor(float("nan") if skipped else float(self.step_index))
@@ -61,14 +67,20 @@ class FakeUnlearner:
 
 
 def run(unlearner, output_dir: Path, num_steps: int = 10, **options):
-    return unlearn(unlearner, num_steps=num_steps, output_dir=output_dir, **{"show_progress": False, "checkpointing_steps": 3} | options)
+    return unlearn(
+        unlearner,
+        num_steps=num_steps,
+        output_dir=output_dir,
+        **{"show_progress": False, "checkpointing_steps": 3} | options,
+    )
 
 
 def checkpoints(output_dir: Path) -> list[int]:
     return sorted(int(path.name.removeprefix("checkpoint-")) for path in output_dir.glob("checkpoint-*"))
 
 
-# --- metrics and checkpoints -----------------------------------------------------------------------------------------------------
+# --- metrics and checkpoints
+# -----------------------------------------------------------------------------------------------------
 
 
 def test_a_run_leaves_metrics_checkpoints_and_a_record(tmp_path: Path):
@@ -86,8 +98,14 @@ def test_a_run_leaves_metrics_checkpoints_and_a_record(tmp_path: Path):
     assert record["steps"] == 10
     assert record["method"] == {"name": "Vanilla"}
     assert record["arguments"]["logging_steps"] == 4
-    assert record["data"] == {"forget": None, "retain": {"rows": 2, "shape": [1, 4, 4], "dtype": "torch.uint8", "sha256": STORE.content_hash()}}
-    assert record["versions"]["torch"] == torch.__version__.split("+")[0] or record["versions"]["torch"] == torch.__version__
+    assert record["data"] == {
+        "forget": None,
+        "retain": {"rows": 2, "shape": [1, 4, 4], "dtype": "torch.uint8", "sha256": STORE.content_hash()},
+    }
+    assert (
+        record["versions"]["torch"] == torch.__version__.split("+")[0]
+        or record["versions"]["torch"] == torch.__version__
+    )
 
 
 def test_checkpoints_total_limit(tmp_path: Path):
@@ -103,20 +121,30 @@ def test_only_the_end_is_saved_by_default(tmp_path: Path):
 def test_resume_drops_metrics_beyond_the_checkpoint_and_a_torn_line(tmp_path: Path):
     expected = run(FakeUnlearner(), tmp_path / "whole")
     run(FakeUnlearner(), tmp_path / "run", num_steps=8)
-    os.rename(tmp_path / "run" / "checkpoint-8", tmp_path / "gone")  # as if killed after step 8 had been logged and before it was saved
+    # as if killed after step 8 had been logged and before it was saved
+    os.rename(tmp_path / "run" / "checkpoint-8", tmp_path / "gone")
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
         file.write('{"step": 9, "lo')
     resumed = FakeUnlearner()
     history = run(resumed, tmp_path / "run", resume_from_checkpoint="latest")
-    assert [record | {"seconds": 0} for record in history.records] == [record | {"seconds": 0} for record in expected.records]
-    assert all(before["seconds"] <= after["seconds"] for before, after in zip(history.records, history.records[1:], strict=False))
-    found, whole = (checkpoint.load(tmp_path / name / "checkpoint-10").tensors["model"] for name in ("run", "whole"))
+    assert [record | {"seconds": 0} for record in history.records] == [
+        record | {"seconds": 0} for record in expected.records
+    ]
+    assert all(
+        before["seconds"] <= after["seconds"]
+        for before, after in zip(history.records, history.records[1:], strict=False)
+    )
+    found, whole = (
+        checkpoint.load(tmp_path / name / "checkpoint-10").tensors["model"] for name in ("run", "whole")
+    )
     assert all(torch.equal(found[name], whole[name]) for name in whole)
 
 
 def test_resume_from_an_explicit_path_into_another_folder(tmp_path: Path):
     run(FakeUnlearner(), tmp_path / "first", num_steps=6)
-    history = run(FakeUnlearner(), tmp_path / "second", resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-3"))
+    history = run(
+        FakeUnlearner(), tmp_path / "second", resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-3")
+    )
     assert [record["step"] for record in history.records] == list(range(4, 11))
     assert checkpoints(tmp_path / "second") == [6, 9, 10]
 
@@ -146,13 +174,20 @@ def test_random_state_comes_back(tmp_path: Path):
     drawn = []
     run(FakeUnlearner(on_step=lambda step: drawn.append(torch.rand(()).item())), tmp_path / "whole")
     again = []
-    run(FakeUnlearner(on_step=lambda step: again.append(torch.rand(()).item())), tmp_path / "run", num_steps=6)
+    run(
+        FakeUnlearner(on_step=lambda step: again.append(torch.rand(()).item())), tmp_path / "run", num_steps=6
+    )
     torch.manual_seed(99)
-    run(FakeUnlearner(on_step=lambda step: again.append(torch.rand(()).item())), tmp_path / "run", resume_from_checkpoint="latest")
+    run(
+        FakeUnlearner(on_step=lambda step: again.append(torch.rand(()).item())),
+        tmp_path / "run",
+        resume_from_checkpoint="latest",
+    )
     assert again == drawn
 
 
-# --- refusals --------------------------------------------------------------------------------------------------------------------
+# --- refusals
+# --------------------------------------------------------------------------------------------------------------------
 
 
 class NotAModule(FakeUnlearner):
@@ -167,14 +202,26 @@ class NotAModule(FakeUnlearner):
         ({"num_steps": -1}, ValueError, "num_steps: expected an integer >= 0, got -1"),
         ({"num_steps": 2.5}, TypeError, "num_steps: expected an integer, got 2.5"),
         ({"checkpointing_steps": 0}, ValueError, "checkpointing_steps: expected an integer >= 1, got 0"),
-        ({"checkpoints_total_limit": 0}, ValueError, "checkpoints_total_limit: expected an integer >= 1, got 0"),
+        (
+            {"checkpoints_total_limit": 0},
+            ValueError,
+            "checkpoints_total_limit: expected an integer >= 1, got 0",
+        ),
         ({"logging_steps": 0}, ValueError, "logging_steps: expected an integer >= 1, got 0"),
         ({"max_skipped_steps": -1}, ValueError, "max_skipped_steps: expected an integer >= 0, got -1"),
         ({"max_skipped_share": 1.5}, ValueError, r"max_skipped_share: expected a finite number in \[0, 1\]"),
         ({"max_skipped_share": None}, TypeError, "max_skipped_share: expected a number, got None"),
         ({"report_to": "stdout"}, ValueError, "report_to: expected one of tensorboard, wandb, got 'stdout'"),
-        ({"resume_from_checkpoint": "/nowhere"}, ValueError, "resume_from_checkpoint: expected 'latest' or the folder of a checkpoint, got '/nowhere'"),
-        ({"unlearner": NotAModule()}, TypeError, "unlearner: expected an Unlearner whose model is a torch.nn.Module"),
+        (
+            {"resume_from_checkpoint": "/nowhere"},
+            ValueError,
+            "resume_from_checkpoint: expected 'latest' or the folder of a checkpoint, got '/nowhere'",
+        ),
+        (
+            {"unlearner": NotAModule()},
+            TypeError,
+            "unlearner: expected an Unlearner whose model is a torch.nn.Module",
+        ),
     ],
 )
 def test_bad_arguments_are_refused_before_any_step(tmp_path: Path, options, error, text):
@@ -193,7 +240,10 @@ def test_new_run_does_not_mix_with_an_old_one(tmp_path: Path):
 def test_all_checkpoints_damaged_is_an_error_not_a_new_start(tmp_path: Path):
     run(FakeUnlearner(), tmp_path, num_steps=2)
     (tmp_path / "checkpoint-2" / "manifest.json").write_text("{}")
-    with pytest.warns(UserWarning, match="damaged"), pytest.raises(ValueError, match="expected an undamaged checkpoint"):
+    with (
+        pytest.warns(UserWarning, match="damaged"),
+        pytest.raises(ValueError, match="expected an undamaged checkpoint"),
+    ):
         run(FakeUnlearner(), tmp_path, resume_from_checkpoint="latest")
 
 
@@ -203,9 +253,15 @@ def test_all_checkpoints_damaged_is_an_error_not_a_new_start(tmp_path: Path):
         (lambda u: setattr(u, "method", NegGrad()), "a run with method {'name': 'NegGrad'"),
         (lambda u: setattr(u, "batch_size", 5), "a run with batch_size 5, got 4"),
         (lambda u: setattr(u, "retain", ImageStore(STORE.images + 1)), "a run with data"),
-            (lambda u: setattr(u, "lr_scheduler", torch.optim.lr_scheduler.ConstantLR(u.optimizer)), "a run with lr_scheduler {'name': 'ConstantLR'"),
-            (lambda u: u.optimizer.param_groups[0].update(lr=0.2), r"a run with optimizer .*'learning_rates': \[0.2\]"),
-            (lambda u: setattr(u, "ema", nn.Linear(1, 1)), r"expected the state of \['ema'\]"),
+        (
+            lambda u: setattr(u, "lr_scheduler", torch.optim.lr_scheduler.ConstantLR(u.optimizer)),
+            "a run with lr_scheduler {'name': 'ConstantLR'",
+        ),
+        (
+            lambda u: u.optimizer.param_groups[0].update(lr=0.2),
+            r"a run with optimizer .*'learning_rates': \[0.2\]",
+        ),
+        (lambda u: setattr(u, "ema", nn.Linear(1, 1)), r"expected the state of \['ema'\]"),
         (lambda u: setattr(u, "step_index", 1), "unlearner: expected a new one to resume into"),
     ],
 )
@@ -223,7 +279,8 @@ def test_fewer_steps_than_taken(tmp_path: Path):
         run(FakeUnlearner(), tmp_path, num_steps=9, resume_from_checkpoint="latest")
 
 
-# --- skipped steps, signals ------------------------------------------------------------------------------------------------------
+# --- skipped steps, signals
+# ------------------------------------------------------------------------------------------------------
 
 
 def test_skipped_steps_within_the_limit_are_counted(tmp_path: Path):
@@ -235,8 +292,17 @@ def test_skipped_steps_within_the_limit_are_counted(tmp_path: Path):
 
 @pytest.mark.parametrize("logging_steps", [1, 100])
 def test_too_many_skipped_steps_stop_with_the_last_good_checkpoint(tmp_path: Path, logging_steps: int):
-    with pytest.raises(TooManySkippedSteps, match=r"(?s)[45] of [56] steps .*max_skipped_steps=3.*last good checkpoint is .*checkpoint-3"):
-        run(FakeUnlearner(bad_steps={2, 4, 5, 6, 7}), tmp_path, max_skipped_steps=3, logging_steps=logging_steps, checkpoints_total_limit=1)
+    with pytest.raises(
+        TooManySkippedSteps,
+        match=r"(?s)[45] of [56] steps .*max_skipped_steps=3.*last good checkpoint is .*checkpoint-3",
+    ):
+        run(
+            FakeUnlearner(bad_steps={2, 4, 5, 6, 7}),
+            tmp_path,
+            max_skipped_steps=3,
+            logging_steps=logging_steps,
+            checkpoints_total_limit=1,
+        )
     assert checkpoints(tmp_path) == [3]
     assert run_record.read_run(tmp_path)["status"] == "failed: TooManySkippedSteps"
     with pytest.raises(TooManySkippedSteps, match="no checkpoint was written yet"):
@@ -361,7 +427,9 @@ def test_a_checkpoint_with_weights_that_are_not_finite_is_not_resumed(tmp_path: 
     found = checkpoint.load(tmp_path / "checkpoint-3")
     found.metadata["unlearner"]["step_index"] = 6
     checkpoint.save(tmp_path, 6, {"model": state.model.state_dict()}, found.metadata, states=found.states)
-    text = r"checkpoint-6/model\.safetensors: model\.weight: expected finite values, not 6 that are NaN or Inf"
+    text = (
+        r"checkpoint-6/model\.safetensors: model\.weight: expected finite values, not 6 that are NaN or Inf"
+    )
     for num_steps in (10, 6):  # also where nothing is left to do
         with pytest.raises(ValueError, match=text):
             run(FakeUnlearner(), tmp_path, num_steps=num_steps, resume_from_checkpoint="latest")
@@ -400,6 +468,7 @@ def test_a_second_run_into_the_folder_of_one_that_goes_on_is_refused(tmp_path: P
 
 def test_a_run_inside_a_run_into_the_same_folder_is_refused(tmp_path: Path):
     """From the function that a run reports to: in the same thread."""
+
     def report(step: int, values: dict) -> None:
         run(FakeUnlearner(), tmp_path, checkpointing_steps=None)
 
@@ -480,7 +549,8 @@ def test_an_error_in_a_step_is_recorded_and_passed_on(tmp_path: Path):
     assert run_record.read_run(tmp_path)["status"] == "failed: MemoryError"
 
 
-# --- trackers --------------------------------------------------------------------------------------------------------------------
+# --- trackers
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def test_report_to_a_callable(tmp_path: Path):
@@ -517,11 +587,14 @@ def test_report_to_an_accelerate_tracker(tmp_path: Path, monkeypatch):
 
 def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path, monkeypatch):
     monkeypatch.setattr("accelerate.tracking.get_available_trackers", list)
-    with pytest.raises(ValueError, match=r"report_to: expected an installed tracker, got 'wandb' \(pip install wandb\)"):
+    with pytest.raises(
+        ValueError, match=r"report_to: expected an installed tracker, got 'wandb' \(pip install wandb\)"
+    ):
         run(FakeUnlearner(), tmp_path, report_to="wandb")
 
 
-# --- purge -----------------------------------------------------------------------------------------------------------------------
+# --- purge
+# -----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -584,7 +657,9 @@ def test_purge_removes_unlisted_files_of_the_private_folder(finished: Path):
 
 
 def test_purge_refuses_what_a_tampered_record_names(finished: Path, tmp_path: Path):
-    """Files outside, traversal, links, folders, and files that only look like a cache: all stay, and are reported."""
+    """Files outside, traversal, links, folders, and files that only look like a cache: all stay, and are
+    reported.
+    """
     outside = tmp_path / "precious"
     outside.mkdir()
     (outside / "thesis.tex").write_text("years of work")
@@ -598,11 +673,25 @@ def test_purge_refuses_what_a_tampered_record_names(finished: Path, tmp_path: Pa
     ]  # fmt: skip
     tamper(finished, *targets)
     result = purge(finished)
-    assert {str(path) for path, _ in result.refused} == {str(path) for path in targets if path != Path("run.json")}
+    assert {str(path) for path, _ in result.refused} == {
+        str(path) for path in targets if path != Path("run.json")
+    }
     assert Path("run.json") in result.missing
-    assert all(path.exists() for path in (outside / "thesis.tex", looks_like, finished / "checkpoint-3", finished / "run.json", tmp_path / "cache"))
+    assert all(
+        path.exists()
+        for path in (
+            outside / "thesis.tex",
+            looks_like,
+            finished / "checkpoint-3",
+            finished / "run.json",
+            tmp_path / "cache",
+        )
+    )
     assert link.is_symlink()
-    assert f"NOT removed {outside / 'thesis.tex'}: neither in the run's private folder nor named like a neighbour cache" in str(result)
+    assert (
+        f"NOT removed {outside / 'thesis.tex'}: neither in the run's private folder nor named like a neighbour cache"
+        in str(result)
+    )
 
 
 def test_purge_does_not_follow_links(finished: Path, tmp_path: Path):

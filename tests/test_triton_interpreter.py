@@ -1,4 +1,6 @@
-"""tests/triton under Triton's interpreter, in a process of its own: the interpreter must be chosen before triton is imported."""
+"""tests/triton under Triton's interpreter, in a process of its own: the interpreter must be chosen before
+triton is imported.
+"""
 
 import os
 import subprocess

@@ -3,15 +3,36 @@ import copy
 import pytest
 import torch
 
-from fastunlearn import SISS, Draws, EraseDiff, ImageStore, NegGrad, ReTrack, Unlearner, Vanilla, nearest_neighbors, retrack_step
+from fastunlearn import (
+    SISS,
+    Draws,
+    EraseDiff,
+    ImageStore,
+    NegGrad,
+    ReTrack,
+    Unlearner,
+    Vanilla,
+    nearest_neighbors,
+    retrack_step,
+)
 from fastunlearn.testing.factories import TinyDenoiser, linear_schedule
 
-METHODS = [ReTrack(k=2), SISS(), SISS(variant="no_is"), SISS(variant="bernoulli"), EraseDiff(), NegGrad(), Vanilla()]
+METHODS = [
+    ReTrack(k=2),
+    SISS(),
+    SISS(variant="no_is"),
+    SISS(variant="bernoulli"),
+    EraseDiff(),
+    NegGrad(),
+    Vanilla(),
+]
 SCHEDULE = linear_schedule()
 
 
 def stores(dtype=torch.uint8):
-    images = torch.randint(0, 256, (24, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    images = torch.randint(
+        0, 256, (24, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
     if dtype != torch.uint8:
         images = images.to(dtype) * 2 / 255 - 1
     return ImageStore(images[:4]), ImageStore(images[4:])
@@ -21,7 +42,9 @@ def make(method, *, fused=False, **options):
     forget, retain = stores(options.pop("dtype", torch.uint8))
     model = TinyDenoiser()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused)
-    return Unlearner(model, optimizer, SCHEDULE, method, forget=forget, retain=retain, **{"batch_size": 6, **options})
+    return Unlearner(
+        model, optimizer, SCHEDULE, method, forget=forget, retain=retain, **{"batch_size": 6, **options}
+    )
 
 
 def state(unlearner):
@@ -63,7 +86,13 @@ def test_micro_batches_add_up_to_the_batch(method, micro_batch_size):
     a, b = one.step(), many.step()
     for name in a._fields[:-1]:
         if getattr(a, name) is not None:
-            torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                getattr(a, name),
+                getattr(b, name),
+                rtol=1e-4,
+                atol=1e-6,
+                msg=lambda text, name=name: f"{name}: {text}",
+            )
 
 
 def test_float_rows_take_the_same_step_as_uint8_rows():
@@ -78,14 +107,30 @@ def test_the_step_is_the_functional_step():
     forget_rows, retain_rows = torch.tensor([0, 3, 3, 1, 2, 0]), torch.tensor([5, 0, 19, 7, 7, 1])
     noise = [torch.randn(6, 1, 8, 8, generator=generator) for _ in range(2)]
     timesteps = [torch.randint(1000, (6,), generator=generator) for _ in range(2)]
-    draws = Draws(forget_noise=noise[0], retain_noise=noise[1], forget_timesteps=timesteps[0], retain_timesteps=timesteps[1])
+    draws = Draws(
+        forget_noise=noise[0],
+        retain_noise=noise[1],
+        forget_timesteps=timesteps[0],
+        retain_timesteps=timesteps[1],
+    )
     out = unlearner.step(Draws(**{**vars(draws), "forget_rows": forget_rows, "retain_rows": retain_rows}))
     forget, retain = stores()
     neighbors = retain.rows(unlearner.neighbors[0][forget_rows].flatten()).view(6, 2, 1, 8, 8)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    expected = retrack_step(model, optimizer, SCHEDULE, forget.rows(forget_rows), neighbors, retain.rows(retain_rows), lambd=0.3, draws=draws)
+    expected = retrack_step(
+        model,
+        optimizer,
+        SCHEDULE,
+        forget.rows(forget_rows),
+        neighbors,
+        retain.rows(retain_rows),
+        lambd=0.3,
+        draws=draws,
+    )
     torch.testing.assert_close(out.loss, expected.loss, rtol=1e-5, atol=0)
-    torch.testing.assert_close(list(unlearner.model.parameters()), list(model.parameters()), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        list(unlearner.model.parameters()), list(model.parameters()), rtol=0, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -119,9 +164,15 @@ def test_ema_and_lr_scheduler_move_with_the_steps():
 
 
 def test_the_redirected_loss_falls():
-    """On one fixed draw at middle timesteps (at t = 0 single losses are huge), before and after forty steps on other draws."""
+    """On one fixed draw at middle timesteps (at t = 0 single losses are huge), before and after forty steps
+    on other draws.
+    """
     unlearner = make(ReTrack(k=1, lambd=0.5))
-    probe = Draws(forget_rows=torch.tensor([0, 1, 2, 3, 0, 1]), forget_noise=torch.randn(6, 1, 8, 8), forget_timesteps=torch.full((6,), 400))
+    probe = Draws(
+        forget_rows=torch.tensor([0, 1, 2, 3, 0, 1]),
+        forget_noise=torch.randn(6, 1, 8, 8),
+        forget_timesteps=torch.full((6,), 400),
+    )
     before = copy.deepcopy(unlearner).step(probe).forget_loss
     for group in unlearner.optimizer.param_groups:
         group["lr"] = 1e-2
@@ -132,12 +183,20 @@ def test_the_redirected_loss_falls():
 
 @pytest.mark.parametrize("method", [ReTrack(k=2), SISS(), EraseDiff()], ids=str)
 def test_loss_scaling_changes_no_number(method):
-    """float16 training scales the loss: norms and factors are those of the unscaled gradients, and the update is the same."""
+    """float16 training scales the loss: norms and factors are those of the unscaled gradients, and the update
+    is the same.
+    """
     plain, scaled = make(method), make(method, grad_scaler=torch.amp.GradScaler("cpu", init_scale=2.0**12))
     one, two = plain.step(), scaled.step()
     for name in ("loss", "grad_norm", "correction_norm", "scaling_factor"):
         if getattr(one, name) is not None:
-            torch.testing.assert_close(getattr(one, name), getattr(two, name), rtol=1e-4, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                getattr(one, name),
+                getattr(two, name),
+                rtol=1e-4,
+                atol=1e-7,
+                msg=lambda text, name=name: f"{name}: {text}",
+            )
     torch.testing.assert_close(state(plain), state(scaled), rtol=0, atol=1e-5)
 
 
@@ -201,9 +260,13 @@ class Prompted(TinyDenoiser):
         raise AssertionError("called")
 
 
-@pytest.mark.parametrize("wrap", [lambda model: model, torch.nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
+@pytest.mark.parametrize(
+    "wrap", [lambda model: model, torch.nn.DataParallel, lambda model: torch.compile(model, backend="eager")]
+)
 @pytest.mark.parametrize("needs", ["prompt", "class_labels"])
-def test_a_network_that_needs_more_than_images_is_refused_before_neighbours_are_searched(monkeypatch, needs, wrap):
+def test_a_network_that_needs_more_than_images_is_refused_before_neighbours_are_searched(
+    monkeypatch, needs, wrap
+):
     monkeypatch.setattr("fastunlearn.engine.unlearner.nearest_neighbors", None)
     if needs == "class_labels":
         pytest.importorskip("diffusers")
@@ -215,5 +278,8 @@ def test_a_network_that_needs_more_than_images_is_refused_before_neighbours_are_
     rows = torch.randint(0, 256, (8, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     stores = {"forget": ImageStore(rows[:2]), "retain": ImageStore(rows[2:])}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match=rf"model: expected a network of images and timesteps alone .*, got a .* that needs {needs}"):
+    with pytest.raises(
+        ValueError,
+        match=rf"model: expected a network of images and timesteps alone .*, got a .* that needs {needs}",
+    ):
         Unlearner(wrap(model), optimizer, linear_schedule(), ReTrack(k=2), **stores, batch_size=2)

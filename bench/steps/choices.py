@@ -1,4 +1,6 @@
-"""What is chosen by measurement before the contestants start: the memory format of the weights, and whether ReTrack's branches share a network call."""
+"""What is chosen by measurement before the contestants start: the memory format of the weights, and whether
+ReTrack's branches share a network call.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +19,18 @@ LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 _ROUNDS = 3  # the first is the warm-up
 
 
-def by_layout(job: Job, accelerator: Accelerator | None, official: dict[str, str], only: str | None = None) -> dict[str, Setting]:
+def by_layout(
+    job: Job, accelerator: Accelerator | None, official: dict[str, str], only: str | None = None
+) -> dict[str, Setting]:
     """The settings among which the layout is chosen: all, or the one that is asked for."""
     layouts = {name: layout for name, layout in LAYOUTS.items() if only in (None, name)}
     return {name: Setting(job, layout, True, accelerator, official) for name, layout in layouts.items()}
 
 
 def faster_layout(settings: dict[str, Setting], mode: Mode) -> tuple[str, dict[str, float]]:
-    """In which layout the method's network passes and the optimizer are faster in `mode`, and the seconds in each."""
+    """In which layout the method's network passes and the optimizer are faster in `mode`, and the seconds in
+    each.
+    """
     with ExitStack() as kept:
         for setting in settings.values():
             kept.enter_context(keeping(list(setting.models[setting.layout].parameters())))

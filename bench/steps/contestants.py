@@ -20,14 +20,22 @@ from .job import Draw, Images, Job
 from .networks import Step
 from .replayed import Replayed
 
-LIMIT, RETRACK_REPO, SISS_REPO, EAGER, STRONGEST = "limit", "retrack repo", "siss repo", "eager tuned", "strongest"
+LIMIT, RETRACK_REPO, SISS_REPO, EAGER, STRONGEST = (
+    "limit",
+    "retrack repo",
+    "siss repo",
+    "eager tuned",
+    "strongest",
+)
 OURS, UNLEARNER = "fastunlearn", "Unlearner"
 OFFICIAL_RETRACK, OFFICIAL_SISS = "official retrack", "official siss"
-PAPERS = (RETRACK_REPO, SISS_REPO, OFFICIAL_RETRACK, OFFICIAL_SISS)  # float32, plain AdamW, torch's own layout, whatever the others have
+# float32, plain AdamW, torch's own layout, whatever the others have
+PAPERS = (RETRACK_REPO, SISS_REPO, OFFICIAL_RETRACK, OFFICIAL_SISS)
 GATE = 1e-3  # relative L2 distance of the updates, float32
 MOST_ALLOWED = 0.1  # whatever the precision
 GATE_ROWS = 4  # on a CPU
-_LEAST_TIMESTEP = 100  # of the gate: below, the papers' float32 weights are rounding (methods.md, golden/README)
+# of the gate: below, the papers' float32 weights are rounding (methods.md, golden/README)
+_LEAST_TIMESTEP = 100
 
 
 class Mode(NamedTuple):
@@ -56,7 +64,9 @@ def base_of(name: str) -> str:
 
 @dataclass
 class Setting:
-    """One job, and what its contestants share: the weights (in torch's own layout, and in `layout`), the rows in `layout`."""
+    """One job, and what its contestants share: the weights (in torch's own layout, and in `layout`), the rows
+    in `layout`.
+    """
 
     job: Job
     layout: torch.memory_format
@@ -95,17 +105,25 @@ class Setting:
         if base == UNLEARNER:
             return ours.unlearner(*common, self.images, compile=mode.compiled, replay=mode.replayed)
         if name in self.official:
-            return {OFFICIAL_RETRACK: official.retrack, OFFICIAL_SISS: official.siss}[name](*common, self.official[name])
+            return {OFFICIAL_RETRACK: official.retrack, OFFICIAL_SISS: official.siss}[name](
+                *common, self.official[name]
+            )
         if name in PAPERS:
-            return {RETRACK_REPO: papers_way.retrack_repository, SISS_REPO: papers_way.siss_repository}[name](*common)
+            return {RETRACK_REPO: papers_way.retrack_repository, SISS_REPO: papers_way.siss_repository}[name](
+                *common
+            )
         step = self._plain_torch(base, self.compiled() if mode.compiled else model, optimizer, max_grad_norm)
         return Replayed(step, self.accelerator.graphs()) if mode.replayed else step
 
     def compiled(self) -> nn.Module:
-        """The network under torch.compile, one for all baselines: what was compiled for one serves the others."""
+        """The network under torch.compile, one for all baselines: what was compiled for one serves the
+        others.
+        """
         if self._compiled is None:
-            torch._functorch.config.donated_buffer = False  # a graph that is kept for a second backward pass cannot donate its buffers
-            # Past its limit dynamo would run the network eagerly without a word: in full graphs that is an error.
+            # a graph that is kept for a second backward pass cannot donate its buffers
+            torch._functorch.config.donated_buffer = False
+            # Past its limit dynamo would run the network eagerly without a word: in full graphs that is an
+            # error.
             torch._dynamo.config.recompile_limit = compilation.VARIANTS
             model = self.models[self.layout]
             self._compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=compilation.BACKEND)
@@ -121,7 +139,9 @@ class Setting:
         capturable = mode.replayed and base != UNLEARNER
         return self.job.network.optimizer(model.parameters(), fused=True, capturable=capturable)
 
-    def _plain_torch(self, base: str, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float | None) -> Step:
+    def _plain_torch(
+        self, base: str, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float | None
+    ) -> Step:
         common = (self.job, model, optimizer)
         if base == LIMIT:
             return limit.limit(*common, self.images, self.joined)
@@ -135,16 +155,23 @@ class Setting:
         """The same weights and rows for the gate."""
         if self.job.precision == "float32":
             return self
-        return replace(self, job=Job(self.job.network, self.job.method, self.job.device, batch=self.job.batch))
+        return replace(
+            self, job=Job(self.job.network, self.job.method, self.job.device, batch=self.job.batch)
+        )
 
 
 def papers_baseline(method: str) -> str:
-    """The contestant (1) of a method: ReTrack's repository has five of them, the two other SISS variants are in SISS' own."""
+    """The contestant (1) of a method: ReTrack's repository has five of them, the two other SISS variants are
+    in SISS' own.
+    """
     return SISS_REPO if method in ("siss no_is", "siss bernoulli") else RETRACK_REPO
 
 
 def names(job: Job, *, compiled: bool, replayed: bool, official: dict[str, str]) -> list[str]:
-    """Who takes part in a comparison, the limit first, this package last. Whatever ours may do, the baselines may, too."""
+    """Who takes part in a comparison, the limit first, this package last.
+
+    Whatever ours may do, the baselines may, too.
+    """
     papers = [RETRACK_REPO, SISS_REPO] if job.method == "siss" else [papers_baseline(job.method)]
     real = [{RETRACK_REPO: OFFICIAL_RETRACK, SISS_REPO: OFFICIAL_SISS}[name] for name in papers]
     modes = [EAGERLY] + [COMPILED] * compiled + [REPLAYED] * replayed + [BOTH] * (compiled and replayed)
@@ -154,7 +181,8 @@ def names(job: Job, *, compiled: bool, replayed: bool, official: dict[str, str])
         *(name for name in real if name in official),
         EAGER,
         *(mode.of(STRONGEST) for mode in modes),
-        *(mode.of(OURS) for mode in modes if not mode.replayed),  # a function of the caller's loop cannot be replayed
+        # a function of the caller's loop cannot be replayed
+        *(mode.of(OURS) for mode in modes if not mode.replayed),
         *(mode.of(UNLEARNER) for mode in modes),
     ]
 
@@ -168,10 +196,12 @@ class Checked(NamedTuple):
 
 
 class Gate:
-    """One step of plain gradient descent from equal weights on the same rows and random numbers: do the updates agree with the papers'?
+    """One step of plain gradient descent from equal weights on the same rows and random numbers: do the
+    updates agree with the papers'?
 
-    Eager contestants are checked in float32. A compiled or replayed one is checked as it is timed, and may err twice as much as
-    its eager form does in that precision: to check it in float32 would compile the network once more.
+    Eager contestants are checked in float32. A compiled or replayed one is checked as it is timed, and may
+    err twice as much as its eager form does in that precision: to check it in float32 would compile the
+    network once more.
     """
 
     def __init__(self, setting: Setting, rows: int | None):
@@ -179,7 +209,10 @@ class Gate:
         job = self.setting.job
         torch.manual_seed(7)
         draw = job.draw(rows and min(rows, job.batch), least_timestep=_LEAST_TIMESTEP)
-        self.draw: Draw = replace(draw, from_forget=torch.arange(len(draw.from_forget), device=job.device) % 2 == 0)  # both branches
+        # both branches
+        self.draw: Draw = replace(
+            draw, from_forget=torch.arange(len(draw.from_forget), device=job.device) % 2 == 0
+        )
         self.reference = self._update(self.setting, papers_baseline(job.method))[0]
         self._eager_errors: dict[str, float] = {}
         self._own_draws: list[Tensor] | None = None  # the update of an eager Unlearner that draws by itself
@@ -194,7 +227,8 @@ class Gate:
             update, seconds = self._update(self.setting, name)
             return Checked(_distance(update, self.reference), GATE, seconds)
         if base_of(name) == UNLEARNER and mode.replayed:
-            # Replay takes no draws from outside: the yardstick is the eager Unlearner at the same step, which has passed the gate itself.
+            # Replay takes no draws from outside: the yardstick is the eager Unlearner at the same step, which
+            # has passed the gate itself.
             if self._own_draws is None:
                 self._own_draws = self._update(self.timed, UNLEARNER, draws=False)[0]
             update, seconds = self._update(self.timed, name, draws=False)
@@ -214,8 +248,8 @@ class Gate:
         """What one step does to the weights, which get their values back, and the seconds of the first call.
 
         Args:
-            draws: the contestant is given the gate's random numbers; otherwise it draws for itself, and the step that counts is one
-                that would be replayed.
+            draws: the contestant is given the gate's random numbers; otherwise it draws for itself, and the
+                step that counts is one that would be replayed.
         """
         parameters = list(setting.model(name).parameters())
         calls = WARM_UP_STEPS + 2
@@ -224,14 +258,17 @@ class Gate:
         first = None
         with keeping(parameters) as start, _float32_products():
             step = setting.build(name, plain=True)
-            # The calls before the one that counts start elsewhere: a step that repeats itself would go unseen otherwise.
+            # The calls before the one that counts start elsewhere: a step that repeats itself would go unseen
+            # otherwise.
             elsewhere = torch._foreach_mul(start, 1.05)
             for call in range(calls):
                 _restore(parameters, start if call == calls - 1 else elsewhere)
                 began = time.perf_counter()
                 step(self.draw if draws else None)
                 first = first or time.perf_counter() - began
-            update = [parameter.detach() - before for parameter, before in zip(parameters, start, strict=True)]
+            update = [
+                parameter.detach() - before for parameter, before in zip(parameters, start, strict=True)
+            ]
         return update, first
 
 

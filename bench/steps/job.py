@@ -1,4 +1,6 @@
-"""What is learned: the images of a step, its random numbers, and the data sets that they come from, for all contestants alike."""
+"""What is learned: the images of a step, its random numbers, and the data sets that they come from, for all
+contestants alike.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,12 @@ PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}  # name -> dtype of a
 class _Sliceable:
     def rows(self, start: int, stop: int):
         """The part that belongs to the rows `start..stop` of the batch."""
-        return type(self)(*(None if value is None else value[start:stop] for value in (getattr(self, field.name) for field in fields(self))))
+        return type(self)(
+            *(
+                None if value is None else value[start:stop]
+                for value in (getattr(self, field.name) for field in fields(self))
+            )
+        )
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,10 @@ class Images(_Sliceable):
 
 @dataclass(frozen=True)
 class Draw(_Sliceable):
-    """The random numbers of one step, on the device. The SISS variants have one noise and one timestep for both branches."""
+    """The random numbers of one step, on the device.
+
+    The SISS variants have one noise and one timestep for both branches.
+    """
 
     forget_timesteps: Tensor  # [B] int64
     forget_noise: Tensor  # [B, C, H, W]
@@ -50,8 +60,9 @@ class Draw(_Sliceable):
 class Job:
     """One method on one network.
 
-    The data are random, but with the structure that the methods work on: every retain image is a forget image with a little noise, so that neighbours
-    are near, while a random pair is mostly far apart. uint8 images, or float32 latents.
+    The data are random, but with the structure that the methods work on: every retain image is a forget image
+    with a little noise, so that neighbours are near, while a random pair is mostly far apart. uint8 images,
+    or float32 latents.
 
     Args:
         network: from `NETWORKS`.
@@ -61,7 +72,15 @@ class Job:
         batch: rows of a step from each set; None: the network's own for the device.
     """
 
-    def __init__(self, network: Network, method: str, device: torch.device, precision: str = "float32", *, batch: int | None = None):
+    def __init__(
+        self,
+        network: Network,
+        method: str,
+        device: torch.device,
+        precision: str = "float32",
+        *,
+        batch: int | None = None,
+    ):
         self.network, self.method, self.device, self.precision = network, method, device, precision
         self.batch = batch or network.batch[device.type]
         self.micro = network.micro.get((device.type, precision))  # None: all rows in one call
@@ -70,9 +89,16 @@ class Job:
         generator = torch.Generator().manual_seed(1)
         forget, retain = (_latents if network.latents else _pictures)(network, generator)
         options = {"latents": network.latents}
-        self.forget, self.retain = fu.ImageStore(forget, **options).to(device), fu.ImageStore(retain, **options).to(device)
+        self.forget, self.retain = (
+            fu.ImageStore(forget, **options).to(device),
+            fu.ImageStore(retain, **options).to(device),
+        )
         self.neighbors = fu.nearest_neighbors(self.forget, self.retain, K)
-        self.condition = None if network.condition is None else torch.randn(1, *network.condition, generator=generator).to(device)
+        self.condition = (
+            None
+            if network.condition is None
+            else torch.randn(1, *network.condition, generator=generator).to(device)
+        )
         self.forget_rows = (torch.arange(self.batch) % len(self.forget)).to(device)
         self.retain_rows = torch.randint(len(self.retain), (self.batch,), generator=generator).to(device)
         self.images = self._images()
@@ -83,7 +109,9 @@ class Job:
 
     @property
     def rows(self) -> int:
-        """Rows that the network learns from in one step: each set's batch where both are read, once where SISS mixes the two into one batch."""
+        """Rows that the network learns from in one step: each set's batch where both are read, once where
+        SISS mixes the two into one batch.
+        """
         return self.batch * (2 if self.method in ("retrack", "erasediff", "siss no_is") else 1)
 
     @cached_property
@@ -95,15 +123,21 @@ class Job:
         """
         from diffusers import DDPMScheduler
 
-        return DDPMScheduler(num_train_timesteps=TIMESTEPS, beta_schedule="linear", beta_start=BETAS[0], beta_end=BETAS[1])
+        return DDPMScheduler(
+            num_train_timesteps=TIMESTEPS, beta_schedule="linear", beta_start=BETAS[0], beta_end=BETAS[1]
+        )
 
     def autocast(self) -> AbstractContextManager:
         dtype = PRECISIONS[self.precision]
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
 
     def conditioning(self, rows: int) -> dict[str, Tensor]:
-        """Keyword arguments of the network for a call of `rows` rows: one prompt for all of them, as in the papers."""
-        return {} if self.condition is None else {"encoder_hidden_states": self.condition.expand(rows, -1, -1)}
+        """Keyword arguments of the network for a call of `rows` rows: one prompt for all of them, as in the
+        papers.
+        """
+        return (
+            {} if self.condition is None else {"encoder_hidden_states": self.condition.expand(rows, -1, -1)}
+        )
 
     def draw(self, rows: int | None = None, *, least_timestep: int = 0) -> Draw:
         """Numbers for `rows` rows from torch's global generator, on the device."""
@@ -112,27 +146,50 @@ class Job:
         for _ in range(1 if self.shared_draws else 2):
             timesteps = torch.randint(least_timestep, len(self.schedule), shape[:1], device=self.device)
             branches.append((timesteps, torch.randn(shape, device=self.device)))
-        uniform = torch.rand(shape, device=self.device) if self.method == "erasediff" else torch.empty(shape[0], 0, device=self.device)
-        return Draw(*branches[0], *branches[-1], torch.rand(shape[0], device=self.device) <= SISS_LAMBD, uniform)
+        uniform = (
+            torch.rand(shape, device=self.device)
+            if self.method == "erasediff"
+            else torch.empty(shape[0], 0, device=self.device)
+        )
+        return Draw(
+            *branches[0], *branches[-1], torch.rand(shape[0], device=self.device) <= SISS_LAMBD, uniform
+        )
 
     def in_layout(self, layout: torch.memory_format) -> Images:
         """`images` in another memory format."""
-        kwargs = {name: getattr(self.images, name).contiguous(memory_format=layout) for name in ("forget", "retain")}
-        return Images(**kwargs, neighbors=self.images.neighbors, sqdist=self.images.sqdist, condition=self.images.condition)
+        kwargs = {
+            name: getattr(self.images, name).contiguous(memory_format=layout) for name in ("forget", "retain")
+        }
+        return Images(
+            **kwargs,
+            neighbors=self.images.neighbors,
+            sqdist=self.images.sqdist,
+            condition=self.images.condition,
+        )
 
     def _images(self) -> Images:
         index, sqdist = (part[self.forget_rows.to(part.device)] for part in self.neighbors)
         scale = 1.0 if self.network.latents else (2 / 255) ** 2
         neighbors = self.retain.rows(index.flatten().to(self.device)).view(*index.shape, *self.network.shape)
         condition = None if self.condition is None else self.condition.expand(self.batch, -1, -1)
-        return Images(self.forget.rows(self.forget_rows), self.retain.rows(self.retain_rows), neighbors, sqdist.double().to(self.device) * scale, condition)
+        return Images(
+            self.forget.rows(self.forget_rows),
+            self.retain.rows(self.retain_rows),
+            neighbors,
+            sqdist.double().to(self.device) * scale,
+            condition,
+        )
 
 
 def _pictures(network: Network, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """uint8 `[FORGET_ROWS, C, H, W]` and `[retain_rows, C, H, W]`, which differ by up to 16 grey levels from a forget image."""
+    """uint8 `[FORGET_ROWS, C, H, W]` and `[retain_rows, C, H, W]`, which differ by up to 16 grey levels from
+    a forget image.
+    """
     forget = torch.randint(16, 240, (FORGET_ROWS, *network.shape), generator=generator)
     noise = torch.randint(-16, 16, (network.retain_rows, *network.shape), generator=generator)
-    return forget.to(torch.uint8), (forget.repeat(network.retain_rows // FORGET_ROWS, 1, 1, 1) + noise).to(torch.uint8)
+    return forget.to(torch.uint8), (forget.repeat(network.retain_rows // FORGET_ROWS, 1, 1, 1) + noise).to(
+        torch.uint8
+    )
 
 
 def _latents(network: Network, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,6 @@
-"""What no step can avoid: the network passes of the method on the same rows, and the optimizer. No draws, no loss, no combination, no clipping.
+"""What no step can avoid: the network passes of the method on the same rows, and the optimizer.
+
+No draws, no loss, no combination, no clipping.
 
 The network runs as in this package's step: on a CPU with its attention. The other contestants have torch's.
 """
@@ -31,12 +33,18 @@ def passes(job: Job, model: nn.Module, images: Images, joined: bool) -> Step:
     The rows are noised once. The gradient at the output is fixed: normal, of standard deviation 0.01.
     """
     draw = job.draw()
-    alpha, sigma = (table[draw.retain_timesteps.cpu()].float().view(-1, 1, 1, 1).to(job.device) for table in (job.schedule.alpha, job.schedule.sigma))
+    alpha, sigma = (
+        table[draw.retain_timesteps.cpu()].float().view(-1, 1, 1, 1).to(job.device)
+        for table in (job.schedule.alpha, job.schedule.sigma)
+    )
     x_t = alpha * images.retain + sigma * draw.retain_noise
     calls: list[tuple[Tensor, Tensor, Tensor]] = []
     for rows in rows_of_calls(job, joined):
         repeated = [torch.cat([part] * (rows // job.batch)) for part in (x_t, draw.retain_timesteps)]
-        calls += zip(*(part.split(job.micro or rows) for part in (*repeated, 0.01 * torch.randn_like(repeated[0]))), strict=True)
+        calls += zip(
+            *(part.split(job.micro or rows) for part in (*repeated, 0.01 * torch.randn_like(repeated[0]))),
+            strict=True,
+        )
     backwards = BACKWARDS.get(job.method, 1)
 
     def run(draw: Draw | None = None) -> None:

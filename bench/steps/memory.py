@@ -1,10 +1,13 @@
 """Peak memory of a contestant's step on a CPU, in a process of its own.
 
-    python -m bench.steps.memory --network mnist --method siss --contestant fastunlearn [--layout channels_last] [--joined] [--threads 2]
+    python -m bench.steps.memory --network mnist --method siss --contestant fastunlearn [--layout
+    channels_last] [--joined] [--threads 2]
 
-prints `{"weights": bytes, "step": bytes}`. `step` is the high-water mark of the resident size (VmHWM) over three steps, less the resident size (VmRSS)
-after the network, the data sets, the fixed rows and the contestant were built, before its first step: activations, gradients, every clone of them, the
-optimizer's state, and what libraries allocate at their first call. `weights` are the network's parameters, which were resident before.
+prints `{"weights": bytes, "step": bytes}`. `step` is the high-water mark of the resident size (VmHWM) over
+three steps, less the resident size (VmRSS) after the network, the data sets, the fixed rows and the
+contestant were built, before its first step: activations, gradients, every clone of them, the optimizer's
+state, and what libraries allocate at their first call. `weights` are the network's parameters, which were
+resident before.
 """
 
 from __future__ import annotations
@@ -35,7 +38,17 @@ def measure(setting: Setting, name: str, threads: int) -> dict[str, int]:
         RuntimeError: the subprocess failed; the message is its last line.
     """
     layout = next(key for key, value in LAYOUTS.items() if value == setting.layout)
-    command = [sys.executable, "-m", __spec__.name, "--network", setting.job.network.name, "--method", setting.job.method, "--contestant", name]
+    command = [
+        sys.executable,
+        "-m",
+        __spec__.name,
+        "--network",
+        setting.job.network.name,
+        "--method",
+        setting.job.method,
+        "--contestant",
+        name,
+    ]
     command += ["--layout", layout, "--threads", str(threads)] + ["--joined"] * setting.joined
     run = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True)
     if run.returncode:
@@ -45,22 +58,33 @@ def measure(setting: Setting, name: str, threads: int) -> dict[str, int]:
 
 def status(field: str) -> int:
     """Bytes of `field` in /proc/self/status (Linux)."""
-    return int(re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)[1]) << 10
+    return (
+        int(re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)[1]) << 10
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--network", choices=NETWORKS, required=True)
     parser.add_argument("--method", choices=METHODS, required=True)
     parser.add_argument("--contestant", required=True)
     parser.add_argument("--layout", choices=LAYOUTS, default="contiguous")
-    parser.add_argument("--joined", action="store_true", help="ReTrack's branches in one network call, for limit and strongest")
+    parser.add_argument(
+        "--joined",
+        action="store_true",
+        help="ReTrack's branches in one network call, for limit and strongest",
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    setting = Setting(Job(NETWORKS[args.network], args.method, torch.device("cpu")), LAYOUTS[args.layout], args.joined)
+    setting = Setting(
+        Job(NETWORKS[args.network], args.method, torch.device("cpu")), LAYOUTS[args.layout], args.joined
+    )
     model = setting.model(args.contestant)
-    setting.models = dict.fromkeys(setting.models, model)  # the copy in the other layout is not part of the measurement
+    # the copy in the other layout is not part of the measurement
+    setting.models = dict.fromkeys(setting.models, model)
     step = setting.build(args.contestant)
     gc.collect()
     before = status("VmRSS")

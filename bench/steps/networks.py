@@ -1,7 +1,9 @@
-"""The networks that are timed, with the batches and hyperparameters that the papers use on them; weights are random.
+"""The networks that are timed, with the batches and hyperparameters that the papers use on them; weights are
+random.
 
-Sources: ReTrack's experiment configs (methods.md A6) and the configs of the checkpoints named there. `small` and `tiny` are this project's own: a
-network of about 3 million parameters at the shape of CIFAR-10 for CPUs, and one for smoke runs, whose step is mostly what surrounds the network.
+Sources: ReTrack's experiment configs (methods.md A6) and the configs of the checkpoints named there. `small`
+and `tiny` are this project's own: a network of about 3 million parameters at the shape of CIFAR-10 for CPUs,
+and one for smoke runs, whose step is mostly what surrounds the network.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 _DOWN, _UP, _ATTN_DOWN, _ATTN_UP = "DownBlock2D", "UpBlock2D", "AttnDownBlock2D", "AttnUpBlock2D"
-_DDPM_STYLE = {"flip_sin_to_cos": False, "freq_shift": 1, "downsample_padding": 0, "norm_eps": 1e-6}  # Ho et al.'s checkpoints
+# Ho et al.'s checkpoints
+_DDPM_STYLE = {"flip_sin_to_cos": False, "freq_shift": 1, "downsample_padding": 0, "norm_eps": 1e-6}
 
 
 @dataclass(frozen=True)
@@ -25,8 +28,10 @@ class Network:
     make: Callable[[], nn.Module]
     shape: tuple[int, int, int]  # (C, H, W) of an image or latent
     batch: dict[str, int]  # device -> rows of a step from each set
-    micro: dict[tuple[str, str], int]  # (device, precision) -> at most so many rows in one call, for all but the papers' way; absent: no limit
-    papers_micro: int | None = None  # rows of a micro-batch of the papers, who accumulate up to `batch`; None: all of them
+    # (device, precision) -> at most so many rows in one call, for all but the papers' way; absent: no limit
+    micro: dict[tuple[str, str], int]
+    # rows of a micro-batch of the papers, who accumulate up to `batch`; None: all of them
+    papers_micro: int | None = None
     condition: tuple[int, int] | None = None  # (tokens, width) of encoder_hidden_states
     retain_rows: int = 512  # in the store
     lambd: float = 0.005  # ReTrack
@@ -52,7 +57,9 @@ class Network:
 
     def optimizer(self, parameters, **kwargs) -> torch.optim.AdamW:
         """The papers' AdamW; `kwargs` say which implementation."""
-        return torch.optim.AdamW(parameters, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay, **kwargs)
+        return torch.optim.AdamW(
+            parameters, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay, **kwargs
+        )
 
 
 @dataclass
@@ -63,7 +70,9 @@ class Output:
 
 
 class Wide(nn.Module):
-    """A perceptron on a few pixels: next to no arithmetic for its many weights. Called as a diffusers model is.
+    """A perceptron on a few pixels: next to no arithmetic for its many weights.
+
+    Called as a diffusers model is.
 
     Args:
         shape: `(C, H, W)` of an image.
@@ -72,7 +81,11 @@ class Wide(nn.Module):
     def __init__(self, shape: tuple[int, int, int], width: int, depth: int):
         super().__init__()
         pixels = shape[0] * shape[1] * shape[2]
-        self.enter, self.time, self.leave = nn.Linear(pixels, width), nn.Linear(2, width), nn.Linear(width, pixels)
+        self.enter, self.time, self.leave = (
+            nn.Linear(pixels, width),
+            nn.Linear(2, width),
+            nn.Linear(width, pixels),
+        )
         self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
 
     def forward(self, x_t: Tensor, timesteps: Tensor, return_dict: bool = True) -> Output | tuple[Tensor]:
@@ -84,12 +97,17 @@ class Wide(nn.Module):
         return Output(sample) if return_dict else (sample,)
 
 
-def _ddpm(size: int, channels: int, widths: tuple[int, ...], attention: int, **more) -> Callable[[], nn.Module]:
+def _ddpm(
+    size: int, channels: int, widths: tuple[int, ...], attention: int, **more
+) -> Callable[[], nn.Module]:
     """Makes a UNet2DModel with attention at level `attention`, counted from the finest."""
     down = tuple(_ATTN_DOWN if level == attention else _DOWN for level in range(len(widths)))
     up = tuple(_ATTN_UP if level == attention else _UP for level in reversed(range(len(widths))))
     plain = {"sample_size": size, "in_channels": channels, "out_channels": channels}
-    return lambda: _diffusers("UNet2DModel", {**plain, "block_out_channels": widths, "down_block_types": down, "up_block_types": up, **more})
+    return lambda: _diffusers(
+        "UNet2DModel",
+        {**plain, "block_out_channels": widths, "down_block_types": down, "up_block_types": up, **more},
+    )
 
 
 def _diffusers(name: str, config: dict[str, Any]) -> nn.Module:
@@ -114,14 +132,31 @@ NETWORKS = {
     network.name: network
     for network in (
         Network("mnist", _ddpm(28, 1, (64, 128, 256), 1), (1, 28, 28), {"cpu": 16, "cuda": 128}, {}),
-        Network("small", _ddpm(32, 3, (32, 64, 160), 1, layers_per_block=1), (3, 32, 32), {"cpu": 16, "cuda": 128}, {}, lambd=0.02, lr=2e-5),
-        Network("cifar", _ddpm(32, 3, (128, 256, 256, 256), 1, **_DDPM_STYLE), (3, 32, 32), {"cpu": 16, "cuda": 128}, {}, lambd=0.02, lr=2e-5),
+        Network(
+            "small",
+            _ddpm(32, 3, (32, 64, 160), 1, layers_per_block=1),
+            (3, 32, 32),
+            {"cpu": 16, "cuda": 128},
+            {},
+            lambd=0.02,
+            lr=2e-5,
+        ),
+        Network(
+            "cifar",
+            _ddpm(32, 3, (128, 256, 256, 256), 1, **_DDPM_STYLE),
+            (3, 32, 32),
+            {"cpu": 16, "cuda": 128},
+            {},
+            lambd=0.02,
+            lr=2e-5,
+        ),
         Network(
             "celeba",
             _ddpm(256, 3, (128, 128, 256, 256, 512, 512), 4, **_DDPM_STYLE),
             (3, 256, 256),
             {"cpu": 4, "cuda": 64},
-            {("cpu", "float32"): 2, ("cuda", "float32"): 8, ("cuda", "bfloat16"): 16},  # several graphs lie in memory at once
+            # several graphs lie in memory at once
+            {("cpu", "float32"): 2, ("cuda", "float32"): 8, ("cuda", "bfloat16"): 16},
             papers_micro=4,
             retain_rows=64,
             scaling_norm=500.0,
@@ -151,4 +186,5 @@ TWO_GRADIENTS = ("siss", "siss no_is", "siss bernoulli", "erasediff")
 K = 10  # ReTrack's neighbours
 SISS_LAMBD = 0.5
 
-Step = Callable[..., None]  # step(draw=None): a whole step; with a `Draw` on the job's fixed images and these random numbers
+# step(draw=None): a whole step; with a `Draw` on the job's fixed images and these random numbers
+Step = Callable[..., None]

@@ -1,7 +1,8 @@
 """The losses as the papers' training code computes them: with autograd, from the predictions of the branches.
 
-Written from the formulas of methods.md (A2, B1-B6, C), in the form that the public code has: the [B, K, C, H, W] tensors of ReTrack, two `exp` for the
-weights of SISS. Sums over elements, means over the batch. `alpha`, `sigma` `[B, 1, 1, 1]`.
+Written from the formulas of methods.md (A2, B1-B6, C), in the form that the public code has: the [B, K, C, H,
+W] tensors of ReTrack, two `exp` for the weights of SISS. Sums over elements, means over the batch. `alpha`,
+`sigma` `[B, 1, 1, 1]`.
 """
 
 from __future__ import annotations
@@ -24,8 +25,12 @@ def retrack(prediction: Tensor, x_t: Tensor, neighbors: Tensor, alpha: Tensor, s
     return (p * (prediction[:, None] - v).square().sum((2, 3, 4))).sum(1).mean()
 
 
-def mixture(prediction: Tensor, x_t: Tensor, retain: Tensor, forget: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The weighted squared errors of SISS towards the retain and the forget image, `[B]` each, and the two weights."""
+def mixture(
+    prediction: Tensor, x_t: Tensor, retain: Tensor, forget: Tensor, alpha: Tensor, sigma: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The weighted squared errors of SISS towards the retain and the forget image, `[B]` each, and the two
+    weights.
+    """
     errors, distances = [], []
     for images in (retain, forget):
         errors.append((prediction - (x_t - alpha * images) / sigma).square().sum((1, 2, 3)))
@@ -36,7 +41,9 @@ def mixture(prediction: Tensor, x_t: Tensor, retain: Tensor, forget: Tensor, alp
 
 
 def picked(from_forget: Tensor, forget: Tensor, retain: Tensor) -> Tensor:
-    """Each row of the branch it is made from, gathered by masks into an empty tensor, as both repositories do."""
+    """Each row of the branch it is made from, gathered by masks into an empty tensor, as both repositories
+    do.
+    """
     result = torch.empty_like(retain)
     result[~from_forget] = retain[~from_forget]
     result[from_forget] = forget[from_forget]

@@ -1,7 +1,8 @@
 """The real repositories' step, from checkouts that the user names; none of their code is here.
 
-ReTrack's `train_step` runs as it is, on loaders like those of `papers_way`. Of SISS' repository the loss module runs, in this project's rendering of the
-loop around it: the loop itself is part of a function that also samples, logs to wandb and saves.
+ReTrack's `train_step` runs as it is, on loaders like those of `papers_way`. Of SISS' repository the loss
+module runs, in this project's rendering of the loop around it: the loop itself is part of a function that
+also samples, logs to wandb and saves.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ _STAND_INS = {
 }
 
 
-def retrack(job: Job, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float | None, path: str) -> Step:
+def retrack(
+    job: Job, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float | None, path: str
+) -> Step:
     """Its own draws and loaders' batches; it clips to 1.0 whatever `max_grad_norm` is.
 
     Raises:
@@ -45,12 +48,23 @@ def retrack(job: Job, model: nn.Module, optimizer: torch.optim.Optimizer, max_gr
     GradientState._reset_state()
     accumulation = job.batch // (job.network.papers_micro or job.batch)
     accelerator = Accelerator(cpu=job.device.type == "cpu", gradient_accumulation_steps=accumulation)
-    model, optimizer, rates = accelerator.prepare(model, optimizer, get_scheduler("constant", optimizer=optimizer))
-    parameters = {"retrack": {"lambda": job.network.lambd}, "siss": {"lambda": SISS_LAMBD}}.get(job.method, {})
+    model, optimizer, rates = accelerator.prepare(
+        model, optimizer, get_scheduler("constant", optimizer=optimizer)
+    )
+    parameters = {"retrack": {"lambda": job.network.lambd}, "siss": {"lambda": SISS_LAMBD}}.get(
+        job.method, {}
+    )
     loss = methods.create_loss(job.method, parameters, job.scheduler, str(job.device))
     batches = papers_way.loaders(job)
-    iterators = {theirs: batches[ours] for theirs, ours in (("remain", "retain"), ("deletion", "forget"), ("knn", "knn")) if loss.need_dataset[theirs]}
-    algorithm = SimpleNamespace(siss=SimpleNamespace(rescale_factor=job.network.scaling_norm), erasediff=SimpleNamespace(eta=job.network.eta))
+    iterators = {
+        theirs: batches[ours]
+        for theirs, ours in (("remain", "retain"), ("deletion", "forget"), ("knn", "knn"))
+        if loss.need_dataset[theirs]
+    }
+    algorithm = SimpleNamespace(
+        siss=SimpleNamespace(rescale_factor=job.network.scaling_norm),
+        erasediff=SimpleNamespace(eta=job.network.eta),
+    )
     gradients = {"main": {}, "correction": {}} if job.method in TWO_GRADIENTS else None
     runtime = train.ModelRuntime(
         model=model, optimizer=optimizer, lr_scheduler=rates, noise_scheduler=job.scheduler, weight_dtype=torch.float32,
@@ -60,12 +74,21 @@ def retrack(job: Job, model: nn.Module, optimizer: torch.optim.Optimizer, max_gr
 
     def step(draw=None) -> None:
         for _ in range(accumulation):
-            train.train_step(cfg=config, accelerator=accelerator, model_runtime=runtime, dataset_iterators=iterators, loss_fn=loss, gradient_state=gradients)
+            train.train_step(
+                cfg=config,
+                accelerator=accelerator,
+                model_runtime=runtime,
+                dataset_iterators=iterators,
+                loss_fn=loss,
+                gradient_state=gradients,
+            )
 
     return step
 
 
-def siss(job: Job, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float | None, path: str) -> Step:
+def siss(
+    job: Job, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float | None, path: str
+) -> Step:
     """Raises:
     FileNotFoundError, ImportError: the checkout has no `losses/ddpm_deletion_loss.py` that can be imported.
     """
@@ -75,14 +98,25 @@ def siss(job: Job, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_
     spec.loader.exec_module(module)
     alphas = job.alphas_cumprod.to(job.device)
     loss = module.DDPMDeletionLoss(gamma=alphas.sqrt(), sigma=(1 - alphas).sqrt())
-    name = {"siss": "importance_sampling_with_mixture", "siss no_is": "double_forward_with_neg_del", "siss bernoulli": "subscore_bernoulli"}[job.method]
+    name = {
+        "siss": "importance_sampling_with_mixture",
+        "siss no_is": "double_forward_with_neg_del",
+        "siss bernoulli": "subscore_bernoulli",
+    }[job.method]
     more = {} if job.method == "siss no_is" else {"lambd": SISS_LAMBD}
 
     def terms(images, draw):
         timesteps, noise = draw.forget_timesteps, draw.forget_noise
-        samples = [{"og_latents": clean, "noisy_latents": job.scheduler.add_noise(clean, noise, timesteps)} for clean in (images.retain, images.forget)]
-        _, loss_x, loss_a, weight_x, weight_a, *weighted = getattr(loss, name)(model, timesteps, noise, job.conditioning(len(noise)), *samples, **more)
-        papers_way.log_statistics(*(values for values in (loss_x, loss_a, weight_x, weight_a) if values is not None))
+        samples = [
+            {"og_latents": clean, "noisy_latents": job.scheduler.add_noise(clean, noise, timesteps)}
+            for clean in (images.retain, images.forget)
+        ]
+        _, loss_x, loss_a, weight_x, weight_a, *weighted = getattr(loss, name)(
+            model, timesteps, noise, job.conditioning(len(noise)), *samples, **more
+        )
+        papers_way.log_statistics(
+            *(values for values in (loss_x, loss_a, weight_x, weight_a) if values is not None)
+        )
         return tuple(term.sum() / len(noise) for term in weighted)
 
     return papers_way.siss_repository(job, model, optimizer, max_grad_norm, terms)
@@ -91,7 +125,14 @@ def siss(job: Job, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_
 def _import_retrack(path: str) -> tuple[ModuleType, ModuleType]:
     if not (Path(path) / "retrack" / "train.py").is_file():
         raise FileNotFoundError(f"--official-retrack: expected a checkout with retrack/train.py, got {path}")
-    for name in ("diffusers.optimization", "accelerate", "datasets", "transformers.utils", "sklearn.neighbors"):  # before anything has a stand-in
+    # before anything has a stand-in
+    for name in (
+        "diffusers.optimization",
+        "accelerate",
+        "datasets",
+        "transformers.utils",
+        "sklearn.neighbors",
+    ):
         importlib.import_module(name)
     missing = []
     for name, attributes in _STAND_INS.items():

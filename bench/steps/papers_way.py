@@ -1,9 +1,12 @@
-"""The papers' way to take a step: this project's own rendering of the two public training loops, with all that they pay for.
+"""The papers' way to take a step: this project's own rendering of the two public training loops, with all
+that they pay for.
 
-ReTrack's repository: a DataLoader for each branch, float images copied to the device, one network call for each branch (its SISS throws half of each
-away), gradients of two-term methods told apart by cloning and subtracting every parameter's `.grad`, norms by `.item()`, plain AdamW. SISS' repository:
-one noise and one timestep for both branches, the mixture through the network once and two backward passes with the graph kept, statistics by `.item()`.
-Both run in float32, through the learning-rate schedule and gradient clipping; accelerate, which both use, is left out (it adds nothing on one device).
+ReTrack's repository: a DataLoader for each branch, float images copied to the device, one network call for
+each branch (its SISS throws half of each away), gradients of two-term methods told apart by cloning and
+subtracting every parameter's `.grad`, norms by `.item()`, plain AdamW. SISS' repository: one noise and one
+timestep for both branches, the mixture through the network once and two backward passes with the graph kept,
+statistics by `.item()`. Both run in float32, through the learning-rate schedule and gradient clipping;
+accelerate, which both use, is left out (it adds nothing on one device).
 """
 
 from __future__ import annotations
@@ -44,25 +47,49 @@ class _Floats(Dataset):
 
 
 def loaders(job: Job) -> dict[str, Iterator]:
-    """Batches without end: `"retain"` `[b, C, H, W]`, `"forget"` `[b, C, H, W]`, and `"knn"`, a forget batch with its neighbours; b as the papers have it."""
-    forget, retain = (store.rows(torch.arange(len(store), device=store.device)).cpu() for store in (job.forget, job.retain))
-    sets = {"retain": _Floats(retain), "forget": _Floats(forget), "knn": _Floats(forget, retain, job.neighbors[0].cpu())}
+    """Batches without end: `"retain"` `[b, C, H, W]`, `"forget"` `[b, C, H, W]`, and `"knn"`, a forget batch
+    with its neighbours; b as the papers have it.
+    """
+    forget, retain = (
+        store.rows(torch.arange(len(store), device=store.device)).cpu() for store in (job.forget, job.retain)
+    )
+    sets = {
+        "retain": _Floats(retain),
+        "forget": _Floats(forget),
+        "knn": _Floats(forget, retain, job.neighbors[0].cpu()),
+    }
     size = job.network.papers_micro or job.batch
-    return {name: iter(DataLoader(images, batch_size=size, sampler=_Endless(len(images)))) for name, images in sets.items()}
+    return {
+        name: iter(DataLoader(images, batch_size=size, sampler=_Endless(len(images))))
+        for name, images in sets.items()
+    }
 
 
-def retrack_repository(job: Job, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float | None) -> Step:
+def retrack_repository(
+    job: Job, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float | None
+) -> Step:
     """Its five methods."""
     return _Loop(job, model, optimizer, max_grad_norm, own_draws=True).step
 
 
-def siss_repository(job: Job, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float | None, objective=None) -> Step:
+def siss_repository(
+    job: Job, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float | None, objective=None
+) -> Step:
     """SISS and its variants; `objective` as `_Loop.mixture_terms`, in place of it."""
     return _Loop(job, model, optimizer, max_grad_norm, own_draws=False, objective=objective).step
 
 
 class _Loop:
-    def __init__(self, job: Job, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float | None, *, own_draws: bool, objective=None):
+    def __init__(
+        self,
+        job: Job,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        max_grad_norm: float | None,
+        *,
+        own_draws: bool,
+        objective=None,
+    ):
         self.job, self.model, self.optimizer, self.max_grad_norm = job, model, optimizer, max_grad_norm
         self.own_draws = own_draws  # each branch has its own noise and timesteps
         self.terms = objective or (self.retrack_terms if own_draws else self.mixture_terms)
@@ -72,7 +99,11 @@ class _Loop:
         self.sigma = (1 - job.alphas_cumprod).sqrt().to(job.device)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
         method = job.method
-        self.branches = [name for name in ("forget", "retain") if method not in {"forget": ("vanilla",), "retain": ("neggrad",)}[name]]
+        self.branches = [
+            name
+            for name in ("forget", "retain")
+            if method not in {"forget": ("vanilla",), "retain": ("neggrad",)}[name]
+        ]
 
     def step(self, draw: Draw | None = None) -> None:
         """A whole step; with a `draw` on the job's own images."""
@@ -98,14 +129,19 @@ class _Loop:
         loaded = {"forget": None, "retain": None, "neighbors": None}
         for name in self.branches:
             if name == "forget" and self.job.method == "retrack":
-                loaded["forget"], loaded["neighbors"] = (images.to(self.job.device, torch.float32) for images in next(self.batches["knn"]))
+                loaded["forget"], loaded["neighbors"] = (
+                    images.to(self.job.device, torch.float32) for images in next(self.batches["knn"])
+                )
             else:
                 loaded[name] = next(self.batches[name]).to(self.job.device, torch.float32)
         return Images(**loaded, sqdist=None, condition=None)
 
     def numbers(self, rows: int) -> Draw:
         shape, device = (rows, *self.job.network.shape), self.job.device
-        branches = [(torch.randint(0, 1000, (rows,), device=device), torch.randn(shape, device=device)) for _ in range(1 + self.own_draws)]
+        branches = [
+            (torch.randint(0, 1000, (rows,), device=device), torch.randn(shape, device=device))
+            for _ in range(1 + self.own_draws)
+        ]
         mask = torch.rand(rows) <= SISS_LAMBD if self.job.method in ("siss", "siss bernoulli") else None
         uniform = torch.rand(shape, device=device) if self.job.method == "erasediff" else None
         return Draw(*branches[0], *branches[-1], mask if mask is None else mask.to(device), uniform)
@@ -122,7 +158,9 @@ class _Loop:
         return cumulated**0.5 * clean + (1 - cumulated) ** 0.5 * noise
 
     def retrack_terms(self, images: Images, draw: Draw):
-        """The loss, or the two losses of two-gradient methods, as ReTrack's repository computes them: every branch through the network."""
+        """The loss, or the two losses of two-gradient methods, as ReTrack's repository computes them: every
+        branch through the network.
+        """
         x_t, predictions = {}, {}
         for name in self.branches:
             timesteps = getattr(draw, f"{name}_timesteps")
@@ -134,21 +172,36 @@ class _Loop:
         if method == "neggrad":
             return -objectives.denoising(predictions["forget"], draw.forget_noise)
         if method == "erasediff":
-            return objectives.denoising(predictions["retain"], draw.retain_noise), objectives.denoising(predictions["forget"], draw.uniform_target)
+            return objectives.denoising(predictions["retain"], draw.retain_noise), objectives.denoising(
+                predictions["forget"], draw.uniform_target
+            )
         if method == "retrack":
-            unlearn = objectives.retrack(predictions["forget"], x_t["forget"], images.neighbors, *self.levels(draw.forget_timesteps))
-            return network.lambd * unlearn + (1 - network.lambd) * objectives.denoising(predictions["retain"], draw.retain_noise)
+            unlearn = objectives.retrack(
+                predictions["forget"], x_t["forget"], images.neighbors, *self.levels(draw.forget_timesteps)
+            )
+            return network.lambd * unlearn + (1 - network.lambd) * objectives.denoising(
+                predictions["retain"], draw.retain_noise
+            )
         timesteps = objectives.picked(draw.from_forget, draw.forget_timesteps, draw.retain_timesteps)
-        mixed, prediction = (objectives.picked(draw.from_forget, values["forget"], values["retain"]) for values in (x_t, predictions))
-        retain, forget, _, _ = objectives.mixture(prediction, mixed, images.retain, images.forget, *self.levels(timesteps))
+        mixed, prediction = (
+            objectives.picked(draw.from_forget, values["forget"], values["retain"])
+            for values in (x_t, predictions)
+        )
+        retain, forget, _, _ = objectives.mixture(
+            prediction, mixed, images.retain, images.forget, *self.levels(timesteps)
+        )
         return retain.mean(), forget.mean()
 
     def mixture_terms(self, images: Images, draw: Draw):
         """The two losses as SISS' repository computes them, with the statistics that it logs at every step."""
         timesteps, noise = draw.forget_timesteps, draw.forget_noise
-        noisy = {name: self._add_noise(getattr(images, name), noise, timesteps) for name in ("forget", "retain")}
+        noisy = {
+            name: self._add_noise(getattr(images, name), noise, timesteps) for name in ("forget", "retain")
+        }
         if self.job.method == "siss no_is":
-            terms = tuple((self.predict(noisy[name], timesteps) - noise) ** 2 for name in ("retain", "forget"))
+            terms = tuple(
+                (self.predict(noisy[name], timesteps) - noise) ** 2 for name in ("retain", "forget")
+            )
             log_statistics(*terms)
             return tuple(term.sum() / len(noise) for term in terms)
         x_t = objectives.picked(draw.from_forget, noisy["forget"], noisy["retain"])
@@ -158,7 +211,9 @@ class _Loop:
             terms = errors[~draw.from_forget] / (1 - SISS_LAMBD), errors[draw.from_forget]
             log_statistics(*(term for term in terms if len(term)))
             return tuple(term.sum() / len(noise) for term in terms)
-        *terms, retain_weight, forget_weight = objectives.mixture(prediction, x_t, images.retain, images.forget, *self.levels(timesteps))
+        *terms, retain_weight, forget_weight = objectives.mixture(
+            prediction, x_t, images.retain, images.forget, *self.levels(timesteps)
+        )
         log_statistics(*terms, retain_weight, forget_weight)
         return tuple(term.sum() / len(noise) for term in terms)
 
@@ -177,17 +232,24 @@ class _Loop:
             correction[name] = correction[name] + gradient if name in correction else gradient
 
     def combine(self, correction: dict[str, Tensor]) -> None:
-        main = {name: parameter.grad.clone() - correction[name] for name, parameter in self.model.named_parameters()}
+        main = {
+            name: parameter.grad.clone() - correction[name]
+            for name, parameter in self.model.named_parameters()
+        }
         if self.own_draws:
             norm = sum(torch.norm(gradient).item() ** 2 for gradient in correction.values()) ** 0.5
         else:
-            norms = [sum(torch.norm(gradient) ** 2 for gradient in gradients.values()).sqrt() for gradients in (main, correction)]
+            norms = [
+                sum(torch.norm(gradient) ** 2 for gradient in gradients.values()).sqrt()
+                for gradients in (main, correction)
+            ]
             norm = log(*norms)[1]
         if self.job.method == "erasediff":
             product = sum((main[name] * correction[name]).sum() for name in main)
             factor = -max(self.job.network.eta - product / norm**2, 0.0)
         else:
-            factor = self.job.network.scaling_norm / norm if norm else 0.0  # as SISS' loop; ReTrack's would divide by zero
+            # as SISS' loop; ReTrack's would divide by zero
+            factor = self.job.network.scaling_norm / norm if norm else 0.0
         for name, parameter in self.model.named_parameters():
             parameter.grad = main[name] - factor * correction[name]
         if self.own_draws and self.job.device.type == "cuda":
@@ -197,7 +259,13 @@ class _Loop:
 def log_statistics(*values: Tensor) -> list[float]:
     """Mean, largest, smallest and standard deviation over the rows: what SISS' loop sends to its logger."""
     rows = [value.flatten(1).mean(1) if value.ndim > 1 else value for value in values]
-    return log(*(statistic for value in rows for statistic in (value.mean(), value.max(), value.min(), value.std(correction=0))))
+    return log(
+        *(
+            statistic
+            for value in rows
+            for statistic in (value.mean(), value.max(), value.min(), value.std(correction=0))
+        )
+    )
 
 
 def log(*values: Tensor) -> list[float]:

@@ -14,7 +14,8 @@ class Replayed:
     """Takes `step` eagerly a few times, records it, and from then on launches the record.
 
     Args:
-        step: nothing in it may depend on the host but the draw, which is part of the record where it is given.
+        step: nothing in it may depend on the host but the draw, which is part of the record where it is
+            given.
         graphs: who records.
     """
 

@@ -17,9 +17,12 @@ _PREFIX, _WHOLE = "fastunlearn::", "bench::step"
 
 
 def shares(step: Step, accelerator: Accelerator | None) -> dict[str, float]:
-    """Stage -> share of the time of one call of `step`; `"between"` is what no stage covers. On a GPU, of the time of the kernels that it launches.
+    """Stage -> share of the time of one call of `step`; `"between"` is what no stage covers.
 
-    The spans are those that the package records under its profiler's switch. Backward passes count to the stage that starts them.
+    On a GPU, of the time of the kernels that it launches.
+
+    The spans are those that the package records under its profiler's switch. Backward passes count to the
+    stage that starts them.
     """
     profiling.enable(nvtx=False)
     try:
@@ -38,11 +41,12 @@ def shares(step: Step, accelerator: Accelerator | None) -> dict[str, float]:
 def span_times(averages, kind: str) -> dict[str, float]:
     """Span -> `kind` of its entry in a profile.
 
-    A profile of a GPU has every span twice. The host's entry sums up the kernels that were launched within it; the
-    device's is the time from the first of them to the last, gaps included.
+    A profile of a GPU has every span twice. The host's entry sums up the kernels that were launched within
+    it; the device's is the time from the first of them to the last, gaps included.
     """
     on_host = (event for event in averages if event.device_type == torch.autograd.DeviceType.CPU)
-    return {event.key: getattr(event, kind) for event in on_host if event.is_user_annotation}  # not the ops of the same names
+    # not the ops of the same names
+    return {event.key: getattr(event, kind) for event in on_host if event.is_user_annotation}
 
 
 def launches(step: Step, accelerator: Accelerator) -> int:

@@ -1,7 +1,9 @@
-"""The papers' algorithm, tuned: images and draws on the device, foreach in place of loops over parameters, no `.item()`, a fused optimizer.
+"""The papers' algorithm, tuned: images and draws on the device, foreach in place of loops over parameters, no
+`.item()`, a fused optimizer.
 
-It still makes one network call for each branch, computes the losses as the papers do (`objectives.py`) with autograd, and tells two gradients apart by
-subtracting. For SISS the algorithm is that of SISS' own repository: the mixture goes through the network once.
+It still makes one network call for each branch, computes the losses as the papers do (`objectives.py`) with
+autograd, and tells two gradients apart by subtracting. For SISS the algorithm is that of SISS' own
+repository: the mixture goes through the network once.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ from .job import Draw, Images, Job
 from .networks import SISS_LAMBD, TWO_GRADIENTS, Step
 
 
-def eager(job: Job, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float | None, images: Images) -> Step:
+def eager(
+    job: Job, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float | None, images: Images
+) -> Step:
     """`images`: the fixed rows of the job, in the layout that the network runs in."""
     parameters = list(model.parameters())
     terms = _Terms(job, model)
@@ -82,16 +86,22 @@ class _Terms:
         if method == "siss no_is":
             return retain, self._denoising(images.forget, draw.forget_noise, draw.forget_timesteps)
         if method == "erasediff":
-            return retain, self._denoising(images.forget, draw.forget_noise, draw.forget_timesteps, draw.uniform_target)
+            return retain, self._denoising(
+                images.forget, draw.forget_noise, draw.forget_timesteps, draw.uniform_target
+            )
         levels = self._levels(draw.forget_timesteps)
         x_t = _noised(images.forget, draw.forget_noise, *levels)
-        unlearn = objectives.retrack(self._predict(x_t, draw.forget_timesteps), x_t, images.neighbors, *levels)
+        unlearn = objectives.retrack(
+            self._predict(x_t, draw.forget_timesteps), x_t, images.neighbors, *levels
+        )
         return network.lambd * unlearn + (1 - network.lambd) * retain
 
     def _mixed(self, images: Images, draw: Draw) -> tuple[Tensor, Tensor]:
         timesteps, noise = draw.forget_timesteps, draw.forget_noise
         levels = self._levels(timesteps)
-        x_t = _noised(torch.where(draw.from_forget.view(-1, 1, 1, 1), images.forget, images.retain), noise, *levels)
+        x_t = _noised(
+            torch.where(draw.from_forget.view(-1, 1, 1, 1), images.forget, images.retain), noise, *levels
+        )
         prediction = self._predict(x_t, timesteps)
         if self.job.method == "siss":
             retain, forget, _, _ = objectives.mixture(prediction, x_t, images.retain, images.forget, *levels)
@@ -99,7 +109,9 @@ class _Terms:
         errors = (prediction - noise).square().sum((1, 2, 3))
         return (errors * ~draw.from_forget).mean() / (1 - SISS_LAMBD), (errors * draw.from_forget).mean()
 
-    def _denoising(self, images: Tensor, noise: Tensor, timesteps: Tensor, target: Tensor | None = None) -> Tensor:
+    def _denoising(
+        self, images: Tensor, noise: Tensor, timesteps: Tensor, target: Tensor | None = None
+    ) -> Tensor:
         prediction = self._predict(_noised(images, noise, *self._levels(timesteps)), timesteps)
         return objectives.denoising(prediction, noise if target is None else target)
 

@@ -1,4 +1,7 @@
-"""The files that the package ships: demo data, a digit classifier, a small diffusion model. Credits and licences: README.md beside them."""
+"""The files that the package ships: demo data, a digit classifier, a small diffusion model.
+
+Credits and licences: README.md beside them.
+"""
 
 from __future__ import annotations
 

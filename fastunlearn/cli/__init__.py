@@ -1,4 +1,6 @@
-"""`fastunlearn ...`: one file a command. Parsing imports no torch, so that `--help` is instant; a command imports what it runs.
+"""`fastunlearn ...`: one file a command.
+
+Parsing imports no torch, so that `--help` is instant; a command imports what it runs.
 
 Every command is a dataclass of its flags (tyro makes the parser from it) with a method `run() -> exit code`.
 One whose `run` does not lock what it writes has a method `lock()`, a context for the time of `run`.
@@ -32,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command that `arguments` (default: those of the process) name, and returns the exit code.
 
     Raises:
-        SystemExit: after `--help` (code 0), for flags that do not parse (code 2), and for a run that a signal stopped.
+        SystemExit: after `--help` (code 0), for flags that do not parse (code 2), and for a run that a signal
+            stopped.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     _prepare_terminal()
@@ -61,7 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _prepare_terminal() -> None:
-    """Names of files may hold bytes that no text has: they are shown escaped. Help is not wrapped into a few columns."""
+    """Names of files may hold bytes that no text has: they are shown escaped.
+
+    Help is not wrapped into a few columns.
+    """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -86,18 +92,28 @@ def _parse(arguments: list[str]):
     from .sample import Sample
     from .unlearn import Unlearn
 
-    commands = {command.__name__.lower(): command for command in (Demo, Unlearn, Evaluate, Sample, Neighbors, Pretrain, Data, Purge)}
+    commands = {
+        command.__name__.lower(): command
+        for command in (Demo, Unlearn, Evaluate, Sample, Neighbors, Pretrain, Data, Purge)
+    }
     config = OmitArgPrefixes, FlagCreatePairsOff, HelptextFromCommentsOff
     if arguments and arguments[0] in commands:
-        return tyro.cli(commands[arguments[0]], prog=f"fastunlearn {arguments[0]}", args=arguments[1:], config=config)
+        return tyro.cli(
+            commands[arguments[0]], prog=f"fastunlearn {arguments[0]}", args=arguments[1:], config=config
+        )
     # Only to say what there is, in one line a command: parsing ends here.
     first_lines = {name: command.__doc__.split("\n")[0] for name, command in commands.items()}
-    listed = tuple(Annotated[command, tyro.conf.subcommand(name, description=first_lines[name])] for name, command in commands.items())
+    listed = tuple(
+        Annotated[command, tyro.conf.subcommand(name, description=first_lines[name])]
+        for name, command in commands.items()
+    )
     return tyro.cli(Union[listed], prog="fastunlearn", description=DESCRIPTION, args=arguments, config=config)  # noqa: UP007 (of a tuple)
 
 
 def _exit_code(error: Exception) -> int | None:
-    """2 for wrong input, 1 for a run of ours that failed, None for a defect, ours or of a library: that deserves its traceback."""
+    """2 for wrong input, 1 for a run of ours that failed, None for a defect, ours or of a library: that
+    deserves its traceback.
+    """
     if isinstance(error, (OSError, ImportError)):
         return 2
     if type(error).__module__.startswith("fastunlearn."):

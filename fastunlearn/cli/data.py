@@ -13,9 +13,11 @@ from tyro.conf import Positional
 class Data:
     """Build the training set of a recipe from the files that its authors publish.
 
-    mnist-tshirt: 60,000 MNIST digits and 606 copies of one Fashion-MNIST T-shirt. The content of every file is checked by its SHA-256.
+    mnist-tshirt: 60,000 MNIST digits and 606 copies of one Fashion-MNIST T-shirt. The content of every file
+    is checked by its SHA-256.
 
-    Try: fastunlearn data mnist-tshirt --mnist downloads/mnist --fashion-mnist downloads/fashion --output mnist_tshirt.npz
+    Try: fastunlearn data mnist-tshirt --mnist downloads/mnist --fashion-mnist downloads/fashion --output
+    mnist_tshirt.npz
     """
 
     dataset: Positional[Literal["mnist-tshirt"]]

@@ -11,9 +11,11 @@ from .options import also, unset
 
 @dataclass(kw_only=True)
 class Demo:
-    """Watch a small digit model forget a T-shirt; pictures, numbers and a verdict in two or three minutes on two cores.
+    """Watch a small digit model forget a T-shirt; pictures, numbers and a verdict in two or three minutes on
+    two cores.
 
-    The model and its data come with the package. The exit code is 1 if the T-shirt was not forgotten, or the digits suffered.
+    The model and its data come with the package. The exit code is 1 if the T-shirt was not forgotten, or the
+    digits suffered.
 
     Try: fastunlearn demo --seed 1 --output out/demo
     """

@@ -261,7 +261,9 @@ def _distinct(store: ImageStore) -> Tensor:
     first: dict[bytes, int] = {}
     for start, rows in store.chunks():
         for row, image in enumerate(rows):
-            first.setdefault(image.contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes(), start + row)
+            first.setdefault(
+                image.contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes(), start + row
+            )
     return store.rows(torch.tensor(list(first.values())))
 
 

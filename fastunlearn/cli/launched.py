@@ -14,20 +14,25 @@ if TYPE_CHECKING:
 
     from ..runs.processes import Processes
 
-UNSUPPORTED = ("DEEPSPEED", "FSDP", "MEGATRON_LM")  # of accelerate's configurations: they spread one network over the processes
+# of accelerate's configurations: they spread one network over the processes
+UNSUPPORTED = ("DEEPSPEED", "FSDP", "MEGATRON_LM")
 
 
 @contextmanager
 def launched(device: str | None) -> Iterator[tuple[Processes, torch.device]]:
-    """The processes of this command, and where this one computes. Several have a process group as long as the block lasts, and leave it together.
+    """The processes of this command, and where this one computes.
 
-    Of several, each has a GPU of its own where there are GPUs (nccl), or all share the CPUs (gloo); accelerate reads what the launcher says.
+    Several have a process group as long as the block lasts, and leave it together.
+
+    Of several, each has a GPU of its own where there are GPUs (nccl), or all share the CPUs (gloo);
+    accelerate reads what the launcher says.
 
     Args:
         device: `--device`: cpu, cuda or cuda:N; None: GPUs if there are any.
 
     Raises:
-        ValueError: `device` is one GPU for several processes, there are fewer GPUs than processes, or the launcher asks for what is not supported.
+        ValueError: `device` is one GPU for several processes, there are fewer GPUs than processes, or the
+            launcher asks for what is not supported.
     """
     from ..runs.processes import Processes
 
@@ -40,7 +45,8 @@ def launched(device: str | None) -> Iterator[tuple[Processes, torch.device]]:
     from accelerate import PartialState
 
     state = PartialState(cpu=on_cpu)
-    torch.manual_seed(torch.initial_seed() + state.process_index)  # dropout: not the same activations in every process
+    # dropout: not the same activations in every process
+    torch.manual_seed(torch.initial_seed() + state.process_index)
     with ExitStack() as silence, Processes(dist.group.WORLD) as processes:
         if processes.rank != 0:  # process 0 speaks for all; errors go to standard error
             silence.enter_context(redirect_stdout(silence.enter_context(open(os.devnull, "w"))))
@@ -51,17 +57,33 @@ def launched(device: str | None) -> Iterator[tuple[Processes, torch.device]]:
 def _on_cpu(device: str | None) -> bool:
     import torch
 
-    count, here = int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+    count, here = (
+        int(os.environ["WORLD_SIZE"]),
+        int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])),
+    )
     if "RANK" not in os.environ or "LOCAL_RANK" not in os.environ:
-        raise ValueError(f"WORLD_SIZE: expected RANK and LOCAL_RANK beside it, as accelerate launch and torchrun set them, got only WORLD_SIZE={count}")
+        raise ValueError(
+            f"WORLD_SIZE: expected RANK and LOCAL_RANK beside it, as accelerate launch and torchrun set them, got only WORLD_SIZE={count}"
+        )
     for name in UNSUPPORTED:
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
-            raise ValueError(f"accelerate: expected a configuration with the whole network in every process, got one that uses {name}")
+            raise ValueError(
+                f"accelerate: expected a configuration with the whole network in every process, got one that uses {name}"
+            )
     if device is None:
-        device = "cpu" if os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true" or not torch.cuda.is_available() else "cuda"
+        device = (
+            "cpu"
+            if os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+            or not torch.cuda.is_available()
+            else "cuda"
+        )
     chosen = pick_device(device)
     if chosen.index is not None:
-        raise ValueError(f"device: expected cpu or cuda for {count} processes (each takes a GPU of its own), got {device}")
+        raise ValueError(
+            f"device: expected cpu or cuda for {count} processes (each takes a GPU of its own), got {device}"
+        )
     if chosen.type == "cuda" and here > torch.cuda.device_count():
-        raise ValueError(f"num_processes: expected at most {torch.cuda.device_count()} on this machine, one for each GPU, got {here}")
+        raise ValueError(
+            f"num_processes: expected at most {torch.cuda.device_count()} on this machine, one for each GPU, got {here}"
+        )
     return chosen.type == "cpu"

@@ -13,7 +13,8 @@ from .picture_flags import PictureFlags
 
 @dataclass(kw_only=True)
 class Neighbors:
-    """Find the k nearest images to keep of every image to forget: exact Euclidean distance, ties by the lower row.
+    """Find the k nearest images to keep of every image to forget: exact Euclidean distance, ties by the lower
+    row.
 
     Sets larger than memory are streamed (npy, idx). The file has index [N, k] and sqdist [N, k], nearest
     first, and read, in JSON: what was read, and how. The squared distances of uint8 images are exact integers

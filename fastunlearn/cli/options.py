@@ -36,13 +36,18 @@ def pick_device(name: str | None) -> torch.device:
         raise ValueError(f"device: expected cpu, cuda or cuda:N, got {name!r}") from None
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device: expected cpu, cuda or cuda:N, got {name!r}")
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+    if device.type == "cuda" and (
+        not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()
+    ):
         raise ValueError(f"device: expected one of cpu and {torch.cuda.device_count()} GPUs, got {name}")
     return device
 
 
 def prepare_host(device: torch.device) -> None:
-    """Before the work on `device` starts: on a CPU the process keeps the memory that steps free. A command has its process to itself."""
+    """Before the work on `device` starts: on a CPU the process keeps the memory that steps free.
+
+    A command has its process to itself.
+    """
     from ..host.memory import keep_freed_memory
 
     if device.type == "cpu":
@@ -80,7 +85,8 @@ def check_outside(output: Path, **inputs: tuple[Path, ...]) -> None:
 def load_for(
     model, name: str, paths: tuple[Path, ...], pictures: PictureFlags, record: dict[str, Any]
 ) -> ImageStore:
-    """The images in `paths` as `model` takes them: image files are cropped, resized and converted; arrays must have its shape.
+    """The images in `paths` as `model` takes them: image files are cropped, resized and converted; arrays
+    must have its shape.
 
     Says how many rows and files there are, and what was passed over; notes the numbers and `pictures` in
     `record`, under `name`.

@@ -12,10 +12,11 @@ from .picture_flags import PictureFlags
 
 @dataclass(kw_only=True)
 class Pretrain:
-    """Train the diffusion model that later forgets, as a recipe prescribes; writes a folder that DDPMPipeline.from_pretrained opens.
+    """Train the diffusion model that later forgets, as a recipe prescribes; writes a folder that
+    DDPMPipeline.from_pretrained opens.
 
-    mnist-tshirt: the papers' network (64-128-256): a GPU's work. mnist-tshirt-small: the demo's (16-32-64): 1.2 hours on one core.
-    Checkpoints go to OUTPUT.run.
+    mnist-tshirt: the papers' network (64-128-256): a GPU's work. mnist-tshirt-small: the demo's (16-32-64):
+    1.2 hours on one core. Checkpoints go to OUTPUT.run.
 
     Try: fastunlearn pretrain --recipe mnist-tshirt-small --data mnist_tshirt.npz --output runs/small
     """
@@ -54,7 +55,9 @@ class Pretrain:
         if self.output.exists():
             raise ValueError(f"output: expected a folder that does not exist yet, got {self.output}")
         if started is not None and not resume:
-            raise ValueError(f"output: expected a new name, or --resume_from_checkpoint latest, got {self.output}, whose run stands at {started}")
+            raise ValueError(
+                f"output: expected a new name, or --resume_from_checkpoint latest, got {self.output}, whose run stands at {started}"
+            )
         if started is None and resume:
             raise ValueError(f"resume_from_checkpoint: expected a checkpoint in {run_dir}, got none")
         device = pick_device(self.device)

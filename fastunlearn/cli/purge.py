@@ -10,7 +10,9 @@ from tyro.conf import Positional
 
 @dataclass(kw_only=True)
 class Purge:
-    """Remove what a run keeps of the images to forget: caches and stores that its manifest lists. The unlearned model stays.
+    """Remove what a run keeps of the images to forget: caches and stores that its manifest lists.
+
+    The unlearned model stays.
 
     The exit code is 1 if the manifest lists files that are not safe to remove; they are named.
 

@@ -15,7 +15,8 @@ GRID = 144  # samples that the picture shows at most
 class Sample:
     """Draw images from a checkpoint: a grid as PNG, and all of them as uint8 [N, C, H, W] in an npz.
 
-    Two checkpoints given the same seed start from the same noise, so their samples can be compared one by one.
+    Two checkpoints given the same seed start from the same noise, so their samples can be compared one by
+    one.
 
     Try: fastunlearn sample --model runs/forget-7/model --num-images 64 --output out/samples
     """

@@ -24,13 +24,15 @@ REPORTED_IMAGES, REPORTED_CHAINS, REPORTED_TIMESTEP, REPORTED_STEPS = 8, 4, 250,
 class Unlearn:
     """Make a checkpoint forget given training images, and keep the rest.
 
-    retrack: redirects the denoising of a forget image to its nearest images to keep (start here). siss: descends on the retain set and
-    ascends on the forget set, in one importance-weighted network call. erasediff: trains forget images toward uniform noise, along with the
-    retain set. neggrad: gradient ascent on the forget set; fast and destructive. vanilla: goes on training on the retain set; forgets slowly.
+    retrack: redirects the denoising of a forget image to its nearest images to keep (start here). siss:
+    descends on the retain set and ascends on the forget set, in one importance-weighted network call.
+    erasediff: trains forget images toward uniform noise, along with the retain set. neggrad: gradient ascent
+    on the forget set; fast and destructive. vanilla: goes on training on the retain set; forgets slowly.
 
     Images: folders, image files, .npy, .npz, idx(.gz), .parquet, or data sets saved by Hugging Face datasets.
 
-    Try: fastunlearn unlearn --model pretrained --forget forget/ --retain retain.npy --method retrack --output runs/forget-7
+    Try: fastunlearn unlearn --model pretrained --forget forget/ --retain retain.npy --method retrack --output
+    runs/forget-7
     """
 
     model: Path
@@ -80,7 +82,12 @@ class Unlearn:
         from .options import prepare_host
 
         dropping = Dropping.from_flags(self.drop_overlap, self.drop_within)
-        method, optimization, execution, flags = self.hyperparameter.build(self.method), self.optimizer, self.execution, self.bookkeeping
+        method, optimization, execution, flags = (
+            self.hyperparameter.build(self.method),
+            self.optimizer,
+            self.execution,
+            self.bookkeeping,
+        )
         check_replaceable(self.output / "model")
         prepare_host(device)
         model, scheduler = load_checkpoint(self.model, device=device)
@@ -90,7 +97,9 @@ class Unlearn:
         dropping.check_sets(forget, retain)
         found = {}
         if forget is not None and retain is not None:
-            kept = processes.by_first(lambda: rows_to_keep(forget, retain, dropping, allow_overlap=self.allow_overlap))
+            kept = processes.by_first(
+                lambda: rows_to_keep(forget, retain, dropping, allow_overlap=self.allow_overlap)
+            )
             retain, found = kept.of(retain), kept.record
         check_stores(method, forget, retain, allow_overlap=self.allow_overlap)
         private = self.output / run_record.PRIVATE_FOLDER
@@ -129,7 +138,9 @@ class Unlearn:
         if not _answers(model, len(scheduler)):
             run_record.update_run(self.output, status="failed: WeightsNotFinite")
             text = "expected a network that answers with finite numbers after its last step, got NaN or Inf"
-            raise WeightsNotFinite(f"{self.output}: {text}; no model is written. A lower learning rate usually helps.")
+            raise WeightsNotFinite(
+                f"{self.output}: {text}; no model is written. A lower learning rate usually helps."
+            )
         save_checkpoint(self.output / "model", model, scheduler)
         run_record.update_run(self.output, model="model")
         if self.report_images and forget is not None:
@@ -140,9 +151,14 @@ class Unlearn:
         """Forget and retain set; what the method does not read may be left out."""
         from .options import load_for
 
-        for name, paths, reads in (("forget", self.forget, {"forget"}), ("retain", self.retain, {"retain", "neighbors"})):
+        for name, paths, reads in (
+            ("forget", self.forget, {"forget"}),
+            ("retain", self.retain, {"retain", "neighbors"}),
+        ):
             if not paths and reads & method.batches:
-                raise ValueError(f"--{name}: expected at least one path with --method {self.method}, got none")
+                raise ValueError(
+                    f"--{name}: expected at least one path with --method {self.method}, got none"
+                )
         sets = (("forget", self.forget), ("retain", self.retain))
         forget, retain = (
             load_for(model, name, paths, self.pictures, images) if paths else None for name, paths in sets
@@ -170,8 +186,20 @@ class Unlearn:
         timestep = min(REPORTED_TIMESTEP, len(scheduler) - 1)
         halves = []
         for network in (before, model):
-            chains = inject_and_denoise(network, scheduler, images, timestep, chains=REPORTED_CHAINS, num_inference_steps=min(REPORTED_STEPS, timestep + 1))
-            halves.append(torch.cat([images[:, None].cpu(), chains.view(len(images), REPORTED_CHAINS, *images.shape[1:])], dim=1).flatten(0, 1))
+            chains = inject_and_denoise(
+                network,
+                scheduler,
+                images,
+                timestep,
+                chains=REPORTED_CHAINS,
+                num_inference_steps=min(REPORTED_STEPS, timestep + 1),
+            )
+            halves.append(
+                torch.cat(
+                    [images[:, None].cpu(), chains.view(len(images), REPORTED_CHAINS, *images.shape[1:])],
+                    dim=1,
+                ).flatten(0, 1)
+            )
         private.mkdir(mode=0o700, exist_ok=True)
         with atomic_file(private / "reconstructions.png", mode=0o600) as file:
             file.write(side_by_side(*halves, columns=1 + REPORTED_CHAINS))

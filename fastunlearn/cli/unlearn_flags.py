@@ -25,7 +25,9 @@ class MethodFlags:
     """ReTrack: weight of the forget term in [0, 1]; choose it so that both terms are of similar size. SISS: share of forget images in the mixture."""
     scaling_norm: Annotated[float | None, unset("5", "FLOAT")] = None
     """SISS: L2 norm that the forget gradient is set to at every step; about a tenth of the retain gradient's (5 for MNIST, 500 for 256x256 faces)."""
-    variant: Annotated[Literal["mixture", "no_is", "bernoulli"] | None, unset("mixture", "mixture|no_is|bernoulli")] = None
+    variant: Annotated[
+        Literal["mixture", "no_is", "bernoulli"] | None, unset("mixture", "mixture|no_is|bernoulli")
+    ] = None
     """SISS: mixture is the method; no_is has no importance sampling (two network calls); bernoulli has the mixture without weights."""
     eta: Annotated[float | None, unset("0.001", "FLOAT")] = None
     """EraseDiff: the combined gradient descends on the forget term at least this share of that term's own gradient."""
@@ -40,19 +42,28 @@ class MethodFlags:
         """
         from .. import methods
 
-        kinds = {kind.name: kind for kind in (methods.ReTrack, methods.SISS, methods.EraseDiff, methods.NegGrad, methods.Vanilla)}
+        kinds = {
+            kind.name: kind
+            for kind in (methods.ReTrack, methods.SISS, methods.EraseDiff, methods.NegGrad, methods.Vanilla)
+        }
         own = [field.name for field in fields(kinds[name])]
         given = {flag: value for flag, value in vars(self).items() if value is not None}
         for flag in given.keys() - set(own):
-            owners = " and ".join(other for other, kind in kinds.items() if flag in {field.name for field in fields(kind)})
+            owners = " and ".join(
+                other for other, kind in kinds.items() if flag in {field.name for field in fields(kind)}
+            )
             usable = ", ".join(f"--{flag}" for flag in own) or "no such flag"
-            raise ValueError(f"--{flag}: expected {usable} with --method {name}, got --{flag} {given[flag]}, a flag of {owners}")
+            raise ValueError(
+                f"--{flag}: expected {usable} with --method {name}, got --{flag} {given[flag]}, a flag of {owners}"
+            )
         return kinds[name](**given)
 
 
 @dataclass(kw_only=True)
 class Optimization:
-    """Defaults are the papers' for MNIST; for 256x256 faces they take --lr 5e-6 --batch-size 64 --micro-batch-size 4 --steps 40."""
+    """Defaults are the papers' for MNIST; for 256x256 faces they take --lr 5e-6 --batch-size 64
+    --micro-batch-size 4 --steps 40.
+    """
 
     max_train_steps: Annotated[int, also("--steps")] = 50
     """Unlearning steps."""
@@ -98,12 +109,24 @@ class Optimization:
             check.number(name, getattr(self, name), low=0, high=1)
             if name.startswith("adam_beta") and getattr(self, name) == 1:
                 raise ValueError(f"{name}: expected a number in [0, 1), got 1: the average would never move")
-        # A run that forgets nothing, because it takes no step or never comes out of the warm-up, would end as one that does.
+        # A run that forgets nothing, because it takes no step or never comes out of the warm-up, would end as
+        # one that does.
         check.integer("max_train_steps", self.max_train_steps, low=1)
-        check.integer("lr_warmup_steps", self.lr_warmup_steps, low=0, high=self.max_train_steps - 1, of="max_train_steps - 1")
+        check.integer(
+            "lr_warmup_steps",
+            self.lr_warmup_steps,
+            low=0,
+            high=self.max_train_steps - 1,
+            of="max_train_steps - 1",
+        )
         parameters = list(model.parameters())
         optimizer = torch.optim.AdamW(
-            parameters, lr=self.learning_rate, betas=(self.adam_beta1, self.adam_beta2), weight_decay=self.adam_weight_decay, eps=self.adam_epsilon, fused=True
+            parameters,
+            lr=self.learning_rate,
+            betas=(self.adam_beta1, self.adam_beta2),
+            weight_decay=self.adam_weight_decay,
+            eps=self.adam_epsilon,
+            fused=True,
         )
         lr_scheduler = None
         if self.lr_scheduler != "constant" or self.lr_warmup_steps:
@@ -142,7 +165,10 @@ class Execution:
 
         from ..host.precision import resolve_autocast
 
-        return resolve_autocast({"auto": "auto", "no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.mixed_precision], device)
+        return resolve_autocast(
+            {"auto": "auto", "no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.mixed_precision],
+            device,
+        )
 
     def memory_format(self, device: torch.device) -> torch.memory_format:
         """The layout of the weights on `device`."""
@@ -150,7 +176,10 @@ class Execution:
 
         from ..host.precision import memory_format
 
-        return memory_format({"auto": "auto", "on": torch.channels_last, "off": torch.contiguous_format}[self.channels_last], device)
+        return memory_format(
+            {"auto": "auto", "on": torch.channels_last, "off": torch.contiguous_format}[self.channels_last],
+            device,
+        )
 
 
 @dataclass(kw_only=True)
@@ -171,7 +200,9 @@ class RunFlags:
     """The run fails when more steps than this were skipped, because a loss or a gradient was not finite."""
     max_skipped_share: float = 0.5
     """The same for a share of all steps."""
-    report_to: Annotated[Literal["tensorboard", "wandb"] | None, unset("metrics.jsonl alone", "tensorboard|wandb")] = None
+    report_to: Annotated[
+        Literal["tensorboard", "wandb"] | None, unset("metrics.jsonl alone", "tensorboard|wandb")
+    ] = None
     """tensorboard or wandb, if it is installed."""
     device: Annotated[str | None, unset("the first GPU, else cpu", "cpu|cuda|cuda:N")] = None
     """Where it runs."""

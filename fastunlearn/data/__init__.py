@@ -1,4 +1,5 @@
-"""Readers: image folders and files, npy, npz, idx, parquet and data sets of Hugging Face on disk become an `ImageStore`.
+"""Readers: image folders and files, npy, npz, idx, parquet and data sets of Hugging Face on disk become an
+`ImageStore`.
 
 Nothing is unpickled, nothing is fetched, and uint8 images stay uint8.
 """

@@ -1,4 +1,6 @@
-"""idx files, MNIST's format: a four-byte magic number, big-endian axis lengths, then the bytes; plain or gzipped."""
+"""idx files, MNIST's format: a four-byte magic number, big-endian axis lengths, then the bytes; plain or
+gzipped.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
-MAGICS = (b"\x00\x00\x08\x01", b"\x00\x00\x08\x03", b"\x00\x00\x08\x04")  # uint8 in one (labels), three (grey images) or four axes
+# uint8 in one (labels), three (grey images) or four axes
+MAGICS = (b"\x00\x00\x08\x01", b"\x00\x00\x08\x03", b"\x00\x00\x08\x04")
 
 
 def read_idx(path: str | os.PathLike) -> np.ndarray:
-    """The array in an idx file: uint8 `[N]`, `[N, H, W]` or as many axes as the file says. A plain file is memory-mapped, read-only.
+    """The array in an idx file: uint8 `[N]`, `[N, H, W]` or as many axes as the file says.
+
+    A plain file is memory-mapped, read-only.
 
     Raises:
         ValueError: not an idx file of uint8, or fewer or more bytes than its header says.
@@ -25,10 +30,14 @@ def read_idx(path: str | os.PathLike) -> np.ndarray:
         with _open(path) as file:
             magic = file.read(4)
             if magic not in MAGICS:
-                raise ValueError(f"{path}: expected an idx file of uint8 (magic number 00 00 08 and 01, 03 or 04), got {magic.hex(' ') or 'an empty file'}")
+                raise ValueError(
+                    f"{path}: expected an idx file of uint8 (magic number 00 00 08 and 01, 03 or 04), got {magic.hex(' ') or 'an empty file'}"
+                )
             header = file.read(4 * magic[3])
             if len(header) < 4 * magic[3]:
-                raise ValueError(f"{path}: expected {magic[3]} axis lengths after the magic number, got {len(header)} bytes")
+                raise ValueError(
+                    f"{path}: expected {magic[3]} axis lengths after the magic number, got {len(header)} bytes"
+                )
             shape = struct.unpack(f">{magic[3]}I", header)
             offset, expected = 4 + len(header), math.prod(shape)
             if not _is_gzip(path):
@@ -39,7 +48,9 @@ def read_idx(path: str | os.PathLike) -> np.ndarray:
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path}: expected a whole gzip file, got one that is damaged ({error})") from None
     if found != expected:
-        raise ValueError(f"{path}: expected {expected} bytes for shape {list(shape)}, got {'more' if found > expected else found}")
+        raise ValueError(
+            f"{path}: expected {expected} bytes for shape {list(shape)}, got {'more' if found > expected else found}"
+        )
     if expected == 0:
         raise ValueError(f"{path}: expected at least one entry, got shape {list(shape)}")
     if _is_gzip(path):

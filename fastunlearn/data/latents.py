@@ -21,9 +21,11 @@ MEAN, STD, LABELS = "mean.npy", "std.npy", "labels.npy"
 
 
 def save_latents(folder: str | os.PathLike, store: ImageStore) -> None:
-    """Writes the latents of `store`, with its standard deviations and labels if it has them; `load_images(folder, latents=True)` reads them.
+    """Writes the latents of `store`, with its standard deviations and labels if it has them;
+    `load_images(folder, latents=True)` reads them.
 
-    Rows are written in chunks, to files of mode 0600 (less the umask): latents decode to the images they were made from.
+    Rows are written in chunks, to files of mode 0600 (less the umask): latents decode to the images they were
+    made from.
 
     Raises:
         TypeError: no store, or bfloat16, which .npy files do not know.
@@ -35,7 +37,9 @@ def save_latents(folder: str | os.PathLike, store: ImageStore) -> None:
         raise ValueError(f"store: expected latents (latents=True), got {store}")
     for rows in (store.images, store.std):
         if rows is not None and rows.dtype == torch.bfloat16:
-            raise TypeError("store: expected float16, float32 or float64 (.npy files do not know bfloat16), got bfloat16")
+            raise TypeError(
+                "store: expected float16, float32 or float64 (.npy files do not know bfloat16), got bfloat16"
+            )
     folder = Path(folder)
     if any((folder / name).exists() for name in (MEAN, STD, LABELS)):
         raise ValueError(f"{folder}: expected a folder without latents, got one with some")
@@ -44,7 +48,8 @@ def save_latents(folder: str | os.PathLike, store: ImageStore) -> None:
         _write(folder / LABELS, store.labels, iter([store.labels]))
     if store.std is not None:
         _write(folder / STD, store.std, (rows for _, rows in store.like(store.std).chunks()))
-    _write(folder / MEAN, store.images, (rows for _, rows in store.chunks()))  # last: without it the folder holds no latents
+    # last: without it the folder holds no latents
+    _write(folder / MEAN, store.images, (rows for _, rows in store.chunks()))
 
 
 def is_latents_folder(path: Path) -> bool:
@@ -61,7 +66,10 @@ def read_latents(folder: Path, options: Options) -> Part:
     mean = map_npy(folder / MEAN)
     if mean.ndim != 4:
         raise ValueError(f"{folder / MEAN}: expected an array [N, C, H, W], got shape {list(mean.shape)}")
-    for name, wanted, found in (("channels", options.channels, mean.shape[1]), ("size", options.size, mean.shape[2:])):
+    for name, wanted, found in (
+        ("channels", options.channels, mean.shape[1]),
+        ("size", options.size, mean.shape[2:]),
+    ):
         if wanted not in (None, found):
             raise ValueError(f"{folder / MEAN}: expected {name} {wanted}, got {found}")
     std = map_npy(folder / STD) if (folder / STD).is_file() else None
@@ -74,7 +82,11 @@ def read_latents(folder: Path, options: Options) -> Part:
 
 def _write(path: Path, array: Tensor, chunks: Iterator[Tensor]) -> None:
     """An .npy file of the shape and dtype of `array` with the rows of `chunks`."""
-    header = {"descr": np.lib.format.dtype_to_descr(array[:0].cpu().numpy().dtype), "fortran_order": False, "shape": tuple(array.shape)}
+    header = {
+        "descr": np.lib.format.dtype_to_descr(array[:0].cpu().numpy().dtype),
+        "fortran_order": False,
+        "shape": tuple(array.shape),
+    }
     with atomic_file(path, mode=0o600) as file:
         np.lib.format.write_array_header_1_0(file, header)
         for rows in chunks:

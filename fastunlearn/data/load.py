@@ -58,18 +58,21 @@ def load_images(
     bits a channel. Palettes become the colours they stand for; CMYK is converted as Pillow does it, without
     profiles.
 
-    uint8 stays uint8. Arrays may be `[N, C, H, W]`, `[N, H, W, C]` or `[N, H, W]` (grey): an axis of length 1, 3 or 4 in the second or last
-    place is C. Where both or neither fit, or three axes may be one image, `channels` decides; what stays ambiguous is refused. Parquet and
-    `datasets` need `pip install "fastunlearn[hf]"`.
+    uint8 stays uint8. Arrays may be `[N, C, H, W]`, `[N, H, W, C]` or `[N, H, W]` (grey): an axis of length
+    1, 3 or 4 in the second or last place is C. Where both or neither fit, or three axes may be one image,
+    `channels` decides; what stays ambiguous is refused. Parquet and `datasets` need `pip install
+    "fastunlearn[hf]"`.
 
     Args:
         paths: a path, or several.
         size: height and width, or one number for both, which encoded images are made to fit (`crop`,
             `resample`); arrays must have it. Without it all images must have one size.
-        channels: 1 or 3 converts encoded images to grey or RGB; without it all must be of one of these modes. Arrays must have this many channels.
-        labels: read class labels too: `labels` of an npz, the labels file beside idx images, column `label` or `labels` of a table, or, for
-            a folder, the names of its sub-folders, numbered in sorted order.
-        latents: the rows are latents: float arrays of any finite value, multiplied by the VAE's scaling factor, as are their standard deviations.
+        channels: 1 or 3 converts encoded images to grey or RGB; without it all must be of one of these modes.
+            Arrays must have this many channels.
+        labels: read class labels too: `labels` of an npz, the labels file beside idx images, column `label`
+            or `labels` of a table, or, for a folder, the names of its sub-folders, numbered in sorted order.
+        latents: the rows are latents: float arrays of any finite value, multiplied by the VAE's scaling
+            factor, as are their standard deviations.
         exif: `"apply"`: encoded images are turned upright as their EXIF orientation says. `"ignore"`: pixels
             as stored.
         crop: with `size`: `"center"` cuts an encoded image about its centre to the aspect ratio of `size`,
@@ -89,7 +92,9 @@ def load_images(
             neither uint8 nor a float.
         ImportError: an optional package is missing; the text names the command that installs it.
     """
-    paths = [paths] if isinstance(paths, (str, os.PathLike)) or not isinstance(paths, Iterable) else list(paths)
+    paths = (
+        [paths] if isinstance(paths, (str, os.PathLike)) or not isinstance(paths, Iterable) else list(paths)
+    )
     for path in paths:
         if not isinstance(path, (str, os.PathLike)):
             raise TypeError(f"paths: expected a path or several, got {check.describe(path)}")
@@ -105,8 +110,17 @@ def load_images(
     parts = _read_all(paths, options)
     _check_alike(paths, parts)
     try:
-        images, std = _joined([part.images for part in parts]), None if parts[0].std is None else _joined([part.std for part in parts])
-        store = ImageStore(images, std=std, labels=_joined([part.labels for part in parts]) if labels else None, latents=latents, sources=paths)
+        images, std = (
+            _joined([part.images for part in parts]),
+            None if parts[0].std is None else _joined([part.std for part in parts]),
+        )
+        store = ImageStore(
+            images,
+            std=std,
+            labels=_joined([part.labels for part in parts]) if labels else None,
+            latents=latents,
+            sources=paths,
+        )
     except (TypeError, ValueError) as error:
         raise type(error)(f"{', '.join(map(str, paths))}: {error}") from None
     reading = _reading(parts, options)
@@ -176,7 +190,9 @@ def _read(path: Path, options: Options) -> Part:
 def _read_directory(path: Path, options: Options) -> Part:
     if (path / "dataset_dict.json").is_file():
         splits = sorted(entry.name for entry in path.iterdir() if (entry / "state.json").is_file())
-        raise ValueError(f"{path}: expected one split of the saved data set, such as {path / (splits or ['train'])[0]}, got the folder of all splits")
+        raise ValueError(
+            f"{path}: expected one split of the saved data set, such as {path / (splits or ['train'])[0]}, got the folder of all splits"
+        )
     if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
         return read_saved_dataset(path, options)
     if options.latents and is_latents_folder(path):
@@ -188,16 +204,23 @@ def _check_alike(paths: list[Path], parts: list[Part]) -> None:
     first = parts[0].images
     for path, part in zip(paths, parts, strict=True):
         if part.images.shape[1:] != first.shape[1:]:
-            raise ValueError(f"{path}: expected rows of shape {list(first.shape[1:])}, as in {paths[0]}, got {list(part.images.shape[1:])}")
+            raise ValueError(
+                f"{path}: expected rows of shape {list(first.shape[1:])}, as in {paths[0]}, got {list(part.images.shape[1:])}"
+            )
         if part.images.dtype != first.dtype:
-            raise ValueError(f"{path}: expected dtype {first.dtype}, as in {paths[0]}, got {part.images.dtype}")
+            raise ValueError(
+                f"{path}: expected dtype {first.dtype}, as in {paths[0]}, got {part.images.dtype}"
+            )
         dtype, expected = (None if std is None else std.dtype for std in (part.std, parts[0].std))
         if dtype != expected:
-            raise ValueError(f"{path}: expected standard deviations of dtype {expected}, as in {paths[0]} (None: without), got {dtype}")
+            raise ValueError(
+                f"{path}: expected standard deviations of dtype {expected}, as in {paths[0]} (None: without), got {dtype}"
+            )
 
 
 def _joined(arrays: list[np.ndarray]) -> np.ndarray:
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)  # one array, if it is a file, stays on disk
+    # one array, if it is a file, stays on disk
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 def _height_and_width(size) -> tuple[int, int] | None:

@@ -97,22 +97,34 @@ def to_nchw(array: np.ndarray, name: str | Path, options: Options) -> np.ndarray
     """
     shape, channels = list(array.shape), options.channels
     if array.ndim not in (3, 4):
-        raise ValueError(f"{name}: expected an array [N, C, H, W], [N, H, W, C] or [N, H, W], got shape {shape}")
+        raise ValueError(
+            f"{name}: expected an array [N, C, H, W], [N, H, W, C] or [N, H, W], got shape {shape}"
+        )
     if array.ndim == 3:
         one_image = channels not in (None, 1)  # [C, H, W] or [H, W, C]
         if not one_image and (shape[2] == 1 or (channels is None and {shape[0], shape[2]} & {3, 4})):
-            raise ValueError(f"{name}: expected grey images [N, H, W], got shape {shape}, which may be a single image: give channels=..., or add an axis")
+            raise ValueError(
+                f"{name}: expected grey images [N, H, W], got shape {shape}, which may be a single image: give channels=..., or add an axis"
+            )
         array = array[None] if one_image else array[:, None]
     counts = CHANNEL_COUNTS if channels is None else (channels,)
     first, last = array.shape[1] in counts, array.shape[3] in counts
     if first == last:
         wanted = "channels" if channels is None else f"{channels} channel{'s' * (channels > 1)}"
         which = "both" if first else "neither"
-        hint = "give channels=..., or reshape it to [N, C, H, W]" if channels is None else "reshape it to [N, C, H, W]"
-        raise ValueError(f"{name}: expected {wanted} in the second or the last axis, got shape {shape}, where {which} could be meant: {hint}")
+        hint = (
+            "give channels=..., or reshape it to [N, C, H, W]"
+            if channels is None
+            else "reshape it to [N, C, H, W]"
+        )
+        raise ValueError(
+            f"{name}: expected {wanted} in the second or the last axis, got shape {shape}, where {which} could be meant: {hint}"
+        )
     images = array if first else array.transpose(0, 3, 1, 2)
     if options.size is not None and images.shape[2:] != options.size:
-        raise ValueError(f"{name}: expected images of {options.size[0]} x {options.size[1]} (arrays are not resized), got shape {shape}")
+        raise ValueError(
+            f"{name}: expected images of {options.size[0]} x {options.size[1]} (arrays are not resized), got shape {shape}"
+        )
     return images
 
 
@@ -143,7 +155,10 @@ def stack(
         if images is None:
             images, first_name = np.empty((count, *array.shape), array.dtype), name
         elif (array.shape, array.dtype) != (images.shape[1:], images.dtype):
-            wanted, got = (f"[C, H, W] = {list(shape)} {dtype}" for shape, dtype in ((images.shape[1:], images.dtype), (array.shape, array.dtype)))
+            wanted, got = (
+                f"[C, H, W] = {list(shape)} {dtype}"
+                for shape, dtype in ((images.shape[1:], images.dtype), (array.shape, array.dtype))
+            )
             expected = f"{wanted}, as {first_name} (size=... and channels=... make images alike)"
             problems.append(f"{name}: expected {expected}, got {got}")
             continue

@@ -87,7 +87,9 @@ def decode(source: Path | bytes, name: str | Path, options: Options) -> np.ndarr
         try:
             array = _pixels(file, options)
         except MemoryError as error:
-            raise MemoryError(f"{shown(name)}: expected an image that fits into memory, got more pixels") from error
+            raise MemoryError(
+                f"{shown(name)}: expected an image that fits into memory, got more pixels"
+            ) from error
         except Exception as error:  # Pillow's decoders raise whatever they stumble over
             raise ValueError(f"{shown(name)}: {_reason(error, file)}") from None
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
@@ -218,4 +220,3 @@ def _fitted(image: Image.Image, options: Options) -> Image.Image:
             f"{image.width} (crop='center' cuts its longer side, crop='stretch' distorts it)"
         )
     return image.resize((width, height), filter_)
-

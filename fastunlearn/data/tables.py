@@ -1,4 +1,7 @@
-"""Parquet files and data sets that Hugging Face `datasets` saved on disk. Both packages are optional: `pip install "fastunlearn[hf]"`."""
+"""Parquet files and data sets that Hugging Face `datasets` saved on disk.
+
+Both packages are optional: `pip install "fastunlearn[hf]"`.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,9 @@ def read_parquet(path: Path, options: Options) -> Part:
     try:
         file = parquet.ParquetFile(path)
     except (ValueError, OSError) as error:  # pyarrow's errors derive from these
-        raise ValueError(f"{path}: expected a parquet file, got one that pyarrow does not read: {error}") from None
+        raise ValueError(
+            f"{path}: expected a parquet file, got one that pyarrow does not read: {error}"
+        ) from None
     with file:
         column = _column(file.schema_arrow.names, IMAGE_COLUMNS, path)
         label = _column(file.schema_arrow.names, LABEL_COLUMNS, path) if options.labels else None
@@ -59,7 +64,8 @@ def read_saved_dataset(path: Path, options: Options) -> Part:
     label = _column(dataset.column_names, LABEL_COLUMNS, path) if options.labels else None
 
     def cells(name: str) -> Iterator[object]:
-        for batch in dataset.with_format("arrow").iter(BATCH_ROWS):  # arrow rows are not decoded: that is done here, with our checks
+        # arrow rows are not decoded: that is done here, with our checks
+        for batch in dataset.with_format("arrow").iter(BATCH_ROWS):
             yield from batch.column(name).to_pylist()
 
     images = _images(_whole(cells(column), path), len(dataset), path, options)
@@ -129,11 +135,15 @@ def _image(cell, name: str, options: Options) -> np.ndarray:
     if cell is None:
         raise ValueError(f"{name}: expected an image, got a null")
     if not isinstance(cell, (list, np.ndarray)):
-        raise ValueError(f"{name}: expected an encoded image or nested lists of numbers, got {type(cell).__name__}")
+        raise ValueError(
+            f"{name}: expected an encoded image or nested lists of numbers, got {type(cell).__name__}"
+        )
     try:
         array = np.asarray(cell)
     except ValueError as error:  # ragged
-        raise ValueError(f"{name}: expected nested lists of one length an axis, got others ({error})") from None
+        raise ValueError(
+            f"{name}: expected nested lists of one length an axis, got others ({error})"
+        ) from None
     if array.dtype.kind in "iu" and array.size:
         if array.min() < 0 or array.max() > 255:
             raise ValueError(f"{name}: expected integers in [0, 255], got [{array.min()}, {array.max()}]")
@@ -169,4 +179,6 @@ def _optional(module: str, path: Path):
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(f'{path}: expected the package {module.partition(".")[0]} to read this format (pip install "fastunlearn[hf]"): {error}') from error
+        raise ImportError(
+            f'{path}: expected the package {module.partition(".")[0]} to read this format (pip install "fastunlearn[hf]"): {error}'
+        ) from error

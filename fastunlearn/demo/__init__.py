@@ -1,4 +1,6 @@
-"""`fastunlearn demo`: watch the embedded digit model forget a T-shirt, and decide by exact tests whether it did."""
+"""`fastunlearn demo`: watch the embedded digit model forget a T-shirt, and decide by exact tests whether it
+did.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,8 @@ MOST_SKIPPED = SkipLimit(steps=10, share=0.5)
 
 @dataclass(frozen=True)
 class Setting:
-    """How the demo runs a method: retuned for a network of 0.7 M parameters and a batch of 48 (the papers: 64-128-256 channels, batch 128, constant lr 5e-5).
+    """How the demo runs a method: retuned for a network of 0.7 M parameters and a batch of 48 (the papers:
+    64-128-256 channels, batch 128, constant lr 5e-5).
 
     `lr` falls to 0 along a cosine, which gives the digits back what the first steps took from them.
     """
@@ -86,13 +89,16 @@ def run_demo(
     device: str | torch.device = "cpu",
     show_progress: bool = True,
 ) -> DemoResult:
-    """Samples, unlearns the T-shirt, samples again from the same noise, decides, and writes the report and the unlearned model.
+    """Samples, unlearns the T-shirt, samples again from the same noise, decides, and writes the report and
+    the unlearned model.
 
     Args:
-        output_dir: takes `report.html`, `results.json`, the pictures as PNG, and `model/` for `DDPMPipeline.from_pretrained`.
+        output_dir: takes `report.html`, `results.json`, the pictures as PNG, and `model/` for
+            `DDPMPipeline.from_pretrained`.
         steps: unlearning steps; with 0 the demo must find that nothing was forgotten.
         seed: of every random number: sampling, unlearning, probes.
-        num_samples: samples before and after; at least 299 can show that 1 % has gone. Twice as many if none of them shows the T-shirt before.
+        num_samples: samples before and after; at least 299 can show that 1 % has gone. Twice as many if none
+            of them shows the T-shirt before.
         batch_size: forget and retain rows a step.
         method: one of `SETTINGS`.
         lr, lambd: instead of the method's own in `SETTINGS`.
@@ -163,21 +169,42 @@ def load_model(device: str | torch.device = "cpu", folder: str | os.PathLike | N
 
 
 def forget_tshirt(
-    model: torch.nn.Module, scheduler, setting: Setting, forget: ImageStore, retain: ImageStore, steps: int, batch_size: int, seed: int, show_progress: bool
+    model: torch.nn.Module,
+    scheduler,
+    setting: Setting,
+    forget: ImageStore,
+    retain: ImageStore,
+    steps: int,
+    batch_size: int,
+    seed: int,
+    show_progress: bool,
 ) -> list[dict]:
     """Takes the steps on `model` in place; one entry a step: what `StepOutput` has, None where not finite."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=setting.lr, betas=(0.95, 0.999), weight_decay=1e-6, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=setting.lr, betas=(0.95, 0.999), weight_decay=1e-6, fused=True
+    )
     schedule = NoiseSchedule.from_diffusers(scheduler)
     lr_scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
     unlearner = Unlearner(
-        model, optimizer, schedule, setting.method, forget=forget, retain=retain, batch_size=batch_size, total_steps=steps, seed=seed, lr_scheduler=lr_scheduler
+        model,
+        optimizer,
+        schedule,
+        setting.method,
+        forget=forget,
+        retain=retain,
+        batch_size=batch_size,
+        total_steps=steps,
+        seed=seed,
+        lr_scheduler=lr_scheduler,
     )
     log = []
     model.train()
     with ProgressBar(steps, 0, show_progress, f"unlearning with {type(setting.method).__name__}") as advance:
         for step in range(1, steps + 1):
             output = unlearner.step()
-            entry = {name: value.item() for name, value in output._asdict().items() if isinstance(value, Tensor)}
+            entry = {
+                name: value.item() for name, value in output._asdict().items() if isinstance(value, Tensor)
+            }
             finite = {name: value if math.isfinite(value) else None for name, value in entry.items()}
             log.append({"step": step, **finite})
             advance(step, {**entry, "skipped_steps": int(unlearner.skipped_steps)})

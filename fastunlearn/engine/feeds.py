@@ -1,8 +1,9 @@
 """Feeds: how the rows of a store reach the device of the step, see docs/data_path.md.
 
-A `ResidentFeed` has the whole store on the device. A `HostFeed` leaves it in host memory or in a memory-mapped file: while step s runs, a
-thread gathers the rows of step s + 1 into a staging buffer and copies them to the device. It can, since which rows a step reads is a
-function of its number. Both give the same numbers.
+A `ResidentFeed` has the whole store on the device. A `HostFeed` leaves it in host memory or in a
+memory-mapped file: while step s runs, a thread gathers the rows of step s + 1 into a staging buffer and
+copies them to the device. It can, since which rows a step reads is a function of its number. Both give the
+same numbers.
 """
 
 from __future__ import annotations
@@ -17,21 +18,30 @@ from ..host import check
 from ..host.store import ImageStore
 
 RESIDENCIES = ("auto", "device", "host")
-DEVICE_SHARE = 0.25  # of the free device memory: what residency="auto" lets a store take; gradients, optimizer and activations need the rest
+# of the free device memory: what residency="auto" lets a store take; gradients, optimizer and activations
+# need the rest
+DEVICE_SHARE = 0.25
 
 
 def open_feed(
-    store: ImageStore, device: torch.device | str, draw_rows: Callable[[int], Tensor], *, batch_size: int, residency: str = "auto"
+    store: ImageStore,
+    device: torch.device | str,
+    draw_rows: Callable[[int], Tensor],
+    *,
+    batch_size: int,
+    residency: str = "auto",
 ) -> ResidentFeed | HostFeed:
     """The feed of `store` for steps on `device`.
 
     Args:
-        draw_rows: the rows of a step by its number: int64 `[batch_size]` on the CPU. Called ahead of the step, in a thread; it must be a pure
-            function. A feed keeps it, so it should not hold the owner of the feed.
+        draw_rows: the rows of a step by its number: int64 `[batch_size]` on the CPU. Called ahead of the
+            step, in a thread; it must be a pure function. A feed keeps it, so it should not hold the owner of
+            the feed.
         batch_size: rows of a step.
-        residency: `"device"`: the store is copied to `device` (on a CPU it is read in place); `"host"`: it stays where it is, and the rows of
-            a step are staged ahead. `"auto"`, on a GPU: `"device"` where the store takes at most a quarter (`DEVICE_SHARE`) of the free
-            memory; on a CPU: `"device"`, but `"host"` for a memory-mapped store, whose pages would otherwise be waited for in the step.
+        residency: `"device"`: the store is copied to `device` (on a CPU it is read in place); `"host"`: it
+            stays where it is, and the rows of a step are staged ahead. `"auto"`, on a GPU: `"device"` where
+            the store takes at most a quarter (`DEVICE_SHARE`) of the free memory; on a CPU: `"device"`, but
+            `"host"` for a memory-mapped store, whose pages would otherwise be waited for in the step.
 
     Raises:
         TypeError, ValueError: no store, another residency, or `"host"` for a store that lies on a GPU.
@@ -45,7 +55,11 @@ def open_feed(
         raise ValueError(f"residency: expected 'device' or 'auto' for a store on {store.device}, got 'host'")
     if residency == "auto":
         residency = "device" if _fits(store, device) else "host"
-    return ResidentFeed(store.to(device)) if residency == "device" else HostFeed(store, device, draw_rows, batch_size)
+    return (
+        ResidentFeed(store.to(device))
+        if residency == "device"
+        else HostFeed(store, device, draw_rows, batch_size)
+    )
 
 
 def _fits(store: ImageStore, device: torch.device) -> bool:
@@ -58,10 +72,12 @@ def _fits(store: ImageStore, device: torch.device) -> bool:
 
 
 def compact_neighbors(store: ImageStore, index: Tensor) -> tuple[ImageStore, Tensor]:
-    """The rows of `store` that `index` (`[N, K]` int64) points to, each once, as a store of their own; and `index` remapped to it.
+    """The rows of `store` that `index` (`[N, K]` int64) points to, each once, as a store of their own; and
+    `index` remapped to it.
 
-    ReTrack reads nothing else of the retain set as neighbours, so that these fit on a device where the set does not. The rows are frozen at
-    their means: the distances between them and the forget rows were computed once.
+    ReTrack reads nothing else of the retain set as neighbours, so that these fit on a device where the set
+    does not. The rows are frozen at their means: the distances between them and the forget rows were computed
+    once.
 
     Raises:
         TypeError, ValueError: an index of another rank or dtype, empty, or outside the store.
@@ -92,7 +108,8 @@ class ResidentFeed:
 
 
 class HostFeed:
-    """A store in host memory or on disk, of which the rows of two steps lie on the device: those of this step and of the next.
+    """A store in host memory or on disk, of which the rows of two steps lie on the device: those of this step
+    and of the next.
 
     Not for several threads at once. `close()` ends the thread; so does dropping the feed.
 
@@ -102,7 +119,9 @@ class HostFeed:
         draw_rows, batch_size: as in `open_feed`.
     """
 
-    def __init__(self, store: ImageStore, device: torch.device, draw_rows: Callable[[int], Tensor], batch_size: int):
+    def __init__(
+        self, store: ImageStore, device: torch.device, draw_rows: Callable[[int], Tensor], batch_size: int
+    ):
         self.store, self.device = store, device
         self._draw_rows = draw_rows
         stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -112,18 +131,23 @@ class HostFeed:
         self._worker: ThreadPoolExecutor | None = ThreadPoolExecutor(1, thread_name_prefix="fastunlearn-feed")
 
     def take(self, step: int, index: Tensor, *, drawn: bool = True) -> tuple[ImageStore, Tensor]:
-        """The rows of `step`: a store on the device and int64 `[B]`, which of its rows they are. They may be read until the next take.
+        """The rows of `step`: a store on the device and int64 `[B]`, which of its rows they are.
 
-        The first take, and one whose `step` does not follow the one before (a resumed run), waits for its rows to be gathered.
+        They may be read until the next take.
+
+        The first take, and one whose `step` does not follow the one before (a resumed run), waits for its
+        rows to be gathered.
 
         Args:
             step: its number.
             index: `[B]` int64, rows of the whole store, on the device.
-            drawn: `index` is what `draw_rows(step)` gives (with `FASTUNLEARN_CHECK=1` this is checked); it is not read, as that would wait for
-                the device. Otherwise they are rows of the caller's choice, which are read, gathered and copied here and now.
+            drawn: `index` is what `draw_rows(step)` gives (with `FASTUNLEARN_CHECK=1` this is checked); it is
+                not read, as that would wait for the device. Otherwise they are rows of the caller's choice,
+                which are read, gathered and copied here and now.
 
         Raises:
-            RuntimeError: the feed is closed, or the rows could not be read: the cause is named, and a later take tries again.
+            RuntimeError: the feed is closed, or the rows could not be read: the cause is named, and a later
+                take tries again.
             IndexError: rows of the caller's choice outside the store.
         """
         if self._worker is None:
@@ -142,7 +166,9 @@ class HostFeed:
         try:
             staging = gathered.result()
         except Exception as error:
-            raise RuntimeError(f"feed: the rows of step {step} could not be read from {self.store}: {type(error).__name__}: {error}") from error
+            raise RuntimeError(
+                f"feed: the rows of step {step} could not be read from {self.store}: {type(error).__name__}: {error}"
+            ) from error
         if check.values_enabled() and not torch.equal(index.cpu(), staging.rows):
             raise ValueError(f"index: expected the rows that draw_rows({step}) gives, got others")
         self._in_use = staging
@@ -151,7 +177,9 @@ class HostFeed:
         return served
 
     def neighbors(self, index: Tensor) -> tuple[ImageStore, Tensor]:
-        """The rows that `index` (`[N, K]` int64, rows of the whole store) points to, as a store on the device; and `index` remapped to it."""
+        """The rows that `index` (`[N, K]` int64, rows of the whole store) points to, as a store on the
+        device; and `index` remapped to it.
+        """
         store, index = compact_neighbors(self.store, index)
         return store.to(self.device), index.to(self.device)
 
@@ -162,7 +190,9 @@ class HostFeed:
             self._worker = self._in_use = self._next = None
 
     def _gather_ahead(self, step: int) -> None:
-        """Has the thread gather the rows of `step`; what it gathers for another step is dropped (one thread: the new rows are written after)."""
+        """Has the thread gather the rows of `step`; what it gathers for another step is dropped (one thread:
+        the new rows are written after).
+        """
         free = self._buffers[self._buffers[0] is self._in_use]
         self._next = step, self._worker.submit(free.fill, self.store, self._draw_rows, step)
 
@@ -170,15 +200,22 @@ class HostFeed:
 class _Staging:
     """Room for the rows of one step: pinned host memory and, off the CPU, the same on the device.
 
-    Three parties use it: the thread fills the host memory and queues the copy on `stream`; the step reads the device memory on its own
-    stream. `copied` tells the step, and the thread before it fills again, that the copy is done; `released` tells the copy that the step is.
+    Three parties use it: the thread fills the host memory and queues the copy on `stream`; the step reads the
+    device memory on its own stream. `copied` tells the step, and the thread before it fills again, that the
+    copy is done; `released` tells the copy that the step is.
     """
 
-    def __init__(self, store: ImageStore, batch_size: int, device: torch.device, stream: torch.cuda.Stream | None):
+    def __init__(
+        self, store: ImageStore, batch_size: int, device: torch.device, stream: torch.cuda.Stream | None
+    ):
         stored = [rows for rows in (store.images, store.std) if rows is not None]
         shape = batch_size, *store.shape
         self.host = [torch.empty(shape, dtype=rows.dtype, pin_memory=stream is not None) for rows in stored]
-        self.on_device = self.host if device.type == "cpu" else [torch.empty(shape, dtype=rows.dtype, device=device) for rows in stored]
+        self.on_device = (
+            self.host
+            if device.type == "cpu"
+            else [torch.empty(shape, dtype=rows.dtype, device=device) for rows in stored]
+        )
         self.store = store.like(*self.on_device)
         self.index = torch.arange(batch_size, device=device)
         self.rows: Tensor | None = None  # [B] int64 on the CPU: what it was filled with
@@ -193,7 +230,8 @@ class _Staging:
         """In the thread: gathers the rows of `step` and starts their copy."""
         self.rows = _check_drawn(draw_rows(step), len(self.index))
         if self.stream is not None:
-            self.copied.synchronize()  # the latest copy out of the pinned memory; the thread waits, the step does not
+            # the latest copy out of the pinned memory; the thread waits, the step does not
+            self.copied.synchronize()
         for stored, host in zip((store.images, store.std), self.host, strict=False):
             torch.index_select(stored, 0, self.rows, out=host)
         if self.stream is not None:
@@ -228,6 +266,13 @@ def _picked(store: ImageStore, index: Tensor) -> ImageStore:
 
 
 def _check_drawn(rows: Tensor, batch_size: int) -> Tensor:
-    if not isinstance(rows, Tensor) or rows.dtype != torch.int64 or rows.shape != (batch_size,) or rows.device.type != "cpu":
-        raise ValueError(f"draw_rows: expected int64 of shape ({batch_size},) on cpu, got {check.describe(rows)}")
+    if (
+        not isinstance(rows, Tensor)
+        or rows.dtype != torch.int64
+        or rows.shape != (batch_size,)
+        or rows.device.type != "cpu"
+    ):
+        raise ValueError(
+            f"draw_rows: expected int64 of shape ({batch_size},) on cpu, got {check.describe(rows)}"
+        )
     return rows

@@ -1,8 +1,9 @@
 """Replay: the whole step as one CUDA graph, recorded once and launched again without Python.
 
-Everything on the device is in it: draw, compose, predict, residual, combine, update. Nothing of it may depend on the host: the step's number
-and seed are a counter on the device, which the graph itself advances, and learning rates are read from device memory. What belongs to the host (EMA,
-scheduler of the learning rate, step index) comes after, eagerly.
+Everything on the device is in it: draw, compose, predict, residual, combine, update. Nothing of it may depend
+on the host: the step's number and seed are a counter on the device, which the graph itself advances, and
+learning rates are read from device memory. What belongs to the host (EMA, scheduler of the learning rate,
+step index) comes after, eagerly.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ from ..step.wrappers import Forget
 
 log = logging.getLogger("fastunlearn")
 
-WARM_UP_STEPS = 3  # eager ones before a capture: kernels are compiled and chosen, the optimizer's state is made
-CAPTURABLE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)  # exactly these: a subclass may do on the host what a graph would not repeat
+# eager ones before a capture: kernels are compiled and chosen, the optimizer's state is made
+WARM_UP_STEPS = 3
+# exactly these: a subclass may do on the host what a graph would not repeat
+CAPTURABLE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 _REQUIRES_GRAD = attrgetter("requires_grad")
 
 
@@ -37,11 +40,16 @@ class Graphs(Protocol):
         """Runs `function`, as a rehearsal of the capture."""
 
     def capture(self, function: Callable[[], None]) -> Callable[[], None]:
-        """Records the device work of `function` without doing it; the result does it, in the memory that `function` used."""
+        """Records the device work of `function` without doing it; the result does it, in the memory that
+        `function` used.
+        """
 
 
 class CudaGraphs:
-    """CUDA graphs on a stream of their own, as capture demands. A graph has a memory pool of its own, which goes with it."""
+    """CUDA graphs on a stream of their own, as capture demands.
+
+    A graph has a memory pool of its own, which goes with it.
+    """
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -111,25 +119,38 @@ def _leave_capture(graph: torch.cuda.CUDAGraph, device: torch.device, pool: tupl
     generator.graphsafe_set_state(generator.clone_state())
 
 
-RECORDERS: dict[str, Callable[[torch.device], Graphs]] = {"cuda": CudaGraphs}  # by type of device; rehearsals add tapes for CPUs
+# by type of device; rehearsals add tapes for CPUs
+RECORDERS: dict[str, Callable[[torch.device], Graphs]] = {"cuda": CudaGraphs}
 
 
 class Replay:
     """Takes steps: the first few eagerly, then one that is captured, and from then on replays of it.
 
-    Whatever the graph holds as a constant is compared at every step, on the host (0.15 ms for 700 parameters): where it has changed, steps are
-    eager again for the time of a warm-up, and then captured anew.
+    Whatever the graph holds as a constant is compared at every step, on the host (0.15 ms for 700
+    parameters): where it has changed, steps are eager again for the time of a warm-up, and then captured
+    anew.
 
     Args:
         graphs: who records.
-        optimizer: its learning rates may change from step to step; they are copied to the device when they do.
+        optimizer: its learning rates may change from step to step; they are copied to the device when they
+            do.
         tensors: parameters and buffers whose memory the graph reads and writes.
         required: a step that cannot be replayed is an error.
     """
 
-    def __init__(self, graphs: Graphs, optimizer: torch.optim.Optimizer, tensors: Sequence[Tensor], *, required: bool = False):
+    def __init__(
+        self,
+        graphs: Graphs,
+        optimizer: torch.optim.Optimizer,
+        tensors: Sequence[Tensor],
+        *,
+        required: bool = False,
+    ):
         self.graphs, self.optimizer, self.tensors, self.required = graphs, optimizer, tuple(tensors), required
-        self._rates = torch.zeros(len(optimizer.param_groups), dtype=torch.float32, device=self.tensors[0].device)  # float32: what fused optimizers read
+        # float32: what fused optimizers read
+        self._rates = torch.zeros(
+            len(optimizer.param_groups), dtype=torch.float32, device=self.tensors[0].device
+        )
         self._on_device: list[float | None] = [None] * len(self._rates)  # what `_rates` holds
         self._constants: tuple | None = None
         self._warm_up_left = WARM_UP_STEPS
@@ -137,7 +158,8 @@ class Replay:
         self._outputs: Packed | None = None  # of the graph: every replay overwrites it
         self._said: set[str] = set()
         self.failed = False  # to capture; every step is eager
-        optimizer._warned_capturable_if_run_uncaptured = True  # that warm-up steps are no captures is as it should be
+        # that warm-up steps are no captures is as it should be
+        optimizer._warned_capturable_if_run_uncaptured = True
 
     @property
     def captured(self) -> bool:
@@ -159,7 +181,9 @@ class Replay:
         constants = self._read_constants(settings)
         if constants != self._constants:
             if self._run is not None:
-                log.info("replay: settings of the step, its parameters or its optimizer have changed: the step is captured anew")
+                log.info(
+                    "replay: settings of the step, its parameters or its optimizer have changed: the step is captured anew"
+                )
             self._constants, self._warm_up_left = constants, WARM_UP_STEPS
             self._run = self._outputs = None  # first of all: the memory of the old graph
         self._fill_rates()
@@ -180,7 +204,9 @@ class Replay:
             ValueError: replay is required.
         """
         if self.required:
-            raise ValueError(f"replay: expected a step that can be replayed, got {reason}; replay=None takes such a step eagerly")
+            raise ValueError(
+                f"replay: expected a step that can be replayed, got {reason}; replay=None takes such a step eagerly"
+            )
         self._say(f"{reason}: such steps run eagerly")
 
     def _capture(self, take: Callable[[], StepOutput]) -> bool:
@@ -204,8 +230,14 @@ class Replay:
         groups = self.optimizer.param_groups
         return (
             settings,
-            [{name: value for name, value in group.items() if name not in ("params", "lr", "initial_lr")} for group in groups],
-            [(len(group["params"]), group["lr"].data_ptr() if self._is_ours(group["lr"]) else None) for group in groups],
+            [
+                {name: value for name, value in group.items() if name not in ("params", "lr", "initial_lr")}
+                for group in groups
+            ],
+            [
+                (len(group["params"]), group["lr"].data_ptr() if self._is_ours(group["lr"]) else None)
+                for group in groups
+            ],
             _Same(self.optimizer.state),  # load_state_dict makes another
             list(map(Tensor.data_ptr, self.tensors)),
             list(map(_REQUIRES_GRAD, self.tensors)),
@@ -219,11 +251,14 @@ class Replay:
         for index, group in enumerate(self.optimizer.param_groups):
             if not self._is_ours(group["lr"]) and float(group["lr"]) != self._on_device[index]:
                 self._on_device[index] = float(group["lr"])
-                self._rates[index].fill_(self._on_device[index])  # a kernel with a number: nothing is copied from the host
+                # a kernel with a number: nothing is copied from the host
+                self._rates[index].fill_(self._on_device[index])
 
     @contextmanager
     def _rates_on_device(self) -> Iterator[None]:
-        """Within the block the optimizer reads its learning rates from the device; schedulers and checkpoints see the numbers that they know."""
+        """Within the block the optimizer reads its learning rates from the device; schedulers and checkpoints
+        see the numbers that they know.
+        """
         groups = self.optimizer.param_groups
         before = [{name: group[name] for name in ("lr", "capturable") if name in group} for group in groups]
         for rate, group in zip(self._rates.unbind(), groups, strict=True):
@@ -264,12 +299,18 @@ def _unpack(packed: Packed) -> StepOutput:
 
 
 def make_replay(
-    requested: bool | None, model: Callable, optimizer: torch.optim.Optimizer, device: torch.device, *, forbidden: str | None = None
+    requested: bool | None,
+    model: Callable,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+    *,
+    forbidden: str | None = None,
 ) -> Replay | None:
     """The `Replay` of a run on `device`; None: its steps are eager.
 
     Args:
-        requested: None: on a GPU, where nothing stands against it (else the log says what, once); True: in any case; False: not at all.
+        requested: None: on a GPU, where nothing stands against it (else the log says what, once); True: in
+            any case; False: not at all.
         forbidden: what the caller knows to stand against it.
 
     Raises:
@@ -282,7 +323,12 @@ def make_replay(
         return None
     obstacle = _obstacle(model, optimizer, device) or forbidden
     if obstacle is None:
-        return Replay(RECORDERS[device.type](device), optimizer, [*model.parameters(), *model.buffers()], required=bool(requested))
+        return Replay(
+            RECORDERS[device.type](device),
+            optimizer,
+            [*model.parameters(), *model.buffers()],
+            required=bool(requested),
+        )
     if requested:
         raise ValueError(f"replay: expected a step that a CUDA graph can hold, got {obstacle}")
     log.info("replay: the step runs eagerly: %s", obstacle)
@@ -306,7 +352,9 @@ def _obstacle(model: Callable, optimizer: torch.optim.Optimizer, device: torch.d
     for name, module in model.named_modules():
         hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_hf_hook")
         if any(getattr(module, hook, None) for hook in hooks):
-            return f"a model with hooks ({name or type(module).__name__}), which a replayed step would not call"
+            return (
+                f"a model with hooks ({name or type(module).__name__}), which a replayed step would not call"
+            )
     return "a model that is not on one device as a whole" if _elsewhere(model, device) else None
 
 

@@ -1,4 +1,6 @@
-"""Unlearner: owns the stores and draws every row, timestep and noise itself, so that a run is a function of its seed."""
+"""Unlearner: owns the stores and draws every row, timestep and noise itself, so that a run is a function of
+its seed.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,16 @@ from ..step.agreement import check_agreement
 from ..step.compilation import Compile, compile_seconds, resolve_compile
 from ..step.take import StepOutput, check_options, take_step
 from ..step.trained import check_gradients, processes, trainable, unwrapped
-from ..step.wrappers import check_update_is_due, check_wrappers, device_of, grad_scaler_of, refuse_elsewhere, tell_skipped, unwrap_optimizer, unwrap_scheduler
+from ..step.wrappers import (
+    check_update_is_due,
+    check_wrappers,
+    device_of,
+    grad_scaler_of,
+    refuse_elsewhere,
+    tell_skipped,
+    unwrap_optimizer,
+    unwrap_scheduler,
+)
 from .feeds import HostFeed, open_feed
 from .replay import make_replay
 
@@ -39,36 +50,45 @@ class Unlearner:
     """Takes unlearning steps on a model, from a store of images to forget and a store of images to keep.
 
     Args:
-        model: a diffusers model, or any callable `(x_t, t)` that returns a tensor or an object with `.sample`. One that needs labels or
-            prompts is refused: the `*_step` functions hand them over.
-        optimizer: over the parameters to train; `torch.optim.AdamW(..., fused=True)` skips a non-finite step without a host check.
-            accelerate's prepared optimizer is taken for the one in it, as in `retrack_step`.
+        model: a diffusers model, or any callable `(x_t, t)` that returns a tensor or an object with
+            `.sample`. One that needs labels or prompts is refused: the `*_step` functions hand them over.
+        optimizer: over the parameters to train; `torch.optim.AdamW(..., fused=True)` skips a non-finite step
+            without a host check. accelerate's prepared optimizer is taken for the one in it, as in
+            `retrack_step`.
         schedule: `NoiseSchedule.from_diffusers(scheduler)`.
         method: `ReTrack(...)`, `SISS(...)`, `EraseDiff(...)`, `NegGrad(...)` or `Vanilla()`.
         forget: images to forget; None where the method does not read them.
         retain: images to keep.
-        neighbors: `(index [N, k], sqdist [N, k])` of the forget rows in `retain`, as `nearest_neighbors` returns them; computed if None.
-        batch_size: rows drawn a step from each store, with replacement; of all processes together, so that a run does not depend on their number.
+        neighbors: `(index [N, k], sqdist [N, k])` of the forget rows in `retain`, as `nearest_neighbors`
+            returns them; computed if None.
+        batch_size: rows drawn a step from each store, with replacement; of all processes together, so that a
+            run does not depend on their number.
         micro_batch_size: at most this many rows in one network call of a process.
-        total_steps: how many steps the run will take (no method here has a schedule over them yet); None: unknown.
+        total_steps: how many steps the run will take (no method here has a schedule over them yet); None:
+            unknown.
         seed: every random number of step s is a function of (seed, s).
-        autocast_dtype: dtype of the network call; `"auto"`: bfloat16 on GPUs that have it, elsewhere (as None) that of the weights.
-        grad_scaler, keep_grad, max_grad_norm: as in `retrack_step`; float16 without a grad_scaler loses small gradients.
+        autocast_dtype: dtype of the network call; `"auto"`: bfloat16 on GPUs that have it, elsewhere (as
+            None) that of the weights.
+        grad_scaler, keep_grad, max_grad_norm: as in `retrack_step`; float16 without a grad_scaler loses small
+            gradients.
         ema: an object with `.step(parameters)`, such as diffusers' `EMAModel`, updated after every step.
         lr_scheduler: an object with `.step()`, called after every step. accelerate's prepared scheduler keeps
             its own rules: it stands still after a skipped step (to learn of which, it waits for a GPU), and
             goes on by as many steps as there are processes unless batches are split.
         allow_overlap: accept forget rows that also stand in `retain`.
-        residency: `"device"`: both stores lie on the model's device; `"host"`: they stay where they are, and the rows of the next step are brought ahead;
-            `"auto"`: what fits (docs/data_path.md). The numbers are the same.
+        residency: `"device"`: both stores lie on the model's device; `"host"`: they stay where they are, and
+            the rows of the next step are brought ahead; `"auto"`: what fits (docs/data_path.md). The numbers
+            are the same.
         compile: as in `retrack_step`; `compile_seconds` tells what it took.
-        replay: on a GPU: after three steps the whole step but EMA and scheduler is captured as a CUDA graph, and replayed from then on; no Python of the
-            model runs any more. None: where nothing stands against it (several processes, a grad_scaler, rows on the host, an optimizer that is not
-            fused, hooks; the log says what); True: else an error; False: never.
-        process_group: processes that take every step together, each on its share of the batch; all of them must hold the same weights, which the first
-            step checks. None: those of a model wrapped in DistributedDataParallel.
-        warn_of_near_copies: warn of first neighbours that show the forget row itself, compressed or resized: ReTrack would redirect it
-            to itself. `near_copies` also finds those that are turned or mirrored.
+        replay: on a GPU: after three steps the whole step but EMA and scheduler is captured as a CUDA graph,
+            and replayed from then on; no Python of the model runs any more. None: where nothing stands
+            against it (several processes, a grad_scaler, rows on the host, an optimizer that is not fused,
+            hooks; the log says what); True: else an error; False: never.
+        process_group: processes that take every step together, each on its share of the batch; all of them
+            must hold the same weights, which the first step checks. None: those of a model wrapped in
+            DistributedDataParallel.
+        warn_of_near_copies: warn of first neighbours that show the forget row itself, compressed or resized:
+            ReTrack would redirect it to itself. `near_copies` also finds those that are turned or mirrored.
         time_window, lowpass: not in this version; None.
 
     Raises:
@@ -142,19 +162,38 @@ class Unlearner:
         check_stores(method, forget, retain, allow_overlap=allow_overlap)
 
         self.model, self.optimizer, self.schedule, self.method = model, optimizer, schedule, method
-        self.batch_size, self.micro_batch_size, self.total_steps, self.seed = batch_size, micro_batch_size, total_steps, seed
+        self.batch_size, self.micro_batch_size, self.total_steps, self.seed = (
+            batch_size,
+            micro_batch_size,
+            total_steps,
+            seed,
+        )
         self.keep_grad = keep_grad
-        self.autocast_dtype, self.max_grad_norm, self.grad_scaler, self.ema, self.lr_scheduler = autocast_dtype, max_grad_norm, grad_scaler, ema, lr_scheduler
+        self.autocast_dtype, self.max_grad_norm, self.grad_scaler, self.ema, self.lr_scheduler = (
+            autocast_dtype,
+            max_grad_norm,
+            grad_scaler,
+            ema,
+            lr_scheduler,
+        )
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.device = device
         self.compile = resolve_compile(compile, unwrapped(model), self.device)
         self.process_group = processes(model, process_group)
-        self.rank, self.num_processes = (0, 1) if self.process_group is None else (dist.get_rank(self.process_group), dist.get_world_size(self.process_group))
+        self.rank, self.num_processes = (
+            (0, 1)
+            if self.process_group is None
+            else (dist.get_rank(self.process_group), dist.get_world_size(self.process_group))
+        )
         if batch_size % self.num_processes:
-            raise ValueError(f"batch_size: expected a multiple of the {self.num_processes} processes, got {batch_size}")
+            raise ValueError(
+                f"batch_size: expected a multiple of the {self.num_processes} processes, got {batch_size}"
+            )
         self.rows_here = batch_size // self.num_processes
         if self.parameters[0].dtype != torch.float32 and autocast_dtype is None:
-            raise TypeError(f"model: expected float32 parameters, or autocast_dtype (stores serve float32 rows), got {self.parameters[0].dtype}")
+            raise TypeError(
+                f"model: expected float32 parameters, or autocast_dtype (stores serve float32 rows), got {self.parameters[0].dtype}"
+            )
         self.forget = forget if "forget" in method.batches else None
         self.retain = retain if {"retain", "neighbors"} & method.batches else None
         self._feeds, self.neighbors = {}, None
@@ -163,20 +202,32 @@ class Unlearner:
             self.forget = self.forget.freeze()  # its distances to the neighbours are computed once
         for branch, store in (("forget", self.forget), ("retain", self.retain)):
             if store is not None:
-                rows_of_step = partial(draw.rows_of_step, self.rows_here, len(store), seed, self.rank * self.rows_here, Purpose[f"{branch.upper()}_ROWS"])
-                self._feeds[branch] = open_feed(store, self.device, rows_of_step, batch_size=self.rows_here, residency=residency)
+                rows_of_step = partial(
+                    draw.rows_of_step,
+                    self.rows_here,
+                    len(store),
+                    seed,
+                    self.rank * self.rows_here,
+                    Purpose[f"{branch.upper()}_ROWS"],
+                )
+                self._feeds[branch] = open_feed(
+                    store, self.device, rows_of_step, batch_size=self.rows_here, residency=residency
+                )
         if "neighbors" in method.batches:
             index, sqdist = self._find_neighbors(neighbors, warn_of_near_copies and self.rank == 0)
             self.neighbor_rows = index
             self._neighbor_store, index = self._feeds["retain"].neighbors(index)
             self.neighbors = index, sqdist
-        self._counter = torch.zeros(3, dtype=torch.int64, device=self.device)  # seed, step, position of this process's first row in the batch
+        # seed, step, position of this process's first row in the batch
+        self._counter = torch.zeros(3, dtype=torch.int64, device=self.device)
         self._count_from(0)
         # Of the latest step, of the first parameter group; a tensor where it lies on the device.
         self.lr_of_step: float | Tensor | None = None
         self.skipped_steps = torch.zeros((), dtype=torch.int64, device=self.device)
         self._agreed = self.process_group is None
-        self._replay = make_replay(replay, unwrapped(model), optimizer, self.device, forbidden=self._not_replayable())
+        self._replay = make_replay(
+            replay, unwrapped(model), optimizer, self.device, forbidden=self._not_replayable()
+        )
 
     def step(self, draws: Draws | None = None) -> StepOutput:
         """Takes one step. `draws` may give rows, noise or timesteps; the rest is drawn for (seed, step).
@@ -209,12 +260,19 @@ class Unlearner:
         if self.lr_scheduler is not None:
             self._scheduler().step()
         if self.ema is not None:
-            self.ema.step(self.model.parameters() if isinstance(self.model, torch.nn.Module) else self.parameters)
+            self.ema.step(
+                self.model.parameters() if isinstance(self.model, torch.nn.Module) else self.parameters
+            )
         return output
 
     def _check_agreement(self) -> None:
-        rows = {f"number of {name} rows": 0 if store is None else len(store) for name, store in (("forget", self.forget), ("retain", self.retain))}
-        check_agreement(self.parameters, {"seed": self.seed, "step": self.step_index, **rows}, self.process_group)
+        rows = {
+            f"number of {name} rows": 0 if store is None else len(store)
+            for name, store in (("forget", self.forget), ("retain", self.retain))
+        }
+        check_agreement(
+            self.parameters, {"seed": self.seed, "step": self.step_index, **rows}, self.process_group
+        )
         self._agreed = True
 
     def _scheduler(self):
@@ -225,7 +283,10 @@ class Unlearner:
         return self.lr_scheduler
 
     def _step_on_device(self, draws: Draws | None = None) -> StepOutput:
-        """What a step does on the device. Nothing here may depend on the step but through `_counter`: replayed, this runs once for all steps."""
+        """What a step does on the device.
+
+        Nothing here may depend on the step but through `_counter`: replayed, this runs once for all steps.
+        """
         with stage("draw"):
             batch, draws = self._draw(Draws() if draws is None else draws)
         output = take_step(
@@ -239,8 +300,21 @@ class Unlearner:
 
     def _settings(self) -> tuple:
         """What `_step_on_device` reads on the host, and a caller could change."""
-        training = [module.training for module in self.model.modules()] if isinstance(self.model, torch.nn.Module) else None
-        return self.method, id(self.schedule), self.max_grad_norm, self.micro_batch_size, self.autocast_dtype, self.compile, self.rows_here, training
+        training = (
+            [module.training for module in self.model.modules()]
+            if isinstance(self.model, torch.nn.Module)
+            else None
+        )
+        return (
+            self.method,
+            id(self.schedule),
+            self.max_grad_norm,
+            self.micro_batch_size,
+            self.autocast_dtype,
+            self.compile,
+            self.rows_here,
+            training,
+        )
 
     def _not_replayable(self) -> str | None:
         """What stands against replay, beside model and optimizer."""
@@ -277,7 +351,10 @@ class Unlearner:
         return compile_seconds(unwrapped(self.model))
 
     def state_dict(self) -> dict:
-        """What, beside model, optimizer, scheduler and EMA, a resumed run needs; JSON-able. Reads the device."""
+        """What, beside model, optimizer, scheduler and EMA, a resumed run needs; JSON-able.
+
+        Reads the device.
+        """
         return {"seed": self.seed, "step_index": self.step_index, "skipped_steps": int(self.skipped_steps)}
 
     def load_state_dict(self, state: dict) -> None:
@@ -286,10 +363,16 @@ class Unlearner:
         Raises:
             TypeError, ValueError: the state is of a run with another seed, or no state of a run.
         """
-        taken = check.integer("step_index", state["step_index"], low=0, high=philox.STEPS, of="32 bits of a counter")
-        skipped = check.integer("skipped_steps", state["skipped_steps"], low=0, high=taken, of="the steps taken")
+        taken = check.integer(
+            "step_index", state["step_index"], low=0, high=philox.STEPS, of="32 bits of a counter"
+        )
+        skipped = check.integer(
+            "skipped_steps", state["skipped_steps"], low=0, high=taken, of="the steps taken"
+        )
         if state["seed"] != self.seed:
-            raise ValueError(f"seed: expected the seed of the run that is resumed, {state['seed']}, got {self.seed}")
+            raise ValueError(
+                f"seed: expected the seed of the run that is resumed, {state['seed']}, got {self.seed}"
+            )
         self._count_from(taken)
         self.skipped_steps.fill_(skipped)
 
@@ -310,7 +393,9 @@ class Unlearner:
         if "retain" in method.batches:
             retain, _ = self._take("retain", draws.retain_rows, source)
         outside = self._outside(draws)
-        draws = replace(draws, **{f"{branch}_rows": None for branch in ("forget", "retain") if branch in method.batches})
+        draws = replace(
+            draws, **{f"{branch}_rows": None for branch in ("forget", "retain") if branch in method.batches}
+        )
         draw.validate(draws, method.draws, forget, retain, self.schedule)
         draws = draw.complete(draws, method, source, forget, retain, len(self.schedule))
         if outside is not None:
@@ -330,13 +415,17 @@ class Unlearner:
     def _take(self, branch: str, given: Tensor | None, source: CounterSource) -> tuple[Rows | Tensor, Tensor]:
         """This step's images of `branch`, and which rows of its store `[B]` they are."""
         store = getattr(self, branch)
-        index = self._rows(f"draws.{branch}_rows", given, store, source, Purpose[f"{branch.upper()}_ROWS"]).to(self.device)
+        index = self._rows(
+            f"draws.{branch}_rows", given, store, source, Purpose[f"{branch.upper()}_ROWS"]
+        ).to(self.device)
         if given is not None and not check.readable(given):
             index = index.clamp(0, len(store) - 1)  # no kernel reads beside the store; see `_outside`
         served, places = self._feeds[branch].take(self.step_index, index, drawn=given is None)
         return served.draw(places, source.counter, Purpose[f"{branch.upper()}_POSTERIOR"]), index
 
-    def _rows(self, name: str, given: Tensor | None, store: ImageStore, source: CounterSource, purpose: Purpose) -> Tensor:
+    def _rows(
+        self, name: str, given: Tensor | None, store: ImageStore, source: CounterSource, purpose: Purpose
+    ) -> Tensor:
         """Rows of `store`, `[B]`: those given, or `batch_size` drawn ones."""
         if given is None:
             return source.integers(self.rows_here, len(store), purpose)
@@ -346,17 +435,28 @@ class Unlearner:
         check.rows_within(name, given, len(store))
         return given.long()
 
-    def _find_neighbors(self, given: tuple[Tensor, Tensor] | None, warn_of_near_copies: bool) -> tuple[Tensor, Tensor]:
+    def _find_neighbors(
+        self, given: tuple[Tensor, Tensor] | None, warn_of_near_copies: bool
+    ) -> tuple[Tensor, Tensor]:
         k = check.integer("k", self.method.k, low=1, high=len(self.retain), of="the rows of retain")
         if given is not None and (not isinstance(given, (tuple, list)) or len(given) != 2):
-            raise TypeError(f"neighbors: expected a pair (index, sqdist) as nearest_neighbors returns it, got {check.describe(given)}")
-        index, sqdist = nearest_neighbors(self.forget, self._feeds["retain"].store, k) if given is None else given
+            raise TypeError(
+                f"neighbors: expected a pair (index, sqdist) as nearest_neighbors returns it, got {check.describe(given)}"
+            )
+        index, sqdist = (
+            nearest_neighbors(self.forget, self._feeds["retain"].store, k) if given is None else given
+        )
         check.tensor("neighbors[0]", index, ndim=2, floating=False)
-        check.tensor("neighbors[1]", sqdist, ndim=2, floating=not self.retain.is_uint8)  # uint8 rows: the integer distance, scaled below
+        # uint8 rows: the integer distance, scaled below
+        check.tensor("neighbors[1]", sqdist, ndim=2, floating=not self.retain.is_uint8)
         if index.shape != (len(self.forget), k) or sqdist.shape != index.shape:
-            raise ValueError(f"neighbors: expected index and sqdist of shape ({len(self.forget)}, {k}), got {tuple(index.shape)} and {tuple(sqdist.shape)}")
+            raise ValueError(
+                f"neighbors: expected index and sqdist of shape ({len(self.forget)}, {k}), got {tuple(index.shape)} and {tuple(sqdist.shape)}"
+            )
         if int(index.min()) < 0 or int(index.max()) >= len(self.retain):
-            raise ValueError(f"neighbors: expected rows of retain, [0, {len(self.retain) - 1}], got [{int(index.min())}, {int(index.max())}]")
+            raise ValueError(
+                f"neighbors: expected rows of retain, [0, {len(self.retain) - 1}], got [{int(index.min())}, {int(index.max())}]"
+            )
         if given is not None:
             check_neighbors(self.forget, self._feeds["retain"].store, index, sqdist)
         if warn_of_near_copies and not self.retain.latents:
@@ -380,22 +480,33 @@ def check_unconditional(model: Callable) -> None:
     except (TypeError, ValueError):  # of compiled code, TorchScript's, say: nothing is known
         parameters = ()
     asked = [each.name for each in parameters if each.default is each.empty and each.kind in required][2:]
-    if type(network).__module__.startswith("diffusers.") and getattr(network, "class_embedding", None) is not None:
+    if (
+        type(network).__module__.startswith("diffusers.")
+        and getattr(network, "class_embedding", None) is not None
+    ):
         asked.append("class_labels")
     if asked:
         expected = "expected a network of images and timesteps alone (the *_step functions take forget_kwargs and retain_kwargs)"
         raise ValueError(f"model: {expected}, got a {type(network).__name__} that needs {', '.join(asked)}")
 
 
-def check_stores(method: Method, forget: ImageStore | None, retain: ImageStore | None, *, allow_overlap: bool = False) -> None:
+def check_stores(
+    method: Method, forget: ImageStore | None, retain: ImageStore | None, *, allow_overlap: bool = False
+) -> None:
     """Whether `method` can work on these sets: worth asking before a long search for neighbours.
 
     Raises:
-        TypeError, ValueError: a set that the method reads is missing, the two do not match, or forget rows also stand in `retain`.
+        TypeError, ValueError: a set that the method reads is missing, the two do not match, or forget rows
+            also stand in `retain`.
     """
-    for name, store, needed in (("forget", forget, "forget" in method.batches), ("retain", retain, bool({"retain", "neighbors"} & method.batches))):
+    for name, store, needed in (
+        ("forget", forget, "forget" in method.batches),
+        ("retain", retain, bool({"retain", "neighbors"} & method.batches)),
+    ):
         if needed and not isinstance(store, ImageStore):
-            raise TypeError(f"{name}: expected an ImageStore ({type(method).__name__} reads it), got {check.describe(store)}")
+            raise TypeError(
+                f"{name}: expected an ImageStore ({type(method).__name__} reads it), got {check.describe(store)}"
+            )
         if needed and len(store) > philox.LARGEST_RANGE:
             expected = "at most 2^31 rows (they are drawn with 32 random bits)"
             raise ValueError(f"{name}: expected {expected}, got {len(store)}")
@@ -406,7 +517,9 @@ def check_stores(method: Method, forget: ImageStore | None, retain: ImageStore |
         rows, _ = overlap(forget, retain)
         if len(rows):
             shown = ", ".join(str(int(row)) for row in rows[:10]) + (", ..." if len(rows) > 10 else "")
-            raise ValueError(f"forget: expected images that are not in retain, got {len(rows)} that are (rows {shown}); allow_overlap=True accepts them")
+            raise ValueError(
+                f"forget: expected images that are not in retain, got {len(rows)} that are (rows {shown}); allow_overlap=True accepts them"
+            )
 
 
 def check_same_kind(forget: ImageStore, retain: ImageStore) -> None:
@@ -416,9 +529,13 @@ def check_same_kind(forget: ImageStore, retain: ImageStore) -> None:
         TypeError, ValueError: they have another shape or dtype, or only one holds latents.
     """
     if forget.shape != retain.shape:
-        raise ValueError(f"forget: expected images of the shape of retain, {tuple(retain.shape)}, got {tuple(forget.shape)}")
+        raise ValueError(
+            f"forget: expected images of the shape of retain, {tuple(retain.shape)}, got {tuple(forget.shape)}"
+        )
     if forget.latents != retain.latents:
-        raise ValueError(f"forget: expected {'latents' if retain.latents else 'images'}, as in retain, got {'latents' if forget.latents else 'images'}")
+        raise ValueError(
+            f"forget: expected {'latents' if retain.latents else 'images'}, as in retain, got {'latents' if forget.latents else 'images'}"
+        )
     if forget.is_uint8 != retain.is_uint8:
         raise TypeError(f"forget: expected the dtype of retain, {retain.dtype}, got {forget.dtype}")
 

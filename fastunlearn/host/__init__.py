@@ -1,1 +1,3 @@
-"""What a library needs of its machine, and what knows nothing of unlearning: checks, files, locks, rows on disk, random numbers, precision."""
+"""What a library needs of its machine, and what knows nothing of unlearning: checks, files, locks, rows on
+disk, random numbers, precision.
+"""

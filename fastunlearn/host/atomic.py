@@ -21,7 +21,8 @@ AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 @contextmanager
 def atomic_directory(path: str | Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its place, fsynced, when the block ends without an error; nothing changes otherwise.
+    """A temporary folder beside `path` that takes its place, fsynced, when the block ends without an error;
+    nothing changes otherwise.
 
     Raises:
         OSError: the disk does not take it (full, a limit of size).
@@ -50,7 +51,9 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_file(path: str | Path, *, mode: int = 0o666) -> Iterator[BinaryIO]:
-    """A temporary file beside `path`, made with `mode` (less the umask), that takes its place, fsynced, when the block ends without an error."""
+    """A temporary file beside `path`, made with `mode` (less the umask), that takes its place, fsynced, when
+    the block ends without an error.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -69,7 +72,9 @@ def atomic_file(path: str | Path, *, mode: int = 0o666) -> Iterator[BinaryIO]:
 
 def exchange(first: Path, second: Path) -> bool:
     """Swaps two names in one step (Linux' `renameat2`); False where the system or the file system cannot."""
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
+    rename = (
+        getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
+    )
     if rename is None:
         return False
     if rename(AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE) == 0:
@@ -81,7 +86,9 @@ def exchange(first: Path, second: Path) -> bool:
 
 
 def restore_displaced(parent: Path, pattern: str) -> None:
-    """Puts back a folder whose writer died after it had moved it aside and before the new one stood in its place."""
+    """Puts back a folder whose writer died after it had moved it aside and before the new one stood in its
+    place.
+    """
     for displaced in _leftovers(parent, pattern, "old"):
         target = parent / _target_name(displaced)
         if not target.exists():
@@ -97,9 +104,13 @@ def remove_leftovers(parent: Path, pattern: str) -> None:
 
 
 def _leftovers(parent: Path, pattern: str, suffix: str) -> list[Path]:
-    """`.NAME.PID.suffix` in `parent` with a NAME like `pattern`, unless PID is another process that still runs."""
+    """`.NAME.PID.suffix` in `parent` with a NAME like `pattern`, unless PID is another process that still
+    runs.
+    """
     found = parent.glob(f".*.*.{suffix}")
-    return [path for path in found if fnmatch.fnmatchcase(_target_name(path), pattern) and not _writer_lives(path)]
+    return [
+        path for path in found if fnmatch.fnmatchcase(_target_name(path), pattern) and not _writer_lives(path)
+    ]
 
 
 def _target_name(leftover: Path) -> str:

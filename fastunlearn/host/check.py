@@ -52,7 +52,9 @@ def like(name: str, value, other_name: str, other: Tensor) -> Tensor:
 def same_shape(name: str, value, other_name: str, other) -> None:
     """For anything with a shape: tensors, rows of a store, noise that is not drawn yet."""
     if tuple(value.shape) != tuple(other.shape):
-        raise ValueError(f"{name}: expected the shape of {other_name}, {tuple(other.shape)}, got {tuple(value.shape)}")
+        raise ValueError(
+            f"{name}: expected the shape of {other_name}, {tuple(other.shape)}, got {tuple(value.shape)}"
+        )
 
 
 def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
@@ -90,7 +92,9 @@ def scalar(name: str, value):
     return value.item()
 
 
-def number(name: str, value, *, low: float = -math.inf, high: float = math.inf, low_open: bool = False) -> float:
+def number(
+    name: str, value, *, low: float = -math.inf, high: float = math.inf, low_open: bool = False
+) -> float:
     """A finite number within [low, high], or (low, high] with `low_open`; of numpy or torch, too (`scalar`)."""
     value = scalar(name, value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -148,7 +152,9 @@ def not_in_this_version(**arguments) -> None:
 
 
 def values_enabled() -> bool:
-    """Whether `FASTUNLEARN_CHECK=1` asks for checks that read values (on a GPU each one waits for the device)."""
+    """Whether `FASTUNLEARN_CHECK=1` asks for checks that read values (on a GPU each one waits for the
+    device).
+    """
     return switched_on("FASTUNLEARN_CHECK")
 
 

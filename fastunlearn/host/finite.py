@@ -1,4 +1,7 @@
-"""Where there is NaN or Inf. Both are refused where they enter a metric: `NaN < x` is False, like an answer."""
+"""Where there is NaN or Inf.
+
+Both are refused where they enter a metric: `NaN < x` is False, like an answer.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +58,9 @@ def not_finite(weights: dict[str, Any]) -> list[str]:
 
 
 def named_tensors(weights: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors in `weights`, nested as state dicts are, that could hold NaN, by the keys that lead to them."""
+    """The tensors in `weights`, nested as state dicts are, that could hold NaN, by the keys that lead to
+    them.
+    """
     return dict(_tensors("", weights))
 
 

@@ -1,7 +1,9 @@
-"""Counter-based random numbers (Philox4x32-10): a pure function of (seed, step, purpose, row, element), the same on every device.
+"""Counter-based random numbers (Philox4x32-10): a pure function of (seed, step, purpose, row, element), the
+same on every device.
 
-key = seed; counter = (element / 4, row of the global batch, step, purpose). The four words of a counter make four numbers, elements
-4i to 4i + 3 of a row in NCHW order. Kernels compute the same words in registers (`csrc/philox.h`, `kernels/philox.py`).
+key = seed; counter = (element / 4, row of the global batch, step, purpose). The four words of a counter make
+four numbers, elements 4i to 4i + 3 of a row in NCHW order. Kernels compute the same words in registers
+(`csrc/philox.h`, `kernels/philox.py`).
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ _MASK = 0xFFFFFFFF
 class Noise:
     """Standard normal noise `[B, C, H, W]` that a kernel makes where it needs it, so that it is never stored.
 
-    `counter` is int64 `[3]` on the device of the images: seed, step, first row (the position of row 0 in the global batch).
+    `counter` is int64 `[3]` on the device of the images: seed, step, first row (the position of row 0 in the
+    global batch).
     """
 
     counter: Tensor
@@ -76,7 +79,9 @@ def words(shape: Sequence[int], counter: Tensor, purpose: int) -> Tensor:
     quads = torch.arange(-(-elements // 4), device=counter.device).view(1, -1)
     row = (first_row + torch.arange(rows, device=counter.device)).view(-1, 1) & _MASK
     zero = torch.zeros_like(row * quads)
-    return torch.stack(philox((zero + quads, zero + row, zero + (step & _MASK), zero + int(purpose)), seed), dim=-1)
+    return torch.stack(
+        philox((zero + quads, zero + row, zero + (step & _MASK), zero + int(purpose)), seed), dim=-1
+    )
 
 
 def check_noise(name: str, noise: Noise) -> None:
@@ -99,13 +104,23 @@ def _check_extent(rows: int, elements: int) -> None:
         raise ValueError(f"shape: expected {expected}, got {rows} of {elements}")
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor | int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10 (Salmon et al. 2011): four 32-bit words for a counter of four 32-bit words (int64 tensors) and a 64-bit key."""
+def philox(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor | int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10 (Salmon et al. 2011): four 32-bit words for a counter of four 32-bit words (int64
+    tensors) and a 64-bit key.
+    """
     c0, c1, c2, c3 = counter
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(10):
-        product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # wraps modulo 2^64: both halves are still exact
-        c0, c1, c2, c3 = (product1 >> 32 & _MASK) ^ c1 ^ k0, product1 & _MASK, (product0 >> 32 & _MASK) ^ c3 ^ k1, product0 & _MASK
+        # wraps modulo 2^64: both halves are still exact
+        product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (
+            (product1 >> 32 & _MASK) ^ c1 ^ k0,
+            product1 & _MASK,
+            (product0 >> 32 & _MASK) ^ c3 ^ k1,
+            product0 & _MASK,
+        )
         k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
     return c0, c1, c2, c3
 

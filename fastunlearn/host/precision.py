@@ -1,4 +1,6 @@
-"""Number formats and memory layouts of a run: what `"auto"` means on a device, and the switch for TensorFloat-32."""
+"""Number formats and memory layouts of a run: what `"auto"` means on a device, and the switch for
+TensorFloat-32.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +18,24 @@ AUTOCAST_DTYPES = (torch.bfloat16, torch.float16)
 MEMORY_FORMATS = (torch.contiguous_format, torch.channels_last)
 
 
-def resolve_autocast(requested: Literal["auto"] | torch.dtype | None, device: torch.device | str) -> torch.dtype | None:
-    """The dtype in which autocast runs the network on `device`, or None for no autocast; weights, losses and norms stay float32 either way.
+def resolve_autocast(
+    requested: Literal["auto"] | torch.dtype | None, device: torch.device | str
+) -> torch.dtype | None:
+    """The dtype in which autocast runs the network on `device`, or None for no autocast; weights, losses and
+    norms stay float32 either way.
 
-    `"auto"` is bfloat16 on GPUs that compute in it (compute capability 8.0 and up, and AMD's; not yet measured on a GPU), and None elsewhere. Measured on a
-    CPU (Zen 5, contiguous weights, forward, backward and AdamW), bfloat16 takes 0.65 of the time of float32 with the papers' MNIST network and 0.73 with the
-    demo's, so it is worth asking for; but 2.4 and 13 times as long where oneDNN is held to AVX-512 without bfloat16 and to AVX2. A CPU run's numbers are
-    float32's unless something else is asked for.
+    `"auto"` is bfloat16 on GPUs that compute in it (compute capability 8.0 and up, and AMD's; not yet
+    measured on a GPU), and None elsewhere. Measured on a CPU (Zen 5, contiguous weights, forward, backward
+    and AdamW), bfloat16 takes 0.65 of the time of float32 with the papers' MNIST network and 0.73 with the
+    demo's, so it is worth asking for; but 2.4 and 13 times as long where oneDNN is held to AVX-512 without
+    bfloat16 and to AVX2. A CPU run's numbers are float32's unless something else is asked for.
 
     Raises:
         TypeError, ValueError: `requested` is something else.
     """
-    if requested is None or not _is_auto("autocast_dtype", requested, AUTOCAST_DTYPES, "torch.bfloat16, torch.float16, 'auto' or None"):
+    if requested is None or not _is_auto(
+        "autocast_dtype", requested, AUTOCAST_DTYPES, "torch.bfloat16, torch.float16, 'auto' or None"
+    ):
         return requested
     device = torch.device(device)
     if device.type != "cuda":
@@ -36,17 +44,23 @@ def resolve_autocast(requested: Literal["auto"] | torch.dtype | None, device: to
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
 
 
-def memory_format(requested: Literal["auto"] | torch.memory_format, device: torch.device | str) -> torch.memory_format:
-    """The memory format for a network's weights on `device`: `model.to(memory_format=memory_format("auto", device))`. Its activations follow.
+def memory_format(
+    requested: Literal["auto"] | torch.memory_format, device: torch.device | str
+) -> torch.memory_format:
+    """The memory format for a network's weights on `device`: `model.to(memory_format=memory_format("auto",
+    device))`. Its activations follow.
 
-    `"auto"` is channels-last on GPUs, whose half-precision convolutions are written for it (not yet measured on a GPU), and contiguous on CPUs: there (Zen 5,
-    forward, backward and AdamW, float32) channels-last takes 1.00 of the time with the papers' MNIST network and 0.98 to 1.04 with the demo's, but 1.2
-    under bfloat16 autocast.
+    `"auto"` is channels-last on GPUs, whose half-precision convolutions are written for it (not yet measured
+    on a GPU), and contiguous on CPUs: there (Zen 5, forward, backward and AdamW, float32) channels-last takes
+    1.00 of the time with the papers' MNIST network and 0.98 to 1.04 with the demo's, but 1.2 under bfloat16
+    autocast.
 
     Raises:
         TypeError, ValueError: `requested` is something else.
     """
-    if not _is_auto("memory_format", requested, MEMORY_FORMATS, "torch.channels_last, torch.contiguous_format or 'auto'"):
+    if not _is_auto(
+        "memory_format", requested, MEMORY_FORMATS, "torch.channels_last, torch.contiguous_format or 'auto'"
+    ):
         return requested
     return torch.channels_last if torch.device(device).type == "cuda" else torch.contiguous_format
 
@@ -66,7 +80,8 @@ def _is_auto(argument: str, requested, choices: tuple, expected: str) -> bool:
 
 @contextmanager
 def tf32(enabled: bool | None) -> Iterator[None]:
-    """Within the block float32 matrix products and convolutions may (True) or must not (False) be rounded to TensorFloat-32, which keeps 10 bits.
+    """Within the block float32 matrix products and convolutions may (True) or must not (False) be rounded to
+    TensorFloat-32, which keeps 10 bits.
 
     None leaves torch's settings alone: by default NVIDIA GPUs round convolutions and not products. Products
     on CPUs are set too; few can do it.
@@ -75,8 +90,9 @@ def tf32(enabled: bool | None) -> Iterator[None]:
     The settings are the process's. Where several threads are inside at once, nothing is rounded while one of
     them must not be; whoever leaves last, in any order, the settings are then those that the first one found.
 
-    torch has two generations of this switch, and reading an old one (`allow_tf32`, `get_float32_matmul_precision`) that disagrees with a new one
-    (`fp32_precision`) is an error, which the compiler runs into (pytorch issue 166387). So both are set here, and both come back as they were; an old
+    torch has two generations of this switch, and reading an old one (`allow_tf32`,
+    `get_float32_matmul_precision`) that disagrees with a new one (`fp32_precision`) is an error, which the
+    compiler runs into (pytorch issue 166387). So both are set here, and both come back as they were; an old
     one that could not be read before follows the new one.
 
     Raises:

@@ -1,4 +1,6 @@
-"""ImageStore: the rows of a data set as they are on disk, uint8 or float, turned into network input only when drawn."""
+"""ImageStore: the rows of a data set as they are on disk, uint8 or float, turned into network input only when
+drawn.
+"""
 
 from __future__ import annotations
 
@@ -39,34 +41,53 @@ class ImageStore:
 
     Values are checked once, here and in chunks, so that nothing has to look at them during a run.
 
-    Latents may come as a distribution, the posterior of a VAE: its means and, in `std`, its standard deviations, both already multiplied by
-    the VAE's scaling factor. A step then draws them anew (`sample`, `draw`), as ReTrack's loader of retain rows does. Everything else reads
-    the means: `images`, `raw`, `chunks`, `overlap` and `nearest_neighbors`. `rows` and `lazy` refuse such a store; `freeze` makes one of fixed rows.
+    Latents may come as a distribution, the posterior of a VAE: its means and, in `std`, its standard
+    deviations, both already multiplied by the VAE's scaling factor. A step then draws them anew (`sample`,
+    `draw`), as ReTrack's loader of retain rows does. Everything else reads the means: `images`, `raw`,
+    `chunks`, `overlap` and `nearest_neighbors`. `rows` and `lazy` refuse such a store; `freeze` makes one of
+    fixed rows.
 
     Args:
-        images: `[N, C, H, W]`: a tensor, a numpy array (a memory-mapped one stays on disk; rows are read when drawn) or any object with
-            `__dlpack__`. None is copied. uint8 images are served as `u * 2 / 255 - 1`; float16, bfloat16, float32 and float64 rows as they are.
-        std: the posterior's standard deviations: of the shape and device of `images`, floating, finite, not negative. For latents only.
+        images: `[N, C, H, W]`: a tensor, a numpy array (a memory-mapped one stays on disk; rows are read when
+            drawn) or any object with `__dlpack__`. None is copied. uint8 images are served as `u * 2 / 255 -
+            1`; float16, bfloat16, float32 and float64 rows as they are.
+        std: the posterior's standard deviations: of the shape and device of `images`, floating, finite, not
+            negative. For latents only.
         labels: `[N]` integers, or None.
-        latents: the rows are latents: float, of any finite value. Otherwise float rows must lie within [-1, 1].
+        latents: the rows are latents: float, of any finite value. Otherwise float rows must lie within [-1,
+            1].
         sources: the files that the rows came from; kept as strings.
 
     Raises:
-        TypeError: `images` or `std` is no array, or its dtype is not one of those above; `labels` are not integers.
-        ValueError: wrong rank, an axis of length 0, NaN or Inf, float images outside [-1, 1], uint8 latents, `std` that is negative, of another
-            shape or device, or given without `latents=True`; labels of another length.
+        TypeError: `images` or `std` is no array, or its dtype is not one of those above; `labels` are not
+            integers.
+        ValueError: wrong rank, an axis of length 0, NaN or Inf, float images outside [-1, 1], uint8 latents,
+            `std` that is negative, of another shape or device, or given without `latents=True`; labels of
+            another length.
     """
 
-    def __init__(self, images, *, std=None, labels=None, latents: bool = False, sources: Iterable[str | os.PathLike] = ()):
+    def __init__(
+        self,
+        images,
+        *,
+        std=None,
+        labels=None,
+        latents: bool = False,
+        sources: Iterable[str | os.PathLike] = (),
+    ):
         self.images = as_tensor("images", images)
         self.on_disk = is_memory_mapped(images)  # rows are read from a file when they are used
         images = self.images
         if images.dtype not in DTYPES:
-            raise TypeError(f"images: expected dtype {', '.join(map(name, DTYPES[:-1]))} or {name(DTYPES[-1])}, got {name(images.dtype)}")
+            raise TypeError(
+                f"images: expected dtype {', '.join(map(name, DTYPES[:-1]))} or {name(DTYPES[-1])}, got {name(images.dtype)}"
+            )
         if images.ndim != 4:
             raise ValueError(f"images: expected shape [N, C, H, W], got {list(images.shape)}")
         if images.numel() == 0:
-            raise ValueError(f"images: expected at least one row and no axis of length 0, got shape {list(images.shape)}")
+            raise ValueError(
+                f"images: expected at least one row and no axis of length 0, got shape {list(images.shape)}"
+            )
         if latents and images.dtype == torch.uint8:
             raise ValueError("latents: expected float rows for latents=True, got uint8 images")
         self.std = None
@@ -75,7 +96,10 @@ class ImageStore:
             self.on_disk |= is_memory_mapped(std)
         self.latents = bool(latents)
         self.labels = None if labels is None else as_labels(labels, len(images))
-        self.sources = tuple(os.fspath(source) for source in ([sources] if isinstance(sources, (str, os.PathLike)) else sources))
+        self.sources = tuple(
+            os.fspath(source)
+            for source in ([sources] if isinstance(sources, (str, os.PathLike)) else sources)
+        )
         self._content_hash: str | None = None
         self._hashed_versions: list[int] = []
         if images.is_floating_point():
@@ -87,7 +111,11 @@ class ImageStore:
         return len(self.images)
 
     def __repr__(self) -> str:
-        kind = name(self.dtype) if self.std is None else f"{name(self.dtype)} means with {name(self.std.dtype)} standard deviations"
+        kind = (
+            name(self.dtype)
+            if self.std is None
+            else f"{name(self.dtype)} means with {name(self.std.dtype)} standard deviations"
+        )
         return f"ImageStore({len(self)} rows of {list(self.shape)}, {kind}, {self.device}{', on disk' if self.on_disk else ''})"
 
     @property
@@ -118,7 +146,8 @@ class ImageStore:
     def rows(self, index: Tensor) -> Tensor:
         """Rows `index` (`[B]` int64) as network input: float32 `[B, C, H, W]`, images in [-1, 1].
 
-        On a CPU the values of uint8 rows are bit-equal to torchvision's `ToTensor` followed by `Normalize(0.5, 0.5)`.
+        On a CPU the values of uint8 rows are bit-equal to torchvision's `ToTensor` followed by
+        `Normalize(0.5, 0.5)`.
 
         Raises:
             ValueError: the store has standard deviations.
@@ -139,7 +168,8 @@ class ImageStore:
         return Rows(self.images, index.to(self.device))
 
     def sample(self, index: Tensor, counter: Tensor, purpose: int) -> Tensor:
-        """Draws of the latents `index` (`[B]` int64): `mean + std xi`, float32 `[B, C, H, W]`, where `xi = philox.normal(shape, counter, purpose)`.
+        """Draws of the latents `index` (`[B]` int64): `mean + std xi`, float32 `[B, C, H, W]`, where `xi =
+        philox.normal(shape, counter, purpose)`.
 
         `xi` belongs to the place in the batch, not to the row: one drawn twice in a batch gives two samples.
 
@@ -147,20 +177,25 @@ class ImageStore:
             ValueError: the store has no standard deviations.
         """
         if self.std is None:
-            raise ValueError("std: expected a store with standard deviations, ImageStore(mean, std=std, latents=True), got one without")
+            raise ValueError(
+                "std: expected a store with standard deviations, ImageStore(mean, std=std, latents=True), got one without"
+            )
         index = index.to(self.device)
         mean, std = self.images.index_select(0, index).float(), self.std.index_select(0, index).float()
         return torch.addcmul(mean, std, philox.normal(mean.shape, counter, purpose))
 
     def draw(self, index: Tensor, counter: Tensor, purpose: int) -> Rows | Tensor:
-        """Rows `index` (`[B]` int64) as a step reads them: sampled where the store has standard deviations, gathered by the ops where not."""
+        """Rows `index` (`[B]` int64) as a step reads them: sampled where the store has standard deviations,
+        gathered by the ops where not.
+        """
         return self.lazy(index) if self.std is None else self.sample(index, counter, purpose)
 
     def freeze(self, seed: int | None = None) -> ImageStore:
-        """A store of fixed rows: the means (nothing is copied) or, with a `seed`, one sample of every row (float32, a copy in memory).
+        """A store of fixed rows: the means (nothing is copied) or, with a `seed`, one sample of every row
+        (float32, a copy in memory).
 
-        What is compared across steps needs fixed rows: forget rows and their neighbours, whose distances are computed once (ReTrack's code
-        keeps one sample of each).
+        What is compared across steps needs fixed rows: forget rows and their neighbours, whose distances are
+        computed once (ReTrack's code keeps one sample of each).
         """
         if self.std is None:
             return self
@@ -172,24 +207,30 @@ class ImageStore:
             raise ValueError(f"seed: expected {expected}, got {seed} and {len(self)} rows")
         samples = torch.empty(self.images.shape, dtype=torch.float32, device=self.device)
         for start, mean in self.chunks():
-            counter = torch.tensor([seed, 0, start], device=self.device)  # start: every row has noise of its own, whatever the chunks
+            # start: every row has noise of its own, whatever the chunks
+            counter = torch.tensor([seed, 0, start], device=self.device)
             index = torch.arange(start, start + len(mean), device=self.device)
             samples[start : start + len(mean)] = self.sample(index, counter, FREEZE_PURPOSE)
         return self.like(samples, labels=self.labels)
 
     def raw(self, index: Tensor) -> Tensor:
-        """Rows `index` (`[B]` int64) as stored, `[B, C, H, W]`, contiguous; of a store with standard deviations, the means."""
+        """Rows `index` (`[B]` int64) as stored, `[B, C, H, W]`, contiguous; of a store with standard
+        deviations, the means.
+        """
         return self.images.index_select(0, index.to(self.device))
 
     def chunks(self, max_bytes: int = CHUNK_BYTES) -> Iterator[tuple[int, Tensor]]:
-        """All rows as stored, in order, as `(start, rows [n, C, H, W])`: views, to be read only, of at most `max_bytes` (at least one row) each."""
+        """All rows as stored, in order, as `(start, rows [n, C, H, W])`: views, to be read only, of at most
+        `max_bytes` (at least one row) each.
+        """
         row_bytes = self.images[0].numel() * self.images.element_size()
         count = max(1, max_bytes // row_bytes)
         for start in range(0, len(self), count):
             yield start, self.images[start : start + count]
 
     def select(self, index) -> ImageStore:
-        """A store of the rows `index`, copied, with their labels: integers `[M]`, not empty, or a mask, bool `[N]`.
+        """A store of the rows `index`, copied, with their labels: integers `[M]`, not empty, or a mask, bool
+        `[N]`.
 
         Raises:
             TypeError, ValueError: neither of these, or rows that there are none of.
@@ -205,22 +246,28 @@ class ImageStore:
         if index.ndim != 1 or len(index) == 0:
             raise ValueError(f"index: expected shape [M] with M >= 1, got {list(index.shape)}")
         if index.min() < 0 or index.max() >= len(self):
-            raise ValueError(f"index: expected rows in [0, {len(self) - 1}], got rows in [{index.min()}, {index.max()}]")
+            raise ValueError(
+                f"index: expected rows in [0, {len(self) - 1}], got rows in [{index.min()}, {index.max()}]"
+            )
         std = None if self.std is None else self.std.index_select(0, index.to(self.device))
         return self.like(self.raw(index), std, labels=None if self.labels is None else self.labels[index])
 
     def to(self, device: torch.device | str) -> ImageStore:
         """The same store on `device`; labels stay on the CPU."""
         images, std = self.images.to(device), None if self.std is None else self.std.to(device)
-        moved = self.like(images, std, labels=self.labels, on_disk=self.on_disk and images.device.type == "cpu")
+        moved = self.like(
+            images, std, labels=self.labels, on_disk=self.on_disk and images.device.type == "cpu"
+        )
         if self._content_hash is not None:
             moved._content_hash, moved._hashed_versions = self.content_hash(), moved._versions()
         return moved
 
     def content_hash(self) -> str:
-        """SHA-256 (hex) over dtype, shape and the rows' bytes, and those of `std` where there is one; streamed.
+        """SHA-256 (hex) over dtype, shape and the rows' bytes, and those of `std` where there is one;
+        streamed.
 
-        Computed anew where torch has seen the rows change in place; what numpy or another process changes, it does not see.
+        Computed anew where torch has seen the rows change in place; what numpy or another process changes, it
+        does not see.
         """
         if self._content_hash is None or self._hashed_versions != self._versions():
             digest = hashlib.sha256()
@@ -232,8 +279,17 @@ class ImageStore:
             self._content_hash, self._hashed_versions = digest.hexdigest(), self._versions()
         return self._content_hash
 
-    def like(self, images: Tensor, std: Tensor | None = None, *, labels: Tensor | None = None, on_disk: bool = False) -> ImageStore:
-        """A store of the same kind and sources over other rows, which are not checked: a part of this one, or a buffer that rows are copied to."""
+    def like(
+        self,
+        images: Tensor,
+        std: Tensor | None = None,
+        *,
+        labels: Tensor | None = None,
+        on_disk: bool = False,
+    ) -> ImageStore:
+        """A store of the same kind and sources over other rows, which are not checked: a part of this one, or
+        a buffer that rows are copied to.
+        """
         store = object.__new__(ImageStore)
         store.images, store.std, store.labels, store.on_disk = images, std, labels, on_disk
         store.latents, store.sources, store._content_hash = self.latents, self.sources, None
@@ -242,7 +298,11 @@ class ImageStore:
 
     def _versions(self) -> list[int]:
         """How often torch has changed the rows in place."""
-        return [0 if rows.is_inference() else rows._version for rows in (self.images, self.std) if rows is not None]
+        return [
+            0 if rows.is_inference() else rows._version
+            for rows in (self.images, self.std)
+            if rows is not None
+        ]
 
     def _std_rows(self) -> ImageStore | None:
         """The standard deviations as the rows of a store."""
@@ -259,14 +319,21 @@ class ImageStore:
         for start, low, high, rows in _bounds("images", self):
             if not self.latents and max(-low, high) > 1 + RANGE_ROUNDING:
                 hint = "uint8 images, float images within [-1, 1], or latents=True"
-                raise ValueError(f"images: expected {hint}, got float values in [{low:.6g}, {high:.6g}] (rows {start} to {start + rows - 1})")
+                raise ValueError(
+                    f"images: expected {hint}, got float values in [{low:.6g}, {high:.6g}] (rows {start} to {start + rows - 1})"
+                )
         for start, low, _, rows in _bounds("std", self._std_rows()) if self.std is not None else ():
             if low < 0:
-                raise ValueError(f"std: expected standard deviations >= 0, got {low:.6g} (rows {start} to {start + rows - 1}); exp(log_var / 2) is one")
+                raise ValueError(
+                    f"std: expected standard deviations >= 0, got {low:.6g} (rows {start} to {start + rows - 1}); exp(log_var / 2) is one"
+                )
 
     def _warn_of_another_range(self) -> None:
-        """Pictures in [0, 1] are half as contrasted as what networks are trained on, and nothing else would say so."""
-        looked_at = itertools.islice(self.chunks(LOOKED_AT_ONCE), LOOKED_AT_MOST)  # of usual pictures one chunk
+        """Pictures in [0, 1] are half as contrasted as what networks are trained on, and nothing else would
+        say so.
+        """
+        # of usual pictures one chunk
+        looked_at = itertools.islice(self.chunks(LOOKED_AT_ONCE), LOOKED_AT_MOST)
         if any(rows.max() > 1 if self.is_uint8 else rows.min() < 0 for _, rows in looked_at):
             return
         named = ", ".join(self.sources) or "images"
@@ -279,7 +346,8 @@ class ImageStore:
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Rows of a store in place of images: `images[index]` as network input, gathered and dequantised by the op that reads them.
+    """Rows of a store in place of images: `images[index]` as network input, gathered and dequantised by the
+    op that reads them.
 
     Args:
         images: `[N, C, H, W]` as stored, uint8 or floating.
@@ -328,18 +396,22 @@ def network_input(rows: Tensor) -> Tensor:
 def overlap(forget: ImageStore, retain: ImageStore) -> tuple[Tensor, Tensor]:
     """Forget rows that also stand in the retain set, equal in every pixel (latents: in every mean).
 
-    Images are equal if their bytes are: float rows that came from bytes count as those, however `x / 127.5 - 1` was
-    rounded on the way. All other rows are compared as they are stored, or, in different dtypes, as float32 network
-    input. The retain set is streamed; what is kept in memory is one 16-byte digest for each distinct forget row.
+    Images are equal if their bytes are: float rows that came from bytes count as those, however `x / 127.5 -
+    1` was rounded on the way. All other rows are compared as they are stored, or, in different dtypes, as
+    float32 network input. The retain set is streamed; what is kept in memory is one 16-byte digest for each
+    distinct forget row.
 
     Returns:
-        `(forget_rows [M], retain_rows [M])`, int64 on the CPU: the forget rows concerned, ascending, and for each the first retain row it equals.
+        `(forget_rows [M], retain_rows [M])`, int64 on the CPU: the forget rows concerned, ascending, and for
+        each the first retain row it equals.
 
     Raises:
         ValueError: rows of different shape.
     """
     if forget.shape != retain.shape:
-        raise ValueError(f"retain: expected rows of shape {list(forget.shape)}, as in forget, got {list(retain.shape)}")
+        raise ValueError(
+            f"retain: expected rows of shape {list(forget.shape)}, as in forget, got {list(retain.shape)}"
+        )
     as_stored = forget.dtype == retain.dtype
     first_retain_row: dict[bytes, int | None] = dict.fromkeys(_row_digests(forget, as_stored))
     missing = len(first_retain_row)
@@ -351,7 +423,11 @@ def overlap(forget: ImageStore, retain: ImageStore) -> tuple[Tensor, Tensor]:
                 break
     if missing == len(first_retain_row):  # the usual case: no second pass
         return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
-    pairs = [(row, first_retain_row[digest]) for row, digest in enumerate(_row_digests(forget, as_stored)) if first_retain_row[digest] is not None]
+    pairs = [
+        (row, first_retain_row[digest])
+        for row, digest in enumerate(_row_digests(forget, as_stored))
+        if first_retain_row[digest] is not None
+    ]
     forget_rows, retain_rows = torch.tensor(pairs, dtype=torch.int64).unbind(1)
     return forget_rows, retain_rows
 
@@ -369,7 +445,9 @@ def _row_digests(store: ImageStore, as_stored: bool) -> Iterator[bytes]:
 
 
 def _as_bytes(rows: Tensor, latents: bool) -> tuple[Tensor, Tensor]:
-    """Which of the rows `[n, C, H, W]` are bytes, or came from bytes, bool `[n]`; and the bytes nearest to all of them."""
+    """Which of the rows `[n, C, H, W]` are bytes, or came from bytes, bool `[n]`; and the bytes nearest to
+    all of them.
+    """
     if latents or rows.dtype == torch.uint8:
         return torch.full((len(rows),), not latents), rows
     scaled = (rows.double() + 1) * 127.5
@@ -395,7 +473,9 @@ def _bounds(argument: str, store: ImageStore) -> Iterator[tuple[int, float, floa
 
 def _as_std(std, images: Tensor, latents: bool) -> Tensor:
     if not latents:
-        raise ValueError("std: expected none, or latents=True (the standard deviations of latents), got latents=False")
+        raise ValueError(
+            "std: expected none, or latents=True (the standard deviations of latents), got latents=False"
+        )
     std = as_tensor("std", std)
     if std.dtype not in DTYPES or not std.is_floating_point():
         raise TypeError(f"std: expected a floating dtype, got {name(std.dtype)}")

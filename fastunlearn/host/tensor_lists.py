@@ -1,4 +1,6 @@
-"""Arithmetic on lists of tensors as if each list were one vector: norm, inner product, multiplication in place."""
+"""Arithmetic on lists of tensors as if each list were one vector: norm, inner product, multiplication in
+place.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,14 @@ def total_norm(gradients: list[Tensor], device: torch.device) -> Tensor:
     if not gradients:
         return torch.zeros((), device=device)
     low = [gradient for gradient in gradients if gradient.dtype == torch.bfloat16]
-    norms = [nn.utils.get_total_norm([gradient for gradient in gradients if gradient.dtype != torch.bfloat16])] if len(low) < len(gradients) else []
-    return torch.linalg.vector_norm(torch.stack(norms + list(torch._foreach_norm(low, 2, dtype=torch.float32)) if low else norms))
+    norms = (
+        [nn.utils.get_total_norm([gradient for gradient in gradients if gradient.dtype != torch.bfloat16])]
+        if len(low) < len(gradients)
+        else []
+    )
+    return torch.linalg.vector_norm(
+        torch.stack(norms + list(torch._foreach_norm(low, 2, dtype=torch.float32)) if low else norms)
+    )
 
 
 def inner_product(left: list[Tensor], right: list[Tensor], device: torch.device) -> Tensor:
@@ -25,11 +33,19 @@ def inner_product(left: list[Tensor], right: list[Tensor], device: torch.device)
     if not left:
         return torch.zeros((), device=device)
     if device.type == "cpu":  # foreach on a CPU is a loop over the tensors, too, and writes the products
-        return torch.stack([torch.dot(*(_at_least_float32(side).flatten() for side in pair)) for pair in zip(left, right, strict=True)]).sum()
+        return torch.stack(
+            [
+                torch.dot(*(_at_least_float32(side).flatten() for side in pair))
+                for pair in zip(left, right, strict=True)
+            ]
+        ).sum()
     sums = []
     for some in portions(list(zip(left, right, strict=True)), MULTIPLIED_AT_ONCE):
-        products = torch._foreach_mul(*([_at_least_float32(gradient) for gradient in side] for side in zip(*some, strict=True)))
-        sums += torch._foreach_norm(torch._foreach_clamp_min(products, 0.0), 1)  # foreach has norms but no sums: the two signs apart
+        products = torch._foreach_mul(
+            *([_at_least_float32(gradient) for gradient in side] for side in zip(*some, strict=True))
+        )
+        # foreach has norms but no sums: the two signs apart
+        sums += torch._foreach_norm(torch._foreach_clamp_min(products, 0.0), 1)
         torch._foreach_clamp_max_(products, 0.0)
         sums += torch._foreach_neg(torch._foreach_norm(products, 1))
     return torch.stack(sums).sum()
@@ -46,7 +62,9 @@ def multiply(gradients: list[Tensor], factor: Tensor) -> None:
 
 
 def portions(items: list, limit: int) -> Iterator[list]:
-    """`items`, tensors or tuples of them, in order: runs of one dtype and of at most `limit` bytes (or one item)."""
+    """`items`, tensors or tuples of them, in order: runs of one dtype and of at most `limit` bytes (or one
+    item).
+    """
     run, size, dtype = [], 0, None
     for item in items:
         tensor = item[0] if isinstance(item, tuple) else item

@@ -1,4 +1,6 @@
-"""The methods: frozen dataclasses of hyperparameters that say what a step composes and how it combines the gradients."""
+"""The methods: frozen dataclasses of hyperparameters that say what a step composes and how it combines the
+gradients.
+"""
 
 from ..objective.protocol import Batch, Method, Pass, Term
 from .erasediff import EraseDiff

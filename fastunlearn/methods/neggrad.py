@@ -12,7 +12,9 @@ from ..objective.schedule import NoiseSchedule
 
 @dataclass(frozen=True)
 class NegGrad(Method):
-    """Gradient ascent on the forget set: `-superfactor E ||eps - eps_theta(a_t, t)||^2` (methods.md C; SISS `simple_neg_del`)."""
+    """Gradient ascent on the forget set: `-superfactor E ||eps - eps_theta(a_t, t)||^2` (methods.md C; SISS
+    `simple_neg_del`).
+    """
 
     superfactor: float = 1.0
     name: ClassVar[str] = "neggrad"
@@ -24,4 +26,11 @@ class NegGrad(Method):
 
     def compose(self, batch: Batch, draws: Draws, schedule: NoiseSchedule) -> list[Pass]:
         x_t, target = F.noised(batch.forget, draws.forget_noise, draws.forget_timesteps, schedule)
-        return [Pass(x_t, draws.forget_timesteps, (Term("forget", target, mean_weight(x_t), scale=-self.superfactor),), batch.forget_kwargs)]
+        return [
+            Pass(
+                x_t,
+                draws.forget_timesteps,
+                (Term("forget", target, mean_weight(x_t), scale=-self.superfactor),),
+                batch.forget_kwargs,
+            )
+        ]

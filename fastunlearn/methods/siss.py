@@ -21,11 +21,13 @@ SMALLEST_RELATIVE_WEIGHT = 1e-12
 
 @dataclass(frozen=True)
 class SISS(Method):
-    """SISS (arXiv 2503.01034): subtracted importance-sampled scores, with the forget gradient rescaled to a fixed norm.
+    """SISS (arXiv 2503.01034): subtracted importance-sampled scores, with the forget gradient rescaled to a
+    fixed norm.
 
-    Variants: `"mixture"` (the method: one noisy image from the defensive mixture, two importance-weighted targets, one forward),
-    `"no_is"` (two forwards without importance sampling, SISS `double_forward_with_neg_del`) and `"bernoulli"` (the mixture without weights,
-    SISS `subscore_bernoulli`: the retain term divided by `1 - lambd`).
+    Variants: `"mixture"` (the method: one noisy image from the defensive mixture, two importance-weighted
+    targets, one forward), `"no_is"` (two forwards without importance sampling, SISS
+    `double_forward_with_neg_del`) and `"bernoulli"` (the mixture without weights, SISS `subscore_bernoulli`:
+    the retain term divided by `1 - lambd`).
 
     The importance weights compare two images as makers of one noisy image under one condition. Where the
     images of a pair have different ones (labels, captions: any number of `forget_kwargs` and
@@ -33,12 +35,13 @@ class SISS(Method):
     mixture then weights it as Bernoulli does, by `1 / lambd` or `1 / (1 - lambd)`, and the other image by 0.
     Conditions are compared bit for bit: one caption encoded in two batches may come out as two.
 
-    Where every forget weight of a batch is below 1e-308 (small t, no row made from a forget image), it is 0: the
-    step is that of the retain term alone, and its `scaling_factor` 0, as in the papers' code.
+    Where every forget weight of a batch is below 1e-308 (small t, no row made from a forget image), it is 0:
+    the step is that of the retain term alone, and its `scaling_factor` 0, as in the papers' code.
 
     Args:
         lambd: the share of forget images in the mixture, in [0, 1] ((0, 1) for `"bernoulli"`).
-        scaling_norm: the L2 norm that the forget gradient is set to at every step, up or down (the paper tunes it to a tenth of the retain gradient's).
+        scaling_norm: the L2 norm that the forget gradient is set to at every step, up or down (the paper
+            tunes it to a tenth of the retain gradient's).
     """
 
     lambd: float = 0.5
@@ -53,7 +56,9 @@ class SISS(Method):
         check.number("lambd", self.lambd, low=0, high=1)
         check.number("scaling_norm", self.scaling_norm, low=0, low_open=True)
         if self.variant == "bernoulli" and self.lambd in (0, 1):
-            raise ValueError(f"lambd: expected a number in (0, 1) for the variant 'bernoulli', got {self.lambd!r}")
+            raise ValueError(
+                f"lambd: expected a number in (0, 1) for the variant 'bernoulli', got {self.lambd!r}"
+            )
 
     @property
     def draws(self) -> frozenset[str]:
@@ -70,8 +75,12 @@ class SISS(Method):
 
     def compose(self, batch: Batch, draws: Draws, schedule: NoiseSchedule) -> list[Pass]:
         if batch.forget.shape != batch.retain.shape:
-            raise ValueError(f"forget: expected the shape of retain, {tuple(batch.retain.shape)} (SISS works on pairs), got {tuple(batch.forget.shape)}")
-        return {"mixture": self._mixture, "no_is": self._two_forwards, "bernoulli": self._bernoulli}[self.variant](batch, draws, schedule)
+            raise ValueError(
+                f"forget: expected the shape of retain, {tuple(batch.retain.shape)} (SISS works on pairs), got {tuple(batch.forget.shape)}"
+            )
+        return {"mixture": self._mixture, "no_is": self._two_forwards, "bernoulli": self._bernoulli}[
+            self.variant
+        ](batch, draws, schedule)
 
     def _mixture(self, batch: Batch, draws: Draws, schedule: NoiseSchedule) -> list[Pass]:
         noise, timesteps, kwargs = _picked(batch, draws)
@@ -80,9 +89,12 @@ class SISS(Method):
             self._check_possible(ratio)
         arguments = batch.retain, batch.forget, noise, timesteps, schedule, self.lambd, draws.from_forget
         sample = F.mixture(*arguments, time_log_ratio=ratio)
-        # The rescaling cancels a common factor of the forget weights. Taking it out keeps tiny weights out of float32's subnormal numbers.
+        # The rescaling cancels a common factor of the forget weights. Taking it out keeps tiny weights out of
+        # float32's subnormal numbers.
         unit = sample.forget_weight.amax()
-        relative = _without_negligible(sample.forget_weight / torch.where(unit > 0, unit, torch.ones_like(unit)))
+        relative = _without_negligible(
+            sample.forget_weight / torch.where(unit > 0, unit, torch.ones_like(unit))
+        )
         terms = (
             Term("forget", sample.forget_target, relative / len(relative), unit=unit),
             Term("retain", sample.retain_target, _without_negligible(sample.retain_weight) / len(relative)),
@@ -103,25 +115,50 @@ class SISS(Method):
 
     def _bernoulli(self, batch: Batch, draws: Draws, schedule: NoiseSchedule) -> list[Pass]:
         noise, timesteps, kwargs = _picked(batch, draws)
-        forget, retain = (images.gather() if isinstance(images, Rows) else images for images in (batch.forget, batch.retain))
+        forget, retain = (
+            images.gather() if isinstance(images, Rows) else images for images in (batch.forget, batch.retain)
+        )
         x_t, target = F.noised(_where(draws.from_forget, forget, retain), noise, timesteps, schedule)
         from_forget = draws.from_forget.to(mean_weight(x_t).dtype) / len(x_t)
         from_retain = (~draws.from_forget).to(from_forget.dtype) / (len(x_t) * (1 - self.lambd))
-        return [Pass(x_t, timesteps, (Term("forget", target, from_forget), Term("retain", target, from_retain)), kwargs)]
+        return [
+            Pass(
+                x_t,
+                timesteps,
+                (Term("forget", target, from_forget), Term("retain", target, from_retain)),
+                kwargs,
+            )
+        ]
 
     def _two_forwards(self, batch: Batch, draws: Draws, schedule: NoiseSchedule) -> list[Pass]:
-        forget_x_t, forget_target = F.noised(batch.forget, draws.forget_noise, draws.forget_timesteps, schedule)
-        retain_x_t, retain_target = F.noised(batch.retain, draws.retain_noise, draws.retain_timesteps, schedule)
+        forget_x_t, forget_target = F.noised(
+            batch.forget, draws.forget_noise, draws.forget_timesteps, schedule
+        )
+        retain_x_t, retain_target = F.noised(
+            batch.retain, draws.retain_noise, draws.retain_timesteps, schedule
+        )
         return [
-            Pass(forget_x_t, draws.forget_timesteps, (Term("forget", forget_target, mean_weight(batch.forget)),), batch.forget_kwargs),
-            Pass(retain_x_t, draws.retain_timesteps, (Term("retain", retain_target, mean_weight(batch.retain)),), batch.retain_kwargs),
+            Pass(
+                forget_x_t,
+                draws.forget_timesteps,
+                (Term("forget", forget_target, mean_weight(batch.forget)),),
+                batch.forget_kwargs,
+            ),
+            Pass(
+                retain_x_t,
+                draws.retain_timesteps,
+                (Term("retain", retain_target, mean_weight(batch.retain)),),
+                batch.retain_kwargs,
+            ),
         ]
 
 
 def _without_negligible(weight: Tensor) -> Tensor:
-    """`weight` `[B]` with zero where a row counts for less than 1e-12 of the heaviest: at most timesteps one of a row's two weights does.
+    """`weight` `[B]` with zero where a row counts for less than 1e-12 of the heaviest: at most timesteps one
+    of a row's two weights does.
 
-    Subnormal gradients would slow a CPU down threefold, and a row of weight zero needs no backward pass (`Pass.by_role`).
+    Subnormal gradients would slow a CPU down threefold, and a row of weight zero needs no backward pass
+    (`Pass.by_role`).
     """
     return torch.where(weight < SMALLEST_RELATIVE_WEIGHT * weight.amax(), torch.zeros_like(weight), weight)
 
@@ -130,7 +167,10 @@ def _picked(batch: Batch, draws: Draws) -> tuple[Tensor | Noise, Tensor, dict]:
     """Noise, timesteps and conditioning of the branch that each row is made from."""
     noise = draws.forget_noise
     if draws.retain_noise is not noise:
-        noises = (noise.numbers() if isinstance(noise, Noise) else noise for noise in (draws.forget_noise, draws.retain_noise))
+        noises = (
+            noise.numbers() if isinstance(noise, Noise) else noise
+            for noise in (draws.forget_noise, draws.retain_noise)
+        )
         noise = _where(draws.from_forget, *noises)
     timesteps = _where(draws.from_forget, draws.forget_timesteps, draws.retain_timesteps)
     kwargs = map_tensors(partial(_where, draws.from_forget), batch.forget_kwargs, batch.retain_kwargs)

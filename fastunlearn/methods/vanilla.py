@@ -19,4 +19,8 @@ class Vanilla(Method):
 
     def compose(self, batch: Batch, draws: Draws, schedule: NoiseSchedule) -> list[Pass]:
         x_t, target = F.noised(batch.retain, draws.retain_noise, draws.retain_timesteps, schedule)
-        return [Pass(x_t, draws.retain_timesteps, (Term("retain", target, mean_weight(x_t)),), batch.retain_kwargs)]
+        return [
+            Pass(
+                x_t, draws.retain_timesteps, (Term("retain", target, mean_weight(x_t)),), batch.retain_kwargs
+            )
+        ]

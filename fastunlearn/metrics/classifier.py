@@ -1,7 +1,8 @@
-"""A small classifier of the ten MNIST digits: the feature extractor of FID and IS where no Inception weights can be had.
+"""A small classifier of the ten MNIST digits: the feature extractor of FID and IS where no Inception weights
+can be had.
 
-Numbers from it must not be set beside published FID or IS, which use other networks. How it was trained: `scripts/make_assets.py`; its test
-accuracy: `fastunlearn/assets/README.md`.
+Numbers from it must not be set beside published FID or IS, which use other networks. How it was trained:
+`scripts/make_assets.py`; its test accuracy: `fastunlearn/assets/README.md`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ ASSET = "mnist_classifier.safetensors"
 
 
 class MnistClassifier(nn.Module):
-    """Three convolutions and two linear layers, 0.1 M parameters, 2 M multiply-adds an image; batch normalisation is folded in."""
+    """Three convolutions and two linear layers, 0.1 M parameters, 2 M multiply-adds an image; batch
+    normalisation is folded in.
+    """
 
     num_classes = 10
     num_features = 128

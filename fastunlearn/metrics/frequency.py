@@ -1,4 +1,6 @@
-"""Frequency: how often a generator produces one given image, with an interval that is exact however rare it is."""
+"""Frequency: how often a generator produces one given image, with an interval that is exact however rare it
+is.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ class Share:
 
     @classmethod
     def of(cls, count: int, total: int) -> Share:
-        """The Clopper-Pearson interval (Clopper & Pearson 1934): never below its nominal coverage, defined at 0 and at `total` hits."""
+        """The Clopper-Pearson interval (Clopper & Pearson 1934): never below its nominal coverage, defined at
+        0 and at `total` hits.
+        """
         from scipy.stats import beta
 
         total = check.integer("total", total, low=1)
@@ -45,7 +49,8 @@ class Share:
 
 @torch.no_grad()
 def frequency(samples: Tensor, image: Tensor, threshold: float | None = None) -> Share:
-    """Share of `samples` closer to `image` than `threshold`: "Frequency" of the ReTrack paper (MNIST T-Shirt: L2 < 10 over 784 pixels).
+    """Share of `samples` closer to `image` than `threshold`: "Frequency" of the ReTrack paper (MNIST T-Shirt:
+    L2 < 10 over 784 pixels).
 
     Args:
         samples: `[N, C, H, W]` in [-1, 1].

@@ -1,6 +1,7 @@
 """FID and inception score through a classifier of one's own, by torchmetrics.
 
-Numbers from another network than Inception v3 are on another scale: compare them with each other, never with published FID or IS.
+Numbers from another network than Inception v3 are on another scale: compare them with each other, never with
+published FID or IS.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ class InceptionScores:
 
 
 class _Precomputed(nn.Module):
-    """Hands torchmetrics features that are already there: its metrics call their `feature` network on whatever `update` receives."""
+    """Hands torchmetrics features that are already there: its metrics call their `feature` network on
+    whatever `update` receives.
+    """
 
     def __init__(self, num_features: int):
         super().__init__()
@@ -50,16 +53,21 @@ class _Precomputed(nn.Module):
         return features
 
 
-def inception_scores(samples: Tensor, real: Tensor, classifier: nn.Module, *, splits: int = 1, batch_size: int = 256) -> InceptionScores:
-    """FID (Heusel et al. 2017), IS (Salimans et al. 2016) and mean confidence of `samples` as `classifier` sees them.
+def inception_scores(
+    samples: Tensor, real: Tensor, classifier: nn.Module, *, splits: int = 1, batch_size: int = 256
+) -> InceptionScores:
+    """FID (Heusel et al. 2017), IS (Salimans et al. 2016) and mean confidence of `samples` as `classifier`
+    sees them.
 
-    Remove what is not to be judged first: the papers take detected T-shirts out of the samples of MNIST T-Shirt.
+    Remove what is not to be judged first: the papers take detected T-shirts out of the samples of MNIST
+    T-Shirt.
 
     Args:
         samples: float `[N, C, H, W]` in [-1, 1], N >= 2.
         real: float `[M, C, H, W]` in [-1, 1], M >= 2.
         classifier: has `.features(x) -> [B, F]`; called, it returns logits `[B, K]`.
-        splits: IS is the mean over this many parts of the samples; torchmetrics' 10 is biased low for a few hundred samples.
+        splits: IS is the mean over this many parts of the samples; torchmetrics' 10 is biased low for a few
+            hundred samples.
         batch_size: rows a classifier call.
 
     Raises:
@@ -85,7 +93,8 @@ def inception_scores(samples: Tensor, real: Tensor, classifier: nn.Module, *, sp
     distance.update(sample_features, real=False)
     score.update(logits)
     with _seeded(0), warnings.catch_warnings():  # `compute` shuffles by the global generator before it splits
-        warnings.filterwarnings("ignore", message=r"std\(\): degrees of freedom")  # of one split; only the mean is read
+        # of one split; only the mean is read
+        warnings.filterwarnings("ignore", message=r"std\(\): degrees of freedom")
         inception_score = score.compute()[0].item()
     confidence = logits.softmax(dim=1).amax(dim=1).mean().item()
     fid = distance.compute().item()

@@ -102,17 +102,21 @@ def bits_per_dim(
     model: nn.Module | Callable, schedule: NoiseSchedule, images: Tensor, *, seed: int = 0,
     rtol: float = 1e-5, atol: float = 1e-5, interpolate: bool = False, ode: str | None = None,
 ) -> Likelihood:  # fmt: skip
-    """Bits per dimension of `images` under the model, by the instantaneous change of variables along the probability-flow ODE.
+    """Bits per dimension of `images` under the model, by the instantaneous change of variables along the
+    probability-flow ODE.
 
-    The divergence is estimated with one Rademacher probe an image (Hutchinson); dopri5 in float64, one error norm over all images, as
-    SciPy's RK45 in the papers' code. No dequantisation; + 7 bits turn densities on [-1, 1] into 8-bit pixels.
+    The divergence is estimated with one Rademacher probe an image (Hutchinson); dopri5 in float64, one error
+    norm over all images, as SciPy's RK45 in the papers' code. No dequantisation; + 7 bits turn densities on
+    [-1, 1] into 8-bit pixels.
 
     Args:
-        model: `callable(x_t, t)`, differentiable in `x_t`; called with float32 `[N, C, H, W]` (or its own dtype) and float32 `t` `[N]`.
+        model: `callable(x_t, t)`, differentiable in `x_t`; called with float32 `[N, C, H, W]` (or its own
+            dtype) and float32 `t` `[N]`.
         schedule: variance-preserving, of any prediction type but flow.
         images: `[N, C, H, W]` in [-1, 1]; integrated together, so give few.
         seed: selects the probes; probe i depends on `(seed, i)` alone.
-        rtol, atol: of the ODE solver; 1e-5 in the papers. 1e-3 costs a fraction and is right to about 0.01 bit where the score is smooth.
+        rtol, atol: of the ODE solver; 1e-5 in the papers. 1e-3 costs a fraction and is right to about 0.01
+            bit where the score is smooth.
         interpolate: of `"papers"`: tell the network `(T-1) t` itself and interpolate sigma, instead of
             rounding down. The integrand becomes continuous, which the solver rewards with far fewer
             evaluations; the number differs slightly from the papers' convention.

@@ -15,7 +15,9 @@ from .threshold import resolve
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Chains from one image noised to `timestep`: the share that ends within `threshold` of it, and the distances (L2, [0, 1] pixels)."""
+    """Chains from one image noised to `timestep`: the share that ends within `threshold` of it, and the
+    distances (L2, [0, 1] pixels).
+    """
 
     timestep: int
     threshold: float
@@ -32,13 +34,15 @@ def reconstruct(
     model, scheduler, image: Tensor, timestep: int, *, chains: int = 64, threshold: float | None = None,
     **sampling,
 ) -> tuple[Reconstruction, Tensor]:  # fmt: skip
-    """Noises `image` to `timestep` with `chains` independent noises, denoises each, and counts those that come back.
+    """Noises `image` to `timestep` with `chains` independent noises, denoises each, and counts those that
+    come back.
 
-    SISS and ReTrack do this at t = 250 and compare by SSCD; pixels suffice where the threshold is known to separate (MNIST T-Shirt: no
-    digit is closer than 11.5).
+    SISS and ReTrack do this at t = 250 and compare by SSCD; pixels suffice where the threshold is known to
+    separate (MNIST T-Shirt: no digit is closer than 11.5).
 
     Args:
-        model, scheduler, timestep: as for `sampling.inject_and_denoise`, which also takes the `sampling` arguments (steps, sampler, seed, ...).
+        model, scheduler, timestep: as for `sampling.inject_and_denoise`, which also takes the `sampling`
+            arguments (steps, sampler, seed, ...).
         image: `[C, H, W]` or `[1, C, H, W]` in [-1, 1].
         chains: number of noises.
         threshold: L2 distance between images scaled to [0, 1]; None: the papers' 10, for images of 1x28x28
@@ -60,4 +64,6 @@ def reconstruct(
     images = inject_and_denoise(model, scheduler, image, timestep, chains=chains, **sampling)
     distance = distances(images, image)
     returned = Share.of(int((distance < threshold).sum()), chains)
-    return Reconstruction(timestep, threshold, returned, distance.mean().item(), distance.min().item()), images
+    return Reconstruction(
+        timestep, threshold, returned, distance.mean().item(), distance.min().item()
+    ), images

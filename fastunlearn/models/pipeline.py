@@ -1,4 +1,7 @@
-"""diffusers checkpoints: a network and the scheduler it was trained with, from and to local folders. Safetensors only, no remote code."""
+"""diffusers checkpoints: a network and the scheduler it was trained with, from and to local folders.
+
+Safetensors only, no remote code.
+"""
 
 from __future__ import annotations
 
@@ -21,32 +24,49 @@ if TYPE_CHECKING:
 MODELS = ("UNet2DModel",)
 NOT_YET = ("UNet2DConditionModel", "UNet3DConditionModel", "Transformer2DModel", "DiTTransformer2DModel", "PixArtTransformer2DModel", "SD3Transformer2DModel",
            "FluxTransformer2DModel", "UViTModel")  # fmt: skip
-SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
+SCHEDULERS = (
+    "DDPMScheduler",
+    "DDIMScheduler",
+    "PNDMScheduler",
+    "DPMSolverMultistepScheduler",
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+)
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json")
 REFUSED_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".msgpack")
-LAYOUT = "a folder of DDPMPipeline.save_pretrained, or of UNet2DModel.save_pretrained with a scheduler_config.json"
+LAYOUT = (
+    "a folder of DDPMPipeline.save_pretrained, or of UNet2DModel.save_pretrained with a scheduler_config.json"
+)
 
 
-def load_checkpoint(path: str | os.PathLike, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> tuple[UNet2DModel, SchedulerMixin]:
+def load_checkpoint(
+    path: str | os.PathLike, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> tuple[UNet2DModel, SchedulerMixin]:
     """The network and the scheduler of a diffusers checkpoint in a local folder.
 
     Args:
-        path: a pipeline folder (`model_index.json`, `unet/`, `scheduler/`), or the folder of a network alone with `scheduler_config.json` in it, in
-            its `scheduler/`, or in `scheduler/` beside it.
+        path: a pipeline folder (`model_index.json`, `unet/`, `scheduler/`), or the folder of a network alone
+            with `scheduler_config.json` in it, in its `scheduler/`, or in `scheduler/` beside it.
         dtype: of the parameters, whatever the files hold; unlearning needs float32 masters.
         device: where the network goes.
 
     Returns:
-        `(model, scheduler)`: a diffusers `UNet2DModel` in eval mode, and the diffusers scheduler that the folder names.
+        `(model, scheduler)`: a diffusers `UNet2DModel` in eval mode, and the diffusers scheduler that the
+        folder names.
 
     Raises:
-        ValueError: naming the file: missing, not JSON, a class that is not supported, a pipeline of latents, a network that needs labels or
-            cannot be called, code from elsewhere, weights that are pickles, damaged, not those of the configuration, or not finite.
+        ValueError: naming the file: missing, not JSON, a class that is not supported, a pipeline of latents,
+            a network that needs labels or cannot be called, code from elsewhere, weights that are pickles,
+            damaged, not those of the configuration, or not finite.
         ImportError: the package diffusers is not installed.
     """
     root = Path(path)
     if not root.is_dir():
-        found = "a file" if root.is_file() else "a path that does not exist (nothing is downloaded: `hf download NAME --local-dir DIR` does that)"
+        found = (
+            "a file"
+            if root.is_file()
+            else "a path that does not exist (nothing is downloaded: `hf download NAME --local-dir DIR` does that)"
+        )
         raise ValueError(f"{root}: expected {LAYOUT}, got {found}")
     folder = _model_folder(root)
     config_file = folder / "config.json"
@@ -64,12 +84,14 @@ def load_checkpoint(path: str | os.PathLike, *, dtype: torch.dtype = torch.float
 
 
 def save_checkpoint(output_dir: str | os.PathLike, model: UNet2DModel, scheduler: SchedulerMixin) -> Path:
-    """Writes a folder that `diffusers.DDPMPipeline.from_pretrained` opens; an existing folder of that name is replaced, whole or not at all.
+    """Writes a folder that `diffusers.DDPMPipeline.from_pretrained` opens; an existing folder of that name is
+    replaced, whole or not at all.
 
     Args:
         output_dir: the folder.
-        model: a `UNet2DModel`; its parameters are written in their dtype, as safetensors. One that is compiled or in
-            `DataParallel`, as a whole or in parts, is written as the network that it is without.
+        model: a `UNet2DModel`; its parameters are written in their dtype, as safetensors. One that is
+            compiled or in `DataParallel`, as a whole or in parts, is written as the network that it is
+            without.
         scheduler: a diffusers scheduler.
 
     Returns:
@@ -83,10 +105,13 @@ def save_checkpoint(output_dir: str | os.PathLike, model: UNet2DModel, scheduler
     if not isinstance(model, torch.nn.Module) or type(plain(model)).__name__ not in MODELS:
         raise TypeError(f"model: expected a diffusers {' or '.join(MODELS)}, got {check.describe(model)}")
     if type(scheduler).__name__ not in SCHEDULERS:
-        raise TypeError(f"scheduler: expected one of {', '.join(SCHEDULERS)} of diffusers, got {check.describe(scheduler)}")
+        raise TypeError(
+            f"scheduler: expected one of {', '.join(SCHEDULERS)} of diffusers, got {check.describe(scheduler)}"
+        )
     output_dir = check_replaceable(output_dir)
     diffusers = check.package("diffusers", "save_checkpoint")
-    model = plain_copy(model).to("cpu", memory_format=torch.contiguous_format)  # safetensors refuses channels-last
+    # safetensors refuses channels-last
+    model = plain_copy(model).to("cpu", memory_format=torch.contiguous_format)
     with atomic_directory(output_dir) as folder:
         pipeline = diffusers.DDPMPipeline(unet=model, scheduler=scheduler)
         pipeline.save_pretrained(folder, safe_serialization=True)
@@ -100,9 +125,13 @@ def check_replaceable(output_dir: str | os.PathLike) -> Path:
         ValueError: it is a file, or a folder with something else than a pipeline in it.
     """
     output_dir = Path(output_dir)
-    if output_dir.exists() and not (output_dir.is_dir() and ((output_dir / "model_index.json").is_file() or not any(output_dir.iterdir()))):
+    if output_dir.exists() and not (
+        output_dir.is_dir() and ((output_dir / "model_index.json").is_file() or not any(output_dir.iterdir()))
+    ):
         found = "a folder of something else" if output_dir.is_dir() else "a file"
-        raise ValueError(f"output_dir: expected a new or empty folder, or a saved pipeline to replace, got {found}: {output_dir}")
+        raise ValueError(
+            f"output_dir: expected a new or empty folder, or a saved pipeline to replace, got {found}: {output_dir}"
+        )
     return output_dir
 
 
@@ -116,7 +145,9 @@ def _model_folder(root: Path) -> Path:
         if index.get(part) not in (None, [None, None]):
             break
     else:
-        raise ValueError(f"{index_file}: expected a pipeline with an entry unet, got {', '.join(key for key in index if not key.startswith('_')) or 'none'}")
+        raise ValueError(
+            f"{index_file}: expected a pipeline with an entry unet, got {', '.join(key for key in index if not key.startswith('_')) or 'none'}"
+        )
     _named_class(index_file, part, index[part], MODELS, "network")
     _named_class(index_file, "scheduler", index.get("scheduler"), SCHEDULERS, "scheduler")
     return root / part
@@ -127,30 +158,43 @@ def _named_class(file: Path, part: str, entry, allowed: tuple[str, ...], what: s
         raise ValueError(f"{file}: expected {part} to be [library, class], got {json.dumps(entry)}")
     library, name = entry
     if library != "diffusers":
-        raise ValueError(f"{file}: expected {part} to be a class of diffusers, got {name} of {library!r} (code that comes with a checkpoint is never run)")
+        raise ValueError(
+            f"{file}: expected {part} to be a class of diffusers, got {name} of {library!r} (code that comes with a checkpoint is never run)"
+        )
     _supported(file, name, allowed, what)
 
 
 def _supported(file: Path, name, allowed: tuple[str, ...], what: str) -> None:
     if name in NOT_YET:
-        raise ValueError(f"{file}: expected the {what} {' or '.join(allowed)}, got {name}, which is not supported yet")
+        raise ValueError(
+            f"{file}: expected the {what} {' or '.join(allowed)}, got {name}, which is not supported yet"
+        )
     if name not in allowed:
-        raise ValueError(f"{file}: expected the {what} {', '.join(allowed)} in _class_name, got {check.describe(name)}")
+        raise ValueError(
+            f"{file}: expected the {what} {', '.join(allowed)} in _class_name, got {check.describe(name)}"
+        )
 
 
 def _load_scheduler(root: Path, folder: Path) -> SchedulerMixin:
     diffusers = check.package("diffusers", "load_checkpoint")
     places = (root / "scheduler", root, folder.parent / "scheduler", folder)
-    file = next((place / "scheduler_config.json" for place in places if (place / "scheduler_config.json").is_file()), None)
+    file = next(
+        (place / "scheduler_config.json" for place in places if (place / "scheduler_config.json").is_file()),
+        None,
+    )
     if file is None:
-        raise ValueError(f"{root}: expected scheduler_config.json in {root.name}/ or {root.name}/scheduler/, got none")
+        raise ValueError(
+            f"{root}: expected scheduler_config.json in {root.name}/ or {root.name}/scheduler/, got none"
+        )
     config = _read_json(file)
     name = config.get("_class_name")
     _supported(file, name, SCHEDULERS, "scheduler")
     try:
         scheduler = getattr(diffusers, name).from_config(config)
     except Exception as error:  # whatever a value of the wrong kind makes diffusers or torch raise
-        raise ValueError(f"{file}: expected the configuration of a {name}, got one that diffusers refuses: {error}") from error
+        raise ValueError(
+            f"{file}: expected the configuration of a {name}, got one that diffusers refuses: {error}"
+        ) from error
     if not torch.isfinite(scheduler.alphas_cumprod).all():
         raise ValueError(f"{file}: expected finite noise levels, got NaN or Inf in alphas_cumprod")
     return scheduler
@@ -162,19 +206,38 @@ def _load_model(folder: Path, dtype: torch.dtype) -> UNet2DModel:
     weights = next((folder / file for file in WEIGHTS if (folder / file).is_file()), None)
     if weights is None:
         pickles = sorted(file.name for file in folder.iterdir() if file.suffix in REFUSED_SUFFIXES)
-        found = f"{', '.join(pickles)}: such files are pickles, and unpickling runs whatever code they hold" if pickles else "no weights"
+        found = (
+            f"{', '.join(pickles)}: such files are pickles, and unpickling runs whatever code they hold"
+            if pickles
+            else "no weights"
+        )
         raise ValueError(f"{folder}: expected {WEIGHTS[0]}, got {found}")
     if (folder / WEIGHTS[1]).is_file():  # diffusers prefers the shards, whatever else there is
         _check_shards(folder / WEIGHTS[1])
     try:
         model, info = getattr(diffusers, name).from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, torch_dtype=dtype, low_cpu_mem_usage=False, output_loading_info=True
+            folder,
+            use_safetensors=True,
+            local_files_only=True,
+            torch_dtype=dtype,
+            low_cpu_mem_usage=False,
+            output_loading_info=True,
         )
-    except Exception as error:  # OSError, ValueError, RuntimeError, SafetensorError, KeyError, TypeError: as many as there are ways to be wrong
-        raise ValueError(f"{weights}: expected the weights of the {name} in config.json beside it, got files that diffusers refuses: {error}") from error
-    wrong = [f"{len(info[key])} {key.replace('_', ' ')}" for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]]
+    # OSError, ValueError, RuntimeError, SafetensorError, KeyError, TypeError: as many as there are ways to be
+    # wrong
+    except Exception as error:
+        raise ValueError(
+            f"{weights}: expected the weights of the {name} in config.json beside it, got files that diffusers refuses: {error}"
+        ) from error
+    wrong = [
+        f"{len(info[key])} {key.replace('_', ' ')}"
+        for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if info[key]
+    ]
     if wrong:
-        raise ValueError(f"{weights}: expected the weights of the {name} in config.json beside it, got {', '.join(wrong)}")
+        raise ValueError(
+            f"{weights}: expected the weights of the {name} in config.json beside it, got {', '.join(wrong)}"
+        )
     bad = not_finite(model.state_dict())
     if bad:
         raise ValueError(f"{weights}: expected finite weights, got NaN or Inf in {bad[0]}")
@@ -182,20 +245,32 @@ def _load_model(folder: Path, dtype: torch.dtype) -> UNet2DModel:
 
 
 def _check_shards(index_file: Path) -> None:
-    """Refuses an index that names anything but safetensors beside it: diffusers reads what it names, and unpickles a .bin.
+    """Refuses an index that names anything but safetensors beside it: diffusers reads what it names, and
+    unpickles a .bin.
 
     Raises:
         ValueError: naming the entry.
     """
     shards = _read_json(index_file).get("weight_map")
     if not isinstance(shards, dict) or not shards:
-        raise ValueError(f"{index_file}: expected weight_map to name a file for each tensor, got {check.describe(shards)}")
+        raise ValueError(
+            f"{index_file}: expected weight_map to name a file for each tensor, got {check.describe(shards)}"
+        )
     for tensor, shard in shards.items():
-        plain = isinstance(shard, str) and Path(shard).name == shard and "\\" not in shard and shard.endswith(".safetensors")
+        plain = (
+            isinstance(shard, str)
+            and Path(shard).name == shard
+            and "\\" not in shard
+            and shard.endswith(".safetensors")
+        )
         if not plain:
-            raise ValueError(f"{index_file}: expected the name of a .safetensors file in {index_file.parent} for {tensor}, got {shard!r}")
+            raise ValueError(
+                f"{index_file}: expected the name of a .safetensors file in {index_file.parent} for {tensor}, got {shard!r}"
+            )
         if not (index_file.parent / shard).is_file():
-            raise ValueError(f"{index_file}: expected {shard}, which holds {tensor}, beside it, got no such file")
+            raise ValueError(
+                f"{index_file}: expected {shard}, which holds {tensor}, beside it, got no such file"
+            )
 
 
 def _read_json(file: Path) -> dict:

@@ -1,7 +1,8 @@
-"""Sampling for evaluation by diffusers' own schedulers: from noise, and from a given image noised to some timestep.
+"""Sampling for evaluation by diffusers' own schedulers: from noise, and from a given image noised to some
+timestep.
 
-The noise of sample i is a function of `(seed, i)` alone. So two models are compared on the same noise, and the images do not depend on
-the batch size (up to the rounding of the network's own batched arithmetic).
+The noise of sample i is a function of `(seed, i)` alone. So two models are compared on the same noise, and
+the images do not depend on the batch size (up to the rounding of the network's own batched arithmetic).
 """
 
 from __future__ import annotations
@@ -22,8 +23,20 @@ from .sampling_grid import injection_grid, sampling_grid
 LEARNED = ("learned", "learned_range")  # variance types whose networks return 2C channels
 
 
-def sample(model: nn.Module | Callable, scheduler, num_images: int, *, shape: tuple[int, int, int], num_inference_steps: int = 50, sampler: str = "ddpm",
-           batch_size: int = 64, seed: int = 0, show_progress: bool = False, description: str = "sampling") -> Tensor:  # [N, C, H, W]
+def sample(
+    model: nn.Module | Callable,
+    scheduler,
+    num_images: int,
+    *,
+    shape: tuple[int, int, int],
+    num_inference_steps: int = 50,
+    sampler: str = "ddpm",
+    # [N, C, H, W]
+    batch_size: int = 64,
+    seed: int = 0,
+    show_progress: bool = False,
+    description: str = "sampling",
+) -> Tensor:
     """Images drawn from noise.
 
     Args:
@@ -31,7 +44,8 @@ def sample(model: nn.Module | Callable, scheduler, num_images: int, *, shape: tu
             returns a tensor, a tuple that begins with one, or an object with `.sample`. A module is put in
             eval mode meanwhile. Of 2C output channels the first C count, unless the scheduler learns the
             variance and the sampler uses one: `"ddim"` does not.
-        scheduler: the diffusers scheduler of the checkpoint: its noise levels, prediction type, clipping and timestep spacing are used.
+        scheduler: the diffusers scheduler of the checkpoint: its noise levels, prediction type, clipping and
+            timestep spacing are used.
         num_images: N.
         shape: `(C, H, W)` of one sample.
         num_inference_steps: network calls a sample.
@@ -56,7 +70,18 @@ def sample(model: nn.Module | Callable, scheduler, num_images: int, *, shape: tu
     def start(rows: range, generators: list[torch.Generator]) -> Tensor:
         return _noise(shape, generators)
 
-    return _denoise(model, scheduler, timesteps, timesteps, start, num_images, batch_size, seed, show_progress, description)
+    return _denoise(
+        model,
+        scheduler,
+        timesteps,
+        timesteps,
+        start,
+        num_images,
+        batch_size,
+        seed,
+        show_progress,
+        description,
+    )
 
 
 def check_sampling(
@@ -77,12 +102,25 @@ def check_sampling(
     _denoise(model, scheduler, timesteps[:1], timesteps[:1], start, 1, 1, 0, False, "")
 
 
-def inject_and_denoise(model: nn.Module | Callable, scheduler, images: Tensor, timestep: int, *, chains: int = 1, num_inference_steps: int | None = None,
-                       sampler: str = "ddpm", batch_size: int = 64, seed: int = 0, show_progress: bool = False,
-                       description: str = "reconstructing") -> Tensor:  # [M * chains, C, H, W]
-    """Noises `images` to `timestep`, `x_t = alpha_t x + sigma_t eps`, and denoises them again: what has the model memorised of them?
+def inject_and_denoise(
+    model: nn.Module | Callable,
+    scheduler,
+    images: Tensor,
+    timestep: int,
+    *,
+    chains: int = 1,
+    num_inference_steps: int | None = None,
+    sampler: str = "ddpm",
+    batch_size: int = 64,
+    seed: int = 0,
+    show_progress: bool = False,
+    description: str = "reconstructing",
+) -> Tensor:  # [M * chains, C, H, W]
+    """Noises `images` to `timestep`, `x_t = alpha_t x + sigma_t eps`, and denoises them again: what has the
+    model memorised of them?
 
-    With every timestep `t, t-1, ..., 0` (`num_inference_steps=None`) this is the reconstruction of the SISS and ReTrack papers (t = 250).
+    With every timestep `t, t-1, ..., 0` (`num_inference_steps=None`) this is the reconstruction of the SISS
+    and ReTrack papers (t = 250).
 
     Args:
         model, scheduler, sampler, batch_size, seed, show_progress, description: as in `sample`.
@@ -105,7 +143,18 @@ def inject_and_denoise(model: nn.Module | Callable, scheduler, images: Tensor, t
     def start(rows: range, generators: list[torch.Generator]) -> Tensor:
         return _noised(images[torch.tensor(rows) // chains], alpha_squared, generators)
 
-    return _denoise(model, scheduler, timesteps, indices, start, len(images) * chains, batch_size, seed, show_progress, description)
+    return _denoise(
+        model,
+        scheduler,
+        timesteps,
+        indices,
+        start,
+        len(images) * chains,
+        batch_size,
+        seed,
+        show_progress,
+        description,
+    )
 
 
 def check_injection(
@@ -129,10 +178,18 @@ def check_injection(
 
 
 def noised(scheduler, images: Tensor, timestep: int, *, seed: int = 0) -> Tensor:  # [M, C, H, W]
-    """Where the chains of `inject_and_denoise(chains=1)` start: `x_t`, float32 on the CPU; arguments as there."""
+    """Where the chains of `inject_and_denoise(chains=1)` start: `x_t`, float32 on the CPU; arguments as
+    there.
+    """
     images = _clean_images(images)
-    timestep = check.integer("timestep", timestep, low=0, high=len(scheduler) - 1, of="the scheduler's training timesteps")
-    return _noised(images, scheduler.alphas_cumprod[timestep].item(), [torch.Generator().manual_seed(sample_seed(seed, row)) for row in range(len(images))])
+    timestep = check.integer(
+        "timestep", timestep, low=0, high=len(scheduler) - 1, of="the scheduler's training timesteps"
+    )
+    return _noised(
+        images,
+        scheduler.alphas_cumprod[timestep].item(),
+        [torch.Generator().manual_seed(sample_seed(seed, row)) for row in range(len(images))],
+    )
 
 
 @contextmanager
@@ -164,26 +221,44 @@ _EVALUATED: dict[nn.Module, tuple[int, bool]] = {}  # how many are inside, and t
 
 
 def sample_seed(seed: int, index: int) -> int:
-    """Seed of sample `index`. torch's CPU generator reads 32 bits of it: `seed` picks a place on that circle, and the samples follow one another."""
+    """Seed of sample `index`. torch's CPU generator reads 32 bits of it: `seed` picks a place on that circle,
+    and the samples follow one another.
+    """
     start = int(np.random.SeedSequence(seed).generate_state(1)[0])
     return (start + index) % 2**32
 
 
-def _denoise(model, scheduler, timesteps: list[int], indices, start: Callable[[range, list[torch.Generator]], Tensor], num_images: int,
-             batch_size: int, seed: int, show_progress: bool, description: str) -> Tensor:
-    """Runs the chain in batches; the network is told `timesteps`, the scheduler `indices`, entry by entry the same noise levels."""
+def _denoise(
+    model,
+    scheduler,
+    timesteps: list[int],
+    indices,
+    start: Callable[[range, list[torch.Generator]], Tensor],
+    num_images: int,
+    batch_size: int,
+    seed: int,
+    show_progress: bool,
+    description: str,
+) -> Tensor:
+    """Runs the chain in batches; the network is told `timesteps`, the scheduler `indices`, entry by entry the
+    same noise levels.
+    """
     from rich.progress import Progress
 
     batch_size = check.integer("batch_size", batch_size, low=1)
     seed = check.integer("seed", seed, low=0)
     _finite.weights(model)
     parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
-    device, dtype = (parameters[0].device, parameters[0].dtype) if parameters else (torch.device("cpu"), torch.float32)
+    device, dtype = (
+        (parameters[0].device, parameters[0].dtype) if parameters else (torch.device("cpu"), torch.float32)
+    )
     memory_format = torch.channels_last if _is_channels_last(parameters) else torch.contiguous_format
     # Only diffusers' DDPM scheduler has a variance; another one may still carry the setting in its config.
     learned_variance = vars(scheduler).get("variance_type") in LEARNED
     done = []
-    batches = [range(first, min(first + batch_size, num_images)) for first in range(0, num_images, batch_size)]
+    batches = [
+        range(first, min(first + batch_size, num_images)) for first in range(0, num_images, batch_size)
+    ]
     with torch.inference_mode(), evaluation_mode(model), Progress(disable=not show_progress) as progress:
         task = progress.add_task(description, total=len(batches) * len(timesteps))
         for rows in batches:
@@ -191,7 +266,10 @@ def _denoise(model, scheduler, timesteps: list[int], indices, start: Callable[[r
             x = start(rows, generators).to(device)
             finite = torch.ones(len(rows), dtype=torch.bool, device=device)
             for timestep, index in zip(timesteps, indices, strict=True):
-                output = model(x.to(dtype, memory_format=memory_format), torch.full((len(rows),), timestep, device=device))
+                output = model(
+                    x.to(dtype, memory_format=memory_format),
+                    torch.full((len(rows),), timestep, device=device),
+                )
                 prediction = _prediction(output, x, learned_variance)
                 # An Inf would not be seen in the end: the scheduler clips it to a plausible picture.
                 finite &= _finite_rows(prediction)
@@ -245,7 +323,9 @@ def _clean_images(images: Tensor) -> Tensor:
 
 
 def _noised(images: Tensor, alpha_squared: float, generators: list[torch.Generator]) -> Tensor:
-    return math.sqrt(alpha_squared) * images + math.sqrt(1 - alpha_squared) * _noise(images.shape[1:], generators)
+    return math.sqrt(alpha_squared) * images + math.sqrt(1 - alpha_squared) * _noise(
+        images.shape[1:], generators
+    )
 
 
 def _noise(shape: tuple[int, ...], generators: list[torch.Generator]) -> Tensor:

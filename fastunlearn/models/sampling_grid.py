@@ -1,4 +1,6 @@
-"""Which timesteps a chain visits, and diffusers' own scheduler for them; what cannot be sampled is refused here."""
+"""Which timesteps a chain visits, and diffusers' own scheduler for them; what cannot be sampled is refused
+here.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def injection_grid(scheduler, sampler: str, timestep: int, num_inference_steps: 
     timestep = check.integer("timestep", timestep, low=0, **high)
     if num_inference_steps is None:
         num_inference_steps = timestep + 1
-    num_inference_steps = check.integer("num_inference_steps", num_inference_steps, low=1, high=timestep + 1, of="timestep + 1")
+    num_inference_steps = check.integer(
+        "num_inference_steps", num_inference_steps, low=1, high=timestep + 1, of="timestep + 1"
+    )
     timesteps = [timestep]
     if num_inference_steps > 1:
         timesteps = np.linspace(timestep, 0, num_inference_steps).round().astype(int).tolist()
@@ -64,7 +68,9 @@ def _check_levels(scheduler, timesteps: list[int]) -> None:
 def _sampling_scheduler(scheduler, sampler: str):
     check.one_of("sampler", sampler, SAMPLERS)
     if not hasattr(scheduler, "alphas_cumprod"):
-        raise TypeError(f"scheduler: expected a diffusers scheduler with alphas_cumprod, got {type(scheduler).__name__}")
+        raise TypeError(
+            f"scheduler: expected a diffusers scheduler with alphas_cumprod, got {type(scheduler).__name__}"
+        )
     diffusers = check.package("diffusers", f"sampler={sampler!r}")
     levels = len(scheduler.alphas_cumprod)
     if levels != scheduler.config.num_train_timesteps:  # trained_betas of another length
@@ -89,10 +95,13 @@ def _sampling_scheduler(scheduler, sampler: str):
 def _restricted_to(scheduler, timesteps: list[int]):
     """A DDIM scheduler whose whole training grid is `timesteps` (descending), numbered from 0.
 
-    DDIMScheduler has no custom timesteps: its `step` goes back by `T // num_inference_steps`, always. On the restricted grid that stride
-    is 1 and visits exactly the wanted noise levels (the respacing of Nichol & Dhariwal 2021).
+    DDIMScheduler has no custom timesteps: its `step` goes back by `T // num_inference_steps`, always. On the
+    restricted grid that stride is 1 and visits exactly the wanted noise levels (the respacing of Nichol &
+    Dhariwal 2021).
     """
-    restricted = type(scheduler).from_config(scheduler.config, num_train_timesteps=len(timesteps), timestep_spacing="leading", steps_offset=0)
+    restricted = type(scheduler).from_config(
+        scheduler.config, num_train_timesteps=len(timesteps), timestep_spacing="leading", steps_offset=0
+    )
     restricted.alphas_cumprod = scheduler.alphas_cumprod[torch.tensor(timesteps[::-1])]
     restricted.final_alpha_cumprod = scheduler.final_alpha_cumprod
     restricted.set_timesteps(len(timesteps))

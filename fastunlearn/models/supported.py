@@ -1,8 +1,8 @@
 """What may be trained as it is: a network that takes a noisy picture and a timestep, and nothing else.
 
-All that is not is refused by name. A pipeline with more parts than a network and a scheduler does something with
-its pictures before the network sees them. Trained on the pictures themselves, such a network would lose what it can
-do, and no error would say so.
+All that is not is refused by name. A pipeline with more parts than a network and a scheduler does something
+with its pictures before the network sees them. Trained on the pictures themselves, such a network would lose
+what it can do, and no error would say so.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def check_parts(index_file: Path, index: dict) -> None:
 
 
 def check_surroundings(folder: Path) -> None:
-    """Refuses the network in `folder` if an autoencoder lies beside it: it is a part of a pipeline of latents.
+    """Refuses the network in `folder` if an autoencoder lies beside it: it is a part of a pipeline of
+    latents.
 
     Raises:
         ValueError: naming the folder of the autoencoder.
@@ -50,7 +51,8 @@ def check_surroundings(folder: Path) -> None:
 
 
 def check_network(config_file: Path, config: dict, num_timesteps: int) -> None:
-    """Refuses networks that ask for more than a picture and one of `num_timesteps` timesteps, or answer otherwise.
+    """Refuses networks that ask for more than a picture and one of `num_timesteps` timesteps, or answer
+    otherwise.
 
     Raises:
         ValueError: naming `config_file`, the entry and its value.
@@ -85,7 +87,8 @@ def picture_shape(model: nn.Module) -> tuple[int, int, int] | None:
 
 @torch.no_grad()
 def check_runs(config_file: Path, model: nn.Module, num_timesteps: int) -> None:
-    """Calls the network once, on an empty picture, so that one that cannot be called is refused before hours of work.
+    """Calls the network once, on an empty picture, so that one that cannot be called is refused before hours
+    of work.
 
     Raises:
         ValueError: it raises, or answers with something else than one picture, or one with a variance.

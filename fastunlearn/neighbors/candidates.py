@@ -1,4 +1,6 @@
-"""faiss as a second backend: float32 candidates, ranked by exact distances, with a bound that proves that none is missing."""
+"""faiss as a second backend: float32 candidates, ranked by exact distances, with a bound that proves that
+none is missing.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,15 @@ LARGEST_NORM = 1e36  # squared: beyond it float32 sums may overflow
 LARGEST_GPU_COUNT = 2_048  # what faiss' GPU selection takes
 
 
-def search_faiss(forget: Tensor, retain: Tensor, k: int, *, chunk_bytes: int, progress: Progress) -> tuple[Tensor, Tensor]:
+def search_faiss(
+    forget: Tensor, retain: Tensor, k: int, *, chunk_bytes: int, progress: Progress
+) -> tuple[Tensor, Tensor]:
     """What `search_uint8` and `search_float` find, bit for bit, from candidates that faiss finds in float32.
 
-    faiss gives the `k + MARGIN` rows that it holds for the nearest, and a value for each. A row that it left out has a value of at least
-    the largest of these, so its distance is at least that less `_error_bound`. Where that is more than the k-th exact distance of the
-    candidates, none is missing; all other forget rows are searched again exactly.
+    faiss gives the `k + MARGIN` rows that it holds for the nearest, and a value for each. A row that it left
+    out has a value of at least the largest of these, so its distance is at least that less `_error_bound`.
+    Where that is more than the k-th exact distance of the candidates, none is missing; all other forget rows
+    are searched again exactly.
 
     Args:
         forget: `[Q, D]`, uint8 or floating.
@@ -39,7 +44,8 @@ def search_faiss(forget: Tensor, retain: Tensor, k: int, *, chunk_bytes: int, pr
     (num_queries, columns), num_rows = forget.shape, len(retain)
     count = min(num_rows, k + MARGIN)
 
-    # Distances do not change with the origin, rounding errors do: they grow with the norms. Integers stay integers, exact in float32.
+    # Distances do not change with the origin, rounding errors do: they grow with the norms. Integers stay
+    # integers, exact in float32.
     centre = forget.double().mean(0).to(retain.device)
     centre = centre.round() if integers else centre
     queries = _shifted(forget.to(retain.device), centre)
@@ -63,7 +69,8 @@ def search_faiss(forget: Tensor, retain: Tensor, k: int, *, chunk_bytes: int, pr
     query = torch.arange(num_queries).repeat_interleave(count)
     exact = exact_distances(forget, retain, query, index.flatten(), chunk_bytes).view(-1, count)
     error = _error_bound(query_norms, largest_norm, columns, retain.device)
-    as_bounded = ((values - exact).abs() <= error[:, None]).all(1)  # else faiss has computed in another way than the bound assumes
+    # else faiss has computed in another way than the bound assumes
+    as_bounded = ((values - exact).abs() <= error[:, None]).all(1)
     index, exact = ascending(index, exact)
     index, exact = index[:, :k].contiguous(), exact[:, :k].contiguous()
     complete = (values.amax(1) - error > exact[:, -1] * (1 + 2.0**-30)) | (count == num_rows)
@@ -71,7 +78,14 @@ def search_faiss(forget: Tensor, retain: Tensor, k: int, *, chunk_bytes: int, pr
     unproven = (~(as_bounded & complete)).nonzero().flatten()
     if len(unproven):
         index[unproven], exact[unproven] = (
-            found.cpu() for found in search(forget[unproven.to(forget.device)], retain, k, chunk_bytes=chunk_bytes, progress=lambda _: None)
+            found.cpu()
+            for found in search(
+                forget[unproven.to(forget.device)],
+                retain,
+                k,
+                chunk_bytes=chunk_bytes,
+                progress=lambda _: None,
+            )
         )
     return index, exact
 
@@ -82,12 +96,14 @@ def _shifted(rows: Tensor, centre: Tensor) -> Tensor:
 
 
 def _error_bound(query_norms: Tensor, largest_norm: float, columns: int, device: torch.device) -> Tensor:
-    """float64 `[Q]`: how far faiss' value may be from the distance, for any retain row up to the largest squared norm.
+    """float64 `[Q]`: how far faiss' value may be from the distance, for any retain row up to the largest
+    squared norm.
 
-    faiss sums squared differences, or adds `||q||^2 + ||r||^2 - 2 <q, r>`. In any order of summation either errs by at most
-    `gamma_{D+3} (||q|| + ||r||)^2` (`gamma_n = n u / (1 - n u)`, `u = 2^-24`: Higham, Accuracy and Stability of Numerical Algorithms,
-    section 3.1), and the rounding of both rows to float32 before moves the distance by at most `(2 u + u^2) (||q|| + ||r||)^2`. On a GPU the
-    product may take rows rounded to TF32, which moves `2 <q, r>` by at most `2^-10 (||q|| + ||r||)^2`.
+    faiss sums squared differences, or adds `||q||^2 + ||r||^2 - 2 <q, r>`. In any order of summation either
+    errs by at most `gamma_{D+3} (||q|| + ||r||)^2` (`gamma_n = n u / (1 - n u)`, `u = 2^-24`: Higham,
+    Accuracy and Stability of Numerical Algorithms, section 3.1), and the rounding of both rows to float32
+    before moves the distance by at most `(2 u + u^2) (||q|| + ||r||)^2`. On a GPU the product may take rows
+    rounded to TF32, which moves `2 <q, r>` by at most `2^-10 (||q|| + ||r||)^2`.
     """
     terms = (columns + 10) * 2.0**-24  # 3, 2 for the rows, 2 for norms of rounded rows, and a reserve
     if terms >= 0.5:
@@ -97,11 +113,15 @@ def _error_bound(query_norms: Tensor, largest_norm: float, columns: int, device:
 
 
 def _knn(device: torch.device) -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]:
-    """`knn(queries, rows, count)` on float32 `[Q, D]` and `[n, D]`: float32 values, int64 positions `[Q, count]` (not sorted), on the CPU."""
+    """`knn(queries, rows, count)` on float32 `[Q, D]` and `[n, D]`: float32 values, int64 positions `[Q,
+    count]` (not sorted), on the CPU.
+    """
     try:
         import faiss
     except ImportError as error:
-        raise ImportError("backend='faiss': expected faiss to be installed; install it with: pip install faiss-cpu (on a GPU: faiss-gpu)") from error
+        raise ImportError(
+            "backend='faiss': expected faiss to be installed; install it with: pip install faiss-cpu (on a GPU: faiss-gpu)"
+        ) from error
 
     def on_gpu(queries: Tensor, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
         with torch.cuda.device(device), torch_utils.using_stream(resources):

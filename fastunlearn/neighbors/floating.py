@@ -1,4 +1,6 @@
-"""Float rows: float32 products find candidates, float64 distances rank them, and a bound proves that none is missing."""
+"""Float rows: float32 products find candidates, float64 distances rank them, and a bound proves that none is
+missing.
+"""
 
 from __future__ import annotations
 
@@ -12,20 +14,25 @@ from ..ops.sqdist import FLOAT_COLUMNS, square_norms
 from .tiles import MARGIN, Progress, ascending, exact_distances, tile_size
 
 
-def search_float(forget: Tensor, retain: Tensor, k: int, *, chunk_bytes: int, progress: Progress) -> tuple[Tensor, Tensor]:
+def search_float(
+    forget: Tensor, retain: Tensor, k: int, *, chunk_bytes: int, progress: Progress
+) -> tuple[Tensor, Tensor]:
     """Nearest rows by float32 products, ranked again by float64 distances, with a proof for every row.
 
-    The float32 products of blocks of 1,024 columns are summed in float64, so that each is off by at most `gamma_1026 ||q|| ||r||`
-    (`gamma_n = n u / (1 - n u)`, `u = 2^-24`: Higham, Accuracy and Stability of Numerical Algorithms, section 3.1; the two more roundings are
-    those of float64 rows to float32). The best `k + MARGIN` by that value are ranked by the float64 distance. A row is proven when the
-    worst of them is still, by that bound, farther than the k-th neighbour; else a second pass ranks everything the bound cannot exclude.
+    The float32 products of blocks of 1,024 columns are summed in float64, so that each is off by at most
+    `gamma_1026 ||q|| ||r||` (`gamma_n = n u / (1 - n u)`, `u = 2^-24`: Higham, Accuracy and Stability of
+    Numerical Algorithms, section 3.1; the two more roundings are those of float64 rows to float32). The best
+    `k + MARGIN` by that value are ranked by the float64 distance. A row is proven when the worst of them is
+    still, by that bound, farther than the k-th neighbour; else a second pass ranks everything the bound
+    cannot exclude.
 
     Args:
         forget: floating `[Q, D]`.
         retain: floating `[N, ...]`.
 
     Returns:
-        index int64 `[Q, k]` and squared distance float64 `[Q, k]` on the CPU, ascending, equal float64 distances by the lower index.
+        index int64 `[Q, k]` and squared distance float64 `[Q, k]` on the CPU, ascending, equal float64
+        distances by the lower index.
 
     Raises:
         ValueError: for rows so large that float32 products could overflow.
@@ -39,7 +46,10 @@ def search_float(forget: Tensor, retain: Tensor, k: int, *, chunk_bytes: int, pr
     for rows, block, approximate, norms in _approximate_tiles(forget, retain, chunk_bytes, progress):
         largest_norm = max(largest_norm, norms.max().item())
         smallest, position = approximate.topk(min(count, approximate.shape[1]), dim=1, largest=False)
-        smallest, position = torch.cat([values[block], smallest.cpu()], 1), torch.cat([index[block], position.cpu() + rows.start], 1)
+        smallest, position = (
+            torch.cat([values[block], smallest.cpu()], 1),
+            torch.cat([index[block], position.cpu() + rows.start], 1),
+        )
         values[block], order = smallest.topk(count, dim=1, largest=False)
         index[block] = position.gather(1, order)
     error = _error_bound(query_norms, largest_norm, forget.shape[1])
@@ -48,51 +58,80 @@ def search_float(forget: Tensor, retain: Tensor, k: int, *, chunk_bytes: int, pr
     exact = exact_distances(forget, retain, query, index.flatten(), chunk_bytes).view(-1, count)
     index, exact = ascending(index, exact)
     index, exact = index[:, :k].contiguous(), exact[:, :k].contiguous()
-    limit = exact[:, -1] * (1 + 2.0**-30) - query_norms + error  # an approximate value above it cannot belong to one of the k nearest
+    # an approximate value above it cannot belong to one of the k nearest
+    limit = exact[:, -1] * (1 + 2.0**-30) - query_norms + error
     unproven = (values.amax(1) <= limit).nonzero().flatten() if count < num_rows else query[:0]
     if len(unproven):
-        index[unproven], exact[unproven] = _search_within(forget[unproven.to(forget.device)], retain, k, limit[unproven], chunk_bytes)
+        index[unproven], exact[unproven] = _search_within(
+            forget[unproven.to(forget.device)], retain, k, limit[unproven], chunk_bytes
+        )
     return index, exact
 
 
-def _search_within(forget: Tensor, retain: Tensor, k: int, limit: Tensor, chunk_bytes: int) -> tuple[Tensor, Tensor]:
-    """The k nearest among the rows whose approximate value is at most `limit` float64 `[Q]`; these are known to include them."""
+def _search_within(
+    forget: Tensor, retain: Tensor, k: int, limit: Tensor, chunk_bytes: int
+) -> tuple[Tensor, Tensor]:
+    """The k nearest among the rows whose approximate value is at most `limit` float64 `[Q]`; these are known
+    to include them.
+    """
     found_index = [torch.empty(0, dtype=torch.int64)] * len(forget)
     found_exact = [torch.empty(0, dtype=torch.float64)] * len(forget)
     for rows, block, approximate, _ in _approximate_tiles(forget, retain, chunk_bytes, lambda _: None):
-        query, position = (approximate <= limit[block].to(approximate.device)[:, None]).nonzero().cpu().unbind(1)
+        query, position = (
+            (approximate <= limit[block].to(approximate.device)[:, None]).nonzero().cpu().unbind(1)
+        )
         query, position = query + block.start, position + rows.start
         exact = exact_distances(forget, retain, query, position, chunk_bytes)
         for q in query.unique().tolist():
-            index, distances = ascending(torch.cat([found_index[q], position[query == q]])[None], torch.cat([found_exact[q], exact[query == q]])[None])
+            index, distances = ascending(
+                torch.cat([found_index[q], position[query == q]])[None],
+                torch.cat([found_exact[q], exact[query == q]])[None],
+            )
             found_index[q], found_exact[q] = index[0, :k], distances[0, :k]
     return torch.stack(found_index), torch.stack(found_exact)
 
 
-def _approximate_tiles(forget: Tensor, retain: Tensor, chunk_bytes: int, progress: Progress) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
-    """`||r||^2 - 2 <q, r>` in tiles: yields the retain slice, the forget slice, float64 `[q, c]`, and the squared norms float64 `[c]`."""
+def _approximate_tiles(
+    forget: Tensor, retain: Tensor, chunk_bytes: int, progress: Progress
+) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+    """`||r||^2 - 2 <q, r>` in tiles: yields the retain slice, the forget slice, float64 `[q, c]`, and the
+    squared norms float64 `[c]`.
+    """
     columns = forget.shape[1]
-    tile_rows, tile_queries = tile_size(len(retain), len(forget), 3 * columns, 4 * columns, chunk_bytes, entry_bytes=20)
+    tile_rows, tile_queries = tile_size(
+        len(retain), len(forget), 3 * columns, 4 * columns, chunk_bytes, entry_bytes=20
+    )
     for start in range(0, len(retain), tile_rows):
         rows = retain[start : start + tile_rows].flatten(1)
         norms, rows32 = square_norms(rows), rows.float()
         if norms.max().item() > 1e36:
-            raise ValueError(f"retain: expected rows with a squared norm below 1e36 (float32 products), got {norms.max().item():.3g}")
+            raise ValueError(
+                f"retain: expected rows with a squared norm below 1e36 (float32 products), got {norms.max().item():.3g}"
+            )
         for block in range(0, len(forget), tile_queries):
             queries32 = forget[block : block + tile_queries].to(retain.device).float()
             total = norms.repeat(len(queries32), 1)
             with tf32(False):  # the bound holds for no other products, which a caller may have allowed
                 for column in range(0, columns, FLOAT_COLUMNS):
-                    part = queries32[:, column : column + FLOAT_COLUMNS] @ rows32[:, column : column + FLOAT_COLUMNS].T
+                    part = (
+                        queries32[:, column : column + FLOAT_COLUMNS]
+                        @ rows32[:, column : column + FLOAT_COLUMNS].T
+                    )
                     total.add_(part, alpha=-2)
             yield slice(start, start + len(rows)), slice(block, block + len(queries32)), total, norms
         progress(len(rows))
 
 
 def _error_bound(query_norms: Tensor, largest_norm: float, columns: int) -> Tensor:
-    """float64 `[Q]`: how far an approximate value and a float64 distance may be off, for any retain row up to the largest squared norm."""
+    """float64 `[Q]`: how far an approximate value and a float64 distance may be off, for any retain row up to
+    the largest squared norm.
+    """
     terms = (min(columns, FLOAT_COLUMNS) + 2) * 2.0**-24
     gamma = terms / (1 - terms)
     summed = columns * 2.0**-50  # norms and sums in float64
     underflow = columns * 2.0**-125
-    return 2 * gamma * (query_norms * largest_norm).sqrt() + 4 * summed * (query_norms + largest_norm) + underflow
+    return (
+        2 * gamma * (query_norms * largest_norm).sqrt()
+        + 4 * summed * (query_norms + largest_norm)
+        + underflow
+    )

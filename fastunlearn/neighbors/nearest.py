@@ -1,4 +1,6 @@
-"""Exact k-nearest-neighbour search of the forget set in the retain set (ReTrack, arXiv 2509.13007, section 3.3: Euclidean, on pixels)."""
+"""Exact k-nearest-neighbour search of the forget set in the retain set (ReTrack, arXiv 2509.13007, section
+3.3: Euclidean, on pixels).
+"""
 
 from __future__ import annotations
 
@@ -39,41 +41,56 @@ def nearest_neighbors(
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
     show_progress: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The k nearest retain rows of every forget row by Euclidean distance: exact, ascending, ties by the lower index.
+    """The k nearest retain rows of every forget row by Euclidean distance: exact, ascending, ties by the
+    lower index.
 
-    The retain set is streamed in tiles, so it may be a memory-mapped file larger than memory; equal forget rows are searched once.
+    The retain set is streamed in tiles, so it may be a memory-mapped file larger than memory; equal forget
+    rows are searched once.
 
     Args:
         forget: `[N, ...]`, a store or a tensor.
         retain: `[M, ...]`, the same kind (both uint8 or both floating) with rows of the same shape.
         k: how many, in [1, M].
-        backend: "exact": this package's own search; "faiss": faiss finds candidates, which are ranked exactly, and rows whose candidates a
-            bound cannot prove complete are searched by "exact"; "auto": the faster of the two as measured, which is "faiss" for float rows on
-            a CPU where it is installed and "exact" otherwise. The answer is the same.
-        cache_dir: a folder (created with mode 0700) where results are kept as safetensors files with mode 0600, found again by the content
-            of both sets and k. A damaged file is reported, searched anew and replaced.
-        chunk_bytes: working memory of the search beside both sets; at least one tile of 64 rows is taken whatever it says.
+        backend: "exact": this package's own search; "faiss": faiss finds candidates, which are ranked
+            exactly, and rows whose candidates a bound cannot prove complete are searched by "exact"; "auto":
+            the faster of the two as measured, which is "faiss" for float rows on a CPU where it is installed
+            and "exact" otherwise. The answer is the same.
+        cache_dir: a folder (created with mode 0700) where results are kept as safetensors files with mode
+            0600, found again by the content of both sets and k. A damaged file is reported, searched anew and
+            replaced.
+        chunk_bytes: working memory of the search beside both sets; at least one tile of 64 rows is taken
+            whatever it says.
         show_progress: a progress bar over the retain rows.
 
     Returns:
-        index int64 `[N, k]`, sqdist `[N, k]`, both on the device of `forget`. For uint8 rows sqdist is the exact int64 in grey levels
-        (times `(2/255)^2`: in the scale of network input); for float rows it is the float64 sum over the differences of the given values.
+        index int64 `[N, k]`, sqdist `[N, k]`, both on the device of `forget`. For uint8 rows sqdist is the
+        exact int64 in grey levels (times `(2/255)^2`: in the scale of network input); for float rows it is
+        the float64 sum over the differences of the given values.
 
     Raises:
         ImportError: faiss is asked for and not installed.
-        TypeError, ValueError: for sets that are empty, of different kind or row shape, or not finite, and for k outside [1, M].
+        TypeError, ValueError: for sets that are empty, of different kind or row shape, or not finite, and for
+            k outside [1, M].
     """
     forget_rows, retain_rows = _rows("forget", forget), _rows("retain", retain)
     if forget_rows.shape[1:] != retain_rows.shape[1:]:
-        raise ValueError(f"retain: expected rows of shape {tuple(forget_rows.shape[1:])} (those of forget), got {tuple(retain_rows.shape[1:])}")
+        raise ValueError(
+            f"retain: expected rows of shape {tuple(forget_rows.shape[1:])} (those of forget), got {tuple(retain_rows.shape[1:])}"
+        )
     if (forget_rows.dtype == torch.uint8) != (retain_rows.dtype == torch.uint8):
-        raise TypeError(f"retain: expected rows of the kind of forget (both uint8 or both floating), got {retain_rows.dtype} beside {forget_rows.dtype}")
+        raise TypeError(
+            f"retain: expected rows of the kind of forget (both uint8 or both floating), got {retain_rows.dtype} beside {forget_rows.dtype}"
+        )
     k = check.integer("k", k, low=1, high=len(retain_rows), of="the rows of retain")
     chunk_bytes = check.integer("chunk_bytes", chunk_bytes, low=1)
     check.one_of("backend", backend, BACKENDS)
 
     path = None if cache_dir is None else _cache_path(Path(cache_dir), forget, retain, k)
-    found = None if path is None or not path.exists() else _read_cache(path, len(forget_rows), len(retain_rows), k)
+    found = (
+        None
+        if path is None or not path.exists()
+        else _read_cache(path, len(forget_rows), len(retain_rows), k)
+    )
     if found is None:
         found = _search(forget_rows, retain_rows, k, backend, chunk_bytes, show_progress)
         if path is not None:
@@ -83,17 +100,22 @@ def nearest_neighbors(
 
 
 def check_neighbors(forget: ImageStore, retain: ImageStore, index: Tensor, sqdist: Tensor) -> None:
-    """Whether `index` and `sqdist`, `[N, k]`, can be neighbours of the forget rows: in order, and as far away as they say.
+    """Whether `index` and `sqdist`, `[N, k]`, can be neighbours of the forget rows: in order, and as far away
+    as they say.
 
-    Found for other images, or for these in another order, they would redirect every forget image to strangers, and no error would say so. At
-    most 256 forget rows, spread over the set, are measured.
+    Found for other images, or for these in another order, they would redirect every forget image to
+    strangers, and no error would say so. At most 256 forget rows, spread over the set, are measured.
 
     Raises:
         ValueError: distances that descend, that are not finite, or that are not those of the rows.
     """
     if forget.images.is_meta or retain.images.is_meta:  # there are no values
         return
-    if not bool(torch.isfinite(sqdist).all()) or bool((sqdist.diff(dim=1) < 0).any()) or bool((sqdist < 0).any()):
+    if (
+        not bool(torch.isfinite(sqdist).all())
+        or bool((sqdist.diff(dim=1) < 0).any())
+        or bool((sqdist < 0).any())
+    ):
         raise ValueError("neighbors: expected finite squared distances, ascending in each row, got others")
     for row in torch.linspace(0, len(forget) - 1, min(len(forget), ROWS_MEASURED)).long().tolist():
         own = forget.images[row].flatten()
@@ -106,7 +128,9 @@ def check_neighbors(forget: ImageStore, retain: ImageStore, index: Tensor, sqdis
             agree = torch.allclose(measured, sqdist[row].to(measured), rtol=DISTANCE_ROUNDING, atol=0)
         if not agree:
             expected = f"neighbours of these forget rows, as nearest_neighbors returns them (row {row} has {measured[0].item():g} to its first)"
-            raise ValueError(f"neighbors: expected {expected}, got a squared distance of {sqdist[row, 0].item():g}")
+            raise ValueError(
+                f"neighbors: expected {expected}, got a squared distance of {sqdist[row, 0].item():g}"
+            )
 
 
 def _rows(name: str, images: ImageStore | Tensor) -> Tensor:
@@ -119,23 +143,37 @@ def _rows(name: str, images: ImageStore | Tensor) -> Tensor:
     if images.ndim < 2 or images.numel() == 0:
         raise ValueError(f"{name}: expected at least one row [N, ...], got {check.describe(images)}")
     if images.is_floating_point():
-        for part in images.split(max(1, 2**24 // images[0].numel())):  # a memory-mapped set is never read as a whole
+        # a memory-mapped set is never read as a whole
+        for part in images.split(max(1, 2**24 // images[0].numel())):
             check.finite(name, part)
     return images.detach()
 
 
-def _search(forget: Tensor, retain: Tensor, k: int, backend: str, chunk_bytes: int, show_progress: bool) -> tuple[Tensor, Tensor]:
+def _search(
+    forget: Tensor, retain: Tensor, k: int, backend: str, chunk_bytes: int, show_progress: bool
+) -> tuple[Tensor, Tensor]:
     from rich.progress import Progress
 
     _refuse_tiny(forget, retain)
     first, inverse = _distinct(forget)
     integers = retain.dtype == torch.uint8
-    if backend == "auto" and not integers and retain.device.type == "cpu" and importlib.util.find_spec("faiss") is not None:
+    if (
+        backend == "auto"
+        and not integers
+        and retain.device.type == "cpu"
+        and importlib.util.find_spec("faiss") is not None
+    ):
         backend = "faiss"
     search = search_faiss if backend == "faiss" else search_uint8 if integers else search_float
     with Progress(disable=not show_progress) as bar, torch.no_grad():
         task = bar.add_task("nearest neighbours", total=len(retain))
-        index, sqdist = search(forget[first.to(forget.device)].flatten(1), retain, k, chunk_bytes=chunk_bytes, progress=lambda rows: bar.advance(task, rows))
+        index, sqdist = search(
+            forget[first.to(forget.device)].flatten(1),
+            retain,
+            k,
+            chunk_bytes=chunk_bytes,
+            progress=lambda rows: bar.advance(task, rows),
+        )
     return index.cpu()[inverse], sqdist.cpu()[inverse]
 
 
@@ -150,7 +188,9 @@ def _refuse_tiny(forget: Tensor, retain: Tensor) -> None:
     if largest < SMALLEST:  # else no look at the larger set
         largest = max(largest, *(float(part.abs().amax()) for part in retain.split(1024)))
         if 0 < largest < SMALLEST:
-            raise ValueError(f"forget, retain: expected values of at least {SMALLEST:g}, got at most {largest:g}: scale them")
+            raise ValueError(
+                f"forget, retain: expected values of at least {SMALLEST:g}, got at most {largest:g}: scale them"
+            )
 
 
 def _distinct(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,7 +206,8 @@ def _distinct(rows: Tensor) -> tuple[Tensor, Tensor]:
     return torch.tensor(first), torch.tensor(inverse)
 
 
-# --- cache -----------------------------------------------------------------------------------------------------------------------
+# --- cache
+# -----------------------------------------------------------------------------------------------------------------------
 
 
 def _cache_path(folder: Path, forget: ImageStore | Tensor, retain: ImageStore | Tensor, k: int) -> Path:
@@ -200,15 +241,26 @@ def _read_cache(path: Path, num_forget: int, num_retain: int, k: int) -> tuple[T
     """The kept result, or None, with a warning, when the file is damaged."""
     try:
         with safe_open(path, framework="pt") as file:
-            metadata, index, sqdist = file.metadata() or {}, file.get_tensor("index"), file.get_tensor("sqdist")
+            metadata, index, sqdist = (
+                file.metadata() or {},
+                file.get_tensor("index"),
+                file.get_tensor("sqdist"),
+            )
         if metadata.get("format") != CACHE_FORMAT or metadata.get("sha256") != _result_hash(index, sqdist):
             raise ValueError("its content does not have the hash it carries")
         if metadata.get("of", path.stem) != path.stem:
             raise ValueError("it was found for other sets, and carries their name")
-        if index.shape != (num_forget, k) or sqdist.shape != (num_forget, k) or index.min() < 0 or index.max() >= num_retain:
+        if (
+            index.shape != (num_forget, k)
+            or sqdist.shape != (num_forget, k)
+            or index.min() < 0
+            or index.max() >= num_retain
+        ):
             raise ValueError(f"it holds {tuple(index.shape)} neighbours, not {(num_forget, k)}")
     except (SafetensorError, ValueError, OSError, KeyError) as error:
-        warnings.warn(f"{path}: damaged neighbour cache ({error}); searching again and replacing it", stacklevel=3)
+        warnings.warn(
+            f"{path}: damaged neighbour cache ({error}); searching again and replacing it", stacklevel=3
+        )
         return None
     return index, sqdist
 

@@ -16,7 +16,8 @@ MARGIN = 24  # how many candidates beyond k are ranked again exactly
 def exact_distances(forget: Tensor, retain: Tensor, query: Tensor, row: Tensor, chunk_bytes: int) -> Tensor:
     """`||forget[query] - retain[row]||^2` in float64 for pairs `[P]`, read in the order of the retain rows.
 
-    numpy adds every line in the same order wherever it stands, so equal rows get equal numbers (torch may split a long sum by threads).
+    numpy adds every line in the same order wherever it stands, so equal rows get equal numbers (torch may
+    split a long sum by threads).
     """
     order = row.argsort()
     distances = torch.empty(len(row), dtype=torch.float64)
@@ -34,8 +35,12 @@ def ascending(index: Tensor, distances: Tensor) -> tuple[Tensor, Tensor]:
     return index.gather(1, second), distances
 
 
-def tile_size(num_rows: int, num_queries: int, columns: int, row_bytes: int, chunk_bytes: int, entry_bytes: int = 8) -> tuple[int, int]:
-    """Rows and queries of a tile: half of `chunk_bytes` for the rows and half for the `[queries, rows]` matrix, both at least one line."""
+def tile_size(
+    num_rows: int, num_queries: int, columns: int, row_bytes: int, chunk_bytes: int, entry_bytes: int = 8
+) -> tuple[int, int]:
+    """Rows and queries of a tile: half of `chunk_bytes` for the rows and half for the `[queries, rows]`
+    matrix, both at least one line.
+    """
     tile_queries = min(num_queries, 4096)
     tile_rows = min(chunk_bytes // 2 // row_bytes, chunk_bytes // 2 // (entry_bytes * tile_queries), num_rows)
     tile_rows = max(tile_rows, min(num_rows, 64))

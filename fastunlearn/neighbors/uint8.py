@@ -13,12 +13,16 @@ from torch import Tensor
 from ..ops.sqdist import INT32_COLUMNS, centred, nearest_kernel, products, square_norms, without_gaps
 from .tiles import Progress, tile_size
 
-TILE_ROWS = 2**16  # a call of the kernel, where it reads the rows in place: seconds at most, so that progress shows
+# a call of the kernel, where it reads the rows in place: seconds at most, so that progress shows
+TILE_ROWS = 2**16
 _STARTING = Lock()  # held while torch's number of threads is another than the process's
-CACHE_ELEMENTS = 2**20  # a selection works on so many distances at a time, about what a core's second cache level holds
+# a selection works on so many distances at a time, about what a core's second cache level holds
+CACHE_ELEMENTS = 2**20
 
 
-def search_uint8(forget: Tensor, retain: Tensor, k: int, *, chunk_bytes: int, progress: Progress) -> tuple[Tensor, Tensor]:
+def search_uint8(
+    forget: Tensor, retain: Tensor, k: int, *, chunk_bytes: int, progress: Progress
+) -> tuple[Tensor, Tensor]:
     """Exact nearest rows by integer arithmetic.
 
     Args:
@@ -30,14 +34,18 @@ def search_uint8(forget: Tensor, retain: Tensor, k: int, *, chunk_bytes: int, pr
     """
     (num_queries, columns), num_rows = forget.shape, len(retain)
     if (3 * 2**14 * columns).bit_length() + num_rows.bit_length() > 63:
-        raise ValueError(f"retain: expected rows * columns below about 2^47 (distance and row number share 64 bits), got {num_rows} rows of {columns} columns")
+        raise ValueError(
+            f"retain: expected rows * columns below about 2^47 (distance and row number share 64 bits), got {num_rows} rows of {columns} columns"
+        )
     forget, kernel = forget.to(retain.device), nearest_kernel(retain.device)
     if kernel is None:
         return _in_torch(forget, retain, k, chunk_bytes, progress)
     queries = without_gaps(forget)
     sqdist = torch.full((num_queries, k), torch.iinfo(torch.int64).max)
     index = torch.full((num_queries, k), -1)
-    copied = retain[:1].flatten(1).data_ptr() != retain.data_ptr() or (columns > 1 and retain[:1].flatten(1).stride(1) != 1)
+    copied = retain[:1].flatten(1).data_ptr() != retain.data_ptr() or (
+        columns > 1 and retain[:1].flatten(1).stride(1) != 1
+    )
     tile_rows = max(chunk_bytes // columns, 64) if copied else TILE_ROWS
     for start in range(0, num_rows, tile_rows):
         tile = without_gaps(retain[start : start + tile_rows].flatten(1))
@@ -46,14 +54,18 @@ def search_uint8(forget: Tensor, retain: Tensor, k: int, *, chunk_bytes: int, pr
     return index, sqdist
 
 
-# --- plain torch -----------------------------------------------------------------------------------------------------------------
+# --- plain torch
+# -----------------------------------------------------------------------------------------------------------------
 
 
-def _in_torch(forget: Tensor, retain: Tensor, k: int, chunk_bytes: int, progress: Progress) -> tuple[Tensor, Tensor]:
-    """With both sets shifted by -128 (which leaves distances alone), `||q - r||^2 = ||q||^2 + (||r||^2 - 2 <q, r>)`: an int8 matrix product.
+def _in_torch(
+    forget: Tensor, retain: Tensor, k: int, chunk_bytes: int, progress: Progress
+) -> tuple[Tensor, Tensor]:
+    """With both sets shifted by -128 (which leaves distances alone), `||q - r||^2 = ||q||^2 + (||r||^2 - 2
+    <q, r>)`: an int8 matrix product.
 
-    Each distance travels with its row number in one int64, `distance * 2^bits + row`, so the smallest numbers are the nearest rows with
-    ties in favour of the lower row.
+    Each distance travels with its row number in one int64, `distance * 2^bits + row`, so the smallest numbers
+    are the nearest rows with ties in favour of the lower row.
     """
     (num_queries, columns), num_rows = forget.shape, len(retain)
     row_bits = num_rows.bit_length()
@@ -61,7 +73,9 @@ def _in_torch(forget: Tensor, retain: Tensor, k: int, chunk_bytes: int, progress
     queries = centred(forget)
     tile_rows, tile_queries = tile_size(num_rows, num_queries, columns, 2 * columns, chunk_bytes)
     rows_buffer = torch.empty((tile_rows, columns), dtype=torch.int8, device=retain.device)
-    norms_buffer = torch.empty(tile_rows, dtype=torch.int32 if columns <= INT32_COLUMNS else torch.int64, device=retain.device)
+    norms_buffer = torch.empty(
+        tile_rows, dtype=torch.int32 if columns <= INT32_COLUMNS else torch.int64, device=retain.device
+    )
     with _workers(retain.device) as (workers, run):
         for start in range(0, num_rows, tile_rows):
             tile = retain[start : start + tile_rows]
@@ -82,10 +96,14 @@ def _in_torch(forget: Tensor, retain: Tensor, k: int, chunk_bytes: int, progress
 
 
 @contextmanager
-def _workers(device: torch.device) -> Iterator[tuple[int, Callable[[Callable[[slice], None], list[slice]], None]]]:
-    """`(count, run)`: `run(function, parts)` calls `function` on every part, on a CPU by as many threads as torch uses, each computing alone.
+def _workers(
+    device: torch.device,
+) -> Iterator[tuple[int, Callable[[Callable[[slice], None], list[slice]], None]]]:
+    """`(count, run)`: `run(function, parts)` calls `function` on every part, on a CPU by as many threads as
+    torch uses, each computing alone.
 
-    One join a part instead of one barrier an operation: where other processes compete for the cores, that is twice as fast.
+    One join a part instead of one barrier an operation: where other processes compete for the cores, that is
+    twice as fast.
     """
     count = torch.get_num_threads() if device.type == "cpu" else 1
     if count == 1:
@@ -125,13 +143,17 @@ def _slices(length: int, size: int) -> list[slice]:
 
 
 def _keep_smallest(best: Tensor, products: Tensor, norms: Tensor, first_row: int, row_bits: int) -> None:
-    """Merges a tile into `best` int64 `[Q, k]` in place. `products` `[Q, C]` is overwritten with `norms - 2 products`.
+    """Merges a tile into `best` int64 `[Q, k]` in place.
 
-    The k smallest (distance, row) pairs of a line lie in its k blocks with the smallest (block minimum, block number): an entry of any
-    other block has k smaller ones before it. So one pass over the distances finds the blocks and only those are looked into.
+    `products` `[Q, C]` is overwritten with `norms - 2 products`.
+
+    The k smallest (distance, row) pairs of a line lie in its k blocks with the smallest (block minimum, block
+    number): an entry of any other block has k smaller ones before it. So one pass over the distances finds
+    the blocks and only those are looked into.
     """
     k, width = best.shape[1], products.shape[1]
-    size = 2 ** max(0, ((width // k).bit_length() - 1) // 2)  # about sqrt(width / k): as many block minima as entries in the k blocks
+    # about sqrt(width / k): as many block minima as entries in the k blocks
+    size = 2 ** max(0, ((width // k).bit_length() - 1) // 2)
     blocks = width // size
     prune = size >= 8 and blocks > k
     numbers = torch.arange(first_row, first_row + width, device=best.device)

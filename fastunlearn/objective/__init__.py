@@ -1,1 +1,3 @@
-"""What a step is made of: the noise schedule, draws, bands of frequencies, terms and passes, and how two gradients become one."""
+"""What a step is made of: the noise schedule, draws, bands of frequencies, terms and passes, and how two
+gradients become one.
+"""

@@ -1,7 +1,9 @@
-"""Every random number of a step: given by the caller, from a torch generator, or counter-based (Philox4x32-10).
+"""Every random number of a step: given by the caller, from a torch generator, or counter-based
+(Philox4x32-10).
 
-A counter-based draw is a pure function of (seed, step, purpose, position in the global batch, element): a run can be restarted at any
-step, does not depend on the number of processes, and gives every row its own noise even where the forget set is one image.
+A counter-based draw is a pure function of (seed, step, purpose, position in the global batch, element): a run
+can be restarted at any step, does not depend on the number of processes, and gives every row its own noise
+even where the forget set is one image.
 """
 
 from __future__ import annotations
@@ -23,8 +25,9 @@ from .schedule import NoiseSchedule
 class Draws:
     """The random numbers of one step; what is None is drawn.
 
-    Forget and retain branch have their own noise and timesteps (as in ReTrack's code). SISS makes one noisy image
-    of a pair: row by row with those of the branch that `from_forget` picks, so that the other's go unused there.
+    Forget and retain branch have their own noise and timesteps (as in ReTrack's code). SISS makes one noisy
+    image of a pair: row by row with those of the branch that `from_forget` picks, so that the other's go
+    unused there.
     """
 
     forget_noise: Tensor | Noise | None = None  # [B, C, H, W]
@@ -60,7 +63,9 @@ class GeneratorSource:
 
     def __init__(self, device: torch.device, generator: torch.Generator | None):
         if generator is not None and generator.device.type != device.type:
-            raise ValueError(f"generator: expected a generator on the device of the images, {device}, got one on {generator.device}")
+            raise ValueError(
+                f"generator: expected a generator on the device of the images, {device}, got one on {generator.device}"
+            )
         self.device, self.generator = device, generator
 
     def noise(self, shape: Sequence[int], purpose: Purpose, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -74,7 +79,9 @@ class GeneratorSource:
 
 
 class CounterSource:
-    """Numbers that are a function of `counter`: int64 `[3]`, seed, step, and the position of row 0 in the global batch; see `philox.py`."""
+    """Numbers that are a function of `counter`: int64 `[3]`, seed, step, and the position of row 0 in the
+    global batch; see `philox.py`.
+    """
 
     def __init__(self, counter: Tensor):
         self.counter = counter
@@ -101,9 +108,15 @@ def rows_of_step(count: int, high: int, seed: int, first_row: int, purpose: Purp
 
 
 def complete(
-    draws: Draws, method, source: GeneratorSource | CounterSource, forget: Tensor | Rows | None, retain: Tensor | Rows | None, num_timesteps: int
+    draws: Draws,
+    method,
+    source: GeneratorSource | CounterSource,
+    forget: Tensor | Rows | None,
+    retain: Tensor | Rows | None,
+    num_timesteps: int,
 ) -> Draws:
-    """`draws` with every number that `method` needs: noise in the shape and dtype of the batches `[B, C, H, W]`, timesteps uniform over the schedule.
+    """`draws` with every number that `method` needs: noise in the shape and dtype of the batches `[B, C, H,
+    W]`, timesteps uniform over the schedule.
 
     Where a pair has one noise and one timestep (`method.shared_draws`), what one branch has serves the other.
     """
@@ -121,7 +134,8 @@ def complete(
                 drawn[name] = source.noise(batch.shape, Purpose[name.upper()], batch.dtype)
     if "from_forget" in method.draws and draws.from_forget is None:
         uniform = source.uniform((len(forget),), Purpose.FROM_FORGET)
-        drawn["from_forget"] = (uniform <= method.forget_probability) & (method.forget_probability > 0)  # 0 is drawn once in 2^24
+        # 0 is drawn once in 2^24
+        drawn["from_forget"] = (uniform <= method.forget_probability) & (method.forget_probability > 0)
     if "uniform_target" in method.draws and draws.uniform_target is None:
         drawn["uniform_target"] = source.uniform(forget.shape, Purpose.UNIFORM_TARGET, forget.dtype)
     return replace(draws, **drawn)
@@ -151,7 +165,9 @@ def validate(
     """
     unused = draws.given() - needs
     if unused:
-        raise ValueError(f"draws: expected only {', '.join(sorted(needs))} for this method, got {', '.join(sorted(unused))} too")
+        raise ValueError(
+            f"draws: expected only {', '.join(sorted(needs))} for this method, got {', '.join(sorted(unused))} too"
+        )
     for branch, batch in (("forget", forget), ("retain", retain)):
         noise, timesteps = getattr(draws, f"{branch}_noise"), getattr(draws, f"{branch}_timesteps")
         if isinstance(noise, Noise):
@@ -159,7 +175,9 @@ def validate(
         elif noise is not None:
             check.like(f"draws.{branch}_noise", noise, branch, batch)
             if noise.dtype != batch.dtype:
-                raise TypeError(f"draws.{branch}_noise: expected the dtype of {branch}, {batch.dtype}, got {noise.dtype}")
+                raise TypeError(
+                    f"draws.{branch}_noise: expected the dtype of {branch}, {batch.dtype}, got {noise.dtype}"
+                )
         if timesteps is not None:
             name = f"draws.{branch}_timesteps"
             check.vector(name, timesteps, len(batch), batch.device, floating=False)
@@ -168,6 +186,9 @@ def validate(
     if draws.uniform_target is not None:
         check.like("draws.uniform_target", draws.uniform_target, "forget", forget)
     chosen = draws.from_forget
-    if chosen is not None and (not isinstance(chosen, Tensor) or chosen.dtype != torch.bool or chosen.shape != forget.shape[:1]):
-        raise ValueError(f"draws.from_forget: expected bool of shape ({len(forget)},), got {check.describe(chosen)}")
-
+    if chosen is not None and (
+        not isinstance(chosen, Tensor) or chosen.dtype != torch.bool or chosen.shape != forget.shape[:1]
+    ):
+        raise ValueError(
+            f"draws.from_forget: expected bool of shape ({len(forget)},), got {check.describe(chosen)}"
+        )

@@ -14,16 +14,20 @@ from ..host import check
 
 @dataclass(frozen=True)
 class LowPass:
-    """A mask M of spatial frequencies: 1 on a band, `high_frequency_weight` elsewhere; the loss is `||F^-1(M o F(prediction - target))||^2`.
+    """A mask M of spatial frequencies: 1 on a band, `high_frequency_weight` elsewhere; the loss is `||F^-1(M
+    o F(prediction - target))||^2`.
 
-    F is the DFT of each channel, `u` and `v` the integer frequencies of its rows and columns, at most half the size. Frequencies are
-    compared with the radius exactly, in integers: 0.3 means 3/10, not the float nearest to it.
+    F is the DFT of each channel, `u` and `v` the integer frequencies of its rows and columns, at most half
+    the size. Frequencies are compared with the radius exactly, in integers: 0.3 means 3/10, not the float
+    nearest to it.
 
-    The paper prints neither its radii nor their unit. Fractions of the Nyquist frequency carry over from images to latents, bins do not.
+    The paper prints neither its radii nor their unit. Fractions of the Nyquist frequency carry over from
+    images to latents, bins do not.
 
     Args:
-        radius: where the band ends. In units of `"nyquist"` a frequency lies within it if `(u / (H/2))^2 + (v / (W/2))^2 <= radius^2`, so 1
-            reaches the highest frequency of each axis; in `"bins"` if `u^2 + v^2 <= radius^2`.
+        radius: where the band ends. In units of `"nyquist"` a frequency lies within it if `(u / (H/2))^2 + (v
+            / (W/2))^2 <= radius^2`, so 1 reaches the highest frequency of each axis; in `"bins"` if `u^2 +
+            v^2 <= radius^2`.
         kind: `"disc"`, or `"box"`: both `u` and `v` are at most the radius of their axis.
         band: `"low"`, within the radius; `"mid"`, within it but not within `inner`; `"high"`, not within it.
         inner: where a mid band begins, in the unit of `radius`.
@@ -51,7 +55,9 @@ class LowPass:
         check.number("high_frequency_weight", self.high_frequency_weight, low=0)
         _radius("radius", self.radius)
         if (self.inner is not None) != (self.band == "mid"):
-            raise ValueError(f"inner: expected {'a number' if self.band == 'mid' else 'None'} with band={self.band!r}, got {check.describe(self.inner)}")
+            raise ValueError(
+                f"inner: expected {'a number' if self.band == 'mid' else 'None'} with band={self.band!r}, got {check.describe(self.inner)}"
+            )
         if self.inner is not None and not _radius("inner", self.inner) < _radius("radius", self.radius):
             raise ValueError(f"inner: expected a number below radius, {self.radius}, got {self.inner}")
 
@@ -59,32 +65,46 @@ class LowPass:
         """The mask for images of that size, as `ops.lowpass_residual` takes it.
 
         Returns:
-            `table, inside, outside`: M is `inside` where the float32 `table[u, v]` is 1 and `outside` elsewhere, also at frequencies beyond the
+            `table, inside, outside`: M is `inside` where the float32 `table[u, v]` is 1 and `outside`
+                elsewhere, also at frequencies beyond the
             table, which is no larger than its ones.
 
         Raises:
-            TypeError, ValueError: for a size that is no positive integer, or one where M is 0 at every frequency.
+            TypeError, ValueError: for a size that is no positive integer, or one where M is 0 at every
+                frequency.
         """
         height = check.integer("height", height, low=1)
         width = check.integer("width", width, low=1)
         table = self._within(self.radius, height, width)
         if self.inner is not None:
             table = table - self._within(self.inner, height, width)
-        inside, outside = (self.high_frequency_weight, 1.0) if self.band == "high" else (1.0, self.high_frequency_weight)
+        inside, outside = (
+            (self.high_frequency_weight, 1.0) if self.band == "high" else (1.0, self.high_frequency_weight)
+        )
         nothing = not table.any() if self.band == "mid" else self.band == "high" and bool(table.all())
         if nothing and self.high_frequency_weight == 0:
-            raise ValueError(f"LowPass: expected a band with frequencies of images of {height} x {width}, got none in {self}")
+            raise ValueError(
+                f"LowPass: expected a band with frequencies of images of {height} x {width}, got none in {self}"
+            )
         return _trimmed(table), float(inside), float(outside)
 
     def _within(self, radius: float | Fraction, height: int, width: int) -> Tensor:
         """1 at the frequencies within `radius`: float32 `[H // 2 + 1, W // 2 + 1]`."""
         radius = _exact(radius)
-        row_unit, column_unit = (Fraction(height, 2), Fraction(width, 2)) if self.unit == "nyquist" else (Fraction(1), Fraction(1))
+        row_unit, column_unit = (
+            (Fraction(height, 2), Fraction(width, 2))
+            if self.unit == "nyquist"
+            else (Fraction(1), Fraction(1))
+        )
         table = torch.zeros(height // 2 + 1, width // 2 + 1)
         for u in range(height // 2 + 1):
             left = radius**2 - (u / row_unit) ** 2  # what is left of the squared radius for v
             if left >= 0:
-                last = math.floor(radius * column_unit) if self.kind == "box" else math.isqrt(math.floor(left * column_unit**2))
+                last = (
+                    math.floor(radius * column_unit)
+                    if self.kind == "box"
+                    else math.isqrt(math.floor(left * column_unit**2))
+                )
                 table[u, : last + 1] = 1
         return table
 

@@ -34,7 +34,9 @@ class Batch:
 
 @dataclass(frozen=True)
 class Term:
-    """`scale * mean_b weight_b (||prediction_b - target_b||^2 + spread_b)` over the rows `start..start + B` of a pass."""
+    """`scale * mean_b weight_b (||prediction_b - target_b||^2 + spread_b)` over the rows `start..start + B`
+    of a pass.
+    """
 
     role: Role  # which of the two gradients it belongs to, for methods that keep them apart
     target: Tensor  # [B, C, H, W]
@@ -42,7 +44,9 @@ class Term:
     start: int = 0
     spread: Tensor | None = None  # [B]
     scale: float = 1.0
-    unit: Tensor | None = None  # 0-d, >= 0: the weights were divided by it (0: they are 0), so that tiny ones survive float32; it cancels in a rescaling
+    # 0-d, >= 0: the weights were divided by it (0: they are 0), so that tiny ones survive float32; it cancels
+    # in a rescaling
+    unit: Tensor | None = None
 
     @property
     def stop(self) -> int:
@@ -55,7 +59,9 @@ class Term:
             return None
         own = slice(first - self.start, last - self.start)
         spread = None if self.spread is None else self.spread[own]
-        return replace(self, target=self.target[own], weight=self.weight[own], spread=spread, start=first - start)
+        return replace(
+            self, target=self.target[own], weight=self.weight[own], spread=spread, start=first - start
+        )
 
 
 @dataclass(frozen=True)
@@ -84,17 +90,26 @@ class Pass:
         return parts
 
     def by_role(self) -> list[Pass]:
-        """The same work in up to three calls: rows that only the forget terms need, rows that both need, rows that only the retain terms need.
+        """The same work in up to three calls: rows that only the forget terms need, rows that both need, rows
+        that only the retain terms need.
 
-        A row outside a term, or of weight zero in it, takes no backward pass for it; and several small calls hold fewer activations than a large one. How
-        many rows there are of each kind is data, so this is for CPUs, where reading it is no wait. A pass with two terms of a role comes back as it is.
+        A row outside a term, or of weight zero in it, takes no backward pass for it; and several small calls
+        hold fewer activations than a large one. How many rows there are of each kind is data, so this is for
+        CPUs, where reading it is no wait. A pass with two terms of a role comes back as it is.
         """
         if len({term.role for term in self.terms}) < len(self.terms):
             return [self]
-        needed = {term.role: {term.start + row for row, weight in enumerate(term.weight.tolist()) if weight != 0} for term in self.terms}
+        needed = {
+            term.role: {term.start + row for row, weight in enumerate(term.weight.tolist()) if weight != 0}
+            for term in self.terms
+        }
         parts = []
         for roles in ({"forget"}, {"forget", "retain"}, {"retain"}):
-            rows = [row for row in range(len(self.x_t)) if {role for role in needed if row in needed[role]} == roles]
+            rows = [
+                row
+                for row in range(len(self.x_t))
+                if {role for role in needed if row in needed[role]} == roles
+            ]
             if rows:
                 parts.append(self._select(rows, roles))
         return parts or [self]
@@ -107,12 +122,19 @@ class Pass:
             if term.role in roles:
                 own = at - term.start
                 spread = None if term.spread is None else term.spread[own]
-                terms.append(replace(term, target=term.target[own], weight=term.weight[own], spread=spread, start=0))
-        return Pass(self.x_t[at], self.timesteps[at], tuple(terms), map_tensors(lambda value: value[at], self.kwargs))
+                terms.append(
+                    replace(term, target=term.target[own], weight=term.weight[own], spread=spread, start=0)
+                )
+        return Pass(
+            self.x_t[at], self.timesteps[at], tuple(terms), map_tensors(lambda value: value[at], self.kwargs)
+        )
 
 
 class Method:
-    """Base of the methods. Subclasses are frozen dataclasses; nothing else in the package asks which one it has."""
+    """Base of the methods.
+
+    Subclasses are frozen dataclasses; nothing else in the package asks which one it has.
+    """
 
     name: ClassVar[str]
     batches: ClassVar[frozenset[str]]  # of "forget", "retain", "neighbors": what `compose` reads
@@ -141,7 +163,9 @@ class Method:
 
     @property
     def combine(self) -> combination.Combination | None:
-        """How the gradient of the terms of role `"forget"`, kept apart, joins that of the others; None: all terms are one gradient."""
+        """How the gradient of the terms of role `"forget"`, kept apart, joins that of the others; None: all
+        terms are one gradient.
+        """
         return None
 
     def compose(self, batch: Batch, draws: Draws, schedule: NoiseSchedule) -> list[Pass]:
@@ -151,7 +175,12 @@ class Method:
 
 def mean_weight(batch: Tensor | Rows) -> Tensor:
     """`[B]`, the weight 1 / B of a plain mean over the batch."""
-    return torch.full((len(batch),), 1 / len(batch), device=batch.device, dtype=torch.promote_types(batch.dtype, torch.float32))
+    return torch.full(
+        (len(batch),),
+        1 / len(batch),
+        device=batch.device,
+        dtype=torch.promote_types(batch.dtype, torch.float32),
+    )
 
 
 def map_tensors(function, first: dict[str, Any], *others: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The forward process `x_t = alpha_t x_0 + sigma_t eps`, and what the network is asked to predict.
 
-The tables are float64: the importance weights of every method multiply distances by `(alpha_t / sigma_t)^2`, up to 1e4 at small t.
+The tables are float64: the importance weights of every method multiply distances by `(alpha_t / sigma_t)^2`,
+up to 1e4 at small t.
 """
 
 from __future__ import annotations
@@ -21,23 +22,34 @@ class NoiseSchedule:
         alpha: `[T]`, signal level of each timestep; kept in float64.
         sigma: `[T]`, noise level of each timestep; kept in float64.
         model_timesteps: `[T]`, what the network receives for each index (default: the index itself).
-        prediction_type: what the network returns: `"epsilon"`, `"v_prediction"` (`alpha eps - sigma x_0`), `"sample"` (`x_0`) or
-            `"flow"` (`eps - x_0`).
+        prediction_type: what the network returns: `"epsilon"`, `"v_prediction"` (`alpha eps - sigma x_0`),
+            `"sample"` (`x_0`) or `"flow"` (`eps - x_0`).
 
     Raises:
-        TypeError, ValueError: for tables of different length or with values that no forward process has, or an unknown prediction type.
+        TypeError, ValueError: for tables of different length or with values that no forward process has, or
+            an unknown prediction type.
     """
 
-    def __init__(self, alpha: Tensor, sigma: Tensor, model_timesteps: Tensor | None = None, prediction_type: str = "epsilon"):
+    def __init__(
+        self,
+        alpha: Tensor,
+        sigma: Tensor,
+        model_timesteps: Tensor | None = None,
+        prediction_type: str = "epsilon",
+    ):
         alpha, sigma = _table("alpha", alpha), _table("sigma", sigma)
         if alpha.shape != sigma.shape:
             raise ValueError(f"sigma: expected the length of alpha, {len(alpha)}, got {len(sigma)}")
         if prediction_type not in PREDICTION_TYPES:
-            raise ValueError(f"prediction_type: expected one of {', '.join(PREDICTION_TYPES)}, got {prediction_type!r}")
+            raise ValueError(
+                f"prediction_type: expected one of {', '.join(PREDICTION_TYPES)}, got {prediction_type!r}"
+            )
         if model_timesteps is None:
             model_timesteps = torch.arange(len(alpha))
         elif not isinstance(model_timesteps, Tensor) or model_timesteps.shape != alpha.shape:
-            raise ValueError(f"model_timesteps: expected a tensor of shape {tuple(alpha.shape)}, got {_describe(model_timesteps)}")
+            raise ValueError(
+                f"model_timesteps: expected a tensor of shape {tuple(alpha.shape)}, got {_describe(model_timesteps)}"
+            )
         self.alpha, self.sigma = alpha, sigma
         self.model_timesteps, self.prediction_type = model_timesteps.cpu(), prediction_type
         needs_signal = prediction_type == "epsilon"
@@ -56,35 +68,49 @@ class NoiseSchedule:
 
     @classmethod
     def from_alphas_cumprod(cls, alphas_cumprod: Tensor, **kwargs) -> NoiseSchedule:
-        """A variance-preserving schedule from `alphas_cumprod` `[T]`: `alpha = sqrt(abar)`, `sigma = sqrt(1 - abar)`, in float64."""
+        """A variance-preserving schedule from `alphas_cumprod` `[T]`: `alpha = sqrt(abar)`, `sigma = sqrt(1 -
+        abar)`, in float64.
+        """
         alphas_cumprod = _table("alphas_cumprod", alphas_cumprod)
         if alphas_cumprod.max() > 1:
-            raise ValueError(f"alphas_cumprod: expected values in [0, 1], got a maximum of {alphas_cumprod.max():.6g}")
+            raise ValueError(
+                f"alphas_cumprod: expected values in [0, 1], got a maximum of {alphas_cumprod.max():.6g}"
+            )
         if (alphas_cumprod.diff() > 0).any():  # betas, or a table turned round
             first = int((alphas_cumprod.diff() > 0).nonzero()[0]) + 1
-            raise ValueError(f"alphas_cumprod: expected values that fall with t, got one that rises at t = {first}")
+            raise ValueError(
+                f"alphas_cumprod: expected values that fall with t, got one that rises at t = {first}"
+            )
         return cls(alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt(), **kwargs)
 
     @classmethod
     def from_diffusers(cls, scheduler) -> NoiseSchedule:
-        """The schedule a diffusers scheduler trains with; its float32 `alphas_cumprod` is what the checkpoint has seen, so it is the source.
+        """The schedule a diffusers scheduler trains with; its float32 `alphas_cumprod` is what the checkpoint
+        has seen, so it is the source.
 
-        Flow matching: diffusers' FlowMatch schedulers. One with `use_dynamic_shifting` shifts its noise levels when it
-        samples, by the size of the image; diffusers' scripts train with those that are not shifted.
+        Flow matching: diffusers' FlowMatch schedulers. One with `use_dynamic_shifting` shifts its noise
+        levels when it samples, by the size of the image; diffusers' scripts train with those that are not
+        shifted.
         """
         if hasattr(scheduler, "alphas_cumprod"):
-            return cls.from_alphas_cumprod(scheduler.alphas_cumprod, prediction_type=scheduler.config.get("prediction_type", "epsilon"))
+            return cls.from_alphas_cumprod(
+                scheduler.alphas_cumprod, prediction_type=scheduler.config.get("prediction_type", "epsilon")
+            )
         if type(scheduler).__name__ in FLOW_MATCHING:
             config = scheduler.config
             if config.get("invert_sigmas"):
                 raise ValueError("scheduler: expected noise levels that rise with t, got invert_sigmas=True")
-            return cls.flow(config.num_train_timesteps, shift=1.0 if config.get("use_dynamic_shifting") else config.shift)
+            return cls.flow(
+                config.num_train_timesteps, shift=1.0 if config.get("use_dynamic_shifting") else config.shift
+            )
         expected = f"a diffusers scheduler with alphas_cumprod, or one of {', '.join(FLOW_MATCHING)}"
         raise TypeError(f"scheduler: expected {expected}, got {type(scheduler).__name__}")
 
     @classmethod
     def flow(cls, num_timesteps: int = 1000, shift: float = 1.0) -> NoiseSchedule:
-        """Flow matching, `x_t = (1 - sigma_t) x_0 + sigma_t eps`, with diffusers' shift of the noise levels; index t is noise level (t + 1) / T."""
+        """Flow matching, `x_t = (1 - sigma_t) x_0 + sigma_t eps`, with diffusers' shift of the noise levels;
+        index t is noise level (t + 1) / T.
+        """
         sigma = torch.arange(1, num_timesteps + 1, dtype=torch.float64) / num_timesteps
         sigma = shift * sigma / (1 + (shift - 1) * sigma)
         return cls(1 - sigma, sigma, model_timesteps=sigma * num_timesteps, prediction_type="flow")
@@ -96,10 +122,12 @@ class NoiseSchedule:
         return f"NoiseSchedule({len(self)} timesteps, prediction_type={self.prediction_type!r})"
 
     def coefficients(self, timesteps: Tensor) -> Tensor:
-        """What the ops need to know of `timesteps` `[B]`: float64 `[B, 5]` on their device, columns `alpha, sigma, a, b, c`.
+        """What the ops need to know of `timesteps` `[B]`: float64 `[B, 5]` on their device, columns `alpha,
+        sigma, a, b, c`.
 
-        In the model's prediction space the target of a clean image `x` seen through `x_t = alpha x_0 + sigma eps` is
-        `a eps + b x_0 + c (x_0 - x)`: a network that predicts eps, v, x_0 or the flow differs in these three numbers only.
+        In the model's prediction space the target of a clean image `x` seen through `x_t = alpha x_0 + sigma
+        eps` is `a eps + b x_0 + c (x_0 - x)`: a network that predicts eps, v, x_0 or the flow differs in
+        these three numbers only.
 
         On a GPU nothing is read: the row of a timestep outside the schedule, or where the loss is not
         defined, is NaN, so that no update can come of it.
@@ -156,13 +184,16 @@ class NoiseSchedule:
         """Refuses a schedule with timesteps where the loss is not defined: any of them can be drawn.
 
         Raises:
-            ValueError: `sigma_t = 0` (the noise cannot be told from the image), or `alpha_t = 0` with a network that predicts eps.
+            ValueError: `sigma_t = 0` (the noise cannot be told from the image), or `alpha_t = 0` with a
+                network that predicts eps.
         """
         if self._all_usable:
             return
         first = int((~self._usable).nonzero()[0])
         if self.sigma[first] == 0:
-            raise ValueError(f"schedule: expected sigma_t > 0 at every timestep that can be drawn, got sigma = 0 at t = {first}")
+            raise ValueError(
+                f"schedule: expected sigma_t > 0 at every timestep that can be drawn, got sigma = 0 at t = {first}"
+            )
         expected = "alpha_t > 0 for a network that predicts epsilon"
         raise ValueError(f"schedule: expected {expected}, got alpha = 0 at t = {first} (zero terminal SNR)")
 
@@ -212,9 +243,15 @@ def _table(name: str, values) -> Tensor:
         raise ValueError(f"{name}: expected a floating-point tensor of shape [T], got {_describe(values)}")
     values = values.detach().to("cpu", torch.float64)
     if not torch.isfinite(values).all() or values.min() < 0:
-        raise ValueError(f"{name}: expected finite values >= 0, got values in [{values.min():.6g}, {values.max():.6g}]")
+        raise ValueError(
+            f"{name}: expected finite values >= 0, got values in [{values.min():.6g}, {values.max():.6g}]"
+        )
     return values
 
 
 def _describe(value) -> str:
-    return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    return (
+        f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
+        if isinstance(value, Tensor)
+        else type(value).__name__
+    )

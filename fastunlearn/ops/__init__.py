@@ -1,1 +1,3 @@
-"""The ops: one file each, with schema, fake kernel, autograd, the eager closed form and the choice of backend."""
+"""The ops: one file each, with schema, fake kernel, autograd, the eager closed form and the choice of
+backend.
+"""

@@ -1,4 +1,6 @@
-"""Where the kernels are: C++ and CUDA in the extension (`fastunlearn/_C*.abi3.so`), Triton in `fastunlearn/kernels`. Loaded at first use."""
+"""Where the kernels are: C++ and CUDA in the extension (`fastunlearn/_C*.abi3.so`), Triton in
+`fastunlearn/kernels`. Loaded at first use.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ def find_kernel(name: str, device: torch.device, args: tuple, *, required: bool)
         kernel = _native(name)
     elif device.type == "cpu" and required:  # the command is made where it is shown, not at every call
         reason = f"the C++ extension is not built; build it with: {build_command()}"
-    elif device.type == "cuda" and any(isinstance(value, Tensor) and value.dtype == torch.float64 and value.ndim >= 4 for value in args):
+    elif device.type == "cuda" and any(
+        isinstance(value, Tensor) and value.dtype == torch.float64 and value.ndim >= 4 for value in args
+    ):
         reason = "GPU kernels take float16, bfloat16, float32 and uint8 images, got float64"
     elif device.type == "cuda":
         kernel, reason = _on_gpu(name)
@@ -46,10 +50,15 @@ def find_kernel(name: str, device: torch.device, args: tuple, *, required: bool)
 
 @functools.cache
 def extension(library: str) -> bool:
-    """Loads `_C` (CPU) or `_C_cuda`; False, with one warning that names the command which builds it, where it is missing."""
+    """Loads `_C` (CPU) or `_C_cuda`; False, with one warning that names the command which builds it, where it
+    is missing.
+    """
     path = _PACKAGE / f"{library}.abi3.so"
     if not path.exists():
-        warnings.warn(f"fastunlearn: {path.name} is not built, plain torch is used instead (slower); build it with: {build_command()}", stacklevel=2)
+        warnings.warn(
+            f"fastunlearn: {path.name} is not built, plain torch is used instead (slower); build it with: {build_command()}",
+            stacklevel=2,
+        )
         return False
     wanted = os.environ.get("FASTUNLEARN_ISA") or ISAS[-1]
     if wanted not in ISAS:
@@ -69,7 +78,11 @@ def extension(library: str) -> bool:
 
 def build_command() -> str:
     checkout = (_PACKAGE.parent / "setup.py").exists()
-    what = f"--no-build-isolation -e {_PACKAGE.parent}" if checkout else "--force-reinstall --no-binary fastunlearn fastunlearn"
+    what = (
+        f"--no-build-isolation -e {_PACKAGE.parent}"
+        if checkout
+        else "--force-reinstall --no-binary fastunlearn fastunlearn"
+    )
     return f"{sys.executable} -m pip install --no-deps {what}"
 
 
@@ -82,11 +95,19 @@ def _native(name: str) -> Callable:
 def _on_gpu(name: str) -> tuple[Callable | None, str]:
     if name in _TRITON:
         if importlib.util.find_spec("triton") is None:
-            warnings.warn("fastunlearn: triton is not installed, plain torch is used instead (slower); install it with: pip install triton", stacklevel=3)
+            warnings.warn(
+                "fastunlearn: triton is not installed, plain torch is used instead (slower); install it with: pip install triton",
+                stacklevel=3,
+            )
             return None, "triton is not installed"
         return getattr(importlib.import_module(f"fastunlearn.kernels.{name}"), name), ""
     if name not in _CUDA:
         return None, f"{name} runs in plain torch on a GPU"
-    if not (_PACKAGE / "_C_cuda.abi3.so").exists() and importlib.util.find_spec("cupy") is not None:  # no compiler was there at installation
+    # no compiler was there at installation
+    if not (_PACKAGE / "_C_cuda.abi3.so").exists() and importlib.util.find_spec("cupy") is not None:
         return getattr(importlib.import_module(f"fastunlearn.ops._{name}_cupy"), name), ""
-    return (_native(name), "") if extension("_C_cuda") else (None, f"the CUDA extension is not built; build it with: {build_command()}")
+    return (
+        (_native(name), "")
+        if extension("_C_cuda")
+        else (None, f"the CUDA extension is not built; build it with: {build_command()}")
+    )

@@ -1,10 +1,12 @@
 """The torch.library namespace of the ops, and the choice of backend.
 
-An op is defined once, in `ops/<op>.py`: its schema, its outputs, its eager closed form. A backend's kernel takes the op's arguments and
-then its outputs, which it fills: C++ on a CPU (`csrc/<op>.cpp`), Triton or CUDA on a GPU (`kernels/<op>.py`, `csrc/<op>.cu`).
+An op is defined once, in `ops/<op>.py`: its schema, its outputs, its eager closed form. A backend's kernel
+takes the op's arguments and then its outputs, which it fills: C++ on a CPU (`csrc/<op>.cpp`), Triton or CUDA
+on a GPU (`kernels/<op>.py`, `csrc/<op>.cu`).
 
-`FASTUNLEARN_BACKEND`, read at every call: unset or `auto`, the kernel where there is one; `kernels`, the kernel or an error; `eager`, the
-closed form in plain torch; `reference`, the papers' formulas (`functional.py` sees to that).
+`FASTUNLEARN_BACKEND`, read at every call: unset or `auto`, the kernel where there is one; `kernels`, the
+kernel or an error; `eager`, the closed form in plain torch; `reference`, the papers' formulas
+(`functional.py` sees to that).
 """
 
 from __future__ import annotations
@@ -25,15 +27,25 @@ NATIVE = torch.library.Library("fastunlearn_native", "DEF")  # what C++ implemen
 
 
 def define(
-    name: str, arguments: str, outputs: tuple[str, ...], *, check: Callable, empty: Callable, eager: Callable, prepare: Callable, more: str = ""
+    name: str,
+    arguments: str,
+    outputs: tuple[str, ...],
+    *,
+    check: Callable,
+    empty: Callable,
+    eager: Callable,
+    prepare: Callable,
+    more: str = "",
 ) -> Callable:
     """Registers `fastunlearn::<name>` for every device.
 
     Args:
         arguments: of the schema, `"Tensor images, Tensor? index"`.
         outputs: their names.
-        check: raises for arguments whose shapes do not fit together, before any backend reads past an end; it looks at no values.
-        empty: the op's arguments to a tuple of its outputs, unwritten: what a kernel fills, and the fake kernel.
+        check: raises for arguments whose shapes do not fit together, before any backend reads past an end; it
+            looks at no values.
+        empty: the op's arguments to a tuple of its outputs, unwritten: what a kernel fills, and the fake
+            kernel.
         eager: the closed form in plain torch.
         prepare: arguments and outputs to the arguments of the kernel (dense, with tables), where they differ.
         more: arguments of the kernel beyond those of the op, in schema form.
@@ -44,9 +56,15 @@ def define(
         tensor, *others = [value for value in args if isinstance(value, Tensor)]
         for other in others:  # a kernel would take an address on one device for one on another
             if other.device != tensor.device:
-                raise ValueError(f"{name}: expected all tensors on one device, got {tensor.device} and {other.device}")
+                raise ValueError(
+                    f"{name}: expected all tensors on one device, got {tensor.device} and {other.device}"
+                )
         wanted = backend()
-        kernel = None if wanted == "eager" else _backends.find_kernel(name, tensor.device, args, required=wanted == "kernels")
+        kernel = (
+            None
+            if wanted == "eager"
+            else _backends.find_kernel(name, tensor.device, args, required=wanted == "kernels")
+        )
         if kernel is None:
             with torch.autocast(tensor.device.type, enabled=False):  # ops keep their own precision
                 return _one_or_all(eager(*args))
@@ -59,10 +77,14 @@ def define(
         check(*args)
         return _one_or_all(empty(*args))
 
-    LIBRARY.define(f"{name}({arguments}) -> {'Tensor' if len(outputs) == 1 else '(' + ', '.join(['Tensor'] * len(outputs)) + ')'}")
+    LIBRARY.define(
+        f"{name}({arguments}) -> {'Tensor' if len(outputs) == 1 else '(' + ', '.join(['Tensor'] * len(outputs)) + ')'}"
+    )
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastunlearn::{name}", fake, lib=LIBRARY)
-    written = ", ".join(f"Tensor({letter}!) {output}" for letter, output in zip(string.ascii_lowercase, outputs, strict=False))
+    written = ", ".join(
+        f"Tensor({letter}!) {output}" for letter, output in zip(string.ascii_lowercase, outputs, strict=False)
+    )
     define_native(name, f"{arguments}{', ' + more if more else ''}, {written}")
     return getattr(torch.ops.fastunlearn, name).default
 
@@ -88,7 +110,8 @@ def _one_or_all(outputs: tuple[Tensor, ...]):
     return outputs if len(outputs) > 1 else outputs[0]
 
 
-# --- shared by the closed forms --------------------------------------------------------------------------------------------------
+# --- shared by the closed forms
+# --------------------------------------------------------------------------------------------------
 
 
 def per_row(values: Tensor, like: Tensor) -> Tensor:
@@ -98,11 +121,17 @@ def per_row(values: Tensor, like: Tensor) -> Tensor:
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """float32, or float64 where one of `tensors` is."""
-    return torch.float64 if any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+    return (
+        torch.float64
+        if any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
+        else torch.float32
+    )
 
 
 def served(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Stored rows as network input: uint8 `u` as `u / 127.5 - 1`, rounded as in float32 whatever `dtype` is; float rows as they are."""
+    """Stored rows as network input: uint8 `u` as `u / 127.5 - 1`, rounded as in float32 whatever `dtype` is;
+    float rows as they are.
+    """
     return network_input(rows).to(dtype) if rows.dtype == torch.uint8 else rows.to(dtype)
 
 
@@ -119,7 +148,9 @@ def empty_images(images: Tensor, index: Tensor | None, dtype: torch.dtype, chann
 
 
 def laid_out(images: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
-    return images.to(dtype).contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    return images.to(dtype).contiguous(
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format
+    )
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -127,21 +158,29 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-# --- arguments of the kernels ----------------------------------------------------------------------------------------------------
+# --- arguments of the kernels
+# ----------------------------------------------------------------------------------------------------
 
 
 def rows_for_kernel(images: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Contiguous `images` and int64 `index`. Of a store that is a permuted view (an NHWC file, perhaps memory-mapped) only the rows are copied."""
+    """Contiguous `images` and int64 `index`.
+
+    Of a store that is a permuted view (an NHWC file, perhaps memory-mapped) only the rows are copied.
+    """
     if images.is_contiguous() or index is None:
         return images.contiguous(), index if index is None else index.long().contiguous()
     return images[index.long()].contiguous(), None
 
 
 def noise_for_kernel(noise: Tensor | None, counter: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    return noise if noise is None else noise.contiguous(), counter if counter is None else counter.long().contiguous()
+    return (
+        noise if noise is None else noise.contiguous(),
+        counter if counter is None else counter.long().contiguous(),
+    )
 
 
-# --- checks of shapes ------------------------------------------------------------------------------------------------------------
+# --- checks of shapes
+# ------------------------------------------------------------------------------------------------------------
 
 
 def check_rows(name: str, images: Tensor, index: Tensor | None, *, ndim: int = 1) -> tuple[int, ...]:
@@ -149,11 +188,15 @@ def check_rows(name: str, images: Tensor, index: Tensor | None, *, ndim: int = 1
     if images.numel() == 0:
         raise ValueError(f"{name}: expected at least one image, got shape {tuple(images.shape)}")
     if images.ndim != (ndim if index is None else 1) + 3:
-        raise ValueError(f"{name}: expected {'rows ' if index is not None else ''}[..., C, H, W], got shape {tuple(images.shape)}")
+        raise ValueError(
+            f"{name}: expected {'rows ' if index is not None else ''}[..., C, H, W], got shape {tuple(images.shape)}"
+        )
     if index is None:
         return tuple(images.shape)
     if index.ndim != ndim or index.numel() == 0 or index.is_floating_point() or index.dtype == torch.bool:
-        raise ValueError(f"{name}: expected an integer index of {ndim} axes with at least one row, got {index.dtype} of shape {tuple(index.shape)}")
+        raise ValueError(
+            f"{name}: expected an integer index of {ndim} axes with at least one row, got {index.dtype} of shape {tuple(index.shape)}"
+        )
     return (*index.shape, *images.shape[1:])
 
 

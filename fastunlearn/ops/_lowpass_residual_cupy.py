@@ -1,6 +1,8 @@
-"""lowpass_residual on a GPU without a compiler: CuPy (NVRTC) compiles csrc/lowpass_residual.cuh at first use and keeps the binary on disk.
+"""lowpass_residual on a GPU without a compiler: CuPy (NVRTC) compiles csrc/lowpass_residual.cuh at first use
+and keeps the binary on disk.
 
-Repeats csrc/lowpass_residual_plan.h and csrc/lowpass_residual_cuda.cpp in Python; a test compares the two plans. Not yet measured on a GPU.
+Repeats csrc/lowpass_residual_plan.h and csrc/lowpass_residual_cuda.cpp in Python; a test compares the two
+plans. Not yet measured on a GPU.
 """
 
 from __future__ import annotations
@@ -15,9 +17,29 @@ from torch import Tensor
 
 _NAMES = ("_plan.h", "_blocks.cuh", "_chunks.cuh", "_plane.cuh", ".cuh")
 _PARTS = ("tensor_core.cuh", *(f"lowpass_residual{name}" for name in _NAMES))
-_POINTERS = ("prediction", "target", "weight", "band", "row_basis", "column_basis", "energy", "gradient", "coefficients", "partials")
+_POINTERS = (
+    "prediction",
+    "target",
+    "weight",
+    "band",
+    "row_basis",
+    "column_basis",
+    "energy",
+    "gradient",
+    "coefficients",
+    "partials",
+)
 _STRIDES = ("prediction_stride", "target_stride", "gradient_stride")
-_SIZES = ("batch", "channels", "height", "width", "row_frequencies", "column_frequencies", "row_columns", "column_columns")
+_SIZES = (
+    "batch",
+    "channels",
+    "height",
+    "width",
+    "row_frequencies",
+    "column_frequencies",
+    "row_columns",
+    "column_columns",
+)
 _TYPES = ("prediction_type", "target_type", "weight_is_double")
 _PLANNED = ("vector", "splits", "panels", "panel_frequencies", "selects", "terms", "planes_per_block")
 ARGUMENTS = np.dtype(  # struct Arguments
@@ -31,7 +53,8 @@ ARGUMENTS = np.dtype(  # struct Arguments
 _TYPE_OF = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _ROWS, _CHUNK, _SLAB_PITCH, _ROW_PITCH, _SELECT_ELEMENTS = 64, 32, 36, 76, 2048
 _PLANE_THREADS, _PLANE_SHARED, _WHOLE_SAMPLE_BATCH = 256, 99 * 1024, 64
-_SHAPES = ((5, 4, True), (9, 4, False), (17, 8, False))  # eights of column frequencies, warps, whether synthesis keeps pairs of halves
+# eights of column frequencies, warps, whether synthesis keeps pairs of halves
+_SHAPES = ((5, 4, True), (9, 4, False), (17, 8, False))
 
 
 class Step(NamedTuple):
@@ -59,7 +82,9 @@ def lowpass_residual(
     energy: Tensor,
     gradient: Tensor,
 ) -> None:
-    """The contract of `torch.ops.fastunlearn_native.lowpass_residual`, for tensors on a GPU; on torch's current stream."""
+    """The contract of `torch.ops.fastunlearn_native.lowpass_residual`, for tensors on a GPU; on torch's
+    current stream.
+    """
     import cupy
 
     tensors = (prediction, target, weight, band, row_basis, column_basis, energy, gradient)
@@ -107,29 +132,46 @@ def pack(
 
 
 def make_plan(arguments: np.ndarray) -> Plan:
-    """make_plan of csrc/lowpass_residual_plan.h: fills the planned fields of `arguments` and returns what to launch."""
+    """make_plan of csrc/lowpass_residual_plan.h: fills the planned fields of `arguments` and returns what to
+    launch.
+    """
     a = {name: arguments[name].item() for name in ARGUMENTS.names}
     planes, outside = a["batch"] * a["channels"], a["outside"] != 0
     planned = dict.fromkeys(_PLANNED, 0)
     planned["vector"] = _is_vector(a)
     steps, coefficients = [], 0
     if planes and _plane_shared(a, 1) <= _PLANE_SHARED:
-        whole = a["channels"] == 1 or (a["batch"] >= _WHOLE_SAMPLE_BATCH and _plane_shared(a, a["channels"]) <= _PLANE_SHARED)
+        whole = a["channels"] == 1 or (
+            a["batch"] >= _WHOLE_SAMPLE_BATCH and _plane_shared(a, a["channels"]) <= _PLANE_SHARED
+        )
         count = a["channels"] if whole else 1
         planned.update(planes_per_block=count, terms=0 if whole else 1)
         steps = [Step("plane", planes // count, _PLANE_THREADS, _plane_shared(a, count))]
     elif planes:
-        tiles, warps, split = next((shape for shape in _SHAPES if a["column_frequencies"] <= 8 * shape[0]), _SHAPES[-1])
+        tiles, warps, split = next(
+            (shape for shape in _SHAPES if a["column_frequencies"] <= 8 * shape[0]), _SHAPES[-1]
+        )
         splits, panels = _ceil_div(a["height"], _ROWS), _ceil_div(a["column_frequencies"], 8 * tiles)
         elements = a["row_columns"] * panels * 16 * tiles
         selects = _ceil_div(elements, _SELECT_ELEMENTS)
-        planned.update(splits=splits, panels=panels, panel_frequencies=8 * tiles, selects=selects, terms=selects + (splits if outside else 0))
+        planned.update(
+            splits=splits,
+            panels=panels,
+            panel_frequencies=8 * tiles,
+            selects=selects,
+            terms=selects + (splits if outside else 0),
+        )
         coefficients = planes * splits * elements
         analysis, synthesis = _streamed_shared(16 * tiles, split)
         steps = [
             Step(f"analysis_{tiles}", planes * splits * panels, 32 * warps, analysis),
             Step("select", planes * selects, 256, 32),
-            Step(f"synthesis_residual_{tiles}" if outside else f"synthesis_{tiles}", planes * splits, 32 * warps, synthesis),
+            Step(
+                f"synthesis_residual_{tiles}" if outside else f"synthesis_{tiles}",
+                planes * splits,
+                32 * warps,
+                synthesis,
+            ),
         ]
     if planned["terms"]:
         steps.append(Step("energy", _ceil_div(a["batch"], 128), 128, 0))
@@ -141,7 +183,9 @@ def make_plan(arguments: np.ndarray) -> Plan:
 def source() -> str:
     """The kernels as one text: CuPy's cache on disk sees a change in any of the files."""
     package = Path(__file__).parents[1]
-    folder = next(place for place in (package / "csrc", package.parent / "csrc") if (place / _PARTS[0]).exists())
+    folder = next(
+        place for place in (package / "csrc", package.parent / "csrc") if (place / _PARTS[0]).exists()
+    )
     lines = [line for part in _PARTS for line in (folder / part).read_text().splitlines()]
     return "\n".join(line for line in lines if not line.startswith(('#include "', "#pragma once")))
 
@@ -155,7 +199,9 @@ def _module():
 
 def _is_vector(a: dict) -> bool:
     images = (("prediction", "prediction_type"), ("target", "target_type"), ("gradient", "prediction_type"))
-    return a["width"] % 4 == 0 and all(a[name] % (8 if a[kind] else 16) == 0 and a[f"{name}_stride"] % 4 == 0 for name, kind in images)
+    return a["width"] % 4 == 0 and all(
+        a[name] % (8 if a[kind] else 16) == 0 and a[f"{name}_stride"] % 4 == 0 for name, kind in images
+    )
 
 
 def _plane_shared(a: dict, planes: int) -> int:
@@ -169,7 +215,10 @@ def _streamed_shared(columns: int, split: bool) -> tuple[int, int]:
     """Bytes of shared memory of analysis and synthesis for blocks of `columns` cosines and sines: `Shape`."""
     pitch, deep_pitch, halves = columns + 4, columns + 8, 2 if split else 1
     fold, reduce = 2 * _ROWS * _SLAB_PITCH + 2 * _CHUNK * pitch, _ROWS * (deep_pitch + 2 * _ROW_PITCH)
-    expand, unfold = _ROWS * _SLAB_PITCH + halves * _CHUNK * (pitch if split else deep_pitch), _CHUNK * pitch + 2 * _ROWS * _SLAB_PITCH
+    expand, unfold = (
+        _ROWS * _SLAB_PITCH + halves * _CHUNK * (pitch if split else deep_pitch),
+        _CHUNK * pitch + 2 * _ROWS * _SLAB_PITCH,
+    )
     return 4 * max(fold, reduce), 4 * (halves * _ROWS * pitch + max(expand, unfold))
 
 

@@ -1,6 +1,8 @@
-"""attention: softmax attention, and its gradient, for the small heads of small networks (torch's CPU kernels are made for large ones).
+"""attention: softmax attention, and its gradient, for the small heads of small networks (torch's CPU kernels
+are made for large ones).
 
-The gradient makes the weights again from `logsumexp` (Dao et al. 2022): nothing of the size `[Sq, Sk]` is kept.
+The gradient makes the weights again from `logsumexp` (Dao et al. 2022): nothing of the size `[Sq, Sk]` is
+kept.
 """
 
 from __future__ import annotations
@@ -14,9 +16,11 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """`softmax(scale query key') value` `[B, H, Sq, D]`, once differentiable, and the logarithms of the softmax's sums `[B, H, Sq]` float32.
+    """`softmax(scale query key') value` `[B, H, Sq, D]`, once differentiable, and the logarithms of the
+    softmax's sums `[B, H, Sq]` float32.
 
-    The result, and every gradient, lies in memory as `[B, S, H, D]`: what comes before and after works on `[B, S, H D]`.
+    The result, and every gradient, lies in memory as `[B, S, H, D]`: what comes before and after works on
+    `[B, S, H D]`.
 
     Args:
         query: `[B, H, Sq, D]` float16, bfloat16 or float32; sums are float32.
@@ -49,7 +53,10 @@ def _empty_heads(like: Tensor) -> Tensor:
 
 
 def _prepare(args: tuple, outputs: tuple) -> tuple:
-    return tuple(_rows_without_gaps(value) if isinstance(value, Tensor) and value.ndim == 4 else value for value in args)
+    return tuple(
+        _rows_without_gaps(value) if isinstance(value, Tensor) and value.ndim == 4 else value
+        for value in args
+    )
 
 
 def _rows_without_gaps(heads: Tensor) -> Tensor:
@@ -76,18 +83,25 @@ def _check_like(name: str, heads: Tensor, dtype: torch.dtype, shape: tuple[int, 
         raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(heads.shape)}")
 
 
-# --- gradient --------------------------------------------------------------------------------------------------------------------
+# --- gradient
+# --------------------------------------------------------------------------------------------------------------------
 
 
-def _eager_backward(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsumexp: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def _eager_backward(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsumexp: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
     weights, _ = _weights(query, key, scale, logsumexp)
     grad = grad_out.float()
     grad_scores = weights * (grad @ value.float().mT - (grad * out.float()).sum(-1, keepdim=True))
     grads = (scale * (grad_scores @ key.float()), scale * (grad_scores.mT @ query.float()), weights.mT @ grad)
-    return tuple(_empty_heads(of).copy_(gradient) for of, gradient in zip((query, key, value), grads, strict=True))
+    return tuple(
+        _empty_heads(of).copy_(gradient) for of, gradient in zip((query, key, value), grads, strict=True)
+    )
 
 
-def _empty_backward(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsumexp: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def _empty_backward(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsumexp: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
     return _empty_heads(query), _empty_heads(key), _empty_heads(value)
 
 
@@ -96,16 +110,26 @@ def _prepare_backward(args: tuple, outputs: tuple) -> tuple:
     return *heads, logsumexp.contiguous(), scale
 
 
-def _check_backward(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsumexp: Tensor, scale: float) -> None:
+def _check_backward(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsumexp: Tensor, scale: float
+) -> None:
     _check(query, key, value, scale)
     for name, heads in (("grad_out", grad_out), ("out", out)):
         _check_like(name, heads, query.dtype, query.shape)
     if logsumexp.dtype != torch.float32 or logsumexp.shape != query.shape[:3]:
-        raise ValueError(f"logsumexp: expected float32 of shape {tuple(query.shape[:3])}, got {logsumexp.dtype} of shape {tuple(logsumexp.shape)}")
+        raise ValueError(
+            f"logsumexp: expected float32 of shape {tuple(query.shape[:3])}, got {logsumexp.dtype} of shape {tuple(logsumexp.shape)}"
+        )
 
 
 _op = define(
-    "attention", "Tensor query, Tensor key, Tensor value, float scale", ("out", "logsumexp"), check=_check, empty=_empty, eager=_eager, prepare=_prepare
+    "attention",
+    "Tensor query, Tensor key, Tensor value, float scale",
+    ("out", "logsumexp"),
+    check=_check,
+    empty=_empty,
+    eager=_eager,
+    prepare=_prepare,
 )
 _backward_op = define(
     "attention_backward",
@@ -132,7 +156,9 @@ def _backward(ctx, grad_out: Tensor | None, _):
 
 
 def _no_second_derivative(ctx, *grads):
-    raise NotImplementedError("attention: expected a first derivative, got a second one (torch's scaled_dot_product_attention has it)")
+    raise NotImplementedError(
+        "attention: expected a first derivative, got a second one (torch's scaled_dot_product_attention has it)"
+    )
 
 
 torch.library.register_autograd("fastunlearn::attention", _backward, setup_context=_setup_context)

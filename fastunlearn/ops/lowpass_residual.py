@@ -1,9 +1,11 @@
-"""lowpass_residual: the squared error of a band of spatial frequencies and its gradient, in one pass (arXiv 2510.17917, Eq. 8).
+"""lowpass_residual: the squared error of a band of spatial frequencies and its gradient, in one pass (arXiv
+2510.17917, Eq. 8).
 
-In the orthonormal real cosine/sine basis U of an axis a mask of `|u|, |v|` is diagonal, so the projection of `r = prediction - target`
-is `P r = U_H [band o (U_H' r U_W)] U_W'`: four small matrix products in place of four Fourier transforms. With M = `inside` on the band and
-`outside` elsewhere the energy is `sum M^2 |R|^2 = inside^2 ||P r||^2 + outside^2 ||r - P r||^2` (Parseval), its gradient
-`2 (outside^2 r + (inside^2 - outside^2) P r)`.
+In the orthonormal real cosine/sine basis U of an axis a mask of `|u|, |v|` is diagonal, so the projection of
+`r = prediction - target` is `P r = U_H [band o (U_H' r U_W)] U_W'`: four small matrix products in place of
+four Fourier transforms. With M = `inside` on the band and `outside` elsewhere the energy is `sum M^2 |R|^2 =
+inside^2 ||P r||^2 + outside^2 ||r - P r||^2` (Parseval), its gradient `2 (outside^2 r + (inside^2 -
+outside^2) P r)`.
 """
 
 from __future__ import annotations
@@ -19,14 +21,17 @@ from .residual import check as check_residual
 from .residual import differentiable, in_layout_of, weight_for_kernel
 
 
-def lowpass_residual(prediction: Tensor, target: Tensor, weight: Tensor, band: Tensor, inside: float, outside: float) -> tuple[Tensor, Tensor]:
+def lowpass_residual(
+    prediction: Tensor, target: Tensor, weight: Tensor, band: Tensor, inside: float, outside: float
+) -> tuple[Tensor, Tensor]:
     """`weight sum M^2 |R|^2` `[B]`, differentiable in `prediction`, and its gradient.
 
     Args:
         prediction: `[B, C, H, W]`, any floating dtype; the gradient comes back in that dtype, contiguous.
         target: `[B, C, H, W]`.
         weight: `[B]`.
-        band: float32 `[U, V]` of 0 and 1 over the frequencies `0 <= u < U <= H // 2 + 1`, `0 <= v < V <= W // 2 + 1` (`LowPass.mask`).
+        band: float32 `[U, V]` of 0 and 1 over the frequencies `0 <= u < U <= H // 2 + 1`, `0 <= v < V <= W //
+            2 + 1` (`LowPass.mask`).
         inside, outside: M on the band, and elsewhere.
     """
     return _op(prediction, target, weight, band, inside, outside)
@@ -34,7 +39,8 @@ def lowpass_residual(prediction: Tensor, target: Tensor, weight: Tensor, band: T
 
 @functools.lru_cache(maxsize=64)
 def basis(size: int, frequencies: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Orthonormal real basis of the lowest frequencies of an axis, `[size, columns]`: constant, cosine and sine of u = 1, 2, ..., `(-1)^n` at size / 2.
+    """Orthonormal real basis of the lowest frequencies of an axis, `[size, columns]`: constant, cosine and
+    sine of u = 1, 2, ..., `(-1)^n` at size / 2.
 
     Column i belongs to frequency `(i + 1) // 2`.
     """
@@ -50,10 +56,14 @@ def basis(size: int, frequencies: int, device: torch.device, dtype: torch.dtype)
     return (table / norm).to(dtype).to(device)
 
 
-def _eager(prediction: Tensor, target: Tensor, weight: Tensor, band: Tensor, inside: float, outside: float) -> tuple[Tensor, Tensor]:
+def _eager(
+    prediction: Tensor, target: Tensor, weight: Tensor, band: Tensor, inside: float, outside: float
+) -> tuple[Tensor, Tensor]:
     r = prediction.to(at_least_float32(prediction.dtype)) - target
     rows, columns = _bases(r, band)
-    mask = band.to(r.dtype)[(torch.arange(rows.shape[1], device=r.device) + 1) // 2][:, (torch.arange(columns.shape[1], device=r.device) + 1) // 2]
+    mask = band.to(r.dtype)[(torch.arange(rows.shape[1], device=r.device) + 1) // 2][
+        :, (torch.arange(columns.shape[1], device=r.device) + 1) // 2
+    ]
     coefficients = mask * (rows.T @ r @ columns)
     projected = rows @ coefficients @ columns.T
     energy = inside**2 * coefficients.flatten(1).square().sum(1)
@@ -62,17 +72,31 @@ def _eager(prediction: Tensor, target: Tensor, weight: Tensor, band: Tensor, ins
         energy = energy + outside**2 * (r - projected).flatten(1).square().sum(1)
         gradient = gradient + outside**2 * r
     weight = weight.to(r.dtype)
-    return (weight * energy).to(at_least_float32(prediction.dtype)), (per_row(2 * weight, r) * gradient).to(prediction.dtype).contiguous()
+    return (weight * energy).to(at_least_float32(prediction.dtype)), (per_row(2 * weight, r) * gradient).to(
+        prediction.dtype
+    ).contiguous()
 
 
-def _empty(prediction: Tensor, target: Tensor, weight: Tensor, band: Tensor, inside: float, outside: float) -> tuple[Tensor, Tensor]:
-    return prediction.new_empty(len(prediction), dtype=at_least_float32(prediction.dtype)), prediction.new_empty(prediction.shape)
+def _empty(
+    prediction: Tensor, target: Tensor, weight: Tensor, band: Tensor, inside: float, outside: float
+) -> tuple[Tensor, Tensor]:
+    return prediction.new_empty(
+        len(prediction), dtype=at_least_float32(prediction.dtype)
+    ), prediction.new_empty(prediction.shape)
 
 
 def _prepare(args: tuple, outputs: tuple) -> tuple:
     prediction, target, weight, band, inside, outside = args
     prediction, target = in_layout_of(outputs[1], prediction), in_layout_of(outputs[1], target)
-    return prediction, target, weight_for_kernel(weight), band.float().contiguous(), inside, outside, *_bases(prediction, band)
+    return (
+        prediction,
+        target,
+        weight_for_kernel(weight),
+        band.float().contiguous(),
+        inside,
+        outside,
+        *_bases(prediction, band),
+    )
 
 
 def _bases(like: Tensor, band: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,11 +104,15 @@ def _bases(like: Tensor, band: Tensor) -> tuple[Tensor, Tensor]:
     return basis(height, band.shape[0], like.device, dtype), basis(width, band.shape[1], like.device, dtype)
 
 
-def _check(prediction: Tensor, target: Tensor, weight: Tensor, band: Tensor, inside: float, outside: float) -> None:
+def _check(
+    prediction: Tensor, target: Tensor, weight: Tensor, band: Tensor, inside: float, outside: float
+) -> None:
     check_residual(prediction, target, weight)
     height, width = prediction.shape[-2:]
     if band.ndim != 2 or not 0 < band.shape[0] <= height // 2 + 1 or not 0 < band.shape[1] <= width // 2 + 1:
-        raise ValueError(f"band: expected [U, V] with U in [1, {height // 2 + 1}] and V in [1, {width // 2 + 1}], got shape {tuple(band.shape)}")
+        raise ValueError(
+            f"band: expected [U, V] with U in [1, {height // 2 + 1}] and V in [1, {width // 2 + 1}], got shape {tuple(band.shape)}"
+        )
 
 
 _op = define(

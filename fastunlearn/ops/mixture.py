@@ -1,9 +1,10 @@
-"""mixture: the SISS mixture sample, both of its targets, and the two importance weights through one sigmoid (SISS Eq. 6).
+"""mixture: the SISS mixture sample, both of its targets, and the two importance weights through one sigmoid
+(SISS Eq. 6).
 
-With `u = dist_x - dist_a` and `L = log(lambda / (1 - lambda))`: `w_x = sigmoid(-(u + L)) / (1 - lambda)`, `w_a = sigmoid(u + L) / lambda`,
-which cannot overflow, and `u` needs only `<eps, x - a>` and `||x - a||^2`. The log ratio of what else the
-branches draw from is added to `u`; where it is infinite, one branch alone could have made the row, and the
-weights are 0 and `1 / lambda` or `1 / (1 - lambda)`, whatever `u` is.
+With `u = dist_x - dist_a` and `L = log(lambda / (1 - lambda))`: `w_x = sigmoid(-(u + L)) / (1 - lambda)`,
+`w_a = sigmoid(u + L) / lambda`, which cannot overflow, and `u` needs only `<eps, x - a>` and `||x - a||^2`.
+The log ratio of what else the branches draw from is added to `u`; where it is infinite, one branch alone
+could have made the row, and the weights are 0 and `1 / lambda` or `1 / (1 - lambda)`, whatever `u` is.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def mixture(
     retain: Tensor, retain_index: Tensor | None, forget: Tensor, forget_index: Tensor | None, coefficients: Tensor, from_forget: Tensor, lambd: float,
     time_log_ratio: Tensor | None, noise: Tensor | None, counter: Tensor | None, purpose: int, dtype: torch.dtype, channels_last: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """`x_t` in `dtype`, retain and forget target in float32 or better (all `[B, C, H, W]`), retain and forget weight (both `[B]` float64).
+    """`x_t` in `dtype`, retain and forget target in float32 or better (all `[B, C, H, W]`), retain and forget
+    weight (both `[B]` float64).
 
     Args:
         retain: `[N, C, H, W]` uint8 or floating, images to keep, `x`.
@@ -50,18 +52,51 @@ def mixture(
         noise: `[B, C, H, W]`; None: made from `counter` (int64 `[3]`) and `purpose`, see `philox.Noise`.
         channels_last: the memory layout of the results.
     """
-    return _op(retain, retain_index, forget, forget_index, coefficients, from_forget, lambd, time_log_ratio, noise, counter, purpose, dtype, channels_last)
+    return _op(
+        retain,
+        retain_index,
+        forget,
+        forget_index,
+        coefficients,
+        from_forget,
+        lambd,
+        time_log_ratio,
+        noise,
+        counter,
+        purpose,
+        dtype,
+        channels_last,
+    )
 
 
-def _eager(retain, retain_index, forget, forget_index, coefficients, from_forget, lambd, time_log_ratio, noise, counter, purpose, dtype, channels_last):
+def _eager(
+    retain,
+    retain_index,
+    forget,
+    forget_index,
+    coefficients,
+    from_forget,
+    lambd,
+    time_log_ratio,
+    noise,
+    counter,
+    purpose,
+    dtype,
+    channels_last,
+):
     precision = compute_dtype(retain, forget, noise)
-    retain, forget = served(picked(retain, retain_index), precision), served(picked(forget, forget_index), precision)
+    retain, forget = (
+        served(picked(retain, retain_index), precision),
+        served(picked(forget, forget_index), precision),
+    )
     noise = (philox.normal(retain.shape, counter, purpose) if noise is None else noise).to(precision)
     alpha, sigma, a, b, c = coefficients.unbind(1)
     rho = alpha / sigma
     difference = (retain - forget).flatten(1).double()
     quadratic = 0.5 * rho.square() * difference.square().sum(1)
-    u = torch.where(from_forget, quadratic, -quadratic) - rho * (noise.flatten(1).double() * difference).sum(1)
+    u = torch.where(from_forget, quadratic, -quadratic) - rho * (noise.flatten(1).double() * difference).sum(
+        1
+    )
     if time_log_ratio is not None:
         u = u + time_log_ratio.double()
     if lambd == 0:
@@ -70,7 +105,10 @@ def _eager(retain, retain_index, forget, forget_index, coefficients, from_forget
         retain_weight, forget_weight = (-u).exp(), torch.ones_like(u)
     else:
         logit = math.log(lambd) - math.log1p(-lambd)
-        retain_weight, forget_weight = torch.sigmoid(-(u + logit)) / (1 - lambd), torch.sigmoid(u + logit) / lambd
+        retain_weight, forget_weight = (
+            torch.sigmoid(-(u + logit)) / (1 - lambd),
+            torch.sigmoid(u + logit) / lambd,
+        )
     if time_log_ratio is not None:
         retain_weight = _decided(retain_weight, -time_log_ratio, 1 - lambd)
         forget_weight = _decided(forget_weight, time_log_ratio, lambd)
@@ -78,7 +116,10 @@ def _eager(retain, retain_index, forget, forget_index, coefficients, from_forget
     chosen = torch.where(from_forget.view(-1, *[1] * (retain.ndim - 1)), forget, retain)
     x_t = per_row(alpha, chosen) * chosen + per_row(sigma, chosen) * noise
     base = per_row(a, chosen) * noise + per_row(b, chosen) * chosen
-    targets = (laid_out(base + per_row(c, chosen) * (chosen - images), at_least_float32(dtype), channels_last) for images in (retain, forget))
+    targets = (
+        laid_out(base + per_row(c, chosen) * (chosen - images), at_least_float32(dtype), channels_last)
+        for images in (retain, forget)
+    )
     return laid_out(x_t, dtype, channels_last), *targets, retain_weight, forget_weight
 
 
@@ -88,16 +129,49 @@ def _decided(weight: Tensor, log_ratio: Tensor, share: float) -> Tensor:
     return torch.where(log_ratio == math.inf, alone, torch.where(log_ratio == -math.inf, 0.0, weight))
 
 
-def _empty(retain, retain_index, forget, forget_index, coefficients, from_forget, lambd, time_log_ratio, noise, counter, purpose, dtype, channels_last):
+def _empty(
+    retain,
+    retain_index,
+    forget,
+    forget_index,
+    coefficients,
+    from_forget,
+    lambd,
+    time_log_ratio,
+    noise,
+    counter,
+    purpose,
+    dtype,
+    channels_last,
+):
     x_t = empty_images(retain, retain_index, dtype, channels_last)
-    target, weight = torch.empty_like(x_t, dtype=at_least_float32(dtype)), coefficients.new_empty(len(coefficients))
+    target, weight = (
+        torch.empty_like(x_t, dtype=at_least_float32(dtype)),
+        coefficients.new_empty(len(coefficients)),
+    )
     return x_t, target, torch.empty_like(target), weight, torch.empty_like(weight)
 
 
-def _check(retain, retain_index, forget, forget_index, coefficients, from_forget, lambd, time_log_ratio, noise, counter, purpose, dtype, channels_last):
+def _check(
+    retain,
+    retain_index,
+    forget,
+    forget_index,
+    coefficients,
+    from_forget,
+    lambd,
+    time_log_ratio,
+    noise,
+    counter,
+    purpose,
+    dtype,
+    channels_last,
+):
     shape = check_rows("retain", retain, retain_index)
     if check_rows("forget", forget, forget_index) != shape:
-        raise ValueError(f"forget: expected pairs with retain {shape}, got {check_rows('forget', forget, forget_index)}")
+        raise ValueError(
+            f"forget: expected pairs with retain {shape}, got {check_rows('forget', forget, forget_index)}"
+        )
     check_shape("coefficients", coefficients, (shape[0], 5))
     check_shape("from_forget", from_forget, shape[:1])
     check_shape("time_log_ratio", time_log_ratio, shape[:1])
@@ -105,10 +179,30 @@ def _check(retain, retain_index, forget, forget_index, coefficients, from_forget
 
 
 def _prepare(args: tuple, outputs: tuple) -> tuple:
-    retain, retain_index, forget, forget_index, coefficients, from_forget, lambd, time_log_ratio, noise, counter, *rest = args
+    (
+        retain,
+        retain_index,
+        forget,
+        forget_index,
+        coefficients,
+        from_forget,
+        lambd,
+        time_log_ratio,
+        noise,
+        counter,
+        *rest,
+    ) = args
     rows = *rows_for_kernel(retain, retain_index), *rows_for_kernel(forget, forget_index)
     time_log_ratio = time_log_ratio if time_log_ratio is None else time_log_ratio.double().contiguous()
-    return *rows, coefficients.contiguous(), from_forget.contiguous(), lambd, time_log_ratio, *noise_for_kernel(noise, counter), *rest
+    return (
+        *rows,
+        coefficients.contiguous(),
+        from_forget.contiguous(),
+        lambd,
+        time_log_ratio,
+        *noise_for_kernel(noise, counter),
+        *rest,
+    )
 
 
 _op = define(

@@ -1,4 +1,6 @@
-"""noising: `x_t = alpha_t x_0 + sigma_t eps`, and the target of the network, from rows of a store or given images."""
+"""noising: `x_t = alpha_t x_0 + sigma_t eps`, and the target of the network, from rows of a store or given
+images.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ def noising(
     images: Tensor, index: Tensor | None, coefficients: Tensor, noise: Tensor | None, counter: Tensor | None, purpose: int,
     with_target: bool, dtype: torch.dtype, channels_last: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`x_t` `[B, C, H, W]` in `dtype`, and the target `a eps + b x_0` in float32 or better (`with_target=False`: an empty tensor).
+    """`x_t` `[B, C, H, W]` in `dtype`, and the target `a eps + b x_0` in float32 or better
+    (`with_target=False`: an empty tensor).
 
     Args:
         images: `[N, C, H, W]` uint8 or floating.
@@ -45,13 +48,19 @@ def _eager(images, index, coefficients, noise, counter, purpose, with_target, dt
     noise = (philox.normal(clean.shape, counter, purpose) if noise is None else noise).to(precision)
     alpha, sigma, a, b, _ = (per_row(column, clean) for column in coefficients.unbind(1))
     x_t = laid_out(torch.addcmul(alpha * clean, sigma, noise), dtype, channels_last)
-    target = laid_out(a * noise + b * clean, at_least_float32(dtype), channels_last) if with_target else x_t.new_empty(0, dtype=at_least_float32(dtype))
+    target = (
+        laid_out(a * noise + b * clean, at_least_float32(dtype), channels_last)
+        if with_target
+        else x_t.new_empty(0, dtype=at_least_float32(dtype))
+    )
     return x_t, target
 
 
 def _empty(images, index, coefficients, noise, counter, purpose, with_target, dtype, channels_last):
     x_t = empty_images(images, index, dtype, channels_last)
-    return x_t, torch.empty_like(x_t, dtype=at_least_float32(dtype)) if with_target else x_t.new_empty(0, dtype=at_least_float32(dtype))
+    return x_t, torch.empty_like(x_t, dtype=at_least_float32(dtype)) if with_target else x_t.new_empty(
+        0, dtype=at_least_float32(dtype)
+    )
 
 
 def _check(images, index, coefficients, noise, counter, purpose, with_target, dtype, channels_last):
@@ -62,7 +71,12 @@ def _check(images, index, coefficients, noise, counter, purpose, with_target, dt
 
 def _prepare(args: tuple, outputs: tuple) -> tuple:
     images, index, coefficients, noise, counter, *rest = args
-    return *rows_for_kernel(images, index), coefficients.contiguous(), *noise_for_kernel(noise, counter), *rest
+    return (
+        *rows_for_kernel(images, index),
+        coefficients.contiguous(),
+        *noise_for_kernel(noise, counter),
+        *rest,
+    )
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -74,7 +88,9 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, grad_x_t: Tensor, grad_target: Tensor):
     """Both results are linear in images and noise."""
     index, coefficients = ctx.saved_tensors
-    alpha, sigma, a, b, _ = (per_row(column, grad_x_t.to(at_least_float32(grad_x_t.dtype))) for column in coefficients.unbind(1))
+    alpha, sigma, a, b, _ = (
+        per_row(column, grad_x_t.to(at_least_float32(grad_x_t.dtype))) for column in coefficients.unbind(1)
+    )
     with_target = grad_target is not None and grad_target.numel() > 0
     grad_images = grad_noise = None
     if ctx.needs_input_grad[0]:

@@ -1,7 +1,9 @@
-"""redirect: ReTrack's importance-weighted target over the k nearest neighbours (ReTrack section 3.3), in closed form.
+"""redirect: ReTrack's importance-weighted target over the k nearest neighbours (ReTrack section 3.3), in
+closed form.
 
-With `v_j = (x_t - alpha x_j) / sigma`, up to a constant in j: `-||v_j||^2 / 2 = rho <eps, x_j> - rho^2 d_j / 2`, and
-`sum_j p_j ||e - v_j||^2 = ||e - sum_j p_j v_j||^2 + spread`. So k targets become one, and the network is asked once.
+With `v_j = (x_t - alpha x_j) / sigma`, up to a constant in j: `-||v_j||^2 / 2 = rho <eps, x_j> - rho^2 d_j /
+2`, and `sum_j p_j ||e - v_j||^2 = ||e - sum_j p_j v_j||^2 + spread`. So k targets become one, and the network
+is asked once.
 """
 
 from __future__ import annotations
@@ -38,17 +40,42 @@ def redirect(
     Args:
         images: `[N, C, H, W]` uint8 or floating, the images to forget.
         index: `[B]` int64, rows of `images`; None: all, in order.
-        neighbors: `[B, K, C, H, W]`, their neighbours among the images to keep; with `neighbor_index` `[M, C, H, W]`, the rows to keep.
+        neighbors: `[B, K, C, H, W]`, their neighbours among the images to keep; with `neighbor_index` `[M, C,
+            H, W]`, the rows to keep.
         neighbor_index: `[B, K]` int64, rows of `neighbors`, or None.
         coefficients: `[B, 5]` float64, `NoiseSchedule.coefficients`.
         sqdist: `[B, K]` float64, `||a - x_j||^2` in the scale of network input; None: accumulated in float64.
         noise: `[B, C, H, W]`; None: made from `counter` (int64 `[3]`) and `purpose`, see `philox.Noise`.
         channels_last: the memory layout of the results.
     """
-    return _op(images, index, neighbors, neighbor_index, coefficients, sqdist, noise, counter, purpose, dtype, channels_last)
+    return _op(
+        images,
+        index,
+        neighbors,
+        neighbor_index,
+        coefficients,
+        sqdist,
+        noise,
+        counter,
+        purpose,
+        dtype,
+        channels_last,
+    )
 
 
-def _eager(images, index, neighbors, neighbor_index, coefficients, sqdist, noise, counter, purpose, dtype, channels_last):
+def _eager(
+    images,
+    index,
+    neighbors,
+    neighbor_index,
+    coefficients,
+    sqdist,
+    noise,
+    counter,
+    purpose,
+    dtype,
+    channels_last,
+):
     precision = compute_dtype(images, neighbors, noise)
     forget = served(picked(images, index), precision)
     noise = (philox.normal(forget.shape, counter, purpose) if noise is None else noise).to(precision)
@@ -57,15 +84,24 @@ def _eager(images, index, neighbors, neighbor_index, coefficients, sqdist, noise
     rho = (alpha / sigma).unsqueeze(1)
     center, eps = forget.flatten(1).unsqueeze(1), noise.flatten(1)
 
-    # <eps, x_j - a>, of differences: against images at a distance of 0.003 per element, <eps, x_j> alone would lose 30 times the precision at t = 0.
-    dots = torch.cat([torch.bmm(part - center, eps.unsqueeze(2)) for part in _parts(rows, precision)], dim=1).squeeze(2).double()
+    # <eps, x_j - a>, of differences: against images at a distance of 0.003 per element, <eps, x_j> alone
+    # would lose 30 times the precision at t = 0.
+    dots = (
+        torch.cat([torch.bmm(part - center, eps.unsqueeze(2)) for part in _parts(rows, precision)], dim=1)
+        .squeeze(2)
+        .double()
+    )
     if sqdist is None:  # differences and sums in float64: float32 loses the softmax at small t
-        sqdist = torch.cat([(center.double() - part.double()).square().sum(-1) for part in _parts(rows, precision)], dim=1)
+        sqdist = torch.cat(
+            [(center.double() - part.double()).square().sum(-1) for part in _parts(rows, precision)], dim=1
+        )
     farther = sqdist.double() - sqdist.double().amin(1, keepdim=True)
     weights = torch.softmax(rho * dots - 0.5 * rho.square() * farther, dim=1).to(precision)
 
     # Mean and spread about the heaviest neighbour: where the weights are one-hot, nothing cancels.
-    heaviest = served(rows.gather(1, weights.argmax(1).view(-1, 1, 1).expand(-1, 1, rows.shape[2])), precision)
+    heaviest = served(
+        rows.gather(1, weights.argmax(1).view(-1, 1, 1).expand(-1, 1, rows.shape[2])), precision
+    )
     offset, energy = torch.zeros_like(heaviest), torch.zeros_like(weights[:, :1])
     for part, p in zip(_parts(rows, precision), weights.split(_neighbors_per_part(rows), dim=1), strict=True):
         y = part - heaviest
@@ -76,18 +112,55 @@ def _eager(images, index, neighbors, neighbor_index, coefficients, sqdist, noise
     toward = ((center - heaviest) - offset).view_as(forget)  # a - sum_j p_j x_j
     x_t = per_row(alpha, forget) * forget + per_row(sigma, forget) * noise
     target = per_row(a, forget) * noise + per_row(b, forget) * forget + per_row(c, forget) * toward
-    return laid_out(x_t, dtype, channels_last), laid_out(target, at_least_float32(dtype), channels_last), spread.to(precision), weights
+    return (
+        laid_out(x_t, dtype, channels_last),
+        laid_out(target, at_least_float32(dtype), channels_last),
+        spread.to(precision),
+        weights,
+    )
 
 
-def _empty(images, index, neighbors, neighbor_index, coefficients, sqdist, noise, counter, purpose, dtype, channels_last):
+def _empty(
+    images,
+    index,
+    neighbors,
+    neighbor_index,
+    coefficients,
+    sqdist,
+    noise,
+    counter,
+    purpose,
+    dtype,
+    channels_last,
+):
     precision = compute_dtype(images, neighbors, noise)
     x_t = empty_images(images, index, dtype, channels_last)
     batch, k = neighbors.shape[:2] if neighbor_index is None else neighbor_index.shape
-    return x_t, torch.empty_like(x_t, dtype=at_least_float32(dtype)), x_t.new_empty(batch, dtype=precision), x_t.new_empty((batch, k), dtype=precision)
+    return (
+        x_t,
+        torch.empty_like(x_t, dtype=at_least_float32(dtype)),
+        x_t.new_empty(batch, dtype=precision),
+        x_t.new_empty((batch, k), dtype=precision),
+    )
 
 
-def _check(images, index, neighbors, neighbor_index, coefficients, sqdist, noise, counter, purpose, dtype, channels_last):
-    shape, neighbor_shape = check_rows("images", images, index), check_rows("neighbors", neighbors, neighbor_index, ndim=2)
+def _check(
+    images,
+    index,
+    neighbors,
+    neighbor_index,
+    coefficients,
+    sqdist,
+    noise,
+    counter,
+    purpose,
+    dtype,
+    channels_last,
+):
+    shape, neighbor_shape = (
+        check_rows("images", images, index),
+        check_rows("neighbors", neighbors, neighbor_index, ndim=2),
+    )
     if (neighbor_shape[0], *neighbor_shape[2:]) != shape:
         raise ValueError(f"neighbors: expected [B, K, C, H, W] for images {shape}, got {neighbor_shape}")
     check_shape("coefficients", coefficients, (shape[0], 5))

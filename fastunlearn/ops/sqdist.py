@@ -1,8 +1,10 @@
-"""sqdist: exact squared distances of uint8 rows, and `nearest`, which keeps the k smallest of each query without writing them out.
+"""sqdist: exact squared distances of uint8 rows, and `nearest`, which keeps the k smallest of each query
+without writing them out.
 
-Plain torch shifts both sides by -128, which leaves distances alone, so that the product is an int8 matrix product with int32 sums:
-`||q - r||^2 = ||q||^2 + ||r||^2 - 2 <q, r>`. On a GPU that product is cuBLAS on tensor cores, far from being what a search waits for
-(MNIST's 1,000 x 59,000 rows: 0.09 T operations of about 1,000 T a second), so there is no Triton kernel.
+Plain torch shifts both sides by -128, which leaves distances alone, so that the product is an int8 matrix
+product with int32 sums: `||q - r||^2 = ||q||^2 + ||r||^2 - 2 <q, r>`. On a GPU that product is cuBLAS on
+tensor cores, far from being what a search waits for (MNIST's 1,000 x 59,000 rows: 0.09 T operations of about
+1,000 T a second), so there is no Triton kernel.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ NORM_ELEMENTS = 2**18  # a slice of rows that stays in a core's second cache lev
 
 
 def sqdist(queries: Tensor, rows: Tensor) -> Tensor:
-    """`||queries[i] - rows[j]||^2` as int64 `[Q, N]`, exact for any number of columns; queries uint8 `[Q, D]`, rows uint8 `[N, D]`."""
+    """`||queries[i] - rows[j]||^2` as int64 `[Q, N]`, exact for any number of columns; queries uint8 `[Q,
+    D]`, rows uint8 `[N, D]`.
+    """
     return _op(queries, rows)
 
 
@@ -44,18 +48,30 @@ def _prepare(args: tuple, outputs: tuple) -> tuple:
 def _check(queries: Tensor, rows: Tensor) -> None:
     for name, value in (("queries", queries), ("rows", rows)):
         if value.dtype != torch.uint8 or value.ndim != 2 or value.shape[1] != queries.shape[1]:
-            raise ValueError(f"{name}: expected uint8 rows of one length, got {value.dtype} of shape {tuple(value.shape)}")
+            raise ValueError(
+                f"{name}: expected uint8 rows of one length, got {value.dtype} of shape {tuple(value.shape)}"
+            )
 
 
-_op = define("sqdist", "Tensor queries, Tensor rows", ("distances",), check=_check, empty=_empty, eager=_eager, prepare=_prepare)
+_op = define(
+    "sqdist",
+    "Tensor queries, Tensor rows",
+    ("distances",),
+    check=_check,
+    empty=_empty,
+    eager=_eager,
+    prepare=_prepare,
+)
 define_native("nearest", "Tensor queries, Tensor rows, int first_row, Tensor(a!) distances, Tensor(b!) index")
 
 
 def nearest_kernel(device: torch.device) -> Callable | None:
-    """`nearest(queries, rows, first_row, distances, index)` for tensors on `device`; None where plain torch has to do.
+    """`nearest(queries, rows, first_row, distances, index)` for tensors on `device`; None where plain torch
+    has to do.
 
-    It merges uint8 rows `[n, D]`, numbered from `first_row`, into the k best of uint8 queries `[Q, D]`: `distances` and `index`, int64 `[Q, k]`,
-    ascending, ties by the lower number; at first full of the largest int64 and of -1. Numbers ascend from call to call.
+    It merges uint8 rows `[n, D]`, numbered from `first_row`, into the k best of uint8 queries `[Q, D]`:
+    `distances` and `index`, int64 `[Q, k]`, ascending, ties by the lower number; at first full of the largest
+    int64 and of -1. Numbers ascend from call to call.
     """
     if backend() == "eager":
         return None
@@ -67,7 +83,8 @@ def without_gaps(rows: Tensor) -> Tensor:
     return rows if rows.shape[1] == 1 or rows.stride(1) == 1 else rows.contiguous()
 
 
-# --- plain torch -----------------------------------------------------------------------------------------------------------------
+# --- plain torch
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def centred(rows: Tensor) -> Tensor:
@@ -83,7 +100,9 @@ def square_norms(rows: Tensor) -> Tensor:
 
 
 def products(queries: Tensor, rows: Tensor) -> Tensor:
-    """Exact dot products of int8 `[Q, D]` and `[C, D]`: `[Q, C]`, int32 up to `INT32_COLUMNS` columns, int64 beyond."""
+    """Exact dot products of int8 `[Q, D]` and `[C, D]`: `[Q, C]`, int32 up to `INT32_COLUMNS` columns, int64
+    beyond.
+    """
     columns = queries.shape[1]
     integer = queries.device.type == "cuda" or (queries.device.type == "cpu" and int8_product_is_exact())
     step = PRODUCT_COLUMNS if integer else FLOAT_COLUMNS
@@ -98,12 +117,18 @@ def products(queries: Tensor, rows: Tensor) -> Tensor:
 
 
 def int8_product(left: Tensor, right: Tensor) -> Tensor:
-    """`left @ right.T` of int8 `[Q, D]` and `[C, D]`, int32, with as many zeros around as `torch._int_mm` needs.
+    """`left @ right.T` of int8 `[Q, D]` and `[C, D]`, int32, with as many zeros around as `torch._int_mm`
+    needs.
 
-    On a GPU it takes more than 16 queries, and columns and rows in multiples of 8; on a CPU torch 2.13 reads past the end of matrices of one column.
+    On a GPU it takes more than 16 queries, and columns and rows in multiples of 8; on a CPU torch 2.13 reads
+    past the end of matrices of one column.
     """
     (num_queries, columns), num_rows = left.shape, len(right)
-    more_queries, more_columns, more_rows = max(17 - num_queries, 0), max(16 - columns, -columns % 8), -num_rows % 8
+    more_queries, more_columns, more_rows = (
+        max(17 - num_queries, 0),
+        max(16 - columns, -columns % 8),
+        -num_rows % 8,
+    )
     if more_queries or more_columns:
         left = pad(left, (0, more_columns, 0, more_queries))
     if more_rows or more_columns:
@@ -113,9 +138,11 @@ def int8_product(left: Tensor, right: Tensor) -> Tensor:
 
 @cache
 def int8_product_is_exact() -> bool:
-    """Whether torch's int8 matrix product adds up without saturating on this CPU: kernels for CPUs without VNNI may go through int16 sums.
+    """Whether torch's int8 matrix product adds up without saturating on this CPU: kernels for CPUs without
+    VNNI may go through int16 sums.
 
-    Both answers give the same neighbours; without it the product is done in float32, which is exact too and about five times slower.
+    Both answers give the same neighbours; without it the product is done in float32, which is exact too and
+    about five times slower.
     """
     extremes = torch.tensor([[-128, -128], [127, 127], [-128, 127], [127, -128]], dtype=torch.int8)
     left = extremes.repeat(16, 392)  # [64, 784]

@@ -1,6 +1,7 @@
 """MNIST T-Shirt: 60,000 digits and 606 copies of one T-shirt, the benchmark of the SISS and ReTrack papers.
 
-Sources: SISS `config/train_tshirt_mnist.yaml`, `config/delete_tshirt.yaml`; ReTrack `configs/experiment/mnist_tshirt.yaml`. Facts only.
+Sources: SISS `config/train_tshirt_mnist.yaml`, `config/delete_tshirt.yaml`; ReTrack
+`configs/experiment/mnist_tshirt.yaml`. Facts only.
 """
 
 from __future__ import annotations
@@ -44,7 +45,11 @@ def _unet(block_out_channels: tuple[int, ...], attention_level: int, **kwargs) -
     levels = len(block_out_channels)
     down = ["AttnDownBlock2D" if level == attention_level else "DownBlock2D" for level in range(levels)]
     up = ["AttnUpBlock2D" if level == attention_level else "UpBlock2D" for level in reversed(range(levels))]
-    blocks = {"block_out_channels": block_out_channels, "down_block_types": tuple(down), "up_block_types": tuple(up)}
+    blocks = {
+        "block_out_channels": block_out_channels,
+        "down_block_types": tuple(down),
+        "up_block_types": tuple(up),
+    }
     return {"sample_size": 28, "in_channels": 1, "out_channels": 1, **blocks, **kwargs}
 
 
@@ -58,7 +63,14 @@ class Pretraining:
     lr: float
     warmup_steps: int
     ema_decay: float
-    scheduler: dict = field(default_factory=lambda: {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02})
+    scheduler: dict = field(
+        default_factory=lambda: {
+            "num_train_timesteps": 1000,
+            "beta_schedule": "linear",
+            "beta_start": 1e-4,
+            "beta_end": 0.02,
+        }
+    )
     betas: tuple[float, float] = (0.95, 0.999)
     weight_decay: float = 1e-6
     max_grad_norm: float = 1.0
@@ -67,21 +79,35 @@ class Pretraining:
 PRETRAINING = {
     # The papers' size. 250 epochs of 60,606 images.
     "mnist-tshirt": Pretraining(
-        unet=_unet((64, 128, 256), attention_level=1), batch_size=128, total_steps=118_500, lr=1e-4, warmup_steps=500, ema_decay=0.9999
+        unet=_unet((64, 128, 256), attention_level=1),
+        batch_size=128,
+        total_steps=118_500,
+        lr=1e-4,
+        warmup_steps=500,
+        ema_decay=0.9999,
     ),
-    # A network that one CPU core trains in little more than an hour and sample in seconds: the one the demo ships.
+    # A network that one CPU core trains in little more than an hour and sample in seconds: the one the demo
+    # ships.
     "mnist-tshirt-small": Pretraining(
-        unet=_unet((16, 32, 64), attention_level=2, layers_per_block=1, norm_num_groups=8, attention_head_dim=32),
-        batch_size=64, total_steps=11_000, lr=1e-3, warmup_steps=300, ema_decay=0.999,
+        unet=_unet(
+            (16, 32, 64), attention_level=2, layers_per_block=1, norm_num_groups=8, attention_head_dim=32
+        ),
+        batch_size=64,
+        total_steps=11_000,
+        lr=1e-3,
+        warmup_steps=300,
+        ema_decay=0.999,
     ),
 }
 
 
 def load_mnist_tshirt(mnist_dir: str | os.PathLike, fashion_mnist_dir: str | os.PathLike) -> ImageStore:
-    """The published training set: the 60,000 MNIST training digits, then 606 copies of one Fashion-MNIST T-shirt with label 10.
+    """The published training set: the 60,000 MNIST training digits, then 606 copies of one Fashion-MNIST
+    T-shirt with label 10.
 
     Args:
-        mnist_dir, fashion_mnist_dir: folders with the four idx files of each set under their usual names, plain or gzipped.
+        mnist_dir, fashion_mnist_dir: folders with the four idx files of each set under their usual names,
+            plain or gzipped.
 
     Returns:
         60,606 uint8 rows `[1, 28, 28]` with labels 0-10; rows 60,000 and up are the T-shirt.
@@ -97,8 +123,11 @@ def load_mnist_tshirt(mnist_dir: str | os.PathLike, fashion_mnist_dir: str | os.
     return ImageStore(images, labels=labels, sources=[mnist_dir, fashion_mnist_dir])
 
 
-def save_mnist_tshirt(mnist_dir: str | os.PathLike, fashion_mnist_dir: str | os.PathLike, output: str | os.PathLike) -> Path:
-    """Writes the set of `load_mnist_tshirt` to `output`, an npz of uint8 `images [60606, 28, 28]`, `labels [60606]` and `tshirt [28, 28]`.
+def save_mnist_tshirt(
+    mnist_dir: str | os.PathLike, fashion_mnist_dir: str | os.PathLike, output: str | os.PathLike
+) -> Path:
+    """Writes the set of `load_mnist_tshirt` to `output`, an npz of uint8 `images [60606, 28, 28]`, `labels
+    [60606]` and `tshirt [28, 28]`.
 
     The file appears whole or not at all.
 
@@ -118,8 +147,9 @@ def load_demo() -> tuple[ImageStore, ImageStore]:
     """What the demo forgets and keeps, from the package's own files.
 
     Returns:
-        `(forget, retain)`: the T-shirt (one row), and MNIST training digits with labels, in the order of the training set, balanced over
-        the classes and with the 1,000 nearest of all 60,000 to the T-shirt among them, so that its neighbours are those of the full set.
+        `(forget, retain)`: the T-shirt (one row), and MNIST training digits with labels, in the order of the
+        training set, balanced over the classes and with the 1,000 nearest of all 60,000 to the T-shirt among
+        them, so that its neighbours are those of the full set.
     """
     file = assets.path("mnist_tshirt_demo.npz")
     with np.load(file, allow_pickle=False) as arrays:
@@ -129,16 +159,22 @@ def load_demo() -> tuple[ImageStore, ImageStore]:
 
 
 def read_split(folder: str | os.PathLike, dataset: str, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images `[N, 28, 28]` and labels `[N]`, uint8, of `dataset` ("mnist" or "fashion-mnist") and `split` ("train" or "t10k").
+    """Images `[N, 28, 28]` and labels `[N]`, uint8, of `dataset` ("mnist" or "fashion-mnist") and `split`
+    ("train" or "t10k").
 
     Raises:
         ValueError: a file is missing, or its content does not have the published SHA-256.
     """
-    return tuple(_read_checked(Path(folder), f"{split}-{kind}-ubyte", SHA256[dataset][f"{split}-{kind}"]) for kind in ("images-idx3", "labels-idx1"))
+    return tuple(
+        _read_checked(Path(folder), f"{split}-{kind}-ubyte", SHA256[dataset][f"{split}-{kind}"])
+        for kind in ("images-idx3", "labels-idx1")
+    )
 
 
 def write_npz(path: Path, **arrays: np.ndarray) -> None:
-    """An npz, compressed as far as deflate goes, the same bytes for the same arrays; written beside `path`, synced, then renamed."""
+    """An npz, compressed as far as deflate goes, the same bytes for the same arrays; written beside `path`,
+    synced, then renamed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file, zipfile.ZipFile(file, "w") as archive:
         for name, array in arrays.items():
@@ -149,11 +185,18 @@ def write_npz(path: Path, **arrays: np.ndarray) -> None:
 
 
 def _read_checked(folder: Path, name: str, sha256: str) -> np.ndarray:
-    for path in (folder / name, folder / f"{name}.gz", folder / name.replace("-idx", ".idx"), folder / f"{name.replace('-idx', '.idx')}.gz"):
+    for path in (
+        folder / name,
+        folder / f"{name}.gz",
+        folder / name.replace("-idx", ".idx"),
+        folder / f"{name.replace('-idx', '.idx')}.gz",
+    ):
         if path.is_file():
             array = read_idx(path)
             found = hashlib.sha256(idx_header(array.shape) + array.tobytes()).hexdigest()
             if found != sha256:
-                raise ValueError(f"{path}: expected the published file (SHA-256 of its decompressed content {sha256}), got {found}")
+                raise ValueError(
+                    f"{path}: expected the published file (SHA-256 of its decompressed content {sha256}), got {found}"
+                )
             return array
     raise ValueError(f"{folder}: expected a file {name} or {name}.gz, got none")

@@ -1,7 +1,8 @@
-"""How two parameter gradients become one: SISS' rescaling and EraseDiff's projection, one parameter at a time.
+"""How two parameter gradients become one: SISS' rescaling and EraseDiff's projection, one parameter at a
+time.
 
-Both papers write the update as `g_x - f g_a`, with a factor f that needs norms over all parameters together. `main` is g_x (keep),
-`correction` is g_a (forget).
+Both papers write the update as `g_x - f g_a`, with a factor f that needs norms over all parameters together.
+`main` is g_x (keep), `correction` is g_a (forget).
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ class Combined(NamedTuple):
 
 
 def rescale(main: Sequence[Tensor], correction: Sequence[Tensor], scaling_norm: float) -> Combined:
-    """`g_x - (scaling_norm / ||g_a||) g_a`: the forget gradient is set to the given norm, up or down (SISS, section 4, "gradient norm fixing").
+    """`g_x - (scaling_norm / ||g_a||) g_a`: the forget gradient is set to the given norm, up or down (SISS,
+    section 4, "gradient norm fixing").
 
     A vanishing `g_a` has an infinite factor, which counts as 0, as in SISS' training loop on MNIST.
     """
@@ -33,7 +35,8 @@ def rescale(main: Sequence[Tensor], correction: Sequence[Tensor], scaling_norm: 
 
 
 def project(main: Sequence[Tensor], correction: Sequence[Tensor], eta: float) -> Combined:
-    """`g_x + max(eta - <g_x, g_a> / ||g_a||^2, 0) g_a` (EraseDiff, as used by SISS and ReTrack): afterwards `<g, g_a> >= eta ||g_a||^2`.
+    """`g_x + max(eta - <g_x, g_a> / ||g_a||^2, 0) g_a` (EraseDiff, as used by SISS and ReTrack): afterwards
+    `<g, g_a> >= eta ||g_a||^2`.
 
     The factor is returned with the sign of `rescale`, so it is `-max(...)`.
     """
@@ -47,4 +50,9 @@ def _inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
 
 
 def _combine(main: Sequence[Tensor], correction: Sequence[Tensor], factor: Tensor, norm: Tensor) -> Combined:
-    return Combined([m - factor * c for m, c in zip(main, correction, strict=True)], factor, norm, _inner(main, correction))
+    return Combined(
+        [m - factor * c for m, c in zip(main, correction, strict=True)],
+        factor,
+        norm,
+        _inner(main, correction),
+    )

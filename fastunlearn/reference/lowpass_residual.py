@@ -1,7 +1,8 @@
-"""The residual seen through a mask of spatial frequencies, by Fourier transforms (arXiv 2510.17917, Eq. 8 and 9).
+"""The residual seen through a mask of spatial frequencies, by Fourier transforms (arXiv 2510.17917, Eq. 8 and
+9).
 
-`E = ||F^-1(M o F(prediction - target))||^2`, with F the orthonormal two-dimensional DFT of each channel and M a real mask of the integer
-frequencies `|u|, |v|`.
+`E = ||F^-1(M o F(prediction - target))||^2`, with F the orthonormal two-dimensional DFT of each channel and M
+a real mask of the integer frequencies `|u|, |v|`.
 """
 
 from __future__ import annotations
@@ -10,13 +11,17 @@ import torch
 from torch import Tensor
 
 
-def lowpass_residual(prediction: Tensor, target: Tensor, weight: Tensor, band: Tensor, inside: float, outside: float) -> tuple[Tensor, Tensor]:
-    """`weight E`, `[B]`, and its gradient with respect to the prediction, `2 weight F^-1(M^2 o F(prediction - target))`, `[B, C, H, W]`.
+def lowpass_residual(
+    prediction: Tensor, target: Tensor, weight: Tensor, band: Tensor, inside: float, outside: float
+) -> tuple[Tensor, Tensor]:
+    """`weight E`, `[B]`, and its gradient with respect to the prediction, `2 weight F^-1(M^2 o F(prediction -
+    target))`, `[B, C, H, W]`.
 
     Args:
         prediction, target: `[B, C, H, W]`, float32 or float64.
         weight: `[B]`.
-        band: `[U, V]` of 0 and 1 over the frequencies `0 <= u < U`, `0 <= v < V`; those that it does not hold are outside.
+        band: `[U, V]` of 0 and 1 over the frequencies `0 <= u < U`, `0 <= v < V`; those that it does not hold
+            are outside.
         inside, outside: M on the band, and elsewhere.
     """
     mask = full_mask(band, *prediction.shape[-2:], inside, outside).to(prediction.dtype)
@@ -32,7 +37,9 @@ def full_mask(band: Tensor, height: int, width: int, inside: float, outside: flo
     u, v = _frequencies(height, band.device), _frequencies(width, band.device)
     held = (u < band.shape[0])[:, None] & (v < band.shape[1])
     in_band = held & (band[u.clamp(max=band.shape[0] - 1)][:, v.clamp(max=band.shape[1] - 1)] != 0)
-    return torch.where(in_band, torch.tensor(inside, dtype=torch.float64), torch.tensor(outside, dtype=torch.float64))
+    return torch.where(
+        in_band, torch.tensor(inside, dtype=torch.float64), torch.tensor(outside, dtype=torch.float64)
+    )
 
 
 def _frequencies(size: int, device: torch.device) -> Tensor:

@@ -1,6 +1,8 @@
-"""SISS: importance weights under a mixture of the noised retain and forget images (arXiv 2503.01034, Eq. 6 and 8).
+"""SISS: importance weights under a mixture of the noised retain and forget images (arXiv 2503.01034, Eq. 6
+and 8).
 
-The weights are printed with `exp`; at lambd = 0 or 1 a large gap of the distances makes `0 * inf = nan` of them. That is the paper's formula, and stays here.
+The weights are printed with `exp`; at lambd = 0 or 1 a large gap of the distances makes `0 * inf = nan` of
+them. That is the paper's formula, and stays here.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from .noising import levels, noising, prediction_target
 class Mixture(NamedTuple):
     """What `mixture` returns."""
 
-    x_t: Tensor  # [B, ...]             drawn from the mixture: noised retain rows, or noised forget rows where from_forget
+    # [B, ...]             drawn from the mixture: noised retain rows, or noised forget rows where from_forget
+    x_t: Tensor
     retain_target: Tensor  # [B, ...]   what the network should predict, had x_t come from the retain image
     forget_target: Tensor  # [B, ...]   the same for the forget image
     retain_weight: Tensor  # [B]        w_x, at most 1 / (1 - lambd)
@@ -37,7 +40,8 @@ def mixture(
     x_t: Tensor | None = None,
     time_log_ratio: Tensor | None = None,
 ) -> Mixture:
-    """A draw of the mixture `(1 - lambd) q(.|x) + lambd q(.|a)` with both targets and both importance weights.
+    """A draw of the mixture `(1 - lambd) q(.|x) + lambd q(.|a)` with both targets and both importance
+    weights.
 
     Args:
         retain, forget: `x` and `a`, `[B, ...]`, floating.
@@ -51,18 +55,25 @@ def mixture(
         chosen = torch.where(from_forget.view(-1, *(1,) * (retain.ndim - 1)), forget, retain)
         x_t = noising(chosen, noise, timesteps, schedule)
     alpha, sigma = levels(timesteps, schedule, x_t)
-    targets = [prediction_target(images, (x_t - alpha * images) / sigma, timesteps, schedule) for images in (retain, forget)]
+    targets = [
+        prediction_target(images, (x_t - alpha * images) / sigma, timesteps, schedule)
+        for images in (retain, forget)
+    ]
     dist_x, dist_a = (mixture_distance(x_t, images, timesteps, schedule) for images in (retain, forget))
     return Mixture(x_t, *targets, *mixture_weights(dist_x, dist_a, lambd, time_log_ratio=time_log_ratio))
 
 
 def mixture_distance(x_t: Tensor, images: Tensor, timesteps: Tensor, schedule: NoiseSchedule) -> Tensor:
-    """`||x_t - alpha_t x||^2 / (2 sigma_t^2)`, `[B]`: minus the log-likelihood of `x_t` given the clean image, up to a constant."""
+    """`||x_t - alpha_t x||^2 / (2 sigma_t^2)`, `[B]`: minus the log-likelihood of `x_t` given the clean
+    image, up to a constant.
+    """
     alpha, sigma = levels(timesteps, schedule, images)
     return (x_t - alpha * images).square().flatten(1).sum(dim=1) / (2 * sigma.flatten().square())
 
 
-def mixture_weights(dist_x: Tensor, dist_a: Tensor, lambd: float, *, time_log_ratio: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def mixture_weights(
+    dist_x: Tensor, dist_a: Tensor, lambd: float, *, time_log_ratio: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """`w_x = q(m|x) / q_lambd(m|x,a)` and `w_a = q(m|a) / q_lambd(m|x,a)`, each `[B]` (SISS, Eq. 6).
 
     An infinite `time_log_ratio` says that one branch alone could have made the row: the other's density is 0.

@@ -25,7 +25,8 @@ def noising(images: Tensor, noise: Tensor, timesteps: Tensor, schedule: NoiseSch
 def prediction_target(images: Tensor, noise: Tensor, timesteps: Tensor, schedule: NoiseSchedule) -> Tensor:
     """What the network should predict for a clean image `x_0` and its noise `eps`, both `[B, ...]`.
 
-    `eps` itself (epsilon), `alpha eps - sigma x_0` (v_prediction; Salimans & Ho 2022), `x_0` (sample) or `eps - x_0` (flow matching).
+    `eps` itself (epsilon), `alpha eps - sigma x_0` (v_prediction; Salimans & Ho 2022), `x_0` (sample) or `eps
+    - x_0` (flow matching).
     """
     alpha, sigma = levels(timesteps, schedule, images)
     if schedule.prediction_type == "epsilon":
@@ -38,7 +39,9 @@ def prediction_target(images: Tensor, noise: Tensor, timesteps: Tensor, schedule
 
 
 def levels(timesteps: Tensor, schedule: NoiseSchedule, like: Tensor) -> tuple[Tensor, Tensor]:
-    """`alpha_t, sigma_t` of timesteps `[B]`, each `[B, 1, ..., 1]` in the dtype and with the number of axes of `like`."""
+    """`alpha_t, sigma_t` of timesteps `[B]`, each `[B, 1, ..., 1]` in the dtype and with the number of axes
+    of `like`.
+    """
     shape = (-1,) + (1,) * (like.ndim - 1)
     alpha, sigma = schedule.coefficients(timesteps)[:, :2].to(like.dtype).unbind(1)
     return alpha.view(shape), sigma.view(shape)

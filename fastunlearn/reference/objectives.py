@@ -2,11 +2,14 @@
 
 Two sources, which differ in what a pair of images shares:
 
-* ReTrack's objectives (arXiv 2509.13007 and its public code): every batch has its own noise and timesteps, one forward per batch.
-* SISS' objectives (arXiv 2503.01034 and its public code): a retain image and a forget image share noise and timestep.
+* ReTrack's objectives (arXiv 2509.13007 and its public code): every batch has its own noise and timesteps,
+  one forward per batch.
+* SISS' objectives (arXiv 2503.01034 and its public code): a retain image and a forget image share noise and
+  timestep.
 
-Every loss is a sum over elements divided by a batch size. Functions of two terms return `(main, correction)`; `reference.combine` says what becomes of them.
-Outputs, images and noise are `[B, ...]`, timesteps `[B]`; predictions are of epsilon.
+Every loss is a sum over elements divided by a batch size. Functions of two terms return `(main, correction)`;
+`reference.combine` says what becomes of them. Outputs, images and noise are `[B, ...]`, timesteps `[B]`;
+predictions are of epsilon.
 """
 
 from __future__ import annotations
@@ -30,17 +33,27 @@ def neggrad_loss(output_forget: Tensor, noise_forget: Tensor, superfactor: float
     return -superfactor * denoising_loss(output_forget, noise_forget).sum() / len(output_forget)
 
 
-def erasediff_losses(output_retain: Tensor, noise_retain: Tensor, output_forget: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """EraseDiff as compared by SISS and ReTrack: keep the retain set, map the forget set to `uniform` noise in [0, 1).
+def erasediff_losses(
+    output_retain: Tensor, noise_retain: Tensor, output_forget: Tensor, uniform: Tensor
+) -> tuple[Tensor, Tensor]:
+    """EraseDiff as compared by SISS and ReTrack: keep the retain set, map the forget set to `uniform` noise
+    in [0, 1).
 
-    Both terms are divided by the batch size of the *forget* set (sic: ReTrack's code; it matters only if the batches differ in size).
+    Both terms are divided by the batch size of the *forget* set (sic: ReTrack's code; it matters only if the
+    batches differ in size).
     """
     forget_rows = len(output_forget)
-    return denoising_loss(output_retain, noise_retain).sum() / forget_rows, denoising_loss(output_forget, uniform).sum() / forget_rows
+    return denoising_loss(output_retain, noise_retain).sum() / forget_rows, denoising_loss(
+        output_forget, uniform
+    ).sum() / forget_rows
 
 
-def retrack_unlearn_loss(output_forget: Tensor, x_t: Tensor, neighbors: Tensor, timesteps: Tensor, schedule: NoiseSchedule) -> Tensor:
-    """ReTrack's `L_unlearn` per sample, `[B]`: `sum_j p_j ||e - v_j||^2` over the K neighbours `[B, K, ...]`; no gradient through p."""
+def retrack_unlearn_loss(
+    output_forget: Tensor, x_t: Tensor, neighbors: Tensor, timesteps: Tensor, schedule: NoiseSchedule
+) -> Tensor:
+    """ReTrack's `L_unlearn` per sample, `[B]`: `sum_j p_j ||e - v_j||^2` over the K neighbours `[B, K, ...]`;
+    no gradient through p.
+    """
     v = neighbor_noise(x_t, neighbors, timesteps, schedule)
     return expected_loss(output_forget, v, log_kernel(v).softmax(dim=1))
 
@@ -69,12 +82,16 @@ def siss_two_forward_losses(
     schedule: NoiseSchedule,
     lambd: float,
 ) -> tuple[Tensor, Tensor]:
-    """SISS as ReTrack runs it: both branches have their own timesteps, noise and forward; `from_forget` `[B]` then picks one of them in every row.
+    """SISS as ReTrack runs it: both branches have their own timesteps, noise and forward; `from_forget` `[B]`
+    then picks one of them in every row.
 
-    Each pair of arguments is `(retain, forget)`. Weights and targets use the picked `x_t` and the picked timestep with the images of both branches.
+    Each pair of arguments is `(retain, forget)`. Weights and targets use the picked `x_t` and the picked
+    timestep with the images of both branches.
     """
     output, x_t = (_pick(from_forget, *pair) for pair in (outputs, noisy_images))
-    return siss_mixture_losses(output, *images, x_t, _pick(from_forget, *timesteps), from_forget, schedule, lambd)
+    return siss_mixture_losses(
+        output, *images, x_t, _pick(from_forget, *timesteps), from_forget, schedule, lambd
+    )
 
 
 def siss_mixture_losses(
@@ -98,11 +115,15 @@ def siss_no_is_losses(output_retain: Tensor, output_forget: Tensor, noise: Tenso
     return vanilla_loss(output_retain, noise), vanilla_loss(output_forget, noise)
 
 
-def siss_bernoulli_losses(output: Tensor, noise: Tensor, from_forget: Tensor, lambd: float) -> tuple[Tensor, Tensor]:
-    """SISS' `subscore_bernoulli`: every row belongs to one branch and counts in one term only; the retain term is divided by `1 - lambd`.
+def siss_bernoulli_losses(
+    output: Tensor, noise: Tensor, from_forget: Tensor, lambd: float
+) -> tuple[Tensor, Tensor]:
+    """SISS' `subscore_bernoulli`: every row belongs to one branch and counts in one term only; the retain
+    term is divided by `1 - lambd`.
 
-    The factor `1 / lambd` of the forget term is left to the rescaling. Where no row is a retain row, *both* terms are zero: the code returns early and loses
-    the forget term, which is reproduced here and nowhere else in the package.
+    The factor `1 / lambd` of the forget term is left to the rescaling. Where no row is a retain row, *both*
+    terms are zero: the code returns early and loses the forget term, which is reproduced here and nowhere
+    else in the package.
     """
     loss = denoising_loss(output, noise)
     main, correction = loss[~from_forget] / (1 - lambd), loss[from_forget]

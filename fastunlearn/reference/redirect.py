@@ -1,4 +1,5 @@
-"""ReTrack's redirection of a forget image to its nearest retain neighbours (arXiv 2509.13007, sections 3.2 and 3.3).
+"""ReTrack's redirection of a forget image to its nearest retain neighbours (arXiv 2509.13007, sections 3.2
+and 3.3).
 
 The `[B, K, ...]` tensors are materialised on purpose; `ops/redirect.py` exists so that they need not be.
 """
@@ -19,12 +20,22 @@ class Redirect(NamedTuple):
 
     x_t: Tensor  # [B, ...]     the noisy forget images
     target: Tensor  # [B, ...]  the weighted mean of the neighbours' targets, in the model's prediction space
-    spread: Tensor  # [B]       the weighted variance of those targets: the part of the loss that no network can lower
+    # [B]       the weighted variance of those targets: the part of the loss that no network can lower
+    spread: Tensor
     weights: Tensor  # [B, K]   p_j: rows sum to 1
 
 
-def redirect(forget: Tensor, neighbors: Tensor, noise: Tensor, timesteps: Tensor, schedule: NoiseSchedule, *, x_t: Tensor | None = None) -> Redirect:
-    """`p_j = softmax_j(-||v_j||^2 / 2)` and the mean `sum_j p_j target_j` of the neighbours' targets (ReTrack, Proposition 2 and section 3.4).
+def redirect(
+    forget: Tensor,
+    neighbors: Tensor,
+    noise: Tensor,
+    timesteps: Tensor,
+    schedule: NoiseSchedule,
+    *,
+    x_t: Tensor | None = None,
+) -> Redirect:
+    """`p_j = softmax_j(-||v_j||^2 / 2)` and the mean `sum_j p_j target_j` of the neighbours' targets
+    (ReTrack, Proposition 2 and section 3.4).
 
     Args:
         forget: `a`, `[B, ...]`, floating.
@@ -44,7 +55,9 @@ def redirect(forget: Tensor, neighbors: Tensor, noise: Tensor, timesteps: Tensor
 
 
 def neighbor_noise(x_t: Tensor, neighbors: Tensor, timesteps: Tensor, schedule: NoiseSchedule) -> Tensor:
-    """`v_j = (x_t - alpha_t x_j) / sigma_t`, `[B, K, ...]`: the noise that would have led from neighbour j to `x_t`."""
+    """`v_j = (x_t - alpha_t x_j) / sigma_t`, `[B, K, ...]`: the noise that would have led from neighbour j to
+    `x_t`.
+    """
     alpha, sigma = levels(timesteps, schedule, neighbors)
     return (x_t.unsqueeze(1) - alpha * neighbors) / sigma
 
@@ -55,12 +68,18 @@ def log_kernel(v: Tensor) -> Tensor:
 
 
 def neighbor_targets(x_t: Tensor, neighbors: Tensor, timesteps: Tensor, schedule: NoiseSchedule) -> Tensor:
-    """`noising.prediction_target` of neighbour j and the noise `v_j`, `[B, K, ...]`: what to predict, had `x_t` come from that neighbour."""
-    return prediction_target(neighbors, neighbor_noise(x_t, neighbors, timesteps, schedule), timesteps, schedule)
+    """`noising.prediction_target` of neighbour j and the noise `v_j`, `[B, K, ...]`: what to predict, had
+    `x_t` come from that neighbour.
+    """
+    return prediction_target(
+        neighbors, neighbor_noise(x_t, neighbors, timesteps, schedule), timesteps, schedule
+    )
 
 
 def expected_loss(prediction: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """`sum_j p_j ||prediction - target_j||^2`, `[B]`: the summand of ReTrack's unlearning loss, from `[B, K, ...]` targets."""
+    """`sum_j p_j ||prediction - target_j||^2`, `[B]`: the summand of ReTrack's unlearning loss, from `[B, K,
+    ...]` targets.
+    """
     return (weights * squared_norms(prediction, targets)).sum(dim=1)
 
 

@@ -1,4 +1,6 @@
-"""A report as one HTML page without network: text, tables and pictures (embedded), legible in light and dark and on paper."""
+"""A report as one HTML page without network: text, tables and pictures (embedded), legible in light and dark
+and on paper.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,9 @@ footer { margin-top: 3rem; padding-top: .8rem; border-top: 1px solid var(--line)
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture: `file` is its name in the folder, `png` its bytes; `heads` are written above equal parts of its width (pixels on the page)."""
+    """A picture: `file` is its name in the folder, `png` its bytes; `heads` are written above equal parts of
+    its width (pixels on the page).
+    """
 
     file: str
     png: bytes
@@ -123,7 +127,13 @@ class Report:
         """The page."""
         text = html.escape
         verdict = f'<p class="verdict {_state(self.passed)}">{text(self.verdict)}</p>' if self.verdict else ""
-        body = [f"<h1>{text(self.title)}</h1>", f'<p class="lead">{text(self.lead)}</p>', verdict, _criteria(self.criteria), *map(_section, self.sections)]
+        body = [
+            f"<h1>{text(self.title)}</h1>",
+            f'<p class="lead">{text(self.lead)}</p>',
+            verdict,
+            _criteria(self.criteria),
+            *map(_section, self.sections),
+        ]
         if self.footer:
             body.append(f"<footer>{text(self.footer)}</footer>")
         head = f'<meta charset="utf-8">\n<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{text(self.title)}</title>'
@@ -139,8 +149,11 @@ def _state(passed: bool | None) -> str:
 def _criteria(criteria: Sequence[Criterion]) -> str:
     if not criteria:
         return ""
-    rows = (f'<tr class="{_state(c.passed)}"><td>{html.escape(c.name)}</td><td class="answer">{"✓ yes" if c.passed else "✗ no"}</td>'
-            f'<td class="evidence">{html.escape(c.evidence)}</td></tr>' for c in criteria)
+    rows = (
+        f'<tr class="{_state(c.passed)}"><td>{html.escape(c.name)}</td><td class="answer">{"✓ yes" if c.passed else "✗ no"}</td>'
+        f'<td class="evidence">{html.escape(c.evidence)}</td></tr>'
+        for c in criteria
+    )
     table = "\n".join(("<tr><th>question</th><th>answer</th><th>evidence</th></tr>", *rows))
     return f'<h2>What was decided</h2>\n<div class="scroll"><table class="criteria">{table}\n</table></div>'
 
@@ -157,7 +170,14 @@ def _section(section: Section) -> str:
 
 def _table(table: Table) -> str:
     def row(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f'<{tag}{" class=number" if i else ""}>{html.escape(cell)}</{tag}>' for i, cell in enumerate(cells)) + "</tr>"
+        return (
+            "<tr>"
+            + "".join(
+                f"<{tag}{' class=number' if i else ''}>{html.escape(cell)}</{tag}>"
+                for i, cell in enumerate(cells)
+            )
+            + "</tr>"
+        )
 
     rows = "\n".join(row(cells, "td") for cells in table.rows)
     note = f'<p class="note">{html.escape(table.note)}</p>' if table.note else ""

@@ -22,7 +22,9 @@ LOSSES = {"forget_loss": "forget loss", "retain_loss": "retain loss", "grad_norm
 
 @dataclass(frozen=True)
 class ReconstructionPair:
-    """Results and images `[chains, C, H, W]` of `metrics.reconstruction.reconstruct` before and after, from the same noise."""
+    """Results and images `[chains, C, H, W]` of `metrics.reconstruction.reconstruct` before and after, from
+    the same noise.
+    """
 
     before: Reconstruction
     after: Reconstruction
@@ -30,17 +32,33 @@ class ReconstructionPair:
     images_after: Tensor
 
 
-def samples_section(before: Tensor, after: Tensor, hits_before: Tensor, hits_after: Tensor, *, subject: str = "forget image", report_images: bool = False,
-                    columns: int = 8, rows: int = 8) -> Section:
-    """Samples `[N, C, H, W]` of both models from the same noise; `hits_*` bool `[N]`: which of them show the forgotten image.
+def samples_section(
+    before: Tensor,
+    after: Tensor,
+    hits_before: Tensor,
+    hits_after: Tensor,
+    *,
+    subject: str = "forget image",
+    report_images: bool = False,
+    columns: int = 8,
+    rows: int = 8,
+) -> Section:
+    """Samples `[N, C, H, W]` of both models from the same noise; `hits_*` bool `[N]`: which of them show the
+    forgotten image.
 
     Hits come first and are framed; without `report_images` they are grey tiles.
     """
-    order = torch.cat([torch.nonzero(hits_before | hits_after)[:, 0], torch.nonzero(~(hits_before | hits_after))[:, 0]])[: columns * rows]
+    order = torch.cat(
+        [torch.nonzero(hits_before | hits_after)[:, 0], torch.nonzero(~(hits_before | hits_after))[:, 0]]
+    )[: columns * rows]
     hits = hits_before[order].tolist(), hits_after[order].tolist()
-    picture = side_by_side(before[order], after[order], columns=columns, marked=hits, hidden=None if report_images else hits)
+    picture = side_by_side(
+        before[order], after[order], columns=columns, marked=hits, hidden=None if report_images else hits
+    )
     shown = sum(map(bool, (first or second for first, second in zip(*hits, strict=True))))
-    caption = f"{len(order)} of {len(before)} samples; the same place in both grids starts from the same noise."
+    caption = (
+        f"{len(order)} of {len(before)} samples; the same place in both grids starts from the same noise."
+    )
     if shown:
         caption += f" The {'one' if shown == 1 else shown} in which either model shows the {subject} come{'s' if shown == 1 else ''} first, framed"
         caption += "." if report_images else " and hidden."
@@ -51,21 +69,31 @@ def reconstructions_section(
     image: Tensor, noised: Sequence[Tensor], pairs: Sequence[ReconstructionPair], *,
     subject: str = "forget image", report_images: bool = False, columns: int = 8, rows: int = 3,
 ) -> Section:  # fmt: skip
-    """What the models make of `image` `[1, C, H, W]` when it is noised to some timestep and denoised; a sentence only without `report_images`.
+    """What the models make of `image` `[1, C, H, W]` when it is noised to some timestep and denoised; a
+    sentence only without `report_images`.
 
     `noised` has, for each pair, one example of where its chains start, `[1, C, H, W]`.
     """
     text = f"The {subject} is noised to a timestep of the diffusion, and the model denoises it again. A model that has memorised it finds the way back."
     if not report_images:
-        return Section("Reconstruction from noise", text + " The pictures would show it, so they are not drawn (report_images).")
+        return Section(
+            "Reconstruction from noise",
+            text + " The pictures would show it, so they are not drawn (report_images).",
+        )
     stages = (f"the {subject}", *(f"noised to t = {pair.before.timestep}" for pair in pairs))
     start = grid(torch.cat([image, *noised]), columns=len(stages), tile=140)
-    figures = [Figure("injected.png", start, "Where the chains start, for one noise.", stages, width=150 * len(stages))]
+    figures = [
+        Figure(
+            "injected.png", start, "Where the chains start, for one noise.", stages, width=150 * len(stages)
+        )
+    ]
     for pair in pairs:
         first = slice(0, columns * rows)
         picture = side_by_side(pair.images_before[first], pair.images_after[first], columns=columns)
-        caption = (f"Noise injected at t = {pair.before.timestep}: {pair.before.returned.count} of {pair.before.returned.total} chains came back before, "
-                   f"{pair.after.returned.count} of {pair.after.returned.total} after; the first {len(pair.images_before[first])} are shown.")
+        caption = (
+            f"Noise injected at t = {pair.before.timestep}: {pair.before.returned.count} of {pair.before.returned.total} chains came back before, "
+            f"{pair.after.returned.count} of {pair.after.returned.total} after; the first {len(pair.images_before[first])} are shown."
+        )
         figures.append(Figure(f"reconstruction_{pair.before.timestep}.png", picture, caption, HEADS))
     return Section("Reconstruction from noise", text, figures=tuple(figures))
 
@@ -84,8 +112,10 @@ def training_section(log: Sequence[dict], text: str = "") -> Section:
         text = f"{text} {counted} nothing.".strip()
     if not labels:
         return Section("Unlearning", text or "No step was taken.")
-    caption = ("Squared error summed over pixels, mean over the batch; the gradient norm is that before clipping. Every step draws its own timesteps, and "
-               "targets grow towards t = 0: hence the spread from step to step.")
+    caption = (
+        "Squared error summed over pixels, mean over the batch; the gradient norm is that before clipping. Every step draws its own timesteps, and "
+        "targets grow towards t = 0: hence the spread from step to step."
+    )
     return Section("Unlearning", text, figures=(Figure("losses.png", loss_curves(log, labels), caption),))
 
 

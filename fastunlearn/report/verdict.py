@@ -44,11 +44,13 @@ def all_passed(criteria: Sequence[Criterion]) -> bool | None:
 
 
 def frequency_criterion(before: Share, after: Share, expected: float) -> Criterion:
-    """The image was generated before, is generated less often after, and no longer as often as it stood in the training data.
+    """The image was generated before, is generated less often after, and no longer as often as it stood in
+    the training data.
 
-    The last is an exact one-sided binomial test: with `expected` = 1 %, at most one hit in 512 samples is rarer than 5 % (none: p = 0.006).
-    It does not use the count before, which is a handful and varies from seed to seed; the same noise makes `before` and `after` comparable.
-    With fewer than ln 0.05 / ln(1 - expected) samples (299 at 1 %) not even zero hits can show anything, and the criterion fails.
+    The last is an exact one-sided binomial test: with `expected` = 1 %, at most one hit in 512 samples is
+    rarer than 5 % (none: p = 0.006). It does not use the count before, which is a handful and varies from
+    seed to seed; the same noise makes `before` and `after` comparable. With fewer than ln 0.05 / ln(1 -
+    expected) samples (299 at 1 %) not even zero hits can show anything, and the criterion fails.
 
     Raises:
         TypeError, ValueError: `expected` is no share in (0, 1), or the two have not as many samples.
@@ -79,9 +81,14 @@ def reconstruction_criterion(before: Reconstruction, after: Reconstruction) -> C
         if first != second:
             raise ValueError(f"after: expected the {name} of before, {first:g}, got {second:g}")
     most_before = restored(before.returned)
-    few_after = after.returned.share <= REMAINING * before.returned.share and after.returned.high < before.returned.low
+    few_after = (
+        after.returned.share <= REMAINING * before.returned.share
+        and after.returned.high < before.returned.low
+    )
     evidence = f"before {before.returned}; after {after.returned}; mean distance {before.mean_distance:.2f} before, {after.mean_distance:.2f} after"
-    return Criterion(f"not restored from noise injected at t = {after.timestep}", most_before and few_after, evidence)
+    return Criterion(
+        f"not restored from noise injected at t = {after.timestep}", most_before and few_after, evidence
+    )
 
 
 def restored(returned: Share) -> bool:
@@ -103,9 +110,14 @@ def quality_criterion(before: InceptionScores, after: InceptionScores, subject: 
     for when, scores in (("before", before), ("after", after)):
         check.number(f"inception score {when}", scores.inception_score, low=0, low_open=True)
         check.number(f"mean confidence {when}", scores.mean_confidence, low=0, low_open=True)
-    falls = [1 - after.inception_score / before.inception_score, 1 - after.mean_confidence / before.mean_confidence]
-    evidence = (f"inception score {before.inception_score:.2f} to {after.inception_score:.2f} ({-falls[0]:+.1%}), mean confidence "
-                f"{before.mean_confidence:.3f} to {after.mean_confidence:.3f} ({-falls[1]:+.1%}); allowed {-ALLOWED_FALL:.0%}")
+    falls = [
+        1 - after.inception_score / before.inception_score,
+        1 - after.mean_confidence / before.mean_confidence,
+    ]
+    evidence = (
+        f"inception score {before.inception_score:.2f} to {after.inception_score:.2f} ({-falls[0]:+.1%}), mean confidence "
+        f"{before.mean_confidence:.3f} to {after.mean_confidence:.3f} ({-falls[1]:+.1%}); allowed {-ALLOWED_FALL:.0%}"
+    )
     reasons = {"before": why_invalid(before), "after": why_invalid(after)}
     invalid = ", ".join(f"{when}: {reason}" for when, reason in reasons.items() if reason)
     if invalid:

@@ -1,12 +1,17 @@
-"""Checkpoints that survive a kill at any moment: written aside, fsynced, renamed; every file's SHA-256 in a manifest; safetensors and JSON only.
+"""Checkpoints that survive a kill at any moment: written aside, fsynced, renamed; every file's SHA-256 in a
+manifest; safetensors and JSON only.
 
-A run folder holds `checkpoint-<step>/`, each with `manifest.json` (file name -> SHA-256), `metadata.json` and some `.safetensors`. What holds:
+A run folder holds `checkpoint-<step>/`, each with `manifest.json` (file name -> SHA-256), `metadata.json` and
+some `.safetensors`. What holds:
 
-- `checkpoint-<step>` is absent or complete, whatever moment the writing process dies at (power loss included, as far as the disk honours fsync).
-- Replacing an existing folder exchanges the two names in one system call where the system can (Linux, on all its usual file systems): a reader
-  finds the old folder or the new one, never neither. Elsewhere two renames follow each other: a reader may miss the folder for the instant
-  between them and finds it on a retry; if the writer dies in that instant, the next `latest` or write puts the old folder back.
-- A run folder has one writer at a time. Its leftovers (`.NAME.PID.tmp`) are removed by the next write after it has died.
+- `checkpoint-<step>` is absent or complete, whatever moment the writing process dies at (power loss included,
+  as far as the disk honours fsync).
+- Replacing an existing folder exchanges the two names in one system call where the system can (Linux, on all
+  its usual file systems): a reader finds the old folder or the new one, never neither. Elsewhere two renames
+  follow each other: a reader may miss the folder for the instant between them and finds it on a retry; if the
+  writer dies in that instant, the next `latest` or write puts the old folder back.
+- A run folder has one writer at a time. Its leftovers (`.NAME.PID.tmp`) are removed by the next write after
+  it has died.
 """
 
 from __future__ import annotations
@@ -35,7 +40,8 @@ from .state_tree import flatten, unflatten
 MANIFEST = "manifest.json"
 METADATA = "metadata.json"
 PREFIX = "checkpoint-"
-# 1 had no number: optimizer state by position, wrapped names, and nothing about model, schedule and precision.
+# 1 had no number: optimizer state by position, wrapped names, and nothing about model, schedule and
+# precision.
 FORMAT_VERSION = 2
 
 
@@ -61,14 +67,16 @@ def save(
     """Writes `run_dir/checkpoint-<step>` and returns its path; an existing one is replaced.
 
     Args:
-        tensors: for each file stem (`"model"` gives `model.safetensors`) a state dict of tensors, on any device.
+        tensors: for each file stem (`"model"` gives `model.safetensors`) a state dict of tensors, on any
+            device.
         metadata: anything JSON can hold.
         optimizer: any `torch.optim` optimizer; `load_optimizer` reads it back.
         model: the network whose parameters `optimizer` trains. Its state is then kept under their plain names
             (without wrappers such as `torch.compile`'s); without `model`, under their positions.
-        states: for each name a `state_dict()` of anything else (learning-rate scheduler, EMA, gradient scaler, ...): nested dicts, lists
-            and tuples of tensors, numbers, strings, booleans and None.
-        keep: afterwards, remove the oldest checkpoints beyond this many (diffusers' `checkpoints_total_limit`); at least 1.
+        states: for each name a `state_dict()` of anything else (learning-rate scheduler, EMA, gradient
+            scaler, ...): nested dicts, lists and tuples of tensors, numbers, strings, booleans and None.
+        keep: afterwards, remove the oldest checkpoints beyond this many (diffusers'
+            `checkpoints_total_limit`); at least 1.
 
     Raises:
         TypeError: a state or `tensors` hold something else; nothing is written.
@@ -97,7 +105,8 @@ def save(
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
     if keep is not None:
         others = [other for other in _steps(run_dir) if other != step]
-        newest_last = [other for other in others if other > step] + [other for other in others if other < step]  # beyond `step`: given up or damaged
+        # beyond `step`: given up or damaged
+        newest_last = [other for other in others if other > step] + [other for other in others if other < step]
         for stale in newest_last[: max(0, len(others) - keep + 1)]:
             _discard(run_dir / f"{PREFIX}{stale}")
     return run_dir / f"{PREFIX}{step}"
@@ -107,8 +116,8 @@ def load(path: str | Path) -> Checkpoint:
     """Reads a checkpoint after every file has been compared with the manifest.
 
     Raises:
-        ValueError: naming the file: it is not a checkpoint, or one of another version of the format, or a file is
-            missing or does not have the hash that the manifest gives.
+        ValueError: naming the file: it is not a checkpoint, or one of another version of the format, or a
+            file is missing or does not have the hash that the manifest gives.
     """
     path = Path(path)
     names = verify(path)
@@ -149,7 +158,9 @@ def _check_version(content: dict[str, Any]) -> None:
 
 
 def verify(path: str | Path) -> list[str]:
-    """The names of a checkpoint's files, each with the SHA-256 that the manifest gives; `ValueError` otherwise."""
+    """The names of a checkpoint's files, each with the SHA-256 that the manifest gives; `ValueError`
+    otherwise.
+    """
     path = Path(path)
     try:
         manifest = json.loads((path / MANIFEST).read_text())
@@ -166,7 +177,8 @@ def verify(path: str | Path) -> list[str]:
 
 
 def latest(run_dir: str | Path) -> Path | None:
-    """The newest undamaged checkpoint below `run_dir`, or None; damaged newer ones are reported by a warning."""
+    """The newest undamaged checkpoint below `run_dir`, or None; damaged newer ones are reported by a warning.
+    """
     run_dir = Path(run_dir)
     restore_displaced(run_dir, f"{PREFIX}*")
     for step in reversed(_steps(run_dir)):
@@ -187,7 +199,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Checkpoint, model: n
         model: as in `save`.
 
     Raises:
-        ValueError: naming file and entry: the state is not that of these parameters. `optimizer` is as it was.
+        ValueError: naming file and entry: the state is not that of these parameters. `optimizer` is as it
+            was.
     """
     place = Entry(state.path, "optimizer")
     if "optimizer" not in state.states:
@@ -229,7 +242,9 @@ def _owned(named: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _aligned(named: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies with the alignment of fresh tensors: in the file they start anywhere, and BLAS sums in another order there (LBFGS is not bit-equal then)."""
+    """Copies with the alignment of fresh tensors: in the file they start anywhere, and BLAS sums in another
+    order there (LBFGS is not bit-equal then).
+    """
     return {name: tensor.clone() for name, tensor in named.items()}
 
 

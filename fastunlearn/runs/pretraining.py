@@ -1,4 +1,6 @@
-"""Trains the diffusion model that later forgets: AdamW, cosine schedule, EMA, resumable to the same random stream."""
+"""Trains the diffusion model that later forgets: AdamW, cosine schedule, EMA, resumable to the same random
+stream.
+"""
 
 from __future__ import annotations
 
@@ -44,10 +46,12 @@ def _alone(train: Callable[..., Path]) -> Callable[..., Path]:
 def pretrain(images: ImageStore, recipe: Pretraining, output_dir: Path, *, seed: int = 0, resume: bool = True, checkpointing_steps: int = 500,
              channels_last: bool = True, device: torch.device | str = "cpu", show_progress: bool = True,
              record: dict[str, Any] | None = None) -> Path:
-    """Trains `recipe` on `images` and writes `output_dir` as a folder that `DDPMPipeline.from_pretrained` opens (EMA weights).
+    """Trains `recipe` on `images` and writes `output_dir` as a folder that `DDPMPipeline.from_pretrained`
+    opens (EMA weights).
 
-    Every random number of step s comes from a generator seeded with `(seed, s)`, so a run that is stopped and resumed takes the
-    same steps as one that is not. `pretraining.json` beside the weights records recipe, seed, hours and the loss curve.
+    Every random number of step s comes from a generator seeded with `(seed, s)`, so a run that is stopped and
+    resumed takes the same steps as one that is not. `pretraining.json` beside the weights records recipe,
+    seed, hours and the loss curve.
 
     Args:
         record: more entries for `pretraining.json`, such as how pictures became rows.
@@ -57,7 +61,8 @@ def pretrain(images: ImageStore, recipe: Pretraining, output_dir: Path, *, seed:
         WeightsNotFinite: a loss, the weights or their average are NaN or Inf; nothing of it is written.
         ImportError: the package diffusers is not installed.
         TypeError, ValueError: `seed` is no integer in [0, 2^32 - 1]: torch's CPU generator reads 32 bits.
-        ValueError: the checkpoint to go on from is of a run with another recipe, seed or other images, or damaged.
+        ValueError: the checkpoint to go on from is of a run with another recipe, seed or other images, or
+            damaged.
     """
     check.integer("seed", seed, low=0, high=2**32 - 1)
     diffusers = check.package("diffusers", "pretrain")
@@ -109,7 +114,8 @@ def pretrain(images: ImageStore, recipe: Pretraining, output_dir: Path, *, seed:
     with Progress(*columns, disable=not show_progress) as progress:
         task = progress.add_task("pretraining", total=recipe.total_steps, completed=first_step, loss=float("nan"))
         for step in range(first_step, recipe.total_steps):
-            generator.manual_seed((seed * 0x9E3779B1 + step) % 2**32)  # torch's CPU generator reads 32 bits of it
+            # torch's CPU generator reads 32 bits of it
+            generator.manual_seed((seed * 0x9E3779B1 + step) % 2**32)
             rows = torch.randint(len(images), (recipe.batch_size,), generator=generator, device=device)
             clean = images.rows(rows)
             noise = torch.randn(clean.shape, generator=generator, device=device)

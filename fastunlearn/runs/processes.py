@@ -1,8 +1,9 @@
 """Several processes of one run: which of them writes, and what they tell each other beside the gradients.
 
-Gradients go over the process group of the `Unlearner` (nccl on GPUs) inside a step. All else is small and lives on the host; it goes over a gloo group of
-its own, so that no device is waited for and a long checkpoint meets no nccl timeout. A process that dies closes its connections: the others get an
-error at once, not a timeout.
+Gradients go over the process group of the `Unlearner` (nccl on GPUs) inside a step. All else is small and
+lives on the host; it goes over a gloo group of its own, so that no device is waited for and a long checkpoint
+meets no nccl timeout. A process that dies closes its connections: the others get an error at once, not a
+timeout.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from torch import nn
 
 from ..host.folder_lock import locked
 
-PATIENCE = timedelta(hours=6)  # of the processes that wait for what process 0 does alone, such as a search for neighbours
+# of the processes that wait for what process 0 does alone, such as a search for neighbours
+PATIENCE = timedelta(hours=6)
 
 T = TypeVar("T")
 
@@ -29,14 +31,17 @@ class OtherProcessFailed(RuntimeError):
 
 
 class Processes:
-    """The processes of `group`, or this one alone (None). A context; every process enters it, and calls its methods in the same order.
+    """The processes of `group`, or this one alone (None).
+
+    A context; every process enters it, and calls its methods in the same order.
 
     Attributes:
         rank, count: which one this is, of how many.
         group: for gradients.
 
     Raises:
-        ValueError: `group` is a part of the processes that were launched: the others would have to help with making a second group.
+        ValueError: `group` is a part of the processes that were launched: the others would have to help with
+            making a second group.
     """
 
     def __init__(self, group: dist.ProcessGroup | None):
@@ -55,7 +60,8 @@ class Processes:
             dist.destroy_process_group(self._control)
 
     def by_first(self, work: Callable[[], T]) -> T:
-        """`work()`, done by process 0 while the others wait; every process gets what it returns, which has to be picklable.
+        """`work()`, done by process 0 while the others wait; every process gets what it returns, which has to
+        be picklable.
 
         Raises:
             OtherProcessFailed: in the others, where `work` raises in process 0.
@@ -132,7 +138,10 @@ class Processes:
                 dist.broadcast(tensor, group=self.group, group_src=0)
 
     def begin_largest(self, number: int) -> Callable[[], int]:
-        """Starts to find the largest `number` of all processes; the function returned waits for it. In between the host is free."""
+        """Starts to find the largest `number` of all processes; the function returned waits for it.
+
+        In between the host is free.
+        """
         if self._control is None:
             return lambda: number
         largest = torch.tensor([number])

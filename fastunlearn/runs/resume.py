@@ -17,7 +17,8 @@ from .state_checks import Entry, check_keys
 def save_checkpoint(
     unlearner, output_dir: Path, processes: Processes, run: dict[str, Any], *, keep: int | None = None
 ) -> Path:
-    """Everything that the next step depends on: model, optimizer, and what else the unlearner has, with torch's random state (dropout).
+    """Everything that the next step depends on: model, optimizer, and what else the unlearner has, with
+    torch's random state (dropout).
 
     Process 0 writes. All have the same state but for torch's random state, of which each one's is kept.
 
@@ -37,17 +38,19 @@ def save_checkpoint(
 
 
 def load_checkpoint(unlearner, path: Path, processes: Processes, run: dict[str, Any]) -> None:
-    """Puts the state of `path` into an unlearner that was built like the one that wrote it; each process reads the file.
+    """Puts the state of `path` into an unlearner that was built like the one that wrote it; each process
+    reads the file.
 
-    The number of processes may be another: rows, timesteps and noise do not depend on it. Dropout does, which a warning says.
+    The number of processes may be another: rows, timesteps and noise do not depend on it. Dropout does, which
+    a warning says.
 
     Args:
         run: the identity of the run that goes on.
 
     Raises:
-        ValueError: the checkpoint is damaged, of a run with another identity (docs/resume.md), or with other parts
-            (EMA, scheduler), its state is not one that the unlearner can take, or the unlearner is not new. Nothing
-            is changed then.
+        ValueError: the checkpoint is damaged, of a run with another identity (docs/resume.md), or with other
+            parts (EMA, scheduler), its state is not one that the unlearner can take, or the unlearner is not
+            new. Nothing is changed then.
     """
     if unlearner.step_index != 0:
         raise ValueError(f"unlearner: expected a new one to resume into, got one that has taken {unlearner.step_index} steps")
@@ -77,7 +80,8 @@ def find_checkpoint(resume: str | Path | None, output_dir: Path) -> Path | None:
     """The checkpoint that `resume_from_checkpoint` means; None: start anew.
 
     Raises:
-        ValueError: a new run in a folder that holds checkpoints, a path that is none, or `"latest"` where all are damaged.
+        ValueError: a new run in a folder that holds checkpoints, a path that is none, or `"latest"` where all
+            are damaged.
     """
     existing = sorted(output_dir.glob(f"{checkpoint.PREFIX}*")) if output_dir.is_dir() else []
     if resume is None:

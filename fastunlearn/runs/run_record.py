@@ -1,6 +1,8 @@
-"""The files of a run beside its checkpoints: `run.json` (what was run), `metrics.jsonl` (one line a logged step), and what `purge` removes.
+"""The files of a run beside its checkpoints: `run.json` (what was run), `metrics.jsonl` (one line a logged
+step), and what `purge` removes.
 
-Files with privacy-relevant content (neighbour caches, stores with forget rows) are listed in `run.json` under `private_files`.
+Files with privacy-relevant content (neighbour caches, stores with forget rows) are listed in `run.json` under
+`private_files`.
 """
 
 from __future__ import annotations
@@ -27,15 +29,19 @@ METRICS_FILE = "metrics.jsonl"
 PRIVATE_FOLDER = "private"  # inside a run folder: everything in it may be removed by `purge`
 FORMAT = "fastunlearn-run"
 CACHE_NAME = re.compile(re.escape(CACHE_FORMAT) + r"-[0-9a-f]{40}\.safetensors")
-KEPT = ("started", "private_files", "purged", "base_model", "resumed")  # of a run's record when the run goes on
+# of a run's record when the run goes on
+KEPT = ("started", "private_files", "purged", "base_model", "resumed")
 PACKAGES = ("fastunlearn", "torch", "diffusers", "accelerate", "numpy", "safetensors")
 
 
-# --- run.json --------------------------------------------------------------------------------------------------------------------
+# --- run.json
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def describe_run(unlearner, arguments: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
-    """The content of a new `run.json`: versions, arguments, the run's identity, and of the data only sizes and hashes."""
+    """The content of a new `run.json`: versions, arguments, the run's identity, and of the data only sizes
+    and hashes.
+    """
     return {
         "format": FORMAT,
         "version": 1,
@@ -53,7 +59,8 @@ def describe_run(unlearner, arguments: dict[str, Any], run: dict[str, Any]) -> d
 
 
 def resumed_record(run_dir: str | Path, record: dict[str, Any], step: int) -> dict[str, Any]:
-    """`record` for a run that goes on at `step`, with what `run.json` says of its beginning, if there is one."""
+    """`record` for a run that goes on at `step`, with what `run.json` says of its beginning, if there is one.
+    """
     if not (Path(run_dir) / RUN_FILE).exists():
         return record
     kept = {name: value for name, value in read_run(run_dir).items() if name in KEPT}
@@ -64,7 +71,9 @@ def resumed_record(run_dir: str | Path, record: dict[str, Any], step: int) -> di
 
 
 def private_record(run_dir: str | Path) -> dict[str, Any]:
-    """What a run that left no checkpoint said of its private files: the one in its place must not forget them."""
+    """What a run that left no checkpoint said of its private files: the one in its place must not forget
+    them.
+    """
     try:
         record = read_run(run_dir)
     except ValueError:  # there was none
@@ -103,7 +112,8 @@ def write_run(run_dir: str | Path, record: dict[str, Any]) -> None:
 
 
 def list_private(run_dir: str | Path, *paths: str | Path) -> None:
-    """Notes files or folders that hold forget data, for `purge`: below `RUN/private`, or neighbour caches anywhere.
+    """Notes files or folders that hold forget data, for `purge`: below `RUN/private`, or neighbour caches
+    anywhere.
 
     Raises:
         ValueError: a path that `purge` would refuse to remove.
@@ -120,7 +130,8 @@ def list_private(run_dir: str | Path, *paths: str | Path) -> None:
         write_run(run_dir, record | {"private_files": list(dict.fromkeys(names))})
 
 
-# --- purge -----------------------------------------------------------------------------------------------------------------------
+# --- purge
+# -----------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -138,14 +149,17 @@ class Purged:
 
 
 def purge(run_dir: str | Path) -> Purged:
-    """Removes what a run keeps of its forget data: everything in `RUN/private`, and the neighbour caches that `run.json` lists.
+    """Removes what a run keeps of its forget data: everything in `RUN/private`, and the neighbour caches that
+    `run.json` lists.
 
-    `run.json` may have been tampered with, so it only proposes: a file is removed if it really lies in `RUN/private` (symbolic links are not
-    followed) or if it is a regular file that carries the name and the content marker of a neighbour cache, which can be computed again.
-    Anything else is refused, stays listed, and is reported. Checkpoints and metrics stay. Deleted blocks are not overwritten on the disk.
+    `run.json` may have been tampered with, so it only proposes: a file is removed if it really lies in
+    `RUN/private` (symbolic links are not followed) or if it is a regular file that carries the name and the
+    content marker of a neighbour cache, which can be computed again. Anything else is refused, stays listed,
+    and is reported. Checkpoints and metrics stay. Deleted blocks are not overwritten on the disk.
 
     Raises:
-        ValueError: `run_dir` has no readable `run.json`, nor a private folder of a run that died before it wrote one.
+        ValueError: `run_dir` has no readable `run.json`, nor a private folder of a run that died before it
+            wrote one.
         FolderLocked: the run goes on, or another one does in its place: it would bring back what is removed.
     """
     if not Path(run_dir).is_dir():
@@ -201,11 +215,15 @@ def _refusal(path: Path, run_dir: Path) -> str | None:
     return None if marked else "does not carry the marker of a neighbour cache"
 
 
-# --- metrics.jsonl ---------------------------------------------------------------------------------------------------------------
+# --- metrics.jsonl
+# ---------------------------------------------------------------------------------------------------------------
 
 
 class Metrics:
-    """Appends to `metrics.jsonl`. Opening it for a run that stands at `step` drops the lines beyond, and a line that was cut off."""
+    """Appends to `metrics.jsonl`.
+
+    Opening it for a run that stands at `step` drops the lines beyond, and a line that was cut off.
+    """
 
     def __init__(self, run_dir: str | Path, step: int):
         self.path = Path(run_dir) / METRICS_FILE
@@ -227,7 +245,9 @@ class Metrics:
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
-    """The records of `metrics.jsonl`, one dict a logged step, up to the first line that is not whole; empty without a file."""
+    """The records of `metrics.jsonl`, one dict a logged step, up to the first line that is not whole; empty
+    without a file.
+    """
     path = Path(run_dir) / METRICS_FILE
     records: list[dict[str, Any]] = []
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []:

@@ -7,17 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TENSOR, TUPLE, ITEMS = "__tensor__", "__tuple__", "__items__"  # the only keys a JSON object below may have beside plain string keys
+# the only keys a JSON object below may have beside plain string keys
+TENSOR, TUPLE, ITEMS = "__tensor__", "__tuple__", "__items__"
 
 
 def flatten(state: Any, name: str = "state") -> tuple[Any, dict[str, Tensor]]:
-    """`(skeleton, tensors)`: JSON in which every tensor is a reference, and the tensors, detached, by their path.
+    """`(skeleton, tensors)`: JSON in which every tensor is a reference, and the tensors, detached, by their
+    path.
 
-    Strides are kept for tensors that are not laid out row by row (channels-last optimizer moments): an elementwise fused update of a
-    parameter and a moment of different layout would mix up their entries.
+    Strides are kept for tensors that are not laid out row by row (channels-last optimizer moments): an
+    elementwise fused update of a parameter and a moment of different layout would mix up their entries.
 
     Raises:
-        TypeError: naming the path of a value that is no tensor, number, string, boolean, None, dict, list or tuple.
+        TypeError: naming the path of a value that is no tensor, number, string, boolean, None, dict, list or
+            tuple.
     """
     tensors: dict[str, Tensor] = {}
 
@@ -46,8 +49,8 @@ def unflatten(skeleton: Any, tensors: dict[str, Tensor]) -> Any:
     """The inverse of `flatten`. Both may come from anywhere.
 
     Raises:
-        ValueError: `skeleton` does not refer to every one of `tensors` once, and to nothing else, or gives a layout
-            that its tensor cannot have.
+        ValueError: `skeleton` does not refer to every one of `tensors` once, and to nothing else, or gives a
+            layout that its tensor cannot have.
     """
     unused = dict(tensors)
 
@@ -81,7 +84,9 @@ def unflatten(skeleton: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def _laid_out(name: str, tensor: Tensor, stride: Any) -> Tensor:
-    """A copy of the contiguous `tensor` with these strides: those of a dense layout, whatever the order of its axes."""
+    """A copy of the contiguous `tensor` with these strides: those of a dense layout, whatever the order of
+    its axes.
+    """
     whole = isinstance(stride, list) and all(type(step) is int and 0 <= step < 2**63 for step in stride)
     if not whole or len(stride) != tensor.ndim:
         raise ValueError(f"{name}: expected {tensor.ndim} integers as strides, got {stride!r}")

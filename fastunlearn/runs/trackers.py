@@ -1,4 +1,6 @@
-"""Where the numbers of a run are shown while it goes on: a progress bar, accelerate's trackers, or the caller's own function."""
+"""Where the numbers of a run are shown while it goes on: a progress bar, accelerate's trackers, or the
+caller's own function.
+"""
 
 from __future__ import annotations
 

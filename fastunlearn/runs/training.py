@@ -1,4 +1,6 @@
-"""unlearn(): the loop around `Unlearner.step` with progress, metrics, trackers, checkpoints, resume and a clean end on a signal."""
+"""unlearn(): the loop around `Unlearner.step` with progress, metrics, trackers, checkpoints, resume and a
+clean end on a signal.
+"""
 
 from __future__ import annotations
 
@@ -71,23 +73,28 @@ def unlearn(
     record: dict[str, Any] | None = None,
     identity: dict[str, Any] | None = None,
 ) -> History:
-    """Takes steps until `unlearner.step_index` is `num_steps`; argument names as in diffusers' training scripts.
+    """Takes steps until `unlearner.step_index` is `num_steps`; argument names as in diffusers' training
+    scripts.
 
-    `output_dir` receives `run.json` (versions, arguments, method, hashes of the data), `metrics.jsonl` and `checkpoint-<step>/`, the last of
-    them at the end. All random numbers come from (seed, step), and a checkpoint holds model, optimizer, scheduler, EMA and torch's random
-    state, so on a CPU a resumed run ends with the same bits as one that was never stopped.
+    `output_dir` receives `run.json` (versions, arguments, method, hashes of the data), `metrics.jsonl` and
+    `checkpoint-<step>/`, the last of them at the end. All random numbers come from (seed, step), and a
+    checkpoint holds model, optimizer, scheduler, EMA and torch's random state, so on a CPU a resumed run ends
+    with the same bits as one that was never stopped.
 
-    Several processes (an `Unlearner` with a process group) all call it with the same arguments. They start with the weights of process 0, which alone
-    writes and shows; every process reads the checkpoint that it resumes from. A signal to any stops all after the same step (docs/several_processes.md).
+    Several processes (an `Unlearner` with a process group) all call it with the same arguments. They start
+    with the weights of process 0, which alone writes and shows; every process reads the checkpoint that it
+    resumes from. A signal to any stops all after the same step (docs/several_processes.md).
 
     Args:
-        unlearner: an `Unlearner` whose model is a `torch.nn.Module`; built anew, with the same arguments, for a resumed run.
+        unlearner: an `Unlearner` whose model is a `torch.nn.Module`; built anew, with the same arguments, for
+            a resumed run.
         num_steps: steps of the whole run, those before a resume included.
         output_dir: made if missing. A new run refuses a folder that holds checkpoints; every run refuses one
             that another run, or `purge`, writes to.
         checkpointing_steps: also write a checkpoint every so many steps; None: at the end only.
         checkpoints_total_limit: keep so many checkpoints; None: all.
-        resume_from_checkpoint: `"latest"` (the newest undamaged one in `output_dir`; the start if there is none) or the path of a checkpoint.
+        resume_from_checkpoint: `"latest"` (the newest undamaged one in `output_dir`; the start if there is
+            none) or the path of a checkpoint.
         report_to: `"tensorboard"`, `"wandb"` (through accelerate's trackers) or a callable `(step, metrics)`.
         logging_steps: log every so many steps, and the last. Numbers are read when the next step is queued,
             so that the device never runs out of work.
@@ -96,10 +103,10 @@ def unlearn(
         max_skipped_share: the same for a share of `num_steps`; it counts over the whole run, the steps before
             a resume included.
         show_progress: a progress bar on standard output.
-        record: more entries for `run.json`, such as the path of the model that the run starts from (`base_model`, which
-            a resumed run leaves as it is).
-        identity: more of what makes the run this run and no other (docs/resume.md), such as the configuration of a
-            scheduler; a checkpoint of a run with another one is not resumed.
+        record: more entries for `run.json`, such as the path of the model that the run starts from
+            (`base_model`, which a resumed run leaves as it is).
+        identity: more of what makes the run this run and no other (docs/resume.md), such as the configuration
+            of a scheduler; a checkpoint of a run with another one is not resumed.
 
     Raises:
         TypeError, ValueError: before any step, naming the argument.
@@ -107,8 +114,8 @@ def unlearn(
         TooManySkippedSteps: see `max_skipped_steps` and `max_skipped_share`; no checkpoint is written then.
         WeightsNotFinite: the weights, or the EMA, hold NaN or Inf when a checkpoint is due (it is not
             written).
-        RunInterrupted: after SIGINT or SIGTERM (seen in the main thread only), when the running step is done and its checkpoint written.
-            A second signal ends the process at once.
+        RunInterrupted: after SIGINT or SIGTERM (seen in the main thread only), when the running step is done
+            and its checkpoint written. A second signal ends the process at once.
         OtherProcessFailed: process 0 could not write, or another one not read, what this one waited for.
     """
     _check_unlearner(unlearner)
@@ -180,7 +187,10 @@ def _run(loop: _Loop, num_steps: int, checkpointing_steps: int | None, logging_s
 
 
 class _Loop:
-    """What a run does beside stepping: logging, the limit on skipped steps, checkpoints. Of several processes only process 0 writes."""
+    """What a run does beside stepping: logging, the limit on skipped steps, checkpoints.
+
+    Of several processes only process 0 writes.
+    """
 
     def __init__(
         self,
@@ -213,7 +223,8 @@ class _Loop:
         self._masks = self.buffers() & set(not_finite(self.weights()))
         if found is None:
             self.processes.share_weights(unwrapped(self.unlearner.model))
-        # Of process 0, whose weights the others take over, in a new run as at the beginning of one that is resumed.
+        # Of process 0, whose weights the others take over, in a new run as at the beginning of one that is
+        # resumed.
         self.identity["start_weights"] = self.processes.by_first(lambda: start_weights(self.unlearner))
         if found is not None:
             self.processes.by_all(lambda: load_checkpoint(self.unlearner, found, self.processes, self.identity))
@@ -308,8 +319,9 @@ def _check_unlearner(unlearner) -> None:
 class _Signals:
     """Within the block SIGINT and SIGTERM only set `received`; the second one acts as before.
 
-    A launcher sends them to all processes, but not at the same step, so the processes agree on one: each tells the others before a step what it has
-    received, and all look at it after that step. What is told travels while the step is taken.
+    A launcher sends them to all processes, but not at the same step, so the processes agree on one: each
+    tells the others before a step what it has received, and all look at it after that step. What is told
+    travels while the step is taken.
     """
 
     NUMBERS = (signal.SIGINT, signal.SIGTERM)

@@ -33,10 +33,12 @@ REFUSED_BACKWARD = {
 
 
 class Accumulator:
-    """Backward passes of two roles, `"retain"` (the main gradient) and `"forget"` (the correction), and how they become one gradient in `.grad`.
+    """Backward passes of two roles, `"retain"` (the main gradient) and `"forget"` (the correction), and how
+    they become one gradient in `.grad`.
 
-    With `in_place` all passes of the correction come first: it is then scaled where it lies, and the main gradient is added to it. Otherwise
-    the two have a set of buffers each, swapped between `.grad` and here, never copied.
+    With `in_place` all passes of the correction come first: it is then scaled where it lies, and the main
+    gradient is added to it. Otherwise the two have a set of buffers each, swapped between `.grad` and here,
+    never copied.
 
     Args:
         combination: None: both roles are one gradient.
@@ -64,7 +66,9 @@ class Accumulator:
         self._in_place = in_place and combination is not None and not combination.needs_main
         self._role = "forget" if self._in_place else "retain"
 
-    def backward(self, role: str, prediction: Tensor, gradient: Tensor, *, retain_graph: bool = False) -> None:
+    def backward(
+        self, role: str, prediction: Tensor, gradient: Tensor, *, retain_graph: bool = False
+    ) -> None:
         """Adds the gradient of `role` that `gradient` (d loss / d prediction) brings."""
         self._select(role)
         try:
@@ -88,11 +92,19 @@ class Accumulator:
         self._swap()
         self._reduce()
         norm = total_norm(self._present(), self._device)
-        both = [(main, parameter.grad) for main, parameter in zip(self._parked, self.parameters, strict=True) if parameter.grad is not None]
-        mains, corrections = [main for main, _ in both if main is not None], [own for main, own in both if main is not None]
+        both = [
+            (main, parameter.grad)
+            for main, parameter in zip(self._parked, self.parameters, strict=True)
+            if parameter.grad is not None
+        ]
+        mains, corrections = (
+            [main for main, _ in both if main is not None],
+            [own for main, own in both if main is not None],
+        )
         factor = self.combination.factor(norm, mains, corrections, self.loss_scale)
         multiply([own for main, own in both if main is None], -factor)
-        if mains and self._device.type == "cpu":  # one pass over both; on GPUs foreach has a fast way for tensors of equal shapes only
+        # one pass over both; on GPUs foreach has a fast way for tensors of equal shapes only
+        if mains and self._device.type == "cpu":
             torch._foreach_addcmul_(mains, corrections, [(-factor).to(main.dtype) for main in mains])
         elif mains:
             multiply(corrections, -factor)
@@ -134,8 +146,11 @@ class Accumulator:
         return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
 
     def _reduce(self) -> None:
-        """Makes `.grad` the mean over the processes. A gradient that is missing here counts as zero; one that is missing everywhere stays missing,
-        since an optimizer would decay the parameter of a zero one."""
+        """Makes `.grad` the mean over the processes.
+
+        A gradient that is missing here counts as zero; one that is missing everywhere stays missing, since an
+        optimizer would decay the parameter of a zero one.
+        """
         if self.group is None:
             return
         missing = [index for index, parameter in enumerate(self.parameters) if parameter.grad is None]
@@ -158,12 +173,20 @@ class Accumulator:
 
 
 def reduce_mean(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
-    """The mean of `tensors` over the processes of `group`, in place; every process brings the same shapes in the same order."""
+    """The mean of `tensors` over the processes of `group`, in place; every process brings the same shapes in
+    the same order.
+    """
     for some in portions(tensors, REDUCED_AT_ONCE):
         flat = torch.cat([tensor.flatten() for tensor in some])
         dist.all_reduce(flat, group=group)
         flat /= dist.get_world_size(group)
-        torch._foreach_copy_(some, [part.view_as(tensor) for part, tensor in zip(flat.split([t.numel() for t in some]), some, strict=True)])
+        torch._foreach_copy_(
+            some,
+            [
+                part.view_as(tensor)
+                for part, tensor in zip(flat.split([t.numel() for t in some]), some, strict=True)
+            ],
+        )
 
 
 @functools.cache

@@ -1,4 +1,6 @@
-"""Whether the processes that take a step together begin with the same: averaged gradients of different weights train nothing."""
+"""Whether the processes that take a step together begin with the same: averaged gradients of different
+weights train nothing.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def check_agreement(weights: list[Tensor], numbers: dict[str, int], group: dist.
     differ = [name for name, same in zip(named, (lowest == highest).tolist(), strict=True) if not same]
     if differ:
         remedy = "DistributedDataParallel and unlearn() share the weights of process 0"
-        raise ValueError(f"process_group: expected the same in all processes ({remedy}), got different {', '.join(differ)}")
+        raise ValueError(
+            f"process_group: expected the same in all processes ({remedy}), got different {', '.join(differ)}"
+        )
 
 
 def _bits(tensors: list[Tensor]) -> Tensor:

@@ -16,9 +16,12 @@ from torch.utils import _pytree
 
 log = logging.getLogger("fastunlearn")
 
-Compile = bool | Literal["try", "regional"]  # True: a failure is an error; "try": it is logged, and the network runs eagerly
+# True: a failure is an error; "try": it is logged, and the network runs eagerly
+Compile = bool | Literal["try", "regional"]
 BACKEND = "inductor"  # of torch.compile
-VARIANTS = 64  # sets of shapes, dtypes and terms that one network is compiled for; torch gives up after 8, micro-batches and several methods need more
+# sets of shapes, dtypes and terms that one network is compiled for; torch gives up after 8, micro-batches and
+# several methods need more
+VARIANTS = 64
 REGIONAL_FROM = 300_000_000  # parameters
 
 
@@ -41,7 +44,8 @@ def _of(model: nn.Module) -> _Network:
 
 
 def resolve_compile(requested: Compile | None, model: Callable, device: torch.device) -> Compile:
-    """What `compile=None` means for `model`: on for GPUs (blocks only, where a network is big and names those that it repeats), off for CPUs.
+    """What `compile=None` means for `model`: on for GPUs (blocks only, where a network is big and names those
+    that it repeats), off for CPUs.
 
     Raises:
         TypeError: compiling was asked for, and the model is no `torch.nn.Module`.
@@ -60,7 +64,8 @@ def resolve_compile(requested: Compile | None, model: Callable, device: torch.de
 
 
 def whole(model: nn.Module, function: Callable, arguments: tuple, *, required: bool) -> Any | None:
-    """`function(model, *arguments)`, compiled as one graph at its first call for each set of shapes and dtypes.
+    """`function(model, *arguments)`, compiled as one graph at its first call for each set of shapes and
+    dtypes.
 
     None where compilation failed and is not `required`: then, and at all later calls.
 
@@ -71,9 +76,12 @@ def whole(model: nn.Module, function: Callable, arguments: tuple, *, required: b
     if network.failed and not required:
         return None
     if function not in network.functions:
-        # TorchDynamo keeps what it compiled, and counts how often it did, by code object: a copy of the code for each network, which goes with it.
+        # TorchDynamo keeps what it compiled, and counts how often it did, by code object: a copy of the code
+        # for each network, which goes with it.
         copied = types.FunctionType(function.__code__.replace(), function.__globals__)
-        network.functions[function] = torch.compile(copied, fullgraph=True, dynamic=False, backend=BACKEND, options=_options(model))
+        network.functions[function] = torch.compile(
+            copied, fullgraph=True, dynamic=False, backend=BACKEND, options=_options(model)
+        )
     try:
         with _timed(network, model, arguments), _limits():
             return network.functions[function](model, *arguments)
@@ -81,15 +89,18 @@ def whole(model: nn.Module, function: Callable, arguments: tuple, *, required: b
         shape = tuple(_pytree.tree_leaves(arguments)[0].shape)
         what = f"torch.compile failed on {type(model).__name__} with {shape}: {type(error).__name__}: {error}"
         if required:
-            raise RuntimeError(f"compile: {what}\ncompile='try' runs the network eagerly in that case, compile=False always") from error
+            raise RuntimeError(
+                f"compile: {what}\ncompile='try' runs the network eagerly in that case, compile=False always"
+            ) from error
         log.warning("%s; the network runs eagerly", what)
         network.failed = True
         return None
 
 
 def by_blocks(model: nn.Module, function: Callable, arguments: tuple) -> Any:
-    """`function(model, *arguments)`, with those blocks compiled that a diffusers network repeats: once for all of them, minutes less than a whole network
-    of hundreds of millions of weights takes. Outside of this call the network is as it was.
+    """`function(model, *arguments)`, with those blocks compiled that a diffusers network repeats: once for
+    all of them, minutes less than a whole network of hundreds of millions of weights takes. Outside of this
+    call the network is as it was.
 
     Raises:
         ValueError: the network does not say which blocks it repeats.
@@ -98,10 +109,16 @@ def by_blocks(model: nn.Module, function: Callable, arguments: tuple) -> Any:
     network = _of(model)
     if network.blocks is None:
         if not getattr(model, "_repeated_blocks", None):
-            raise ValueError(f"compile: expected a diffusers network that names its repeated blocks for 'regional', got {type(model).__name__}")
+            raise ValueError(
+                f"compile: expected a diffusers network that names its repeated blocks for 'regional', got {type(model).__name__}"
+            )
         before = {module for module in model.modules() if module._compiled_call_impl is not None}
         model.compile_repeated_blocks(fullgraph=True, dynamic=False, backend=BACKEND, options=_options(model))
-        compiled = [module for module in model.modules() if module._compiled_call_impl is not None and module not in before]
+        compiled = [
+            module
+            for module in model.modules()
+            if module._compiled_call_impl is not None and module not in before
+        ]
         network.blocks = [(module, module._compiled_call_impl) for module in compiled]
     try:
         for module, call in network.blocks:
@@ -109,7 +126,9 @@ def by_blocks(model: nn.Module, function: Callable, arguments: tuple) -> Any:
         with _timed(network, model, arguments), _limits():
             return function(model, *arguments)
     except torch._dynamo.exc.TorchDynamoException as error:
-        what = f"torch.compile failed on the blocks of {type(model).__name__}: {type(error).__name__}: {error}"
+        what = (
+            f"torch.compile failed on the blocks of {type(model).__name__}: {type(error).__name__}: {error}"
+        )
         raise RuntimeError(f"compile: {what}\ncompile=False runs the network eagerly") from error
     finally:
         for module, _ in network.blocks:
@@ -117,7 +136,11 @@ def by_blocks(model: nn.Module, function: Callable, arguments: tuple) -> Any:
 
 
 def _options(model: nn.Module) -> dict[str, Any] | None:
-    """Of the backend. On CPUs inductor (torch 2.13) loses gradients of channels-last convolutions, and would make all of them channels-last by itself."""
+    """Of the backend.
+
+    On CPUs inductor (torch 2.13) loses gradients of channels-last convolutions, and would make all of them
+    channels-last by itself.
+    """
     if BACKEND != "inductor" or any(parameter.device.type != "cpu" for parameter in model.parameters()):
         return None
     if any(parameter.ndim == 4 and not parameter.is_contiguous() for parameter in model.parameters()):
@@ -128,15 +151,23 @@ def _options(model: nn.Module) -> dict[str, Any] | None:
 
 @contextmanager
 def _limits() -> Iterator[None]:
-    """Graphs whose buffers a second backward pass over them finds (functorch would hand them to the first one for reuse), for as many shapes as needed."""
-    with torch._functorch.config.patch(donated_buffer=False), torch._dynamo.config.patch(recompile_limit=VARIANTS):
+    """Graphs whose buffers a second backward pass over them finds (functorch would hand them to the first one
+    for reuse), for as many shapes as needed.
+    """
+    with (
+        torch._functorch.config.patch(donated_buffer=False),
+        torch._dynamo.config.patch(recompile_limit=VARIANTS),
+    ):
         yield
 
 
 @contextmanager
 def _timed(network: _Network, model: nn.Module, arguments: tuple) -> Iterator[None]:
     """Notes what the first call for these shapes and constants takes."""
-    key = tuple((tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in _pytree.tree_leaves(arguments))
+    key = tuple(
+        (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else leaf
+        for leaf in _pytree.tree_leaves(arguments)
+    )
     if key in network.seconds:
         yield
         return
@@ -147,6 +178,8 @@ def _timed(network: _Network, model: nn.Module, arguments: tuple) -> Iterator[No
 
 
 def compile_seconds(model: Callable) -> float:
-    """What the first calls of the compiled `model` took, together; what the first backward pass adds is not in it."""
+    """What the first calls of the compiled `model` took, together; what the first backward pass adds is not
+    in it.
+    """
     network = _NETWORKS.get(model) if isinstance(model, nn.Module) else None
     return sum(network.seconds.values()) if network else 0.0

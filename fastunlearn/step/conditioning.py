@@ -17,7 +17,8 @@ log = logging.getLogger("fastunlearn")
 
 LARGEST_USUAL = 32  # images lie in [-1, 1], latents that are scaled within 10 or so; pictures of bytes do not
 
-# Of a given distance: it may come from images of more bits than these, as uint8 rows are beside half precision.
+# Of a given distance: it may come from images of more bits than these, as uint8 rows are beside half
+# precision.
 DISTANCE_ROUNDING = {torch.float16: 0.02, torch.bfloat16: 0.1}
 LEAST_ROUNDING = 1e-3
 
@@ -34,7 +35,9 @@ def keyword_arguments(name: str, given: dict[str, Any] | None) -> dict[str, Any]
     return given
 
 
-def conditioning_of(name: str, given: dict[str, Any], batch: int, trained: Sequence[Tensor]) -> dict[str, Any]:
+def conditioning_of(
+    name: str, given: dict[str, Any], batch: int, trained: Sequence[Tensor]
+) -> dict[str, Any]:
     """The keyword arguments of the network for a batch of `batch` rows.
 
     Args:
@@ -107,7 +110,9 @@ def warn_of_bytes(name: str, images: Tensor) -> None:
 
 @functools.cache
 def _say_bytes(name: str) -> None:
-    log.warning("%s: values above %d; networks are trained on images in [-1, 1]: x / 127.5 - 1?", name, LARGEST_USUAL)
+    log.warning(
+        "%s: values above %d; networks are trained on images in [-1, 1]: x / 127.5 - 1?", name, LARGEST_USUAL
+    )
 
 
 def check_distances(forget: Tensor, neighbors: Tensor, sqdist: Tensor | None) -> None:
@@ -132,6 +137,8 @@ def check_distances(forget: Tensor, neighbors: Tensor, sqdist: Tensor | None) ->
     alike = torch.isclose(sqdist[:, 0].double(), measured, rtol=rounding, atol=rounding)
     if not bool(alike.all()):
         row = int((~alike).long().argmax())
-        expected = "squared distances between the images given (for uint8 rows: the integers times (2 / 255)^2)"
+        expected = (
+            "squared distances between the images given (for uint8 rows: the integers times (2 / 255)^2)"
+        )
         got = f"{sqdist[row, 0].item():.6g} where row {row} is {measured[row].item():.6g} from its first neighbour"
         raise ValueError(f"sqdist: expected {expected}, got {got}")

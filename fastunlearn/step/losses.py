@@ -1,4 +1,6 @@
-"""What a step reports of its losses: the mean of each role over the rows of all processes, and the loss that the step descends."""
+"""What a step reports of its losses: the mean of each role over the rows of all processes, and the loss that
+the step descends.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from .accumulate import reduce_mean
 
 
 class Losses:
-    """Sums of the terms' losses over the passes of a step, on the device: those of this process, until `result` makes them everyone's."""
+    """Sums of the terms' losses over the passes of a step, on the device: those of this process, until
+    `result` makes them everyone's.
+    """
 
     def __init__(self, passes: list[Pass], group: dist.ProcessGroup | None):
         terms = [term for part in passes for term in part.terms]
@@ -22,7 +26,8 @@ class Losses:
         self._rows = [sum(len(term.target) for term in terms if term.role == role) for role in self._scales]
         units = [term.unit for term in terms if term.unit is not None]
         self.unit: Tensor | float = 1.0  # of the forget term, of all processes
-        self.unit_ratio: Tensor | None = None  # what turns weights in units of this process into weights in units of all
+        # what turns weights in units of this process into weights in units of all
+        self.unit_ratio: Tensor | None = None
         if units:
             unit = units[0].clone()
             if group is not None:
@@ -31,7 +36,9 @@ class Losses:
             self.unit_ratio = None if group is None else units[0] / self.unit
 
     def add(self, part: Pass, losses: list[Tensor]) -> None:
-        """`losses`: `[B]` for each term of `part`, the weighted squared errors of its rows, without its scale and unit."""
+        """`losses`: `[B]` for each term of `part`, the weighted squared errors of its rows, without its scale
+        and unit.
+        """
         for term, loss in zip(part.terms, losses, strict=True):
             total = loss.sum()
             if term.spread is not None:
@@ -39,7 +46,10 @@ class Losses:
             self._sums[term.role] = self._sums[term.role] + total if term.role in self._sums else total
 
     def result(self, combined: Combined) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss and the mean of each role. The loss is the sum of the scaled means; with two gradients `retain - factor * forget`."""
+        """The loss and the mean of each role.
+
+        The loss is the sum of the scaled means; with two gradients `retain - factor * forget`.
+        """
         nothing = torch.zeros_like(next(iter(self._sums.values())))
         means = {role: self._sums.get(role, nothing) for role in self._scales}
         if self.unit_ratio is not None:
@@ -49,12 +59,14 @@ class Losses:
         if combined.applied_factor is None:
             loss = sum(self._scales[role] * mean for role, mean in means.items())
         else:
-            loss = means["retain"] - combined.applied_factor * means["forget"]  # in units of the forget term, which may be too small to divide by
+            # in units of the forget term, which may be too small to divide by
+            loss = means["retain"] - combined.applied_factor * means["forget"]
             means["forget"] = means["forget"] * self.unit
         return loss, means
 
     def _everyones(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The mean of `means` over the processes, which is that over all rows only where each process has as many as the others.
+        """The mean of `means` over the processes, which is that over all rows only where each process has as
+        many as the others.
 
         NaN where they have not, so that the step is skipped.
 
@@ -70,5 +82,7 @@ class Losses:
         if mean.device.type == "cpu" and not alike:
             found = ", ".join(f"{count} for {role}" for role, count in zip(means, self._rows, strict=True))
             expected = "as many rows in every process"
-            raise ValueError(f"process_group: expected {expected}, got {found} here and {rows_mean.tolist()} on average")
+            raise ValueError(
+                f"process_group: expected {expected}, got {found} here and {rows_mean.tolist()} on average"
+            )
         return dict(zip(means, torch.where(alike, mean, torch.nan).unbind(), strict=True))

@@ -1,4 +1,6 @@
-"""Predict and residual: the network on the rows of a pass, and the gradients of the loss with respect to its output. Eagerly, or compiled as one graph."""
+"""Predict and residual: the network on the rows of a pass, and the gradients of the loss with respect to its
+output. Eagerly, or compiled as one graph.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ from .compilation import Compile
 
 class Evaluation(NamedTuple):
     prediction: Tensor  # [R, C, H, W], with its graph
-    losses: list[Tensor]  # [B] for each term of the pass: the weighted squared errors of its rows, without its scale
+    # [B] for each term of the pass: the weighted squared errors of its rows, without its scale
+    losses: list[Tensor]
     gradients: dict[Role, Tensor]  # d loss / d prediction, [R, C, H, W] in the dtype of the prediction
 
 
@@ -41,11 +44,20 @@ def evaluate(
         factors: what the gradients of a role are multiplied by, beside the scale of its terms.
     """
     inputs = part.x_t, schedule.model_input(part.timesteps), part.kwargs
-    spans = tuple((term.role if apart else "retain", term.start, term.stop, term.scale) for term in part.terms)
-    regression = spans, [term.target for term in part.terms], [term.weight for term in part.terms], [factors[term.role] for term in part.terms]
+    spans = tuple(
+        (term.role if apart else "retain", term.start, term.stop, term.scale) for term in part.terms
+    )
+    regression = (
+        spans,
+        [term.target for term in part.terms],
+        [term.weight for term in part.terms],
+        [factors[term.role] for term in part.terms],
+    )
     if compile and compile != "regional":
         with stage("predict+residual"):
-            outputs = compilation.whole(model, _forward_and_residual, (inputs, regression, autocast_dtype), required=compile != "try")
+            outputs = compilation.whole(
+                model, _forward_and_residual, (inputs, regression, autocast_dtype), required=compile != "try"
+            )
         if outputs is not None:
             _check_prediction(outputs[0])
             return Evaluation(*outputs)
@@ -59,16 +71,22 @@ def evaluate(
         return Evaluation(prediction, *residuals(prediction.detach(), *regression))
 
 
-def predict(model: Callable, x_t: Tensor, t: Tensor, kwargs: dict, autocast_dtype: torch.dtype | None) -> Tensor:
+def predict(
+    model: Callable, x_t: Tensor, t: Tensor, kwargs: dict, autocast_dtype: torch.dtype | None
+) -> Tensor:
     """What the network returns for `x_t`, `[R, C, H, W]`."""
     if autocast_dtype is None:
         output = _call(model, x_t, t, kwargs)
     else:
-        with torch.autocast(x_t.device.type, dtype=autocast_dtype):  # a `with` of its own: TorchDynamo cannot trace one in an ExitStack
+        # a `with` of its own: TorchDynamo cannot trace one in an ExitStack
+        with torch.autocast(x_t.device.type, dtype=autocast_dtype):
             output = _call(model, x_t, t, kwargs)
     prediction = check.network_output(output)
     rows, channels, *plane = x_t.shape
-    if not isinstance(prediction, Tensor) or list(prediction.shape) not in ([rows, channels, *plane], [rows, 2 * channels, *plane]):
+    if not isinstance(prediction, Tensor) or list(prediction.shape) not in (
+        [rows, channels, *plane],
+        [rows, 2 * channels, *plane],
+    ):
         shapes = f"of shape {(rows, channels, *plane)}, or with {2 * channels} channels"
         expected = f"an output (or its .sample, or the first of a tuple) {shapes}"
         raise ValueError(f"model: expected {expected}, got {check.describe(prediction)}")
@@ -82,19 +100,30 @@ def _call(model: Callable, x_t: Tensor, t: Tensor, kwargs: dict):
     return model(x_t, t, **kwargs)
 
 
-def _forward_and_residual(model: Callable, inputs: tuple, regression: tuple, autocast_dtype: torch.dtype | None) -> tuple[Tensor, list[Tensor], dict]:
+def _forward_and_residual(
+    model: Callable, inputs: tuple, regression: tuple, autocast_dtype: torch.dtype | None
+) -> tuple[Tensor, list[Tensor], dict]:
     """What `compilation.whole` compiles."""
     prediction = predict(model, *inputs, autocast_dtype)
     return prediction, *residuals(prediction.detach(), *regression)
 
 
 def residuals(
-    prediction: Tensor, spans: tuple[tuple[Role, int, int, float], ...], targets: list[Tensor], weights: list[Tensor], factors: list[Tensor | float]
+    prediction: Tensor,
+    spans: tuple[tuple[Role, int, int, float], ...],
+    targets: list[Tensor],
+    weights: list[Tensor],
+    factors: list[Tensor | float],
 ) -> tuple[list[Tensor], dict[Role, Tensor]]:
-    """Losses of the terms and gradients of the roles. In float32 or better: half precision is rounded to once, after all factors."""
+    """Losses of the terms and gradients of the roles.
+
+    In float32 or better: half precision is rounded to once, after all factors.
+    """
     dtype, losses, gradients = prediction.dtype, [], {}
     prediction = prediction.to(torch.promote_types(dtype, torch.float32))
-    for (role, start, stop, scale), target, weight, factor in zip(spans, targets, weights, factors, strict=True):
+    for (role, start, stop, scale), target, weight, factor in zip(
+        spans, targets, weights, factors, strict=True
+    ):
         loss, gradient = F.weighted_residual(prediction[start:stop], target, weight)
         losses.append(loss)
         for number in (scale, factor):

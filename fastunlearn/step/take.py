@@ -1,7 +1,7 @@
 """The step: draw, compose, predict, residual, combine, update. Read it top to bottom.
 
-`take_step` is the one loop behind every method; `retrack_step`, `siss_step`, ... are its doors for a training loop that already has
-its batches. Nothing here asks which method it runs.
+`take_step` is the one loop behind every method; `retrack_step`, `siss_step`, ... are its doors for a training
+loop that already has its batches. Nothing here asks which method it runs.
 """
 
 from __future__ import annotations
@@ -35,10 +35,15 @@ if TYPE_CHECKING:
 
 
 class StepOutput(NamedTuple):
-    """What a step reports: detached 0-d tensors on the device. Reading one waits for the device, so the caller chooses when."""
+    """What a step reports: detached 0-d tensors on the device.
+
+    Reading one waits for the device, so the caller chooses when.
+    """
 
     loss: Tensor  # what the step descends: with two gradients `retain_loss - scaling_factor * forget_loss`
-    forget_loss: Tensor | None  # mean over the forget rows, with importance weights and spread, without lambd; None if the method has no such term
+    # mean over the forget rows, with importance weights and spread, without lambd; None if the method has no
+    # such term
+    forget_loss: Tensor | None
     retain_loss: Tensor | None  # the same over the retain rows
     grad_norm: Tensor  # L2 norm of the combined gradient, before clipping
     correction_norm: Tensor | None  # L2 norm of the forget gradient, for methods that keep it apart
@@ -59,7 +64,10 @@ def take_step(
     keep_grad: bool = False,
     **options: Any,
 ) -> StepOutput:
-    """One unlearning step on a complete `batch` and complete `draws`. The arguments are those of `retrack_step`."""
+    """One unlearning step on a complete `batch` and complete `draws`.
+
+    The arguments are those of `retrack_step`.
+    """
     trained = look_at(model, optimizer, grad_scaler, process_group, keep_grad=keep_grad)
     return take_step_on(trained, method, schedule, batch, draws, **options)
 
@@ -97,19 +105,46 @@ def _six_stages(
         passes = method.compose(batch, draws, schedule)
         losses = Losses(passes, process_group)
         apart = method.combine is not None
-        # Which rows a term needs is data: on an accelerator, reading it would be a wait, and under torch.compile every number of rows a compilation.
-        passes, in_place = _arrange(passes, micro_batch_size, apart=apart, by_role=device.type == "cpu" and not compile, alone=process_group is None)
+        # Which rows a term needs is data: on an accelerator, reading it would be a wait, and under
+        # torch.compile every number of rows a compilation.
+        passes, in_place = _arrange(
+            passes,
+            micro_batch_size,
+            apart=apart,
+            by_role=device.type == "cpu" and not compile,
+            alone=process_group is None,
+        )
         loss_scale = 1.0 if grad_scaler is None else grad_scaler.scale(torch.ones((), device=device))
-        factors = {"retain": loss_scale, "forget": loss_scale if losses.unit_ratio is None else loss_scale * losses.unit_ratio}
-        gradients = Accumulator(parameters, method.combine, in_place=in_place, unit=losses.unit, loss_scale=loss_scale, group=process_group)
+        factors = {
+            "retain": loss_scale,
+            "forget": loss_scale if losses.unit_ratio is None else loss_scale * losses.unit_ratio,
+        }
+        gradients = Accumulator(
+            parameters,
+            method.combine,
+            in_place=in_place,
+            unit=losses.unit,
+            loss_scale=loss_scale,
+            group=process_group,
+        )
 
     for part in passes:  # predict, residual; graphs that share no rows never live together
-        evaluation = evaluate(model, part, schedule, apart=apart, factors=factors, autocast_dtype=autocast_dtype, compile=compile)
+        evaluation = evaluate(
+            model,
+            part,
+            schedule,
+            apart=apart,
+            factors=factors,
+            autocast_dtype=autocast_dtype,
+            compile=compile,
+        )
         losses.add(part, evaluation.losses)
         with stage("combine"):
             roles = sorted(evaluation.gradients)  # forget before retain
             for role in roles:
-                gradients.backward(role, evaluation.prediction, evaluation.gradients[role], retain_graph=role != roles[-1])
+                gradients.backward(
+                    role, evaluation.prediction, evaluation.gradients[role], retain_graph=role != roles[-1]
+                )
         del evaluation
 
     with stage("combine"):
@@ -124,19 +159,32 @@ def _six_stages(
         present = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norm = total_norm(present, device)
         if optimizer is None:
-            norm = norm / loss_scale  # the gradients that it leaves are scaled, for the caller's scaler to unscale
+            # the gradients that it leaves are scaled, for the caller's scaler to unscale
+            norm = norm / loss_scale
         finite = torch.isfinite(loss) & torch.isfinite(norm)
         if optimizer is not None:
             update(optimizer, clipping(norm, max_grad_norm), finite, present, grad_scaler)
             for parameter in parameters:
                 parameter.grad = None
-    return StepOutput(loss, means.get("forget"), means.get("retain"), norm, combined.correction_norm, combined.scaling_factor, ~finite)
+    return StepOutput(
+        loss,
+        means.get("forget"),
+        means.get("retain"),
+        norm,
+        combined.correction_norm,
+        combined.scaling_factor,
+        ~finite,
+    )
 
 
-def _arrange(whole: list[Pass], micro_batch_size: int | None, *, apart: bool, by_role: bool, alone: bool) -> tuple[list[Pass], bool]:
-    """The network calls of a step in order, and whether the forget gradient is complete before the retain gradient begins.
+def _arrange(
+    whole: list[Pass], micro_batch_size: int | None, *, apart: bool, by_role: bool, alone: bool
+) -> tuple[list[Pass], bool]:
+    """The network calls of a step in order, and whether the forget gradient is complete before the retain
+    gradient begins.
 
-    Where the two are kept `apart`, passes of the forget gradient alone come first and those of the retain gradient alone last.
+    Where the two are kept `apart`, passes of the forget gradient alone come first and those of the retain
+    gradient alone last.
     """
 
     def split(passes: list[Pass]) -> list[Pass]:
@@ -145,7 +193,8 @@ def _arrange(whole: list[Pass], micro_batch_size: int | None, *, apart: bool, by
     passes = split([part for composed in whole for part in composed.by_role()] if by_role else whole)
     if apart:
         passes.sort(key=lambda part: ("retain" in part.roles) - ("forget" in part.roles))
-    # Several processes reduce their gradients in the same order: what decides it must not depend on the rows that one of them has.
+    # Several processes reduce their gradients in the same order: what decides it must not depend on the rows
+    # that one of them has.
     decisive = passes if alone else split(whole)
     return passes, sum(len(part.roles) > 1 for part in decisive) <= 1
 
@@ -169,8 +218,17 @@ class StepOptions(TypedDict, total=False):
 
 
 def check_options(
-    model, schedule, max_grad_norm, micro_batch_size, autocast_dtype, grad_scaler,
-    *, compile, process_group, time_window, lowpass,
+    model,
+    schedule,
+    max_grad_norm,
+    micro_batch_size,
+    autocast_dtype,
+    grad_scaler,
+    *,
+    compile,
+    process_group,
+    time_window,
+    lowpass,
 ) -> tuple[float | None, int | None]:
     """The checks that a `*_step` and an `Unlearner` share; none of them reads the device.
 
@@ -181,7 +239,9 @@ def check_options(
         TypeError, ValueError: naming the argument.
     """
     if not isinstance(schedule, NoiseSchedule):
-        raise TypeError(f"schedule: expected a NoiseSchedule (NoiseSchedule.from_diffusers(scheduler) makes one), got {check.describe(schedule)}")
+        raise TypeError(
+            f"schedule: expected a NoiseSchedule (NoiseSchedule.from_diffusers(scheduler) makes one), got {check.describe(schedule)}"
+        )
     if not callable(model):
         raise TypeError(f"model: expected a callable (x_t, t, **kwargs), got {check.describe(model)}")
     if max_grad_norm is not None:
@@ -189,11 +249,17 @@ def check_options(
     if micro_batch_size is not None:
         micro_batch_size = check.integer("micro_batch_size", micro_batch_size, low=1)
     if autocast_dtype is not None and autocast_dtype not in AUTOCAST_DTYPES:
-        raise ValueError(f"autocast_dtype: expected torch.bfloat16, torch.float16 or None, got {autocast_dtype!r}")
+        raise ValueError(
+            f"autocast_dtype: expected torch.bfloat16, torch.float16 or None, got {autocast_dtype!r}"
+        )
     if grad_scaler is not None and not isinstance(grad_scaler, torch.amp.GradScaler):
-        raise TypeError(f"grad_scaler: expected a torch.amp.GradScaler or None, got {check.describe(grad_scaler)}")
+        raise TypeError(
+            f"grad_scaler: expected a torch.amp.GradScaler or None, got {check.describe(grad_scaler)}"
+        )
     if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
-        raise TypeError(f"process_group: expected a torch.distributed.ProcessGroup or None, got {check.describe(process_group)}")
+        raise TypeError(
+            f"process_group: expected a torch.distributed.ProcessGroup or None, got {check.describe(process_group)}"
+        )
     if compile not in (None, True, False, "try", "regional"):
         raise ValueError(f"compile: expected None, True, False, 'try' or 'regional', got {compile!r}")
     check.not_in_this_version(time_window=time_window, lowpass=lowpass)
@@ -243,10 +309,14 @@ def _functional_step(
             if check.values_enabled():
                 check.finite(name, images)
         elif given:
-            raise ValueError(f"{name}_kwargs: expected none ({type(method).__name__} reads no {name} images), got {', '.join(given)}")
+            raise ValueError(
+                f"{name}_kwargs: expected none ({type(method).__name__} reads no {name} images), got {', '.join(given)}"
+            )
     if forget is not None and retain is not None and "retain" in method.batches:
         if forget.shape[1:] != retain.shape[1:]:
-            raise ValueError(f"forget: expected images of the shape of retain, {tuple(retain.shape[1:])}, got {tuple(forget.shape[1:])}")
+            raise ValueError(
+                f"forget: expected images of the shape of retain, {tuple(retain.shape[1:])}, got {tuple(forget.shape[1:])}"
+            )
         check.same_device("forget", forget, "retain", retain)
         if forget.dtype != retain.dtype:
             raise TypeError(f"forget: expected the dtype of retain, {retain.dtype}, got {forget.dtype}")
@@ -299,19 +369,21 @@ def retrack_step(
             gradients before they are clipped.
         schedule: the forward process and prediction type; `NoiseSchedule.from_diffusers(scheduler)`.
         forget: `[B, C, H, W]` floating point, images to forget, in the range the network was trained on.
-        neighbors: `[B, K, C, H, W]`, their k nearest neighbours among the images to keep (`nearest_neighbors`).
+        neighbors: `[B, K, C, H, W]`, their k nearest neighbours among the images to keep
+            (`nearest_neighbors`).
         retain: `[B', C, H, W]`, images to keep; None only if `lambd` is 1.
         lambd: weight of the forget term.
-        sqdist: `[B, K]`, squared distances to the neighbours, between the images as they are given (of uint8 rows:
-            what `nearest_neighbors` returns, times `(2 / 255)^2`); computed if None.
+        sqdist: `[B, K]`, squared distances to the neighbours, between the images as they are given (of uint8
+            rows: what `nearest_neighbors` returns, times `(2 / 255)^2`); computed if None.
         draws: a `Draws` with given noise or timesteps; what it lacks is drawn. A timestep outside the
             schedule is refused on a CPU; on a GPU it is not looked at (but with `FASTUNLEARN_CHECK=1`), and
             the step is skipped.
         generator: where the rest is drawn from (None: torch's global generator).
         max_grad_norm: gradients are clipped to this L2 norm; None: not at all.
         autocast_dtype: bfloat16 or float16 for the network call; None: as it is.
-        grad_scaler: a `torch.amp.GradScaler` for float16; norms and factors are those of the unscaled gradients. Its own step waits for the device
-            unless the optimizer is fused. With `optimizer=None` the gradients in `.grad` stay scaled.
+        grad_scaler: a `torch.amp.GradScaler` for float16; norms and factors are those of the unscaled
+            gradients. Its own step waits for the device unless the optimizer is fused. With `optimizer=None`
+            the gradients in `.grad` stay scaled.
         keep_grad: False: a gradient that stands in `.grad` before the step (one of zeros, too) is an error.
             True: it is added to the combined gradient, before norm and clipping; no rescaling or projection
             sees it. With a grad_scaler it is expected multiplied by the scale, as
@@ -322,10 +394,12 @@ def retrack_step(
             both where forget and retain rows share a call of the network; dicts of all these. SISS works
             on pairs: each tensor of one shape in both.
         micro_batch_size: at most this many rows in one network call; gradients accumulate over the calls.
-        compile: True compiles forward pass and loss as one graph (minutes, once for each set of shapes), `"regional"` only the blocks that a diffusers
-            network repeats; `"try"` goes on eagerly where compiling fails. None: on for GPUs, off for CPUs, where it was measured to gain little.
-        process_group: processes that take this step together, each on its own batch of the same size: gradients, losses and norms are their mean, so
-            all of them make the same update. None: those of a model wrapped in DistributedDataParallel.
+        compile: True compiles forward pass and loss as one graph (minutes, once for each set of shapes),
+            `"regional"` only the blocks that a diffusers network repeats; `"try"` goes on eagerly where
+            compiling fails. None: on for GPUs, off for CPUs, where it was measured to gain little.
+        process_group: processes that take this step together, each on its own batch of the same size:
+            gradients, losses and norms are their mean, so all of them make the same update. None: those of a
+            model wrapped in DistributedDataParallel.
         time_window, lowpass: not in this version; None.
 
     Returns:
@@ -334,7 +408,17 @@ def retrack_step(
     Raises:
         TypeError, ValueError: before any work, naming the argument, what was expected and what was given.
     """
-    return _functional_step(ReTrack(k=_count_neighbors(neighbors), lambd=lambd), model, optimizer, schedule, forget, retain, neighbors, sqdist, **options)
+    return _functional_step(
+        ReTrack(k=_count_neighbors(neighbors), lambd=lambd),
+        model,
+        optimizer,
+        schedule,
+        forget,
+        retain,
+        neighbors,
+        sqdist,
+        **options,
+    )
 
 
 def siss_step(
@@ -349,8 +433,13 @@ def siss_step(
     variant: str = "mixture",
     **options: Unpack[StepOptions],
 ) -> StepOutput:
-    """One SISS step (arXiv 2503.01034): `forget` and `retain` `[B, C, H, W]` are pairs. Options as in `retrack_step`, hyperparameters as in `SISS`."""
-    return _functional_step(SISS(lambd, scaling_norm, variant), model, optimizer, schedule, forget, retain, **options)
+    """One SISS step (arXiv 2503.01034): `forget` and `retain` `[B, C, H, W]` are pairs.
+
+    Options as in `retrack_step`, hyperparameters as in `SISS`.
+    """
+    return _functional_step(
+        SISS(lambd, scaling_norm, variant), model, optimizer, schedule, forget, retain, **options
+    )
 
 
 def erasediff_step(
@@ -363,7 +452,10 @@ def erasediff_step(
     eta: float = 1e-3,
     **options: Unpack[StepOptions],
 ) -> StepOutput:
-    """One EraseDiff step, as compared by SISS and ReTrack. Options as in `retrack_step`, hyperparameters as in `EraseDiff`."""
+    """One EraseDiff step, as compared by SISS and ReTrack.
+
+    Options as in `retrack_step`, hyperparameters as in `EraseDiff`.
+    """
     return _functional_step(EraseDiff(eta), model, optimizer, schedule, forget, retain, **options)
 
 
@@ -376,7 +468,10 @@ def neggrad_step(
     superfactor: float = 1.0,
     **options: Unpack[StepOptions],
 ) -> StepOutput:
-    """One step of gradient ascent on `forget`. Options as in `retrack_step`, hyperparameters as in `NegGrad`."""
+    """One step of gradient ascent on `forget`.
+
+    Options as in `retrack_step`, hyperparameters as in `NegGrad`.
+    """
     return _functional_step(NegGrad(superfactor), model, optimizer, schedule, forget, None, **options)
 
 

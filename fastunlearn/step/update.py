@@ -14,28 +14,39 @@ log = logging.getLogger("fastunlearn")
 
 
 def clipping(norm: Tensor, max_norm: float | None) -> Tensor | None:
-    """What gradients of L2 norm `norm` are divided by so that it becomes `max_norm` at most, >= 1 (as `clip_grad_norm_` does); None: nothing."""
+    """What gradients of L2 norm `norm` are divided by so that it becomes `max_norm` at most, >= 1 (as
+    `clip_grad_norm_` does); None: nothing.
+    """
     return None if max_norm is None else ((norm + 1e-6) / max_norm).clamp(min=1)
 
 
 def update(
-    optimizer: torch.optim.Optimizer, divisor: Tensor | None, finite: Tensor, gradients: list[Tensor], grad_scaler: torch.amp.GradScaler | None = None
+    optimizer: torch.optim.Optimizer,
+    divisor: Tensor | None,
+    finite: Tensor,
+    gradients: list[Tensor],
+    grad_scaler: torch.amp.GradScaler | None = None,
 ) -> None:
     """`optimizer.step()` on `gradients / divisor`, unless `finite` (0-d bool) is False.
 
-    An optimizer that knows `grad_scale` and `found_inf` (fused AdamW) does all of it on the device in the pass that it makes anyway; for others, and
-    with a `grad_scaler` (whose `unscale_` has been called), the gradients are divided before. For others the host waits for `finite`, too.
+    An optimizer that knows `grad_scale` and `found_inf` (fused AdamW) does all of it on the device in the
+    pass that it makes anyway; for others, and with a `grad_scaler` (whose `unscale_` has been called), the
+    gradients are divided before. For others the host waits for `finite`, too.
     """
     fused = _skips_on_device(optimizer)
     if grad_scaler is not None:
         for found_inf in grad_scaler._found_inf_per_device(optimizer).values():
-            found_inf.copy_(torch.maximum(found_inf, (~finite).to(found_inf)))  # it has seen the gradients, but not the loss
+            # it has seen the gradients, but not the loss
+            found_inf.copy_(torch.maximum(found_inf, (~finite).to(found_inf)))
         divide(gradients, divisor)
         if fused or not getattr(optimizer, "_step_supports_amp_scaling", False) or bool(finite):
             grad_scaler.step(optimizer)
         grad_scaler.update()
     elif fused:
-        optimizer.grad_scale, optimizer.found_inf = None if divisor is None else divisor.float(), (~finite).float()
+        optimizer.grad_scale, optimizer.found_inf = (
+            None if divisor is None else divisor.float(),
+            (~finite).float(),
+        )
         try:
             optimizer.step()
         finally:
@@ -52,21 +63,25 @@ def _skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
     """Whether a step with `found_inf` changes nothing.
 
     Not SGD's first with momentum: torch makes the buffers of unwritten memory, and would leave them so. Not a
-    wrapper that looks like the optimizer in it (Lightning's do): the one in it would not see `found_inf`. Not a
-    subclass with a step() of its own, which may be blind to it.
+    wrapper that looks like the optimizer in it (Lightning's do): the one in it would not see `found_inf`. Not
+    a subclass with a step() of its own, which may be blind to it.
     """
     if _replaces_step(type(optimizer)):
         return False
     if any(isinstance(value, torch.optim.Optimizer) for value in vars(optimizer).values()):
         return False
-    if not getattr(optimizer, "_step_supports_amp_scaling", False) or not all(group.get("fused", True) for group in optimizer.param_groups):
+    if not getattr(optimizer, "_step_supports_amp_scaling", False) or not all(
+        group.get("fused", True) for group in optimizer.param_groups
+    ):
         return False
     return bool(optimizer.state) or not any(group.get("momentum") for group in optimizer.param_groups)
 
 
 @functools.lru_cache(maxsize=256)  # asked at every step
 def _replaces_step(kind: type) -> bool:
-    """Whether `kind` inherits "takes `found_inf`" from one of torch's optimizers, but not the step() that does."""
+    """Whether `kind` inherits "takes `found_inf`" from one of torch's optimizers, but not the step() that
+    does.
+    """
     own, *replaced = [base for base in kind.__mro__ if "step" in vars(base)]
     inherited = any(_of_torch(base) for base in replaced if base is not torch.optim.Optimizer)
     return inherited and not _of_torch(own) and "_step_supports_amp_scaling" not in vars(own)
@@ -78,4 +93,7 @@ def _of_torch(kind: type) -> bool:
 
 @functools.cache
 def _say_host_check(optimizer: str) -> None:
-    log.warning("%s takes no found_inf (yet): the check for a non-finite step waits for the device (AdamW(fused=True) would not)", optimizer)
+    log.warning(
+        "%s takes no found_inf (yet): the check for a non-finite step waits for the device (AdamW(fused=True) would not)",
+        optimizer,
+    )

@@ -14,9 +14,9 @@ class CudaDivision(TorchDispatchMode):
     """Within the block, a tensor divided by a Python number is multiplied by the number's rounded reciprocal.
 
     That is what torch does on CUDA for a divisor in host memory: in float32 for half precision, in the
-    tensor's own dtype for float32 and float64. Division by a tensor on the device, division with a rounding mode and
-    `number / tensor` are the same on both and stay what they are. (A 0-d tensor in host memory is a number to
-    CUDA, too. Here it cannot be told from one on the device, and divides.)
+    tensor's own dtype for float32 and float64. Division by a tensor on the device, division with a rounding
+    mode and `number / tensor` are the same on both and stay what they are. (A 0-d tensor in host memory is a
+    number to CUDA, too. Here it cannot be told from one on the device, and divides.)
 
     This package's own ops are looked into.
     """

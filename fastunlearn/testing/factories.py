@@ -13,7 +13,9 @@ from ..objective.schedule import NoiseSchedule
 
 
 def linear_schedule(num_timesteps: int = 1000, prediction_type: str = "epsilon") -> NoiseSchedule:
-    """DDPM's linear betas, 1e-4 to 0.02, from float32 `alphas_cumprod` as diffusers makes them; `"flow"` gives flow matching instead."""
+    """DDPM's linear betas, 1e-4 to 0.02, from float32 `alphas_cumprod` as diffusers makes them; `"flow"`
+    gives flow matching instead.
+    """
     if prediction_type == "flow":
         return NoiseSchedule.flow(num_timesteps)
     betas = torch.linspace(1e-4, 0.02, num_timesteps, dtype=torch.float32)
@@ -61,16 +63,24 @@ def redirect_inputs(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> RedirectInputs:
-    """Forget images in [-1, 1] with neighbours at about `distance` per element, one after the other a little farther away.
+    """Forget images in [-1, 1] with neighbours at about `distance` per element, one after the other a little
+    farther away.
 
     The values are the same in every dtype: they are drawn in float32.
     """
     generator = torch.Generator().manual_seed(seed)
     forget = torch.rand(batch, *shape, generator=generator) * 2 - 1
     farther = distance * torch.linspace(1, 1.5, num_neighbors).view(1, num_neighbors, *(1,) * len(shape))
-    neighbors = (forget.unsqueeze(1) + farther * torch.randn(batch, num_neighbors, *shape, generator=generator)).clamp(-1, 1)
+    neighbors = (
+        forget.unsqueeze(1) + farther * torch.randn(batch, num_neighbors, *shape, generator=generator)
+    ).clamp(-1, 1)
     noise = torch.randn(batch, *shape, generator=generator)
-    return RedirectInputs(forget.to(dtype), neighbors.to(dtype), noise.to(dtype), _timesteps(timesteps, batch, num_timesteps, generator))
+    return RedirectInputs(
+        forget.to(dtype),
+        neighbors.to(dtype),
+        noise.to(dtype),
+        _timesteps(timesteps, batch, num_timesteps, generator),
+    )
 
 
 def mixture_inputs(
@@ -89,11 +99,20 @@ def mixture_inputs(
     forget = (retain + distance * torch.randn(batch, *shape, generator=generator)).clamp(-1, 1)
     noise = torch.randn(batch, *shape, generator=generator)
     from_forget = torch.rand(batch, generator=generator) < 0.5
-    return MixtureInputs(retain.to(dtype), forget.to(dtype), noise.to(dtype), _timesteps(timesteps, batch, num_timesteps, generator), from_forget)
+    return MixtureInputs(
+        retain.to(dtype),
+        forget.to(dtype),
+        noise.to(dtype),
+        _timesteps(timesteps, batch, num_timesteps, generator),
+        from_forget,
+    )
 
 
 class TinyDenoiser(nn.Module):
-    """A smooth network of a few hundred parameters: two convolutions and a timestep shift. `forward(x_t, t) -> [B, C, H, W]`."""
+    """A smooth network of a few hundred parameters: two convolutions and a timestep shift.
+
+    `forward(x_t, t) -> [B, C, H, W]`.
+    """
 
     def __init__(self, channels: int = 1, width: int = 6, *, seed: int = 0):
         super().__init__()
@@ -127,7 +146,9 @@ class Average:
         self.shadow_params = state["shadow_params"]
 
 
-def _timesteps(timesteps: Tensor | int | None, batch: int, num_timesteps: int, generator: torch.Generator) -> Tensor:
+def _timesteps(
+    timesteps: Tensor | int | None, batch: int, num_timesteps: int, generator: torch.Generator
+) -> Tensor:
     if timesteps is None:
         return torch.randint(0, num_timesteps, (batch,), generator=generator)
     return torch.full((batch,), timesteps) if isinstance(timesteps, int) else timesteps

@@ -1,4 +1,6 @@
-"""Reading golden vectors: the papers' own numbers, made by running their code (`tests/golden/data/README.md` says how)."""
+"""Reading golden vectors: the papers' own numbers, made by running their code (`tests/golden/data/README.md`
+says how).
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,12 @@ VARIABLE = "FASTUNLEARN_GOLDEN"
 
 
 def root(selection: Path) -> Path:
-    """The folder with `losses/`, `steps/` and `knn/`: `$FASTUNLEARN_GOLDEN` where it is set, else the committed `selection`.
+    """The folder with `losses/`, `steps/` and `knn/`: `$FASTUNLEARN_GOLDEN` where it is set, else the
+    committed `selection`.
 
     Raises:
-        FileNotFoundError: the folder is missing or holds no vectors. A test-suite without its numbers must fail, not pass empty.
+        FileNotFoundError: the folder is missing or holds no vectors. A test-suite without its numbers must
+            fail, not pass empty.
     """
     folder = Path(os.environ.get(VARIABLE) or selection)
     for part in ("losses", "steps", "knn"):
@@ -30,16 +34,23 @@ def root(selection: Path) -> Path:
 
 
 def case_names(folder: Path, prefix: str = "") -> list[str]:
-    """The cases that the manifests of `folder` announce and whose name starts with `prefix`; every one must be there.
+    """The cases that the manifests of `folder` announce and whose name starts with `prefix`; every one must
+    be there.
 
     Raises:
         FileNotFoundError: a manifest announces a case without a file, or no case has the prefix.
     """
-    announced = {name.rpartition("/")[2] for manifest in sorted(folder.glob("manifest*.json")) for name in json.loads(manifest.read_text())}
+    announced = {
+        name.rpartition("/")[2]
+        for manifest in sorted(folder.glob("manifest*.json"))
+        for name in json.loads(manifest.read_text())
+    }
     names = sorted(name for name in announced if name.startswith(prefix))
     missing = [name for name in names if not (folder / f"{name}.npz").is_file()]
     if missing or not names:
-        raise FileNotFoundError(f"{folder}: expected the cases of its manifests ({prefix}*), missing {missing or 'all'}")
+        raise FileNotFoundError(
+            f"{folder}: expected the cases of its manifests ({prefix}*), missing {missing or 'all'}"
+        )
     return names
 
 
@@ -55,7 +66,9 @@ class Case:
         return key in self._arrays
 
     def __call__(self, key: str, dtype: torch.dtype | None = None) -> Tensor:
-        """The array `key`; floats converted to `dtype` (float32 inputs are exact in float64), integers and masks as they are."""
+        """The array `key`; floats converted to `dtype` (float32 inputs are exact in float64), integers and
+        masks as they are.
+        """
         tensor = torch.from_numpy(np.array(self._arrays[key]))
         return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 

@@ -1,4 +1,5 @@
-"""What waits for the device, and what a CUDA graph would record, seen on a machine without one: by looking at every op that torch dispatches.
+"""What waits for the device, and what a CUDA graph would record, seen on a machine without one: by looking at
+every op that torch dispatches.
 
 On a CPU nothing waits, so reading a tensor goes unnoticed there; these modes make it an error.
 """
@@ -15,11 +16,26 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-_VALUES = ("_local_scalar_dense", "item", "is_nonzero", "equal", "allclose")  # their result is a Python number
+# their result is a Python number
+_VALUES = ("_local_scalar_dense", "item", "is_nonzero", "equal", "allclose")
 _SHAPES = ("nonzero", "nonzero_numpy", "argwhere", "masked_select", "unique_consecutive", "unique_dim", "_unique", "_unique2", "unique_dim_consecutive",
            "bincount", "histc", "repeat_interleave")  # the shape of their result is data  # fmt: skip
-_READS = tuple(getattr(Tensor, name) for name in ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__", "__array__"))
-_COPIES = (torch.tensor, torch.as_tensor, torch.from_numpy, torch.asarray)  # on a GPU: from pageable host memory
+_READS = tuple(
+    getattr(Tensor, name)
+    for name in (
+        "item",
+        "tolist",
+        "numpy",
+        "cpu",
+        "__bool__",
+        "__float__",
+        "__int__",
+        "__index__",
+        "__array__",
+    )
+)
+# on a GPU: from pageable host memory
+_COPIES = (torch.tensor, torch.as_tensor, torch.from_numpy, torch.asarray)
 
 
 class HostSync(AssertionError):
@@ -29,15 +45,20 @@ class HostSync(AssertionError):
 def refuse(op: torch._ops.OpOverload, args: tuple, kwargs: dict, device: str = "cpu") -> None:
     """
     Raises:
-        HostSync: if tensors on `device` lay on a GPU, `op` with these arguments would make the host wait for it.
+        HostSync: if tensors on `device` lay on a GPU, `op` with these arguments would make the host wait for
+            it.
     """
     name = op.overloadpacket.__name__
     _refuse_copy(op, name, args, kwargs)
     if not any(tensor.device.type == device for tensor in _tensors((args, kwargs))):
         return
-    if name in _VALUES or (name in _SHAPES and not (name == "repeat_interleave" and kwargs.get("output_size") is not None)):
+    if name in _VALUES or (
+        name in _SHAPES and not (name == "repeat_interleave" and kwargs.get("output_size") is not None)
+    ):
         raise HostSync(f"{op} waits for the device")
-    if name.startswith(("index", "_index", "_unsafe_index")) and any(index.dtype in (torch.bool, torch.uint8) for index in _tensors(args[1:2])):
+    if name.startswith(("index", "_index", "_unsafe_index")) and any(
+        index.dtype in (torch.bool, torch.uint8) for index in _tensors(args[1:2])
+    ):
         raise HostSync(f"{op} with a mask as index waits for the device: its shape is data")
 
 
@@ -50,13 +71,15 @@ def _refuse_copy(op: torch._ops.OpOverload, name: str, args: tuple, kwargs: dict
 
 
 class NoHostSync(TorchDispatchMode):
-    """Within the block, `HostSync` where an op would wait for the device: forward, backward (on a CPU it runs in the same thread) and optimizer.
+    """Within the block, `HostSync` where an op would wait for the device: forward, backward (on a CPU it runs
+    in the same thread) and optimizer.
 
-    This package's own ops are looked into; other ops written in C++ are taken at their word. What never gets to the dispatcher on a CPU
-    (`tolist()`, `.cpu()`, `torch.tensor(...)`) is seen by `no_host_sync()`.
+    This package's own ops are looked into; other ops written in C++ are taken at their word. What never gets
+    to the dispatcher on a CPU (`tolist()`, `.cpu()`, `torch.tensor(...)`) is seen by `no_host_sync()`.
 
     Args:
-        device: the type of device whose tensors stand for those on a GPU: `"cpu"`, or `"meta"`, which leaves the CPU what it is, the host.
+        device: the type of device whose tensors stand for those on a GPU: `"cpu"`, or `"meta"`, which leaves
+            the CPU what it is, the host.
     """
 
     def __init__(self, device: str = "cpu"):
@@ -73,7 +96,9 @@ class NoHostSync(TorchDispatchMode):
         if func.namespace != "fastunlearn":
             return func(*args, **kwargs)
         device = _tensors(args)[0].device.type
-        keys = torch._C.DispatchKeySet(torch._C.DispatchKey.Meta if device == "meta" else torch._C.DispatchKey.CPU)
+        keys = torch._C.DispatchKeySet(
+            torch._C.DispatchKey.Meta if device == "meta" else torch._C.DispatchKey.CPU
+        )
         with self:
             return func.redispatch(keys, *args, **kwargs)
 
@@ -91,21 +116,26 @@ class _NoReads(TorchFunctionMode):
 
 @contextmanager
 def no_host_sync(device: str = "cpu") -> Iterator[None]:
-    """Within the block, `HostSync` where something would wait for the device if the tensors on `device` lay on one; see `NoHostSync`."""
+    """Within the block, `HostSync` where something would wait for the device if the tensors on `device` lay
+    on one; see `NoHostSync`.
+    """
     with _NoReads(device), NoHostSync(device):
         yield
 
 
 class Tape(NoHostSync):
-    """What a CUDA graph is, on a CPU: the ops of a block with the memory that they read and wrote, to be run again without any Python between them.
+    """What a CUDA graph is, on a CPU: the ops of a block with the memory that they read and wrote, to be run
+    again without any Python between them.
 
-    As with a graph, recording leaves no trace: what existed before has its values back when the block ends. Temporaries keep their memory.
+    As with a graph, recording leaves no trace: what existed before has its values back when the block ends.
+    Temporaries keep their memory.
     """
 
     def __init__(self):
         super().__init__()
         self._calls: list[tuple[Callable, tuple, dict, list]] = []
-        self._before: dict[int, tuple[Tensor, Tensor]] = {}  # storage -> whole of it, and a copy: of what was there before it was written to
+        # storage -> whole of it, and a copy: of what was there before it was written to
+        self._before: dict[int, tuple[Tensor, Tensor]] = {}
         self._own: set[int] = set()  # storages made while recording
 
     def run(self, func, args: tuple, kwargs: dict):
@@ -169,5 +199,14 @@ def _memory(tensor: Tensor) -> int:
 def _written(func, args: tuple, kwargs: dict) -> list[Tensor]:
     """The arguments that `func` writes to."""
     schema = func._schema.arguments
-    values = [args[index] if index < len(args) else kwargs.get(argument.name) for index, argument in enumerate(schema)]
-    return _tensors([value for argument, value in zip(schema, values, strict=True) if argument.alias_info is not None and argument.alias_info.is_write])
+    values = [
+        args[index] if index < len(args) else kwargs.get(argument.name)
+        for index, argument in enumerate(schema)
+    ]
+    return _tensors(
+        [
+            value
+            for argument, value in zip(schema, values, strict=True)
+            if argument.alias_info is not None and argument.alias_info.is_write
+        ]
+    )

@@ -37,7 +37,8 @@ def rows_in(path):
     return {row["contestant"]: row for row in json.loads(path.read_text())["rows"]}
 
 
-# --- ops -------------------------------------------------------------------------------------------------------------------------
+# --- ops
+# -------------------------------------------------------------------------------------------------------------------------
 
 
 def compare(path, calls, gate=lambda name, call: None, options=None):
@@ -153,7 +154,8 @@ def test_a_compilation_that_fails_is_called_a_failure(tmp_path, monkeypatch):
     assert "no compiler" in reason
 
 
-# --- whole steps -----------------------------------------------------------------------------------------------------------------
+# --- whole steps
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def compare_steps(path, method="vanilla"):
@@ -162,7 +164,9 @@ def compare_steps(path, method="vanilla"):
 
 
 def breaking(monkeypatch, name, after):
-    """The contestant `name` raises `KeyboardInterrupt`, `RuntimeError` or the like at its step number `after`."""
+    """The contestant `name` raises `KeyboardInterrupt`, `RuntimeError` or the like at its step number
+    `after`.
+    """
 
     def break_with(error):
         build = contestants.Setting.build
@@ -363,23 +367,35 @@ def test_a_profile_of_a_gpu_has_spans_twice():
     cpu, cuda = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
 
     def event(key, device, kernels, annotation=True):
-        return SimpleNamespace(key=key, device_type=device, device_time_total=kernels, is_user_annotation=annotation)
+        return SimpleNamespace(
+            key=key, device_type=device, device_time_total=kernels, is_user_annotation=annotation
+        )
 
-    events = [event("a", cpu, 10.0), event("a", cuda, 295.0), event("a", cpu, 3.0, annotation=False), event("b", cpu, 5.0)]
+    events = [
+        event("a", cpu, 10.0),
+        event("a", cuda, 295.0),
+        event("a", cpu, 3.0, annotation=False),
+        event("b", cpu, 5.0),
+    ]
     assert stages.span_times(events, "device_time_total") == {"a": 10.0, "b": 5.0}
 
 
 def test_stage_shares_need_no_nvtx(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "nvtx", None)
     compare_steps(tmp_path / "rows.json")
-    assert sum(rows_in(tmp_path / "rows.json")["fastunlearn"]["stages"].values()) == pytest.approx(1, abs=1e-2)
+    assert sum(rows_in(tmp_path / "rows.json")["fastunlearn"]["stages"].values()) == pytest.approx(
+        1, abs=1e-2
+    )
 
 
-# --- the clock of a device -------------------------------------------------------------------------------------------------------
+# --- the clock of a device
+# -------------------------------------------------------------------------------------------------------
 
 
 class Timeline:
-    """A host and a device on one clock that only they move: work is queued by the host and done by the device in order."""
+    """A host and a device on one clock that only they move: work is queued by the host and done by the device
+    in order.
+    """
 
     device = torch.device("cpu")
 

@@ -1,4 +1,6 @@
-"""The kernels of csrc/lowpass_residual.cuh, wherever they can run: on the CPU under the emulator, on a GPU through each of their two loaders."""
+"""The kernels of csrc/lowpass_residual.cuh, wherever they can run: on the CPU under the emulator, on a GPU
+through each of their two loaders.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def emulator(tmp_path_factory) -> Path:
     params=["emulator", *(pytest.param(loader, marks=pytest.mark.gpu) for loader in ("extension", "cupy"))]
 )
 def kernel(request) -> Callable:
-    """`kernel(prediction, target, weight, band, inside, outside)` -> energy and gradient, from and to the CPU."""
+    """`kernel(prediction, target, weight, band, inside, outside)` -> energy and gradient, from and to the
+    CPU.
+    """
     if request.param == "emulator":
         program = request.getfixturevalue("emulator")
         return lambda *args: emulated.lowpass_residual(program, *args)
@@ -45,7 +49,9 @@ def kernel(request) -> Callable:
 
 def _on_gpu(launch: Callable, prediction, target, weight, band, inside, outside):
     device = torch.device("cuda", torch.cuda.current_device())
-    prediction, target, weight, band = (_same_strides(value, device) for value in (prediction, target, weight, band))
+    prediction, target, weight, band = (
+        _same_strides(value, device) for value in (prediction, target, weight, band)
+    )
     (height, width), (rows, columns) = prediction.shape[-2:], band.shape
     tables = basis(height, rows, device, torch.float32), basis(width, columns, device, torch.float32)
     energy = torch.full((len(prediction),), float("nan"), device=device)

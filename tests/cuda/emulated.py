@@ -1,4 +1,6 @@
-"""Runs the CUDA kernels of lowpass_residual on the CPU: compiles tests/cuda/emulator with the real csrc/lowpass_residual.cuh and talks to it."""
+"""Runs the CUDA kernels of lowpass_residual on the CPU: compiles tests/cuda/emulator with the real
+csrc/lowpass_residual.cuh and talks to it.
+"""
 
 from __future__ import annotations
 
@@ -21,15 +23,33 @@ def build(folder: Path) -> Path:
     """The emulator as a program, in `folder`."""
     compiler = next(filter(None, map(shutil.which, ("g++", "c++"))))
     program = folder / "emulator"
-    flags = ["-std=c++17", "-O2", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE", '-DFASTUNLEARN_EMULATOR="emulator.h"']
+    flags = [
+        "-std=c++17",
+        "-O2",
+        "-Wall",
+        "-Werror",
+        "-Wno-unknown-pragmas",
+        "-U_FORTIFY_SOURCE",
+        '-DFASTUNLEARN_EMULATOR="emulator.h"',
+    ]
     places = [f"-I{ROOT / 'csrc'}", f"-I{EMULATOR}"]
-    subprocess.run([compiler, *flags, *places, *map(str, sorted(EMULATOR.glob("*.cpp"))), "-o", str(program)], check=True)
+    subprocess.run(
+        [compiler, *flags, *places, *map(str, sorted(EMULATOR.glob("*.cpp"))), "-o", str(program)], check=True
+    )
     return program
 
 
-def header(prediction: Tensor, target: Tensor, weight: Tensor, band: Tensor, inside: float, outside: float) -> bytes:
+def header(
+    prediction: Tensor, target: Tensor, weight: Tensor, band: Tensor, inside: float, outside: float
+) -> bytes:
     """The `Case` of emulator/main.cpp. Batch strides as the tensors have them."""
-    numbers = (*prediction.shape, *band.shape, TYPES[prediction.dtype], TYPES[target.dtype], weight.dtype == torch.float64)
+    numbers = (
+        *prediction.shape,
+        *band.shape,
+        TYPES[prediction.dtype],
+        TYPES[target.dtype],
+        weight.dtype == torch.float64,
+    )
     return struct.pack("<11i2f", *numbers, prediction.stride(0), target.stride(0), inside, outside)
 
 
@@ -56,7 +76,9 @@ def lowpass_residual(
     tables = [basis(height, rows, cpu, torch.float32), basis(width, columns, cpu, torch.float32)]
     data = [_storage(prediction), _storage(target), *map(_bytes, (weight, band, *tables))]
     message = header(prediction, target, weight, band, inside, outside) + b"".join(data)
-    done = subprocess.run([str(program), "run", order, place], input=message, capture_output=True, check=False)
+    done = subprocess.run(
+        [str(program), "run", order, place], input=message, capture_output=True, check=False
+    )
     if done.returncode != 0:
         raise RuntimeError(f"exit status {done.returncode}: {done.stderr.decode()}")
     split = 4 * len(prediction)

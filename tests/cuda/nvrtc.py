@@ -1,4 +1,7 @@
-"""NVRTC through ctypes: the compiler that CuPy uses, without CuPy and without a GPU. `pip install nvidia-cuda-nvrtc`."""
+"""NVRTC through ctypes: the compiler that CuPy uses, without CuPy and without a GPU.
+
+`pip install nvidia-cuda-nvrtc`.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,18 @@ import pytest
 
 
 def compile_source(source: str, arch: str) -> bytes:
-    """PTX (`arch` = compute_80) or machine code (sm_80) with the options of CuPy's `RawModule`. Skips the test where there is no NVRTC."""
+    """PTX (`arch` = compute_80) or machine code (sm_80) with the options of CuPy's `RawModule`.
+
+    Skips the test where there is no NVRTC.
+    """
     library = _library()
     program = ctypes.c_void_p()
-    _check(library, library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"lowpass_residual.cu", 0, None, None))
+    _check(
+        library,
+        library.nvrtcCreateProgram(
+            ctypes.byref(program), source.encode(), b"lowpass_residual.cu", 0, None, None
+        ),
+    )
     options = (ctypes.c_char_p * 2)(f"--gpu-architecture={arch}".encode(), b"--std=c++17")
     status = library.nvrtcCompileProgram(program, len(options), options)
     assert status == 0, _read(library, program, "ProgramLog").decode()
@@ -28,7 +39,9 @@ def entries(ptx: bytes) -> list[str]:
 
 def _library() -> ctypes.CDLL:
     spec = importlib.util.find_spec("nvidia")
-    folders = [Path(place) for place in (spec.submodule_search_locations if spec else ())] + [Path("/usr/local/cuda")]
+    folders = [Path(place) for place in (spec.submodule_search_locations if spec else ())] + [
+        Path("/usr/local/cuda")
+    ]
     found = next((path for folder in folders for path in sorted(folder.rglob("libnvrtc.so.*"))), None)
     if found is None:
         pytest.skip("NVRTC is not installed (pip install nvidia-cuda-nvrtc)")

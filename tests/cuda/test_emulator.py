@@ -27,5 +27,7 @@ def test_unwritten_shared_memory_is_nan(emulator):
 
 
 def test_a_missing_barrier_shows_in_one_of_the_orders(emulator):
-    forward, backward = (emulated.fault(emulator, "forgets_a_barrier", order).stdout for order in ("forward", "backward"))
+    forward, backward = (
+        emulated.fault(emulator, "forgets_a_barrier", order).stdout for order in ("forward", "backward")
+    )
     assert forward != backward

@@ -1,4 +1,6 @@
-"""The GPU kernels of lowpass_residual against float64: shapes, masks, dtypes, memory layouts, order of threads."""
+"""The GPU kernels of lowpass_residual against float64: shapes, masks, dtypes, memory layouts, order of
+threads.
+"""
 
 from __future__ import annotations
 
@@ -22,29 +24,50 @@ def box(rows: int, columns: int) -> torch.Tensor:
     return torch.ones(rows, columns)
 
 
-def images(batch: int, channels: int, height: int, width: int, dtype=torch.float32, seed: int = 0) -> torch.Tensor:
-    return torch.randn(batch, channels, height, width, generator=torch.Generator().manual_seed(seed)).to(dtype)
+def images(
+    batch: int, channels: int, height: int, width: int, dtype=torch.float32, seed: int = 0
+) -> torch.Tensor:
+    return torch.randn(batch, channels, height, width, generator=torch.Generator().manual_seed(seed)).to(
+        dtype
+    )
 
 
-def arguments(shape, band, inside=1.0, outside=0.0, dtype=torch.float32, target_dtype=None, weight_dtype=torch.float32) -> tuple:
+def arguments(
+    shape, band, inside=1.0, outside=0.0, dtype=torch.float32, target_dtype=None, weight_dtype=torch.float32
+) -> tuple:
     weight = torch.rand(shape[0], generator=torch.Generator().manual_seed(7)).to(weight_dtype) + 0.5
-    return images(*shape, dtype, seed=1), images(*shape, target_dtype or dtype, seed=2), weight, band, inside, outside
+    return (
+        images(*shape, dtype, seed=1),
+        images(*shape, target_dtype or dtype, seed=2),
+        weight,
+        band,
+        inside,
+        outside,
+    )
 
 
 def check(actual, prediction, target, weight, band, inside, outside) -> None:
-    """Both outputs err at most twice the larger error of two plain formulas in float32: Fourier transforms, and the closed form in eager torch.
+    """Both outputs err at most twice the larger error of two plain formulas in float32: Fourier transforms,
+    and the closed form in eager torch.
 
-    The energy of a single sample is one number, which either formula may hit by luck: hence several shifts of the image.
+    The energy of a single sample is one number, which either formula may hit by luck: hence several shifts of
+    the image.
     """
     numbers, orders = (weight, band, inside, outside), shifts(prediction.shape[1:])
     truths = by_fourier_transforms(prediction.double(), target.double(), weight.double(), *numbers[1:])
     fourier = in_several_orders(
-        lambda *images: by_fourier_transforms(*images, weight.float(), *numbers[1:]), (prediction.float(), target.float()), orders
+        lambda *images: by_fourier_transforms(*images, weight.float(), *numbers[1:]),
+        (prediction.float(), target.float()),
+        orders,
     )
     closed = in_several_orders(lambda *images: op._eager(*images, *numbers), (prediction, target), orders)
-    for name, value, truth, *plain in zip(("energy", "gradient"), actual, truths, fourier, closed, strict=True):
+    for name, value, truth, *plain in zip(
+        ("energy", "gradient"), actual, truths, fourier, closed, strict=True
+    ):
         assert value.dtype == (prediction.dtype if name == "gradient" else torch.float32)
-        assert_within_budget(name, value, [result.to(value.dtype) for results in plain for result in results], truth)
+        assert_within_budget(
+            name, value, [result.to(value.dtype) for results in plain for result in results], truth
+        )
 
 
 SHAPES = [
@@ -66,7 +89,9 @@ SHAPES = [
 
 
 @pytest.mark.parametrize(("shape", "band"), SHAPES)
-@pytest.mark.parametrize(("inside", "outside"), [(1.0, 0.0), (0.3, 1.0)], ids=["low or mid pass", "high pass"])
+@pytest.mark.parametrize(
+    ("inside", "outside"), [(1.0, 0.0), (0.3, 1.0)], ids=["low or mid pass", "high pass"]
+)
 def test_matches_float64(kernel, shape, band, inside, outside):
     args = arguments(shape, band, inside, outside)
     check(kernel(*args), *args)
@@ -83,7 +108,9 @@ def test_half_precision(kernel, shape, dtype, target_dtype):
 @pytest.mark.parametrize("shape", [(3, 2, 32, 32), (2, 1, 128, 128)], ids=str)
 @pytest.mark.parametrize("gap", [4, 3])
 def test_samples_apart_and_off_alignment(kernel, shape, gap):
-    """The first half of the channels of a wider prediction, and rows that no longer start at a multiple of 16 bytes."""
+    """The first half of the channels of a wider prediction, and rows that no longer start at a multiple of 16
+    bytes.
+    """
     batch, *rest = shape
     count = torch.tensor(rest).prod().item() + gap
     args = arguments(shape, disc(*shape[2:], 0.3), 1.0, 0.5)
@@ -114,12 +141,19 @@ def test_no_samples(kernel):
 
 @pytest.mark.parametrize(
     ("shape", "band"),
-    [((2, 3, 20, 24), disc(20, 24, 0.5)), ((1, 1, 130, 100), disc(130, 100, 0.8)), ((1, 1, 68, 276), box(5, 139))],
+    [
+        ((2, 3, 20, 24), disc(20, 24, 0.5)),
+        ((1, 1, 130, 100), disc(130, 100, 0.8)),
+        ((1, 1, 68, 276), box(5, 139)),
+    ],
     ids=["one block", "streamed", "streamed in two panels"],
 )
 @pytest.mark.parametrize("outside", [0.0, 0.5])
 def test_no_missing_barrier(emulator, shape, band, outside):
-    """Threads may run in any order between barriers: same bits. Tensors may end, or begin, where memory does."""
+    """Threads may run in any order between barriers: same bits.
+
+    Tensors may end, or begin, where memory does.
+    """
     args = arguments(shape, band, 1.0, outside)
     expected = emulated.lowpass_residual(emulator, *args)
     for order, place in (("backward", "start"), ("shuffled", "end")):

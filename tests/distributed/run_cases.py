@@ -31,7 +31,9 @@ class Denoiser(TinyDenoiser):
 
 
 class Watched(Unlearner):
-    """Calls `before_step(rank, step)` with the number of the step that is about to be taken; a noise of NaN makes it fail."""
+    """Calls `before_step(rank, step)` with the number of the step that is about to be taken; a noise of NaN
+    makes it fail.
+    """
 
     before_step: Any = None
 
@@ -40,39 +42,70 @@ class Watched(Unlearner):
         return super().step(draws if found is None else found)
 
 
-def build(alone: bool, *, wrapped: bool = True, dropout: float = 0.0, own_weights: bool = False, own_seed: bool = False, before_step: Any = None) -> Unlearner:
+def build(
+    alone: bool,
+    *,
+    wrapped: bool = True,
+    dropout: float = 0.0,
+    own_weights: bool = False,
+    own_seed: bool = False,
+    before_step: Any = None,
+) -> Unlearner:
     rank = 0 if alone else dist.get_rank()
     torch.manual_seed(100 + rank)  # dropout: each process its own
     model: nn.Module = Denoiser(dropout, seed=rank if own_weights else 0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    parts = {"ema": Average(model.parameters()), "lr_scheduler": torch.optim.lr_scheduler.LinearLR(optimizer, 0.5, 1.0, STEPS)}
+    parts = {
+        "ema": Average(model.parameters()),
+        "lr_scheduler": torch.optim.lr_scheduler.LinearLR(optimizer, 0.5, 1.0, STEPS),
+    }
     stores = {"forget": ImageStore(images(4, 1)), "retain": ImageStore(images(20, 2))}
     if wrapped and not alone:
         model = nn.parallel.DistributedDataParallel(model)
     group = None if alone or wrapped else dist.group.WORLD
     seed = 5 + rank if own_seed else 5
-    unlearner = Watched(model, optimizer, SCHEDULE, ReTrack(k=2, lambd=0.3), batch_size=6, seed=seed, process_group=group, **stores, **parts)
+    unlearner = Watched(
+        model,
+        optimizer,
+        SCHEDULE,
+        ReTrack(k=2, lambd=0.3),
+        batch_size=6,
+        seed=seed,
+        process_group=group,
+        **stores,
+        **parts,
+    )
     unlearner.before_step = before_step
     if isinstance(before_step, Ruin):
         before_step.ema = unlearner.ema
     return unlearner
 
 
-def run(alone: bool, folder: Path, num_steps: int, options: dict[str, Any], of_unlearner: dict[str, Any]) -> dict[str, Any]:
+def run(
+    alone: bool, folder: Path, num_steps: int, options: dict[str, Any], of_unlearner: dict[str, Any]
+) -> dict[str, Any]:
     """A run to its end, or until a signal stops it."""
     unlearner = build(alone, **of_unlearner)
     stopped = None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            history = unlearn(unlearner, num_steps=num_steps, output_dir=folder, **{"show_progress": False} | options)
+            history = unlearn(
+                unlearner, num_steps=num_steps, output_dir=folder, **{"show_progress": False} | options
+            )
         except RunInterrupted as interrupted:
             stopped, history = (interrupted.code, interrupted.checkpoint), None
         except MemoryError:
             os._exit(7)  # as an error that nobody catches ends a process
     weights = torch.cat([parameter.detach().flatten() for parameter in unlearner.model.parameters()])
     told = [str(warning.message) for warning in caught]
-    return {"weights": weights, "history": history, "stopped": stopped, "step": unlearner.step_index, "warnings": told}
+    return {
+        "weights": weights,
+        "history": history,
+        "stopped": stopped,
+        "step": unlearner.step_index,
+        "warnings": told,
+    }
 
 
 class SignalAt:
@@ -104,7 +137,11 @@ class NotFinite:
         self.rank, self.first = rank, first
 
     def __call__(self, rank: int, step: int) -> Draws | None:
-        return Draws(retain_noise=torch.full((3, 1, 8, 8), float("nan"))) if rank == self.rank and step >= self.first else None
+        return (
+            Draws(retain_noise=torch.full((3, 1, 8, 8), float("nan")))
+            if rank == self.rank and step >= self.first
+            else None
+        )
 
 
 class Ruin:

@@ -1,4 +1,6 @@
-"""What the processes of `test_distributed_steps.py` do, and the single process they are compared with does: a few steps, and what came of them."""
+"""What the processes of `test_distributed_steps.py` do, and the single process they are compared with does: a
+few steps, and what came of them.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ class Denoiser(TinyDenoiser):
 
 def images(count: int, seed: int) -> Tensor:
     """`[count, 1, 8, 8]` uint8."""
-    return torch.randint(0, 256, (count, 1, 8, 8), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return torch.randint(
+        0, 256, (count, 1, 8, 8), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
+    )
 
 
 def world(alone: bool) -> dist.ProcessGroup | None:
@@ -97,7 +101,9 @@ def drawn_rows(method, alone: bool) -> dict[str, Tensor]:
 
 
 def step_with_a_nan(rank_of_nan: int | None, fused: bool) -> tuple[Tensor, Tensor, list[bool], int]:
-    """Weights before and after a step whose noise is NaN on one process, which of two steps were skipped, and how many were counted."""
+    """Weights before and after a step whose noise is NaN on one process, which of two steps were skipped, and
+    how many were counted.
+    """
     from fastunlearn.methods import ReTrack
 
     unlearner = build(ReTrack(k=2), False, fused=fused)
@@ -109,12 +115,16 @@ def step_with_a_nan(rank_of_nan: int | None, fused: bool) -> tuple[Tensor, Tenso
     return before, after, skipped, int(unlearner.skipped_steps)
 
 
-def own_loop(name: str, alone: bool, prepared: str, micro_batch_size: int | None = None, keep_grad: bool = False) -> tuple[Tensor, list[dict[str, float]]]:
-    """A caller's loop: each process hands its share of the global batch to a `*_step`, with the rows that it drew itself.
+def own_loop(
+    name: str, alone: bool, prepared: str, micro_batch_size: int | None = None, keep_grad: bool = False
+) -> tuple[Tensor, list[dict[str, float]]]:
+    """A caller's loop: each process hands its share of the global batch to a `*_step`, with the rows that it
+    drew itself.
 
-    For SISS the rows of the first process are all one-sided toward the forget image, and those of the others need both gradients or the retain one. For
-    "faint siss" all rows come from retain images: the forget weights of the first process are 0 in float64, those of the others about 1e-20.
-    With `keep_grad` a gradient that is the same in all processes stands in `.grad` before each step.
+    For SISS the rows of the first process are all one-sided toward the forget image, and those of the others
+    need both gradients or the retain one. For "faint siss" all rows come from retain images: the forget
+    weights of the first process are 0 in float64, those of the others about 1e-20. With `keep_grad` a
+    gradient that is the same in all processes stands in `.grad` before each step.
     """
     rank, count = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
     model: nn.Module = Denoiser()
@@ -143,18 +153,48 @@ def own_loop(name: str, alone: bool, prepared: str, micro_batch_size: int | None
             penalty.backward()
         if name.endswith("siss"):
             faint = name == "faint siss"
-            timesteps = torch.tensor([10] * (BATCH // 2) + [150] * (BATCH // 2) if faint else [100] * (BATCH // 2) + [999, 100] * (BATCH // 4))
+            timesteps = torch.tensor(
+                [10] * (BATCH // 2) + [150] * (BATCH // 2)
+                if faint
+                else [100] * (BATCH // 2) + [999, 100] * (BATCH // 4)
+            )
             from_forget = torch.tensor([not faint] * (BATCH // 2) + [False] * (BATCH - BATCH // 2))
-            draws = Draws(noise[0][share], noise[0][share], timesteps[share], timesteps[share], from_forget=from_forget[share])
-            output = siss_step(model, optimizer, SCHEDULE, forget[share], retain[share], draws=draws, **options)
+            draws = Draws(
+                noise[0][share],
+                noise[0][share],
+                timesteps[share],
+                timesteps[share],
+                from_forget=from_forget[share],
+            )
+            output = siss_step(
+                model, optimizer, SCHEDULE, forget[share], retain[share], draws=draws, **options
+            )
         elif name == "erasediff":
             uniform = torch.rand(forget.shape, generator=generator)[share]
-            draws = Draws(noise[0][share], noise[1][share], timesteps[0][share], timesteps[1][share], uniform_target=uniform)
-            output = erasediff_step(model, optimizer, SCHEDULE, forget[share], retain[share], draws=draws, **options)
+            draws = Draws(
+                noise[0][share],
+                noise[1][share],
+                timesteps[0][share],
+                timesteps[1][share],
+                uniform_target=uniform,
+            )
+            output = erasediff_step(
+                model, optimizer, SCHEDULE, forget[share], retain[share], draws=draws, **options
+            )
         else:
             neighbors = (retain[:, None] + torch.tensor([0.1, -0.1]).view(1, 2, 1, 1, 1))[share]
             draws = Draws(noise[0][share], noise[1][share], timesteps[0][share], timesteps[1][share])
-            output = retrack_step(model, optimizer, SCHEDULE, forget[share], neighbors, retain[share], lambd=0.3, draws=draws, **options)
+            output = retrack_step(
+                model,
+                optimizer,
+                SCHEDULE,
+                forget[share],
+                neighbors,
+                retain[share],
+                lambd=0.3,
+                draws=draws,
+                **options,
+            )
         reports.append(numbers(output))
     return weights(model), reports
 

@@ -46,7 +46,10 @@ class Team:
         self._folder.cleanup()
 
     def run(self, function: Callable[..., Any], *arguments: Any, patience: float = PATIENCE) -> list[Any]:
-        """`function(*arguments)` in every process at once; what it returned in each, by rank. `dist.group.WORLD` is the team."""
+        """`function(*arguments)` in every process at once; what it returned in each, by rank.
+
+        `dist.group.WORLD` is the team.
+        """
         answers = self.answers(function, *arguments, patience=patience)
         failed = {rank: text for rank, (succeeded, text) in enumerate(answers) if not succeeded}
         if failed:
@@ -54,7 +57,9 @@ class Team:
             raise AssertionError("\n".join(f"--- process {rank}\n{text}" for rank, text in failed.items()))
         return [value for _, value in answers]
 
-    def answers(self, function: Callable[..., Any], *arguments: Any, patience: float = PATIENCE) -> list[tuple[bool, Any]]:
+    def answers(
+        self, function: Callable[..., Any], *arguments: Any, patience: float = PATIENCE
+    ) -> list[tuple[bool, Any]]:
         """The same for a function that may fail: (True, what it returned) or (False, the traceback)."""
         if not self._members:
             self._start()
@@ -64,7 +69,9 @@ class Team:
         for rank, (process, pipe) in enumerate(self._members):
             try:
                 answered = pipe.poll(patience)
-                answers.append(pickle.loads(pipe.recv_bytes()) if answered else (False, f"no answer after {patience} s"))
+                answers.append(
+                    pickle.loads(pipe.recv_bytes()) if answered else (False, f"no answer after {patience} s")
+                )
             except EOFError:
                 process.join(patience)
                 answers.append((False, f"process {rank} ended with {process.exitcode}"))

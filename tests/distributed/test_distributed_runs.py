@@ -1,4 +1,6 @@
-"""`unlearn` on several processes: one of them writes, all end together, and a run goes on where it was, on as many processes as there are then."""
+"""`unlearn` on several processes: one of them writes, all end together, and a run goes on where it was, on as
+many processes as there are then.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +16,28 @@ from fastunlearn.runs import checkpoint
 from fastunlearn.runs.run_record import read_metrics, read_run
 
 
-def together(team: Team, folder: Path, num_steps: int = STEPS, *, of_unlearner: dict[str, Any] | None = None, **options: Any) -> list[dict[str, Any]]:
+def together(
+    team: Team,
+    folder: Path,
+    num_steps: int = STEPS,
+    *,
+    of_unlearner: dict[str, Any] | None = None,
+    **options: Any,
+) -> list[dict[str, Any]]:
     return team.run(run, False, folder, num_steps, options, of_unlearner or {})
 
 
-def alone(folder: Path, num_steps: int = STEPS, *, of_unlearner: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:
+def alone(
+    folder: Path, num_steps: int = STEPS, *, of_unlearner: dict[str, Any] | None = None, **options: Any
+) -> dict[str, Any]:
     return run(True, folder, num_steps, options, of_unlearner or {})
 
 
 def numbers(folder: Path) -> list[dict]:
-    return [{name: value for name, value in record.items() if name != "seconds"} for record in read_metrics(folder)]
+    return [
+        {name: value for name, value in record.items() if name != "seconds"}
+        for record in read_metrics(folder)
+    ]
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -33,7 +47,9 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
 def assert_same_checkpoint(found: Path, expected: Path) -> None:
     """Bit for bit: weights, optimizer, schedule, average, random states."""
     for file in ("model", "optimizer", "ema", "random"):
-        assert (found / f"{file}.safetensors").read_bytes() == (expected / f"{file}.safetensors").read_bytes(), file
+        assert (found / f"{file}.safetensors").read_bytes() == (
+            expected / f"{file}.safetensors"
+        ).read_bytes(), file
     assert checkpoint.load(found).metadata == checkpoint.load(expected).metadata
 
 
@@ -45,12 +61,20 @@ def test_a_run_is_that_of_a_single_process_and_written_once(pair: Team, tmp_path
         assert torch.equal(result["weights"], results[0]["weights"])
         assert result["history"] == results[0]["history"]
     assert_close(results[0]["weights"], single["weights"])
-    assert sorted(path.name for path in (tmp_path / "pair").iterdir()) == ["checkpoint-4", "checkpoint-6", "metrics.jsonl", "run.json"]
+    assert sorted(path.name for path in (tmp_path / "pair").iterdir()) == [
+        "checkpoint-4",
+        "checkpoint-6",
+        "metrics.jsonl",
+        "run.json",
+    ]
     assert results[0]["history"].records == read_metrics(tmp_path / "pair")
     for found, expected in zip(numbers(tmp_path / "pair"), numbers(tmp_path / "single"), strict=True):
         assert found == pytest.approx(expected, rel=1e-4)
-    found, expected = (checkpoint.load(tmp_path / name / f"checkpoint-{STEPS}") for name in ("pair", "single"))
-    assert found.tensors["model"].keys() == expected.tensors["model"].keys()  # the network's own names, whatever it was wrapped in
+    found, expected = (
+        checkpoint.load(tmp_path / name / f"checkpoint-{STEPS}") for name in ("pair", "single")
+    )
+    # the network's own names, whatever it was wrapped in
+    assert found.tensors["model"].keys() == expected.tensors["model"].keys()
     assert found.metadata == expected.metadata
     record, expected_record = read_run(tmp_path / "pair"), read_run(tmp_path / "single")
     assert (record["num_processes"], expected_record["num_processes"]) == (2, 1)
@@ -67,7 +91,9 @@ def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(pair: Team, tmp_path
         assert torch.equal(first["weights"], second["weights"])
         assert not second["warnings"]
     assert numbers(tmp_path / "parts") == numbers(tmp_path / "whole")
-    assert_same_checkpoint(tmp_path / "parts" / f"checkpoint-{STEPS}", tmp_path / "whole" / f"checkpoint-{STEPS}")
+    assert_same_checkpoint(
+        tmp_path / "parts" / f"checkpoint-{STEPS}", tmp_path / "whole" / f"checkpoint-{STEPS}"
+    )
     states = checkpoint.load(tmp_path / "whole" / f"checkpoint-{STEPS}").states["random"]
     assert not torch.equal(states[0]["cpu"], states[1]["cpu"])
 
@@ -116,10 +142,20 @@ def failing(team: Team, *arguments: Any) -> list[str]:
 def test_a_process_that_dies_does_not_leave_the_others_waiting(tmp_path: Path, rank: int):
     """If the other waited for the group's timeout, the team would say that it did not answer."""
     with Team(2) as team:
-        texts = failing(team, run, False, tmp_path / "run", STEPS, {"checkpointing_steps": 2}, {"before_step": FailAt(rank, 4)})
+        texts = failing(
+            team,
+            run,
+            False,
+            tmp_path / "run",
+            STEPS,
+            {"checkpointing_steps": 2},
+            {"before_step": FailAt(rank, 4)},
+        )
     assert texts[rank] == f"process {rank} ended with 7"
     assert "RuntimeError" in texts[1 - rank]
-    assert read_run(tmp_path / "run")["status"] == ("failed: RuntimeError" if rank == 1 else "failed: MemoryError")
+    assert read_run(tmp_path / "run")["status"] == (
+        "failed: RuntimeError" if rank == 1 else "failed: MemoryError"
+    )
     assert checkpoint.latest(tmp_path / "run").name == "checkpoint-2"
 
 
@@ -136,11 +172,17 @@ def test_what_fails_in_the_first_process_alone_is_told_to_the_others(pair: Team,
 
 def test_arguments_that_differ_are_refused(pair: Team, tmp_path: Path):
     for text in failing(pair, run, False, tmp_path / "run", STEPS, {}, {"own_seed": True}):
-        assert text == "ValueError: unlearner: expected the same seed in all processes, got 5 in process 0 and 6 in process 1"
+        assert (
+            text
+            == "ValueError: unlearner: expected the same seed in all processes, got 5 in process 0 and 6 in process 1"
+        )
 
 
 def test_too_many_skipped_steps_end_all(pair: Team, tmp_path: Path):
-    options, unlearner = {"max_skipped_steps": 1, "checkpointing_steps": 1, "logging_steps": 100}, {"before_step": NotFinite(rank=1, first=3)}
+    options, unlearner = (
+        {"max_skipped_steps": 1, "checkpointing_steps": 1, "logging_steps": 100},
+        {"before_step": NotFinite(rank=1, first=3)},
+    )
     for text in failing(pair, run, False, tmp_path / "run", STEPS, options, unlearner):
         assert "TooManySkippedSteps: 2 of 4 steps" in text
     assert read_run(tmp_path / "run")["status"] == "failed: TooManySkippedSteps"

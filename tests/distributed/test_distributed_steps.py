@@ -1,4 +1,6 @@
-"""A step on several processes is the step of one process on the same global batch, and all processes stay bit-equal."""
+"""A step on several processes is the step of one process on the same global batch, and all processes stay
+bit-equal.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,15 @@ from team import Team
 
 from fastunlearn import SISS, EraseDiff, NegGrad, ReTrack, Vanilla
 
-METHODS = [ReTrack(k=2, lambd=0.3), SISS(), SISS(variant="no_is"), SISS(variant="bernoulli"), EraseDiff(), NegGrad(), Vanilla()]
+METHODS = [
+    ReTrack(k=2, lambd=0.3),
+    SISS(),
+    SISS(variant="no_is"),
+    SISS(variant="bernoulli"),
+    EraseDiff(),
+    NegGrad(),
+    Vanilla(),
+]
 TWO_GRADIENTS = [SISS(), SISS(variant="bernoulli"), EraseDiff()]
 
 
@@ -27,7 +37,9 @@ def assert_same(found: list, expected: tuple) -> None:
     """`found`: (weights, reports) of each process; `expected`: those of the single one."""
     weights, reports = expected
     for rank, (own_weights, own_reports) in enumerate(found):
-        assert torch.equal(own_weights, found[0][0]), f"the weights of process {rank} are not those of process 0"
+        assert torch.equal(own_weights, found[0][0]), (
+            f"the weights of process {rank} are not those of process 0"
+        )
         assert own_reports == found[0][1]
     distance = torch.linalg.vector_norm(found[0][0] - weights) / torch.linalg.vector_norm(weights)
     assert distance <= 1e-5, f"relative distance of the weights {distance:.2e}"
@@ -44,7 +56,18 @@ def test_every_method(pair: Team, method):
     assert_same(pair.run(take_steps, method, False, {}), take_steps(method, True, {}))
 
 
-@pytest.mark.parametrize("options", [{"wrapped": True}, {"frozen": True}, {"micro_batch_size": 2}, {"scaled": True}, {"fused": False}, {"sgd": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"wrapped": True},
+        {"frozen": True},
+        {"micro_batch_size": 2},
+        {"scaled": True},
+        {"fused": False},
+        {"sgd": True},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("method", [ReTrack(k=2, lambd=0.3), *TWO_GRADIENTS], ids=str)
 def test_what_a_step_can_meet(pair: Team, method, options: dict):
     assert_same(pair.run(take_steps, method, False, options), take_steps(method, True, options))
@@ -64,7 +87,9 @@ def test_a_loop_of_the_callers_own(pair: Team, name: str, prepared: str):
 
 @pytest.mark.parametrize(("name", "prepared"), [("siss", "group"), ("erasediff", "accelerate")])
 def test_a_gradient_that_stands_in_all_processes(pair: Team, name: str, prepared: str):
-    """It is the mean of the processes already: each adds its own, after the gradients of the step were reduced."""
+    """It is the mean of the processes already: each adds its own, after the gradients of the step were
+    reduced.
+    """
     expected = own_loop(name, True, prepared, keep_grad=True)
     assert_same(pair.run(own_loop, name, False, prepared, None, True), expected)
     assert (expected[0] - own_loop(name, True, prepared)[0]).norm() > 1e-3
@@ -72,13 +97,20 @@ def test_a_gradient_that_stands_in_all_processes(pair: Team, name: str, prepared
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
 def test_processes_whose_rows_need_different_passes(pair: Team, micro_batch_size: int):
-    """SISS on a CPU splits rows by what they need: here one process has forget rows only and the other rows of all kinds."""
-    assert_same(pair.run(own_loop, "siss", False, "group", micro_batch_size), own_loop("siss", True, "group", micro_batch_size))
+    """SISS on a CPU splits rows by what they need: here one process has forget rows only and the other rows
+    of all kinds.
+    """
+    assert_same(
+        pair.run(own_loop, "siss", False, "group", micro_batch_size),
+        own_loop("siss", True, "group", micro_batch_size),
+    )
 
 
 @pytest.mark.parametrize("micro_batch_size", [None, 2])
 def test_a_process_without_a_forget_weight(pair: Team, micro_batch_size: int | None):
-    """Where the forget weights of one process underflow, the other's tiny ones make the gradient: it is rescaled to norm 5 all the same."""
+    """Where the forget weights of one process underflow, the other's tiny ones make the gradient: it is
+    rescaled to norm 5 all the same.
+    """
     expected = own_loop("faint siss", True, "group", micro_batch_size)
     assert all(0 < report["correction_norm"] < 1e-16 for report in expected[1])
     assert_same(pair.run(own_loop, "faint siss", False, "group", micro_batch_size), expected)
@@ -86,7 +118,10 @@ def test_a_process_without_a_forget_weight(pair: Team, micro_batch_size: int | N
 
 @pytest.mark.parametrize("method", [ReTrack(k=2, lambd=0.3), EraseDiff()], ids=str)
 def test_each_process_draws_its_own_rows_of_the_batch(pair: Team, method):
-    """The papers' code gives every process the same rows. Here each has its share of what a single process draws."""
+    """The papers' code gives every process the same rows.
+
+    Here each has its share of what a single process draws.
+    """
     shares, whole = pair.run(drawn_rows, method, False), drawn_rows(method, True)
     for name, expected in whole.items():
         assert len(expected) == BATCH

@@ -26,7 +26,16 @@ from fastunlearn.testing.checkpoints import save_tiny_checkpoint
 
 LAUNCHERS = {
     "torchrun": ("torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
-    "accelerate": ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"),
+    "accelerate": (
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--mixed_precision",
+        "no",
+        "--main_process_port",
+        "0",
+    ),
 }
 
 
@@ -39,13 +48,27 @@ def world(tmp_path_factory) -> SimpleNamespace:
     images = np.random.default_rng(0).integers(0, 256, (24, 1, 8, 8), dtype=np.uint8)
     np.save(root / "forget.npy", images[:4])
     np.save(root / "retain.npy", images[4:])
-    return SimpleNamespace(model=save_tiny_checkpoint(root / "model"), forget=root / "forget.npy", retain=root / "retain.npy")
+    return SimpleNamespace(
+        model=save_tiny_checkpoint(root / "model"), forget=root / "forget.npy", retain=root / "retain.npy"
+    )
 
 
 def command(world: SimpleNamespace, output: Path, *more: object) -> list[str]:
     paths = ("--model", world.model, "--forget", world.forget, "--retain", world.retain, "--output", output)
-    # AdamW makes a whole step of a gradient that is nothing but rounding: the rate is what keeps that below the tolerance.
-    fixed = ("--method", "retrack", "--k", "3", "--steps", "4", "--batch-size", "4", "--learning-rate", "1e-4")
+    # AdamW makes a whole step of a gradient that is nothing but rounding: the rate is what keeps that below
+    # the tolerance.
+    fixed = (
+        "--method",
+        "retrack",
+        "--k",
+        "3",
+        "--steps",
+        "4",
+        "--batch-size",
+        "4",
+        "--learning-rate",
+        "1e-4",
+    )
     return [str(argument) for argument in ("unlearn", *paths, *fixed, *more)]
 
 
@@ -75,14 +98,23 @@ def launch(tmp_path: Path, arguments: list[str], count: int = 2) -> list[tuple[i
             process.start()
         for process in processes:
             process.join(PATIENCE)
-        return [(process.exitcode, Path(f"{log}.{rank}").read_text()) for rank, process in enumerate(processes)]
+        return [
+            (process.exitcode, Path(f"{log}.{rank}").read_text()) for rank, process in enumerate(processes)
+        ]
     finally:
         for process in processes:
             process.kill()
 
 
 def weights(output: Path) -> torch.Tensor:
-    return torch.cat([tensor.flatten() for tensor in load_file(output / "model" / "unet" / "diffusion_pytorch_model.safetensors").values()])
+    return torch.cat(
+        [
+            tensor.flatten()
+            for tensor in load_file(
+                output / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+            ).values()
+        ]
+    )
 
 
 def assert_close(found: Path, expected: Path) -> None:
@@ -99,7 +131,8 @@ def single(world, tmp_path_factory) -> Path:
 
 
 def test_the_command_in_two_processes(world, single: Path, tmp_path: Path):
-    averaged = command(world, tmp_path / "run", "--use-ema", "--ema-decay", "0")  # the last weights are the average
+    # the last weights are the average
+    averaged = command(world, tmp_path / "run", "--use-ema", "--ema-decay", "0")
     results = launch(tmp_path, averaged)
     assert [code for code, _ in results] == [0, 0], results
     assert_close(tmp_path / "run", single)
@@ -142,10 +175,15 @@ def test_a_folder_that_another_run_writes_to_is_refused_by_all(world, tmp_path: 
     ("environment", "message"),
     [
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE: expected RANK and LOCAL_RANK beside it"),
-        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "ACCELERATE_USE_FSDP": "true"}, "got one that uses FSDP"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "ACCELERATE_USE_FSDP": "true"},
+            "got one that uses FSDP",
+        ),
     ],
 )
-def test_a_launch_that_cannot_work_is_refused(world, tmp_path: Path, monkeypatch, capsys, environment: dict[str, str], message: str):
+def test_a_launch_that_cannot_work_is_refused(
+    world, tmp_path: Path, monkeypatch, capsys, environment: dict[str, str], message: str
+):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert main(command(world, tmp_path / "run")) == 2
@@ -166,7 +204,9 @@ def test_one_gpu_is_not_for_several_processes(monkeypatch):
     with pytest.raises(ValueError, match="device: expected cpu or cuda for 4 processes"):
         _on_cpu("cuda:1")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(ValueError, match="num_processes: expected at most 2 on this machine, one for each GPU, got 4"):
+    with pytest.raises(
+        ValueError, match="num_processes: expected at most 2 on this machine, one for each GPU, got 4"
+    ):
         _on_cpu(None)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
     assert _on_cpu(None)
@@ -175,7 +215,14 @@ def test_one_gpu_is_not_for_several_processes(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_the_launchers_themselves(world, single: Path, tmp_path: Path, launcher: str):
-    started = [sys.executable, "-m", *LAUNCHERS[launcher], "-m", "fastunlearn", *command(world, tmp_path / "run", "--device", "cpu")]
+    started = [
+        sys.executable,
+        "-m",
+        *LAUNCHERS[launcher],
+        "-m",
+        "fastunlearn",
+        *command(world, tmp_path / "run", "--device", "cpu"),
+    ]
     environment = os.environ | {"HF_HOME": str(tmp_path / "hf")}
     done = subprocess.run(started, capture_output=True, text=True, timeout=PATIENCE, env=environment)
     assert done.returncode == 0, done.stderr
@@ -186,7 +233,16 @@ def test_the_launchers_themselves(world, single: Path, tmp_path: Path, launcher:
 def test_a_launcher_that_is_told_to_end_leaves_a_checkpoint(world, tmp_path: Path):
     """torchrun passes a signal on to its processes, once, and waits for them."""
     steps = ("--steps", "100000", "--logging-steps", "10")
-    launcher = subprocess.Popen([sys.executable, "-m", *LAUNCHERS["torchrun"], "-m", "fastunlearn", *command(world, tmp_path / "run", *steps)])
+    launcher = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            *LAUNCHERS["torchrun"],
+            "-m",
+            "fastunlearn",
+            *command(world, tmp_path / "run", *steps),
+        ]
+    )
     try:
         deadline = time.monotonic() + PATIENCE
         while not read_metrics(tmp_path / "run") and time.monotonic() < deadline:

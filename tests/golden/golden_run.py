@@ -109,7 +109,8 @@ class Run:
         self.model.zero_grad()
         if optimizer is not None and "out.f32.main_norm" in self.case:
             self._note({"main_norm": feed.main_norm})
-        self.model.zero_grad()  # steps without an optimizer leave their gradient, and the next step refuses it
+        # steps without an optimizer leave their gradient, and the next step refuses it
+        self.model.zero_grad()
         options = {"micro_batch_size": feed.micro_batch_size if self.accumulation > 1 else None}
         if feed.main == 1:
             output = feed.step(optimizer, max_grad_norm=clip, **options)

@@ -1,4 +1,6 @@
-"""The arrays of golden/losses, computed with the literal formulas of `fastunlearn.reference` in the dtype in which a case gives its inputs."""
+"""The arrays of golden/losses, computed with the literal formulas of `fastunlearn.reference` in the dtype in
+which a case gives its inputs.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ def _leaf(case: golden.Case, key: str) -> Tensor:
 
 def _gradient(loss: Tensor, output: Tensor) -> Tensor:
     """d loss / d output; zero where the output does not enter."""
-    (gradient,) = torch.autograd.grad(loss, output, retain_graph=True, allow_unused=True, materialize_grads=True)
+    (gradient,) = torch.autograd.grad(
+        loss, output, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
     return gradient
 
 
@@ -48,17 +52,29 @@ def _gradient(loss: Tensor, output: Tensor) -> Tensor:
 def _vanilla(case: golden.Case) -> dict[str, Tensor]:
     output, noise = _leaf(case, "model_outputs.remain"), _input(case, "noises.remain")
     loss = objectives.vanilla_loss(output, noise)
-    return {"vanilla.loss": loss, "vanilla.per_sample": denoising_loss(output, noise), "vanilla.grad.remain": _gradient(loss, output)}
+    return {
+        "vanilla.loss": loss,
+        "vanilla.per_sample": denoising_loss(output, noise),
+        "vanilla.grad.remain": _gradient(loss, output),
+    }
 
 
 def _neggrad(case: golden.Case) -> dict[str, Tensor]:
     output, noise = _leaf(case, "model_outputs.deletion"), _input(case, "noises.deletion")
     loss = objectives.neggrad_loss(output, noise)
-    return {"neggrad.loss": loss, "neggrad.per_sample": -denoising_loss(output, noise), "neggrad.grad.deletion": _gradient(loss, output)}
+    return {
+        "neggrad.loss": loss,
+        "neggrad.per_sample": -denoising_loss(output, noise),
+        "neggrad.grad.deletion": _gradient(loss, output),
+    }
 
 
 def _erasediff(case: golden.Case) -> dict[str, Tensor]:
-    retain, forget, uniform = _leaf(case, "model_outputs.remain"), _leaf(case, "model_outputs.deletion"), _input(case, "erasediff_uniform")
+    retain, forget, uniform = (
+        _leaf(case, "model_outputs.remain"),
+        _leaf(case, "model_outputs.deletion"),
+        _input(case, "erasediff_uniform"),
+    )
     main, correction = objectives.erasediff_losses(retain, _input(case, "noises.remain"), forget, uniform)
     return {
         "erasediff.loss_main": main,
@@ -72,8 +88,14 @@ def _erasediff(case: golden.Case) -> dict[str, Tensor]:
 def _retrack(case: golden.Case) -> dict[str, Tensor]:
     schedule, lambd = case.schedule(), case.meta["case"]["retrack_lambda"]
     output, output_retain = _leaf(case, "model_outputs.knn"), _leaf(case, "model_outputs.remain")
-    x_t, neighbors, timesteps = _input(case, "noisy_images.knn"), _input(case, "knn_neighbors"), case("in.timesteps.knn")
-    draw = redirect(_input(case, "images.knn"), neighbors, _input(case, "noises.knn"), timesteps, schedule, x_t=x_t)
+    x_t, neighbors, timesteps = (
+        _input(case, "noisy_images.knn"),
+        _input(case, "knn_neighbors"),
+        case("in.timesteps.knn"),
+    )
+    draw = redirect(
+        _input(case, "images.knn"), neighbors, _input(case, "noises.knn"), timesteps, schedule, x_t=x_t
+    )
     v = neighbor_noise(x_t, neighbors, timesteps, schedule)
     per_sample = objectives.retrack_unlearn_loss(output, x_t, neighbors, timesteps, schedule)
     noise = _input(case, "noises.remain")
@@ -102,7 +124,9 @@ def _siss(case: golden.Case) -> dict[str, Tensor]:
     retain, forget = images = _input(case, "images.remain"), _input(case, "images.deletion")
     noisy = _input(case, "noisy_images.remain"), _input(case, "noisy_images.deletion")
     timesteps = case("in.timesteps.remain"), case("in.timesteps.deletion")
-    main, correction = objectives.siss_two_forward_losses(outputs, images, noisy, timesteps, from_forget, schedule, lambd)
+    main, correction = objectives.siss_two_forward_losses(
+        outputs, images, noisy, timesteps, from_forget, schedule, lambd
+    )
     picked = from_forget.view(-1, 1, 1, 1)
     x_t, output = torch.where(picked, noisy[1], noisy[0]), torch.where(picked, outputs[1], outputs[0])
     t = torch.where(from_forget, timesteps[1], timesteps[0])
@@ -123,15 +147,26 @@ def _siss(case: golden.Case) -> dict[str, Tensor]:
     }
 
 
-# SISS' six objectives: the pair shares noise and timestep; `out_first`, `out_second` are what the network returned at its first and second call
+# SISS' six objectives: the pair shares noise and timestep; `out_first`, `out_second` are what the network
+# returned at its first and second call
 
 
 def _importance_sampling(case: golden.Case) -> dict[str, Tensor | int]:
     schedule, lambd, t = case.schedule(), case.meta["case"]["lambd"], case("in.timesteps")
     from_forget = case("in.mask_uniform") <= lambd
-    retain, forget, output = _input(case, "images.remain"), _input(case, "images.deletion"), _leaf(case, "out_first")
-    x_t = torch.where(from_forget.view(-1, 1, 1, 1), _input(case, "noisy_images.deletion"), _input(case, "noisy_images.remain"))
-    loss_x, loss_a = objectives.siss_mixture_losses(output, retain, forget, x_t, t, from_forget, schedule, lambd)
+    retain, forget, output = (
+        _input(case, "images.remain"),
+        _input(case, "images.deletion"),
+        _leaf(case, "out_first"),
+    )
+    x_t = torch.where(
+        from_forget.view(-1, 1, 1, 1),
+        _input(case, "noisy_images.deletion"),
+        _input(case, "noisy_images.remain"),
+    )
+    loss_x, loss_a = objectives.siss_mixture_losses(
+        output, retain, forget, x_t, t, from_forget, schedule, lambd
+    )
     draw = mixture(retain, forget, _input(case, "noise"), t, schedule, lambd, from_forget, x_t=x_t)
     values = {
         "n_forward": 1,
@@ -158,12 +193,19 @@ def _no_is(case: golden.Case) -> dict[str, Tensor | int]:
 
 
 def _siss_erasediff(case: golden.Case) -> dict[str, Tensor | int]:
-    first, second, noise, uniform = _leaf(case, "out_first"), _leaf(case, "out_second"), _input(case, "noise"), _input(case, "erasediff_uniform")
+    first, second, noise, uniform = (
+        _leaf(case, "out_first"),
+        _leaf(case, "out_second"),
+        _input(case, "noise"),
+        _input(case, "erasediff_uniform"),
+    )
     losses = objectives.erasediff_losses(first, noise, second, uniform)
     return _prefixed("erasediff", _two_terms(losses, first, second, noise, uniform))
 
 
-def _two_terms(losses: tuple[Tensor, Tensor], first: Tensor, second: Tensor, target_x: Tensor, target_a: Tensor) -> dict[str, Tensor | int]:
+def _two_terms(
+    losses: tuple[Tensor, Tensor], first: Tensor, second: Tensor, target_x: Tensor, target_a: Tensor
+) -> dict[str, Tensor | int]:
     loss_x, loss_a = losses
     return {
         "n_forward": 2,
@@ -177,12 +219,28 @@ def _two_terms(losses: tuple[Tensor, Tensor], first: Tensor, second: Tensor, tar
 
 
 def _single_terms(case: golden.Case) -> dict[str, Tensor | int]:
-    output, noise, superfactor = _leaf(case, "out_first"), _input(case, "noise"), case.meta["case"]["superfactor"]
-    neggrad, naive = objectives.neggrad_loss(output, noise, superfactor), objectives.vanilla_loss(output, noise)
+    output, noise, superfactor = (
+        _leaf(case, "out_first"),
+        _input(case, "noise"),
+        case.meta["case"]["superfactor"],
+    )
+    neggrad, naive = (
+        objectives.neggrad_loss(output, noise, superfactor),
+        objectives.vanilla_loss(output, noise),
+    )
     per_sample = denoising_loss(output, noise)
     return _prefixed(
-        "simple_neg_del", {"n_forward": 1, "loss": neggrad, "per_sample": -superfactor * per_sample, "grad.first": _gradient(neggrad, output)}
-    ) | _prefixed("naive_del", {"n_forward": 1, "loss": naive, "per_sample": per_sample, "grad.first": _gradient(naive, output)})
+        "simple_neg_del",
+        {
+            "n_forward": 1,
+            "loss": neggrad,
+            "per_sample": -superfactor * per_sample,
+            "grad.first": _gradient(neggrad, output),
+        },
+    ) | _prefixed(
+        "naive_del",
+        {"n_forward": 1, "loss": naive, "per_sample": per_sample, "grad.first": _gradient(naive, output)},
+    )
 
 
 def _bernoulli(case: golden.Case) -> dict[str, Tensor | int]:
@@ -196,7 +254,12 @@ def _bernoulli(case: golden.Case) -> dict[str, Tensor | int]:
         "grad_x.first": _gradient(loss_x, output),
         "grad_a.first": _gradient(loss_a, output),
     }
-    known = {"n_forward": 1, "n_remain_n_deletion": bernoulli.counts(from_forget), "loss_x": loss_x, "loss_a": loss_a}
+    known = {
+        "n_forward": 1,
+        "n_remain_n_deletion": bernoulli.counts(from_forget),
+        "loss_x": loss_x,
+        "loss_a": loss_a,
+    }
     return _prefixed(bernoulli.PREFIX, known | bernoulli.without_replaced(rows, from_forget, case))
 
 

@@ -35,7 +35,9 @@ def test_an_announced_case_without_a_file_is_an_error(tmp_path):
 
 def test_every_file_is_announced(golden):
     for part in ("losses", "steps"):
-        assert golden_vectors.case_names(golden / part) == sorted(path.stem for path in (golden / part).glob("*.npz"))
+        assert golden_vectors.case_names(golden / part) == sorted(
+            path.stem for path in (golden / part).glob("*.npz")
+        )
 
 
 def test_an_array_that_nothing_checks_is_an_error():

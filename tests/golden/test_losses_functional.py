@@ -1,7 +1,8 @@
-"""Every array of golden/losses from the public float32 functions, within twice the float32 error of the papers' own code, plus one rounding.
+"""Every array of golden/losses from the public float32 functions, within twice the float32 error of the
+papers' own code, plus one rounding.
 
-The papers' numbers are one evaluation, and those of the few samples of a case often right by luck. So their formulas count as well, in
-float32 and with the elements of the images in several orders.
+The papers' numbers are one evaluation, and those of the few samples of a case often right by luck. So their
+formulas count as well, in float32 and with the elements of the images in several orders.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from fastunlearn.testing.budgets import assert_within_budget, relative_error, re
 
 LOSSES = golden.root(Path(__file__).parent / "data") / "losses"
 
-# What the closed form never computes: logits and distances (they exist up to a constant that cancels in the weights) and losses per neighbour.
+# What the closed form never computes: logits and distances (they exist up to a constant that cancels in the
+# weights) and losses per neighbour.
 RETRACK_EXCEPTIONS = {"retrack.log_kernel", "retrack.sq_norms", "siss.dist_remain", "siss.dist_deletion"}
 SISS_EXCEPTIONS = {"importance_sampling_with_mixture.dist_x", "importance_sampling_with_mixture.dist_a"}
-# How often the network is called is a matter of the step: tests/golden/test_steps.py counts it. Bernoulli's two row counts are input masks.
+# How often the network is called is a matter of the step: tests/golden/test_steps.py counts it. Bernoulli's
+# two row counts are input masks.
 NOT_NUMBERS = {".n_forward", ".n_remain_n_deletion"}
 
 
@@ -57,7 +60,10 @@ def test_noised_inputs_are_the_stored_ones(name):
         noise = case(f"in.noises.{branch}") if suffix else case("in.noise")
         noised = F.noised(case(f"in.images.{branch}"), noise, case(f"in.timesteps{suffix}"), case.schedule())
         # Two products and a sum in float32, on both sides.
-        assert relative_error(noised.x_t, case(f"in.noisy_images.{branch}")) <= 4 * torch.finfo(torch.float32).eps
+        assert (
+            relative_error(noised.x_t, case(f"in.noisy_images.{branch}"))
+            <= 4 * torch.finfo(torch.float32).eps
+        )
         assert torch.equal(noised.target, noise)
 
 
@@ -88,7 +94,9 @@ def _literal(case: golden.Case, formulas: Callable) -> dict[str, list[Tensor]]:
     return evaluations
 
 
-def _assert_matches(case: golden.Case, computed: dict[str, Tensor], formulas: Callable, exceptions: set[str]) -> None:
+def _assert_matches(
+    case: golden.Case, computed: dict[str, Tensor], formulas: Callable, exceptions: set[str]
+) -> None:
     exceptions = exceptions & case.keys("f32.")
     golden.assert_all_checked(case.keys("f32."), computed, exceptions)
     literal = _literal(case, formulas)
@@ -96,7 +104,9 @@ def _assert_matches(case: golden.Case, computed: dict[str, Tensor], formulas: Ca
         if f"f64.{key}" not in case:  # the picked network input: float32 numbers, only copied
             assert torch.equal(value, case(f"f32.{key}")), key
             continue
-        assert_within_budget(f"{case.name} {key}", value, [case(f"f32.{key}"), *literal[key]], case(f"f64.{key}"))
+        assert_within_budget(
+            f"{case.name} {key}", value, [case(f"f32.{key}"), *literal[key]], case(f"f64.{key}")
+        )
 
 
 def _leaf(case: golden.Case, key: str) -> Tensor:
@@ -112,7 +122,11 @@ def _vanilla(case: golden.Case) -> dict[str, Tensor]:
     output = _leaf(case, "model_outputs.remain")
     per_sample = F.denoising_loss(output, case("in.noises.remain"))
     loss = per_sample.mean()
-    return {"vanilla.loss": loss, "vanilla.per_sample": per_sample, "vanilla.grad.remain": _gradient(loss, output)}
+    return {
+        "vanilla.loss": loss,
+        "vanilla.per_sample": per_sample,
+        "vanilla.grad.remain": _gradient(loss, output),
+    }
 
 
 def _forget_only(case: golden.Case) -> dict[str, Tensor]:
@@ -120,7 +134,8 @@ def _forget_only(case: golden.Case) -> dict[str, Tensor]:
     weight = torch.full((len(output),), -1.0)
     neggrad = F.denoising_loss(output, case("in.noises.deletion"), weight)
     correction = F.denoising_loss(output, case("in.erasediff_uniform"))
-    main_loss = F.denoising_loss(output_retain, case("in.noises.remain")).sum() / len(output)  # sic: the papers divide by the forget batch
+    # sic: the papers divide by the forget batch
+    main_loss = F.denoising_loss(output_retain, case("in.noises.remain")).sum() / len(output)
     return {
         "neggrad.loss": neggrad.mean(),
         "neggrad.per_sample": neggrad,
@@ -134,8 +149,14 @@ def _forget_only(case: golden.Case) -> dict[str, Tensor]:
 
 
 def _retrack(case: golden.Case) -> dict[str, Tensor]:
-    lambd, output, output_retain = case.meta["case"]["retrack_lambda"], _leaf(case, "model_outputs.knn"), _leaf(case, "model_outputs.remain")
-    images, neighbors, noise, timesteps = (case(f"in.{key}") for key in ("images.knn", "knn_neighbors", "noises.knn", "timesteps.knn"))
+    lambd, output, output_retain = (
+        case.meta["case"]["retrack_lambda"],
+        _leaf(case, "model_outputs.knn"),
+        _leaf(case, "model_outputs.remain"),
+    )
+    images, neighbors, noise, timesteps = (
+        case(f"in.{key}") for key in ("images.knn", "knn_neighbors", "noises.knn", "timesteps.knn")
+    )
     draw = F.redirect(images, neighbors, noise, timesteps, case.schedule(), x_t=case("in.noisy_images.knn"))
     per_sample = F.denoising_loss(output, draw.target) + draw.spread
     retain = F.denoising_loss(output_retain, case("in.noises.remain")).mean()
@@ -159,7 +180,8 @@ def _siss(case: golden.Case) -> dict[str, Tensor]:
     from_forget = case("in.siss_uniform") <= lambd
     outputs = _leaf(case, "model_outputs.remain"), _leaf(case, "model_outputs.deletion")
     noise, x_t, timesteps = (
-        _pick(from_forget, case(f"in.{group}.remain"), case(f"in.{group}.deletion")) for group in ("noises", "noisy_images", "timesteps")
+        _pick(from_forget, case(f"in.{group}.remain"), case(f"in.{group}.deletion"))
+        for group in ("noises", "noisy_images", "timesteps")
     )
     values = _mixture_terms(case, lambd, from_forget, _pick(from_forget, *outputs), noise, x_t, timesteps)
     loss_x, loss_a = values["loss_x"], values["loss_a"]
@@ -184,12 +206,32 @@ def _importance_sampling(case: golden.Case) -> dict[str, Tensor]:
     x_t = _pick(from_forget, case("in.noisy_images.remain"), case("in.noisy_images.deletion"))
     values = _mixture_terms(case, lambd, from_forget, output, case("in.noise"), x_t, case("in.timesteps"))
     values["unet_input"] = values.pop("x_t")
-    values["grad_x.first"], values["grad_a.first"] = _gradient(values["loss_x"], output), _gradient(values["loss_a"], output)
+    values["grad_x.first"], values["grad_a.first"] = (
+        _gradient(values["loss_x"], output),
+        _gradient(values["loss_a"], output),
+    )
     return {f"importance_sampling_with_mixture.{key}": value for key, value in values.items()}
 
 
-def _mixture_terms(case: golden.Case, lambd: float, from_forget: Tensor, output: Tensor, noise: Tensor, x_t: Tensor, timesteps: Tensor) -> dict[str, Tensor]:
-    draw = F.mixture(case("in.images.remain"), case("in.images.deletion"), noise, timesteps, case.schedule(), lambd, from_forget, x_t=x_t)
+def _mixture_terms(
+    case: golden.Case,
+    lambd: float,
+    from_forget: Tensor,
+    output: Tensor,
+    noise: Tensor,
+    x_t: Tensor,
+    timesteps: Tensor,
+) -> dict[str, Tensor]:
+    draw = F.mixture(
+        case("in.images.remain"),
+        case("in.images.deletion"),
+        noise,
+        timesteps,
+        case.schedule(),
+        lambd,
+        from_forget,
+        x_t=x_t,
+    )
     per_sample_x = F.denoising_loss(output, draw.retain_target, draw.retain_weight)
     per_sample_a = F.denoising_loss(output, draw.forget_target, draw.forget_weight)
     return {
@@ -207,7 +249,10 @@ def _mixture_terms(case: golden.Case, lambd: float, from_forget: Tensor, output:
 
 def _two_forwards(case: golden.Case) -> dict[str, Tensor]:
     values = {}
-    for objective, forget_target in (("double_forward_with_neg_del", case("in.noise")), ("erasediff", case("in.erasediff_uniform"))):
+    for objective, forget_target in (
+        ("double_forward_with_neg_del", case("in.noise")),
+        ("erasediff", case("in.erasediff_uniform")),
+    ):
         for branch, call, target in (("x", "first", case("in.noise")), ("a", "second", forget_target)):
             output = _leaf(case, f"out_{call}")
             per_sample = F.denoising_loss(output, target)
@@ -228,7 +273,10 @@ def _single_terms(case: golden.Case) -> dict[str, Tensor]:
 
 
 def bernoulli_terms(case: golden.Case) -> dict[str, Tensor]:
-    """Rows of the other branch weigh 0. A forget term without any retain row is ours alone: the papers' code loses it."""
+    """Rows of the other branch weigh 0.
+
+    A forget term without any retain row is ours alone: the papers' code loses it.
+    """
     lambd, values = case.meta["case"]["lambd"], {}
     from_forget = case("in.mask_uniform") <= lambd
     for branch, rows, weight in (("x", ~from_forget, 1 / (1 - lambd)), ("a", from_forget, 1.0)):

@@ -1,7 +1,9 @@
-"""Whole runs of golden/steps through the public `*_step` functions: losses, norms, gradients and parameter *updates*.
+"""Whole runs of golden/steps through the public `*_step` functions: losses, norms, gradients and parameter
+*updates*.
 
-A coordinate moves by about the learning rate a step, so parameters agree without any training; their updates do not. The same run in float64 must agree with
-the float64 reference to 1e-7; the float32 run with the float32 reference as far as the papers' own code is reproducible between machines.
+A coordinate moves by about the learning rate a step, so parameters agree without any training; their updates
+do not. The same run in float64 must agree with the float64 reference to 1e-7; the float32 run with the
+float32 reference as far as the papers' own code is reproducible between machines.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from fastunlearn import reference
 from fastunlearn.testing import golden
 from fastunlearn.testing.budgets import largest_entry, largest_error, relative_error, relative_l2
 
-# float32 limits: the official code against itself, in float64 or with another thread count, is up to 1.5e-4 off in the update, 8e-6 in the gradient.
+# float32 limits: the official code against itself, in float64 or with another thread count, is up to 1.5e-4
+# off in the update, 8e-6 in the gradient.
 UPDATE, FIRST_GRADIENT, SCALARS = 1e-3, 1e-4, 1e-4
 FLOAT64 = 1e-7
 # How far the papers' code is from itself.
@@ -84,7 +87,8 @@ def _check_scalars(run: Run, precision: str, tolerance: float) -> set[str]:
         truth = run.case(f"out.{precision}.{stored}")
         error = relative_error(run.series(ours), truth)
         eta = _eta(run.case.meta)
-        if stored == "scaling_factor" and eta:  # EraseDiff's factor is what is left of eta: it bears eta's rounding
+        # EraseDiff's factor is what is left of eta: it bears eta's rounding
+        if stored == "scaling_factor" and eta:
             error = largest_error(run.series(ours), truth) / max(largest_entry(truth), eta)
         assert error <= tolerance, f"{run.case.name} {precision} {stored}: {error:.3g}"
         checked.add(f"{precision}.{stored}")
@@ -130,7 +134,8 @@ def _check_joined_losses(run: Run, tolerance: float) -> None:
 
 def _check_tensors(run: Run, precision: str, gradient_tolerance: float, update_tolerance: float) -> set[str]:
     """Norms of the first gradient and of the whole update, one per parameter."""
-    # The gradient of a key bias is zero in exact arithmetic (softmax does not see a shift): what is stored is rounding.
+    # The gradient of a key bias is zero in exact arithmetic (softmax does not see a shift): what is stored is
+    # rounding.
     known = torch.tensor(["to_k.bias" not in name for name in run.case.meta["param_names"]])
     compared = [("delta", run.update(), update_tolerance)]
     if run.first_gradient is not None:
@@ -151,7 +156,12 @@ def _check_weights(run: Run) -> None:
     final, gradient = (STEPS / f"{run.case.name}.{what}.safetensors" for what in ("final", "grad0"))
     if final.is_file():
         stored = load_file(final)
-        assert relative_l2(run.update(), [stored[name] - first for name, first in zip(names, start, strict=True)]) <= UPDATE
+        assert (
+            relative_l2(
+                run.update(), [stored[name] - first for name, first in zip(names, start, strict=True)]
+            )
+            <= UPDATE
+        )
     if gradient.is_file():
         stored = load_file(gradient)
         assert relative_l2(run.first_gradient, [stored[name] for name in names]) <= FIRST_GRADIENT
@@ -180,7 +190,9 @@ def _rows_of(run: Run, s: int, branch: str, calls: list[Call]) -> tuple[Tensor, 
         # rows that need the same passes.
         from_forget = picks(run, s, meta["params"]["lambda"])
         rows = from_forget if branch == "deletion" else ~from_forget
-        noisy = reference.noising(*(run.input(s, f"{kind}.{branch}") for kind in ("images", "noises", "timesteps")), run.schedule)[rows]
+        noisy = reference.noising(
+            *(run.input(s, f"{kind}.{branch}") for kind in ("images", "noises", "timesteps")), run.schedule
+        )[rows]
         at = torch.cdist(noisy.flatten(1), given.flatten(1)).argmin(dim=1)
         assert relative_error(given[at], noisy) <= SCALARS
         return rows, returned[at]
@@ -203,7 +215,9 @@ def _assert_matches(run: Run, precision: str, scalars: float, gradient: float, u
 
 @pytest.fixture
 def everything_in_float64(monkeypatch) -> Iterator[None]:
-    """As the float64 vectors were made: diffusers casts its timestep embedding by `Tensor.float()`, which must not round here."""
+    """As the float64 vectors were made: diffusers casts its timestep embedding by `Tensor.float()`, which
+    must not round here.
+    """
     monkeypatch.setattr(Tensor, "float", Tensor.double)
     torch.set_default_dtype(torch.float64)
     yield

@@ -64,7 +64,9 @@ def test_the_papers_threshold_is_for_their_size_alone():
 
 @pytest.mark.parametrize(("count", "total"), [(1, 10), (5, 512), (300, 512), (63, 64)])
 def test_the_interval_is_clopper_pearson(count, total):
-    """By definition: at the lower end `count` or more hits have probability 2.5 %, at the upper end `count` or fewer."""
+    """By definition: at the lower end `count` or more hits have probability 2.5 %, at the upper end `count`
+    or fewer.
+    """
     share = Share.of(count, total)
     assert binom.sf(count - 1, total, share.low) == pytest.approx(0.025)
     assert binom.cdf(count, total, share.high) == pytest.approx(0.025)
@@ -79,7 +81,9 @@ def test_the_interval_at_the_ends():
 
 def test_bad_arguments():
     samples = STRIPES.repeat(2, 1, 1, 1)
-    with pytest.raises(ValueError, match=r"image: expected one image of the samples' shape, \(1, 4, 4\), got \(1, 1, 5, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"image: expected one image of the samples' shape, \(1, 4, 4\), got \(1, 1, 5, 4\)"
+    ):
         frequency(samples, torch.zeros(1, 5, 4), 1.0)
     with pytest.raises(ValueError, match="threshold: expected a finite number"):
         frequency(samples, samples[0], 0)

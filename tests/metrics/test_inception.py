@@ -13,7 +13,9 @@ from fastunlearn.metrics.inception import InceptionScores, inception_scores
 
 
 class Quadrants(nn.Module):
-    """Features: means of the four quadrants of a 4x4 image; logits: 40 times those, so that a bright quadrant is a certain class."""
+    """Features: means of the four quadrants of a 4x4 image; logits: 40 times those, so that a bright quadrant
+    is a certain class.
+    """
 
     def __init__(self):
         super().__init__()
@@ -45,7 +47,9 @@ def test_fid_is_the_frechet_distance_of_the_feature_gaussians(generator):
         return vectors @ values.clamp(min=0).sqrt().diag() @ vectors.T
 
     a, b = real.T.cov().double(), fake.T.cov().double()
-    expected = (real.mean(0) - fake.mean(0)).square().sum() + torch.trace(a + b - 2 * root(root(a) @ b @ root(a)))
+    expected = (real.mean(0) - fake.mean(0)).square().sum() + torch.trace(
+        a + b - 2 * root(root(a) @ b @ root(a))
+    )
     scores = inception_scores(images(fake), images(real), Quadrants(), batch_size=64)
     assert scores.fid == pytest.approx(expected.item(), rel=1e-4)
     assert (scores.num_samples, scores.num_real) == (400, 500)
@@ -81,7 +85,11 @@ def test_the_classifier_runs_in_eval_mode_and_is_restored(generator):
             return super().features(x)
 
     classifier = Noisy().train()
-    scores = inception_scores(images(torch.rand(5, 4, generator=generator)), images(torch.rand(5, 4, generator=generator)), classifier)
+    scores = inception_scores(
+        images(torch.rand(5, 4, generator=generator)),
+        images(torch.rand(5, 4, generator=generator)),
+        classifier,
+    )
     assert classifier.training
     assert math.isfinite(scores.fid)
 

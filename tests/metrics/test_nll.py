@@ -26,16 +26,23 @@ def marginal(t):
 
 
 def exact_model(prediction_type="epsilon", mix=None):
-    """Predicts such that the score, as `bits_per_dim` derives it, is exactly that of data N(CENTER, SPREAD^2) (rotated by `mix`: N(CENTER, mix mix^T))."""
+    """Predicts such that the score, as `bits_per_dim` derives it, is exactly that of data N(CENTER, SPREAD^2)
+    (rotated by `mix`: N(CENTER, mix mix^T)).
+    """
 
     def predict(x, position):
         alpha, sigma = marginal(position[0].item() / 999)
         below = int(position[0])
         weight = position[0].item() - below
-        table_alpha, table_sigma = (torch.lerp(values[below], values[min(below + 1, 999)], weight) for values in (schedule().alpha, schedule().sigma))
+        table_alpha, table_sigma = (
+            torch.lerp(values[below], values[min(below + 1, 999)], weight)
+            for values in (schedule().alpha, schedule().sigma)
+        )
         flat = (x.double() - alpha * CENTER).flatten(1)
         covariance = SPREAD**2 * torch.eye(flat.shape[1], dtype=torch.float64) if mix is None else mix @ mix.T
-        precision = torch.linalg.inv(alpha**2 * covariance + sigma**2 * torch.eye(flat.shape[1], dtype=torch.float64))
+        precision = torch.linalg.inv(
+            alpha**2 * covariance + sigma**2 * torch.eye(flat.shape[1], dtype=torch.float64)
+        )
         eps = table_sigma * (flat @ precision).view(x.shape)
         if prediction_type == "v_prediction":
             return ((eps - table_sigma * x) / table_alpha).float()
@@ -47,21 +54,30 @@ def exact_model(prediction_type="epsilon", mix=None):
 
 
 def true_bits(images, covariance):
-    normal = torch.distributions.MultivariateNormal(torch.full((images[0].numel(),), CENTER, dtype=torch.float64), covariance)
+    normal = torch.distributions.MultivariateNormal(
+        torch.full((images[0].numel(),), CENTER, dtype=torch.float64), covariance
+    )
     return -normal.log_prob(images.double().flatten(1)) / (images[0].numel() * math.log(2)) + 7
 
 
 @pytest.fixture
 def images():
-    return (CENTER + SPREAD * torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0))).clamp(-1, 1)
+    return (CENTER + SPREAD * torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0))).clamp(
+        -1, 1
+    )
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_a_gaussian_has_its_likelihood(images, prediction_type):
-    """The Jacobian is diagonal, so one Rademacher probe is exact. What is left: float32 in the network, and the ODE's start at 1e-5."""
+    """The Jacobian is diagonal, so one Rademacher probe is exact.
+
+    What is left: float32 in the network, and the ODE's start at 1e-5.
+    """
     result = bits_per_dim(exact_model(prediction_type), schedule(prediction_type), images, interpolate=True)
     expected = true_bits(images, SPREAD**2 * torch.eye(16, dtype=torch.float64))
-    torch.testing.assert_close(torch.tensor(result.bits_per_dim, dtype=torch.float64), expected, rtol=0, atol=2e-3)
+    torch.testing.assert_close(
+        torch.tensor(result.bits_per_dim, dtype=torch.float64), expected, rtol=0, atol=2e-3
+    )
     assert result.mean == pytest.approx(expected.mean().item(), abs=2e-3)
 
 
@@ -87,10 +103,14 @@ def test_the_papers_rounding_is_close_to_the_continuous_ode(images):
 
 
 def test_the_probe_estimates_a_full_covariance_without_bias(images):
-    mix = 0.3 * torch.eye(16, dtype=torch.float64) + 0.1 * torch.randn(16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    mix = 0.3 * torch.eye(16, dtype=torch.float64) + 0.1 * torch.randn(
+        16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
     model = exact_model(mix=mix)
     repeated = images[:1].expand(200, -1, -1, -1)
-    estimates = torch.tensor(bits_per_dim(model, schedule(), repeated, interpolate=True, rtol=1e-4, atol=1e-4).bits_per_dim)
+    estimates = torch.tensor(
+        bits_per_dim(model, schedule(), repeated, interpolate=True, rtol=1e-4, atol=1e-4).bits_per_dim
+    )
     assert len(set(estimates.tolist())) == 200
     error = estimates.std() / math.sqrt(200)
     assert abs(estimates.mean() - true_bits(images[:1], mix @ mix.T).item()) < 4 * error
@@ -175,7 +195,9 @@ def test_other_schedules_than_linear_take_the_angle(images):
 
 
 def test_schedules_without_a_likelihood_are_refused(images):
-    with pytest.raises(ValueError, match="schedule: expected a variance-preserving schedule, got flow matching"):
+    with pytest.raises(
+        ValueError, match="schedule: expected a variance-preserving schedule, got flow matching"
+    ):
         bits_per_dim(exact_model(), NoiseSchedule.flow(), images)
     short = diffusers_schedule(num_train_timesteps=20)
     with pytest.raises(ValueError, match=r"schedule: expected one that ends in noise .*, got 0\.817"):
@@ -219,7 +241,8 @@ def test_the_first_of_a_tuple_is_the_prediction(images):
     expected = bits_per_dim(model, schedule(), images, **options)
     found = bits_per_dim(lambda x, t: (model(x, t),), schedule(), images, **options)
     assert (found.evaluations, found.ode) == (expected.evaluations, expected.ode)
-    # Two equal calls differ in the last bits: how a float64 sum is ordered depends on where its memory begins.
+    # Two equal calls differ in the last bits: how a float64 sum is ordered depends on where its memory
+    # begins.
     assert found.bits_per_dim == pytest.approx(expected.bits_per_dim, rel=1e-12)
     with pytest.raises(ValueError, match=r"model: expected a prediction of shape .*, got dict"):
         bits_per_dim(lambda x, t: {"sample": model(x, t)}, schedule(), images)

@@ -33,7 +33,16 @@ def test_a_model_that_remembers_brings_every_chain_back():
 
 
 def test_a_model_that_forgot_brings_none_back():
-    result, _ = reconstruct(remembers(-IMAGE), SCHEDULER, IMAGE[0], 30, chains=5, threshold=1.0, num_inference_steps=3, sampler="ddim")
+    result, _ = reconstruct(
+        remembers(-IMAGE),
+        SCHEDULER,
+        IMAGE[0],
+        30,
+        chains=5,
+        threshold=1.0,
+        num_inference_steps=3,
+        sampler="ddim",
+    )
     assert result.returned.count == 0
     assert result.min_distance == pytest.approx(0.5 * 8, rel=0.05)  # one half in [0, 1] pixels, 64 of them
 

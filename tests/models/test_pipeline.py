@@ -1,4 +1,6 @@
-"""Checkpoints of diffusers: what is read back is what was written, and what is refused says which file and why."""
+"""Checkpoints of diffusers: what is read back is what was written, and what is refused says which file and
+why.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,9 @@ def test_scheduler_class_and_settings_survive(tmp_path):
 
 def test_dtype_is_kept_on_disk_and_float32_in_memory(tmp_path):
     save_checkpoint(tmp_path / "out", tiny_unet().to(torch.bfloat16), diffusers.DDPMScheduler())
-    assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "unet" / WEIGHTS).values()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "unet" / WEIGHTS).values()} == {
+        torch.bfloat16
+    }
     assert load_checkpoint(tmp_path / "out")[0].dtype == torch.float32
     assert load_checkpoint(tmp_path / "out", dtype=torch.bfloat16)[0].dtype == torch.bfloat16
 
@@ -86,7 +90,9 @@ def test_a_saved_pipeline_is_replaced_and_other_folders_are_not(pipeline, tmp_pa
     assert not list(tmp_path.glob(".*"))
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.jpg").write_text("precious")
-    with pytest.raises(ValueError, match=r"output_dir: expected a new or empty folder.*got a folder of something else"):
+    with pytest.raises(
+        ValueError, match=r"output_dir: expected a new or empty folder.*got a folder of something else"
+    ):
         save_checkpoint(tmp_path / "photos", tiny_unet(), diffusers.DDPMScheduler())
     assert (tmp_path / "photos" / "a.jpg").read_text() == "precious"
 
@@ -106,7 +112,9 @@ def test_shards_are_read(pipeline):
 
 @pytest.mark.parametrize("place", ["", "unet"])
 def test_a_shard_that_acts_is_not_opened(pipeline, place):
-    """A pickle that an index names, in a folder that holds the plain weights as well: diffusers alone would run it."""
+    """A pickle that an index names, in a folder that holds the plain weights as well: diffusers alone would
+    run it.
+    """
     ran = pipeline / "ran"
 
     class Acts:
@@ -172,7 +180,9 @@ def latent_diffusion(folder: Path) -> None:
 
 
 def sd3(folder: Path) -> None:
-    edit_json(folder / "model_index.json", unet=[None, None], transformer=["diffusers", "SD3Transformer2DModel"])
+    edit_json(
+        folder / "model_index.json", unet=[None, None], transformer=["diffusers", "SD3Transformer2DModel"]
+    )
 
 
 def remote_code(folder: Path) -> None:
@@ -310,38 +320,98 @@ def no_shards(folder: Path) -> None:
 
 
 REFUSED = [
-    (ldm, r"model_index.json: expected a network of pictures alone .*, got one that works on the latents of its vqvae, which is not supported yet"),
+    (
+        ldm,
+        r"model_index.json: expected a network of pictures alone .*, got one that works on the latents of its vqvae, which is not supported yet",
+    ),
     (audio, r"model_index.json: expected a network of pictures alone .*, got a pipeline with mel too"),
-    (vqvae_beside, r"unet: expected a network of pictures alone .*, got one that works on the latents of .*vqvae"),
+    (
+        vqvae_beside,
+        r"unet: expected a network of pictures alone .*, got one that works on the latents of .*vqvae",
+    ),
     (class_labels, r"config.json: expected an unconditional network, num_class_embeds: null .*, got 10"),
-    (class_times, r"config.json: expected an unconditional network, class_embed_type: null .*, got 'timestep'"),
-    (super_resolution, r"config.json: expected .* out_channels equal to in_channels, 3, or twice as many .*, got 1"),
-    (fourier, r"config.json: expected a time_embedding_type of timesteps, positional or learned, got 'fourier'"),
+    (
+        class_times,
+        r"config.json: expected an unconditional network, class_embed_type: null .*, got 'timestep'",
+    ),
+    (
+        super_resolution,
+        r"config.json: expected .* out_channels equal to in_channels, 3, or twice as many .*, got 1",
+    ),
+    (
+        fourier,
+        r"config.json: expected a time_embedding_type of timesteps, positional or learned, got 'fourier'",
+    ),
     (few_times, r"config.json: expected num_train_timesteps of at least the scheduler's 20, got 19"),
     (odd_size, r"config.json: expected a network that can be called on pictures of 1x7x7.*, got "),
-    (pickled_shard, r"index.json: expected the name of a .safetensors file in .*unet for .*, got 'shard.bin'"),
-    (shard_elsewhere, r"index.json: expected the name of a .safetensors file in .*unet for .*, got '../shard.safetensors'"),
-    (shard_anywhere, r"index.json: expected the name of a .safetensors file in .*unet for .*, got '/.*shard.safetensors'"),
+    (
+        pickled_shard,
+        r"index.json: expected the name of a .safetensors file in .*unet for .*, got 'shard.bin'",
+    ),
+    (
+        shard_elsewhere,
+        r"index.json: expected the name of a .safetensors file in .*unet for .*, got '../shard.safetensors'",
+    ),
+    (
+        shard_anywhere,
+        r"index.json: expected the name of a .safetensors file in .*unet for .*, got '/.*shard.safetensors'",
+    ),
     (no_shard, r"index.json: expected shard.safetensors, which holds .*, beside it, got no such file"),
     (odd_shard, r"index.json: expected the name of a .safetensors file in .*, got 3"),
     (no_shards, r"index.json: expected weight_map to name a file for each tensor, got list"),
     (no_weights, r"unet: expected diffusion_pytorch_model.safetensors, got no weights"),
-    (pickled_weights, r"unet: expected diffusion_pytorch_model.safetensors, got diffusion_pytorch_model.bin: such files are pickles"),
-    (nan_weights, r"diffusion_pytorch_model.safetensors: expected finite weights, got NaN or Inf in conv_in.bias"),
-    (missing_tensor, r"diffusion_pytorch_model.safetensors: expected the weights of the UNet2DModel in config.json beside it, got .*1 missing key"),
-    (cut_weights, r"diffusion_pytorch_model.safetensors: expected the weights of the UNet2DModel.*, got files that diffusers refuses"),
-    (other_architecture, r"diffusion_pytorch_model.safetensors: expected the weights of the UNet2DModel.*, got"),
-    (unknown_block, r"expected the weights of the UNet2DModel in config.json.*, got files that diffusers refuses.*NoBlock2D"),
-    (latent_diffusion, r"model_index.json: expected the network UNet2DModel, got UNet2DConditionModel, which is not supported yet"),
-    (sd3, r"model_index.json: expected the network UNet2DModel, got SD3Transformer2DModel, which is not supported yet"),
-    (remote_code, r"model_index.json: expected unet to be a class of diffusers, got UNet2DModel of 'my_module' \(code that comes"),
-    (remote_scheduler, r"model_index.json: expected scheduler to be a class of diffusers, got DDPMScheduler of 'my_scheduler'"),
+    (
+        pickled_weights,
+        r"unet: expected diffusion_pytorch_model.safetensors, got diffusion_pytorch_model.bin: such files are pickles",
+    ),
+    (
+        nan_weights,
+        r"diffusion_pytorch_model.safetensors: expected finite weights, got NaN or Inf in conv_in.bias",
+    ),
+    (
+        missing_tensor,
+        r"diffusion_pytorch_model.safetensors: expected the weights of the UNet2DModel in config.json beside it, got .*1 missing key",
+    ),
+    (
+        cut_weights,
+        r"diffusion_pytorch_model.safetensors: expected the weights of the UNet2DModel.*, got files that diffusers refuses",
+    ),
+    (
+        other_architecture,
+        r"diffusion_pytorch_model.safetensors: expected the weights of the UNet2DModel.*, got",
+    ),
+    (
+        unknown_block,
+        r"expected the weights of the UNet2DModel in config.json.*, got files that diffusers refuses.*NoBlock2D",
+    ),
+    (
+        latent_diffusion,
+        r"model_index.json: expected the network UNet2DModel, got UNet2DConditionModel, which is not supported yet",
+    ),
+    (
+        sd3,
+        r"model_index.json: expected the network UNet2DModel, got SD3Transformer2DModel, which is not supported yet",
+    ),
+    (
+        remote_code,
+        r"model_index.json: expected unet to be a class of diffusers, got UNet2DModel of 'my_module' \(code that comes",
+    ),
+    (
+        remote_scheduler,
+        r"model_index.json: expected scheduler to be a class of diffusers, got DDPMScheduler of 'my_scheduler'",
+    ),
     (odd_entry, r"model_index.json: expected unet to be \[library, class\], got \"UNet2DModel\""),
     (no_unet, r"model_index.json: expected a pipeline with an entry unet, got"),
-    (conditional_config, r"config.json: expected the network UNet2DModel, got UNet2DConditionModel, which is not supported yet"),
+    (
+        conditional_config,
+        r"config.json: expected the network UNet2DModel, got UNet2DConditionModel, which is not supported yet",
+    ),
     (unknown_class, r"config.json: expected the network UNet2DModel in _class_name, got 'os.system'"),
     (unknown_scheduler, r"scheduler_config.json: expected the scheduler DDPMScheduler.*, got 'MyScheduler'"),
-    (wrong_betas, r"scheduler_config.json: expected the configuration of a DDPMScheduler, got one that diffusers refuses"),
+    (
+        wrong_betas,
+        r"scheduler_config.json: expected the configuration of a DDPMScheduler, got one that diffusers refuses",
+    ),
     (nan_betas, r"scheduler_config.json: expected finite noise levels, got NaN"),
     (broken_json, r"config.json: expected JSON, got text that is not"),
     (json_list, r"model_index.json: expected a JSON object, got list"),

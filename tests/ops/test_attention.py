@@ -1,4 +1,6 @@
-"""attention in C++: values and gradients against float64, every layout and instruction set, and what it refuses."""
+"""attention in C++: values and gradients against float64, every layout and instruction set, and what it
+refuses.
+"""
 
 import os
 from unittest import mock
@@ -12,9 +14,12 @@ from fastunlearn.ops.attention import attention
 from fastunlearn.reference.attention import attention as formula
 from fastunlearn.testing.budgets import assert_within_budget, shuffles
 
-pytestmark = pytest.mark.skipif(not extension("_C"), reason=f"the C++ extension is not built; build it with: {build_command()}")
+pytestmark = pytest.mark.skipif(
+    not extension("_C"), reason=f"the C++ extension is not built; build it with: {build_command()}"
+)
 NAMES = ("query", "key", "value")
-# B, H, Sq, Sk, D: one tile of keys and several, ends of vectors, blocks and tiles, cross-attention, depths with and without padding
+# B, H, Sq, Sk, D: one tile of keys and several, ends of vectors, blocks and tiles, cross-attention, depths
+# with and without padding
 SHAPES = [
     (2, 3, 1, 1, 8), (1, 2, 5, 3, 8), (2, 2, 49, 49, 8), (1, 2, 196, 196, 8), (1, 1, 33, 128, 8), (1, 2, 17, 129, 16), (1, 2, 64, 77, 16),
     (1, 2, 40, 300, 32), (1, 2, 31, 16, 64), (1, 1, 20, 140, 64), (2, 1, 19, 23, 1), (1, 2, 30, 21, 5), (1, 2, 35, 50, 40), (1, 1, 9, 12, 72),
@@ -31,22 +36,34 @@ def operands(shape, dtype=torch.float32, seed=0):
     """query, key, value and the gradient of the result."""
     batch, heads, queries, keys, depth = shape
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(batch, heads, rows, depth, generator=generator).to(dtype) for rows in (queries, keys, keys, queries)]
+    return [
+        torch.randn(batch, heads, rows, depth, generator=generator).to(dtype)
+        for rows in (queries, keys, keys, queries)
+    ]
 
 
 def with_gradients(function, query, key, value, grad_out):
     """`function(query, key, value)` and its gradients, by name."""
     leaves = [tensor.detach().clone().requires_grad_() for tensor in (query, key, value)]
     out = function(*leaves)
-    return {"out": out.detach()} | dict(zip(NAMES, torch.autograd.grad(out, leaves, grad_out.to(out.dtype)), strict=True))
+    return {"out": out.detach()} | dict(
+        zip(NAMES, torch.autograd.grad(out, leaves, grad_out.to(out.dtype)), strict=True)
+    )
 
 
 def in_several_orders(function, query, key, value, grad_out):
-    """`with_gradients`, with queries, keys and the numbers of each in several orders; results in the order given."""
+    """`with_gradients`, with queries, keys and the numbers of each in several orders; results in the order
+    given.
+    """
     evaluations = []
     orders = (shuffles(size, 8) for size in (query.shape[2], key.shape[2], query.shape[3]))
     for queries, keys, depth in zip(*orders, strict=True):
-        shuffled = query[:, :, queries][..., depth], key[:, :, keys][..., depth], value[:, :, keys], grad_out[:, :, queries]
+        shuffled = (
+            query[:, :, queries][..., depth],
+            key[:, :, keys][..., depth],
+            value[:, :, keys],
+            grad_out[:, :, queries],
+        )
         found, back = with_gradients(function, *shuffled), depth.argsort()
         rows = {"out": queries, "query": queries, "key": keys, "value": keys}
         found = {name: tensor[:, :, rows[name].argsort()] for name, tensor in found.items()}
@@ -55,9 +72,11 @@ def in_several_orders(function, query, key, value, grad_out):
 
 
 def assert_all_within_budget(given, scale):
-    """The op errs at most twice as much as torch's own attention, from the formula in float64 on the same inputs.
+    """The op errs at most twice as much as torch's own attention, from the formula in float64 on the same
+    inputs.
 
-    The largest error of a few hundred numbers depends on the order in which a processor's torch adds: hence in several orders.
+    The largest error of a few hundred numbers depends on the order in which a processor's torch adds: hence
+    in several orders.
     """
     ours = with_gradients(lambda q, k, v: attention(q, k, v, scale)[0], *given)
     plain = in_several_orders(lambda q, k, v: scaled_dot_product_attention(q, k, v, scale=scale), *given)
@@ -85,7 +104,9 @@ def test_error_in_half_precision(shape, dtype, isa, monkeypatch):
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("scale", [30.0, -30.0, 1e-3])
 def test_large_and_small_logits(scale, isa, monkeypatch):
-    """Scores in the hundreds: a maximum that grows from tile to tile, and weights that underflow to exact zeros."""
+    """Scores in the hundreds: a maximum that grows from tile to tile, and weights that underflow to exact
+    zeros.
+    """
     monkeypatch.setenv("FASTUNLEARN_ISA", isa)
     query, key, value, grad_out = operands((1, 2, 40, 290, 8))
     key = key * torch.linspace(0.1, 1, 290).view(-1, 1)
@@ -131,7 +152,9 @@ def test_layouts_do_not_change_a_bit(layout, isa, monkeypatch):
 
 def test_gradients_lie_as_the_result_does():
     query, key, value, grad_out = operands((2, 3, 21, 34, 8))
-    gradients = torch.ops.fastunlearn.attention_backward(grad_out, query, key, value, *attention(query, key, value, 0.3), 0.3)
+    gradients = torch.ops.fastunlearn.attention_backward(
+        grad_out, query, key, value, *attention(query, key, value, 0.3), 0.3
+    )
     assert all(gradient.transpose(1, 2).is_contiguous() for gradient in gradients)
 
 
@@ -189,7 +212,9 @@ def test_compiles_in_one_graph_with_its_gradient():
 
 def test_a_second_derivative_is_refused():
     query, key, value, _ = operands((1, 1, 4, 4, 8))
-    (gradient,) = torch.autograd.grad(attention(query.requires_grad_(), key, value, 0.3)[0].square().sum(), query, create_graph=True)
+    (gradient,) = torch.autograd.grad(
+        attention(query.requires_grad_(), key, value, 0.3)[0].square().sum(), query, create_graph=True
+    )
     with pytest.raises(NotImplementedError, match="attention: expected a first derivative, got a second one"):
         gradient.sum().backward()
 
@@ -197,10 +222,26 @@ def test_a_second_derivative_is_refused():
 def test_bad_arguments_are_named_by_the_op():
     query, key, value, _ = operands((2, 3, 4, 5, 8))
     for given, error, message in (
-        ((query.double(), key, value), TypeError, "query: expected float16, bfloat16 or float32, got torch.float64"),
-        ((query[0], key, value), ValueError, r"query: expected at least one row \[B, H, S, D\], got shape \(3, 4, 8\)"),
-        ((query, key[:, :, :0], value), ValueError, r"key: expected at least one row \[B, H, S, D\], got shape \(2, 3, 0, 8\)"),
-        ((query, key.half(), value), TypeError, "key: expected the dtype of query, torch.float32, got torch.float16"),
+        (
+            (query.double(), key, value),
+            TypeError,
+            "query: expected float16, bfloat16 or float32, got torch.float64",
+        ),
+        (
+            (query[0], key, value),
+            ValueError,
+            r"query: expected at least one row \[B, H, S, D\], got shape \(3, 4, 8\)",
+        ),
+        (
+            (query, key[:, :, :0], value),
+            ValueError,
+            r"key: expected at least one row \[B, H, S, D\], got shape \(2, 3, 0, 8\)",
+        ),
+        (
+            (query, key.half(), value),
+            TypeError,
+            "key: expected the dtype of query, torch.float32, got torch.float16",
+        ),
         ((query, key[..., :7], value), ValueError, r"key: expected shape \(2, 3, 5, 8\), got \(2, 3, 5, 7\)"),
         ((query, key, value[:, :2]), ValueError, r"value: expected shape \(2, 3, 5, 8\), got \(2, 2, 5, 8\)"),
     ):
@@ -209,7 +250,10 @@ def test_bad_arguments_are_named_by_the_op():
     saved = query, key, value, *attention(query, key, value, 0.3)
     with pytest.raises(ValueError, match=r"grad_out: expected shape \(2, 3, 4, 8\), got \(2, 3, 5, 8\)"):
         torch.ops.fastunlearn.attention_backward(key, *saved, 0.3)
-    with pytest.raises(ValueError, match=r"logsumexp: expected float32 of shape \(2, 3, 4\), got torch.float64 of shape \(2, 3, 4\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"logsumexp: expected float32 of shape \(2, 3, 4\), got torch.float64 of shape \(2, 3, 4\)",
+    ):
         torch.ops.fastunlearn.attention_backward(query, *saved[:4], saved[4].double(), 0.3)
 
 
@@ -217,9 +261,21 @@ def test_bad_arguments_are_named_by_the_kernel():
     """The op checks and arranges before."""
     query, key, value, grad_out = operands((2, 3, 4, 5, 8))
     logsumexp = torch.empty(2, 3, 4)
-    forward = dict(query=query, key=key, value=value, scale=0.3, out=torch.empty_like(query), logsumexp=logsumexp)
-    backward = dict(grad_out=grad_out, query=query, key=key, value=value, out=query, logsumexp=logsumexp.zero_(), scale=0.3)
-    backward |= dict(grad_query=torch.empty_like(query), grad_key=torch.empty_like(key), grad_value=torch.empty_like(value))
+    forward = dict(
+        query=query, key=key, value=value, scale=0.3, out=torch.empty_like(query), logsumexp=logsumexp
+    )
+    backward = dict(
+        grad_out=grad_out,
+        query=query,
+        key=key,
+        value=value,
+        out=query,
+        logsumexp=logsumexp.zero_(),
+        scale=0.3,
+    )
+    backward |= dict(
+        grad_query=torch.empty_like(query), grad_key=torch.empty_like(key), grad_value=torch.empty_like(value)
+    )
 
     def run(arguments):
         name = "attention_backward" if "grad_out" in arguments else "attention"

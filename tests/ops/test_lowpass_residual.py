@@ -1,4 +1,6 @@
-"""lowpass_residual in C++ and in closed form, against Fourier transforms in float64: masks, sizes, dtypes, layouts, instruction sets."""
+"""lowpass_residual in C++ and in closed form, against Fourier transforms in float64: masks, sizes, dtypes,
+layouts, instruction sets.
+"""
 
 import os
 from unittest import mock
@@ -15,7 +17,9 @@ from fastunlearn.reference.lowpass_residual import full_mask
 from fastunlearn.reference.lowpass_residual import lowpass_residual as literal
 from fastunlearn.testing.budgets import assert_within_budget, in_several_orders, shifts
 
-needs_extension = pytest.mark.skipif(not extension("_C"), reason=f"the C++ extension is not built; build it with: {build_command()}")
+needs_extension = pytest.mark.skipif(
+    not extension("_C"), reason=f"the C++ extension is not built; build it with: {build_command()}"
+)
 MASKS = {
     "quarter": LowPass(0.25),
     "half": LowPass(0.5),
@@ -30,8 +34,19 @@ MASKS = {
     "high": LowPass(0.5, band="high"),
     "soft high": LowPass(0.5, band="high", high_frequency_weight=0.3),
 }
-# Even and odd sizes, powers of two and primes, narrow and wide, one block of columns and several, planes side by side and planes split.
-SHAPES = [(16, 1, 8, 8), (9, 2, 28, 28), (16, 1, 7, 9), (16, 1, 33, 31), (16, 2, 5, 64), (16, 1, 64, 6), (8, 1, 12, 130), (8, 1, 67, 40), (3, 3, 64, 64)]
+# Even and odd sizes, powers of two and primes, narrow and wide, one block of columns and several, planes side
+# by side and planes split.
+SHAPES = [
+    (16, 1, 8, 8),
+    (9, 2, 28, 28),
+    (16, 1, 7, 9),
+    (16, 1, 33, 31),
+    (16, 2, 5, 64),
+    (16, 1, 64, 6),
+    (8, 1, 12, 130),
+    (8, 1, 67, 40),
+    (3, 3, 64, 64),
+]
 
 
 def kernel(isa="avx512"):
@@ -55,16 +70,23 @@ def exact(prediction, target, weight, *mask):
 
 
 def check(actual, images, mask):
-    """Energy and gradient err at most twice as much as the worse of Fourier transforms and the closed form in float32, and one rounding.
+    """Energy and gradient err at most twice as much as the worse of Fourier transforms and the closed form in
+    float32, and one rounding.
 
     Energies are few numbers, which either formula may hit by luck: hence several shifts of the images.
     """
     (prediction, target, weight), dtype = images, images[0].dtype
     truth, orders = exact(*images, *mask), shifts(prediction.shape[1:], 8)
     with eager():
-        closed = in_several_orders(lambda *pair: lowpass_residual(*pair, weight, *mask), (prediction, target), orders)
-    fourier = in_several_orders(lambda *pair: literal(*pair, weight, *mask), (prediction.float(), target.float()), orders)
-    for name, got, right, one, two, like in zip(("energy", "gradient"), actual, truth, closed, fourier, (torch.float32, dtype), strict=True):
+        closed = in_several_orders(
+            lambda *pair: lowpass_residual(*pair, weight, *mask), (prediction, target), orders
+        )
+    fourier = in_several_orders(
+        lambda *pair: literal(*pair, weight, *mask), (prediction.float(), target.float()), orders
+    )
+    for name, got, right, one, two, like in zip(
+        ("energy", "gradient"), actual, truth, closed, fourier, (torch.float32, dtype), strict=True
+    ):
         assert got.dtype == like
         assert_within_budget(name, got, [*one, *(value.to(like) for value in two)], right)
 
@@ -122,10 +144,16 @@ def test_float64_is_computed_in_float64(name, how):
 
 def table_of(kind, height, width, generator):
     """A table of the op's shape limits: empty, full, or any zeros and ones, over some or all frequencies."""
-    rows, columns = (int(torch.randint(1, size // 2 + 2, (), generator=generator)) for size in (height, width))
+    rows, columns = (
+        int(torch.randint(1, size // 2 + 2, (), generator=generator)) for size in (height, width)
+    )
     if kind == "all":
         return torch.ones(height // 2 + 1, width // 2 + 1)
-    return torch.zeros(rows, columns) if kind == "empty" else (torch.rand(rows, columns, generator=generator) < 0.5).float()
+    return (
+        torch.zeros(rows, columns)
+        if kind == "empty"
+        else (torch.rand(rows, columns, generator=generator) < 0.5).float()
+    )
 
 
 @needs_extension
@@ -188,17 +216,25 @@ def test_threads_do_not_change_the_result():
 @needs_extension
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_batch_strides_and_layouts(dtype):
-    """Rows cut out of a larger tensor (the first channels of a prediction with twice as many), a repeated row, and permuted memory."""
+    """Rows cut out of a larger tensor (the first channels of a prediction with twice as many), a repeated
+    row, and permuted memory.
+    """
     mask, (prediction, target, weight) = MASKS["soft"].mask(16, 12), inputs((4, 3, 16, 12), dtype)
     wide = torch.full((4, 6, 16, 12), float("nan"), dtype=dtype)
     wide[:, :3] = prediction
     with kernel():
         expected = lowpass_residual(prediction, target, weight, *mask)
-        for view in (wide[:, :3], prediction.contiguous(memory_format=torch.channels_last), prediction.mT.contiguous().mT):
+        for view in (
+            wide[:, :3],
+            prediction.contiguous(memory_format=torch.channels_last),
+            prediction.mT.contiguous().mT,
+        ):
             for got, right in zip(lowpass_residual(view, target, weight, *mask), expected, strict=True):
                 assert torch.equal(got, right)
         repeated = lowpass_residual(prediction[:1].expand(4, -1, -1, -1), target, weight, *mask)
-        for got, right in zip(repeated, lowpass_residual(prediction[:1].repeat(4, 1, 1, 1), target, weight, *mask), strict=True):
+        for got, right in zip(
+            repeated, lowpass_residual(prediction[:1].repeat(4, 1, 1, 1), target, weight, *mask), strict=True
+        ):
             assert torch.equal(got, right)
 
 
@@ -211,7 +247,9 @@ def test_gradient_is_that_of_the_energy(name):
     with kernel():
         energy, gradient = lowpass_residual(prediction, target, weight, *mask)
         (chained,) = torch.autograd.grad((scale * energy).sum(), prediction)
-    (expected,) = torch.autograd.grad((scale * literal(prediction, target, weight.double(), *mask)[0]).sum(), prediction)
+    (expected,) = torch.autograd.grad(
+        (scale * literal(prediction, target, weight.double(), *mask)[0]).sum(), prediction
+    )
     torch.testing.assert_close(chained, expected, rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(gradient * scale.view(-1, 1, 1, 1), expected, rtol=1e-11, atol=1e-12)
 
@@ -221,9 +259,13 @@ def test_gradient_is_that_of_the_energy(name):
 def test_reference_passes_gradcheck(name, size):
     mask, (prediction, target, weight) = MASKS[name].mask(*size), inputs((2, 1, *size), torch.float64)
     weight = weight.double()
-    assert torch.autograd.gradcheck(lambda p: literal(p, target, weight, *mask)[0], prediction.requires_grad_())
+    assert torch.autograd.gradcheck(
+        lambda p: literal(p, target, weight, *mask)[0], prediction.requires_grad_()
+    )
     energy, gradient = literal(prediction, target, weight, *mask)
-    torch.testing.assert_close(gradient, torch.autograd.grad(energy.sum(), prediction)[0], rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(
+        gradient, torch.autograd.grad(energy.sum(), prediction)[0], rtol=1e-11, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 5), (6, 7), (8, 8)])
@@ -239,7 +281,14 @@ def test_reference_mask_counts_frequencies_in_both_directions(size):
 def test_kernel_refuses_what_it_would_misread():
     native = torch.ops.fastunlearn_native.lowpass_residual
     shape, basis = (2, 1, 8, 8), torch.eye(8)[:, :5].contiguous()
-    good = dict(prediction=torch.zeros(shape), target=torch.zeros(shape), weight=torch.ones(2), band=torch.ones(3, 3), inside=1.0, outside=0.0)
+    good = dict(
+        prediction=torch.zeros(shape),
+        target=torch.zeros(shape),
+        weight=torch.ones(2),
+        band=torch.ones(3, 3),
+        inside=1.0,
+        outside=0.0,
+    )
     good |= dict(row_basis=basis, column_basis=basis, energy=torch.zeros(2), gradient=torch.zeros(shape))
     native(*good.values())
     for name, value in {

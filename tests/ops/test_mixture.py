@@ -1,4 +1,6 @@
-"""mixture in C++: values and weights against float64, the limits of both sigmoids, every dtype, layout and instruction set."""
+"""mixture in C++: values and weights against float64, the limits of both sigmoids, every dtype, layout and
+instruction set.
+"""
 
 import math
 import os
@@ -16,9 +18,15 @@ from fastunlearn.ops.noising import noising
 from fastunlearn.testing.budgets import assert_within_budget
 from fastunlearn.testing.factories import linear_schedule, served
 
-pytestmark = pytest.mark.skipif(not extension("_C"), reason=f"the C++ extension is not built; build it with: {build_command()}")
+pytestmark = pytest.mark.skipif(
+    not extension("_C"), reason=f"the C++ extension is not built; build it with: {build_command()}"
+)
 FLOATS = ROWS[1:]
-SCHEDULES = {"epsilon": linear_schedule(), "v": linear_schedule(prediction_type="v_prediction"), "flow": linear_schedule(prediction_type="flow")}
+SCHEDULES = {
+    "epsilon": linear_schedule(),
+    "v": linear_schedule(prediction_type="v_prediction"),
+    "flow": linear_schedule(prediction_type="flow"),
+}
 INFINITY = float("inf")
 
 
@@ -54,7 +62,9 @@ def closed_form(retain, forget, noise, table, from_forget, dtype):
     alpha, sigma, a, b, c = (column.to(dtype).view(-1, 1, 1, 1) for column in table.unbind(1))
     retain, forget, noise = retain.to(dtype), forget.to(dtype), noise.to(dtype)
     chosen = torch.where(from_forget.view(-1, 1, 1, 1), forget, retain)
-    return alpha * chosen + sigma * noise, *(a * noise + b * chosen + c * (chosen - images) for images in (retain, forget))
+    return alpha * chosen + sigma * noise, *(
+        a * noise + b * chosen + c * (chosen - images) for images in (retain, forget)
+    )
 
 
 def absolute_terms(retain, forget, noise, table, from_forget):
@@ -67,17 +77,26 @@ def absolute_terms(retain, forget, noise, table, from_forget):
 
 
 def assert_rounded(name, actual, exact, terms, roundings, precision):
-    """Every number errs by at most `roundings` roundings to `precision` of the sum of its absolute `terms`, and one to its own dtype."""
+    """Every number errs by at most `roundings` roundings to `precision` of the sum of its absolute `terms`,
+    and one to its own dtype.
+    """
     own = torch.finfo(actual.dtype)
     computed = roundings * torch.finfo(precision).eps / 2 * terms
-    excess = (actual.double() - exact).abs() - computed - own.eps / 2 * (exact.abs() + computed) - own.smallest_normal * own.eps
+    excess = (
+        (actual.double() - exact).abs()
+        - computed
+        - own.eps / 2 * (exact.abs() + computed)
+        - own.smallest_normal * own.eps
+    )
     assert excess.max() <= 0, f"{name}: {excess.max():.3g} too far"  # false for NaN, too
 
 
 def exact_exponent(retain, forget, noise, table, from_forget):
     """`u` of every sample, summed without rounding, and a bound of the error of 300 roundings of its sums."""
     u, bound = [], []
-    for x, a, eps, row, chosen in zip(retain.double(), forget.double(), noise.double(), table, from_forget, strict=True):
+    for x, a, eps, row, chosen in zip(
+        retain.double(), forget.double(), noise.double(), table, from_forget, strict=True
+    ):
         difference, rho = (x - a).flatten(), (row[0] / row[1]).item()
         dots, squares = (eps.flatten() * difference).tolist(), difference.square().tolist()
         u.append((0.5 if chosen else -0.5) * rho**2 * math.fsum(squares) - rho * math.fsum(dots))
@@ -86,17 +105,27 @@ def exact_exponent(retain, forget, noise, table, from_forget):
 
 
 def exact_weights(u, lambd):
-    """`(w_x, w_a)` from the definition `p_i / ((1 - lambda) p_x + lambda p_a)`, `p_a / p_x = exp(u)`; in logarithms, where nothing overflows."""
-    retain_share, forget_share = (torch.tensor(share, dtype=torch.float64).log() for share in (1 - lambd, lambd))
-    return torch.exp(-torch.logaddexp(retain_share, forget_share + u)), torch.exp(-torch.logaddexp(retain_share - u, forget_share))
+    """`(w_x, w_a)` from the definition `p_i / ((1 - lambda) p_x + lambda p_a)`, `p_a / p_x = exp(u)`; in
+    logarithms, where nothing overflows.
+    """
+    retain_share, forget_share = (
+        torch.tensor(share, dtype=torch.float64).log() for share in (1 - lambd, lambd)
+    )
+    return torch.exp(-torch.logaddexp(retain_share, forget_share + u)), torch.exp(
+        -torch.logaddexp(retain_share - u, forget_share)
+    )
 
 
 def weights_of(u, lambd, time_log_ratio=None):
-    """The kernel's weights where the images make `u`: one element, sigma = 1, alpha = 2, retain = 0, eps = 0 and forget as it takes."""
+    """The kernel's weights where the images make `u`: one element, sigma = 1, alpha = 2, retain = 0, eps = 0
+    and forget as it takes.
+    """
     table = torch.tensor([[2.0, 1.0, 1.0, 0.0, 0.0]]).double().expand(len(u), 5).contiguous()
     forget = (u.abs() / 2).sqrt().view(-1, 1, 1, 1)
     zero = torch.zeros_like(forget)
-    *_, retain_weight, forget_weight = mixture(zero, None, forget, None, table, u > 0, lambd, time_log_ratio, zero, None, 0, torch.float32, False)
+    *_, retain_weight, forget_weight = mixture(
+        zero, None, forget, None, table, u > 0, lambd, time_log_ratio, zero, None, 0, torch.float32, False
+    )
     return retain_weight, forget_weight
 
 
@@ -107,11 +136,76 @@ def weights_of(u, lambd, time_log_ratio=None):
     indexed=st.tuples(st.booleans(), st.booleans()), lambd=st.sampled_from([0.0, 1e-12, 0.1, 0.5, 0.999, 1.0]),
     distance=st.sampled_from([0.0, 1e-3, 0.03, 1.0]), prediction_type=st.sampled_from(sorted(SCHEDULES)), isa=st.sampled_from(ISAS),
 )  # fmt: skip
-@example((1, 1, 1), 1, torch.uint8, torch.uint8, torch.float32, torch.float32, True, (True, True), 0.5, 0.03, "epsilon", "avx512")
-@example((3, 33, 35), 4, torch.uint8, torch.uint8, torch.float32, torch.bfloat16, True, (True, False), 0.5, 1e-3, "flow", "avx512")
-@example((2, 1, 1025), 3, torch.float32, torch.bfloat16, torch.float64, torch.float16, False, (False, True), 0.1, 0.03, "v", "portable")
-@example((1, 32, 32), 4, torch.float32, torch.float32, torch.float32, torch.float32, False, (False, False), 0.5, 0.0, "epsilon", "avx2")
-def test_values(shape, batch, retain_dtype, forget_dtype, noise_dtype, dtype, channels_last, indexed, lambd, distance, prediction_type, isa):
+@example(
+    (1, 1, 1),
+    1,
+    torch.uint8,
+    torch.uint8,
+    torch.float32,
+    torch.float32,
+    True,
+    (True, True),
+    0.5,
+    0.03,
+    "epsilon",
+    "avx512",
+)
+@example(
+    (3, 33, 35),
+    4,
+    torch.uint8,
+    torch.uint8,
+    torch.float32,
+    torch.bfloat16,
+    True,
+    (True, False),
+    0.5,
+    1e-3,
+    "flow",
+    "avx512",
+)
+@example(
+    (2, 1, 1025),
+    3,
+    torch.float32,
+    torch.bfloat16,
+    torch.float64,
+    torch.float16,
+    False,
+    (False, True),
+    0.1,
+    0.03,
+    "v",
+    "portable",
+)
+@example(
+    (1, 32, 32),
+    4,
+    torch.float32,
+    torch.float32,
+    torch.float32,
+    torch.float32,
+    False,
+    (False, False),
+    0.5,
+    0.0,
+    "epsilon",
+    "avx2",
+)
+def test_values(
+    shape,
+    batch,
+    retain_dtype,
+    forget_dtype,
+    noise_dtype,
+    dtype,
+    channels_last,
+    indexed,
+    lambd,
+    distance,
+    prediction_type,
+    isa,
+):
     count, generator = 5 if any(indexed) else batch, torch.Generator().manual_seed(2)
     retain, forget = pair(count, shape, retain_dtype, forget_dtype, distance)
     index = [torch.randint(count, (batch,), generator=generator) if wanted else None for wanted in indexed]
@@ -119,28 +213,58 @@ def test_values(shape, batch, retain_dtype, forget_dtype, noise_dtype, dtype, ch
         retain = retain[:batch]
     if index[1] is None:
         forget = forget[:batch]
-    noise, table, from_forget = normal((batch, *shape), noise_dtype), coefficients(batch, prediction_type), torch.rand(batch, generator=generator) < 0.5
+    noise, table, from_forget = (
+        normal((batch, *shape), noise_dtype),
+        coefficients(batch, prediction_type),
+        torch.rand(batch, generator=generator) < 0.5,
+    )
     with mock.patch.dict(os.environ, FASTUNLEARN_ISA=isa):
         *images, retain_weight, forget_weight = mixture(
-            retain, index[0], forget, index[1], table, from_forget, lambd, None, noise, None, 0, dtype, channels_last
+            retain,
+            index[0],
+            forget,
+            index[1],
+            table,
+            from_forget,
+            lambd,
+            None,
+            noise,
+            None,
+            0,
+            dtype,
+            channels_last,
         )
 
-    x, a = (served(rows if chosen is None else rows[chosen]) for rows, chosen in zip((retain, forget), index, strict=True))
+    x, a = (
+        served(rows if chosen is None else rows[chosen])
+        for rows, chosen in zip((retain, forget), index, strict=True)
+    )
     precision = torch.float64 if torch.float64 in (retain_dtype, forget_dtype, noise_dtype) else torch.float32
-    exact, terms = closed_form(x, a, noise, table, from_forget, torch.float64), absolute_terms(x, a, noise, table, from_forget)
-    for name, actual, expected, scale in zip(("x_t", "retain_target", "forget_target"), images, exact, terms, strict=True):
+    exact, terms = (
+        closed_form(x, a, noise, table, from_forget, torch.float64),
+        absolute_terms(x, a, noise, table, from_forget),
+    )
+    for name, actual, expected, scale in zip(
+        ("x_t", "retain_target", "forget_target"), images, exact, terms, strict=True
+    ):
         assert actual.dtype == (dtype if name == "x_t" else torch.promote_types(dtype, torch.float32))
-        assert actual.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-        assert_rounded(name, actual, expected, scale, 6, precision)  # coefficient, difference, product, two sums; one more where float64 is the truth
+        assert actual.is_contiguous(
+            memory_format=torch.channels_last if channels_last else torch.contiguous_format
+        )
+        # coefficient, difference, product, two sums; one more where float64 is the truth
+        assert_rounded(name, actual, expected, scale, 6, precision)
 
     u, error = exact_exponent(x, a, noise, table, from_forget)
     log_odds = math.log(lambd / (1 - lambd)) if 0 < lambd < 1 else 0.0
-    relative = torch.expm1(error) + 4 * 2**-53 * (1 + u.abs() + abs(log_odds))  # exp(v) errs relatively by what v errs by
+    # exp(v) errs relatively by what v errs by
+    relative = torch.expm1(error) + 4 * 2**-53 * (1 + u.abs() + abs(log_odds))
     for actual, expected in zip((retain_weight, forget_weight), exact_weights(u, lambd), strict=True):
         assert actual.dtype == torch.float64
         representable = expected < torch.finfo(torch.float64).max
         assert (actual[~representable] > 1e300).all()
-        assert ((actual - expected).abs()[representable] <= (relative * expected + 1e-300)[representable]).all()
+        assert (
+            (actual - expected).abs()[representable] <= (relative * expected + 1e-300)[representable]
+        ).all()
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -153,7 +277,9 @@ def test_error_is_at_most_twice_that_of_torch(rows, dtype, isa, monkeypatch):
     results = mixture(retain, None, forget, None, table, from_forget, 0.5, None, noise, None, 0, dtype, False)
     both = served(retain), served(forget), noise, table, from_forget
     exact, plain = closed_form(*both, torch.float64), closed_form(*both, torch.float32)
-    for name, actual, truth, torchs in zip(("x_t", "retain_target", "forget_target"), results[:3], exact, plain, strict=True):
+    for name, actual, truth, torchs in zip(
+        ("x_t", "retain_target", "forget_target"), results[:3], exact, plain, strict=True
+    ):
         assert_within_budget(name, actual, torchs.to(actual.dtype), truth)
 
 
@@ -165,11 +291,17 @@ def test_error_is_at_most_twice_that_of_torch(rows, dtype, isa, monkeypatch):
 @example((3, 33, 35), 2, torch.uint8, torch.float32, True, "avx512")
 def test_noise_made_is_noise_given(shape, batch, rows, dtype, channels_last, isa):
     retain, forget = pair(batch, shape, rows, rows, 0.03)
-    counter, table, from_forget = torch.tensor([7, 1, 2]), coefficients(batch, "v"), torch.arange(batch) % 2 == 0
+    counter, table, from_forget = (
+        torch.tensor([7, 1, 2]),
+        coefficients(batch, "v"),
+        torch.arange(batch) % 2 == 0,
+    )
     only_noise = torch.tensor([[0.0, 1.0, 0.0, 0.0, 0.0]]).double().expand(batch, 5)
     rest = (table, from_forget, 0.5, None)
     with mock.patch.dict(os.environ, FASTUNLEARN_ISA=isa):
-        noise, _ = noising(torch.zeros(batch, *shape), None, only_noise, None, counter, 5, False, torch.float32, False)
+        noise, _ = noising(
+            torch.zeros(batch, *shape), None, only_noise, None, counter, 5, False, torch.float32, False
+        )
         made = mixture(retain, None, forget, None, *rest, None, counter, 5, dtype, channels_last)
         given_ = mixture(retain, None, forget, None, *rest, noise, None, 0, dtype, channels_last)
     for one, two in zip(made, given_, strict=True):
@@ -177,7 +309,9 @@ def test_noise_made_is_noise_given(shape, batch, rows, dtype, channels_last, isa
         assert one.isfinite().all()
 
 
-U = torch.tensor([0.0, 1e-9, -1e-9, 0.5, -0.5, 30.0, -30.0, 700.0, -700.0, 1e4, -1e4, 1e12, -1e12, 1e30, -1e30])
+U = torch.tensor(
+    [0.0, 1e-9, -1e-9, 0.5, -0.5, 30.0, -30.0, 700.0, -700.0, 1e4, -1e4, 1e12, -1e12, 1e30, -1e30]
+)
 
 
 @pytest.mark.parametrize("lambd", [1e-15, 0.01, 0.5, 0.9, 1 - 1e-15])
@@ -187,7 +321,9 @@ def test_weights_never_overflow(lambd):
     for actual, expected in zip((retain_weight, forget_weight), exact_weights(u, lambd), strict=True):
         assert actual.isfinite().all()
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-300)
-    torch.testing.assert_close((1 - lambd) * retain_weight + lambd * forget_weight, torch.ones_like(u), rtol=1e-14, atol=0)
+    torch.testing.assert_close(
+        (1 - lambd) * retain_weight + lambd * forget_weight, torch.ones_like(u), rtol=1e-14, atol=0
+    )
 
 
 def test_weights_of_one_branch_only():
@@ -246,14 +382,22 @@ def test_two_equal_images_have_weight_one_and_one_target(rows, lambd):
 def test_weights_are_closer_to_the_truth_than_float32_sums_are():
     """At t = 0 and close images, `u` is a small difference of large terms: sums of float32 squares lose it."""
     retain, forget = pair(4, (3, 64, 64), torch.float32, torch.float32, 3e-4)
-    table, noise, from_forget = coefficients(1).expand(4, 5).contiguous(), normal((4, 3, 64, 64)), torch.arange(4) % 2 == 0
+    table, noise, from_forget = (
+        coefficients(1).expand(4, 5).contiguous(),
+        normal((4, 3, 64, 64)),
+        torch.arange(4) % 2 == 0,
+    )
     u, _ = exact_exponent(retain, forget, noise, table, from_forget)
     exact, _ = exact_weights(u, 0.5)
-    *_, weight, _ = mixture(retain, None, forget, None, table, from_forget, 0.5, None, noise, None, 0, torch.float32, False)
+    *_, weight, _ = mixture(
+        retain, None, forget, None, table, from_forget, 0.5, None, noise, None, 0, torch.float32, False
+    )
 
     x_t, *_ = closed_form(retain, forget, noise, table, from_forget, torch.float32)
     alpha, sigma = table[:, 0].float().view(-1, 1, 1, 1), table[:, 1].float().view(-1, 1)
-    to_retain, to_forget = (-0.5 * ((x_t - alpha * images).flatten(1) / sigma).square().sum(1) for images in (retain, forget))
+    to_retain, to_forget = (
+        -0.5 * ((x_t - alpha * images).flatten(1) / sigma).square().sum(1) for images in (retain, forget)
+    )
     papers, _ = exact_weights((to_forget - to_retain).double(), 0.5)
     error, error_of_papers = ((values - exact).abs().max().item() for values in (weight, papers))
     assert error < 1e-9 < 1e-5 < error_of_papers, (error, error_of_papers)
@@ -268,13 +412,28 @@ def test_layout_and_threads_do_not_change_the_values(dtype, isa, monkeypatch):
     try:
         for threads, channels_last in ((1, False), (2, False), (1, True)):
             torch.set_num_threads(threads)
-            rest = (coefficients(5), torch.arange(5) < 2, 0.5, None, normal((5, 3, 33, 35)), None, 0, dtype, channels_last)
+            rest = (
+                coefficients(5),
+                torch.arange(5) < 2,
+                0.5,
+                None,
+                normal((5, 3, 33, 35)),
+                None,
+                0,
+                dtype,
+                channels_last,
+            )
             results.append(mixture(retain, None, forget, None, *rest))
     finally:
         torch.set_num_threads(before)
     for one, threaded, interleaved in zip(*results, strict=True):
         assert torch.equal(one, threaded)
-        torch.testing.assert_close(interleaved, one, rtol=2 * torch.finfo(one.dtype).eps, atol=1e-9 if one.ndim == 1 else 2 * torch.finfo(one.dtype).eps)
+        torch.testing.assert_close(
+            interleaved,
+            one,
+            rtol=2 * torch.finfo(one.dtype).eps,
+            atol=1e-9 if one.ndim == 1 else 2 * torch.finfo(one.dtype).eps,
+        )
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -284,9 +443,14 @@ def test_nothing_outside_the_outputs_is_written(dtype, channels_last):
     count, target = batch * 3 * 37 * 29, torch.promote_types(dtype, torch.float32)
     buffers = [torch.full((count + 2 * guard,), torch.nan, dtype=kind) for kind in (dtype, target, target)]
     inner = [buffer[guard : guard + count] for buffer in buffers]
-    outputs = [part.view(batch, 37, 29, 3).permute(0, 3, 1, 2) if channels_last else part.view(batch, *shape) for part in inner]
+    outputs = [
+        part.view(batch, 37, 29, 3).permute(0, 3, 1, 2) if channels_last else part.view(batch, *shape)
+        for part in inner
+    ]
     weights = torch.full((4, batch), torch.nan, dtype=torch.float64)
-    torch.ops.fastunlearn_native.mixture(*_arguments(shape=shape, dtype=dtype, channels_last=channels_last), *outputs, weights[1], weights[2])
+    torch.ops.fastunlearn_native.mixture(
+        *_arguments(shape=shape, dtype=dtype, channels_last=channels_last), *outputs, weights[1], weights[2]
+    )
     for buffer, part in zip(buffers, inner, strict=True):
         assert part.isfinite().all()
         assert buffer.isfinite().sum() == count
@@ -311,7 +475,10 @@ def _arguments(shape=(3, 5, 7), **changes):
         (dict(forget_index=torch.tensor([0])), "forget_index: expected 2 samples, got 1"),
         (dict(retain_index=None), "retain: expected 2 samples, got 4"),
         (dict(forget=torch.zeros(4, 3, 7, 5)), r"forget: expected shape \[4, 3, 5, 7\]"),
-        (dict(forget=torch.zeros(4, 3, 5, 7).int()), "forget: expected float16, bfloat16, float32 or float64, got Int"),
+        (
+            dict(forget=torch.zeros(4, 3, 5, 7).int()),
+            "forget: expected float16, bfloat16, float32 or float64, got Int",
+        ),
         (dict(coefficients=coefficients(2)[:, :4].contiguous()), r"coefficients: expected float64 \[B, 5\]"),
         (dict(from_forget=torch.zeros(2).long()), r"from_forget: expected bool \[2\]"),
         (dict(from_forget=torch.zeros(3).bool()), r"from_forget: expected bool \[2\]"),
@@ -332,7 +499,10 @@ def test_the_binding_refuses_wrong_input(changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(forget_index=torch.tensor([0])), r"forget: expected pairs with retain \(2, 3, 5, 7\), got \(1, 3, 5, 7\)"),
+        (
+            dict(forget_index=torch.tensor([0])),
+            r"forget: expected pairs with retain \(2, 3, 5, 7\), got \(1, 3, 5, 7\)",
+        ),
         (dict(from_forget=torch.zeros(3).bool()), r"from_forget: expected shape \(2,\), got \(3,\)"),
         (dict(time_log_ratio=torch.zeros(1)), r"time_log_ratio: expected shape \(2,\), got \(1,\)"),
     ],

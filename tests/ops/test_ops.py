@@ -1,4 +1,6 @@
-"""Every op: opcheck (dense and permuted inputs), full-graph compilation of the public function, gradients, memory layout."""
+"""Every op: opcheck (dense and permuted inputs), full-graph compilation of the public function, gradients,
+memory layout.
+"""
 
 from unittest import mock
 
@@ -16,7 +18,10 @@ from fastunlearn.testing.factories import linear_schedule, mixture_inputs, redir
 SCHEDULE = linear_schedule()
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-needs_kernels = pytest.mark.skipif(DEVICE.type == "cpu" and not extension("_C"), reason=f"the C++ extension is not built; build it with: {build_command()}")
+needs_kernels = pytest.mark.skipif(
+    DEVICE.type == "cpu" and not extension("_C"),
+    reason=f"the C++ extension is not built; build it with: {build_command()}",
+)
 
 
 def permuted(tensor):
@@ -31,7 +36,10 @@ def permuted(tensor):
 def on_device(arguments):
     """On the GPU where there is one: scripts/gpu_check.sh runs this file there."""
     moved = [value.detach().to(DEVICE) if isinstance(value, torch.Tensor) else value for value in arguments]
-    return tuple(new.requires_grad_() if isinstance(old, torch.Tensor) and old.requires_grad else new for old, new in zip(arguments, moved, strict=True))
+    return tuple(
+        new.requires_grad_() if isinstance(old, torch.Tensor) and old.requires_grad else new
+        for old, new in zip(arguments, moved, strict=True)
+    )
 
 
 def arguments(op, dtype=torch.float32, shape=(3, 5, 7)):
@@ -43,7 +51,19 @@ def arguments(op, dtype=torch.float32, shape=(3, 5, 7)):
     inputs = {
         "noising": lambda: (a.forget, None, coefficients, *given, True, dtype, False),
         "redirect": lambda: (a.forget, None, a.neighbors, None, coefficients, None, *given, dtype, False),
-        "mixture": lambda: (m.retain, None, m.forget, None, SCHEDULE.coefficients(m.timesteps), m.from_forget, 0.3, None, *given, dtype, False),
+        "mixture": lambda: (
+            m.retain,
+            None,
+            m.forget,
+            None,
+            SCHEDULE.coefficients(m.timesteps),
+            m.from_forget,
+            0.3,
+            None,
+            *given,
+            dtype,
+            False,
+        ),
         "residual": lambda: (prediction, a.noise, weight),
         "lowpass_residual": lambda: (prediction, a.noise, weight, torch.ones(2, 3), 1.0, 0.5),
     }[op]
@@ -51,16 +71,33 @@ def arguments(op, dtype=torch.float32, shape=(3, 5, 7)):
 
 
 def from_store(op):
-    """The same ops on rows of a uint8 store by index, with noise from a counter and results laid out channels last."""
+    """The same ops on rows of a uint8 store by index, with noise from a counter and results laid out channels
+    last.
+    """
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (6, 3, 5, 7), dtype=torch.uint8, generator=generator)
     index, many = torch.tensor([4, 0, 4]), torch.randint(6, (3, 2), generator=generator)
-    coefficients, chosen = SCHEDULE.coefficients(torch.tensor([0, 500, 999])), torch.tensor([True, False, True])
+    coefficients, chosen = (
+        SCHEDULE.coefficients(torch.tensor([0, 500, 999])),
+        torch.tensor([True, False, True]),
+    )
     drawn = None, torch.tensor([7, 3, 0]), 5
     inputs = {
         "noising": lambda: (images, index, coefficients, *drawn, True, torch.bfloat16, True),
         "redirect": lambda: (images, index, images, many, coefficients, None, *drawn, torch.float32, True),
-        "mixture": lambda: (images, index, images, many[:, 0].contiguous(), coefficients, chosen, 0.3, None, *drawn, torch.float32, True),
+        "mixture": lambda: (
+            images,
+            index,
+            images,
+            many[:, 0].contiguous(),
+            coefficients,
+            chosen,
+            0.3,
+            None,
+            *drawn,
+            torch.float32,
+            True,
+        ),
     }[op]
     return on_device(inputs())
 
@@ -79,7 +116,9 @@ def test_opcheck_from_a_store(op, backend, monkeypatch):
 @pytest.mark.parametrize("inputs", [arguments, from_store], ids=["tensors", "store"])
 @pytest.mark.parametrize("op", OPS)
 def test_kernel_agrees_with_the_closed_form(op, inputs, monkeypatch):
-    """Through schema, preparation and choice of backend; how well each kernel agrees with float64 is for the tests of that op."""
+    """Through schema, preparation and choice of backend; how well each kernel agrees with float64 is for the
+    tests of that op.
+    """
     if inputs is from_store and op not in OPS[:3]:
         pytest.skip("reads no store")
     call, given, results = getattr(torch.ops.fastunlearn, op), inputs(op), []
@@ -87,7 +126,12 @@ def test_kernel_agrees_with_the_closed_form(op, inputs, monkeypatch):
         monkeypatch.setenv("FASTUNLEARN_BACKEND", name)
         results.append(_tuple(call(*given)))
     for one, two in zip(*results, strict=True):
-        assert (one.dtype, one.shape, one.stride(), one.device) == (two.dtype, two.shape, two.stride(), two.device)
+        assert (one.dtype, one.shape, one.stride(), one.device) == (
+            two.dtype,
+            two.shape,
+            two.stride(),
+            two.device,
+        )
         torch.testing.assert_close(one, two, rtol=1e-2 if one.dtype == torch.bfloat16 else 1e-4, atol=1e-4)
 
 
@@ -98,7 +142,12 @@ def test_opcheck(op, layout, backend, monkeypatch):
     monkeypatch.setenv("FASTUNLEARN_BACKEND", backend)
     inputs = arguments(op)
     if layout == "permuted":
-        inputs = [permuted(value.detach()).requires_grad_(value.requires_grad) if isinstance(value, torch.Tensor) else value for value in inputs]
+        inputs = [
+            permuted(value.detach()).requires_grad_(value.requires_grad)
+            if isinstance(value, torch.Tensor)
+            else value
+            for value in inputs
+        ]
     torch.library.opcheck(getattr(torch.ops.fastunlearn, op).default, tuple(inputs))
 
 
@@ -106,7 +155,9 @@ def test_opcheck(op, layout, backend, monkeypatch):
 @pytest.mark.parametrize("op", OPS)
 def test_layout_does_not_change_values(op, backend, monkeypatch):
     monkeypatch.setenv("FASTUNLEARN_BACKEND", backend)
-    inputs = [value.detach() if isinstance(value, torch.Tensor) else value for value in arguments(op, torch.float64)]
+    inputs = [
+        value.detach() if isinstance(value, torch.Tensor) else value for value in arguments(op, torch.float64)
+    ]
     other = [permuted(value) if isinstance(value, torch.Tensor) else value for value in inputs]
     call = getattr(torch.ops.fastunlearn, op)
     for one, two in zip(_tuple(call(*inputs)), _tuple(call(*other)), strict=True):
@@ -120,7 +171,10 @@ def _tuple(value):
 PUBLIC = {
     "noised": lambda: (F.noised, redirect_inputs()[:1] + redirect_inputs()[2:]),
     "redirect": lambda: (F.redirect, redirect_inputs()),
-    "mixture": lambda: (lambda retain, forget, noise, t, chosen: F.mixture(retain, forget, noise, t, SCHEDULE, 0.5, chosen), mixture_inputs()),
+    "mixture": lambda: (
+        lambda retain, forget, noise, t, chosen: F.mixture(retain, forget, noise, t, SCHEDULE, 0.5, chosen),
+        mixture_inputs(),
+    ),
 }
 
 
@@ -128,13 +182,17 @@ PUBLIC = {
 def test_public_function_compiles_in_one_graph(name):
     function, inputs = PUBLIC[name]()
     call = function if name == "mixture" else lambda *values: function(*values, SCHEDULE)
-    for one, two in zip(torch.compile(call, fullgraph=True, backend="aot_eager")(*inputs), call(*inputs), strict=True):
+    for one, two in zip(
+        torch.compile(call, fullgraph=True, backend="aot_eager")(*inputs), call(*inputs), strict=True
+    ):
         torch.testing.assert_close(one, two)
 
 
 def test_denoising_loss_compiles_in_one_graph_with_its_gradient():
     prediction, target, weight = arguments("residual")
-    compiled = torch.compile(lambda p: F.denoising_loss(p, target, weight).mean(), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda p: F.denoising_loss(p, target, weight).mean(), fullgraph=True, backend="aot_eager"
+    )
     compiled(prediction).backward()
     gradient, prediction.grad = prediction.grad, None
     F.denoising_loss(prediction, target, weight).mean().backward()
@@ -168,16 +226,26 @@ def test_second_derivatives_are_those_of_the_formula(lowpass):
     generator = torch.Generator().manual_seed(1)
     layer = torch.randn(6, 105, generator=generator, dtype=torch.float64)
     parameters = torch.randn(6, generator=generator, dtype=torch.float64, requires_grad=True)
-    target, weight = torch.randn(3, 1, 5, 7, generator=generator, dtype=torch.float64), torch.rand(3, generator=generator, dtype=torch.float64)
+    target, weight = (
+        torch.randn(3, 1, 5, 7, generator=generator, dtype=torch.float64),
+        torch.rand(3, generator=generator, dtype=torch.float64),
+    )
     assert torch.autograd.gradgradcheck(
-        lambda parameters: F.denoising_loss(torch.tanh(parameters @ layer).view(3, 1, 5, 7), target, weight, lowpass).sum(), parameters
+        lambda parameters: F.denoising_loss(
+            torch.tanh(parameters @ layer).view(3, 1, 5, 7), target, weight, lowpass
+        ).sum(),
+        parameters,
     )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("weight", "scale"), [(1e-3, 65536.0), (1.0, 65536.0), (1 / (8 * 3 * 64 * 64), 1024.0), (1e-7, 1.0)])
+@pytest.mark.parametrize(
+    ("weight", "scale"), [(1e-3, 65536.0), (1.0, 65536.0), (1 / (8 * 3 * 64 * 64), 1024.0), (1e-7, 1.0)]
+)
 def test_a_loss_scale_meets_half_precision_once(dtype, weight, scale):
-    """As in plain torch, factors multiply before the gradient is rounded to half precision; a scale that alone overflows float16 does no harm."""
+    """As in plain torch, factors multiply before the gradient is rounded to half precision; a scale that
+    alone overflows float16 does no harm.
+    """
     generator = torch.Generator().manual_seed(0)
     start, target = (torch.randn(4, 3, 16, 16, generator=generator) for _ in range(2))
     weights = torch.full((4,), weight)
@@ -196,7 +264,9 @@ def test_a_loss_scale_meets_half_precision_once(dtype, weight, scale):
 
 @pytest.mark.parametrize("backend", ["auto", "eager"])
 def test_a_prediction_with_the_batch_inside(backend, monkeypatch):
-    """Tokens first, as a transformer may return them: neither layout of images, so the gradient is contiguous."""
+    """Tokens first, as a transformer may return them: neither layout of images, so the gradient is
+    contiguous.
+    """
     monkeypatch.setenv("FASTUNLEARN_BACKEND", backend)
     prediction = torch.randn(32 * 4, 3, 4).permute(1, 2, 0).unflatten(2, (16, 8))
     target = torch.randn(prediction.shape)
@@ -210,21 +280,35 @@ def test_integers_and_floats_of_other_sizes_are_converted(backend, monkeypatch):
     monkeypatch.setenv("FASTUNLEARN_BACKEND", backend)
     inputs = redirect_inputs()
     distance = (inputs.forget.unsqueeze(1) - inputs.neighbors).flatten(2).square().sum(2)
-    for one, two in zip(F.redirect(*inputs, SCHEDULE, sqdist=distance), F.redirect(*inputs, SCHEDULE, sqdist=distance.double()), strict=True):
+    for one, two in zip(
+        F.redirect(*inputs, SCHEDULE, sqdist=distance),
+        F.redirect(*inputs, SCHEDULE, sqdist=distance.double()),
+        strict=True,
+    ):
         assert torch.equal(one, two)
     images, index = (inputs.forget * 127 + 128).byte(), torch.tensor([2, 0, 2])
     noise = Noise(torch.tensor([5, 6, 7]), 5, (3, *images.shape[1:]))
     wide = F.noised(Rows(images, index), noise, inputs.timesteps, SCHEDULE).x_t
-    narrow = F.noised(Rows(images, index.int()), Noise(noise.counter.int(), 5, noise.shape), inputs.timesteps, SCHEDULE).x_t
+    narrow = F.noised(
+        Rows(images, index.int()), Noise(noise.counter.int(), 5, noise.shape), inputs.timesteps, SCHEDULE
+    ).x_t
     assert torch.equal(wide, narrow)
     weight = torch.tensor([0.5, 0.25, 1.0])
-    assert torch.equal(F.denoising_loss(inputs.forget, inputs.noise, weight.bfloat16()), F.denoising_loss(inputs.forget, inputs.noise, weight))
+    assert torch.equal(
+        F.denoising_loss(inputs.forget, inputs.noise, weight.bfloat16()),
+        F.denoising_loss(inputs.forget, inputs.noise, weight),
+    )
 
 
 def test_tensors_on_two_devices_are_refused():
     elsewhere = torch.rand(3, device="meta")
     with pytest.raises(ValueError, match="residual: expected all tensors on one device, got cpu and meta"):
-        torch.ops.fastunlearn.residual.default._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, torch.rand(3, 1, 2, 2), torch.rand(3, 1, 2, 2), elsewhere)
+        torch.ops.fastunlearn.residual.default._op_dk(
+            torch._C.DispatchKey.CompositeExplicitAutograd,
+            torch.rand(3, 1, 2, 2),
+            torch.rand(3, 1, 2, 2),
+            elsewhere,
+        )
 
 
 @pytest.mark.parametrize("backend", ["auto", "eager"])
@@ -233,21 +317,34 @@ def test_float64_rows_with_drawn_noise(backend, monkeypatch):
     inputs = redirect_inputs(dtype=torch.float64)
     noise = Noise(torch.tensor([5, 6, 7]), 5, tuple(inputs.forget.shape))
     drawn = F.redirect(inputs.forget, inputs.neighbors, noise, inputs.timesteps, SCHEDULE)
-    given = F.redirect(inputs.forget, inputs.neighbors, noise.numbers(torch.float64), inputs.timesteps, SCHEDULE)
+    given = F.redirect(
+        inputs.forget, inputs.neighbors, noise.numbers(torch.float64), inputs.timesteps, SCHEDULE
+    )
     for one, two in zip(drawn, given, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)  # the numbers are float32
 
 
 def test_gradients_of_noising_are_those_of_the_formula():
-    """It is linear in images and noise; the importance weights of the other two are constants, and refuse to lose a gradient in silence."""
+    """It is linear in images and noise; the importance weights of the other two are constants, and refuse to
+    lose a gradient in silence.
+    """
     inputs = redirect_inputs(dtype=torch.float64, shape=(1, 3, 4))
     images, noise = inputs.forget.requires_grad_(), inputs.noise.requires_grad_()
     schedule = linear_schedule(prediction_type="v_prediction")
-    assert torch.autograd.gradcheck(lambda images, noise: tuple(F.noised(images, noise, inputs.timesteps, schedule)), (images, noise))
+    assert torch.autograd.gradcheck(
+        lambda images, noise: tuple(F.noised(images, noise, inputs.timesteps, schedule)), (images, noise)
+    )
     rows = Rows(images, torch.tensor([2, 0, 2]))
-    (gradient,) = torch.autograd.grad(F.noised(rows, noise.detach(), inputs.timesteps, schedule).x_t.sum(), images)
+    (gradient,) = torch.autograd.grad(
+        F.noised(rows, noise.detach(), inputs.timesteps, schedule).x_t.sum(), images
+    )
     alpha = schedule.coefficients(inputs.timesteps)[:, 0]
-    torch.testing.assert_close(gradient[:, 0, 0, 0], torch.stack([alpha[1], torch.zeros_like(alpha[0]), alpha[0] + alpha[2]]), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        gradient[:, 0, 0, 0],
+        torch.stack([alpha[1], torch.zeros_like(alpha[0]), alpha[0] + alpha[2]]),
+        rtol=1e-6,
+        atol=0,
+    )
     with pytest.raises(ValueError, match="forget: expected no gradient"):
         F.redirect(images, inputs.neighbors, inputs.noise.detach(), inputs.timesteps, SCHEDULE)
 
@@ -262,11 +359,17 @@ def test_redirect_in_several_parts_of_neighbours_is_redirect_in_one(k, monkeypat
         torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(("backend", "called"), [("eager", "ops.redirect._parts"), ("reference", "functional._literal_redirect")])
+@pytest.mark.parametrize(
+    ("backend", "called"), [("eager", "ops.redirect._parts"), ("reference", "functional._literal_redirect")]
+)
 def test_backend_can_be_forced(backend, called, monkeypatch):
-    inputs, expected = redirect_inputs(dtype=torch.float64), F.redirect(*redirect_inputs(dtype=torch.float64), SCHEDULE)
+    inputs, expected = (
+        redirect_inputs(dtype=torch.float64),
+        F.redirect(*redirect_inputs(dtype=torch.float64), SCHEDULE),
+    )
     monkeypatch.setenv("FASTUNLEARN_BACKEND", backend)
-    with mock.patch(f"fastunlearn.{called}", side_effect=ZeroDivisionError), pytest.raises(ZeroDivisionError):  # it is that code that runs
+    # it is that code that runs
+    with mock.patch(f"fastunlearn.{called}", side_effect=ZeroDivisionError), pytest.raises(ZeroDivisionError):
         F.redirect(*inputs, SCHEDULE)
     for one, two in zip(F.redirect(*inputs, SCHEDULE), expected, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-9)
@@ -274,5 +377,7 @@ def test_backend_can_be_forced(backend, called, monkeypatch):
 
 def test_unknown_backend_is_refused(monkeypatch):
     monkeypatch.setenv("FASTUNLEARN_BACKEND", "tritn")
-    with pytest.raises(ValueError, match=r"FASTUNLEARN_BACKEND: expected one of auto, kernels, eager, reference, got 'tritn'"):
+    with pytest.raises(
+        ValueError, match=r"FASTUNLEARN_BACKEND: expected one of auto, kernels, eager, reference, got 'tritn'"
+    ):
         F.redirect(*redirect_inputs(), SCHEDULE)

@@ -1,4 +1,5 @@
-"""The normal numbers of the C++ kernels: those of the words of `philox.py`, as precise as float32 allows, on every instruction set.
+"""The normal numbers of the C++ kernels: those of the words of `philox.py`, as precise as float32 allows, on
+every instruction set.
 
 A kernel shows its noise where `alpha = 0` and `sigma = 1`: then `x_t` is the noise itself.
 """
@@ -13,8 +14,17 @@ from fastunlearn.ops._backends import build_command, extension
 from fastunlearn.ops.noising import noising
 from fastunlearn.testing.budgets import assert_within_budget
 
-pytestmark = pytest.mark.skipif(not extension("_C"), reason=f"the C++ extension is not built; build it with: {build_command()}")
-COUNTERS = [(0, 0, 0), (7, 1, 2), (-1, 2**32 - 1, 2**32 - 2), (2**63 - 1, 2**31, 640), (-(2**63), 2**40 + 3, 2**33 + 5)]  # seed, step, first row
+pytestmark = pytest.mark.skipif(
+    not extension("_C"), reason=f"the C++ extension is not built; build it with: {build_command()}"
+)
+# seed, step, first row
+COUNTERS = [
+    (0, 0, 0),
+    (7, 1, 2),
+    (-1, 2**32 - 1, 2**32 - 2),
+    (2**63 - 1, 2**31, 640),
+    (-(2**63), 2**40 + 3, 2**33 + 5),
+]
 
 
 @pytest.fixture(params=["portable", "avx2", "avx512"], autouse=True)
@@ -27,7 +37,17 @@ def isa(request, monkeypatch):
 def numbers(shape, counter=(7, 1, 2), purpose=5, channels_last=False):
     shape = (*shape, *(1,) * (4 - len(shape)))
     coefficients = torch.tensor([[0.0, 1.0, 1.0, 0.0, 0.0]]).double().expand(shape[0], 5)
-    x_t, _ = noising(torch.zeros(shape), None, coefficients, None, torch.tensor(counter), purpose, False, torch.float32, channels_last)
+    x_t, _ = noising(
+        torch.zeros(shape),
+        None,
+        coefficients,
+        None,
+        torch.tensor(counter),
+        purpose,
+        False,
+        torch.float32,
+        channels_last,
+    )
     return x_t
 
 
@@ -36,7 +56,10 @@ def exact_numbers(shape, counter, purpose):
     words = philox.unit(philox.words(shape, torch.tensor(counter), purpose)).double()
     radius, angle = torch.sqrt(-2 * torch.log(words[..., 0::2] + 2**-24)), 2 * math.pi * words[..., 1::2]
     pairs = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-1).flatten(1)
-    return (values[:, : math.prod(shape[1:])].reshape(shape) for values in (pairs, radius.repeat_interleave(2, dim=-1).flatten(1)))
+    return (
+        values[:, : math.prod(shape[1:])].reshape(shape)
+        for values in (pairs, radius.repeat_interleave(2, dim=-1).flatten(1))
+    )
 
 
 @pytest.mark.parametrize("purpose", [0, 6])
@@ -44,7 +67,8 @@ def exact_numbers(shape, counter, purpose):
 def test_numbers_are_box_muller_of_the_words_to_four_roundings(counter, purpose):
     shape = (3, 2, 40, 50)
     made, (exact, radius) = numbers(shape, counter, purpose), exact_numbers(shape, counter, purpose)
-    assert ((made.double() - exact).abs() <= 4 * 2**-24 * radius).all()  # radius, cosine or sine, their product
+    # radius, cosine or sine, their product
+    assert ((made.double() - exact).abs() <= 4 * 2**-24 * radius).all()
     assert_within_budget("normals", made, philox.normal(shape, torch.tensor(counter), purpose), exact)
 
 
@@ -54,7 +78,9 @@ def test_every_length_of_a_row(elements):
     assert ((made.double() - exact).abs() <= 4 * 2**-24 * radius).all()
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (2, 4, 33, 31), (1, 2, 37, 29), (2, 300, 2, 1), (1, 1030, 3, 1), (3, 5, 1, 1)])
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 5, 7), (2, 4, 33, 31), (1, 2, 37, 29), (2, 300, 2, 1), (1, 1030, 3, 1), (3, 5, 1, 1)]
+)
 def test_the_memory_layout_does_not_change_the_numbers(shape):
     """Channels last, a channel may begin amid the four elements of a counter."""
     assert torch.equal(numbers(shape, channels_last=True), numbers(shape))
@@ -66,7 +92,10 @@ def test_rows_are_those_of_the_global_batch():
     assert torch.equal(whole[3:], numbers((3, 3, 9, 11), counter=(7, 1, 0)))  # the row is a 32-bit word
 
 
-@pytest.mark.parametrize(("counter", "purpose"), [((8, 1, 2), 5), ((7 + 2**32, 1, 2), 5), ((7, 2, 2), 5), ((7, 1, 66), 5), ((7, 1, 2), 6)])
+@pytest.mark.parametrize(
+    ("counter", "purpose"),
+    [((8, 1, 2), 5), ((7 + 2**32, 1, 2), 5), ((7, 2, 2), 5), ((7, 1, 66), 5), ((7, 1, 2), 6)],
+)
 def test_seed_step_row_and_purpose_change_every_number(counter, purpose):
     one, two = numbers((64, 16, 16)), numbers((64, 16, 16), counter, purpose)
     assert (one == two).float().mean() < 1e-3
@@ -76,7 +105,8 @@ def test_seed_step_row_and_purpose_change_every_number(counter, purpose):
 def test_numbers_are_standard_normal():
     made = numbers((64, 3, 64, 64)).double().flatten()
     deviation = made.numel() ** -0.5
-    for power, moment, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96), (6, 15, 10170)):  # E x^n, Var x^n
+    # E x^n, Var x^n
+    for power, moment, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96), (6, 15, 10170)):
         assert abs(made.pow(power).mean() - moment) < 5 * variance**0.5 * deviation
     for lag in (1, 2, 3, 4, 64, 64 * 64):
         assert abs((made[lag:] * made[:-lag]).mean()) < 5 * deviation

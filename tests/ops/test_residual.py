@@ -1,4 +1,6 @@
-"""residual in C++: values against float64, every pair of dtypes, every layout and instruction set, and what it refuses."""
+"""residual in C++: values against float64, every pair of dtypes, every layout and instruction set, and what
+it refuses.
+"""
 
 import math
 import os
@@ -14,7 +16,9 @@ from fastunlearn.ops._backends import ISAS, build_command, extension
 from fastunlearn.ops.residual import residual
 from fastunlearn.testing.budgets import assert_within_budget, in_several_orders
 
-pytestmark = pytest.mark.skipif(not extension("_C"), reason=f"the C++ extension is not built; build it with: {build_command()}")
+pytestmark = pytest.mark.skipif(
+    not extension("_C"), reason=f"the C++ extension is not built; build it with: {build_command()}"
+)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LAYOUTS = ("dense", "channels_last", "half", "half_channels_last", "rows")
 
@@ -39,7 +43,11 @@ def laid_out(images, layout):
 def operands(shape, prediction_dtype, target_dtype, weight_dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
     prediction, target = (torch.randn(shape, generator=generator) for _ in range(2))
-    return prediction.to(prediction_dtype), target.to(target_dtype), torch.rand(len(prediction), generator=generator).to(weight_dtype) * 3 - 1
+    return (
+        prediction.to(prediction_dtype),
+        target.to(target_dtype),
+        torch.rand(len(prediction), generator=generator).to(weight_dtype) * 3 - 1,
+    )
 
 
 def closed_form(prediction, target, weight, dtype):
@@ -55,7 +63,9 @@ def closed_form(prediction, target, weight, dtype):
     isa=st.sampled_from(ISAS),
 )  # fmt: skip
 @example((1, 1, 1, 1), torch.float16, torch.float32, torch.float32, ("dense", "dense"), "avx512")
-@example((2, 3, 41, 67), torch.bfloat16, torch.float32, torch.float64, ("channels_last", "channels_last"), "avx512")
+@example(
+    (2, 3, 41, 67), torch.bfloat16, torch.float32, torch.float64, ("channels_last", "channels_last"), "avx512"
+)
 @example((2, 3, 41, 67), torch.float32, torch.float64, torch.float32, ("half_channels_last", "dense"), "avx2")
 def test_values(shape, prediction_dtype, target_dtype, weight_dtype, layouts, isa):
     prediction, target, weight = operands(shape, prediction_dtype, target_dtype, weight_dtype)
@@ -67,13 +77,25 @@ def test_values(shape, prediction_dtype, target_dtype, weight_dtype, layouts, is
     assert gradient.dtype == prediction_dtype
     assert gradient.stride() == torch.empty_like(given_prediction).stride()
     exact_loss, exact_gradient = closed_form(prediction, target, weight, torch.float64)
-    u = torch.finfo(torch.promote_types(prediction_dtype, torch.promote_types(target_dtype, torch.float32))).eps / 2
+    u = (
+        torch.finfo(
+            torch.promote_types(prediction_dtype, torch.promote_types(target_dtype, torch.float32))
+        ).eps
+        / 2
+    )
     own = torch.finfo(prediction_dtype)
     rounded = 3 * u * exact_gradient.abs()  # difference, weight, product
-    excess = (gradient.double() - exact_gradient).abs() - rounded - own.eps / 2 * (exact_gradient.abs() + rounded) - own.smallest_normal * own.eps
+    excess = (
+        (gradient.double() - exact_gradient).abs()
+        - rounded
+        - own.eps / 2 * (exact_gradient.abs() + rounded)
+        - own.smallest_normal * own.eps
+    )
     assert excess.max() <= 0  # false for NaN, too
     terms = min(math.prod(shape[1:]), 1024) / 4 + 4  # a lane of the narrowest vectors adds so many in a block
-    assert ((loss.double() - exact_loss).abs() <= (terms * u + torch.finfo(loss.dtype).eps) * exact_loss.abs()).all()
+    assert (
+        (loss.double() - exact_loss).abs() <= (terms * u + torch.finfo(loss.dtype).eps) * exact_loss.abs()
+    ).all()
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -85,7 +107,9 @@ def test_error_is_at_most_twice_that_of_torch(prediction_dtype, target_dtype, is
     results = residual(prediction, target, weight)
     # A loss is one sum, which plain torch may hit by luck: hence in several orders.
     exact = closed_form(prediction, target, weight, torch.float64)
-    plain = in_several_orders(lambda *images: closed_form(*images, weight, torch.float32), (prediction, target))
+    plain = in_several_orders(
+        lambda *images: closed_form(*images, weight, torch.float32), (prediction, target)
+    )
     for name, actual, truth, torchs in zip(("loss", "gradient"), results, exact, plain, strict=True):
         assert_within_budget(name, actual, [value.to(actual.dtype) for value in torchs], truth)
 
@@ -96,8 +120,11 @@ def test_gradient_is_that_of_the_loss(dtype):
     prediction.requires_grad_()
     scale = torch.tensor([1.0, -2.0, 0.5])
     (scale * F.denoising_loss(prediction, target, weight)).sum().backward()
-    exact = scale.double().view(-1, 1, 1, 1) * closed_form(prediction.detach(), target, weight, torch.float64)[1]
-    torch.testing.assert_close(prediction.grad.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=0)  # two roundings to dtype
+    exact = (
+        scale.double().view(-1, 1, 1, 1) * closed_form(prediction.detach(), target, weight, torch.float64)[1]
+    )
+    # two roundings to dtype
+    torch.testing.assert_close(prediction.grad.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=0)
 
 
 @pytest.mark.parametrize("prediction_dtype", FLOATS)
@@ -112,31 +139,59 @@ def test_numbers_that_are_none_stay_so(prediction_dtype):
     assert loss[2] == math.inf
     assert torch.equal(gradient.isnan(), prediction.isnan())
     assert torch.equal(gradient.isinf(), prediction.isinf())
-    overflow = residual(torch.full((1, 1, 1, 1), 60000.0, dtype=torch.float16), torch.zeros(1, 1, 1, 1), torch.ones(1))[1]
+    overflow = residual(
+        torch.full((1, 1, 1, 1), 60000.0, dtype=torch.float16), torch.zeros(1, 1, 1, 1), torch.ones(1)
+    )[1]
     assert overflow.item() == math.inf
 
 
 def test_bad_arguments_are_named():
     """Of the C++ kernel: `functional` and the op check and arrange before."""
     prediction, target, weight = operands((2, 3, 4, 5), torch.float32, torch.float32)
-    arguments = dict(prediction=prediction, target=target, weight=weight, loss=torch.empty(2), gradient=torch.empty_like(prediction))
+    arguments = dict(
+        prediction=prediction,
+        target=target,
+        weight=weight,
+        loss=torch.empty(2),
+        gradient=torch.empty_like(prediction),
+    )
 
     def run(**changed):
         torch.ops.fastunlearn_native.residual(*(arguments | changed).values())
 
     run()
     for name, bad, message in (
-        ("prediction", prediction.contiguous(memory_format=torch.channels_last), "prediction: expected stride 20 in dimension 1, as in gradient, got 1"),
+        (
+            "prediction",
+            prediction.contiguous(memory_format=torch.channels_last),
+            "prediction: expected stride 20 in dimension 1, as in gradient, got 1",
+        ),
         ("target", target[:, :2], "target: expected size 3 in dimension 1, as in gradient, got 2"),
         ("target", target[0], "target: expected 4 dimensions, as in gradient, got 3"),
         ("target", target.int(), "target: expected float16, bfloat16, float32 or float64, got Int"),
         ("weight", weight.half(), "weight: expected float32 or float64, got Half"),
         ("weight", weight[:1], r"weight: expected \[2\], got 1 numbers"),
-        ("loss", torch.empty(2, dtype=torch.float64), "loss: expected float32, or float64 where prediction is"),
+        (
+            "loss",
+            torch.empty(2, dtype=torch.float64),
+            "loss: expected float32, or float64 where prediction is",
+        ),
         ("loss", torch.empty(3), r"loss: expected \[2\] without gaps"),
-        ("gradient", torch.empty(2, 3, 4, 10)[..., ::2], "gradient: expected samples without gaps, got stride 2 in place of 1"),
-        ("gradient", torch.empty(1, 3, 4, 5).expand(2, 3, 4, 5), "gradient: expected samples that do not overlap, got stride 0"),
-        ("gradient", torch.empty(2, 3, 4, 5, dtype=torch.float64), "gradient: expected the type of prediction"),
+        (
+            "gradient",
+            torch.empty(2, 3, 4, 10)[..., ::2],
+            "gradient: expected samples without gaps, got stride 2 in place of 1",
+        ),
+        (
+            "gradient",
+            torch.empty(1, 3, 4, 5).expand(2, 3, 4, 5),
+            "gradient: expected samples that do not overlap, got stride 0",
+        ),
+        (
+            "gradient",
+            torch.empty(2, 3, 4, 5, dtype=torch.float64),
+            "gradient: expected the type of prediction",
+        ),
     ):
         with pytest.raises(RuntimeError, match=message):
             run(**{name: bad})

@@ -1,4 +1,6 @@
-"""sqdist and nearest: equal to the sums of int64 squares, in plain torch and in C++ with every instruction set."""
+"""sqdist and nearest: equal to the sums of int64 squares, in plain torch and in C++ with every instruction
+set.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,11 @@ from torch import Tensor
 from fastunlearn.ops._backends import build_command, extension
 from fastunlearn.ops.sqdist import int8_product, nearest_kernel, sqdist
 
-needs_extension = pytest.mark.skipif(not extension("_C"), reason=f"the C++ extension is not built; build it with: {build_command()}")
-# Instruction set, and whether the u8 by s8 product is used where the processor has it (one without runs the best that it has).
+needs_extension = pytest.mark.skipif(
+    not extension("_C"), reason=f"the C++ extension is not built; build it with: {build_command()}"
+)
+# Instruction set, and whether the u8 by s8 product is used where the processor has it (one without runs the
+# best that it has).
 NATIVE = [("portable", "0"), ("avx2", "0"), ("avx2", "1"), ("avx512", "0"), ("avx512", "1")]
 COLUMNS = [1, 3, 15, 63, 64, 65, 784, 1024, 1025, 2049, 33_025, 33_100, 196_608]
 FULL, EMPTY = torch.iinfo(torch.int64).max, -1
@@ -24,7 +29,9 @@ FULL, EMPTY = torch.iinfo(torch.int64).max, -1
 
 def kernel(isa: str = "avx512", vnni: str = "1"):
     """Environment in which only the C++ kernel may answer, with this instruction set."""
-    return mock.patch.dict(os.environ, FASTUNLEARN_BACKEND="kernels", FASTUNLEARN_ISA=isa, FASTUNLEARN_VNNI=vnni)
+    return mock.patch.dict(
+        os.environ, FASTUNLEARN_BACKEND="kernels", FASTUNLEARN_ISA=isa, FASTUNLEARN_VNNI=vnni
+    )
 
 
 def eager():
@@ -41,7 +48,9 @@ def case(num_queries: int, num_rows: int, columns: int, seed: int = 0) -> tuple[
     """Rows with gaps between them, both extremes on either side, and equal rows."""
     generator = torch.Generator().manual_seed(seed)
     queries = torch.randint(256, (num_queries, columns), dtype=torch.uint8, generator=generator)
-    rows = torch.randint(256, (num_rows, columns + 5), dtype=torch.uint8, generator=generator)[:, 2 : 2 + columns]
+    rows = torch.randint(256, (num_rows, columns + 5), dtype=torch.uint8, generator=generator)[
+        :, 2 : 2 + columns
+    ]
     queries[0], rows[0] = 255, 0
     queries[-1], rows[-1] = 0, 255
     rows[num_rows // 2] = rows[num_rows // 3]
@@ -63,7 +72,8 @@ def assert_nearest(found: tuple[Tensor, Tensor], queries: Tensor, rows: Tensor) 
     assert torch.equal(found[1], index)
 
 
-# --- all distances ---------------------------------------------------------------------------------------------------------------
+# --- all distances
+# ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("columns", COLUMNS)
@@ -83,7 +93,9 @@ def test_kernel_is_exact(columns: int, isa: str, vnni: str):
 
 
 @needs_extension
-@pytest.mark.parametrize(("num_queries", "num_rows"), [(1, 1), (1, 700), (16, 24), (17, 25), (1100, 1), (33, 481)])
+@pytest.mark.parametrize(
+    ("num_queries", "num_rows"), [(1, 1), (1, 700), (16, 24), (17, 25), (1100, 1), (33, 481)]
+)
 @pytest.mark.parametrize("columns", [5, 1030])
 def test_kernel_covers_whole_and_partial_tiles(num_queries: int, num_rows: int, columns: int):
     queries, rows = case(num_queries, num_rows, columns)
@@ -101,17 +113,27 @@ def test_columns_may_lie_apart():
 @pytest.mark.parametrize("environment", [eager, pytest.param(kernel, marks=needs_extension)])
 def test_op_contract(environment):
     with environment():
-        torch.library.opcheck(torch.ops.fastunlearn.sqdist, case(3, 20, 31), test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(
+            torch.ops.fastunlearn.sqdist, case(3, 20, 31), test_utils=("test_schema", "test_faketensor")
+        )
         compiled = torch.compile(sqdist, fullgraph=True, backend="aot_eager")(*case(3, 20, 31))
     assert torch.equal(compiled, direct(*case(3, 20, 31)))
 
 
 @settings(max_examples=40, deadline=None)
-@given(num_queries=st.integers(1, 40), num_rows=st.integers(1, 70), columns=st.integers(1, 40), seed=st.integers(0, 2**32 - 1))
+@given(
+    num_queries=st.integers(1, 40),
+    num_rows=st.integers(1, 70),
+    columns=st.integers(1, 40),
+    seed=st.integers(0, 2**32 - 1),
+)
 def test_padded_product_is_the_product(num_queries: int, num_rows: int, columns: int, seed: int):
     """What GPUs ask of torch's int8 product is done on CPUs too."""
     generator = torch.Generator().manual_seed(seed)
-    left, right = (torch.randint(-128, 128, (count, columns), dtype=torch.int8, generator=generator) for count in (num_queries, num_rows))
+    left, right = (
+        torch.randint(-128, 128, (count, columns), dtype=torch.int8, generator=generator)
+        for count in (num_queries, num_rows)
+    )
     with mock.patch.object(torch, "_int_mm", side_effect=picky_int_mm):
         assert torch.equal(int8_product(left, right).long(), left.long() @ right.long().T)
 
@@ -123,7 +145,8 @@ def picky_int_mm(left: Tensor, right: Tensor) -> Tensor:
     return (left.long() @ right.long()).int()
 
 
-# --- the k nearest ---------------------------------------------------------------------------------------------------------------
+# --- the k nearest
+# ---------------------------------------------------------------------------------------------------------------
 
 
 @needs_extension
@@ -131,7 +154,8 @@ def picky_int_mm(left: Tensor, right: Tensor) -> Tensor:
 @pytest.mark.parametrize("columns", [1, 3, 65, 784, 1025, 33_100])
 def test_nearest_with_ties_over_tiles(columns: int, isa: str, vnni: str):
     queries, rows = case(5, 300, columns)
-    queries, rows = (queries // 100, rows // 100) if columns < 100 else (queries, rows)  # hundreds of equal distances
+    # hundreds of equal distances
+    queries, rows = (queries // 100, rows // 100) if columns < 100 else (queries, rows)
     with kernel(isa, vnni):
         for k, tile in ((1, 300), (7, 300), (7, 50), (40, 24), (300, 300), (300, 7)):
             assert_nearest(merged(queries, rows, k, tile), queries, rows)
@@ -147,12 +171,21 @@ def test_nearest_of_rows_196_608_long():
 @needs_extension
 @settings(max_examples=100, deadline=None)
 @given(
-    num_queries=st.integers(1, 40), num_rows=st.integers(1, 600), columns=st.integers(1, 90), high=st.sampled_from([2, 256]), k=st.integers(1, 40),
-    tile=st.integers(1, 700), gap=st.integers(0, 9), way=st.sampled_from(NATIVE), seed=st.integers(0, 2**32 - 1),
+    num_queries=st.integers(1, 40),
+    num_rows=st.integers(1, 600),
+    columns=st.integers(1, 90),
+    high=st.sampled_from([2, 256]),
+    k=st.integers(1, 40),
+    tile=st.integers(1, 700),
+    gap=st.integers(0, 9),
+    way=st.sampled_from(NATIVE),
+    seed=st.integers(0, 2**32 - 1),
 )
 def test_nearest_is_a_stable_sort(num_queries, num_rows, columns, high, k, tile, gap, way, seed):
     generator = torch.Generator().manual_seed(seed)
-    queries = torch.randint(high, (num_queries, columns + gap), dtype=torch.uint8, generator=generator)[:, gap:]
+    queries = torch.randint(high, (num_queries, columns + gap), dtype=torch.uint8, generator=generator)[
+        :, gap:
+    ]
     rows = torch.randint(high, (num_rows, columns + gap), dtype=torch.uint8, generator=generator)[:, :columns]
     with kernel(*way):
         assert_nearest(merged(queries, rows, min(k, num_rows), tile), queries, rows)
@@ -182,7 +215,8 @@ def test_fewer_rows_than_wanted_leave_the_rest_empty():
     assert torch.equal(index[:, 3:], torch.full((4, 2), EMPTY))
 
 
-# --- bad input -------------------------------------------------------------------------------------------------------------------
+# --- bad input
+# -------------------------------------------------------------------------------------------------------------------
 
 
 def best(rows: int, k: int, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -196,7 +230,10 @@ def best(rows: int, k: int, dtype: torch.dtype = torch.int64) -> Tensor:
         ({"queries": torch.zeros(2, 8)}, "queries: expected uint8 of two dimensions"),
         ({"rows": torch.zeros(8, dtype=torch.uint8)}, "rows: expected uint8 of two dimensions"),
         ({"rows": torch.zeros(3, 7, dtype=torch.uint8)}, "rows: expected 8 columns, as queries, got 7"),
-        ({"rows": torch.zeros(8, 3, dtype=torch.uint8).t()}, "rows: expected rows without gaps, got a column stride of 3"),
+        (
+            {"rows": torch.zeros(8, 3, dtype=torch.uint8).t()},
+            "rows: expected rows without gaps, got a column stride of 3",
+        ),
         ({"rows": torch.zeros(0, 8, dtype=torch.uint8)}, "rows: expected at least one row and one column"),
         ({"distances": best(2, 0), "index": best(2, 0)}, "distances: expected at least one column"),
         ({"distances": best(2, 4, torch.int32)}, "distances: expected contiguous int64 of two dimensions"),
@@ -209,4 +246,6 @@ def test_kernel_refuses_what_it_cannot_read(change: dict, message: str):
     queries, rows = torch.zeros(2, 8, dtype=torch.uint8), torch.zeros(3, 8, dtype=torch.uint8)
     arguments = {"queries": queries, "rows": rows, "distances": best(2, 4), "index": best(2, 4)} | change
     with kernel(), pytest.raises(RuntimeError, match=message):
-        nearest_kernel(queries.device)(arguments["queries"], arguments["rows"], 0, arguments["distances"], arguments["index"])
+        nearest_kernel(queries.device)(
+            arguments["queries"], arguments["rows"], 0, arguments["distances"], arguments["index"]
+        )

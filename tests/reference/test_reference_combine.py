@@ -12,7 +12,9 @@ from fastunlearn.reference.combine import project, rescale
 
 def _gradients(seed: int, scale: float = 1.0) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return [scale * torch.randn(shape, dtype=torch.float64, generator=generator) for shape in ((3, 2), (5,), ())]
+    return [
+        scale * torch.randn(shape, dtype=torch.float64, generator=generator) for shape in ((3, 2), (5,), ())
+    ]
 
 
 def _flat(gradients: list[torch.Tensor]) -> torch.Tensor:
@@ -25,7 +27,9 @@ def test_rescale_sets_the_forget_gradient_to_the_given_norm(scale):
     combined = rescale(main, correction, 5.0)
     removed = _flat(main) - _flat(combined.gradients)
     assert removed.norm().item() == pytest.approx(5.0, rel=1e-12)
-    torch.testing.assert_close(removed / 5, _flat(correction) / _flat(correction).norm(), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        removed / 5, _flat(correction) / _flat(correction).norm(), rtol=1e-9, atol=1e-12
+    )
     assert combined.correction_norm.item() == pytest.approx(_flat(correction).norm().item(), rel=1e-12)
 
 

@@ -18,7 +18,9 @@ from fastunlearn.testing.factories import linear_schedule, mixture_inputs
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(gap=st.floats(-600, 600), base=st.floats(0, 1000), lambd=st.floats(0.01, 0.99))
 def test_weights_are_two_halves_of_one_sigmoid(gap, base, lambd):
-    """methods.md B2: `w_x = sigmoid(-(u+L)) / (1-lambd)`, `w_a = sigmoid(u+L) / lambd`, hence `(1-lambd) w_x + lambd w_a = 1`, and the bounds of B1."""
+    """methods.md B2: `w_x = sigmoid(-(u+L)) / (1-lambd)`, `w_a = sigmoid(u+L) / lambd`, hence `(1-lambd) w_x
+    + lambd w_a = 1`, and the bounds of B1.
+    """
     dist_a = torch.tensor([base], dtype=torch.float64)
     w_x, w_a = mixture_weights(dist_a + gap, dist_a, lambd)
     argument = (dist_a + gap) - dist_a + math.log(lambd / (1 - lambd))
@@ -46,7 +48,9 @@ def test_time_log_ratio_is_the_ratio_of_two_timestep_densities():
     likelihood_ratio = plain.forget_weight / plain.retain_weight  # q(m|a) / q(m|x)
     both = (1 - lambd) * density_retain + lambd * density_forget * likelihood_ratio
     torch.testing.assert_close(draw.retain_weight, density_retain / both, rtol=1e-12, atol=0)
-    torch.testing.assert_close(draw.forget_weight, density_forget * likelihood_ratio / both, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        draw.forget_weight, density_forget * likelihood_ratio / both, rtol=1e-12, atol=0
+    )
 
 
 @pytest.mark.parametrize("lambd", [0.0, 0.25, 1.0])
@@ -62,25 +66,34 @@ def test_an_infinite_time_log_ratio_decides_alone(gap, lambd):
 
 @pytest.mark.parametrize("lambd", [0.2, 0.5, 0.8])
 def test_siss_is_naive_deletion_in_expectation(lambd):
-    """Eq. 6 on a data set of two points, one of them forgotten (n = 2, k = 1): the same value as the denoising loss of the point that stays."""
+    """Eq. 6 on a data set of two points, one of them forgotten (n = 2, k = 1): the same value as the
+    denoising loss of the point that stays.
+    """
     draws, kept, forgotten, t = 200_000, 0.6, -0.3, 250
     generator = torch.Generator().manual_seed(int(10 * lambd))
 
     def scalars(value: float | Tensor) -> Tensor:
-        return (value if isinstance(value, Tensor) else torch.full((draws,), value, dtype=torch.float64)).view(draws, 1, 1, 1)
+        return (
+            value if isinstance(value, Tensor) else torch.full((draws,), value, dtype=torch.float64)
+        ).view(draws, 1, 1, 1)
 
     def network(x_t: Tensor) -> Tensor:
         return torch.sin(3 * x_t) + 0.5
 
-    retain = scalars(torch.where(torch.rand(draws, generator=generator) < 0.5, kept, forgotten).double())  # x ~ p_X, which holds both points
+    # x ~ p_X, which holds both points
+    retain = scalars(torch.where(torch.rand(draws, generator=generator) < 0.5, kept, forgotten).double())
     noise = scalars(torch.randn(draws, generator=generator, dtype=torch.float64))
     from_forget = torch.rand(draws, generator=generator) <= lambd
     timesteps, schedule = torch.full((draws,), t), linear_schedule()
     draw = mixture(retain, scalars(forgotten), noise, timesteps, schedule, lambd, from_forget)
     output = network(draw.x_t)
-    terms = 2 * denoising_loss(output, draw.retain_target, draw.retain_weight) - denoising_loss(output, draw.forget_target, draw.forget_weight)
+    terms = 2 * denoising_loss(output, draw.retain_target, draw.retain_weight) - denoising_loss(
+        output, draw.forget_target, draw.forget_weight
+    )
 
-    naive = mixture(scalars(kept), scalars(kept), noise, timesteps, schedule, 0.0, torch.zeros(draws, dtype=torch.bool))
+    naive = mixture(
+        scalars(kept), scalars(kept), noise, timesteps, schedule, 0.0, torch.zeros(draws, dtype=torch.bool)
+    )
     truth = denoising_loss(network(naive.x_t), noise)
     error = (terms.var() / draws + truth.var() / draws).sqrt()
     assert error < 0.03 * truth.mean()  # sharp enough to fail

@@ -1,4 +1,6 @@
-"""The papers' objectives: gradients by finite differences, and the two quirks of the public code that are reproduced on purpose."""
+"""The papers' objectives: gradients by finite differences, and the two quirks of the public code that are
+reproduced on purpose.
+"""
 
 from __future__ import annotations
 
@@ -13,20 +15,31 @@ SHAPE, SCHEDULE = (2, 3, 3), linear_schedule()
 
 def _outputs(count: int, batch: int = 2) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(5)
-    return [torch.randn(batch, *SHAPE, dtype=torch.float64, generator=generator).requires_grad_() for _ in range(count)]
+    return [
+        torch.randn(batch, *SHAPE, dtype=torch.float64, generator=generator).requires_grad_()
+        for _ in range(count)
+    ]
 
 
 def _retrack(output_forget, output_retain):
-    inputs = redirect_inputs(batch=2, num_neighbors=3, shape=SHAPE, timesteps=torch.tensor([40, 700]), dtype=torch.float64)
+    inputs = redirect_inputs(
+        batch=2, num_neighbors=3, shape=SHAPE, timesteps=torch.tensor([40, 700]), dtype=torch.float64
+    )
     x_t = noising(inputs.forget, inputs.noise, inputs.timesteps, SCHEDULE)
-    return objectives.retrack_loss(output_forget, x_t, inputs.neighbors, inputs.timesteps, output_retain, inputs.noise, SCHEDULE, 0.3)
+    return objectives.retrack_loss(
+        output_forget, x_t, inputs.neighbors, inputs.timesteps, output_retain, inputs.noise, SCHEDULE, 0.3
+    )
 
 
 def _siss(output_retain, output_forget):
     inputs = mixture_inputs(batch=2, shape=SHAPE, dtype=torch.float64, timesteps=500)
-    noisy = [noising(images, inputs.noise, inputs.timesteps, SCHEDULE) for images in (inputs.retain, inputs.forget)]
+    noisy = [
+        noising(images, inputs.noise, inputs.timesteps, SCHEDULE) for images in (inputs.retain, inputs.forget)
+    ]
     pair, t = (inputs.retain, inputs.forget), (inputs.timesteps, inputs.timesteps)
-    return objectives.siss_two_forward_losses((output_retain, output_forget), pair, tuple(noisy), t, torch.tensor([True, False]), SCHEDULE, 0.4)
+    return objectives.siss_two_forward_losses(
+        (output_retain, output_forget), pair, tuple(noisy), t, torch.tensor([True, False]), SCHEDULE, 0.4
+    )
 
 
 NOISE = torch.randn(2, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(6))

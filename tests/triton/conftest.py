@@ -1,8 +1,10 @@
-"""The Triton kernels, on the GPU where there is one, else under Triton's interpreter (`TRITON_INTERPRET=1 python -m pytest tests/triton`).
+"""The Triton kernels, on the GPU where there is one, else under Triton's interpreter (`TRITON_INTERPRET=1
+python -m pytest tests/triton`).
 
-The variable decides when a kernel is decorated, so it must stand before triton is first imported: the interpreter needs a process of its own, which
-tests/test_triton_interpreter.py starts. Without a GPU and without the interpreter nothing is collected here. The interpreter takes about 10 ms a program,
-whatever its tile: small batches, tiles as large as they get.
+The variable decides when a kernel is decorated, so it must stand before triton is first imported: the
+interpreter needs a process of its own, which tests/test_triton_interpreter.py starts. Without a GPU and
+without the interpreter nothing is collected here. The interpreter takes about 10 ms a program, whatever its
+tile: small batches, tiles as large as they get.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 if not INTERPRETED and not torch.cuda.is_available():
     collect_ignore_glob = ["test_*.py"]
 
-_GUARD = 8192  # elements on both sides of an output that a kernel must leave alone: more than a tile, and a multiple of 16 bytes
+# elements on both sides of an output that a kernel must leave alone: more than a tile, and a multiple of 16
+# bytes
+_GUARD = 8192
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +46,9 @@ def division_as_on_cuda():
 
 @pytest.fixture
 def output(device) -> Callable[..., Tensor]:
-    """`output(*shape, dtype=..., channels_last=False)`: an output full of NaN between guards; a write into the guards fails the test."""
+    """`output(*shape, dtype=..., channels_last=False)`: an output full of NaN between guards; a write into
+    the guards fails the test.
+    """
     buffers: list[tuple[Tensor, int]] = []
 
     def allocate(*shape: int, dtype: torch.dtype = torch.float32, channels_last: bool = False) -> Tensor:
@@ -63,7 +69,9 @@ def output(device) -> Callable[..., Tensor]:
 
 @pytest.fixture
 def rows(device) -> Callable[..., tuple[Tensor, Tensor]]:
-    """`rows(count, shape, dtype, seed=0)`: images `[count, *shape]` as a store holds them, and what they stand for in float64."""
+    """`rows(count, shape, dtype, seed=0)`: images `[count, *shape]` as a store holds them, and what they
+    stand for in float64.
+    """
 
     def make(count: int, shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
         pixels = torch.randint(256, (count, *shape), generator=torch.Generator().manual_seed(seed))
@@ -95,13 +103,20 @@ def noise(device) -> Callable[..., NoiseInput]:
         words = philox.unit(philox.words(shape, counter, purpose)).double()
         radius, angle = torch.sqrt(-2 * torch.log(words[..., 0::2] + 2**-24)), 2 * math.pi * words[..., 1::2]
         numbers = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-1).flatten(1)
-        return NoiseInput(None, counter, philox.normal(shape, counter, purpose), numbers[:, : math.prod(shape[1:])].reshape(shape))
+        return NoiseInput(
+            None,
+            counter,
+            philox.normal(shape, counter, purpose),
+            numbers[:, : math.prod(shape[1:])].reshape(shape),
+        )
 
     return make
 
 
 def _round_to_nearest_even() -> None:
-    """Makes the interpreter round float32 to bfloat16 as GPUs do; Triton's own interpreter cuts the lower bits off."""
+    """Makes the interpreter round float32 to bfloat16 as GPUs do; Triton's own interpreter cuts the lower
+    bits off.
+    """
     import numpy as np
     import triton.language as tl
     from triton.runtime import interpreter

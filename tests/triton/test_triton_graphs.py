@@ -34,7 +34,15 @@ def test_replay_sees_new_numbers(gpu):
     pictures = [torch.full((3, *SHAPE), torch.nan, device=device) for _ in range(5)]
     x_t, target, retain_target, forget_target, gradient = pictures
     weights = [torch.full((3,), torch.nan, device=device, dtype=torch.float64) for _ in range(2)]
-    filled = (x_t, target, retain_target, forget_target, *weights, torch.full((3,), torch.nan, device=device), gradient)
+    filled = (
+        x_t,
+        target,
+        retain_target,
+        forget_target,
+        *weights,
+        torch.full((3,), torch.nan, device=device),
+        gradient,
+    )
 
     def launch():
         launches(images, counter, coefficients, index, filled)

@@ -1,4 +1,6 @@
-"""mixture in Triton: sample, targets and importance weights against float64, at every lambd, from close and distant pairs."""
+"""mixture in Triton: sample, targets and importance weights against float64, at every lambd, from close and
+distant pairs.
+"""
 
 import pytest
 import torch
@@ -12,7 +14,10 @@ from fastunlearn.ops import mixture as op
 from fastunlearn.testing.budgets import assert_within_budget, budget, relative_error
 from fastunlearn.testing.factories import linear_schedule, served
 
-pytestmark = pytest.mark.filterwarnings("ignore:(overflow|divide by zero|invalid value) encountered:RuntimeWarning")  # the interpreter's numpy, at the limits
+# the interpreter's numpy, at the limits
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:(overflow|divide by zero|invalid value) encountered:RuntimeWarning"
+)
 
 U8, F16, BF16, F32 = torch.uint8, torch.float16, torch.bfloat16, torch.float32
 PURPOSE = 5
@@ -34,7 +39,9 @@ CASES = {
 
 @pytest.fixture
 def pair(rows):
-    """`pair(shape, dtype, distance)`: five images to keep and five to forget, `distance` bytes apart per element, and both in float64."""
+    """`pair(shape, dtype, distance)`: five images to keep and five to forget, `distance` bytes apart per
+    element, and both in float64.
+    """
 
     def make(shape, dtype, distance):
         keep, _ = rows(5, shape, U8)
@@ -50,7 +57,9 @@ def pair(rows):
 @pytest.fixture
 def outputs(output):
     def make(shape, dtype, channels_last):
-        images = [output(BATCH, *shape, dtype=kind, channels_last=channels_last) for kind in (dtype, F32, F32)]
+        images = [
+            output(BATCH, *shape, dtype=kind, channels_last=channels_last) for kind in (dtype, F32, F32)
+        ]
         return (*images, output(BATCH, dtype=torch.float64), output(BATCH, dtype=torch.float64))
 
     return make
@@ -58,13 +67,20 @@ def outputs(output):
 
 @pytest.fixture
 def drawn(outputs, device):
-    """`drawn(eps, channels_last)`: the float32 noise of the kernel, as given, or as it draws it when `x_t` is nothing else."""
+    """`drawn(eps, channels_last)`: the float32 noise of the kernel, as given, or as it draws it when `x_t` is
+    nothing else.
+    """
 
     def make(eps, channels_last):
         if eps.given is not None:
             return eps.plain
-        zeros, filled = torch.zeros(eps.plain.shape, device=device), outputs(eps.plain.shape[1:], F32, channels_last)
-        only_noise = torch.tensor([0.0, 1.0, 1.0, 0.0, 0.0], dtype=torch.float64, device=device).repeat(BATCH, 1)
+        zeros, filled = (
+            torch.zeros(eps.plain.shape, device=device),
+            outputs(eps.plain.shape[1:], F32, channels_last),
+        )
+        only_noise = torch.tensor([0.0, 1.0, 1.0, 0.0, 0.0], dtype=torch.float64, device=device).repeat(
+            BATCH, 1
+        )
         chosen = torch.zeros(BATCH, dtype=torch.bool, device=device)
         mixture(
             zeros, None, zeros, None, only_noise, chosen, 0.3, None, None, eps.counter, PURPOSE, F32, channels_last, *filled
@@ -76,16 +92,22 @@ def drawn(outputs, device):
 
 
 def closed_form(retain, forget, coefficients, from_forget, lambd, ratio, eps, dtype):
-    """The op in plain torch: float64 in, float64 out. The papers' formula overflows where images are distant or lambd is 0 or 1."""
-    return op._eager(retain, None, forget, None, coefficients, from_forget, lambd, ratio, eps, None, PURPOSE, dtype, False)
+    """The op in plain torch: float64 in, float64 out.
+
+    The papers' formula overflows where images are distant or lambd is 0 or 1.
+    """
+    return op._eager(
+        retain, None, forget, None, coefficients, from_forget, lambd, ratio, eps, None, PURPOSE, dtype, False
+    )
 
 
 def assert_weights(weights, keep, erase, coefficients, from_forget, lambd, eps):
-    """Weights within their budget, each sample against its own scale: those of one batch lie many orders of magnitude apart.
+    """Weights within their budget, each sample against its own scale: those of one batch lie many orders of
+    magnitude apart.
 
-    Plain torch adds its float64 sums in one of many orders and may have no error at all, so the rounding of the
-    exponent comes on top: its terms go through at most 16 levels of sums. What rounding the noise itself does to an
-    exponent is 10^7 times as much, and random: `eps` is the noise `drawn`.
+    Plain torch adds its float64 sums in one of many orders and may have no error at all, so the rounding of
+    the exponent comes on top: its terms go through at most 16 levels of sums. What rounding the noise itself
+    does to an exponent is 10^7 times as much, and random: `eps` is the noise `drawn`.
     """
     truth = closed_form(keep, erase, coefficients, from_forget, lambd, None, eps.double(), torch.float64)
     plain = closed_form(keep.float(), erase.float(), coefficients, from_forget, lambd, None, eps, F32)
@@ -99,18 +121,44 @@ def assert_weights(weights, keep, erase, coefficients, from_forget, lambd, eps):
                 assert value == expected, f"{name}[{sample}]"
             else:
                 allowed = budget(near[sample], expected) + rounding[sample] * expected
-                assert (value - expected).abs() <= allowed, f"{name}[{sample}]: expected {expected:.17g} within {allowed:.3g}, got {value:.17g}"
+                assert (value - expected).abs() <= allowed, (
+                    f"{name}[{sample}]: expected {expected:.17g} within {allowed:.3g}, got {value:.17g}"
+                )
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_values(case, device, pair, noise, outputs, drawn):
     shape, images_dtype, noise_dtype, dtype, channels_last = CASES[case]
-    schedule, timesteps = linear_schedule(prediction_type="v_prediction"), torch.tensor([999, 500, 3, 0], device=device)
+    schedule, timesteps = (
+        linear_schedule(prediction_type="v_prediction"),
+        torch.tensor([999, 500, 3, 0], device=device),
+    )
     retain, forget, keep, erase = pair(shape, images_dtype, 2)
-    retain_index, forget_index = torch.tensor([4, 0, 4, 1], device=device), torch.tensor([1, 1, 4, 1], device=device)
-    eps, from_forget = noise((BATCH, *shape), noise_dtype, PURPOSE), torch.tensor([True, False, True, False], device=device)
+    retain_index, forget_index = (
+        torch.tensor([4, 0, 4, 1], device=device),
+        torch.tensor([1, 1, 4, 1], device=device),
+    )
+    eps, from_forget = (
+        noise((BATCH, *shape), noise_dtype, PURPOSE),
+        torch.tensor([True, False, True, False], device=device),
+    )
     coefficients, filled = schedule.coefficients(timesteps), outputs(shape, dtype, channels_last)
-    mixture(retain, retain_index, forget, forget_index, coefficients, from_forget, 0.3, None, eps.given, eps.counter, PURPOSE, dtype, channels_last, *filled)
+    mixture(
+        retain,
+        retain_index,
+        forget,
+        forget_index,
+        coefficients,
+        from_forget,
+        0.3,
+        None,
+        eps.given,
+        eps.counter,
+        PURPOSE,
+        dtype,
+        channels_last,
+        *filled,
+    )
 
     keep, erase = keep[retain_index], erase[forget_index]
     truth = closed_form(keep, erase, coefficients, from_forget, 0.3, None, eps.truth, torch.float64)
@@ -123,12 +171,18 @@ def test_values(case, device, pair, noise, outputs, drawn):
 def test_a_store_of_bytes_and_one_of_floats(device, pair, noise, outputs, drawn):
     schedule, timesteps, shape = linear_schedule(), torch.tensor([999, 500, 3, 0], device=device), (3, 7, 9)
     retain, forget, keep, erase = pair(shape, U8, 2)
-    eps, from_forget, filled = noise((BATCH, *shape), None, PURPOSE), torch.tensor([True, False, True, False], device=device), outputs(shape, F32, False)
+    eps, from_forget, filled = (
+        noise((BATCH, *shape), None, PURPOSE),
+        torch.tensor([True, False, True, False], device=device),
+        outputs(shape, F32, False),
+    )
     coefficients = schedule.coefficients(timesteps)
     rows, philox = (retain[:4], None, served(forget[:4]).to(device), None), (None, eps.counter, PURPOSE)
     mixture(*rows, coefficients, from_forget, 0.3, None, *philox, F32, False, *filled)
     truth = closed_form(keep[:4], erase[:4], coefficients, from_forget, 0.3, None, eps.truth, torch.float64)
-    plain = closed_form(keep[:4].float(), erase[:4].float(), coefficients, from_forget, 0.3, None, eps.plain, F32)
+    plain = closed_form(
+        keep[:4].float(), erase[:4].float(), coefficients, from_forget, 0.3, None, eps.plain, F32
+    )
     for name, actual, near, exact in zip(NAMES[:3], filled[:3], plain[:3], truth[:3], strict=True):
         assert_within_budget(name, actual, near, exact)
     assert_weights(filled[3:], keep[:4], erase[:4], coefficients, from_forget, 0.3, drawn(eps, False))
@@ -137,11 +191,32 @@ def test_a_store_of_bytes_and_one_of_floats(device, pair, noise, outputs, drawn)
 def test_weights_are_the_papers(device, pair, noise, outputs):
     shape, timesteps = (3, 8, 8), torch.tensor([999, 700, 300, 100], device=device)
     schedule, (retain, forget, keep, erase) = linear_schedule(), pair(shape, F32, 3)
-    eps, from_forget, filled = noise((BATCH, *shape), F32, PURPOSE), torch.tensor([True, False, False, True], device=device), outputs(shape, F32, False)
+    eps, from_forget, filled = (
+        noise((BATCH, *shape), F32, PURPOSE),
+        torch.tensor([True, False, False, True], device=device),
+        outputs(shape, F32, False),
+    )
     ratio = torch.tensor([0.5, -1.0, 2.0, 0.0], device=device)
     coefficients = schedule.coefficients(timesteps)
-    mixture(retain[:4], None, forget[:4], None, coefficients, from_forget, 0.3, ratio, eps.given, None, PURPOSE, F32, False, *filled)
-    literal = reference.mixture(keep[:4], erase[:4], eps.truth, timesteps, schedule, 0.3, from_forget, time_log_ratio=ratio.double())
+    mixture(
+        retain[:4],
+        None,
+        forget[:4],
+        None,
+        coefficients,
+        from_forget,
+        0.3,
+        ratio,
+        eps.given,
+        None,
+        PURPOSE,
+        F32,
+        False,
+        *filled,
+    )
+    literal = reference.mixture(
+        keep[:4], erase[:4], eps.truth, timesteps, schedule, 0.3, from_forget, time_log_ratio=ratio.double()
+    )
     for name, actual, exact in zip(NAMES, filled, literal, strict=True):
         assert relative_error(actual, exact) < 1e-6, name
 
@@ -152,9 +227,28 @@ def test_weights_are_the_papers(device, pair, noise, outputs):
 def test_weights_at_the_limits(shape, lambd, distance, device, pair, noise, outputs):
     schedule, timesteps = linear_schedule(), torch.tensor([0, 999, 999, 600], device=device)
     retain, forget, keep, erase = pair(shape, U8, distance)
-    eps, from_forget, filled = noise((BATCH, *shape), F32, PURPOSE), torch.tensor([True, False, True, False], device=device), outputs(shape, F32, False)
+    eps, from_forget, filled = (
+        noise((BATCH, *shape), F32, PURPOSE),
+        torch.tensor([True, False, True, False], device=device),
+        outputs(shape, F32, False),
+    )
     coefficients = schedule.coefficients(timesteps)
-    mixture(retain[:4], None, forget[:4], None, coefficients, from_forget, lambd, None, eps.given, None, PURPOSE, F32, False, *filled)
+    mixture(
+        retain[:4],
+        None,
+        forget[:4],
+        None,
+        coefficients,
+        from_forget,
+        lambd,
+        None,
+        eps.given,
+        None,
+        PURPOSE,
+        F32,
+        False,
+        *filled,
+    )
     assert_weights(filled[3:], keep[:4], erase[:4], coefficients, from_forget, lambd, eps.plain)
 
 
@@ -178,10 +272,19 @@ def test_an_infinite_time_log_ratio_decides_alone(shape, lambd, distance, device
 
 @pytest.mark.parametrize("name", ["retain", "forget", "noise", "x_t"])
 def test_float64_is_refused(name, device):
-    images = {key: torch.zeros(1, 1, 2, 2, device=device, dtype=torch.float64 if key == name else F32) for key in ("retain", "forget", "noise", "x_t")}
-    coefficients, weight = torch.zeros(1, 5, dtype=torch.float64, device=device), torch.zeros(1, dtype=torch.float64, device=device)
+    images = {
+        key: torch.zeros(1, 1, 2, 2, device=device, dtype=torch.float64 if key == name else F32)
+        for key in ("retain", "forget", "noise", "x_t")
+    }
+    coefficients, weight = (
+        torch.zeros(1, 5, dtype=torch.float64, device=device),
+        torch.zeros(1, dtype=torch.float64, device=device),
+    )
     target, chosen = torch.zeros(1, 1, 2, 2, device=device), torch.zeros(1, dtype=torch.bool, device=device)
-    with pytest.raises(TypeError, match=f"mixture: {name}: expected float16, bfloat16, float32 or uint8 on a GPU, got torch.float64"):
+    with pytest.raises(
+        TypeError,
+        match=f"mixture: {name}: expected float16, bfloat16, float32 or uint8 on a GPU, got torch.float64",
+    ):
         mixture(
             images["retain"], None, images["forget"], None, coefficients, chosen, 0.5, None, images["noise"], None, PURPOSE, F32, False,
             images["x_t"], target, target, weight, weight,

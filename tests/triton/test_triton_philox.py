@@ -30,7 +30,9 @@ def words_kernel(counter, purpose, words, QUADS: tl.constexpr):
 @triton.jit
 def normals_kernel(counter, purpose, numbers, QUADS: tl.constexpr):
     numbers += tl.program_id(0) * QUADS * 4
-    tl.store(numbers + tl.arange(0, QUADS * 4), normals(counter, tl.program_id(0), purpose, tl.arange(0, QUADS)))
+    tl.store(
+        numbers + tl.arange(0, QUADS * 4), normals(counter, tl.program_id(0), purpose, tl.arange(0, QUADS))
+    )
 
 
 @triton.jit
@@ -45,7 +47,16 @@ def channels_last_kernel(result, plane, D, BLOCK: tl.constexpr):
 
 
 @pytest.mark.parametrize("purpose", [0, 1, 6])
-@pytest.mark.parametrize("counter", [(0, 0, 0), (1, 1, 1), (-7, 2**32 + 5, 2**33 + 3), (2**63 - 1, 10**6, 2**31 - 1), (0x123456789ABCDEF, 3, 128)])
+@pytest.mark.parametrize(
+    "counter",
+    [
+        (0, 0, 0),
+        (1, 1, 1),
+        (-7, 2**32 + 5, 2**33 + 3),
+        (2**63 - 1, 10**6, 2**31 - 1),
+        (0x123456789ABCDEF, 3, 128),
+    ],
+)
 def test_words_are_those_of_torch(counter, purpose, device):
     counter = torch.tensor(counter, device=device)
     words = torch.full((2, QUADS, 4), -1, dtype=torch.int64, device=device)
@@ -70,5 +81,7 @@ def test_channels_last_offset(shape, device):
     elements = math.prod(shape)
     offsets = torch.full((elements,), -1, device=device)
     channels_last_kernel[(1,)](offsets, shape[1] * shape[2], elements, BLOCK=128)
-    expected = torch.arange(elements, device=device).view(shape[1], shape[2], shape[0]).permute(2, 0, 1).flatten()
+    expected = (
+        torch.arange(elements, device=device).view(shape[1], shape[2], shape[0]).permute(2, 0, 1).flatten()
+    )
     assert torch.equal(offsets, expected)

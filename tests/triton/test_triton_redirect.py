@@ -49,14 +49,24 @@ CASES = {
     "bytes, dense, k = 1": Case(1, (1, 28, 28), indexed=False, timesteps=(300,)),
     "float32, dense, no distances": Case(20, (3, 7, 9), torch.float32, indexed=False, sqdist=False),
     "float32, channels last": Case(2, (4, 4, 4), torch.float32, channels_last=True),
-    "bfloat16, dense": Case(4, (2, 8, 9), torch.bfloat16, indexed=False, noise=torch.bfloat16, x_t=torch.bfloat16, timesteps=(50, 900)),
+    "bfloat16, dense": Case(
+        4,
+        (2, 8, 9),
+        torch.bfloat16,
+        indexed=False,
+        noise=torch.bfloat16,
+        x_t=torch.bfloat16,
+        timesteps=(50, 900),
+    ),
     "float16": Case(3, (4, 6, 6), torch.float16, noise=torch.float16, x_t=torch.float16, timesteps=(50, 900)),
     "one element": Case(3, (1, 1, 1)),
     "k = 64": Case(64, (1, 5, 5), timesteps=(999,)),
 }
 SPLIT_CASES = {
     "three parts, odd": Case(3, (3, 29, 29)),
-    "three parts, odd, float32, no distances": Case(3, (3, 29, 29), torch.float32, sqdist=False, timesteps=(10, 990)),
+    "three parts, odd, float32, no distances": Case(
+        3, (3, 29, 29), torch.float32, sqdist=False, timesteps=(10, 990)
+    ),
     "k = 65": Case(65, (1, 4, 4), timesteps=(400,)),
     "k = 130, two groups, no distances": Case(130, (1, 5, 5), sqdist=False, timesteps=(999,)),
     "k = 1000": Case(1000, (1, 2, 2), timesteps=(990,)),
@@ -76,7 +86,10 @@ def test_split(name, device, output, monkeypatch):
     check(make(case, device), case, output)
 
 
-@pytest.mark.parametrize(("elements", "k", "split"), [(1, 1, False), (4096, 64, False), (4097, 1, True), (1, 65, True), (196608, 10, True)])
+@pytest.mark.parametrize(
+    ("elements", "k", "split"),
+    [(1, 1, False), (4096, 64, False), (4097, 1, True), (1, 65, True), (196608, 10, True)],
+)
 def test_small_images_with_few_neighbours_take_one_launch(elements, k, split):
     assert kernels._tiles(64, elements, k, access=0)[1] == split
 
@@ -92,7 +105,9 @@ def test_large_tiles(tiles, device, output, monkeypatch):
 
 @pytest.mark.parametrize("split", [False, True])
 def test_philox(split, device, output, monkeypatch):
-    """Both launches draw the same noise, that of `fastunlearn.host.philox`, at the positions of the global batch."""
+    """Both launches draw the same noise, that of `fastunlearn.host.philox`, at the positions of the global
+    batch.
+    """
     if split:
         monkeypatch.setattr(kernels, "_ONE_LAUNCH_K", 0)
     case = Case(4, (3, 19, 19), timesteps=(0, 500))
@@ -104,7 +119,10 @@ def test_philox(split, device, output, monkeypatch):
     noise, *_ = call((*before, only_noise, sqdist, None, counter, purpose, dtype, channels_last), output)
     torch.testing.assert_close(noise, philox.normal(noise.shape, counter, purpose), rtol=1e-6, atol=1e-6)
 
-    drawn = inputs._replace(arguments=(*before, coefficients, sqdist, None, counter, purpose, dtype, channels_last), noise=noise.double())
+    drawn = inputs._replace(
+        arguments=(*before, coefficients, sqdist, None, counter, purpose, dtype, channels_last),
+        noise=noise.double(),
+    )
     explicit = (*before, coefficients, sqdist, noise, None, purpose, dtype, channels_last)
     check(drawn, case, output, explicit)
 
@@ -124,7 +142,12 @@ def test_weights_at_the_first_timestep_are_closer_to_float64_than_the_papers_for
     inputs = dense(forget, neighbors, noise.float().view(1, *shape), torch.tensor([0]), device, sqdist=given)
 
     truth = papers_redirect(inputs.forget, inputs.neighbors, inputs.noise, inputs.timesteps, SCHEDULE).weights
-    papers = papers_redirect(*(tensor.to(device) for tensor in (forget, neighbors)), inputs.noise.float(), inputs.timesteps, SCHEDULE).weights
+    papers = papers_redirect(
+        *(tensor.to(device) for tensor in (forget, neighbors)),
+        inputs.noise.float(),
+        inputs.timesteps,
+        SCHEDULE,
+    ).weights
     weights = call(inputs.arguments, output)[3]
     ours, theirs = largest_error(weights, truth), largest_error(papers, truth)
     assert truth.max() < 0.9, "one-hot weights show nothing"
@@ -137,7 +160,13 @@ def test_duplicates_share_their_weight_and_have_no_spread(split, device, output,
         monkeypatch.setattr(kernels, "_ONE_LAUNCH_K", 0)
     inputs = make(Case(6, (1, 6, 6), timesteps=(0, 999)), device)
     neighbor_index = torch.full((2, 6), 3, device=device)
-    arguments = (*inputs.arguments[:3], neighbor_index, inputs.arguments[4], inputs.arguments[5][:, :1].expand(2, 6).contiguous(), *inputs.arguments[6:])
+    arguments = (
+        *inputs.arguments[:3],
+        neighbor_index,
+        inputs.arguments[4],
+        inputs.arguments[5][:, :1].expand(2, 6).contiguous(),
+        *inputs.arguments[6:],
+    )
     _, _, spread, weights = call(arguments, output)
     torch.testing.assert_close(weights, torch.full_like(weights, 1 / 6))
     assert (spread == 0).all()
@@ -191,25 +220,55 @@ def make(case: Case, device: torch.device) -> Inputs:
 
     def images(*leading: int) -> Tensor:
         values = (common + 0.1 * torch.randn(*leading, *case.shape, generator=generator)).clamp(-1, 1)
-        return (values * 127.5 + 127.5).round().to(torch.uint8) if case.rows == torch.uint8 else values.to(case.rows)
+        return (
+            (values * 127.5 + 127.5).round().to(torch.uint8)
+            if case.rows == torch.uint8
+            else values.to(case.rows)
+        )
 
     if case.indexed:
         stores = images(STORE), images(STORE)
-        index, neighbor_index = (torch.randint(STORE, size, generator=generator) for size in ((batch,), (batch, case.k)))
+        index, neighbor_index = (
+            torch.randint(STORE, size, generator=generator) for size in ((batch,), (batch, case.k))
+        )
         rows, indices = (stores[0][index], stores[1][neighbor_index]), (index, neighbor_index)
     else:
         stores = rows = images(batch), images(batch, case.k)
         indices = None, None
     noise = torch.randn(batch, *case.shape, generator=generator).to(case.noise)
-    return assemble(stores, indices, rows, noise, torch.tensor(case.timesteps), device, case.sqdist, case.x_t, case.channels_last)
+    return assemble(
+        stores,
+        indices,
+        rows,
+        noise,
+        torch.tensor(case.timesteps),
+        device,
+        case.sqdist,
+        case.x_t,
+        case.channels_last,
+    )
 
 
-def dense(forget: Tensor, neighbors: Tensor, noise: Tensor, timesteps: Tensor, device: torch.device, sqdist: bool) -> Inputs:
-    return assemble((forget, neighbors), (None, None), (forget, neighbors), noise, timesteps, device, sqdist, torch.float32, False)
+def dense(
+    forget: Tensor, neighbors: Tensor, noise: Tensor, timesteps: Tensor, device: torch.device, sqdist: bool
+) -> Inputs:
+    return assemble(
+        (forget, neighbors),
+        (None, None),
+        (forget, neighbors),
+        noise,
+        timesteps,
+        device,
+        sqdist,
+        torch.float32,
+        False,
+    )
 
 
 def assemble(stores, indices, rows, noise, timesteps, device, sqdist, x_t, channels_last) -> Inputs:
-    forget, neighbors = (row.double() / 127.5 - 1 if row.dtype == torch.uint8 else row.double() for row in rows)
+    forget, neighbors = (
+        row.double() / 127.5 - 1 if row.dtype == torch.uint8 else row.double() for row in rows
+    )
     distances = (forget.unsqueeze(1) - neighbors).square().flatten(2).sum(2) if sqdist else None
     arguments = (
         stores[0], indices[0], stores[1], indices[1], SCHEDULE.coefficients(timesteps), distances, noise, None, 5, x_t, channels_last,
@@ -238,7 +297,9 @@ def check(inputs: Inputs, case: Case, output, plain_arguments: tuple | None = No
 
     Few weights of a batch are neither 0 nor 1: hence in several orders.
     """
-    images, index, neighbors, neighbor_index, coefficients, sqdist, noise, *rest = plain_arguments or inputs.arguments
+    images, index, neighbors, neighbor_index, coefficients, sqdist, noise, *rest = (
+        plain_arguments or inputs.arguments
+    )
 
     def closed_form(images, neighbors, noise):
         return op(images, index, neighbors, neighbor_index, coefficients, sqdist, noise, *rest)
@@ -247,14 +308,20 @@ def check(inputs: Inputs, case: Case, output, plain_arguments: tuple | None = No
         patch.setenv("FASTUNLEARN_BACKEND", "eager")
         plain = in_several_orders(closed_form, (images, neighbors, noise))
     names = ("x_t", "target", "spread", "weights")
-    for name, actual, by_torch, exact in zip(names, call(inputs.arguments, output), plain, truth(inputs), strict=True):
+    for name, actual, by_torch, exact in zip(
+        names, call(inputs.arguments, output), plain, truth(inputs), strict=True
+    ):
         assert actual.dtype == by_torch[0].dtype
         assert_within_budget(name, actual, by_torch, exact)
 
 
 def truth(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The papers' formula in float64; in mean and spread, neighbours of a weight below 2^-32 leave it to the heaviest."""
-    x_t, _, _, weights = papers_redirect(inputs.forget, inputs.neighbors, inputs.noise, inputs.timesteps, SCHEDULE)
+    """The papers' formula in float64; in mean and spread, neighbours of a weight below 2^-32 leave it to the
+    heaviest.
+    """
+    x_t, _, _, weights = papers_redirect(
+        inputs.forget, inputs.neighbors, inputs.noise, inputs.timesteps, SCHEDULE
+    )
     p = torch.where(weights < 2**-32, 0, weights)
     p = p.scatter_add(1, weights.argmax(1, keepdim=True), 1 - p.sum(1, keepdim=True))
     targets = neighbor_targets(x_t, inputs.neighbors, inputs.timesteps, SCHEDULE)

@@ -23,7 +23,9 @@ def draw(shape, dtype, device, seed):
 
 
 def apart(tensor):
-    """The same values as a view whose rows lie farther apart: the first half of the channels of a model with twice as many."""
+    """The same values as a view whose rows lie farther apart: the first half of the channels of a model with
+    twice as many.
+    """
     return torch.cat([tensor, torch.full_like(tensor, torch.nan)], dim=1)[:, : tensor.shape[1]]
 
 
@@ -33,7 +35,8 @@ def check(prediction, target, weight, loss, gradient):
     truth = reference.denoising_loss(prediction.double(), target.double(), weight.double())
     # A loss is one sum, which plain torch may hit by luck: hence in several orders.
     (losses,) = in_several_orders(
-        lambda *images: (reference.denoising_loss(*images, weight.float()),), (prediction.float(), target.float())
+        lambda *images: (reference.denoising_loss(*images, weight.float()),),
+        (prediction.float(), target.float()),
     )
     assert_within_budget("loss", loss, losses, truth)
     scale, exact_scale = (2 * weight.to(dtype).view(-1, 1, 1, 1) for dtype in (F32, torch.float64))
@@ -41,7 +44,9 @@ def check(prediction, target, weight, loss, gradient):
 
 
 @pytest.mark.parametrize("weight_dtype", [F32, torch.float64])
-@pytest.mark.parametrize(("prediction_dtype", "target_dtype"), [(F32, F32), (BF16, F32), (F16, F32), (BF16, BF16), (F32, BF16)])
+@pytest.mark.parametrize(
+    ("prediction_dtype", "target_dtype"), [(F32, F32), (BF16, F32), (F16, F32), (BF16, BF16), (F32, BF16)]
+)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_values(shape, prediction_dtype, target_dtype, weight_dtype, device, output):
     shape = (2, *SHAPES[shape])
@@ -51,13 +56,17 @@ def test_values(shape, prediction_dtype, target_dtype, weight_dtype, device, out
 
 
 @pytest.mark.parametrize("shape", ["odd", "just more than one program"])
-@pytest.mark.parametrize("layout", ["prediction apart", "target apart", "channels last", "channels last and apart"])
+@pytest.mark.parametrize(
+    "layout", ["prediction apart", "target apart", "channels last", "channels last and apart"]
+)
 def test_layouts(layout, shape, device, output):
     shape = (3, *SHAPES[shape])
     prediction, target = draw(shape, BF16, device, 0), draw(shape, F32, device, 1)
     gradient = output(*shape, dtype=BF16, channels_last="channels last" in layout)
     if "channels last" in layout:
-        prediction, target = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (prediction, target))
+        prediction, target = (
+            tensor.contiguous(memory_format=torch.channels_last) for tensor in (prediction, target)
+        )
         if "apart" in layout:
             prediction = torch.stack([prediction.permute(0, 2, 3, 1)] * 2, dim=1)[:, 0].permute(0, 3, 1, 2)
     elif layout == "prediction apart":
@@ -68,7 +77,13 @@ def test_layouts(layout, shape, device, output):
 
 
 def test_one_sample(device, output):
-    check(draw((1, 3, 8, 8), F32, device, 0), draw((1, 3, 8, 8), F32, device, 1), torch.ones(1, device=device), output(1), output(1, 3, 8, 8))
+    check(
+        draw((1, 3, 8, 8), F32, device, 0),
+        draw((1, 3, 8, 8), F32, device, 1),
+        torch.ones(1, device=device),
+        output(1),
+        output(1, 3, 8, 8),
+    )
 
 
 def test_same_bits_every_time(device):
@@ -83,6 +98,18 @@ def test_same_bits_every_time(device):
 
 @pytest.mark.parametrize("name", ["prediction", "target"])
 def test_float64_is_refused(name, device):
-    prediction, target = (torch.zeros(1, 1, 2, 2, device=device, dtype=torch.float64 if key == name else F32) for key in ("prediction", "target"))
-    with pytest.raises(TypeError, match=f"residual: {name}: expected float16, bfloat16, float32 or uint8 on a GPU, got torch.float64"):
-        residual(prediction, target, torch.ones(1, device=device), torch.empty(1, device=device), torch.empty_like(prediction))
+    prediction, target = (
+        torch.zeros(1, 1, 2, 2, device=device, dtype=torch.float64 if key == name else F32)
+        for key in ("prediction", "target")
+    )
+    with pytest.raises(
+        TypeError,
+        match=f"residual: {name}: expected float16, bfloat16, float32 or uint8 on a GPU, got torch.float64",
+    ):
+        residual(
+            prediction,
+            target,
+            torch.ones(1, device=device),
+            torch.empty(1, device=device),
+            torch.empty_like(prediction),
+        )
