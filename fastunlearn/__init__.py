@@ -21,7 +21,15 @@ if TYPE_CHECKING:
     from .objective.draws import Draws
     from .objective.frequency import LowPass
     from .objective.schedule import NoiseSchedule
-    from .step.take import StepOutput, erasediff_step, neggrad_step, retrack_step, siss_step, vanilla_step
+    from .step.doors import (
+        erasediff_step,
+        method_step,
+        neggrad_step,
+        retrack_step,
+        siss_step,
+        vanilla_step,
+    )
+    from .step.take import StepOutput
 
 __version__ = "0.1.0"
 __all__ = [
@@ -38,6 +46,7 @@ __all__ = [
     "Vanilla",
     "erasediff_step",
     "functional",
+    "method_step",
     "near_copies",
     "neggrad_step",
     "nearest_neighbors",
@@ -55,14 +64,15 @@ _HOMES = {
     "objective.draws": ["Draws"],
     "objective.frequency": ["LowPass"],
     "objective.schedule": ["NoiseSchedule"],
-    "step.take": [
-        "StepOutput",
+    "step.doors": [
         "erasediff_step",
+        "method_step",
         "neggrad_step",
         "retrack_step",
         "siss_step",
         "vanilla_step",
     ],
+    "step.take": ["StepOutput"],
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

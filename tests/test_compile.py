@@ -26,7 +26,9 @@ from fastunlearn.host.precision import tf32
 from fastunlearn.methods import Batch
 from fastunlearn.objective.draws import CounterSource, Draws, complete
 from fastunlearn.step import compilation
+from fastunlearn.step.options import Settings
 from fastunlearn.step.take import take_step
+from fastunlearn.step.trained import look_at
 from fastunlearn.testing.budgets import assert_within_budget, relative_l2
 from fastunlearn.testing.checkpoints import tiny_unet
 from fastunlearn.testing.factories import TinyDenoiser, linear_schedule, redirect_inputs
@@ -78,7 +80,7 @@ def gradients(
     retain = redirect_inputs(rows, 1, dtype=dtype, seed=1).forget
     drawn = complete(
         Draws(),
-        method,
+        method.draws(),
         CounterSource(torch.tensor([0, 5, 0])),
         inputs.forget.float(),
         retain.float(),
@@ -98,7 +100,8 @@ def gradients(
         conditioning,
     )
     model = copy.deepcopy(model).to(device, dtype)
-    out = take_step(method, model, None, SCHEDULE, batch, drawn, compile=compile, **options)
+    trained = look_at(model, None, options.pop("grad_scaler", None), None)
+    out = take_step(trained, method, SCHEDULE, batch, drawn, Settings(compile=compile, **options))
     return out.loss.cpu(), torch.cat(
         [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
     ).cpu()

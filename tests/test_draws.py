@@ -70,7 +70,7 @@ def test_complete_draws_what_the_method_needs_and_keeps_what_is_given(dtype):
     given = torch.arange(3)
     draws = complete(
         Draws(forget_timesteps=given),
-        ReTrack(),
+        ReTrack().draws(),
         GeneratorSource(CPU, torch.Generator().manual_seed(0)),
         forget,
         retain,
@@ -86,7 +86,7 @@ def test_complete_draws_what_the_method_needs_and_keeps_what_is_given(dtype):
 @pytest.mark.parametrize("variant", ["mixture", "no_is", "bernoulli"])
 def test_a_siss_pair_shares_noise_and_timestep(variant):
     pair = torch.zeros(6, 1, 4, 4)
-    draws = complete(Draws(), SISS(variant=variant), counted(0, 0), pair, pair, 1000)
+    draws = complete(Draws(), SISS(variant=variant).draws(), counted(0, 0), pair, pair, 1000)
     assert draws.forget_noise is draws.retain_noise
     assert torch.equal(draws.forget_timesteps, draws.retain_timesteps)
     assert (draws.from_forget is None) == (variant == "no_is")
@@ -94,7 +94,7 @@ def test_a_siss_pair_shares_noise_and_timestep(variant):
 
 def test_erasediff_branches_are_drawn_apart():
     batch = torch.zeros(6, 1, 4, 4)
-    draws = complete(Draws(), EraseDiff(), counted(0, 0), batch, batch, 1000)
+    draws = complete(Draws(), EraseDiff().draws(), counted(0, 0), batch, batch, 1000)
     assert not torch.equal(draws.forget_noise.numbers(), draws.retain_noise.numbers())
     assert not torch.equal(draws.forget_timesteps, draws.retain_timesteps)
     assert draws.uniform_target.min() >= 0

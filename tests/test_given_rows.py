@@ -14,9 +14,7 @@ from fastunlearn.testing.factories import TinyDenoiser, linear_schedule
 
 SCHEDULE = linear_schedule()
 METHODS = [ReTrack(k=2), SISS(), SISS(variant="no_is"), EraseDiff(), NegGrad(), Vanilla()]
-CASES = [
-    (method, branch) for method in METHODS for branch in ("forget", "retain") if branch in method.batches
-]
+CASES = [(method, branch) for method in METHODS for branch in ("forget", "retain") if branch in method.needs]
 GENERATOR = torch.Generator().manual_seed(0)
 IMAGES = torch.randint(0, 256, (24, 1, 8, 8), generator=GENERATOR, dtype=torch.uint8)
 

@@ -376,7 +376,7 @@ METHODS = [ReTrack(k=2), SISS(), EraseDiff(), NegGrad(), Vanilla()]
 
 
 def given(method, timestep):
-    return Draws(**{name: one_is(timestep) for name in method.draws if name.endswith("timesteps")})
+    return Draws(**{name: one_is(timestep) for name in method.draws() if name.endswith("timesteps")})
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)

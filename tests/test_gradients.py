@@ -38,9 +38,8 @@ def combined(main, correction, combination, *, in_place, passes=1, unit=1.0, los
             ]
             if used:
                 accumulator.backward(
-                    role,
                     Sum.apply([value for value in values if value is not None], *used),
-                    torch.tensor(1 / passes, dtype=torch.float64),
+                    {role: torch.tensor(1 / passes, dtype=torch.float64)},
                 )
     return parameters, accumulator.finish()
 
@@ -133,9 +132,10 @@ def test_parameters_without_a_gradient_stay_without(pair, in_place):
 def test_a_correction_after_the_main_gradient_is_refused(pair):
     parameters = [nn.Parameter(torch.zeros(3, 2, dtype=torch.float64)) for _ in pair[0]]
     accumulator = accumulate.Accumulator(parameters, combine.Rescale(5.0), in_place=True)
-    accumulator.backward("retain", Sum.apply(pair[0], *parameters), torch.ones((), dtype=torch.float64))
+    one = torch.ones((), dtype=torch.float64)
+    accumulator.backward(Sum.apply(pair[0], *parameters), {"retain": one})
     with pytest.raises(RuntimeError, match="its passes come first"):
-        accumulator.backward("forget", Sum.apply(pair[1], *parameters), torch.ones((), dtype=torch.float64))
+        accumulator.backward(Sum.apply(pair[1], *parameters), {"forget": one})
 
 
 @pytest.mark.parametrize("max_norm", [None, 0.1, 1e9])

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from fastunlearn import SISS, Draws, siss_step
-from fastunlearn.methods import Batch, Pass, Term
+from fastunlearn.objective.protocol import Batch, Pass, Term
 from fastunlearn.step import accumulate
+from fastunlearn.step.arrange import finish
 from fastunlearn.testing.budgets import relative_l2
 from fastunlearn.testing.factories import TinyDenoiser, linear_schedule
 
@@ -33,7 +34,7 @@ def test_rows_are_grouped_by_the_gradients_that_need_them():
         (both, [1], {"forget", "retain"}),
         (retain, [0, 3], {"retain"}),
     ):
-        assert part.roles == roles
+        assert {term.role for term in part.terms} == roles
         assert (
             part.timesteps.tolist() == part.kwargs["labels"].tolist() == part.x_t[:, 0, 0, 0].tolist() == rows
         )
@@ -55,7 +56,7 @@ def test_other_passes_come_back_as_they_are():
     twice = Pass(
         torch.cat([whole.x_t, whole.x_t]),
         torch.arange(4),
-        (whole.terms[1], Term("retain", whole.x_t, torch.ones(2), start=2)),
+        (whole.terms[1], Term("retain", whole.x_t, torch.ones(2), rows=range(2, 4))),
     )
     nothing = a_pass([0.0, 0.0], [0.0, 0.0])
     assert twice.by_role() == [twice]
@@ -66,7 +67,7 @@ def test_terms_of_other_rows_are_told_apart():
     """ReTrack's two branches: on a CPU a call for each holds half the activations."""
     rows = torch.arange(5.0).view(-1, 1, 1, 1).expand(-1, 1, 8, 8)
     forget = Term("forget", rows[:2] + 0.25, torch.ones(2), spread=torch.tensor([7.0, 8.0]), scale=0.1)
-    retain = Term("retain", rows[2:] + 0.5, torch.ones(3), start=2, scale=0.9)
+    retain = Term("retain", rows[2:] + 0.5, torch.ones(3), rows=range(2, 5), scale=0.9)
     parts = Pass(rows, torch.arange(5), (forget, retain), {"labels": torch.arange(5)}).by_role()
     assert (
         [part.timesteps.tolist() for part in parts]
@@ -75,7 +76,7 @@ def test_terms_of_other_rows_are_told_apart():
     )
     for part, whole in zip(parts, (forget, retain), strict=True):
         (term,) = part.terms
-        assert (term.start, term.scale, term.role) == (0, whole.scale, whole.role)
+        assert (term.rows.start, term.scale, term.role) == (0, whole.scale, whole.role)
         torch.testing.assert_close(term.target, whole.target, rtol=0, atol=0)
     assert parts[0].terms[0].spread.tolist() == [7.0, 8.0]
 
@@ -165,7 +166,9 @@ def test_siss_needs_no_second_buffer_unless_several_passes_carry_both_gradients(
 
 def test_weights_that_count_for_nothing_are_zero():
     forget, retain, draws = far_apart()
-    (whole,) = SISS().compose(Batch(forget, retain), draws, linear_schedule())
+    method = SISS()
+    composed = method.compose(Batch(forget, retain), draws, linear_schedule())
+    (whole,), _ = finish(composed, method.combine, None)
     weights = {term.role: term.weight for term in whole.terms}
     assert (weights["forget"] == 0).tolist() == [False, True, False, False, True, False]
     assert (weights["retain"] == 0).tolist() == [True, False, False, False, False, False]

@@ -68,8 +68,7 @@ def mixtures_expectation(labelled, parameters):
     probability = torch.cat([(1 - LAMBD) * NODE_WEIGHTS, LAMBD * NODE_WEIGHTS])
     means = {}
     for term in whole.terms:
-        weight = term.weight * rows * (1 if term.unit is None else term.unit)
-        means[term.role] = (probability * weight * (prediction - term.target.flatten()).square()).sum()
+        means[term.role] = (probability * term.weight * (prediction - term.target.flatten()).square()).sum()
     return means
 
 
@@ -159,7 +158,7 @@ def weights(forget_kwargs, retain_kwargs, lambd=0.5, from_forget=FROM_FORGET):
         Batch(forget, retain, forget_kwargs=forget_kwargs, retain_kwargs=retain_kwargs), draws, SCHEDULE
     )
     terms = {term.role: term for term in whole.terms}
-    return 6 * terms["retain"].weight, 6 * terms["forget"].weight * terms["forget"].unit
+    return terms["retain"].weight, terms["forget"].weight
 
 
 def mixture_weights(lambd=0.5):

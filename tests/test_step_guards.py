@@ -25,6 +25,7 @@ from fastunlearn import (
 from fastunlearn import functional as F
 from fastunlearn.methods import Batch
 from fastunlearn.step import conditioning, trained
+from fastunlearn.step.arrange import finish
 from fastunlearn.testing.factories import Average, TinyDenoiser, linear_schedule, redirect_inputs
 
 SCHEDULE = linear_schedule()
@@ -150,8 +151,10 @@ def test_weights_at_the_end_of_float64_make_a_step():
     rho = float(SCHEDULE.alpha[300] / SCHEDULE.sigma[300])
     offset = (2 * 712.0) ** 0.5 / rho / 8  # ||retain - forget||^2 over 64 elements makes u = -712
     retain = torch.zeros(SHAPE)
-    (whole,) = SISS().compose(Batch(retain + offset, retain), draws, SCHEDULE)
-    assert 0 < whole.terms[0].unit < 1e-307
+    method = SISS()
+    composed = method.compose(Batch(retain + offset, retain), draws, SCHEDULE)
+    _, unit = finish(composed, method.combine, None)
+    assert 0 < unit.everyones < 1e-307
     model = TinyDenoiser()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     out = siss_step(model, optimizer, SCHEDULE, retain + offset, retain, draws=draws)

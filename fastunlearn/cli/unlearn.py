@@ -107,7 +107,7 @@ class Unlearn:
         optimizer, lr_scheduler, ema = optimization.build(model)
         unlearner = Unlearner(
             model, optimizer, NoiseSchedule.from_diffusers(scheduler), method, forget=forget, retain=retain,
-            neighbors=processes.by_first(lambda: _neighbors(forget, retain, method.k, private)) if "neighbors" in method.batches else None,
+            neighbors=processes.by_first(lambda: _neighbors(forget, retain, method.k, private)) if "neighbors" in method.needs else None,
             batch_size=optimization.train_batch_size, micro_batch_size=optimization.micro_batch_size, total_steps=optimization.max_train_steps, seed=flags.seed,
             autocast_dtype=autocast_dtype, grad_scaler=torch.amp.GradScaler(device.type, init_scale=2.0**10) if autocast_dtype == torch.float16 else None,
             max_grad_norm=optimization.max_grad_norm, ema=ema, lr_scheduler=lr_scheduler, allow_overlap=self.allow_overlap, compile=execution.compile_argument,
@@ -155,7 +155,7 @@ class Unlearn:
             ("forget", self.forget, {"forget"}),
             ("retain", self.retain, {"retain", "neighbors"}),
         ):
-            if not paths and reads & method.batches:
+            if not paths and reads & method.needs:
                 raise ValueError(
                     f"--{name}: expected at least one path with --method {self.method}, got none"
                 )

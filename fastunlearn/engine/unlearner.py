@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Literal
@@ -25,11 +25,13 @@ from ..neighbors.copies import NearCopyWarning, copies_among_neighbors
 from ..neighbors.nearest import check_neighbors, nearest_neighbors
 from ..objective import draws as draw
 from ..objective.draws import CounterSource, Draws, Purpose
+from ..objective.parameters import ParameterRule
 from ..objective.schedule import NoiseSchedule
 from ..step.agreement import check_agreement
 from ..step.compilation import Compile, compile_seconds, resolve_compile
-from ..step.take import StepOutput, check_options, take_step
-from ..step.trained import check_gradients, processes, trainable, unwrapped
+from ..step.options import Settings, check_reference, checked
+from ..step.take import StepOutput, take_step
+from ..step.trained import check_gradients, look_at, processes, trainable, unwrapped
 from ..step.wrappers import (
     check_update_is_due,
     check_wrappers,
@@ -89,6 +91,8 @@ class Unlearner:
             DistributedDataParallel.
         warn_of_near_copies: warn of first neighbours that show the forget row itself, compressed or resized:
             ReTrack would redirect it to itself. `near_copies` also finds those that are turned or mirrored.
+        reference_model: the network that the method compares with (preferences), called as `model` is.
+        rules: what else is done to gradients and weights (`objective.parameters.ParameterRule`).
         time_window, lowpass: not in this version; None.
 
     Raises:
@@ -121,6 +125,8 @@ class Unlearner:
         replay: bool | None = None,
         process_group: dist.ProcessGroup | None = None,
         warn_of_near_copies: bool = True,
+        reference_model: Callable | None = None,
+        rules: Sequence[ParameterRule] = (),
         time_window: None = None,
         lowpass: None = None,
     ):
@@ -132,10 +138,20 @@ class Unlearner:
         grad_scaler = grad_scaler_of(self._wrappers, grad_scaler)
         device = device_of(optimizer)
         autocast_dtype = resolve_autocast(autocast_dtype, device)
-        max_grad_norm, micro_batch_size = check_options(
-            model, schedule, max_grad_norm, micro_batch_size, autocast_dtype, grad_scaler,
-            compile=compile, process_group=process_group, time_window=time_window, lowpass=lowpass,
-        )  # fmt: skip
+        settings = checked(
+            model,
+            schedule,
+            max_grad_norm=max_grad_norm,
+            autocast_dtype=autocast_dtype,
+            micro_batch_size=micro_batch_size,
+            compile=compile,
+            rules=rules,
+            grad_scaler=grad_scaler,
+            process_group=process_group,
+            time_window=time_window,
+            lowpass=lowpass,
+        )
+        check_reference(method, model, reference_model)
         for around in (model, unwrapped(model)):
             refuse_elsewhere("model", around)
         trainable(unwrapped(model), optimizer)
@@ -162,29 +178,20 @@ class Unlearner:
         check_stores(method, forget, retain, allow_overlap=allow_overlap)
 
         self.model, self.optimizer, self.schedule, self.method = model, optimizer, schedule, method
-        self.batch_size, self.micro_batch_size, self.total_steps, self.seed = (
-            batch_size,
-            micro_batch_size,
-            total_steps,
-            seed,
-        )
-        self.keep_grad = keep_grad
-        self.autocast_dtype, self.max_grad_norm, self.grad_scaler, self.ema, self.lr_scheduler = (
-            autocast_dtype,
-            max_grad_norm,
-            grad_scaler,
-            ema,
-            lr_scheduler,
-        )
+        self.reference_model, self.rules = reference_model, settings.rules
+        self.batch_size, self.micro_batch_size = batch_size, settings.micro_batch_size
+        self.total_steps, self.seed = total_steps, seed
+        self.max_grad_norm, self.keep_grad = settings.max_grad_norm, keep_grad
+        self.autocast_dtype, self.grad_scaler = autocast_dtype, grad_scaler
+        self.ema, self.lr_scheduler = ema, lr_scheduler
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.device = device
         self.compile = resolve_compile(compile, unwrapped(model), self.device)
         self.process_group = processes(model, process_group)
-        self.rank, self.num_processes = (
-            (0, 1)
-            if self.process_group is None
-            else (dist.get_rank(self.process_group), dist.get_world_size(self.process_group))
-        )
+        self.rank, self.num_processes = 0, 1
+        if self.process_group is not None:
+            self.rank = dist.get_rank(self.process_group)
+            self.num_processes = dist.get_world_size(self.process_group)
         if batch_size % self.num_processes:
             raise ValueError(
                 f"batch_size: expected a multiple of the {self.num_processes} processes, got {batch_size}"
@@ -194,31 +201,30 @@ class Unlearner:
             raise TypeError(
                 f"model: expected float32 parameters, or autocast_dtype (stores serve float32 rows), got {self.parameters[0].dtype}"
             )
-        self.forget = forget if "forget" in method.batches else None
-        self.retain = retain if {"retain", "neighbors"} & method.batches else None
+        self.forget = forget if "forget" in method.needs else None
+        self.retain = retain if {"retain", "neighbors"} & method.needs else None
+        stores = {"forget": self.forget, "retain": self.retain}
+        self._stores = {branch: store for branch, store in stores.items() if store is not None}
+        self._sizes = {branch: len(store) for branch, store in self._stores.items()}
         self._feeds, self.neighbors = {}, None
         self.neighbor_rows: Tensor | None = None  # [N, k], in `retain`
-        if "neighbors" in method.batches:
+        if "neighbors" in method.needs:
             self.forget = self.forget.freeze()  # its distances to the neighbours are computed once
-        for branch, store in (("forget", self.forget), ("retain", self.retain)):
-            if store is not None:
-                rows_of_step = partial(
-                    draw.rows_of_step,
-                    self.rows_here,
-                    len(store),
-                    seed,
-                    self.rank * self.rows_here,
-                    Purpose[f"{branch.upper()}_ROWS"],
-                )
-                self._feeds[branch] = open_feed(
-                    store, self.device, rows_of_step, batch_size=self.rows_here, residency=residency
-                )
-        if "neighbors" in method.batches:
+        if self.forget is not None:
+            self._stores["forget"] = self.forget
+        for branch, store in self._stores.items():
+            purpose = Purpose[f"{branch.upper()}_ROWS"]
+            first_row = self.rank * self.rows_here
+            rows_of_step = partial(draw.rows_of_step, self.rows_here, len(store), seed, first_row, purpose)
+            self._feeds[branch] = open_feed(
+                store, self.device, rows_of_step, batch_size=self.rows_here, residency=residency
+            )
+        if "neighbors" in method.needs:
             index, sqdist = self._find_neighbors(neighbors, warn_of_near_copies and self.rank == 0)
             self.neighbor_rows = index
             self._neighbor_store, index = self._feeds["retain"].neighbors(index)
             self.neighbors = index, sqdist
-        # seed, step, position of this process's first row in the batch
+        # Seed, step, position of this process's first row in the batch.
         self._counter = torch.zeros(3, dtype=torch.int64, device=self.device)
         self._count_from(0)
         # Of the latest step, of the first parameter group; a tensor where it lies on the device.
@@ -289,14 +295,20 @@ class Unlearner:
         """
         with stage("draw"):
             batch, draws = self._draw(Draws() if draws is None else draws)
-        output = take_step(
-            self.method, self.model, self.optimizer, self.schedule, batch, draws,
-            max_grad_norm=self.max_grad_norm, autocast_dtype=self.autocast_dtype, grad_scaler=self.grad_scaler, micro_batch_size=self.micro_batch_size,
-            compile=self.compile, process_group=self.process_group, keep_grad=self.keep_grad,
-        )  # fmt: skip
+        trained = look_at(
+            self.model, self.optimizer, self.grad_scaler, self.process_group, keep_grad=self.keep_grad
+        )
+        trained = trained._replace(reference=self.reference_model)
+        output = take_step(trained, self.method, self.schedule, batch, draws, self._step_settings())
         self.skipped_steps += output.skipped
         self._counter[1].add_(1)
         return output
+
+    def _step_settings(self) -> Settings:
+        """Of this moment: a caller may change them between steps."""
+        return Settings(
+            self.max_grad_norm, self.autocast_dtype, self.micro_batch_size, self.compile, self.rules
+        )
 
     def _settings(self) -> tuple:
         """What `_step_on_device` reads on the host, and a caller could change."""
@@ -308,10 +320,8 @@ class Unlearner:
         return (
             self.method,
             id(self.schedule),
-            self.max_grad_norm,
-            self.micro_batch_size,
-            self.autocast_dtype,
-            self.compile,
+            id(self.reference_model),
+            self._step_settings(),
             self.rows_here,
             training,
         )
@@ -385,22 +395,23 @@ class Unlearner:
         source = CounterSource(self._counter)
         method = self.method
         forget = retain = neighbors = sqdist = None
-        if "forget" in method.batches:
+        if "forget" in method.needs:
             forget, rows = self._take("forget", draws.forget_rows, source)
             if self.neighbors is not None:
                 index, distances = self.neighbors
                 neighbors, sqdist = self._neighbor_store.lazy(index[rows]), distances[rows]
-        if "retain" in method.batches:
+        if "retain" in method.needs:
             retain, _ = self._take("retain", draws.retain_rows, source)
         outside = self._outside(draws)
         draws = replace(
-            draws, **{f"{branch}_rows": None for branch in ("forget", "retain") if branch in method.batches}
+            draws, **{f"{branch}_rows": None for branch in ("forget", "retain") if branch in method.needs}
         )
-        draw.validate(draws, method.draws, forget, retain, self.schedule)
-        draws = draw.complete(draws, method, source, forget, retain, len(self.schedule))
+        wanted = method.draws()
+        draw.validate(draws, wanted, forget, retain, self.schedule)
+        draws = draw.complete(draws, wanted, source, forget, retain, len(self.schedule))
         if outside is not None:
             draws = draw.without_timesteps(draws, outside)
-        return Batch(forget, retain, neighbors, sqdist), draws
+        return Batch(forget, retain, neighbors, sqdist, stores=self._stores, sizes=self._sizes), draws
 
     def _outside(self, draws: Draws) -> Tensor | None:
         """Whether a given row that nobody could look at is none of its store: 0-d bool, on the device."""
@@ -500,8 +511,8 @@ def check_stores(
             also stand in `retain`.
     """
     for name, store, needed in (
-        ("forget", forget, "forget" in method.batches),
-        ("retain", retain, bool({"retain", "neighbors"} & method.batches)),
+        ("forget", forget, "forget" in method.needs),
+        ("retain", retain, bool({"retain", "neighbors"} & method.needs)),
     ):
         if needed and not isinstance(store, ImageStore):
             raise TypeError(

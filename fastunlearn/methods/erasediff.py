@@ -5,9 +5,9 @@ from typing import ClassVar
 
 from .. import functional as F
 from ..host import check
-from ..objective import combine as combination
-from ..objective.draws import Draws
-from ..objective.protocol import Batch, Method, Pass, Term, mean_weight
+from ..objective.combine import Project
+from ..objective.draws import FORGET, RETAIN, Draw, Draws, Uniform
+from ..objective.protocol import Batch, Method, Pass, Term
 from ..objective.schedule import NoiseSchedule
 
 
@@ -23,32 +23,23 @@ class EraseDiff(Method):
 
     eta: float = 1e-3
     name: ClassVar[str] = "erasediff"
-    batches: ClassVar[frozenset[str]] = frozenset({"forget", "retain"})
-    draws: ClassVar[frozenset[str]] = frozenset(
-        {"forget_noise", "forget_timesteps", "retain_noise", "retain_timesteps", "uniform_target"}
-    )
+    needs: ClassVar[frozenset[str]] = frozenset({"forget", "retain"})
 
     def __post_init__(self):
         check.number("eta", self.eta, low=0)
 
+    def draws(self) -> dict[str, Draw]:
+        return FORGET | RETAIN | {"uniform_target": Uniform("forget")}
+
     @property
-    def combine(self) -> combination.Combination:
-        return combination.Project(self.eta)
+    def combine(self) -> Project:
+        return Project(self.eta)
 
     def compose(self, batch: Batch, draws: Draws, schedule: NoiseSchedule) -> list[Pass]:
         forget_x_t, _ = F.noised(batch.forget, draws.forget_noise, draws.forget_timesteps, schedule)
         retain_x_t, target = F.noised(batch.retain, draws.retain_noise, draws.retain_timesteps, schedule)
+        forget, retain = Term("forget", draws.uniform_target), Term("retain", target)
         return [
-            Pass(
-                forget_x_t,
-                draws.forget_timesteps,
-                (Term("forget", draws.uniform_target, mean_weight(batch.forget)),),
-                batch.forget_kwargs,
-            ),
-            Pass(
-                retain_x_t,
-                draws.retain_timesteps,
-                (Term("retain", target, mean_weight(batch.retain)),),
-                batch.retain_kwargs,
-            ),
+            Pass(forget_x_t, draws.forget_timesteps, (forget,), batch.forget_kwargs),
+            Pass(retain_x_t, draws.retain_timesteps, (retain,), batch.retain_kwargs),
         ]

@@ -5,8 +5,8 @@ from typing import ClassVar
 
 from .. import functional as F
 from ..host import check
-from ..objective.draws import Draws
-from ..objective.protocol import Batch, Method, Pass, Term, mean_weight
+from ..objective.draws import FORGET, Draw, Draws
+from ..objective.protocol import Batch, Method, Pass, Term
 from ..objective.schedule import NoiseSchedule
 
 
@@ -18,19 +18,15 @@ class NegGrad(Method):
 
     superfactor: float = 1.0
     name: ClassVar[str] = "neggrad"
-    batches: ClassVar[frozenset[str]] = frozenset({"forget"})
-    draws: ClassVar[frozenset[str]] = frozenset({"forget_noise", "forget_timesteps"})
+    needs: ClassVar[frozenset[str]] = frozenset({"forget"})
 
     def __post_init__(self):
         check.number("superfactor", self.superfactor, low=0, low_open=True)
 
+    def draws(self) -> dict[str, Draw]:
+        return FORGET
+
     def compose(self, batch: Batch, draws: Draws, schedule: NoiseSchedule) -> list[Pass]:
         x_t, target = F.noised(batch.forget, draws.forget_noise, draws.forget_timesteps, schedule)
-        return [
-            Pass(
-                x_t,
-                draws.forget_timesteps,
-                (Term("forget", target, mean_weight(x_t), scale=-self.superfactor),),
-                batch.forget_kwargs,
-            )
-        ]
+        forget = Term("forget", target, scale=-self.superfactor)
+        return [Pass(x_t, draws.forget_timesteps, (forget,), batch.forget_kwargs)]

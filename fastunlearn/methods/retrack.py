@@ -7,8 +7,9 @@ import torch
 
 from .. import functional as F
 from ..host import check
-from ..objective.draws import Draws
-from ..objective.protocol import Batch, Method, Pass, Term, concatenate, mean_weight
+from ..objective.conditioning import concatenate
+from ..objective.draws import FORGET, RETAIN, Draw, Draws
+from ..objective.protocol import Batch, Method, Pass, Term
 from ..objective.schedule import NoiseSchedule
 
 
@@ -36,17 +37,15 @@ class ReTrack(Method):
         check.number("lambd", self.lambd, low=0, high=1)
 
     @property
-    def batches(self) -> frozenset[str]:
-        return frozenset({"forget", "neighbors"} | ({"retain"} if self.lambd < 1 else set()))
+    def needs(self) -> frozenset[str]:
+        sets = {"forget", "neighbors"}
+        return frozenset(sets if self.lambd == 1 else sets | {"retain"})
 
-    @property
-    def draws(self) -> frozenset[str]:
-        return frozenset(
-            {"forget_noise", "forget_timesteps"}
-            | ({"retain_noise", "retain_timesteps"} if self.lambd < 1 else set())
-        )
+    def draws(self) -> dict[str, Draw]:
+        return FORGET if self.lambd == 1 else FORGET | RETAIN
 
     def compose(self, batch: Batch, draws: Draws, schedule: NoiseSchedule) -> list[Pass]:
+        # sum_j p_j ||e - v_j||^2 = ||e - sum_j p_j v_j||^2 + spread (section 3.4 with one target in place of k)
         redirected = F.redirect(
             batch.forget,
             batch.neighbors,
@@ -55,14 +54,17 @@ class ReTrack(Method):
             schedule,
             sqdist=batch.sqdist,
         )
-        forget = Term(
-            "forget", redirected.target, mean_weight(batch.forget), spread=redirected.spread, scale=self.lambd
-        )
+        forget = Term("forget", redirected.target, spread=redirected.spread, scale=self.lambd)
         if self.lambd == 1:
             return [Pass(redirected.x_t, draws.forget_timesteps, (forget,), batch.forget_kwargs)]
         x_t, target = F.noised(batch.retain, draws.retain_noise, draws.retain_timesteps, schedule)
-        retain = Term(
-            "retain", target, mean_weight(batch.retain), start=len(batch.forget), scale=1 - self.lambd
-        )
-        rows = torch.cat([redirected.x_t, x_t]), torch.cat([draws.forget_timesteps, draws.retain_timesteps])
-        return [Pass(*rows, (forget, retain), concatenate(batch.forget_kwargs, batch.retain_kwargs))]
+        first, last = len(batch.forget), len(batch.forget) + len(batch.retain)
+        retain = Term("retain", target, rows=range(first, last), scale=1 - self.lambd)
+        return [
+            Pass(
+                torch.cat([redirected.x_t, x_t]),
+                torch.cat([draws.forget_timesteps, draws.retain_timesteps]),
+                (forget, retain),
+                concatenate(batch.forget_kwargs, batch.retain_kwargs),
+            )
+        ]

@@ -11,12 +11,14 @@ from .. import functional as F
 from ..host import check
 from ..host.philox import Noise
 from ..host.store import Rows
-from ..objective import combine as combination
-from ..objective.draws import Draws
-from ..objective.protocol import Batch, Method, Pass, Term, map_tensors, mean_weight
+from ..objective.combine import Rescale
+from ..objective.conditioning import map_tensors
+from ..objective.draws import FORGET, Bernoulli, Draw, Draws, Same
+from ..objective.protocol import Batch, Method, Pass, Term
 from ..objective.schedule import NoiseSchedule
 
-SMALLEST_RELATIVE_WEIGHT = 1e-12
+# One noise and one timestep for a pair.
+PAIR = FORGET | {"retain_timesteps": Same("forget_timesteps"), "retain_noise": Same("forget_noise")}
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,7 @@ class SISS(Method):
     scaling_norm: float = 5.0
     variant: Literal["mixture", "no_is", "bernoulli"] = "mixture"
     name: ClassVar[str] = "siss"
-    batches: ClassVar[frozenset[str]] = frozenset({"forget", "retain"})
-    shared_draws: ClassVar[bool] = True
+    needs: ClassVar[frozenset[str]] = frozenset({"forget", "retain"})
 
     def __post_init__(self):
         check.one_of("variant", self.variant, ("mixture", "no_is", "bernoulli"))
@@ -60,27 +61,25 @@ class SISS(Method):
                 f"lambd: expected a number in (0, 1) for the variant 'bernoulli', got {self.lambd!r}"
             )
 
-    @property
-    def draws(self) -> frozenset[str]:
-        both = {"forget_noise", "forget_timesteps", "retain_noise", "retain_timesteps"}
-        return frozenset(both if self.variant == "no_is" else both | {"from_forget"})
+    def draws(self) -> dict[str, Draw]:
+        if self.variant == "no_is":
+            return PAIR
+        return PAIR | {"from_forget": Bernoulli("forget", self.lambd)}
 
     @property
-    def forget_probability(self) -> float:
-        return self.lambd
-
-    @property
-    def combine(self) -> combination.Combination:
-        return combination.Rescale(self.scaling_norm)
+    def combine(self) -> Rescale:
+        return Rescale(self.scaling_norm)
 
     def compose(self, batch: Batch, draws: Draws, schedule: NoiseSchedule) -> list[Pass]:
         if batch.forget.shape != batch.retain.shape:
             raise ValueError(
                 f"forget: expected the shape of retain, {tuple(batch.retain.shape)} (SISS works on pairs), got {tuple(batch.forget.shape)}"
             )
-        return {"mixture": self._mixture, "no_is": self._two_forwards, "bernoulli": self._bernoulli}[
-            self.variant
-        ](batch, draws, schedule)
+        if self.variant == "mixture":
+            return self._mixture(batch, draws, schedule)
+        if self.variant == "bernoulli":
+            return self._bernoulli(batch, draws, schedule)
+        return self._two_forwards(batch, draws, schedule)
 
     def _mixture(self, batch: Batch, draws: Draws, schedule: NoiseSchedule) -> list[Pass]:
         noise, timesteps, kwargs = _picked(batch, draws)
@@ -89,15 +88,9 @@ class SISS(Method):
             self._check_possible(ratio)
         arguments = batch.retain, batch.forget, noise, timesteps, schedule, self.lambd, draws.from_forget
         sample = F.mixture(*arguments, time_log_ratio=ratio)
-        # The rescaling cancels a common factor of the forget weights. Taking it out keeps tiny weights out of
-        # float32's subnormal numbers.
-        unit = sample.forget_weight.amax()
-        relative = _without_negligible(
-            sample.forget_weight / torch.where(unit > 0, unit, torch.ones_like(unit))
-        )
         terms = (
-            Term("forget", sample.forget_target, relative / len(relative), unit=unit),
-            Term("retain", sample.retain_target, _without_negligible(sample.retain_weight) / len(relative)),
+            Term("forget", sample.forget_target, sample.forget_weight),
+            Term("retain", sample.retain_target, sample.retain_weight),
         )
         return [Pass(sample.x_t, timesteps, terms, kwargs)]
 
@@ -119,16 +112,12 @@ class SISS(Method):
             images.gather() if isinstance(images, Rows) else images for images in (batch.forget, batch.retain)
         )
         x_t, target = F.noised(_where(draws.from_forget, forget, retain), noise, timesteps, schedule)
-        from_forget = draws.from_forget.to(mean_weight(x_t).dtype) / len(x_t)
-        from_retain = (~draws.from_forget).to(from_forget.dtype) / (len(x_t) * (1 - self.lambd))
-        return [
-            Pass(
-                x_t,
-                timesteps,
-                (Term("forget", target, from_forget), Term("retain", target, from_retain)),
-                kwargs,
-            )
-        ]
+        # The papers divide the retain term by the expected share of its rows, and the forget term by 1.
+        terms = (
+            Term("forget", target, draws.from_forget),
+            Term("retain", target, ~draws.from_forget, over=len(x_t) * (1 - self.lambd)),
+        )
+        return [Pass(x_t, timesteps, terms, kwargs)]
 
     def _two_forwards(self, batch: Batch, draws: Draws, schedule: NoiseSchedule) -> list[Pass]:
         forget_x_t, forget_target = F.noised(
@@ -137,30 +126,11 @@ class SISS(Method):
         retain_x_t, retain_target = F.noised(
             batch.retain, draws.retain_noise, draws.retain_timesteps, schedule
         )
+        forget, retain = Term("forget", forget_target), Term("retain", retain_target)
         return [
-            Pass(
-                forget_x_t,
-                draws.forget_timesteps,
-                (Term("forget", forget_target, mean_weight(batch.forget)),),
-                batch.forget_kwargs,
-            ),
-            Pass(
-                retain_x_t,
-                draws.retain_timesteps,
-                (Term("retain", retain_target, mean_weight(batch.retain)),),
-                batch.retain_kwargs,
-            ),
+            Pass(forget_x_t, draws.forget_timesteps, (forget,), batch.forget_kwargs),
+            Pass(retain_x_t, draws.retain_timesteps, (retain,), batch.retain_kwargs),
         ]
-
-
-def _without_negligible(weight: Tensor) -> Tensor:
-    """`weight` `[B]` with zero where a row counts for less than 1e-12 of the heaviest: at most timesteps one
-    of a row's two weights does.
-
-    Subnormal gradients would slow a CPU down threefold, and a row of weight zero needs no backward pass
-    (`Pass.by_role`).
-    """
-    return torch.where(weight < SMALLEST_RELATIVE_WEIGHT * weight.amax(), torch.zeros_like(weight), weight)
 
 
 def _picked(batch: Batch, draws: Draws) -> tuple[Tensor | Noise, Tensor, dict]:

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from .. import functional as F
-from ..objective.draws import Draws
-from ..objective.protocol import Batch, Method, Pass, Term, mean_weight
+from ..objective.draws import RETAIN, Draw, Draws
+from ..objective.protocol import Batch, Method, Pass, Term
 from ..objective.schedule import NoiseSchedule
 
 
@@ -14,13 +14,11 @@ class Vanilla(Method):
     """Naive deletion: go on training on the retain set, `E ||eps - eps_theta(x_t, t)||^2` (methods.md C)."""
 
     name: ClassVar[str] = "vanilla"
-    batches: ClassVar[frozenset[str]] = frozenset({"retain"})
-    draws: ClassVar[frozenset[str]] = frozenset({"retain_noise", "retain_timesteps"})
+    needs: ClassVar[frozenset[str]] = frozenset({"retain"})
+
+    def draws(self) -> dict[str, Draw]:
+        return RETAIN
 
     def compose(self, batch: Batch, draws: Draws, schedule: NoiseSchedule) -> list[Pass]:
         x_t, target = F.noised(batch.retain, draws.retain_noise, draws.retain_timesteps, schedule)
-        return [
-            Pass(
-                x_t, draws.retain_timesteps, (Term("retain", target, mean_weight(x_t)),), batch.retain_kwargs
-            )
-        ]
+        return [Pass(x_t, draws.retain_timesteps, (Term("retain", target),), batch.retain_kwargs)]

@@ -58,6 +58,62 @@ class Purpose(IntEnum):
     RETAIN_POSTERIOR = 9
 
 
+@dataclass(frozen=True)
+class Time:
+    """Timesteps `[B]` of a branch, uniform over the schedule."""
+
+    branch: str  # "forget" or "retain"
+
+    def draw(self, source, purpose: Purpose, batch: Tensor | Rows, num_timesteps: int) -> Tensor:
+        return source.integers(len(batch), num_timesteps, purpose)
+
+
+@dataclass(frozen=True)
+class Normal:
+    """Standard normal noise in the shape and dtype of a branch's images."""
+
+    branch: str
+
+    def draw(self, source, purpose: Purpose, batch: Tensor | Rows, num_timesteps: int) -> Tensor | Noise:
+        return source.noise(batch.shape, purpose, batch.dtype)
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Numbers in [0, 1) in the shape and dtype of a branch's images."""
+
+    branch: str
+
+    def draw(self, source, purpose: Purpose, batch: Tensor | Rows, num_timesteps: int) -> Tensor:
+        return source.uniform(batch.shape, purpose, batch.dtype)
+
+
+@dataclass(frozen=True)
+class Bernoulli:
+    """True with a probability: bool `[B]` for the rows of a branch."""
+
+    branch: str
+    probability: float
+
+    def draw(self, source, purpose: Purpose, batch: Tensor | Rows, num_timesteps: int) -> Tensor:
+        # 0 is drawn once in 2^24, and must not count as a hit where nothing is wanted.
+        return (source.uniform((len(batch),), purpose) <= self.probability) & (self.probability > 0)
+
+
+@dataclass(frozen=True)
+class Same:
+    """What another field of `Draws` has: one noise, one timestep for a pair. Given for one, it is both's."""
+
+    name: str
+
+
+Draw = Time | Normal | Uniform | Bernoulli | Same
+
+# What most methods draw for a branch. The order is that of the numbers that a generator gives.
+FORGET: dict[str, Draw] = {"forget_timesteps": Time("forget"), "forget_noise": Normal("forget")}
+RETAIN: dict[str, Draw] = {"retain_timesteps": Time("retain"), "retain_noise": Normal("retain")}
+
+
 class GeneratorSource:
     """Numbers from a torch generator (None: torch's global one), in the order in which they are asked for."""
 
@@ -109,36 +165,30 @@ def rows_of_step(count: int, high: int, seed: int, first_row: int, purpose: Purp
 
 def complete(
     draws: Draws,
-    method,
+    wanted: dict[str, Draw],
     source: GeneratorSource | CounterSource,
     forget: Tensor | Rows | None,
     retain: Tensor | Rows | None,
     num_timesteps: int,
 ) -> Draws:
-    """`draws` with every number that `method` needs: noise in the shape and dtype of the batches `[B, C, H,
-    W]`, timesteps uniform over the schedule.
+    """`draws` with every number that is `wanted`, drawn in that order.
 
-    Where a pair has one noise and one timestep (`method.shared_draws`), what one branch has serves the other.
+    Noise has the shape and dtype of the batches `[B, C, H, W]`; timesteps are uniform over the schedule.
     """
-    drawn: dict[str, Tensor] = {}
-    for branch, batch, twin in (("forget", forget, "retain"), ("retain", retain, "forget")):
-        for what in ("timesteps", "noise"):
-            name, known = f"{branch}_{what}", drawn.get(f"{twin}_{what}", getattr(draws, f"{twin}_{what}"))
-            if name not in method.draws or getattr(draws, name) is not None:
-                continue
-            if method.shared_draws and known is not None:
-                drawn[name] = known
-            elif what == "timesteps":
-                drawn[name] = source.integers(len(batch), num_timesteps, Purpose[name.upper()])
-            else:
-                drawn[name] = source.noise(batch.shape, Purpose[name.upper()], batch.dtype)
-    if "from_forget" in method.draws and draws.from_forget is None:
-        uniform = source.uniform((len(forget),), Purpose.FROM_FORGET)
-        # 0 is drawn once in 2^24
-        drawn["from_forget"] = (uniform <= method.forget_probability) & (method.forget_probability > 0)
-    if "uniform_target" in method.draws and draws.uniform_target is None:
-        drawn["uniform_target"] = source.uniform(forget.shape, Purpose.UNIFORM_TARGET, forget.dtype)
-    return replace(draws, **drawn)
+    batches = {"forget": forget, "retain": retain}
+    known = {name: getattr(draws, name) for name in wanted}
+    for name, how in wanted.items():
+        if known[name] is not None:
+            continue
+        # Where two are the same, the one that is given or drawn serves the other.
+        twins = [twin for twin, other in wanted.items() if other == Same(name) and known[twin] is not None]
+        if twins:
+            known[name] = known[twins[0]]
+        elif isinstance(how, Same):
+            known[name] = known[how.name]
+        else:
+            known[name] = how.draw(source, Purpose[name.upper()], batches[how.branch], num_timesteps)
+    return replace(draws, **known)
 
 
 def without_timesteps(draws: Draws, wanted: Tensor) -> Draws:
@@ -153,7 +203,7 @@ def without_timesteps(draws: Draws, wanted: Tensor) -> Draws:
 
 def validate(
     draws: Draws,
-    needs: frozenset[str],
+    wanted: dict[str, Draw],
     forget: Tensor | Rows | None,
     retain: Tensor | Rows | None,
     schedule: NoiseSchedule,
@@ -163,10 +213,10 @@ def validate(
     Timesteps that `schedule` cannot train at are refused where they can be read; elsewhere their step is not
     finite, and skipped.
     """
-    unused = draws.given() - needs
+    unused = draws.given() - wanted.keys()
     if unused:
         raise ValueError(
-            f"draws: expected only {', '.join(sorted(needs))} for this method, got {', '.join(sorted(unused))} too"
+            f"draws: expected only {', '.join(sorted(wanted))} for this method, got {', '.join(sorted(unused))} too"
         )
     for branch, batch in (("forget", forget), ("retain", retain)):
         noise, timesteps = getattr(draws, f"{branch}_noise"), getattr(draws, f"{branch}_timesteps")

@@ -1,28 +1,31 @@
-"""What a method tells the step: network calls, and weighted regressions on their outputs."""
+"""What a method tells the step: network calls, regressions on their outputs, and what becomes of them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from numbers import Number
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ..host import check as _check
-from ..host.store import Rows
-from . import combine as combination
-from .draws import Draws
+from ..host import check
+from ..host.store import ImageStore, Rows
+from .combine import Combination, Sum
+from .conditioning import map_tensors
+from .draws import Draw, Draws
+from .frequency import LowPass
 from .schedule import NoiseSchedule
 
-Role = Literal["retain", "forget"]
-CONSTANTS = (str, Number, np.bool_, type(None))  # what conditioning has beside tensors; bool is a Number
+# A weight below this share of the heaviest counts as 0.
+SMALLEST_RELATIVE_WEIGHT = 1e-12
+ROLES = ("forget", "retain")
+NEEDS = ("forget", "retain", "neighbors", "reference", "stores", "sizes")
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What a step works on. Conditioning (`*_kwargs`): tensors, batch first, `CONSTANTS`, dicts of them."""
+    """What a step works on. Conditioning (`*_kwargs`): tensors, batch first, constants, dicts of them."""
 
     forget: Tensor | Rows | None = None  # [B, C, H, W]
     retain: Tensor | Rows | None = None  # [B, C, H, W]
@@ -30,117 +33,200 @@ class Batch:
     sqdist: Tensor | None = None  # [B, K] float64
     forget_kwargs: dict[str, Any] = field(default_factory=dict)
     retain_kwargs: dict[str, Any] = field(default_factory=dict)
+    stores: Mapping[str, ImageStore] = field(default_factory=dict)  # whole sets, for methods that need them
+    sizes: Mapping[str, int] = field(default_factory=dict)  # rows of the whole forget and retain set
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """A target that a network predicts for the noisy images of the term itself; it has no graph.
+
+    Args:
+        by: `"model"`, the network that is trained, as it is before the update; `"reference"`, the other one.
+        kwargs: conditioning of the term's rows, in place of that of the pass; None: the same.
+    """
+
+    by: Literal["model", "reference"]
+    kwargs: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
 class Term:
-    """`scale * mean_b weight_b (||prediction_b - target_b||^2 + spread_b)` over the rows `start..start + B`
-    of a pass.
+    """A regression on some rows of a pass.
+
+    Without an `objective` of its own, a method's term adds to a gradient
+    `scale * sum_b weight_b (||prediction_b - target_b||^2 + spread_b) / over`.
+
+    Args:
+        role: what its loss is reported as, `"forget"` or `"retain"`.
+        target: `[B, C, H, W]`, or who predicts it.
+        weight: `[B]`, what each row counts: bool, or a float >= 0, of which one below 1e-12 of the largest
+            counts as 0. None: all count 1.
+        over: what the weighted sum is divided by; None: B, the rows of the term in the whole batch.
+        rows: of the pass; None: as many as the target has, from the first on.
+        spread: `[B]`, added to the losses; it has no gradient.
+        scale: a constant factor of the term; below 0, predictions are pushed away from the target.
+        gradient: to which of the combination's gradients the term belongs; None: `"total"`, or, where two are
+            kept apart, that of its role.
+        band: the spatial frequencies of the residual that count; None: all.
     """
 
-    role: Role  # which of the two gradients it belongs to, for methods that keep them apart
-    target: Tensor  # [B, C, H, W]
-    weight: Tensor  # [B], already divided by the rows of the whole batch
-    start: int = 0
-    spread: Tensor | None = None  # [B]
+    role: str
+    target: Tensor | Predicted
+    weight: Tensor | None = None
+    over: float | None = None
+    rows: range | None = None
+    spread: Tensor | None = None
     scale: float = 1.0
-    # 0-d, >= 0: the weights were divided by it (0: they are 0), so that tiny ones survive float32; it cancels
-    # in a rescaling
-    unit: Tensor | None = None
+    gradient: str | None = None
+    band: LowPass | None = None
 
-    @property
-    def stop(self) -> int:
-        return self.start + len(self.target)
-
-    def rows(self, start: int, stop: int) -> Term | None:
-        """The part of the term on the pass rows `start..stop`, counted from `start`; None if there is none."""
-        first, last = max(start, self.start), min(stop, self.stop)
-        if first >= last:
-            return None
-        own = slice(first - self.start, last - self.start)
-        spread = None if self.spread is None else self.spread[own]
+    def at(self, rows: range, own: Tensor | slice) -> Term:
+        """The term on its rows `own` alone, which are `rows` of another pass."""
         return replace(
-            self, target=self.target[own], weight=self.weight[own], spread=spread, start=first - start
+            self,
+            rows=rows,
+            target=_at(self.target, own),
+            weight=None if self.weight is None else self.weight[own],
+            spread=None if self.spread is None else self.spread[own],
         )
+
+
+def _at(target: Tensor | Predicted, own: Tensor | slice) -> Tensor | Predicted:
+    if isinstance(target, Tensor):
+        return target[own]
+    if target.kwargs is None:
+        return target
+    return replace(target, kwargs=map_tensors(lambda value: value[own], target.kwargs))
+
+
+Coupling = Literal["row", "pair", "batch"]
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One call of the network, and the regressions on its output."""
+    """One call of the network, and the regressions on its output.
+
+    Args:
+        coupled: which rows a method's `objective` ties together, so that none of them may be missing when it
+            is asked: `"row"`, none; `"pair"`, the b-th rows of all terms, which are equally long; `"batch"`,
+            all rows. A method without an objective of its own ties none.
+    """
 
     x_t: Tensor  # [R, C, H, W]
     timesteps: Tensor  # [R] int64
     terms: tuple[Term, ...]
     kwargs: dict[str, Any] = field(default_factory=dict)
+    coupled: Coupling = "row"
+
+    def __post_init__(self) -> None:
+        if any(term.rows is None for term in self.terms):
+            terms = tuple(_with_rows(term, len(self.x_t)) for term in self.terms)
+            object.__setattr__(self, "terms", terms)
 
     @property
-    def roles(self) -> set[Role]:
-        return {term.role for term in self.terms}
+    def gradients(self) -> set[str]:
+        """Those that its terms belong to."""
+        return {term.gradient for term in self.terms}
+
+    def only(self, rows: range) -> Pass:
+        """The work on some neighbouring rows."""
+        return self._slice(rows.start, rows.stop)
 
     def split(self, rows: int | None) -> list[Pass]:
-        """The same work in calls of at most `rows` rows."""
+        """The same work in calls of at most `rows` rows, in order."""
         if rows is None or rows >= len(self.x_t):
             return [self]
+        starts = range(0, len(self.x_t), rows)
+        return [self._slice(start, min(start + rows, len(self.x_t))) for start in starts]
+
+    def split_pairs(self, rows: int | None) -> list[Pass]:
+        """The same work in calls of at most `rows` rows, each with whole pairs: the terms, which share no
+        rows, are split at the same places.
+        """
+        pairs = len(self.terms[0].rows)
+        if rows is None or rows >= len(self.x_t):
+            return [self]
+        step = rows // len(self.terms)
         parts = []
-        for start in range(0, len(self.x_t), rows):
-            stop = min(start + rows, len(self.x_t))
-            terms = tuple(part for term in self.terms if (part := term.rows(start, stop)) is not None)
-            kwargs = map_tensors(lambda value, at=slice(start, stop): value[at], self.kwargs)
-            parts.append(Pass(self.x_t[start:stop], self.timesteps[start:stop], terms, kwargs))
+        for start in range(0, pairs, step):
+            own = range(start, min(start + step, pairs))
+            at = torch.cat(
+                [torch.arange(term.rows[own.start], term.rows[own.stop - 1] + 1) for term in self.terms]
+            ).to(self.x_t.device)
+            terms = tuple(
+                term.at(range(number * len(own), (number + 1) * len(own)), slice(own.start, own.stop))
+                for number, term in enumerate(self.terms)
+            )
+            parts.append(self._select(at, terms))
         return parts
 
     def by_role(self) -> list[Pass]:
         """The same work in up to three calls: rows that only the forget terms need, rows that both need, rows
         that only the retain terms need.
 
-        A row outside a term, or of weight zero in it, takes no backward pass for it; and several small calls
-        hold fewer activations than a large one. How many rows there are of each kind is data, so this is for
-        CPUs, where reading it is no wait. A pass with two terms of a role comes back as it is.
+        A row outside of a term, or of weight zero in it, takes no backward pass for it; and several small
+        calls hold fewer activations than a large one. How many rows there are of each kind is data, so this
+        is for CPUs, where reading it is no wait. A pass with two terms of a role comes back as it is.
         """
-        if len({term.role for term in self.terms}) < len(self.terms):
+        roles = [term.role for term in self.terms]
+        if len(set(roles)) < len(roles) or not set(roles) <= set(ROLES):
             return [self]
         needed = {
-            term.role: {term.start + row for row, weight in enumerate(term.weight.tolist()) if weight != 0}
+            term.role: {
+                row for row, weight in zip(term.rows, term.weight.tolist(), strict=True) if weight != 0
+            }
             for term in self.terms
         }
         parts = []
-        for roles in ({"forget"}, {"forget", "retain"}, {"retain"}):
+        for wanted in ({"forget"}, {"forget", "retain"}, {"retain"}):
             rows = [
                 row
                 for row in range(len(self.x_t))
-                if {role for role in needed if row in needed[role]} == roles
+                if {role for role in needed if row in needed[role]} == wanted
             ]
             if rows:
-                parts.append(self._select(rows, roles))
+                parts.append(self._rows_of(rows, wanted))
         return parts or [self]
 
-    def _select(self, rows: list[int], roles: set[str]) -> Pass:
+    def _rows_of(self, rows: list[int], roles: set[str]) -> Pass:
+        terms = [term for term in self.terms if term.role in roles]
         if len(rows) == len(self.x_t):
-            return replace(self, terms=tuple(term for term in self.terms if term.role in roles))
-        at, terms = torch.tensor(rows), []
+            return replace(self, terms=tuple(terms))
+        at = torch.tensor(rows)
+        everything = range(len(rows))
+        return self._select(at, tuple(term.at(everything, at - term.rows.start) for term in terms))
+
+    def _slice(self, start: int, stop: int) -> Pass:
+        terms = []
         for term in self.terms:
-            if term.role in roles:
-                own = at - term.start
-                spread = None if term.spread is None else term.spread[own]
-                terms.append(
-                    replace(term, target=term.target[own], weight=term.weight[own], spread=spread, start=0)
-                )
-        return Pass(
-            self.x_t[at], self.timesteps[at], tuple(terms), map_tensors(lambda value: value[at], self.kwargs)
-        )
+            first, last = max(start, term.rows.start), min(stop, term.rows.stop)
+            if first < last:
+                own = slice(first - term.rows.start, last - term.rows.start)
+                terms.append(term.at(range(first - start, last - start), own))
+        return self._select(slice(start, stop), tuple(terms))
+
+    def _select(self, at: Tensor | slice, terms: tuple[Term, ...]) -> Pass:
+        kwargs = map_tensors(lambda value: value[at], self.kwargs)
+        return Pass(self.x_t[at], self.timesteps[at], terms, kwargs, self.coupled)
+
+
+def _with_rows(term: Term, rows_of_pass: int) -> Term:
+    if term.rows is not None:
+        return term
+    count = len(term.target) if isinstance(term.target, Tensor) else rows_of_pass
+    return replace(term, rows=range(count))
 
 
 class Method:
-    """Base of the methods.
+    """Base of the methods: frozen dataclasses of hyperparameters. Nothing else asks which one it has.
 
-    Subclasses are frozen dataclasses; nothing else in the package asks which one it has.
+    A subclass says what it `needs`, what it `draws`, what it makes of a batch (`compose`), perhaps what it
+    makes of the losses (`objective`), and how its gradients become one (`combine`).
     """
 
     name: ClassVar[str]
-    batches: ClassVar[frozenset[str]]  # of "forget", "retain", "neighbors": what `compose` reads
-    draws: ClassVar[frozenset[str]]  # fields of Draws that `compose` reads
-    shared_draws: ClassVar[bool] = False  # one noise and one timestep for a forget-retain pair
-    forget_probability: float = 0.0  # of `from_forget`
+    needs: ClassVar[frozenset[str]]  # of `NEEDS`: what `compose` and `objective` read
 
     def __init_subclass__(cls, **options) -> None:
         """Numbers that numpy or torch made become Python's before `__post_init__` checks them.
@@ -148,13 +234,13 @@ class Method:
         No method has to think of it.
         """
         super().__init_subclass__(**options)
-        check = cls.__post_init__
+        check_own = cls.__post_init__
 
         def check_plain_numbers(self, *given) -> None:
             for hyperparameter in fields(self):
                 value = getattr(self, hyperparameter.name)
-                object.__setattr__(self, hyperparameter.name, _check.scalar(hyperparameter.name, value))
-            check(self, *given)
+                object.__setattr__(self, hyperparameter.name, check.scalar(hyperparameter.name, value))
+            check_own(self, *given)
 
         cls.__post_init__ = check_plain_numbers
 
@@ -162,70 +248,45 @@ class Method:
         """Refuses hyperparameters that make no sense."""
 
     @property
-    def combine(self) -> combination.Combination | None:
-        """How the gradient of the terms of role `"forget"`, kept apart, joins that of the others; None: all
-        terms are one gradient.
-        """
-        return None
+    def combine(self) -> Combination:
+        """How the gradients of a step become one."""
+        return Sum()
+
+    def draws(self) -> dict[str, Draw]:
+        """The fields of `Draws` that `compose` reads, and how each is drawn, in this order."""
+        raise NotImplementedError
 
     def compose(self, batch: Batch, draws: Draws, schedule: NoiseSchedule) -> list[Pass]:
         """The network calls of a step. `draws` is complete."""
         raise NotImplementedError
 
+    def objective(
+        self, losses: dict[str, Tensor], reference: dict[str, Tensor]
+    ) -> dict[str, dict[str, Tensor]]:
+        """What is descended, where it is more than a weighted sum of the losses.
 
-def mean_weight(batch: Tensor | Rows) -> Tensor:
-    """`[B]`, the weight 1 / B of a plain mean over the batch."""
-    return torch.full(
-        (len(batch),),
-        1 / len(batch),
-        device=batch.device,
-        dtype=torch.promote_types(batch.dtype, torch.float32),
-    )
+        Args:
+            losses: for each role the losses of its rows, `||prediction - target||^2 + spread`, `[B]` float32
+                or better, differentiable. `weight`, `over` and `scale` of the terms are not in them.
+            reference: the same of the reference network, constants; `{}` where the method needs none.
+
+        Returns:
+            For each gradient, for each role its contributions, one a row: each role's are averaged over its
+            rows, in all micro-batches and processes. Where rows are not tied together (`Pass.coupled`),
+            it is asked for the rows of one call of the network at a time, whose roles may be some of all.
+        """
+        raise NotImplementedError
 
 
-def map_tensors(function, first: dict[str, Any], *others: dict[str, Any]) -> dict[str, Any]:
-    """`function` on corresponding tensors of nested dicts. Everything else stays as it is.
+def has_own_objective(method: Method) -> bool:
+    """Whether the losses are more to `method` than summands with known weights."""
+    return type(method).objective is not Method.objective
 
-    Raises:
-        ValueError: the dicts have different keys, tensors that differ by more than their rows, or something
-            else that differs: rows that share a call of the network share all but their tensors.
-        TypeError: an entry is none of these, or not the same kind of thing in all dicts.
+
+def without_negligible(weight: Tensor) -> Tensor:
+    """`weight` `[B]` with zero where a row counts for less than 1e-12 of the heaviest: at most timesteps one
+    of a row's two SISS weights does.
+
+    Subnormal gradients would slow a CPU down threefold, and a row of weight zero needs no backward pass.
     """
-    return _map_tensors(function, (first, *others), "")
-
-
-def _map_tensors(function, given: tuple[dict[str, Any], ...], path: str) -> dict[str, Any]:
-    names = "forget_kwargs, retain_kwargs"
-    within = f" in {path[:-1]!r}" if path else ""
-    for other in given[1:]:
-        if given[0].keys() != other.keys():
-            shown = f"{sorted(given[0])} and {sorted(other)}"
-            raise ValueError(f"{names}: expected the same keys{within}, got {shown}")
-    result = {}
-    for key in given[0]:
-        values = tuple(each[key] for each in given)
-        if all(isinstance(value, dict) for value in values):
-            result[key] = _map_tensors(function, values, f"{path}{key}.")
-        elif all(isinstance(value, Tensor) for value in values):
-            if len({value.shape[1:] for value in values}) > 1:
-                expected = "expected the same shape but for the rows, to share a call of the network"
-                shapes = " and ".join(str(tuple(value.shape)) for value in values)
-                raise ValueError(f"{names}: {expected}, got {shapes} for {path + key!r}")
-            result[key] = function(*values)
-        elif all(isinstance(value, CONSTANTS) for value in values):
-            if any(type(value) is not type(values[0]) or value != values[0] for value in values):
-                expected = "expected the same in both, to share a call of the network"
-                shown = " and ".join(map(repr, values))
-                raise ValueError(f"{names}: {expected}, got {shown} for {path + key!r}")
-            result[key] = values[0]
-        else:
-            kinds = "numbers, strings, booleans, None, or dicts of them"
-            expected = f"expected tensors (batch first), {kinds}, the same kind in both"
-            kinds = " and ".join(type(value).__name__ for value in values)
-            raise TypeError(f"{names}: {expected}, got {kinds} for {path + key!r}")
-    return result
-
-
-def concatenate(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """Conditioning of a pass whose rows are the forget rows, then the retain rows."""
-    return map_tensors(lambda a, b: torch.cat([a, b]), first, second)
+    return torch.where(weight < SMALLEST_RELATIVE_WEIGHT * weight.amax(), torch.zeros_like(weight), weight)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..host.tensor_lists import multiply, portions, total_norm
-from ..objective.combine import Combination, Combined
+from ..objective.combine import Combination, Combined, Sum
+from ..objective.parameters import ParameterRule, overrides
 
 log = logging.getLogger("fastunlearn")
 
+SUM = Sum()
 REDUCED_AT_ONCE = 64 << 20  # bytes of gradients in one all-reduce
 
 # What torch says of a network whose backward pass is not the step's to take, and what that means here.
@@ -33,44 +35,58 @@ REFUSED_BACKWARD = {
 
 
 class Accumulator:
-    """Backward passes of two roles, `"retain"` (the main gradient) and `"forget"` (the correction), and how
-    they become one gradient in `.grad`.
+    """Backward passes for the gradients of a combination, and how they become one gradient in `.grad`.
 
-    With `in_place` all passes of the correction come first: it is then scaled where it lies, and the main
-    gradient is added to it. Otherwise the two have a set of buffers each, swapped between `.grad` and here,
-    never copied.
+    Of two gradients the first is the correction, the second the main one. With `in_place` all passes of the
+    correction come first: it is then scaled where it lies, and the main gradient is added to it. Otherwise
+    the two have a set of buffers each, swapped between `.grad` and here, never copied.
 
     Args:
-        combination: None: both roles are one gradient.
+        combination: names the gradients.
         unit: 0-d; the correction was computed divided by it.
-        loss_scale: both gradients are multiplied by it.
+        loss_scale: all gradients are multiplied by it.
         group: processes whose mean the gradients are; each gradient is reduced before its norm is taken.
+        rules: those with a `restrict` see each gradient apart, before its norm is taken, so they rule out
+            `in_place`.
     """
 
     def __init__(
         self,
         parameters: Iterable[nn.Parameter],
-        combination: Combination | None = None,
+        combination: Combination = SUM,
         *,
         in_place: bool = False,
         unit: Tensor | float = 1.0,
         loss_scale: Tensor | float = 1.0,
         group: dist.ProcessGroup | None = None,
+        rules: Sequence[ParameterRule] = (),
     ):
         self.parameters = list(parameters)
         self.combination, self.unit, self.loss_scale, self.group = combination, unit, loss_scale, group
         for parameter in self.parameters:
             parameter.grad = None
+        self._restricting = [rule for rule in rules if overrides(rule, "restrict")]
         self._parked: list[Tensor | None] = [None] * len(self.parameters)
-        self._combined: Combined | None = None if combination else Combined()
-        self._in_place = in_place and combination is not None and not combination.needs_main
-        self._role = "forget" if self._in_place else "retain"
+        self._combined: Combined | None = None
+        if len(combination.gradients) == 1:
+            self._correction, self._main = None, combination.gradients[0]
+            self._in_place, self._combined = False, Combined()
+        else:
+            self._correction, self._main = combination.gradients
+            self._in_place = in_place and not combination.needs_main and not self._restricting
+        self._current = self._correction if self._in_place else self._main
 
-    def backward(
-        self, role: str, prediction: Tensor, gradient: Tensor, *, retain_graph: bool = False
-    ) -> None:
-        """Adds the gradient of `role` that `gradient` (d loss / d prediction) brings."""
-        self._select(role)
+    def backward(self, prediction: Tensor, gradients: dict[str, Tensor]) -> None:
+        """Adds to each of the `gradients` what its d loss / d prediction brings.
+
+        Two of one prediction take two passes over its graph: the correction first.
+        """
+        names = [name for name in self.combination.gradients if name in gradients]
+        for name in names:
+            self._select(name)
+            self._back(prediction, gradients[name], retain_graph=name != names[-1])
+
+    def _back(self, prediction: Tensor, gradient: Tensor, *, retain_graph: bool) -> None:
         try:
             torch.autograd.backward(prediction, gradient, retain_graph=retain_graph, inputs=self.parameters)
         except RuntimeError as error:
@@ -81,8 +97,9 @@ class Accumulator:
 
     def finish(self) -> Combined:
         """Leaves the combined gradient in `.grad`: of all processes, and still multiplied by the loss scale."""
-        self._select("retain")
+        self._select(self._main)
         self._reduce()
+        self._restrict()
         if self._combined is None:
             self._combined = self._merge()
         return self._combined
@@ -91,19 +108,18 @@ class Accumulator:
         """Adds the parked correction to the main gradient in `.grad`."""
         self._swap()
         self._reduce()
+        self._restrict()
         norm = total_norm(self._present(), self._device)
         both = [
             (main, parameter.grad)
             for main, parameter in zip(self._parked, self.parameters, strict=True)
             if parameter.grad is not None
         ]
-        mains, corrections = (
-            [main for main, _ in both if main is not None],
-            [own for main, own in both if main is not None],
-        )
+        mains = [main for main, _ in both if main is not None]
+        corrections = [own for main, own in both if main is not None]
         factor = self.combination.factor(norm, mains, corrections, self.loss_scale)
         multiply([own for main, own in both if main is None], -factor)
-        # one pass over both; on GPUs foreach has a fast way for tensors of equal shapes only
+        # One pass over both; on GPUs foreach has a fast way for tensors of equal shapes only
         if mains and self._device.type == "cpu":
             torch._foreach_addcmul_(mains, corrections, [(-factor).to(main.dtype) for main in mains])
         elif mains:
@@ -114,17 +130,17 @@ class Accumulator:
         self._parked = [None] * len(self.parameters)
         return self._report(norm, factor)
 
-    def _select(self, role: str) -> None:
-        """Lets backward passes accumulate the gradient of `role`."""
-        if role == self._role or self.combination is None:
+    def _select(self, name: str) -> None:
+        """Lets backward passes accumulate the gradient `name`."""
+        if name == self._current:
             return
-        if self._in_place:
-            if role == "forget":
-                raise RuntimeError("the correction was complete: its passes come first")
-            self._settle()
-        else:
+        if not self._in_place:
             self._swap()
-        self._role = role
+        elif name == self._correction:
+            raise RuntimeError("the correction was complete: its passes come first")
+        else:
+            self._settle()
+        self._current = name
 
     def _settle(self) -> None:
         """Makes the complete correction in `.grad`, g_a, to -f g_a, on which the main gradient comes."""
@@ -166,6 +182,10 @@ class Accumulator:
             for index in missing:
                 if shares[index] == 0:
                     self.parameters[index].grad = None
+
+    def _restrict(self) -> None:
+        for rule in self._restricting:
+            rule.restrict(self.parameters, [parameter.grad for parameter in self.parameters])
 
     @property
     def _device(self) -> torch.device:

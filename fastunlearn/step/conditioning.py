@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..host import check
-from ..objective.protocol import CONSTANTS
+from ..objective.conditioning import CONSTANTS
 
 log = logging.getLogger("fastunlearn")
 

@@ -4,36 +4,39 @@ the step descends.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..methods import Pass
-from ..objective.combine import Combined
+from ..objective.combine import Combination, Combined
+from ..objective.protocol import Pass
 from .accumulate import reduce_mean
+from .arrange import Unit
 
 
 class Losses:
-    """Sums of the terms' losses over the passes of a step, on the device: those of this process, until
-    `result` makes them everyone's.
+    """Sums over the calls of a step, on the device: of this process, until `result` makes them everyone's.
+
+    Args:
+        passes: with final weights.
+        unit: what the weights of the correction were divided by.
     """
 
-    def __init__(self, passes: list[Pass], group: dist.ProcessGroup | None):
+    def __init__(
+        self,
+        passes: Sequence[Pass],
+        combination: Combination,
+        unit: Unit,
+        group: dist.ProcessGroup | None,
+    ):
         terms = [term for part in passes for term in part.terms]
-        self._group = group
+        self._combination, self._unit, self._group = combination, unit, group
         self._scales = {term.role: term.scale for term in terms}
+        self._gradients = {term.role: term.gradient for term in terms}
+        self._rows = {role: sum(len(t.rows) for t in terms if t.role == role) for role in self._scales}
         self._sums: dict[str, Tensor] = {}
-        self._rows = [sum(len(term.target) for term in terms if term.role == role) for role in self._scales]
-        units = [term.unit for term in terms if term.unit is not None]
-        self.unit: Tensor | float = 1.0  # of the forget term, of all processes
-        # what turns weights in units of this process into weights in units of all
-        self.unit_ratio: Tensor | None = None
-        if units:
-            unit = units[0].clone()
-            if group is not None:
-                dist.all_reduce(unit, op=dist.ReduceOp.MAX, group=group)
-            self.unit = torch.where(unit > 0, unit, torch.ones_like(unit))
-            self.unit_ratio = None if group is None else units[0] / self.unit
 
     def add(self, part: Pass, losses: list[Tensor]) -> None:
         """`losses`: `[B]` for each term of `part`, the weighted squared errors of its rows, without its scale
@@ -48,41 +51,100 @@ class Losses:
     def result(self, combined: Combined) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and the mean of each role.
 
-        The loss is the sum of the scaled means; with two gradients `retain - factor * forget`.
+        The loss is the sum of the scaled means; with two gradients `main - factor * correction`.
         """
         nothing = torch.zeros_like(next(iter(self._sums.values())))
         means = {role: self._sums.get(role, nothing) for role in self._scales}
-        if self.unit_ratio is not None:
-            means["forget"] = means["forget"] * self.unit_ratio
+        in_units = self._roles_of_correction()
+        if self._unit.ratio is not None:
+            for role in in_units:
+                means[role] = means[role] * self._unit.ratio
         if self._group is not None:
-            means = self._everyones(means)
+            means = everyones(means, self._rows, self._group)
         if combined.applied_factor is None:
-            loss = sum(self._scales[role] * mean for role, mean in means.items())
-        else:
-            # in units of the forget term, which may be too small to divide by
-            loss = means["retain"] - combined.applied_factor * means["forget"]
-            means["forget"] = means["forget"] * self.unit
+            return sum(self._scales[role] * mean for role, mean in means.items()), means
+        # In units of the correction, which may be too small to divide by.
+        main = self._sum_of(means, set(means) - set(in_units))
+        correction = self._sum_of(means, in_units)
+        loss = main - combined.applied_factor * correction
+        for role in in_units:
+            means[role] = means[role] * self._unit.everyones
         return loss, means
 
-    def _everyones(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The mean of `means` over the processes, which is that over all rows only where each process has as
-        many as the others.
+    def _roles_of_correction(self) -> list[str]:
+        names = self._combination.gradients
+        if len(names) == 1:
+            return []
+        return [role for role, gradient in self._gradients.items() if gradient == names[0]]
 
-        NaN where they have not, so that the step is skipped.
+    def _sum_of(self, means: dict[str, Tensor], roles: Sequence[str] | set[str]) -> Tensor:
+        scaled = [
+            means[role] if self._scales[role] == 1 else self._scales[role] * means[role]
+            for role in means
+            if role in roles
+        ]
+        return sum(scaled[1:], scaled[0]) if scaled else torch.zeros(())
 
-        Raises:
-            ValueError: they have not, and reading it costs nothing: on CPUs.
+
+class ObjectiveLosses:
+    """The same for a method with an objective of its own: the means are those of the losses alone.
+
+    Args:
+        rows: of each role, in all calls of this process.
+    """
+
+    def __init__(self, combination: Combination, rows: dict[str, int], group: dist.ProcessGroup | None):
+        self._combination, self._rows, self._group = combination, rows, group
+        self._sums: dict[str, Tensor] = {}
+        self._values: dict[str, Tensor] = {}
+
+    def add(self, losses: dict[str, Tensor], values: dict[str, Tensor]) -> None:
         """
-        own = torch.stack(list(means.values())).double()  # of one dtype in all processes
-        rows = torch.stack([torch.full_like(own[0], count) for count in self._rows])
-        told = torch.stack([own, rows, rows.square()])
-        reduce_mean([told], self._group)
-        mean, rows_mean, square_mean = told.unbind()
-        alike = (square_mean == rows_mean.square()).all()  # integers: exact, and no spread about their mean
-        if mean.device.type == "cpu" and not alike:
-            found = ", ".join(f"{count} for {role}" for role, count in zip(means, self._rows, strict=True))
-            expected = "as many rows in every process"
-            raise ValueError(
-                f"process_group: expected {expected}, got {found} here and {rows_mean.tolist()} on average"
-            )
-        return dict(zip(means, torch.where(alike, mean, torch.nan).unbind(), strict=True))
+        Args:
+            losses: of rows of each role.
+            values: what they add to the objective of each gradient.
+        """
+        for sums, found in (
+            (self._sums, {role: loss.sum() / self._rows[role] for role, loss in losses.items()}),
+            (self._values, values),
+        ):
+            for name, value in found.items():
+                sums[name] = sums[name] + value if name in sums else value
+
+    def result(self, combined: Combined) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss and the mean of each role."""
+        means, values = self._sums, self._values
+        if self._group is not None:
+            means = everyones(means, self._rows, self._group)
+            stacked = torch.stack(list(values.values()))
+            reduce_mean([stacked], self._group)
+            values = dict(zip(values, stacked.unbind(), strict=True))
+        if combined.applied_factor is None:
+            return values["total"], means
+        correction, main = self._combination.gradients
+        return values[main] - combined.applied_factor * values[correction], means
+
+
+def everyones(means: dict[str, Tensor], rows: dict[str, int], group: dist.ProcessGroup) -> dict[str, Tensor]:
+    """The mean of `means` over the processes, which is that over all rows only where each process has as many
+    as the others.
+
+    NaN where they have not, so that the step is skipped.
+
+    Raises:
+        ValueError: they have not, and reading it costs nothing: on CPUs.
+    """
+    own = torch.stack(list(means.values())).double()  # of one dtype in all processes
+    counts = torch.stack([torch.full_like(own[0], rows[role]) for role in means])
+    told = torch.stack([own, counts, counts.square()])
+    reduce_mean([told], group)
+    mean, rows_mean, square_mean = told.unbind()
+    # Integers: exact, and no spread about their mean.
+    alike = (square_mean == rows_mean.square()).all()
+    if mean.device.type == "cpu" and not alike:
+        found = ", ".join(f"{rows[role]} for {role}" for role in means)
+        expected = "as many rows in every process"
+        raise ValueError(
+            f"process_group: expected {expected}, got {found} here and {rows_mean.tolist()} on average"
+        )
+    return dict(zip(means, torch.where(alike, mean, torch.nan).unbind(), strict=True))

@@ -45,6 +45,7 @@ class Trained(NamedTuple):
     grad_scaler: torch.amp.GradScaler | None
     process_group: dist.ProcessGroup | None
     wrappers: list[Any]  # accelerate's, around the optimizer
+    reference: Callable | None = None  # the network that a method compares with
 
 
 def look_at(

@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small_methods import Pairs, Rows, Whole
 from step_cases import (
     BATCH,
+    Denoiser,
     begin_apart,
     begin_with_other_seeds,
     drawn_rows,
@@ -70,6 +72,17 @@ def test_every_method(pair: Team, method):
 )
 @pytest.mark.parametrize("method", [ReTrack(k=2, lambd=0.3), *TWO_GRADIENTS], ids=str)
 def test_what_a_step_can_meet(pair: Team, method, options: dict):
+    assert_same(pair.run(take_steps, method, False, options), take_steps(method, True, options))
+
+
+@pytest.mark.parametrize("rows", [None, 1, 4])
+@pytest.mark.parametrize("method", [Pairs(), Whole(), Rows()], ids=str)
+def test_objectives_that_tie_rows_together(pair: Team, method, rows: int | None):
+    """Pairs are in one process, a batch in both; 1 and 4 rows make two phases of some, 4 pairs of others."""
+    options = {"micro_batch_size": rows}
+    if "reference" in method.needs:
+        torch.manual_seed(0)
+        options["reference_model"] = Denoiser()
     assert_same(pair.run(take_steps, method, False, options), take_steps(method, True, options))
 
 

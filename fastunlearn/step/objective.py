@@ -1,0 +1,244 @@
+"""A method's own objective: its value, and the weights that it gives to the rows.
+
+The derivative of an objective with respect to the losses of the rows is a weight for each row; with weights
+known, a step is a weighted regression like any other. Where no rows are tied together, or those that are fit
+one call of the network, the derivative is taken in the call that learns from it. Otherwise the losses of all
+rows are found first, without a graph, and the rows go through the network a second time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..objective.protocol import Method, Pass
+from ..objective.schedule import NoiseSchedule
+from .regress import Networks, Regression, losses_without_graph, regress, with_targets
+
+Losses = dict[str, Tensor]  # for each role, [rows]
+
+
+class Derivative(NamedTuple):
+    """Of an objective with respect to the losses of rows."""
+
+    values: dict[str, Tensor]  # for each gradient, 0-d: what these rows add to it
+    weights: dict[str, Losses]  # for each gradient, for each role: [rows]
+
+
+def derive(method: Method, losses: Losses, reference: Losses, rows: dict[str, int]) -> Derivative:
+    """
+    Args:
+        losses, reference: of the rows that the objective is asked for.
+        rows: of each role in all calls, which its contributions are averaged over.
+    """
+    leaves = {role: loss.detach().requires_grad_() for role, loss in losses.items()}
+    values, weights = {}, {}
+    with torch.enable_grad():
+        for gradient, contributions in method.objective(leaves, reference).items():
+            value = sum(_mean(method, role, each, leaves, rows) for role, each in contributions.items())
+            found = torch.autograd.grad(value, list(leaves.values()), retain_graph=True, allow_unused=True)
+            values[gradient] = value.detach()
+            weights[gradient] = {
+                role: weight for role, weight in zip(leaves, found, strict=True) if weight is not None
+            }
+    return Derivative(values, weights)
+
+
+def _mean(method: Method, role: str, contributions: Tensor, losses: Losses, rows: dict[str, int]) -> Tensor:
+    if role not in losses or contributions.shape != losses[role].shape:
+        expected = f"one contribution for each row of {', '.join(losses)}"
+        raise ValueError(
+            f"{type(method).__name__}.objective: expected {expected}, got {tuple(contributions.shape)} for {role!r}"
+        )
+    return contributions.sum() / rows[role]
+
+
+def fits_one_call(passes: Sequence[Pass], micro_batch_size: int | None, *, alone: bool) -> bool:
+    """Whether all rows that the objective ties together are in one call of the network."""
+    if all(each.coupled == "row" for each in passes):
+        return True
+    if len(passes) > 1:
+        return False
+    whole = passes[0]
+    if whole.coupled == "pair":
+        return micro_batch_size is None or micro_batch_size >= len(whole.terms)
+    return alone and (micro_batch_size is None or micro_batch_size >= len(whole.x_t))
+
+
+def rows_of(passes: Sequence[Pass]) -> dict[str, int]:
+    """How many rows each role has."""
+    rows: dict[str, int] = {}
+    for each in passes:
+        for term in each.terms:
+            rows[term.role] = rows.get(term.role, 0) + len(term.rows)
+    return rows
+
+
+def check_roles(passes: Sequence[Pass]) -> None:
+    """
+    Raises:
+        ValueError: two terms of a pass have one role, so that an objective could not tell their losses apart.
+    """
+    for each in passes:
+        roles = [term.role for term in each.terms]
+        if len(set(roles)) < len(roles):
+            expected = "terms of different roles in a pass, where the method has an objective of its own"
+            raise ValueError(f"Pass.terms: expected {expected}, got {', '.join(roles)}")
+
+
+def split(passes: Sequence[Pass], micro_batch_size: int | None) -> list[Pass]:
+    """Calls that hold all that is tied together, where `fits_one_call`."""
+    return [
+        part
+        for each in passes
+        for part in (
+            each.split_pairs(micro_batch_size) if each.coupled == "pair" else each.split(micro_batch_size)
+        )
+    ]
+
+
+def regress_by_objective(
+    method: Method,
+    networks: Networks,
+    part: Pass,
+    schedule: NoiseSchedule,
+    rows: dict[str, int],
+    factors: dict[str, Tensor | float],
+) -> tuple[Regression, Losses, Derivative]:
+    """A call of the network whose rows are weighted by the derivative of the objective on them.
+
+    The reference runs before: it holds no graph. Nothing is differentiated within compiled code, which
+    returns the losses and, for each term, the residual without weights.
+    """
+    part = with_targets(networks, part, schedule)
+    reference = _by_role(part, _reference_losses(method, networks, part, schedule))
+    plain = replace(part, terms=tuple(_plain(term, number) for number, term in enumerate(part.terms)))
+    ones = {str(number): 1.0 for number in range(len(part.terms))}
+    found = regress(networks, plain, schedule, ones, rounded=False)
+    losses = _by_role(part, [_with_spread(*each) for each in zip(part.terms, found.losses, strict=True)])
+    derivative = derive(method, losses, reference, rows)
+    gradients: dict[str, Tensor] = {}
+    for name, weights in derivative.weights.items():
+        for number, term in enumerate(part.terms):
+            if term.role in weights:
+                weighted = found.gradients[str(number)] * _per_row(
+                    weights[term.role], term, part, factors[name]
+                )
+                gradients[name] = gradients[name] + weighted if name in gradients else weighted
+    dtype = found.prediction.dtype
+    gradients = {name: gradient.to(dtype) for name, gradient in gradients.items()}
+    return Regression(found.prediction, found.losses, gradients), losses, derivative
+
+
+def weigh_all(
+    method: Method,
+    networks: Networks,
+    passes: Sequence[Pass],
+    schedule: NoiseSchedule,
+    micro_batch_size: int | None,
+    group: dist.ProcessGroup | None,
+) -> tuple[list[Pass], Losses, Derivative]:
+    """`passes` with final weights, for an objective that ties rows of several calls together.
+
+    Two phases: the losses of all rows without a graph (of all processes, where the batch is tied together),
+    then, in the caller's hands, the calls that learn.
+
+    Raises:
+        ValueError: the network has active dropout, and would not repeat its losses.
+    """
+    for network in (networks.model, networks.reference):
+        _refuse_dropout(network)
+    parts = [part for each in passes for part in each.split(micro_batch_size)]
+    parts = [with_targets(networks, part, schedule) for part in parts]
+    reference = _joined(parts, [_reference_losses(method, networks, part, schedule) for part in parts])
+    losses = _joined(
+        parts, [losses_without_graph(networks.model, networks, part, schedule) for part in parts]
+    )
+    gathered = group is not None and any(each.coupled == "batch" for each in passes)
+    everyones = _gather(losses, group) if gathered else losses
+    rows = {role: len(loss) for role, loss in everyones.items()}
+    derivative = derive(method, everyones, _gather(reference, group) if gathered else reference, rows)
+    weights = derivative.weights
+    if gathered:  # gradients are averaged over the processes, and these weights are shares of all rows
+        count, rank = dist.get_world_size(group), dist.get_rank(group)
+        weights = {
+            gradient: {role: weight.chunk(count)[rank] * count for role, weight in own.items()}
+            for gradient, own in weights.items()
+        }
+    weighted, begun = [], dict.fromkeys(rows, 0)
+    for part in parts:
+        terms = []
+        for term in part.terms:
+            start = begun[term.role]
+            begun[term.role] = start + len(term.rows)
+            for gradient, own in weights.items():
+                if term.role in own:
+                    weight = own[term.role][start : begun[term.role]]
+                    terms.append(replace(term, gradient=gradient, weight=weight, over=1.0, scale=1.0))
+        weighted.append(replace(part, terms=tuple(terms), coupled="row"))
+    return weighted, losses, derivative
+
+
+def _reference_losses(
+    method: Method, networks: Networks, part: Pass, schedule: NoiseSchedule
+) -> list[Tensor] | None:
+    if "reference" not in method.needs:
+        return None
+    return losses_without_graph(networks.reference, networks, part, schedule)
+
+
+def _plain(term, number: int):
+    """`term` as a gradient of its own, in which each row counts 1."""
+    ones = torch.ones(len(term.rows), device=term.target.device)
+    return replace(term, gradient=str(number), weight=ones, over=1.0, scale=1.0)
+
+
+def _with_spread(term, loss: Tensor) -> Tensor:
+    return loss if term.spread is None else loss + term.spread
+
+
+def _per_row(weight: Tensor, term, part: Pass, factor: Tensor | float) -> Tensor:
+    """`[R, 1, 1, 1]`: the weights of a term's rows, and 0 at the others, where its residual is 0."""
+    whole = weight.new_zeros(len(part.x_t))
+    whole[term.rows.start : term.rows.stop] = weight
+    return (whole * factor).view(-1, *[1] * (part.x_t.ndim - 1))
+
+
+def _by_role(part: Pass, losses: list[Tensor] | None) -> Losses:
+    if losses is None:
+        return {}
+    return {term.role: loss for term, loss in zip(part.terms, losses, strict=True)}
+
+
+def _joined(parts: list[Pass], losses: list[list[Tensor] | None]) -> Losses:
+    """The losses of all rows of a role in the order of the calls."""
+    found: dict[str, list[Tensor]] = {}
+    for part, own in zip(parts, losses, strict=True):
+        for role, loss in _by_role(part, own).items():
+            found.setdefault(role, []).append(loss)
+    return {role: torch.cat(own) for role, own in found.items()}
+
+
+def _gather(losses: Losses, group: dist.ProcessGroup) -> Losses:
+    """Those of all processes, in the order of their ranks; each has as many rows."""
+    gathered = {}
+    for role, loss in losses.items():
+        own = [torch.empty_like(loss) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(own, loss.contiguous(), group=group)
+        gathered[role] = torch.cat(own)
+    return gathered
+
+
+def _refuse_dropout(network: Callable | None) -> None:
+    if not isinstance(network, nn.Module):
+        return
+    for name, module in network.named_modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
+            expected = "a network without active dropout, since rows that an objective ties together go through it twice"
+            fitting = "eval() stops it, and a micro_batch_size that holds all of them needs one pass"
+            raise ValueError(f"model: expected {expected} ({fitting}), got {type(module).__name__} ({name})")

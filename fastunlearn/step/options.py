@@ -1,0 +1,125 @@
+"""How a step is taken, whatever the method: the options of every `*_step` and of `Unlearner`, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+import torch
+import torch.distributed as dist
+
+from ..host import check
+from ..host.precision import AUTOCAST_DTYPES
+from ..objective.draws import Draws
+from ..objective.parameters import ParameterRule, overrides
+from ..objective.protocol import Method
+from ..objective.schedule import NoiseSchedule
+from .compilation import Compile
+
+
+class StepOptions(TypedDict, total=False):
+    """Keyword arguments of every `*_step`, described in `retrack_step`."""
+
+    draws: Draws | None
+    generator: torch.Generator | None
+    forget_kwargs: dict[str, Any] | None
+    retain_kwargs: dict[str, Any] | None
+    max_grad_norm: float | None
+    autocast_dtype: torch.dtype | None
+    grad_scaler: torch.amp.GradScaler | None
+    keep_grad: bool
+    micro_batch_size: int | None
+    compile: Compile | None
+    process_group: dist.ProcessGroup | None
+    rules: Sequence[ParameterRule]
+    time_window: None
+    lowpass: None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a step needs to know beside its method, its networks and its numbers."""
+
+    max_grad_norm: float | None = 1.0  # None: gradients are not clipped
+    autocast_dtype: torch.dtype | None = None
+    micro_batch_size: int | None = None  # rows in one call of the network; None: all
+    compile: Compile | None = None
+    rules: tuple[ParameterRule, ...] = ()
+
+
+def checked(
+    model: Any,
+    schedule: Any,
+    *,
+    max_grad_norm: Any,
+    autocast_dtype: Any,
+    micro_batch_size: Any,
+    compile: Any,
+    rules: Any,
+    grad_scaler: Any,
+    process_group: Any,
+    time_window: Any,
+    lowpass: Any,
+) -> Settings:
+    """The checks that a `*_step` and an `Unlearner` share; none of them reads the device.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    if not isinstance(schedule, NoiseSchedule):
+        how = "NoiseSchedule.from_diffusers(scheduler) makes one"
+        raise TypeError(f"schedule: expected a NoiseSchedule ({how}), got {check.describe(schedule)}")
+    if not callable(model):
+        raise TypeError(f"model: expected a callable (x_t, t, **kwargs), got {check.describe(model)}")
+    if max_grad_norm is not None:
+        max_grad_norm = check.number("max_grad_norm", max_grad_norm, low=0, low_open=True)
+    if micro_batch_size is not None:
+        micro_batch_size = check.integer("micro_batch_size", micro_batch_size, low=1)
+    if autocast_dtype is not None and autocast_dtype not in AUTOCAST_DTYPES:
+        expected = "expected torch.bfloat16, torch.float16 or None"
+        raise ValueError(f"autocast_dtype: {expected}, got {autocast_dtype!r}")
+    if grad_scaler is not None and not isinstance(grad_scaler, torch.amp.GradScaler):
+        expected = "expected a torch.amp.GradScaler or None"
+        raise TypeError(f"grad_scaler: {expected}, got {check.describe(grad_scaler)}")
+    if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
+        expected = "expected a torch.distributed.ProcessGroup or None"
+        raise TypeError(f"process_group: {expected}, got {check.describe(process_group)}")
+    if compile not in (None, True, False, "try", "regional"):
+        raise ValueError(f"compile: expected None, True, False, 'try' or 'regional', got {compile!r}")
+    check.not_in_this_version(time_window=time_window, lowpass=lowpass)
+    return Settings(max_grad_norm, autocast_dtype, micro_batch_size, compile, _rules(rules))
+
+
+def _rules(given: Any) -> tuple[ParameterRule, ...]:
+    if not isinstance(given, (tuple, list)) or not all(isinstance(rule, ParameterRule) for rule in given):
+        raise TypeError(f"rules: expected a sequence of ParameterRule, got {check.describe(given)}")
+    return tuple(given)
+
+
+def check_rules(rules: Sequence[ParameterRule], optimizer: torch.optim.Optimizer | None) -> None:
+    """
+    Raises:
+        ValueError: a rule acts after the update, and the caller makes the update.
+    """
+    late = [type(rule).__name__ for rule in rules if overrides(rule, "after_update")]
+    if late and optimizer is None:
+        expected = "expected none that acts after the update where optimizer is None"
+        raise ValueError(f"rules: {expected}, got {', '.join(late)}")
+
+
+def check_reference(method: Method, model: Callable, reference_model: Callable | None) -> None:
+    """
+    Raises:
+        TypeError, ValueError: the method needs a reference network that there is not, or the other way round.
+    """
+    needed = "reference" in method.needs
+    if needed and not callable(reference_model):
+        expected = f"expected a callable (x_t, t, **kwargs), which {type(method).__name__} compares with"
+        raise TypeError(f"reference_model: {expected}, got {check.describe(reference_model)}")
+    if not needed and reference_model is not None:
+        expected = f"expected None ({type(method).__name__} compares with no other network)"
+        raise ValueError(f"reference_model: {expected}, got {check.describe(reference_model)}")
+    if needed and reference_model is model:
+        expected = "expected another network than model, such as a frozen copy of it"
+        raise ValueError(f"reference_model: {expected}, got the same")
