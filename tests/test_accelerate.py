@@ -25,11 +25,11 @@ from fastunlearn import (
 )
 from fastunlearn.engine import replay
 from fastunlearn.engine.replay import WARM_UP_STEPS, Replay
+from fastunlearn.host import say
 from fastunlearn.methods import Pass
 from fastunlearn.reference import combine, objectives
 from fastunlearn.reference import noising as literal_noising
 from fastunlearn.runs.training import unlearn
-from fastunlearn.step import trained, wrappers
 from fastunlearn.step.update import _skips_on_device
 from fastunlearn.testing.budgets import relative_l2
 from fastunlearn.testing.factories import TinyDenoiser, linear_schedule, redirect_inputs
@@ -206,7 +206,7 @@ def test_the_iteration_that_updates_is_taken():
 
 def test_an_unprepared_optimizer_updates_and_says_so(caplog):
     """As in a loop of accelerate's own, which cannot hold it back either."""
-    wrappers._say_update_between_updates.cache_clear()
+    say.once.cache_clear()
     loop = Loop(accumulation=2)
     for _ in range(4):
         before = flat(loop.model).clone()
@@ -217,7 +217,7 @@ def test_an_unprepared_optimizer_updates_and_says_so(caplog):
         len([record for record in caplog.records if "this optimizer is not prepared" in record.getMessage()])
         == 1
     )
-    wrappers._say_update_between_updates.cache_clear()
+    say.once.cache_clear()
 
 
 # --- what is seen through -----------------------------------------------------------------------------------
@@ -370,7 +370,7 @@ def test_processes_that_do_not_know_of_each_other(monkeypatch, caplog):
     """DistributedDataParallel hidden in a function is one way to get there: it reduces nothing of a step."""
     model = TinyDenoiser()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    trained._say_alone.cache_clear()
+    say.once.cache_clear()
     with caplog.at_level(logging.WARNING, "fastunlearn"):
         vanilla_step(model, optimizer, SCHEDULE, images())
         assert not caplog.records
@@ -381,7 +381,7 @@ def test_processes_that_do_not_know_of_each_other(monkeypatch, caplog):
         vanilla_step(model, None, SCHEDULE, images())  # what is left in .grad, the caller may reduce
     (record,) = caplog.records
     assert "2 processes run together" in record.getMessage()
-    trained._say_alone.cache_clear()
+    say.once.cache_clear()
 
 
 def test_xla_devices_are_refused():

@@ -24,7 +24,6 @@ from fastunlearn import (
 )
 from fastunlearn import functional as F
 from fastunlearn.methods import Batch
-from fastunlearn.step import conditioning, trained
 from fastunlearn.step.arrange import finish
 from fastunlearn.testing.factories import Average, TinyDenoiser, linear_schedule, redirect_inputs
 
@@ -505,8 +504,7 @@ def test_a_parameter_that_the_optimizer_has_twice_is_refused():
     ],
 )
 def test_what_is_rounded_away_is_spoken_of_once(caplog, spoken_of, dtype, options):
-    trained._say_bfloat16.cache_clear()
-    trained.say_unscaled.cache_clear()
+    say.once.cache_clear()
     model = TinyDenoiser().to(dtype)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(2):
@@ -515,7 +513,7 @@ def test_what_is_rounded_away_is_spoken_of_once(caplog, spoken_of, dtype, option
 
 
 def test_images_of_bytes_are_spoken_of_once(caplog):
-    conditioning._say_bytes.cache_clear()
+    say.once.cache_clear()
     model = TinyDenoiser()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
     latents = torch.linspace(-9, 9, 2 * 64).view(2, 1, 8, 8)
@@ -540,7 +538,7 @@ class Checkpointed(nn.Module):
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize(("use_reentrant", "said"), [(True, [True]), (False, [])])
 def test_parameters_that_no_gradient_comes_to_are_spoken_of_once(caplog, use_reentrant, said):
-    trained._UNREACHED.clear()
+    say.once.cache_clear()
     model = Checkpointed(use_reentrant=use_reentrant)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     before = flat(model.middle).clone()

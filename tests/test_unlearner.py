@@ -267,7 +267,7 @@ class Prompted(TinyDenoiser):
 def test_a_network_that_needs_more_than_images_is_refused_before_neighbours_are_searched(
     monkeypatch, needs, wrap
 ):
-    monkeypatch.setattr("fastunlearn.engine.unlearner.nearest_neighbors", None)
+    monkeypatch.setattr("fastunlearn.engine.neighborhood.nearest_neighbors", None)
     if needs == "class_labels":
         pytest.importorskip("diffusers")
         from fastunlearn.testing.checkpoints import tiny_unet

@@ -88,7 +88,7 @@ def rows_to_keep(forget: ImageStore, retain: ImageStore, dropping: Dropping, *, 
     """
     import torch
 
-    from ..engine.unlearner import check_same_kind
+    from ..engine.checks import check_same_kind
     from ..host.store import overlap
 
     check_same_kind(forget, retain)

@@ -74,7 +74,8 @@ class Unlearn:
     def _run(self, processes: Processes, device: torch.device) -> None:
         import torch
 
-        from ..engine.unlearner import Unlearner, check_stores
+        from ..engine.checks import check_stores
+        from ..engine.unlearner import Unlearner
         from ..host.precision import tf32
         from ..models import check_replaceable, load_checkpoint
         from ..objective.schedule import NoiseSchedule

@@ -4,8 +4,6 @@ its seed.
 
 from __future__ import annotations
 
-import inspect
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -16,13 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..host import check, philox
-from ..host.plain_names import plain
 from ..host.precision import resolve_autocast
 from ..host.profiling import stage
-from ..host.store import ImageStore, Rows, overlap
+from ..host.store import ImageStore, Rows
 from ..methods import Batch, Method
-from ..neighbors.copies import NearCopyWarning, copies_among_neighbors
-from ..neighbors.nearest import check_neighbors, nearest_neighbors
 from ..objective import draws as draw
 from ..objective.draws import CounterSource, Draws, Purpose
 from ..objective.parameters import ParameterRule
@@ -31,7 +26,7 @@ from ..step.agreement import check_agreement
 from ..step.compilation import Compile, compile_seconds, resolve_compile
 from ..step.options import Settings, check_reference, checked
 from ..step.take import StepOutput, take_step
-from ..step.trained import check_gradients, look_at, processes, trainable, unwrapped
+from ..step.trained import check_gradients, check_keep_grad, look_at, processes, trainable, unwrapped
 from ..step.wrappers import (
     check_update_is_due,
     check_wrappers,
@@ -42,10 +37,10 @@ from ..step.wrappers import (
     unwrap_optimizer,
     unwrap_scheduler,
 )
+from .checks import check_stores, check_unconditional
 from .feeds import HostFeed, open_feed
+from .neighborhood import find_neighbors
 from .replay import make_replay
-
-UINT8_SCALE = (2 / 255) ** 2  # from integer squared distances to those of images in [-1, 1]
 
 
 class Unlearner:
@@ -146,7 +141,6 @@ class Unlearner:
             micro_batch_size=micro_batch_size,
             compile=compile,
             rules=rules,
-            grad_scaler=grad_scaler,
             process_group=process_group,
             time_window=time_window,
             lowpass=lowpass,
@@ -157,8 +151,7 @@ class Unlearner:
         trainable(unwrapped(model), optimizer)
         check_unconditional(unwrapped(model))
         reduced = process_group is not None or unwrapped(model) is not model
-        if not isinstance(keep_grad, bool):
-            raise TypeError(f"keep_grad: expected True or False, got {check.describe(keep_grad)}")
+        check_keep_grad(keep_grad)
         if ema is not None and not callable(getattr(ema, "step", None)):
             expected = "expected an object with .step(parameters) or None"
             raise TypeError(f"ema: {expected}, got {check.describe(ema)}")
@@ -220,7 +213,15 @@ class Unlearner:
                 store, self.device, rows_of_step, batch_size=self.rows_here, residency=residency
             )
         if "neighbors" in method.needs:
-            index, sqdist = self._find_neighbors(neighbors, warn_of_near_copies and self.rank == 0)
+            index, sqdist = find_neighbors(
+                self.forget,
+                self.retain,
+                method.k,
+                neighbors,
+                device,
+                searched=self._feeds["retain"].store,
+                warn=warn_of_near_copies and self.rank == 0,
+            )
             self.neighbor_rows = index
             self._neighbor_store, index = self._feeds["retain"].neighbors(index)
             self.neighbors = index, sqdist
@@ -445,115 +446,3 @@ class Unlearner:
             raise ValueError(f"{name}: expected at least one row, got none")
         check.rows_within(name, given, len(store))
         return given.long()
-
-    def _find_neighbors(
-        self, given: tuple[Tensor, Tensor] | None, warn_of_near_copies: bool
-    ) -> tuple[Tensor, Tensor]:
-        k = check.integer("k", self.method.k, low=1, high=len(self.retain), of="the rows of retain")
-        if given is not None and (not isinstance(given, (tuple, list)) or len(given) != 2):
-            raise TypeError(
-                f"neighbors: expected a pair (index, sqdist) as nearest_neighbors returns it, got {check.describe(given)}"
-            )
-        index, sqdist = (
-            nearest_neighbors(self.forget, self._feeds["retain"].store, k) if given is None else given
-        )
-        check.tensor("neighbors[0]", index, ndim=2, floating=False)
-        # uint8 rows: the integer distance, scaled below
-        check.tensor("neighbors[1]", sqdist, ndim=2, floating=not self.retain.is_uint8)
-        if index.shape != (len(self.forget), k) or sqdist.shape != index.shape:
-            raise ValueError(
-                f"neighbors: expected index and sqdist of shape ({len(self.forget)}, {k}), got {tuple(index.shape)} and {tuple(sqdist.shape)}"
-            )
-        if int(index.min()) < 0 or int(index.max()) >= len(self.retain):
-            raise ValueError(
-                f"neighbors: expected rows of retain, [0, {len(self.retain) - 1}], got [{int(index.min())}, {int(index.max())}]"
-            )
-        if given is not None:
-            check_neighbors(self.forget, self._feeds["retain"].store, index, sqdist)
-        if warn_of_near_copies and not self.retain.latents:
-            _warn_of_near_copies(self.forget, self.retain, index, sqdist)
-        sqdist = sqdist.double() * UINT8_SCALE if self.retain.is_uint8 else sqdist.double()
-        return index.long().to(self.device), sqdist.to(self.device)
-
-
-def check_unconditional(model: Callable) -> None:
-    """Whether images and timesteps are all that the network asks for: an `Unlearner` has nothing else for it.
-
-    Raises:
-        ValueError: naming what it asks for. Its first step would fail, after neighbours have been searched.
-    """
-    if not isinstance(model, torch.nn.Module):
-        return
-    network = plain(model)
-    required = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    try:
-        parameters = inspect.signature(network.forward).parameters.values()
-    except (TypeError, ValueError):  # of compiled code, TorchScript's, say: nothing is known
-        parameters = ()
-    asked = [each.name for each in parameters if each.default is each.empty and each.kind in required][2:]
-    if (
-        type(network).__module__.startswith("diffusers.")
-        and getattr(network, "class_embedding", None) is not None
-    ):
-        asked.append("class_labels")
-    if asked:
-        expected = "expected a network of images and timesteps alone (the *_step functions take forget_kwargs and retain_kwargs)"
-        raise ValueError(f"model: {expected}, got a {type(network).__name__} that needs {', '.join(asked)}")
-
-
-def check_stores(
-    method: Method, forget: ImageStore | None, retain: ImageStore | None, *, allow_overlap: bool = False
-) -> None:
-    """Whether `method` can work on these sets: worth asking before a long search for neighbours.
-
-    Raises:
-        TypeError, ValueError: a set that the method reads is missing, the two do not match, or forget rows
-            also stand in `retain`.
-    """
-    for name, store, needed in (
-        ("forget", forget, "forget" in method.needs),
-        ("retain", retain, bool({"retain", "neighbors"} & method.needs)),
-    ):
-        if needed and not isinstance(store, ImageStore):
-            raise TypeError(
-                f"{name}: expected an ImageStore ({type(method).__name__} reads it), got {check.describe(store)}"
-            )
-        if needed and len(store) > philox.LARGEST_RANGE:
-            expected = "at most 2^31 rows (they are drawn with 32 random bits)"
-            raise ValueError(f"{name}: expected {expected}, got {len(store)}")
-    if forget is None or retain is None:
-        return
-    check_same_kind(forget, retain)
-    if not allow_overlap:
-        rows, _ = overlap(forget, retain)
-        if len(rows):
-            shown = ", ".join(str(int(row)) for row in rows[:10]) + (", ..." if len(rows) > 10 else "")
-            raise ValueError(
-                f"forget: expected images that are not in retain, got {len(rows)} that are (rows {shown}); allow_overlap=True accepts them"
-            )
-
-
-def check_same_kind(forget: ImageStore, retain: ImageStore) -> None:
-    """Whether rows of the two sets can be compared.
-
-    Raises:
-        TypeError, ValueError: they have another shape or dtype, or only one holds latents.
-    """
-    if forget.shape != retain.shape:
-        raise ValueError(
-            f"forget: expected images of the shape of retain, {tuple(retain.shape)}, got {tuple(forget.shape)}"
-        )
-    if forget.latents != retain.latents:
-        raise ValueError(
-            f"forget: expected {'latents' if retain.latents else 'images'}, as in retain, got {'latents' if forget.latents else 'images'}"
-        )
-    if forget.is_uint8 != retain.is_uint8:
-        raise TypeError(f"forget: expected the dtype of retain, {retain.dtype}, got {forget.dtype}")
-
-
-def _warn_of_near_copies(forget: ImageStore, retain: ImageStore, index: Tensor, sqdist: Tensor) -> None:
-    found = copies_among_neighbors(forget, retain, index, sqdist)
-    if len(found):
-        hint = "near_copies(forget, retain) finds all of them, retain.select(rows) leaves them out"
-        text = f"neighbors: expected images that do not show the image to forget, got {found}. {hint}"
-        warnings.warn(text, NearCopyWarning, stacklevel=4)  # where the Unlearner is made

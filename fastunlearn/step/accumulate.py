@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..host import say
 from ..host.tensor_lists import multiply, portions, total_norm
 from ..objective.combine import Combination, Combined, Sum
 from ..objective.parameters import ParameterRule, overrides
 
-log = logging.getLogger("fastunlearn")
-
+MISSING = (
+    "%d parameters get no gradient: every step waits for the device to learn whether they have one in "
+    "another process; requires_grad_(False) avoids it"
+)
 SUM = Sum()
 REDUCED_AT_ONCE = 64 << 20  # bytes of gradients in one all-reduce
 
@@ -177,7 +178,7 @@ class Accumulator:
         reduce_mean([*self._present(), present], self.group)
         if missing:
             if self._device.type != "cpu":
-                _say_missing(len(missing))
+                say.once(MISSING, len(missing))
             shares = present.tolist()
             for index in missing:
                 if shares[index] == 0:
@@ -207,11 +208,3 @@ def reduce_mean(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
                 for part, tensor in zip(flat.split([t.numel() for t in some]), some, strict=True)
             ],
         )
-
-
-@functools.cache
-def _say_missing(count: int) -> None:
-    log.warning(
-        "%d parameters get no gradient: every step waits for the device to learn whether they have one in another process; requires_grad_(False) avoids it",
-        count,
-    )

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..host import check
+from ..host import check, say
 from ..objective.conditioning import CONSTANTS
 
-log = logging.getLogger("fastunlearn")
-
+BYTES = "%s: values above %d; networks are trained on images in [-1, 1]: x / 127.5 - 1?"
 LARGEST_USUAL = 32  # images lie in [-1, 1], latents that are scaled within 10 or so; pictures of bytes do not
 
 # Of a given distance: it may come from images of more bits than these, as uint8 rows are beside half
@@ -105,14 +102,7 @@ def without_graph(name: str, value: Any) -> None:
 def warn_of_bytes(name: str, images: Tensor) -> None:
     """Says once that `images` look like bytes as floats, where reading them is no wait."""
     if check.readable(images) and images.numel() and float(images.detach().amax()) > LARGEST_USUAL:
-        _say_bytes(name)
-
-
-@functools.cache
-def _say_bytes(name: str) -> None:
-    log.warning(
-        "%s: values above %d; networks are trained on images in [-1, 1]: x / 127.5 - 1?", name, LARGEST_USUAL
-    )
+        say.once(BYTES, name, LARGEST_USUAL)
 
 
 def check_distances(forget: Tensor, neighbors: Tensor, sqdist: Tensor | None) -> None:

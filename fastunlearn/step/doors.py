@@ -79,7 +79,6 @@ def method_step(
         micro_batch_size=micro_batch_size,
         compile=compile,
         rules=rules,
-        grad_scaler=grad_scaler,
         process_group=process_group,
         time_window=time_window,
         lowpass=lowpass,

@@ -57,7 +57,6 @@ def checked(
     micro_batch_size: Any,
     compile: Any,
     rules: Any,
-    grad_scaler: Any,
     process_group: Any,
     time_window: Any,
     lowpass: Any,
@@ -79,9 +78,6 @@ def checked(
     if autocast_dtype is not None and autocast_dtype not in AUTOCAST_DTYPES:
         expected = "expected torch.bfloat16, torch.float16 or None"
         raise ValueError(f"autocast_dtype: {expected}, got {autocast_dtype!r}")
-    if grad_scaler is not None and not isinstance(grad_scaler, torch.amp.GradScaler):
-        expected = "expected a torch.amp.GradScaler or None"
-        raise TypeError(f"grad_scaler: {expected}, got {check.describe(grad_scaler)}")
     if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
         expected = "expected a torch.distributed.ProcessGroup or None"
         raise TypeError(f"process_group: {expected}, got {check.describe(process_group)}")

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..host import say
 from ..host.profiling import stage
 from ..host.tensor_lists import total_norm
 from ..objective.combine import Combined
@@ -23,7 +24,7 @@ from .compilation import resolve_compile
 from .losses import Losses, ObjectiveLosses
 from .options import Settings
 from .regress import Networks, regress, with_targets
-from .trained import Trained, add_kept, check_reached, say_unscaled, set_aside
+from .trained import UNSCALED, Trained, add_kept, check_reached, set_aside
 from .update import clipping, update
 from .wrappers import tell_skipped
 
@@ -89,7 +90,7 @@ class _Step:
         self.networks = Networks(trained.model, trained.reference, settings.autocast_dtype, compile)
         unscaled = trained.grad_scaler is None and trained.optimizer is not None
         if settings.autocast_dtype == torch.float16 and unscaled:
-            say_unscaled()
+            say.once(UNSCALED)
 
     def compose(self, batch: Batch, draws: Draws) -> None:
         """Compose: the calls of the network, where their losses are summed, where their gradients go."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -12,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..host import check
+from ..host import check, say
 from .wrappers import (
     check_update_is_due,
     check_wrappers,
@@ -22,7 +20,23 @@ from .wrappers import (
     warn_if_accumulating,
 )
 
-log = logging.getLogger("fastunlearn")
+# What is said once.
+ALONE = (
+    "model: %d processes run together, but this network is not in DistributedDataParallel, and there is no "
+    "process_group: each process makes updates of its own, and they drift apart unless that is meant"
+)
+BFLOAT16 = (
+    "model: bfloat16 parameters: an update of less than 1/256 of a weight is rounded away, unless the "
+    "optimizer keeps more bits; float32 parameters with autocast_dtype=torch.bfloat16 lose none"
+)
+UNSCALED = (
+    "grad_scaler: none with autocast_dtype=torch.float16, in which gradients below 6e-8 become 0: "
+    "torch.amp.GradScaler() keeps them, bfloat16 needs none"
+)
+UNREACHED = (
+    "optimizer: %d of %d parameters get no gradient, and stay as they are (%s): does the output not "
+    "depend on them, are they another copy's, or in a checkpoint with use_reentrant=True?"
+)
 
 # Attributes by which libraries mark parameters that are not whole, or not updated from `.grad`.
 MARKS = {
@@ -33,7 +47,6 @@ MARKS = {
     "tensor_model_parallel": "parameters that Megatron-LM spreads over processes",
 }
 NAMES_SHOWN = 3
-_UNREACHED: set[tuple[int, int]] = set()  # how many parameters of how many: what has been said
 
 
 class Trained(NamedTuple):
@@ -69,9 +82,6 @@ def look_at(
         refuse_elsewhere("model", each)
     optimizer, wrappers = unwrap_optimizer(optimizer)
     grad_scaler = grad_scaler_of(wrappers, grad_scaler)
-    if grad_scaler is not None and not isinstance(grad_scaler, torch.amp.GradScaler):
-        expected = "expected a torch.amp.GradScaler or None"
-        raise TypeError(f"grad_scaler: {expected}, got {check.describe(grad_scaler)}")
     parameters = trainable(network, optimizer)
     check_gradients(network, optimizer, parameters, keep_grad=keep_grad)
     check_update_is_due(wrappers)
@@ -81,37 +91,12 @@ def look_at(
     if grad_scaler is not None and not grad_scaler.is_enabled():
         grad_scaler = None  # its step would make the update unconditionally
     if optimizer is not None and process_group is None and network is model and _count_processes() > 1:
-        _say_alone(_count_processes())
+        say.once(ALONE, _count_processes())
     return Trained(network, parameters, optimizer, grad_scaler, processes(model, process_group), wrappers)
 
 
 def _count_processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-@functools.cache
-def _say_alone(count: int) -> None:
-    log.warning(
-        "model: %d processes run together, but this network is not in DistributedDataParallel, and there is no "
-        "process_group: each process makes updates of its own, and they drift apart unless that is meant",
-        count,
-    )
-
-
-@functools.cache
-def _say_bfloat16() -> None:
-    log.warning(
-        "model: bfloat16 parameters: an update of less than 1/256 of a weight is rounded away, unless the optimizer "
-        "keeps more bits; float32 parameters with autocast_dtype=torch.bfloat16 lose none"
-    )
-
-
-@functools.cache
-def say_unscaled() -> None:
-    log.warning(
-        "grad_scaler: none with autocast_dtype=torch.float16, in which gradients below 6e-8 become 0: "
-        "torch.amp.GradScaler() keeps them, bfloat16 needs none"
-    )
 
 
 def check_reached(model: Callable, parameters: list[nn.Parameter]) -> None:
@@ -130,15 +115,8 @@ def check_reached(model: Callable, parameters: list[nn.Parameter]) -> None:
             "or is all of that in an activation checkpoint with use_reentrant=True?"
         )
         raise ValueError(f"optimizer: {expected}, got none ({why})")
-    counts = len(missing), len(parameters)
-    if missing and counts not in _UNREACHED:
-        _UNREACHED.add(counts)
-        log.warning(
-            "optimizer: %d of %d parameters get no gradient, and stay as they are (%s): does the output not "
-            "depend on them, are they another copy's, or in a checkpoint with use_reentrant=True?",
-            *counts,
-            _names(model, missing),
-        )
+    if missing:
+        say.once(UNREACHED, len(missing), len(parameters), _names(model, missing))
 
 
 def unwrapped(model: Callable) -> Callable:
@@ -181,7 +159,7 @@ def trainable(model: Callable, optimizer: torch.optim.Optimizer | None) -> list[
     if twice:  # torch only warns; norm, clipping and update would count its gradient twice
         raise ValueError(f"optimizer: expected every parameter once, got {twice} a second time")
     if any(parameter.dtype == torch.bfloat16 for parameter in parameters):
-        _say_bfloat16()
+        say.once(BFLOAT16)
     if not parameters:
         raise ValueError("model: expected at least one trainable parameter, got none with requires_grad=True")
     if any(hasattr(parameter, "device_mesh") for parameter in parameters):
@@ -210,6 +188,15 @@ def _of(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
     return (parameter for group in optimizer.param_groups for parameter in group["params"])
 
 
+def check_keep_grad(given: Any) -> None:
+    """
+    Raises:
+        TypeError: `given` is no bool.
+    """
+    if not isinstance(given, bool):
+        raise TypeError(f"keep_grad: expected True or False, got {check.describe(given)}")
+
+
 def check_gradients(
     model: Callable,
     optimizer: torch.optim.Optimizer | None,
@@ -225,8 +212,7 @@ def check_gradients(
         ValueError: a gradient stands in `.grad` and is not to be kept, or it is that of a frozen parameter,
             which the optimizer would move.
     """
-    if not isinstance(keep_grad, bool):
-        raise TypeError(f"keep_grad: expected True or False, got {check.describe(keep_grad)}")
+    check_keep_grad(keep_grad)
     hooked = [parameter for parameter in parameters if parameter._post_accumulate_grad_hooks]
     if hooked:
         expected = (

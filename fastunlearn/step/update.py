@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
-import logging
 
 import torch
 from torch import Tensor
 
+from ..host import say
 from ..host.tensor_lists import divide
 
-log = logging.getLogger("fastunlearn")
+HOST_CHECK = (
+    "%s takes no found_inf (yet): the check for a non-finite step waits for the device "
+    "(AdamW(fused=True) would not)"
+)
 
 
 def clipping(norm: Tensor, max_norm: float | None) -> Tensor | None:
@@ -53,7 +56,7 @@ def update(
             del optimizer.grad_scale, optimizer.found_inf
     else:
         if finite.device.type != "cpu":
-            _say_host_check(type(optimizer).__name__)
+            say.once(HOST_CHECK, type(optimizer).__name__)
         if bool(finite):
             divide(gradients, divisor)
             optimizer.step()
@@ -89,11 +92,3 @@ def _replaces_step(kind: type) -> bool:
 
 def _of_torch(kind: type) -> bool:
     return f"{kind.__module__}.".startswith("torch.optim.")
-
-
-@functools.cache
-def _say_host_check(optimizer: str) -> None:
-    log.warning(
-        "%s takes no found_inf (yet): the check for a non-finite step waits for the device (AdamW(fused=True) would not)",
-        optimizer,
-    )

@@ -17,8 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..host import check
+from ..host import check, say
 
+UPDATE_BETWEEN_UPDATES = (
+    "optimizer: accelerate accumulates gradients, and makes no update in this iteration; this optimizer is "
+    "not prepared, and makes one at every step. Here accumulation is one call with all rows of an update, "
+    "which micro_batch_size splits"
+)
 log = logging.getLogger("fastunlearn")
 
 # Whose classes keep gradients or parameters where a step does not find them, by the modules of the classes.
@@ -133,8 +138,12 @@ def grad_scaler_of(wrappers: list[Any], given: torch.amp.GradScaler | None) -> t
     """`given`, or the scaler that accelerate made for the optimizer.
 
     Raises:
+        TypeError: `given` is none.
         ValueError: there are two.
     """
+    if given is not None and not isinstance(given, torch.amp.GradScaler):
+        expected = "expected a torch.amp.GradScaler or None"
+        raise TypeError(f"grad_scaler: {expected}, got {check.describe(given)}")
     for wrapper in wrappers:
         if wrapper.scaler is None or wrapper.scaler is given:
             continue
@@ -160,16 +169,7 @@ def warn_if_accumulating() -> None:
     """Says, once, that an optimizer unknown to accelerate makes an update where accelerate would not."""
     state = _of_accelerate("state", "GradientState")
     if state is not None and state._shared_state.get("sync_gradients", True) is False:
-        _say_update_between_updates()
-
-
-@functools.cache
-def _say_update_between_updates() -> None:
-    log.warning(
-        "optimizer: accelerate accumulates gradients, and makes no update in this iteration; this optimizer "
-        "is not prepared, and makes one at every step. Here accumulation is one call with all rows of an "
-        "update, which micro_batch_size splits"
-    )
+        say.once(UPDATE_BETWEEN_UPDATES)
 
 
 def check_wrappers(wrappers: list[Any], *, reduced: bool) -> None:

@@ -1,0 +1,68 @@
+"""The neighbours that an `Unlearner` serves: searched or given, checked, on its device."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from ..host import check
+from ..host.store import ImageStore
+from ..neighbors.copies import NearCopyWarning, copies_among_neighbors
+from ..neighbors.nearest import check_neighbors, nearest_neighbors
+
+UINT8_SCALE = (2 / 255) ** 2  # from integer squared distances to those of images in [-1, 1]
+
+
+def find_neighbors(
+    forget: ImageStore,
+    retain: ImageStore,
+    k: int,
+    given: tuple[Tensor, Tensor] | None,
+    device: torch.device,
+    *,
+    searched: ImageStore,
+    warn: bool,
+) -> tuple[Tensor, Tensor]:
+    """The `k` nearest rows of `retain` for each forget row.
+
+    Args:
+        given: `(index [N, k], sqdist [N, k])` as `nearest_neighbors` returns them; None: they are searched.
+        searched: `retain`, where it lies: perhaps on the device.
+        warn: of neighbours that show the forget row itself.
+
+    Returns:
+        `[N, k]` int64 and float64 on `device`; squared distances between images in [-1, 1].
+
+    Raises:
+        TypeError, ValueError: naming what of `k` or `neighbors` does not fit.
+    """
+    k = check.integer("k", k, low=1, high=len(retain), of="the rows of retain")
+    if given is not None and (not isinstance(given, (tuple, list)) or len(given) != 2):
+        expected = "expected a pair (index, sqdist) as nearest_neighbors returns it"
+        raise TypeError(f"neighbors: {expected}, got {check.describe(given)}")
+    index, sqdist = nearest_neighbors(forget, searched, k) if given is None else given
+    check.tensor("neighbors[0]", index, ndim=2, floating=False)
+    # Of uint8 rows: the integer distance, scaled below.
+    check.tensor("neighbors[1]", sqdist, ndim=2, floating=not retain.is_uint8)
+    if index.shape != (len(forget), k) or sqdist.shape != index.shape:
+        expected = f"expected index and sqdist of shape ({len(forget)}, {k})"
+        raise ValueError(f"neighbors: {expected}, got {tuple(index.shape)} and {tuple(sqdist.shape)}")
+    if int(index.min()) < 0 or int(index.max()) >= len(retain):
+        got = f"[{int(index.min())}, {int(index.max())}]"
+        raise ValueError(f"neighbors: expected rows of retain, [0, {len(retain) - 1}], got {got}")
+    if given is not None:
+        check_neighbors(forget, searched, index, sqdist)
+    if warn and not retain.latents:
+        _warn_of_near_copies(forget, retain, index, sqdist)
+    sqdist = sqdist.double() * UINT8_SCALE if retain.is_uint8 else sqdist.double()
+    return index.long().to(device), sqdist.to(device)
+
+
+def _warn_of_near_copies(forget: ImageStore, retain: ImageStore, index: Tensor, sqdist: Tensor) -> None:
+    found = copies_among_neighbors(forget, retain, index, sqdist)
+    if len(found):
+        hint = "near_copies(forget, retain) finds all of them, retain.select(rows) leaves them out"
+        text = f"neighbors: expected images that do not show the image to forget, got {found}. {hint}"
+        warnings.warn(text, NearCopyWarning, stacklevel=4)  # where the Unlearner is made
