@@ -23,6 +23,7 @@ from fastunlearn import (
     vanilla_step,
 )
 from fastunlearn import functional as F
+from fastunlearn.host import say
 from fastunlearn.methods import Batch
 from fastunlearn.step.arrange import finish
 from fastunlearn.testing.factories import Average, TinyDenoiser, linear_schedule, redirect_inputs
