@@ -28,26 +28,21 @@ def finish(
     Raises:
         ValueError: a term belongs to a gradient that the combination has not.
     """
-    named = [
-        replace(each, terms=tuple(_with_gradient(term, combination) for term in each.terms))
-        for each in passes
-    ]
     correction = combination.gradients[0] if len(combination.gradients) == 2 else None
-    own = None
+    own = divisor = None
     if correction is not None:
-        terms = [term for each in named for term in each.terms if term.gradient == correction]
+        terms = [
+            term for each in passes for term in each.terms if gradient_of(term, combination) == correction
+        ]
         own = combination.unit([term.weight for term in terms if _is_floating(term.weight)])
-    divisor = None if own is None else _positive(own)
-    finished = [
-        replace(
-            each,
-            terms=tuple(
-                _with_weight(term, divisor if term.gradient == correction else None, each)
-                for term in each.terms
-            ),
-        )
-        for each in named
-    ]
+        divisor = None if own is None else _positive(own)
+    finished = []
+    for each in passes:
+        terms = []
+        for term in each.terms:
+            gradient = gradient_of(term, combination)
+            terms.append(_finished(term, gradient, divisor if gradient == correction else None, each.x_t))
+        finished.append(replace(each, terms=tuple(terms)))
     if own is None:
         return finished, Unit()
     if group is None:
@@ -67,30 +62,36 @@ def _positive(unit: Tensor) -> Tensor:
     return torch.where(unit > 0, unit, torch.ones_like(unit))
 
 
-def _with_gradient(term: Term, combination: Combination) -> Term:
-    names = combination.gradients
-    gradient = term.gradient
+def gradient_of(term: Term, combination: Combination) -> str:
+    """The gradient that `term` belongs to.
+
+    Raises:
+        ValueError: the combination has no such gradient.
+    """
+    names, gradient = combination.gradients, term.gradient
     if gradient is None:
         gradient = names[0] if len(names) == 1 else term.role
     if gradient not in names:
-        raise ValueError(
-            f"Term.gradient: expected one of {', '.join(names)} ({type(combination).__name__}), got {gradient!r}"
-        )
-    return replace(term, gradient=gradient)
+        expected = f"expected one of {', '.join(names)} ({type(combination).__name__})"
+        raise ValueError(f"Term.gradient: {expected}, got {gradient!r}")
+    return gradient
 
 
-def _with_weight(term: Term, unit: Tensor | None, whole: Pass) -> Term:
-    """`term` with the weights that its losses are summed with, `[B]` in float32 or better."""
+def _finished(term: Term, gradient: str, unit: Tensor | None, x_t: Tensor) -> Term:
+    """`term` with its gradient and the weights that its losses are summed with, float32 or better."""
     rows = len(term.rows)
     over = rows if term.over is None else term.over
-    like = term.target if isinstance(term.target, Tensor) else whole.x_t
+    like = term.target if isinstance(term.target, Tensor) else x_t
     dtype = torch.promote_types(like.dtype, torch.float32)
-    if term.weight is None:
-        return replace(term, weight=torch.full((rows,), 1 / over, device=like.device, dtype=dtype), over=1.0)
-    if not _is_floating(term.weight):
-        return replace(term, weight=term.weight.to(dtype) / over, over=1.0)
-    weight = term.weight if unit is None else term.weight / unit
-    return replace(term, weight=without_negligible(weight) / over, over=1.0)
+    weight = term.weight
+    if weight is None:
+        weight = torch.full((rows,), 1 / over, device=like.device, dtype=dtype)
+    elif not _is_floating(weight):
+        weight = weight.to(dtype) / over
+    else:
+        weight = weight if unit is None else weight / unit
+        weight = without_negligible(weight) / over
+    return replace(term, gradient=gradient, weight=weight, over=1.0)
 
 
 def in_calls(
