@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-SHOWN = 40  # differences
+SHOWN = 5  # differences of a group
 PATIENCE = 900  # seconds for the cases of one process: only a defect reaches it
 
 
@@ -41,6 +41,11 @@ def environment_of(tree: Path, mode: str) -> dict[str, str]:
     fixed = {"PYTHONPATH": f"{tree}{os.pathsep}{HERE}", "PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1"}
     fixed |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return kept | fixed | ({"FASTUNLEARN_DRY": "1"} if mode == "rehearsal" else {})
+
+
+def extension(tree: Path) -> list[str]:
+    """The names of the built libraries in `tree`."""
+    return sorted(file.name for file in tree.glob("fastunlearn/**/_C*.so"))
 
 
 def run_cases(tree: Path, mode: str, titles: list[str], scratch: Path, handed: Path) -> list[dict[str, Any]]:
@@ -102,20 +107,20 @@ def run_tree(tree: Path, cases: list, scratch: Path, handed: Path) -> tuple[dict
     return found, api
 
 
-def difference(case, old: dict[str, Any], new: dict[str, Any]) -> str | None:
-    """The first thing that differs between two outcomes of a case."""
+def difference(case, old: dict[str, Any], new: dict[str, Any]) -> tuple[str, str] | None:
+    """The first thing that differs between two outcomes of a case: where, and what."""
     if old.get("error") != new.get("error"):
-        return f"error: {old.get('error')} -> {new.get('error')}"
+        return "error", f"{old.get('error')} -> {new.get('error')}"
     if "error" in old:
-        return None if case.refused else f"fails in both trees: {old['error']}"
+        return None if case.refused else ("fails in both trees", old["error"])
     if case.refused:
-        return "is refused in neither tree"
+        return "is refused in neither tree", "an error was expected"
     if not old["tensors"]:
-        return "returned nothing"
+        return "returned nothing", "there is nothing to compare"
     for name in [*old["tensors"], *new["tensors"]]:
         before, after = (each["tensors"].get(name, "missing") for each in (old, new))
         if before != after:
-            return f"{name}: {before} -> {after}"
+            return name, f"{before} -> {after}"
     return None
 
 
@@ -166,29 +171,29 @@ def api_changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return found
 
 
-def report(cases: list, old: dict[str, dict], new: dict[str, dict], changes: list[str] | None) -> bool:
-    """Prints the table; whether everything is equal."""
-    differing = {
-        case.title: text for case in cases if (text := difference(case, old[case.title], new[case.title]))
-    }
-    counts, first = Counter(case.group for case in cases), {}
+def report(cases: list, old: dict[str, dict], new: dict[str, dict], api: tuple[dict, dict]) -> bool:
+    """Prints the table, and some of what differs; whether everything is equal."""
+    counts = Counter(case.group for case in cases)
+    found: dict[str, list[tuple[str, str]]] = {group: [] for group in counts}
     for case in cases:
-        if case.title in differing:
-            first.setdefault(case.group, []).append(case.title)
-    print(f"{'group':<16} {'cases':>5}  result")
-    for group, count in counts.items():
-        told = first.get(group)
-        print(f"{group:<16} {count:>5}  {f'{len(told)} differ' if told else 'equal'}")
-    if changes is not None:
-        print(f"{'public names':<16} {'':>5}  {f'{len(changes)} differ' if changes else 'equal'}")
-    lines = [f"{title}\n    {text}" for title, text in differing.items()] + [
-        f"public names: {change}" for change in changes or ()
-    ]
-    for line in lines[:SHOWN]:
-        print(line)
-    if len(lines) > SHOWN:
-        print(f"... and {len(lines) - SHOWN} more")
-    return not lines
+        differing = difference(case, old[case.title], new[case.title])
+        if differing is not None:
+            where, what = differing
+            found[case.group].append((f"{case.name}: {where}", what))
+    if api[0]:
+        counts["public names"] = len(api[0])
+        found["public names"] = [(change, "") for change in api_changes(*api)]
+
+    print(f"{'group':<14} {'cases':>5}  result")
+    for group, lines in found.items():
+        result = f"{len(lines)} differ, first {lines[0][0]}" if lines else "equal"
+        print(f"{group:<14} {counts[group]:>5}  {result}")
+    for group, lines in found.items():
+        for where, what in lines[:SHOWN]:
+            print(f"{group}: {where}" + (f"\n    {what}" if what else ""))
+        if len(lines) > SHOWN:
+            print(f"{group}: and {len(lines) - SHOWN} more")
+    return not any(found.values())
 
 
 def main() -> int:
@@ -206,6 +211,9 @@ def main() -> int:
         if not (tree / "fastunlearn/__init__.py").is_file():
             parser.error(f"{tree}: expected a tree of this repository, found no fastunlearn in it")
 
+    if extension(old) != extension(new):
+        print(f"the extension is built in one tree only: {extension(old)}, {extension(new)}", file=sys.stderr)
+
     sys.path[:0] = [str(old), str(HERE)]
     from bits import all_cases
 
@@ -217,8 +225,7 @@ def main() -> int:
         handed = Path(folder) / "old"
         old_found, old_api = run_tree(old, cases, handed, handed)
         new_found, new_api = run_tree(new, cases, Path(folder) / "new", handed)
-    changes = api_changes(old_api, new_api) if old_api else None
-    return 0 if report(cases, old_found, new_found, changes) else 1
+    return 0 if report(cases, old_found, new_found, (old_api, new_api)) else 1
 
 
 if __name__ == "__main__":

@@ -7,6 +7,6 @@ from .registry import CASES, Case
 
 def all_cases() -> list[Case]:
     """Imports the modules of cases, and with them fastunlearn."""
-    from . import ops, pairs, rehearsals, runs, steps, unlearners  # noqa: F401
+    from . import ops, pairs, refusals, rehearsals, runs, steps, unlearners  # noqa: F401
 
     return CASES

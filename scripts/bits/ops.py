@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 from typing import Any
 
@@ -43,36 +44,30 @@ def noised(backend: str, prediction: str, dtype: torch.dtype, place=None) -> Any
 
 def redirect(backend: str, prediction: str, dtype: torch.dtype, place=None) -> Any:
     forget, retain, neighbors, noise = _inputs(dtype)
-    schedule, sqdist = (
-        parts.schedule(prediction),
-        (neighbors.double() - forget[:, None].double()).square().flatten(2).sum(2),
-    )
+    schedule, last = parts.schedule(prediction), _inputs(dtype, channels_last=True)
+    sqdist = (neighbors.double() - forget[:, None].double()).square().flatten(2).sum(2)
     with parts.environment(FASTUNLEARN_BACKEND=backend):
         return {
             "plain": F.redirect(forget, neighbors, noise, TIMESTEPS, schedule),
             "with distances": F.redirect(forget, neighbors, noise, TIMESTEPS, schedule, sqdist=sqdist),
             "with x_t": F.redirect(forget, neighbors, None, TIMESTEPS, schedule, x_t=retain),
-            "channels last": F.redirect(
-                _inputs(dtype, True)[0], neighbors, _inputs(dtype, True)[3], TIMESTEPS, schedule
-            ),
+            "channels last": F.redirect(last[0], neighbors, last[3], TIMESTEPS, schedule),
         }
 
 
 def mixture(backend: str, prediction: str, dtype: torch.dtype, place=None) -> Any:
     forget, retain, _, noise = _inputs(dtype)
+    images, last = (retain, forget), _inputs(dtype, channels_last=True)
     schedule, chosen = parts.schedule(prediction), torch.tensor([True, False, True, False, False])
+    rest = schedule, 0.4, chosen
     ratio = torch.tensor([0.0, 0.5, torch.inf, -torch.inf, -2.0], dtype=torch.float64)
     with parts.environment(FASTUNLEARN_BACKEND=backend):
         return {
-            "plain": F.mixture(retain, forget, noise, TIMESTEPS, schedule, 0.4, chosen),
-            "lambd 0": F.mixture(retain, forget, noise, TIMESTEPS, schedule, 0, torch.zeros_like(chosen)),
-            "with ratios": F.mixture(
-                retain, forget, noise, TIMESTEPS, schedule, 0.4, chosen, time_log_ratio=ratio
-            ),
-            "with x_t": F.mixture(retain, forget, None, TIMESTEPS, schedule, 0.4, chosen, x_t=noise),
-            "channels last": F.mixture(
-                *_inputs(dtype, True)[1::-1], _inputs(dtype, True)[3], TIMESTEPS, schedule, 0.4, chosen
-            ),
+            "plain": F.mixture(*images, noise, TIMESTEPS, *rest),
+            "lambd 0": F.mixture(*images, noise, TIMESTEPS, schedule, 0, torch.zeros_like(chosen)),
+            "with ratios": F.mixture(*images, noise, TIMESTEPS, *rest, time_log_ratio=ratio),
+            "with x_t": F.mixture(*images, None, TIMESTEPS, *rest, x_t=noise),
+            "channels last": F.mixture(last[1], last[0], last[3], TIMESTEPS, *rest),
         }
 
 
@@ -126,33 +121,22 @@ def schedules(prediction: str, place=None) -> Any:
     }
 
 
-for backend in BACKENDS:
-    for dtype_name, dtype in DTYPES.items():
-        for prediction in PREDICTIONS:
-            for op in (noised, redirect, mixture):
-                add(
-                    "ops",
-                    f"{op.__name__}, {backend}, {dtype_name}, {prediction}",
-                    partial(op, backend, prediction, dtype),
-                )
-        for band_name, band in {
-            "all": None,
-            "low": LowPass(0.3),
-            "mid, box": LowPass(0.6, kind="box", band="mid", inner=0.2),
-        }.items():
-            if (backend, dtype) != (
-                "reference",
-                torch.bfloat16,
-            ) or band is None:  # torch has no FFT of bfloat16
-                add(
-                    "ops",
-                    f"denoising_loss, {backend}, {dtype_name}, {band_name}",
-                    partial(loss, backend, band, dtype),
-                )
-for rows in ("bytes", "floats"):
-    for backend in ("exact", "auto"):
-        add("neighbours", f"{rows}, {backend}", partial(neighbours, rows, backend))
-add("neighbours", "cached by the old tree", cached_neighbours)
-add("neighbours", "near copies", copies)
+OPS = {"noised": noised, "redirect": redirect, "mixture": mixture}
+BANDS = {"all": None, "low": LowPass(0.3), "mid, box": LowPass(0.6, kind="box", band="mid", inner=0.2)}
+
+for backend, dtype_name in itertools.product(BACKENDS, DTYPES):
+    dtype, title = DTYPES[dtype_name], f"{backend}, {dtype_name}"
+    quick = dtype_name == "float32"
+    for prediction, op_name in itertools.product(PREDICTIONS, OPS):
+        run = partial(OPS[op_name], backend, prediction, dtype)
+        add("ops", f"{op_name}, {title}, {prediction}", run, quick=quick)
+    for band_name, band in BANDS.items():
+        if title == "reference, bfloat16" and band is not None:
+            continue  # torch has no FFT of bfloat16
+        add("ops", f"denoising_loss, {title}, {band_name}", partial(loss, backend, band, dtype), quick=quick)
 for prediction in PREDICTIONS:
     add("ops", f"schedule, {prediction}", partial(schedules, prediction))
+for rows, backend in itertools.product(("bytes", "floats"), ("exact", "auto")):
+    add("neighbours", f"{rows}, {backend}", partial(neighbours, rows, backend))
+add("neighbours", "cached by the old tree", cached_neighbours)
+add("neighbours", "near copies", copies)

@@ -37,29 +37,16 @@ def take_compiled_unlearner(method: str, place=None, **options):
     return unlearners.take_steps(unlearners.METHODS[method], Setting(options | {"compile": True}), count=6)
 
 
+QUICK = ("bytes", "micro batches of 4", "average and scheduler")
+
 for method_name, method in unlearners.METHODS.items():
     for setting_name, setting in SETTINGS.items():
         options = {} if "replay" in setting.options else {"replay": True}
-        add(
-            "replay",
-            f"{method_name}, {setting_name}",
-            partial(unlearners.take_steps, method, setting, count=6, **options),
-            mode="rehearsal",
-        )
+        run = partial(unlearners.take_steps, method, setting, count=6, **options)
+        add("replay", f"{method_name}, {setting_name}", run, mode="rehearsal", quick=setting_name in QUICK)
 for kind in ("retrack", "siss", "erasediff"):
     add("compiled", f"{kind} step", partial(take_compiled, kind, True), mode="rehearsal", quick=False)
 for method_name in ("retrack", "siss"):
-    add(
-        "compiled",
-        f"Unlearner, {method_name}",
-        partial(take_compiled_unlearner, method_name),
-        mode="rehearsal",
-        quick=False,
-    )
-    add(
-        "compiled",
-        f"Unlearner, {method_name}, replayed",
-        partial(take_compiled_unlearner, method_name, replay=True),
-        mode="rehearsal",
-        quick=False,
-    )
+    for title, replay in (("", False), (", replayed", True)):
+        run = partial(take_compiled_unlearner, method_name, replay=replay)
+        add("compiled", f"Unlearner, {method_name}{title}", run, mode="rehearsal", quick=False)
