@@ -1,4 +1,6 @@
-"""scripts/compare_bits.py sees a difference of one bit, and none where there is none."""
+"""scripts/compare_bits.py sees a difference of one bit, and none where there is none; compare_speed.py, a
+slower step.
+"""
 
 import importlib
 import importlib.util
@@ -114,3 +116,12 @@ def test_hashes_tell_values_shapes_and_types_apart(monkeypatch, other):
     assert hashed({"a": [torch.tensor([0.1])]}) == hashed({"a": (torch.tensor([0.1]),)})
     assert hashed({"a": [torch.tensor([0.1])]}) != hashed({"a": [other]})
     assert hashed(torch.tensor([0.0])) != hashed(torch.tensor([-0.0]))
+
+
+@pytest.mark.parametrize(("ratios", "passes"), [((1.0, 1.02, 9.0), True), ((1.0, 1.03, 1.04), False)])
+def test_a_step_whose_median_ratio_is_above_the_limit_fails(monkeypatch, capsys, ratios, passes):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    speed = importlib.import_module("compare_speed")
+    pairs = [speed.Pair(1e6, ratio * 1e6, ratio) for ratio in ratios]
+    assert speed.report({"a step": pairs, "another": [speed.Pair(1e6, 1e6, 1.0)]}, 1.02) == passes
+    assert ("above 1.02" in capsys.readouterr().out) == (not passes)
