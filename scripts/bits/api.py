@@ -21,6 +21,8 @@ FUNCTIONAL = (
     "Redirect",
     "Mixture",
 )
+# What a method tells the step is no promise to callers; its hyperparameters are.
+METHODS = ("EraseDiff", "NegGrad", "ReTrack", "SISS", "Vanilla")
 RUNS = ("unlearn", "History", "RunInterrupted", "TooManySkippedSteps", "WeightsNotFinite", "purge")
 
 
@@ -28,7 +30,12 @@ def public_api() -> dict[str, Any]:
     """Each public function and class: its parameters, and the fields or public attributes that it has."""
     api = {name: _described(getattr(fastunlearn, name)) for name in sorted(fastunlearn.__all__)}
     api |= {f"functional.{name}": _described(getattr(functional, name)) for name in FUNCTIONAL}
-    return api | {f"training.{name}": _described(found(name, "fastunlearn.training")) for name in RUNS}
+    for name in METHODS:
+        api[name]["methods"] = {}
+    return api | {
+        f"training.{name}": _described(found(name, "fastunlearn.runs.training", "fastunlearn.training"))
+        for name in RUNS
+    }
 
 
 def _described(thing: Any) -> dict[str, Any]:

@@ -135,10 +135,11 @@ def make_draws(unlearner: Unlearner, setting: Setting, step: int) -> Draws | Non
     """Rows of both stores for every other step."""
     if not setting.given_rows or step % 2:
         return None
-    given = {}
-    if "forget" in unlearner.method.batches:
+    given, method = {}, unlearner.method
+    reads = method.needs if hasattr(method, "needs") else method.batches  # its name in older trees
+    if "forget" in reads:
         given["forget_rows"] = torch.tensor([0, 3, 1, 1, 2, 0])
-    if "retain" in unlearner.method.batches:
+    if "retain" in reads:
         given["retain_rows"] = torch.tensor([19, 3, 1, 7, 2, 0])
     return Draws(**given)
 
