@@ -1,9 +1,8 @@
 """What the vendor says of the GPUs that the kernels are tuned for, and the shortest time that a kernel can
 take there.
 
-Sources: the A100, H100 and H200 data sheets for bandwidth and peak rates (tensor cores without sparsity, that
-is half of the printed number where it is printed with it), the Ampere and Hopper architecture white papers
-for L2, the Ampere and Hopper tuning guides for the shared memory that one block can have.
+Sources: the A100, H100 and H200 data sheets (tensor cores without sparsity, that is half of the printed number
+where it is printed with it).
 """
 
 from __future__ import annotations
@@ -18,9 +17,6 @@ class Device:
     name: str
     matches: tuple[str, ...]  # what torch.cuda.get_device_name must contain
     bandwidth: float  # bytes/s
-    l2: int  # bytes
-    shared_memory: int  # bytes, the most that one block can have
-    fp32: float  # FLOP/s, without tensor cores
     tf32: float  # FLOP/s of the tensor cores, dense
 
     def floor_seconds(self, size: int, flops: int = 0) -> float:
@@ -31,9 +27,9 @@ class Device:
 
 
 DEVICES = (
-    Device("A100-40GB", ("A100", "40GB"), 1.555e12, 40 << 20, 163 << 10, 19.5e12, 156e12),
-    Device("H100 SXM", ("H100", "HBM3"), 3.35e12, 50 << 20, 227 << 10, 67e12, 494.7e12),
-    Device("H200", ("H200",), 4.8e12, 50 << 20, 227 << 10, 67e12, 494.7e12),
+    Device("A100-40GB", ("A100", "40GB"), 1.555e12, 156e12),
+    Device("H100 SXM", ("H100", "HBM3"), 3.35e12, 494.7e12),
+    Device("H200", ("H200",), 4.8e12, 494.7e12),
 )
 
 
