@@ -39,7 +39,6 @@ class Images(_Sliceable):
     retain: Tensor  # [B, C, H, W] float32
     neighbors: Tensor  # [B, K, C, H, W] float32
     sqdist: Tensor  # [B, K] float64
-    condition: Tensor | None  # [B, tokens, width] float32
 
 
 @dataclass(frozen=True)
@@ -164,20 +163,17 @@ class Job:
             **kwargs,
             neighbors=self.images.neighbors,
             sqdist=self.images.sqdist,
-            condition=self.images.condition,
         )
 
     def _images(self) -> Images:
         index, sqdist = (part[self.forget_rows.to(part.device)] for part in self.neighbors)
         scale = 1.0 if self.network.latents else (2 / 255) ** 2
         neighbors = self.retain.rows(index.flatten().to(self.device)).view(*index.shape, *self.network.shape)
-        condition = None if self.condition is None else self.condition.expand(self.batch, -1, -1)
         return Images(
             self.forget.rows(self.forget_rows),
             self.retain.rows(self.retain_rows),
             neighbors,
             sqdist.double().to(self.device) * scale,
-            condition,
         )
 
 

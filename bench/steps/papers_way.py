@@ -134,7 +134,7 @@ class _Loop:
                 )
             else:
                 loaded[name] = next(self.batches[name]).to(self.job.device, torch.float32)
-        return Images(**loaded, sqdist=None, condition=None)
+        return Images(**loaded, sqdist=None)
 
     def numbers(self, rows: int) -> Draw:
         shape, device = (rows, *self.job.network.shape), self.job.device
