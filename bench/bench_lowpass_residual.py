@@ -7,7 +7,6 @@ is needed a second time.
 
 from __future__ import annotations
 
-import importlib.util
 from functools import partial
 
 import pytest
@@ -21,7 +20,7 @@ from fastunlearn.testing.budgets import in_several_orders, shifts
 
 from . import papers
 from .cases import ORDERS, SHAPES, Inputs, Shape
-from .comparison import KERNEL, KERNEL_BY_AUTOGRAD, PAPERS, check, expect_equal, lazily, parametrize_shapes
+from .comparison import KERNEL, KERNEL_BY_AUTOGRAD, PAPERS, check, expect_equal, parametrize_shapes
 
 MASKS = {  # radius / Nyquist, inside, outside
     "low 1/4": (1 / 4, 1.0, 0.0),
@@ -62,8 +61,6 @@ def test_lowpass_residual(compare, shape: Shape, mask: str):
     calls[KERNEL_BY_AUTOGRAD] = lambda: papers.with_gradient(
         op.lowpass_residual(leaf, *arguments[1:])[0], leaf
     )
-    if compare.device.type == "cuda" and importlib.util.find_spec("cupyx"):
-        calls["cupyx plan"] = lazily(lambda: by_cupyx(prediction, target, weight, table32))
 
     def at(dtype: torch.dtype) -> tuple:
         return (
@@ -119,43 +116,6 @@ def products_flops(shape: Shape, band: Tensor) -> int:
     )
     once = 2 * shape.height * shape.width * columns + 2 * shape.height * rows * columns
     return once  # analysis and synthesis, each halved
-
-
-def by_cupyx(prediction: Tensor, target: Tensor, weight: Tensor, mask: Tensor):
-    """Energy and gradient from two transforms with plans made once: what can be had from cuFFT by hand."""
-    import cupy
-    from cupyx.scipy import fft
-
-    height, width = prediction.shape[-2:]
-    half = mask[:, : width // 2 + 1]
-    # a column of the half spectrum stands for two, but for the first and (even widths) the last
-    twice = torch.full_like(half[0], 2)
-    twice[0] = 1
-    if width % 2 == 0:
-        twice[-1] = 1
-    squared, counted = (
-        cupy.from_dlpack(half.square().contiguous()),
-        cupy.from_dlpack((half.square() * twice).contiguous()),
-    )
-    scale = cupy.from_dlpack(weight.view(-1, 1, 1, 1))
-    real = cupy.from_dlpack(prediction.clone())
-    forward = fft.get_fft_plan(real, (height, width), axes=(2, 3), value_type="R2C")
-    backward = fft.get_fft_plan(fft.rfft2(real, plan=forward), (height, width), axes=(2, 3), value_type="C2R")
-
-    def call() -> tuple[Tensor, Tensor]:
-        with cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream):
-            spectrum = fft.rfft2(cupy.from_dlpack(prediction - target), plan=forward, norm="ortho")
-            energy = scale[:, 0, 0, 0] * (counted * (spectrum.real**2 + spectrum.imag**2)).sum(axis=(1, 2, 3))
-            gradient = (
-                2
-                * scale
-                * fft.irfft2(
-                    squared * spectrum, (height, width), overwrite_x=True, plan=backward, norm="ortho"
-                )
-            )
-            return torch.from_dlpack(energy), torch.from_dlpack(gradient)
-
-    return call
 
 
 def _expect_papers_to_be_right(exact: tuple, mask: Tensor, truth: dict[str, Tensor]) -> None:

@@ -235,8 +235,8 @@ def test_the_summary_shows_what_is_there(gpu_run, tmp_path):
         "reason": "",
     }
     op |= {"seconds": 1e-4, "share": 0.9, "times_faster": ratios}
-    cupyx = op | {"contestant": "cupyx plan", "seconds": None, "reason": "cupyx plan: failed"}
-    (tmp_path / "ops_h200.json").write_text(json.dumps({"rows": [op, cupyx]}))
+    failed = op | {"contestant": "compiled", "seconds": None, "reason": "compiled: failed"}
+    (tmp_path / "ops_h200.json").write_text(json.dumps({"rows": [op, failed]}))
     step = {
         "network": "mnist",
         "method": "retrack",
@@ -264,7 +264,7 @@ def test_the_summary_shows_what_is_there(gpu_run, tmp_path):
         "redirect           cifar B128 K10     rows              100.0      90%      3.00       1.50"
         in summary
     )
-    assert "cupyx plan: failed" in summary
+    assert "compiled: failed" in summary
     assert "mnist retrack, batch 128                bfloat16, channels_last" in summary
     assert "limit                               10.00      4.00             2.00      600" in summary
     assert "Unlearner, compiled, replayed    not timed" in summary
