@@ -7,7 +7,6 @@ Numbers from it must not be set beside published FID or IS, which use other netw
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -48,8 +47,8 @@ class MnistClassifier(nn.Module):
         return self.output(self.features(x))
 
 
-def load_mnist_classifier(device: torch.device | str = "cpu") -> MnistClassifier:
-    """The shipped classifier, float32, in evaluation mode, without gradients."""
+def load_mnist_classifier() -> MnistClassifier:
+    """The shipped classifier, float32, on the CPU, in evaluation mode, without gradients."""
     classifier = MnistClassifier()
     classifier.load_state_dict(load_file(assets.path(ASSET)))
-    return classifier.to(device).eval().requires_grad_(False)
+    return classifier.eval().requires_grad_(False)
