@@ -129,16 +129,3 @@ def test_equals_the_published_set(tmp_path, monkeypatch):
     store = load_mnist_tshirt(tmp_path / "mnist", tmp_path / "fashion")
     assert np.array_equal(store.images[:, 0].numpy(), images)
     assert np.array_equal(store.labels.numpy(), labels)
-
-
-@needs_published
-@pytest.mark.skipif(
-    "FASTUNLEARN_IDX" not in os.environ,
-    reason="FASTUNLEARN_IDX names no folder with mnist/ and fashion-mnist/",
-)
-def test_equals_the_published_set_from_the_original_files():
-    folder = Path(os.environ["FASTUNLEARN_IDX"])
-    store = load_mnist_tshirt(folder / "mnist", folder / "fashion-mnist")
-    with np.load(PUBLISHED, allow_pickle=False) as published:
-        assert np.array_equal(store.images[:, 0].numpy(), published["images"])
-        assert np.array_equal(store.labels.numpy(), published["labels"])
