@@ -1,5 +1,8 @@
 """What the tests of the ops share."""
 
+import os
+from unittest import mock
+
 import pytest
 import torch
 
@@ -11,3 +14,10 @@ def poisoned():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def only_kernels():
+    """An op without a kernel is an error."""
+    with mock.patch.dict(os.environ, FASTUNLEARN_BACKEND="kernels"):
+        yield

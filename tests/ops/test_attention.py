@@ -2,21 +2,17 @@
 refuses.
 """
 
-import os
-from unittest import mock
-
 import pytest
 import torch
+from kernel_cases import for_kernels
 from torch.nn.functional import scaled_dot_product_attention
 
-from fastunlearn.ops._backends import ISAS, build_command, extension
+from fastunlearn.ops._backends import ISAS
 from fastunlearn.ops.attention import attention
 from fastunlearn.reference.attention import attention as formula
 from fastunlearn.testing.budgets import assert_within_budget, shuffles
 
-pytestmark = pytest.mark.skipif(
-    not extension("_C"), reason=f"the C++ extension is not built; build it with: {build_command()}"
-)
+pytestmark = for_kernels
 NAMES = ("query", "key", "value")
 # B, H, Sq, Sk, D: one tile of keys and several, ends of vectors, blocks and tiles, cross-attention, depths
 # with and without padding
@@ -24,12 +20,6 @@ SHAPES = [
     (2, 3, 1, 1, 8), (1, 2, 5, 3, 8), (2, 2, 49, 49, 8), (1, 2, 196, 196, 8), (1, 1, 33, 128, 8), (1, 2, 17, 129, 16), (1, 2, 64, 77, 16),
     (1, 2, 40, 300, 32), (1, 2, 31, 16, 64), (1, 1, 20, 140, 64), (2, 1, 19, 23, 1), (1, 2, 30, 21, 5), (1, 2, 35, 50, 40), (1, 1, 9, 12, 72),
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def only_kernels():
-    with mock.patch.dict(os.environ, FASTUNLEARN_BACKEND="kernels"):
-        yield
 
 
 def operands(shape, dtype=torch.float32, seed=0):
@@ -187,7 +177,7 @@ def test_opcheck(layout, backend, monkeypatch):
     monkeypatch.setenv("FASTUNLEARN_BACKEND", backend)
     query, key, value, grad_out = operands((2, 2, 7, 5, 8))
     given = [layout(tensor).detach().requires_grad_() for tensor in (query, key, value)]
-    torch.library.opcheck(torch.ops.fastunlearn.step.attention.default, (*given, 0.3))
+    torch.library.opcheck(torch.ops.fastunlearn.attention.default, (*given, 0.3))
     saved = [tensor.detach() for tensor in (*given, *attention(*given, 0.3))]
     torch.library.opcheck(torch.ops.fastunlearn.attention_backward.default, (layout(grad_out), *saved, 0.3))
 

@@ -10,30 +10,17 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from kernel_cases import FLOATS, SCHEDULES, assert_rounded, coefficients, for_kernels, normal
 
 from fastunlearn.host.store import DTYPES as ROWS
-from fastunlearn.ops._backends import ISAS, build_command, extension
+from fastunlearn.ops._backends import ISAS
 from fastunlearn.ops.mixture import mixture
 from fastunlearn.ops.noising import noising
 from fastunlearn.testing.budgets import assert_within_budget
-from fastunlearn.testing.factories import linear_schedule, served
+from fastunlearn.testing.factories import served
 
-pytestmark = pytest.mark.skipif(
-    not extension("_C"), reason=f"the C++ extension is not built; build it with: {build_command()}"
-)
-FLOATS = ROWS[1:]
-SCHEDULES = {
-    "epsilon": linear_schedule(),
-    "v": linear_schedule(prediction_type="v_prediction"),
-    "flow": linear_schedule(prediction_type="flow"),
-}
+pytestmark = for_kernels
 INFINITY = float("inf")
-
-
-@pytest.fixture(autouse=True)
-def only_kernels():
-    with mock.patch.dict(os.environ, FASTUNLEARN_BACKEND="kernels"):
-        yield
 
 
 def pair(count, shape, retain_dtype, forget_dtype, distance, seed=0):
@@ -46,15 +33,6 @@ def pair(count, shape, retain_dtype, forget_dtype, distance, seed=0):
 
 def as_stored(images, dtype):
     return ((images + 1) * 127.5).round().to(torch.uint8) if dtype == torch.uint8 else images.to(dtype)
-
-
-def normal(shape, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-
-
-def coefficients(batch, prediction_type="epsilon"):
-    """`[batch, 5]` of timesteps from the first to the last; of the first, where there is one row."""
-    return SCHEDULES[prediction_type].coefficients(torch.linspace(0, 999, batch).long())
 
 
 def closed_form(retain, forget, noise, table, from_forget, dtype):
@@ -74,21 +52,6 @@ def absolute_terms(retain, forget, noise, table, from_forget):
     chosen = torch.where(from_forget.view(-1, 1, 1, 1), forget, retain)
     targets = (a * noise + b * chosen.abs() + c * (chosen - images).abs() for images in (retain, forget))
     return alpha * chosen.abs() + sigma * noise, *targets
-
-
-def assert_rounded(name, actual, exact, terms, roundings, precision):
-    """Every number errs by at most `roundings` roundings to `precision` of the sum of its absolute `terms`,
-    and one to its own dtype.
-    """
-    own = torch.finfo(actual.dtype)
-    computed = roundings * torch.finfo(precision).eps / 2 * terms
-    excess = (
-        (actual.double() - exact).abs()
-        - computed
-        - own.eps / 2 * (exact.abs() + computed)
-        - own.smallest_normal * own.eps
-    )
-    assert excess.max() <= 0, f"{name}: {excess.max():.3g} too far"  # false for NaN, too
 
 
 def exact_exponent(retain, forget, noise, table, from_forget):

@@ -7,28 +7,15 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from kernel_cases import FLOATS, SCHEDULES, assert_rounded, coefficients, for_kernels, normal
 
 from fastunlearn.host.store import DTYPES as ROWS
-from fastunlearn.ops._backends import ISAS, build_command, extension
+from fastunlearn.ops._backends import ISAS
 from fastunlearn.ops.noising import noising
 from fastunlearn.testing.budgets import assert_within_budget
-from fastunlearn.testing.factories import linear_schedule, served
+from fastunlearn.testing.factories import served
 
-pytestmark = pytest.mark.skipif(
-    not extension("_C"), reason=f"the C++ extension is not built; build it with: {build_command()}"
-)
-FLOATS = ROWS[1:]
-SCHEDULES = {
-    "epsilon": linear_schedule(),
-    "v": linear_schedule(prediction_type="v_prediction"),
-    "flow": linear_schedule(prediction_type="flow"),
-}
-
-
-@pytest.fixture(autouse=True)
-def only_kernels():
-    with mock.patch.dict(os.environ, FASTUNLEARN_BACKEND="kernels"):
-        yield
+pytestmark = for_kernels
 
 
 def stored(count, shape, dtype, seed=0):
@@ -38,35 +25,11 @@ def stored(count, shape, dtype, seed=0):
     return pixels if dtype == torch.uint8 else served(pixels).to(dtype)
 
 
-def normal(shape, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-
-
-def coefficients(batch, prediction_type="epsilon"):
-    """`[batch, 5]` of timesteps from the first to the last; of the first, where there is one row."""
-    return SCHEDULES[prediction_type].coefficients(torch.linspace(0, 999, batch).long())
-
-
 def closed_form(images, noise, table, dtype):
     """`x_t` and target computed in `dtype`."""
     alpha, sigma, a, b, _ = (column.to(dtype).view(-1, 1, 1, 1) for column in table.unbind(1))
     images, noise = images.to(dtype), noise.to(dtype)
     return alpha * images + sigma * noise, a * noise + b * images
-
-
-def assert_rounded(name, actual, exact, terms, roundings, precision):
-    """Every number errs by at most `roundings` roundings to `precision` of the sum of its absolute `terms`,
-    and one to its own dtype.
-    """
-    own = torch.finfo(actual.dtype)
-    computed = roundings * torch.finfo(precision).eps / 2 * terms
-    excess = (
-        (actual.double() - exact).abs()
-        - computed
-        - own.eps / 2 * (exact.abs() + computed)
-        - own.smallest_normal * own.eps
-    )
-    assert excess.max() <= 0, f"{name}: {excess.max():.3g} too far"  # false for NaN, too
 
 
 def is_laid_out(images, channels_last):

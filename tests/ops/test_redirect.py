@@ -10,31 +10,18 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from kernel_cases import FLOATS, SCHEDULES, for_kernels, normal
 
 from fastunlearn.host import philox
 from fastunlearn.host.store import DTYPES as ROWS
-from fastunlearn.ops._backends import ISAS, build_command, extension
+from fastunlearn.ops._backends import ISAS
 from fastunlearn.ops.redirect import redirect
 from fastunlearn.reference.redirect import redirect as literal
 from fastunlearn.testing.budgets import assert_within_budget, budget, in_several_orders, largest_error
-from fastunlearn.testing.factories import linear_schedule, served
+from fastunlearn.testing.factories import served
 
-pytestmark = pytest.mark.skipif(
-    not extension("_C"), reason=f"the C++ extension is not built; build it with: {build_command()}"
-)
-FLOATS = ROWS[1:]
-SCHEDULES = {
-    "epsilon": linear_schedule(),
-    "v": linear_schedule(prediction_type="v_prediction"),
-    "flow": linear_schedule(prediction_type="flow"),
-}
+pytestmark = for_kernels
 SKIPPED = 2.0**-32  # lighter neighbours may be left out of the mean
-
-
-@pytest.fixture(autouse=True)
-def only_kernels():
-    with mock.patch.dict(os.environ, FASTUNLEARN_BACKEND="kernels"):
-        yield
 
 
 def stores(shape, rows, levels, forget=3, retain=7, seed=0):
@@ -55,10 +42,6 @@ def picks(batch, k, forget=3, retain=7):
     return torch.randint(forget, (batch,), generator=generator), torch.randint(
         retain, (batch, k), generator=generator
     )
-
-
-def normal(shape, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
 def coefficients(batch, t=None, prediction_type="epsilon"):

@@ -10,23 +10,15 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from kernel_cases import FLOATS, for_kernels
 
 from fastunlearn import functional as F
-from fastunlearn.ops._backends import ISAS, build_command, extension
+from fastunlearn.ops._backends import ISAS
 from fastunlearn.ops.residual import residual
 from fastunlearn.testing.budgets import assert_within_budget, in_several_orders
 
-pytestmark = pytest.mark.skipif(
-    not extension("_C"), reason=f"the C++ extension is not built; build it with: {build_command()}"
-)
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+pytestmark = for_kernels
 LAYOUTS = ("dense", "channels_last", "half", "half_channels_last", "rows")
-
-
-@pytest.fixture(autouse=True)
-def only_kernels():
-    with mock.patch.dict(os.environ, FASTUNLEARN_BACKEND="kernels"):
-        yield
 
 
 def laid_out(images, layout):
