@@ -5,7 +5,6 @@ is refused with the file's name.
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import io
 import pickle
 import struct
@@ -15,16 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from encoded_images import encoded, needs_datasets, needs_pyarrow, put, table
 from PIL import Image
 
 from fastunlearn.data import load_images, save_latents
 from fastunlearn.data.idx import idx_header, read_idx
 from fastunlearn.host.store import ImageStore
-
-
-def needs(package: str):
-    absent = importlib.util.find_spec(package) is None
-    return pytest.mark.skipif(absent, reason=f"{package} is not installed (pip install 'fastunlearn[hf]')")
 
 
 def images(*shape: int, dtype=np.uint8) -> np.ndarray:
@@ -48,11 +43,6 @@ def idx(folder: Path, array: np.ndarray, name: str = "t-images-idx3-ubyte") -> P
     return folder / name
 
 
-def raw(folder: Path, content: bytes, name: str) -> Path:
-    (folder / name).write_bytes(content)
-    return folder / name
-
-
 def picture(folder: Path, array: np.ndarray, name: str = "x.png", mode: str | None = None, **options) -> Path:
     """A picture of a `[H, W]` or `[H, W, 3]` array."""
     path = folder / name
@@ -68,12 +58,6 @@ def pictures(folder: Path, **arrays: np.ndarray) -> Path:
     return folder
 
 
-def encoded(array: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def frames(folder: Path) -> Path:
     first, second = (Image.fromarray(images(8, 8) // factor) for factor in (1, 2))
     first.save(folder / "x.tiff", save_all=True, append_images=[second])
@@ -86,7 +70,7 @@ def bomb(folder: Path, scale: float) -> Path:
     content = bytearray(encoded(images(8, 8)))
     content[16:24] = struct.pack(">2I", width, width)
     content[29:33] = struct.pack(">I", __import__("zlib").crc32(content[12:29]))
-    return raw(folder, bytes(content), "x.png")
+    return put(folder, bytes(content), "x.png")
 
 
 G = (4, 6)  # a grey picture
@@ -108,20 +92,20 @@ CASES = [
     ),
     (
         "unknown-ending",
-        lambda d: load_images(raw(d, b"x", "x.txt")),
+        lambda d: load_images(put(d, b"x", "x.txt")),
         ValueError,
         r"x.txt: expected .* got a file that ends in .txt",
     ),
     (
         "no-ending",
-        lambda d: load_images(raw(d, b"x", "x")),
+        lambda d: load_images(put(d, b"x", "x")),
         ValueError,
         r"x: expected .* got a file without an ending",
     ),
     *(
         (
             f"refused{ending}",
-            lambda d, ending=ending: load_images(raw(d, pickle.dumps(1), f"x{ending}")),
+            lambda d, ending=ending: load_images(put(d, pickle.dumps(1), f"x{ending}")),
             ValueError,
             rf"x\{ending}: expected .* got \{ending}: such files are pickles, and unpickling runs whatever code they hold",
         )
@@ -149,7 +133,7 @@ CASES = [
     # npy
     (
         "npy-pickle",
-        lambda d: load_images(raw(d, pickle.dumps([1]), "x.npy")),
+        lambda d: load_images(put(d, pickle.dumps([1]), "x.npy")),
         ValueError,
         r"x.npy: expected .* plain numbers \(pickled objects are refused",
     ),
@@ -159,10 +143,10 @@ CASES = [
         ValueError,
         r"x.npy: expected .* plain numbers \(pickled objects are refused",
     ),
-    ("npy-empty", lambda d: load_images(raw(d, b"", "x.npy")), ValueError, r"x.npy: .*does not read"),
+    ("npy-empty", lambda d: load_images(put(d, b"", "x.npy")), ValueError, r"x.npy: .*does not read"),
     (
         "npy-cut",
-        lambda d: load_images(raw(d, npy(d, images(9, 8, 8)).read_bytes()[:-5], "cut.npy")),
+        lambda d: load_images(put(d, npy(d, images(9, 8, 8)).read_bytes()[:-5], "cut.npy")),
         ValueError,
         r"cut.npy: .*does not read",
     ),
@@ -259,27 +243,27 @@ CASES = [
     ),
     (
         "npz-cut",
-        lambda d: load_images(raw(d, npz(d, x=images(9, 8, 8)).read_bytes()[:-50], "x.npz")),
+        lambda d: load_images(put(d, npz(d, x=images(9, 8, 8)).read_bytes()[:-50], "x.npz")),
         ValueError,
         r"x.npz: expected an .npz file, which is",
     ),
     (
         "npz-pickle",
-        lambda d: load_images(raw(d, pickle.dumps([1]), "x.npz")),
+        lambda d: load_images(put(d, pickle.dumps([1]), "x.npz")),
         ValueError,
         r"x.npz: expected an .npz file, which is a zip archive",
     ),
     (
         "npz-damaged",
         lambda d: load_images(
-            raw(d, npz(d, x=images(9, 8, 8)).read_bytes().replace(b"NUMPY", b"NUMBY"), "x.npz")
+            put(d, npz(d, x=images(9, 8, 8)).read_bytes().replace(b"NUMPY", b"NUMBY"), "x.npz")
         ),
         ValueError,
         r"x.npz: ",
     ),
     (
         "npz-is-npy",
-        lambda d: load_images(raw(d, npy(d, images(2, 8, 8)).read_bytes(), "x.npz")),
+        lambda d: load_images(put(d, npy(d, images(2, 8, 8)).read_bytes(), "x.npz")),
         ValueError,
         r"x.npz: expected an .npz file, which is a zip",
     ),
@@ -304,55 +288,55 @@ CASES = [
     # idx
     (
         "idx-magic",
-        lambda d: load_images(raw(d, b"\x00\x00\x0d\x03" + bytes(20), "x.idx")),
+        lambda d: load_images(put(d, b"\x00\x00\x0d\x03" + bytes(20), "x.idx")),
         ValueError,
         r"x.idx: expected an idx file .* got 00 00 0d 03",
     ),
     (
         "idx-empty",
-        lambda d: load_images(raw(d, b"", "x-idx3-ubyte")),
+        lambda d: load_images(put(d, b"", "x-idx3-ubyte")),
         ValueError,
         r"x-idx3-ubyte: expected an idx file .* got an empty file",
     ),
     (
         "idx-header",
-        lambda d: load_images(raw(d, b"\x00\x00\x08\x03\x00", "x.idx")),
+        lambda d: load_images(put(d, b"\x00\x00\x08\x03\x00", "x.idx")),
         ValueError,
         r"x.idx: expected 3 axis lengths .* got 1 bytes",
     ),
     (
         "idx-cut",
-        lambda d: load_images(raw(d, idx_header((2, 2, 2)) + bytes(7), "x.idx")),
+        lambda d: load_images(put(d, idx_header((2, 2, 2)) + bytes(7), "x.idx")),
         ValueError,
         r"x.idx: expected 8 bytes .* got 7",
     ),
     (
         "idx-long",
-        lambda d: load_images(raw(d, idx_header((2, 2, 2)) + bytes(9), "x.idx")),
+        lambda d: load_images(put(d, idx_header((2, 2, 2)) + bytes(9), "x.idx")),
         ValueError,
         r"x.idx: expected 8 bytes .* got more",
     ),
     (
         "idx-gz-long",
-        lambda d: load_images(raw(d, gzip.compress(idx_header((2, 2, 2)) + bytes(9)), "x.gz")),
+        lambda d: load_images(put(d, gzip.compress(idx_header((2, 2, 2)) + bytes(9)), "x.gz")),
         ValueError,
         r"x.gz: expected 8 .* got more",
     ),
     (
         "idx-gz-cut",
-        lambda d: load_images(raw(d, gzip.compress(idx_header((2, 2, 2)) + bytes(8))[:-9], "x.gz")),
+        lambda d: load_images(put(d, gzip.compress(idx_header((2, 2, 2)) + bytes(8))[:-9], "x.gz")),
         ValueError,
         r"x.gz: expected a whole gzip",
     ),
     (
         "idx-not-gz",
-        lambda d: load_images(raw(d, b"plain", "x.gz")),
+        lambda d: load_images(put(d, b"plain", "x.gz")),
         ValueError,
         r"x.gz: expected a whole gzip file",
     ),
     (
         "idx-no-rows",
-        lambda d: load_images(raw(d, idx_header((0, 2, 2)), "x.idx")),
+        lambda d: load_images(put(d, idx_header((0, 2, 2)), "x.idx")),
         ValueError,
         r"x.idx: expected at least one entry, got shape \[0, 2, 2\]",
     ),
@@ -413,13 +397,13 @@ CASES = [
     ),
     (
         "not-a-picture",
-        lambda d: load_images(raw(d, b"hello", "x.jpg")),
+        lambda d: load_images(put(d, b"hello", "x.jpg")),
         ValueError,
         r"x.jpg: expected an image \(.*JPEG.*\), got text",
     ),
     (
         "cut-picture",
-        lambda d: load_images(raw(d, encoded(images(64, 64))[:-900], "x.png")),
+        lambda d: load_images(put(d, encoded(images(64, 64))[:-900], "x.png")),
         ValueError,
         r"x.png: .* got one that is damaged",
     ),
@@ -463,7 +447,7 @@ CASES = [
     ),
     (
         "split-missing",
-        lambda d: load_images(raw(d, b"{}", "dataset_dict.json").parent),
+        lambda d: load_images(put(d, b"{}", "dataset_dict.json").parent),
         ValueError,
         r"expected one split .* such as .*train, got",
     ),
@@ -587,7 +571,7 @@ def test_idx_of_four_axes(tmp_path):
 
 
 def test_idx_gz_is_not_decompressed_beyond_what_its_header_says(tmp_path, monkeypatch):
-    path = raw(tmp_path, gzip.compress(idx_header((1, 2, 2)) + bytes(10**7)), "x.gz")
+    path = put(tmp_path, gzip.compress(idx_header((1, 2, 2)) + bytes(10**7)), "x.gz")
     taken = []
     read = gzip.GzipFile.read
     monkeypatch.setattr(gzip.GzipFile, "read", lambda self, size=-1: taken.append(size) or read(self, size))
@@ -722,7 +706,7 @@ LATENT_CASES = [
     ),
     (
         "pickle",
-        lambda d: load_images(raw(d, pickle.dumps(1), "mean.npy").parent, latents=True),
+        lambda d: load_images(put(d, pickle.dumps(1), "mean.npy").parent, latents=True),
         ValueError,
         r"mean.npy: expected .* plain numbers",
     ),
@@ -837,19 +821,11 @@ def test_paths_are_joined_in_the_given_order(tmp_path):
 # Tables
 
 
-def parquet(folder: Path, **columns) -> Path:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    pq.write_table(pa.table(columns), folder / "x.parquet")
-    return folder / "x.parquet"
-
-
 def cells(rows: np.ndarray) -> list[dict]:
     return [{"bytes": encoded(row.transpose(1, 2, 0)), "path": None} for row in rows]
 
 
-@needs("pyarrow")
+@needs_pyarrow
 @pytest.mark.parametrize("column", ["image", "img"])
 @pytest.mark.parametrize("form", ["struct", "chw-lists", "hwc-lists", "grey-lists"])
 def test_parquet(column, form, tmp_path):
@@ -859,7 +835,7 @@ def test_parquet(column, form, tmp_path):
         "hwc-lists": NCHW.transpose(0, 2, 3, 1).tolist,
         "grey-lists": NCHW[:, 0].tolist,
     }[form]()
-    path = parquet(tmp_path, **{column: given, "label": [4, 3, 2, 1, 0]})
+    path = table(tmp_path, **{column: given, "label": [4, 3, 2, 1, 0]})
     store = load_images(path, labels=True)
     assert store.is_uint8
     assert np.array_equal(store.images.numpy(), NCHW[:, :1] if form == "grey-lists" else NCHW)
@@ -867,7 +843,7 @@ def test_parquet(column, form, tmp_path):
     assert load_images(path).labels is None
 
 
-@needs("datasets")
+@needs_datasets
 def test_saved_dataset(tmp_path):
     import datasets
 
@@ -887,68 +863,68 @@ def test_saved_dataset(tmp_path):
 HF_CASES = [
     (
         "not-parquet",
-        lambda d: load_images(raw(d, b"PAR1", "x.parquet")),
+        lambda d: load_images(put(d, b"PAR1", "x.parquet")),
         ValueError,
         r"x.parquet: expected a parquet file",
     ),
     (
         "column",
-        lambda d: load_images(parquet(d, photo=[1])),
+        lambda d: load_images(table(d, photo=[1])),
         ValueError,
         r"x.parquet: expected a column image or img, got photo",
     ),
     (
         "label-column",
-        lambda d: load_images(parquet(d, image=cells(NCHW)), labels=True),
+        lambda d: load_images(table(d, image=cells(NCHW)), labels=True),
         ValueError,
         r"x.parquet: expected a column label .* got image",
     ),
     (
         "no-rows",
-        lambda d: load_images(parquet(d, image=[])),
+        lambda d: load_images(table(d, image=[])),
         ValueError,
         r"x.parquet: expected at least one row, got none",
     ),
     (
         "only-a-path",
-        lambda d: load_images(parquet(d, image=[{"bytes": None, "path": "/etc/passwd"}])),
+        lambda d: load_images(table(d, image=[{"bytes": None, "path": "/etc/passwd"}])),
         ValueError,
         r"row 0: expected .* got only a path",
     ),
     (
         "numbers",
-        lambda d: load_images(parquet(d, image=[1, 2])),
+        lambda d: load_images(table(d, image=[1, 2])),
         ValueError,
         r"row 0: expected an encoded image or nested lists of numbers, got int",
     ),
     (
         "large-numbers",
-        lambda d: load_images(parquet(d, image=[[[0, 256]]])),
+        lambda d: load_images(table(d, image=[[[0, 256]]])),
         ValueError,
         r"row 0: expected integers in \[0, 255\], got \[0, 256\]",
     ),
     (
         "ragged",
-        lambda d: load_images(parquet(d, image=[[[0, 1], [2]]])),
+        lambda d: load_images(table(d, image=[[[0, 1], [2]]])),
         ValueError,
         r"row 0: expected nested lists of one length an axis",
     ),
     (
         "bad-bytes",
-        lambda d: load_images(parquet(d, image=[b"hello"])),
+        lambda d: load_images(table(d, image=[b"hello"])),
         ValueError,
         r"x.parquet row 0: expected an image",
     ),
     (
         "text-label",
-        lambda d: load_images(parquet(d, image=cells(NCHW[:1]), label=["cat"]), labels=True),
+        lambda d: load_images(table(d, image=cells(NCHW[:1]), label=["cat"]), labels=True),
         ValueError,
         r"row 0: .* integer label, got 'cat'",
     ),
 ]
 
 
-@needs("pyarrow")
+@needs_pyarrow
 @pytest.mark.parametrize(
     ("call", "error", "text"), [pytest.param(*case[1:], id=case[0]) for case in HF_CASES]
 )
@@ -963,4 +939,4 @@ def test_missing_package_names_the_command(tmp_path, monkeypatch):
     with pytest.raises(
         ImportError, match=r'x.parquet: expected the package pyarrow .*\(pip install "fastunlearn\[hf\]"\)'
     ):
-        load_images(raw(tmp_path, b"PAR1", "x.parquet"))
+        load_images(put(tmp_path, b"PAR1", "x.parquet"))
