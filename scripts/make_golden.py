@@ -36,8 +36,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 
-def make(name: str, setting: Setting, steps: list[dict[str, Tensor]], modules, commit: str, threads: int):
-    """Runs the official code in both precisions: arrays of `NAME.npz`, last float32 parameters."""
+def make(setting: Setting, steps: list[dict[str, Tensor]], modules, commit: str, threads: int):
+    """Runs the official code in both precisions: arrays of the case's `.npz`, last float32 parameters."""
     of_retrack = setting.kind == "retrack_train_step"
     official = retrack_run if of_retrack else siss_run
     runs: dict[str, Run] = {}
@@ -140,7 +140,7 @@ def main() -> None:
     for name, setting in selection(given.selection).items():
         checkout, modules = official[setting.kind]
         steps = setting.inputs(digits)
-        arrays, final = make(name, setting, steps, modules, commit_of(checkout), given.threads)
+        arrays, final = make(setting, steps, modules, commit_of(checkout), given.threads)
         np.savez_compressed(given.out / f"{name}.npz", **arrays)
         if given.weights:
             save_file(final, given.out / f"{name}.final.safetensors")

@@ -73,10 +73,8 @@ def exact(images, index, neighbors, neighbor_index, table, sqdist, noise, channe
     )
 
 
-def skipped_spread(images, neighbors, table, weights):
-    """The part of the spread `[B]` that neighbours below `SKIPPED` have; images `[B, ...]`, neighbors `[B, K,
-    ...]`, weights exact.
-    """
+def skipped_spread(neighbors, table, weights):
+    """The part of the spread `[B]` that neighbours `[B, K, ...]` below `SKIPPED` have, by exact weights."""
     rows = served(neighbors).double().flatten(2)
     y = rows - rows.gather(1, weights.argmax(1).view(-1, 1, 1).expand(-1, 1, rows.shape[2]))
     light = weights.where(weights < SKIPPED, torch.zeros_like(weights))
@@ -236,7 +234,7 @@ def test_error_is_at_most_twice_that_of_torch(t, levels, given_sqdist, isa, monk
         strict=True,
     ):
         assert_within_budget(name, one, two, expected)
-    allowed = budget(plain[2], truth[2]) + 2 * skipped_spread(images, neighbors, table, truth[3]).max().item()
+    allowed = budget(plain[2], truth[2]) + 2 * skipped_spread(neighbors, table, truth[3]).max().item()
     assert largest_error(results[2], truth[2]) <= allowed
 
 
