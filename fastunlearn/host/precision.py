@@ -24,11 +24,12 @@ def resolve_autocast(
     """The dtype in which autocast runs the network on `device`, or None for no autocast; weights, losses and
     norms stay float32 either way.
 
-    `"auto"` is bfloat16 on GPUs that compute in it (compute capability 8.0 and up, and AMD's; not yet
-    measured on a GPU), and None elsewhere. Measured on a CPU (Zen 5, contiguous weights, forward, backward
-    and AdamW), bfloat16 takes 0.65 of the time of float32 with the papers' MNIST network and 0.73 with the
-    demo's, so it is worth asking for; but 2.4 and 13 times as long where oneDNN is held to AVX-512 without
-    bfloat16 and to AVX2. A CPU run's numbers are float32's unless something else is asked for.
+    `"auto"` is bfloat16 on GPUs that compute in it (compute capability 8.0 and up, and AMD's), and None
+    elsewhere. On an H100 a replayed step with the papers' MNIST network takes 0.54 of the time of float32
+    (neither compiled). On a CPU (Zen 5, contiguous weights, forward, backward and AdamW) bfloat16 takes 0.65
+    of the time of float32 with the papers' MNIST network and 0.73 with the demo's, so it is worth asking for;
+    but 2.4 and 13 times as long where oneDNN is held to AVX-512 without bfloat16 and to AVX2. A CPU run's
+    numbers are float32's unless something else is asked for.
 
     Raises:
         TypeError, ValueError: `requested` is something else.
@@ -50,10 +51,11 @@ def memory_format(
     """The memory format for a network's weights on `device`: `model.to(memory_format=memory_format("auto",
     device))`. Its activations follow.
 
-    `"auto"` is channels-last on GPUs, whose half-precision convolutions are written for it (not yet measured
-    on a GPU), and contiguous on CPUs: there (Zen 5, forward, backward and AdamW, float32) channels-last takes
-    1.00 of the time with the papers' MNIST network and 0.98 to 1.04 with the demo's, but 1.2 under bfloat16
-    autocast.
+    `"auto"` is channels-last on GPUs, whose half-precision convolutions are written for it. With the papers'
+    MNIST network, the only one measured, it was the slower choice: 1.15 of the contiguous time in bfloat16
+    (H200), 1.13 in float32 (H100), replayed. `"auto"` is contiguous on CPUs: there (Zen 5, forward, backward
+    and AdamW, float32) channels-last takes 1.00 of the time with the papers' MNIST network and 0.98 to 1.04
+    with the demo's, but 1.2 under bfloat16 autocast.
 
     Raises:
         TypeError, ValueError: `requested` is something else.
