@@ -7,7 +7,6 @@ alone.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -18,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from gpu_run import BUDGET, DRY, ROOT, Check, Outcome, kill, shorten, start
+from gpu_run import BUDGET, DRY, LEAST, ROOT, Check, Mark, Outcome, SanitizerSummary, kill, shorten, start
 
 LETTERS = "abcdef"
 
@@ -51,23 +50,24 @@ for library in sys.argv[1:]:
 class Compilations:
     """What inductor has to compile, in the background, into one cache; over before anything is timed.
 
-    The layout of the networks is chosen when the steps are timed, so both are compiled.
+    Args:
+        scratch: a folder for what they print.
+        ready: the file that says what is compiled.
     """
 
-    def __init__(self, check: Check, scratch: Path):
-        self.check, self.scratch = check, scratch
-        self.ready = scratch / "ready.txt"
-        self._running: list[tuple[subprocess.Popen, Path]] = []
+    def __init__(self, check: Check, scratch: Path, ready: Path):
+        self.check, self.scratch, self.ready = check, scratch, ready
+        self._running: list[tuple[subprocess.Popen, Path, Mark]] = []
 
     def begin(self, method: str, precisions: tuple[str, ...], *others: list[str]) -> None:
         """Starts to compile the steps of `method` on the MNIST network, and what the arguments `others` name.
 
         Ours and the baselines are compiled apart: which of the two are ready must not depend on who comes
-        first. A rehearsal has two cores, and one process for all.
+        first. Of each the first one's compilation serves the second. The cores are shared out among them. A
+        rehearsal has two cores, and one process for all.
         """
         parts = [
-            ["--layout", layout, "--contestants", contestants]
-            for layout in ("channels_last", "contiguous")
+            ["--layout", COMPILED_LAYOUT, "--contestants", contestants]
             for contestants in ("fastunlearn,Unlearner", "limit,strongest")
         ]
         jobs = [
@@ -75,47 +75,60 @@ class Compilations:
             for precision in precisions
             for part in ([[]] if DRY else parts)
         ]
+        threads = max(1, min(MOST_THREADS, (os.cpu_count() or 1) // max(1, len(jobs))))
+        env = {"TRITON_INTERPRET": "0", "TORCHINDUCTOR_COMPILE_THREADS": str(threads)}
         for number, job in enumerate([*jobs, *others]):
             command = [*PYTEST, *job, *DEVICE, *SMOKE, "--compile-only", "--ready", str(self.ready)]
             path = self.scratch / f"{method}-{number}.txt"
+            mark = Mark(path.with_suffix(".mark"))
             with path.open("w") as output:
-                self._running.append((start(command, output, {"TRITON_INTERPRET": "0"}), path))
+                process = start(command, output, env | {"GPU_CHECK_MARK": str(mark.path)})
+            self._running.append((process, path, mark))
 
     def finish(self, letter: str, wait: float) -> None:
-        """Gives them `wait` more seconds."""
+        """Gives them `wait` more seconds. One is over when it says so, as a stage is."""
         if not self._running:
             return
         outcome = Outcome("compilations, in background", letter, round(wait, 1))
         began = time.monotonic()
-        for process, _ in self._running:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.1, wait - (time.monotonic() - began)))
-        ended = [process for process, _ in self._running if process.poll() is None]
-        failed = [process for process, _ in self._running if process.poll() not in (None, 0)]
+        while None in self._statuses() and time.monotonic() < began + wait:
+            time.sleep(0.05)
+        statuses = self._statuses()
         self.end()
         lines = self.ready.read_text().splitlines() if self.ready.exists() else []
         done = sum(line.endswith("\tdone") for line in lines)
         outcome.seconds = round(time.monotonic() - began, 1)
-        processes = f"processes: {len(failed)} failed, {len(ended)} ended"
+        failed = sum(status not in (None, 0) for status in statuses)
+        processes = f"processes: {failed} failed, {statuses.count(None)} ended"
         outcome.outcome = f"{done} ready, {len(lines) - done} failed; {processes}"
         self.check.outcomes.append(outcome)
         self.check.save()
+
+    def _statuses(self) -> list[int | None]:
+        """Of the processes; None where one goes on."""
+        return [
+            mark.status() if process.poll() is None else process.returncode
+            for process, _, mark in self._running
+        ]
 
     def end(self) -> None:
         """Ends what still runs, all at once: what was compiled is in the cache.
 
         What they said goes to the log.
         """
-        for process, _ in self._running:
-            if process.poll() is None:
-                kill(process)
+        kill(*(process for process, _, _ in self._running if process.poll() is None))
         with self.check.log.open("a") as log:
-            for _, path in self._running:
+            for _, path, _ in self._running:
                 log.write(f"\n=== compilation {path.stem}\n{path.read_text()[-20_000:]}")
         self._running = []
 
 
-PYTEST = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider"]
+KERNELS, RETRACK, MORE_STEPS = 70, 75, 90  # limits, in seconds, of what is timed
+# The faster one on both GPUs that were measured (bench/results/ladder.md). Where a run finds the other one
+# faster, it times nothing compiled.
+COMPILED_LAYOUT = "contiguous"
+MOST_THREADS = 8  # of a process that compiles
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "-p", "gpu_outcomes"]
 PYTEST.append("--continue-on-collection-errors")
 DEVICE = ["--device", "cuda"]
 SMOKE = ["--smoke", "--threads", "1"] if DRY else []
@@ -131,6 +144,14 @@ def steps(method: str, network: str = "mnist", precision: str = "bfloat16") -> s
     return f"{'tiny' if DRY else network}-{method} and {precision} and not no_is and not bernoulli"
 
 
+def precisions() -> tuple[str, ...]:
+    """Of stage d, in the order of their worth."""
+    wanted = (os.environ.get("PRECISIONS") or "bfloat16 float32").split()
+    if unknown := set(wanted) - {"bfloat16", "float32"}:
+        sys.exit(f"PRECISIONS: expected bfloat16 and float32, got {' '.join(sorted(unknown))}")
+    return tuple(wanted)
+
+
 def main() -> int:
     default = ROOT / "out" / "gpu_check_dry" if DRY else ROOT / "bench" / "results" / "gpu"
     out = Path(sys.argv[1]) if len(sys.argv) > 1 else default
@@ -138,10 +159,12 @@ def main() -> int:
     wanted = (os.environ.get("STAGES") or " ".join(LETTERS)).split()
     if unknown := set(wanted) - set(LETTERS):
         sys.exit(f"STAGES: expected letters of {' '.join(LETTERS)}, got {' '.join(sorted(unknown))}")
+    precisions()
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda received, _: sys.exit(128 + received))
     with tempfile.TemporaryDirectory() as scratch:
-        set_environment(Path(scratch))
+        cache = Path(os.environ.get("CACHE") or scratch).resolve()
+        set_environment(cache)
         versions = read_versions()
         if not DRY and "gpu" not in versions:
             wanted_gpu = f"gpu_check: expected a GPU that torch sees, got none ({sys.executable})"
@@ -149,7 +172,7 @@ def main() -> int:
         check = Check(out.resolve(), budget, float(os.environ.get("GPU_CHECK_STARTED") or time.time()))
         check.versions = versions
         check.save()
-        take_stages(check, wanted, Path(scratch))
+        take_stages(check, wanted, Path(scratch), cache)
     check.save()
     shorten(check.log)
     print((check.out / "summary.txt").read_text())
@@ -166,13 +189,17 @@ def said_by_contestants(out: Path) -> list[str]:
     return [said for row in rows for said in (row["reason"], row.get("note")) if said]
 
 
-def set_environment(scratch: Path) -> None:
+def set_environment(cache: Path) -> None:
     """For all stages: one cache for inductor and one for Triton, which later stages find filled."""
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(scratch / "inductor")
-    os.environ["TRITON_CACHE_DIR"] = str(scratch / "triton")
-    # Of each process: eight of tests and nine that compile run at once.
-    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "2"
+    given = os.environ.get("PYTHONPATH")
+    ours = [str(ROOT), str(ROOT / "scripts")]
+    os.environ["PYTHONPATH"] = os.pathsep.join([*ours, given] if given else ours)
+    cache.mkdir(parents=True, exist_ok=True)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache / "inductor")
+    os.environ["TRITON_CACHE_DIR"] = str(cache / "triton")
+    # With one, inductor starts no processes of its own, whose end its process would wait for. Those that do
+    # nothing but compile have more, and what they cache does not depend on it.
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     os.environ["PYTHONUNBUFFERED"] = "1"
     os.environ["FASTUNLEARN_DRY"] = "1" if DRY else "0"
     if "FASTUNLEARN_COMMIT" not in os.environ:
@@ -199,49 +226,52 @@ def read_versions() -> dict[str, str]:
     return json.loads(said.stdout.strip().splitlines()[-1]) | {"commit": os.environ["FASTUNLEARN_COMMIT"]}
 
 
-def take_stages(check: Check, wanted: list[str], scratch: Path) -> None:
-    compilations = Compilations(check, scratch)
+def take_stages(check: Check, wanted: list[str], scratch: Path, cache: Path) -> None:
+    compilations = Compilations(check, scratch, cache / "ready.txt")
     results = ["--benchmark-only", "--results", str(check.out), "--go-on", "--ready", str(compilations.ready)]
     bench = [*PYTEST, *DEVICE, *SMOKE, *results]
     try:
         if "a" in wanted:
             take_first_look(check)
-        if {"c", "d"} & set(wanted):
-            compilations.begin("retrack", ("bfloat16", "float32"), KERNEL_BENCHMARKS)
         if "b" in wanted:
             test(check)
-        wait = min(check.share(60), max(0.0, check.left() - check.share(220)))
-        compilations.finish("b", wait)
+        # Not beside the tests: together they outlast both limits, even on 16 cores.
+        if {"c", "d"} & set(wanted):
+            kernels = [KERNEL_BENCHMARKS] if "c" in wanted else []
+            compilations.begin("retrack", precisions() if "d" in wanted else (), *kernels)
+        if "e" in wanted:
+            sanitize(check, "memcheck", 60)
+            sanitize(check, "racecheck", 30)
+        timed = KERNELS * ("c" in wanted) + RETRACK * len(precisions()) * ("d" in wanted)
+        compilations.finish("e", min(check.share(120), check.spare(timed)))
         if "c" in wanted:
             command = [*bench, *KERNEL_BENCHMARKS, "--seconds", "0.4"]
             clears = [f"ops_{check.device}.json"]
-            check.stage("c", "kernels", 70, command, INTERPRETER, measures="ops", clears=clears)
+            check.stage("c", "kernels", KERNELS, command, INTERPRETER, measures="ops", clears=clears)
         if "d" in wanted:
             clears = [f"steps_{check.device}.json"]
-            for precision in ("bfloat16", "float32"):
+            for precision in precisions():
                 case = steps("retrack", precision=precision)
                 command = [*bench, "bench/bench_step.py", "-k", case, "--step-seconds", "8"]
-                check.stage("d", f"ReTrack step, {precision}", 75, command, measures="steps", clears=clears)
+                name = f"ReTrack step, {precision}"
+                check.stage("d", name, RETRACK, command, measures="steps", clears=clears)
                 clears = []
-        if "f" in wanted and check.left() > 120:
+        if "f" in wanted and check.spare(3 * MORE_STEPS) > LEAST:
             compilations.begin("siss", ("bfloat16",))
-        if "e" in wanted:
-            for tool in ("memcheck", "racecheck"):
-                sanitize(check, tool)
-        compilations.finish("f", min(check.share(60), max(0.0, check.left() - 60)))
+            compilations.finish("f", min(check.share(60), check.spare(3 * MORE_STEPS)))
         if "f" in wanted:
             # Of the largest network two layouts do not fit beside each other, and only --full times it.
             large = ["--layout", "channels_last"] if DRY else ["--layout", "channels_last", "--full"]
             more_steps = [
-                ("SISS", steps("siss"), []),
                 ("CIFAR-10", steps("retrack", "cifar"), []),
+                ("SISS", steps("siss"), []),
                 ("CelebA-HQ", steps("retrack", "celeba"), large),
             ]
             for name, case, more in more_steps:
                 if DRY and name != "SISS":  # the tiny network again: every contestant was rehearsed above
                     more = [*more, "--contestants", "limit,retrack repo,Unlearner"]
                 command = [*bench, "bench/bench_step.py", "-k", case, "--step-seconds", "6", *more]
-                check.stage("f", f"{name} step, bfloat16", 90, command, measures="steps")
+                check.stage("f", f"{name} step, bfloat16", MORE_STEPS, command, measures="steps")
     finally:
         compilations.end()
 
@@ -250,9 +280,9 @@ def test(check: Check) -> None:
     """What only a GPU can test, in several processes where pytest-xdist is there."""
     workers = [] if check.versions["pytest-xdist"] == "missing" else ["-n", "2" if DRY else "8"]
     patience = [] if DRY else ["--timeout", "100"]
-    junit = ["--junitxml", str(check.out / "tests.xml")]
-    command = [*PYTEST, "tests", "-m", "gpu and not slow", *workers, *patience, *junit]
-    check.stage("b", "tests for GPUs", 120, command, INTERPRETER, clears=["tests.xml"])
+    command = [*PYTEST, "tests", "-m", "gpu and not slow", *workers, *patience, "--durations", "20"]
+    env = INTERPRETER | {"GPU_CHECK_TESTS": str(check.out / "tests.jsonl")}
+    check.stage("b", "tests for GPUs", 165, command, env, clears=["tests.jsonl"])
 
 
 def take_first_look(check: Check) -> None:
@@ -272,11 +302,11 @@ def take_first_look(check: Check) -> None:
     check.stage("a", "kernels against float64", 60, [*PYTEST, *KERNEL_BENCHMARKS, *smoke], INTERPRETER)
 
 
-def sanitize(check: Check, tool: str) -> None:
+def sanitize(check: Check, tool: str, limit: float) -> None:
     """The kernels' calls under compute-sanitizer. A rehearsal makes the calls without it."""
     calls = [sys.executable, "scripts/sanitizer_calls.py", "cpu" if DRY else "cuda", "few"]
     if DRY:
-        check.stage("e", tool, 45, calls)
+        check.stage("e", tool, limit, calls)
         return
     sanitizer = shutil.which("compute-sanitizer", path=f"/usr/local/cuda/bin:{os.environ.get('PATH', '')}")
     if sanitizer is None:
@@ -284,7 +314,8 @@ def sanitize(check: Check, tool: str) -> None:
         return
     # Without torch's caching every tensor is an allocation of its own: no access beyond its end hits another.
     command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *calls]
-    check.stage("e", tool, 45, command, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+    summary = SanitizerSummary(check.log, check.log.stat().st_size)
+    check.stage("e", tool, limit, command, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, ending=summary)
 
 
 if __name__ == "__main__":

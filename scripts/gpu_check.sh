@@ -2,10 +2,13 @@
 # Everything that only a GPU can tell, in one command and one budget of time, the most valuable first.
 #
 #   scripts/gpu_check.sh [OUT]      OUT (default bench/results/gpu) gets at most eight files, each as soon as it has something to say:
-#                                   summary.txt (one screen), check.json (versions, stages), log.txt, tests.xml,
+#                                   summary.txt (one screen), check.json (versions, stages), log.txt, tests.jsonl,
 #                                   ops_<gpu>.json, steps_<gpu>.json
 #   BUDGET=420                      seconds in all, start to summary; a stage gets its own limit or what is left
-#   STAGES="a b c d e f"            a: versions, the extension (loaded; built where that fails), every kernel against float64
+#   PRECISIONS="bfloat16 float32"   of stage d
+#   CACHE=DIR                       keeps what was compiled, for a later call (default: it goes with this one)
+#   STAGES="a b c d e f"            in the order a b e c d f
+#                                   a: versions, the extension (loaded; built where that fails), every kernel against float64
 #                                   b: tests that only a GPU can run (pytest -m gpu)
 #                                   c: the kernels' times      d: a whole ReTrack step's times, in bf16 and float32
 #                                   e: compute-sanitizer       f: SISS, then the CIFAR-10 and the CelebA-HQ network

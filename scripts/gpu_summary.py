@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 SHOWN_JOBS = ("rows", "float32", "low 1/4")  # the others are in the files
 MOST_FAILURES = 6
+MOST_SLOW = 3
 
 
 def render(found: dict, out: Path, device: str, started: float) -> str:
@@ -30,7 +30,7 @@ def render(found: dict, out: Path, device: str, started: float) -> str:
         name = f"{stage['letter']}  {stage['stage']:<28}"
         lines.append(f"{name} {stage['outcome']:<48} {stage['seconds']:6.1f} s")
     ops, steps = (read_rows(out, kind, device, since=started) for kind in ("ops", "steps"))
-    for part in (_tests(out / "tests.xml", started), _ops(ops), _steps(steps)):
+    for part in (_tests(out / "tests.jsonl", started), _ops(ops), _steps(steps)):
         if part:
             lines += ["", *part]
     return "\n".join(lines) + "\n"
@@ -46,18 +46,34 @@ def read_rows(out: Path, kind: str, device: str, since: float = 0.0) -> list[dic
 
 
 def _tests(path: Path, started: float) -> list[str]:
-    """Counts, and the names of the first failures."""
+    """Counts, the names of the first failures and of the slowest."""
     try:
         if path.stat().st_mtime < started:
             return []
-        cases = list(ElementTree.parse(path).iter("testcase"))
-    except (OSError, ElementTree.ParseError):
+        lines = path.read_text().splitlines()
+    except OSError:
         return []
-    failed = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
-    skipped = sum(case.find("skipped") is not None for case in cases)
-    lines = [f"tests: {len(cases) - len(failed) - skipped} passed, {len(failed)} failed, {skipped} skipped"]
-    lines += [f"  failed: {case.get('classname')}::{case.get('name')}" for case in failed[:MOST_FAILURES]]
-    return lines
+    found = [line for line in map(_parsed, lines) if line]
+    tests = [line for line in found if "test" in line]
+    kinds = ("passed", "failed", "skipped")
+    by_outcome = {kind: [test for test in tests if test["outcome"] == kind] for kind in kinds}
+    counts = ", ".join(f"{len(some)} {kind}" for kind, some in by_outcome.items())
+    collected = next((line["collected"] for line in found if "collected" in line), 0)
+    ended = len({test["test"] for test in tests if "seconds" in test})
+    summary = [f"tests: {counts}" + (f", {collected - ended} had not ended" if ended < collected else "")]
+    for test in by_outcome["failed"][:MOST_FAILURES]:
+        summary.append(f"  failed: {test['test']}")
+    timed = sorted((test for test in tests if "seconds" in test), key=lambda test: -test["seconds"])
+    slowest = ", ".join(f"{test['seconds']:.0f} s {test['test']}" for test in timed[:MOST_SLOW])
+    return summary + ([f"  slowest: {slowest}"] if slowest else [])
+
+
+def _parsed(line: str) -> dict | None:
+    """A line of JSON; None where it was cut off."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
 
 
 def _ops(rows: list[dict]) -> list[str]:

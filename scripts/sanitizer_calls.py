@@ -7,8 +7,10 @@ likely to go wrong, in seconds
 
 from __future__ import annotations
 
+import faulthandler
 import itertools
 import os
+import signal
 import sys
 
 os.environ["FASTUNLEARN_BACKEND"] = "kernels"  # a fallback would pass every check
@@ -40,6 +42,7 @@ def images(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 
 def main() -> None:
+    faulthandler.register(signal.SIGUSR1)  # tells where it hangs (gpu_run.py)
     torch.manual_seed(0)
     coefficients = linear_schedule().coefficients(torch.tensor([0, 500, 999], device=DEVICE))
     index = torch.tensor([8, 0, 4], device=DEVICE)
@@ -75,7 +78,7 @@ def main() -> None:
             lowpass_residual(prediction.to(dtype), target, weight, band, inside, outside)
     if DEVICE == "cuda":
         torch.cuda.synchronize()
-    print("every kernel has run")
+    print("every kernel has run", flush=True)
 
 
 if __name__ == "__main__":
