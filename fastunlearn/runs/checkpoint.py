@@ -32,8 +32,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..host import check
-from . import optimizer_state
 from ..host.atomic import atomic_directory, remove_leftovers, restore_displaced
+from . import optimizer_state
 from .state_checks import Entry
 from .state_tree import flatten, unflatten
 
@@ -106,7 +106,9 @@ def save(
     if keep is not None:
         others = [other for other in _steps(run_dir) if other != step]
         # beyond `step`: given up or damaged
-        newest_last = [other for other in others if other > step] + [other for other in others if other < step]
+        newest_last = [other for other in others if other > step] + [
+            other for other in others if other < step
+        ]
         for stale in newest_last[: max(0, len(others) - keep + 1)]:
             _discard(run_dir / f"{PREFIX}{stale}")
     return run_dir / f"{PREFIX}{step}"
@@ -165,7 +167,9 @@ def verify(path: str | Path) -> list[str]:
     try:
         manifest = json.loads((path / MANIFEST).read_text())
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: expected a checkpoint folder with a readable {MANIFEST}, got {error}") from error
+        raise ValueError(
+            f"{path}: expected a checkpoint folder with a readable {MANIFEST}, got {error}"
+        ) from error
     if not isinstance(manifest, dict) or METADATA not in manifest:
         raise ValueError(f"{path / MANIFEST}: expected file names and hashes, {METADATA} among them")
     for name, expected in manifest.items():
@@ -177,8 +181,7 @@ def verify(path: str | Path) -> list[str]:
 
 
 def latest(run_dir: str | Path) -> Path | None:
-    """The newest undamaged checkpoint below `run_dir`, or None; damaged newer ones are reported by a warning.
-    """
+    """The newest undamaged checkpoint below `run_dir`, or None; damaged newer ones are reported by a warning."""
     run_dir = Path(run_dir)
     restore_displaced(run_dir, f"{PREFIX}*")
     for step in reversed(_steps(run_dir)):
@@ -192,7 +195,9 @@ def latest(run_dir: str | Path) -> Path | None:
     return None
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state: Checkpoint, model: nn.Module | None = None) -> None:
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, state: Checkpoint, model: nn.Module | None = None
+) -> None:
     """Puts the optimizer state of `state` into `optimizer`: each parameter gets what was kept under its name.
 
     Args:
@@ -205,7 +210,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Checkpoint, model: n
     place = Entry(state.path, "optimizer")
     if "optimizer" not in state.states:
         raise place.error("the state of an optimizer", None)
-    optimizer_state.load(optimizer, optimizer_state.checked(optimizer, model, state.states["optimizer"], place))
+    optimizer_state.load(
+        optimizer, optimizer_state.checked(optimizer, model, state.states["optimizer"], place)
+    )
 
 
 def clean(run_dir: str | Path) -> None:
@@ -220,7 +227,9 @@ def _discard(path: Path) -> None:
     shutil.rmtree(aside)
 
 
-def _split(name: str, state: Any, tensors: dict[str, dict[str, Tensor]]) -> tuple[Any, dict[str, dict[str, Tensor]]]:
+def _split(
+    name: str, state: Any, tensors: dict[str, dict[str, Tensor]]
+) -> tuple[Any, dict[str, dict[str, Tensor]]]:
     skeleton, found = flatten(state, name)
     return skeleton, {**tensors, name: found} if found else tensors
 
@@ -249,7 +258,11 @@ def _aligned(named: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _steps(run_dir: Path) -> list[int]:
-    found = (folder.name.removeprefix(PREFIX) for folder in run_dir.glob(f"{PREFIX}*") if (folder / MANIFEST).exists())
+    found = (
+        folder.name.removeprefix(PREFIX)
+        for folder in run_dir.glob(f"{PREFIX}*")
+        if (folder / MANIFEST).exists()
+    )
     return sorted(int(step) for step in found if step.isdigit())
 
 

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..host import check, atomic
-from . import checkpoint
+from ..host import atomic, check
 from ..host.folder_lock import locked
-from .identity import check_same, described
+from ..host.store import ImageStore
 from ..recipes.mnist_tshirt import Pretraining
+from . import checkpoint
+from .identity import check_same, described
 from .run_health import WeightsNotFinite, check_finite, remedy
 from .state_checks import Entry, check_keys, check_state
-from ..host.store import ImageStore
 
 LOG_EVERY = 50
 
@@ -43,9 +43,19 @@ def _alone(train: Callable[..., Path]) -> Callable[..., Path]:
 
 
 @_alone
-def pretrain(images: ImageStore, recipe: Pretraining, output_dir: Path, *, seed: int = 0, resume: bool = True, checkpointing_steps: int = 500,
-             channels_last: bool = True, device: torch.device | str = "cpu", show_progress: bool = True,
-             record: dict[str, Any] | None = None) -> Path:
+def pretrain(
+    images: ImageStore,
+    recipe: Pretraining,
+    output_dir: Path,
+    *,
+    seed: int = 0,
+    resume: bool = True,
+    checkpointing_steps: int = 500,
+    channels_last: bool = True,
+    device: torch.device | str = "cpu",
+    show_progress: bool = True,
+    record: dict[str, Any] | None = None,
+) -> Path:
     """Trains `recipe` on `images` and writes `output_dir` as a folder that `DDPMPipeline.from_pretrained`
     opens (EMA weights).
 
@@ -75,7 +85,9 @@ def pretrain(images: ImageStore, recipe: Pretraining, output_dir: Path, *, seed:
     if channels_last:
         model = model.to(memory_format=torch.channels_last)
     scheduler = diffusers.DDPMScheduler(**recipe.scheduler)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
+    )
     lr_scheduler = cosine_with_warmup(optimizer, recipe.warmup_steps, recipe.total_steps)
     ema = training_utils.EMAModel(
         model.parameters(), decay=recipe.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75
@@ -99,27 +111,46 @@ def pretrain(images: ImageStore, recipe: Pretraining, output_dir: Path, *, seed:
     earlier_seconds = log[-1]["seconds"] if log else 0.0
 
     def save(step: int) -> None:
-        tensors = {"model": model.state_dict(), "ema": dict(zip((name for name, _ in model.named_parameters()), ema.shadow_params, strict=True))}
+        tensors = {
+            "model": model.state_dict(),
+            "ema": dict(zip((name for name, _ in model.named_parameters()), ema.shadow_params, strict=True)),
+        }
         nonlocal saved
         check_finite(f"step {step}", tensors, remedy(saved))
-        states = {"lr_scheduler": lr_scheduler.state_dict(), "running_loss": running, "random": torch.get_rng_state()}
+        states = {
+            "lr_scheduler": lr_scheduler.state_dict(),
+            "running_loss": running,
+            "random": torch.get_rng_state(),
+        }
         metadata = {"step": step, "log": log, "run": run}
-        saved = checkpoint.save(run_dir, step, tensors, metadata, optimizer=optimizer, model=model, states=states, keep=2)
+        saved = checkpoint.save(
+            run_dir, step, tensors, metadata, optimizer=optimizer, model=model, states=states, keep=2
+        )
 
     alphas_cumprod = scheduler.alphas_cumprod.to(device)
     generator = torch.Generator(device)
     started = time.perf_counter()
     model.train()
-    columns = TextColumn("pretraining"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.4f}"), TimeRemainingColumn()
+    columns = (
+        TextColumn("pretraining"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.4f}"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, disable=not show_progress) as progress:
-        task = progress.add_task("pretraining", total=recipe.total_steps, completed=first_step, loss=float("nan"))
+        task = progress.add_task(
+            "pretraining", total=recipe.total_steps, completed=first_step, loss=float("nan")
+        )
         for step in range(first_step, recipe.total_steps):
             # torch's CPU generator reads 32 bits of it
             generator.manual_seed((seed * 0x9E3779B1 + step) % 2**32)
             rows = torch.randint(len(images), (recipe.batch_size,), generator=generator, device=device)
             clean = images.rows(rows)
             noise = torch.randn(clean.shape, generator=generator, device=device)
-            timesteps = torch.randint(len(alphas_cumprod), (recipe.batch_size,), generator=generator, device=device)
+            timesteps = torch.randint(
+                len(alphas_cumprod), (recipe.batch_size,), generator=generator, device=device
+            )
             noisy = scheduler.add_noise(clean, noise, timesteps)
             if channels_last:
                 noisy = noisy.contiguous(memory_format=torch.channels_last)
@@ -138,7 +169,14 @@ def pretrain(images: ImageStore, recipe: Pretraining, output_dir: Path, *, seed:
                     text = f"step {done}: expected a finite mean loss, got {mean}; {remedy(saved)}"
                     raise WeightsNotFinite(text)
                 running.zero_()
-                log.append({"step": done, "loss": mean, "lr": lr_scheduler.get_last_lr()[0], "seconds": earlier_seconds + time.perf_counter() - started})
+                log.append(
+                    {
+                        "step": done,
+                        "loss": mean,
+                        "lr": lr_scheduler.get_last_lr()[0],
+                        "seconds": earlier_seconds + time.perf_counter() - started,
+                    }
+                )
                 progress.update(task, completed=done, loss=mean)
             if done % checkpointing_steps == 0 or done == recipe.total_steps:
                 save(done)
@@ -146,8 +184,15 @@ def pretrain(images: ImageStore, recipe: Pretraining, output_dir: Path, *, seed:
     ema.copy_to(model.parameters())
     with atomic.atomic_directory(output_dir) as folder:
         diffusers.DDPMPipeline(unet=model.eval(), scheduler=scheduler).save_pretrained(folder)
-        own = {"recipe": asdict(recipe), "seed": seed, "images": len(images), "hours": log[-1]["seconds"] / 3600, "torch": torch.__version__,
-               "threads": torch.get_num_threads(), "log": log}
+        own = {
+            "recipe": asdict(recipe),
+            "seed": seed,
+            "images": len(images),
+            "hours": log[-1]["seconds"] / 3600,
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "log": log,
+        }
         (folder / "pretraining.json").write_text(json.dumps((record or {}) | own, indent=1))
     return output_dir
 
@@ -172,6 +217,10 @@ def _check_checkpoint(
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     for name, own in (("model", model.state_dict()), ("ema", parameters)):
         check_state(Entry(state.path, name), state.tensors.get(name), own)
-    states = {"lr_scheduler": lr_scheduler.state_dict(), "running_loss": running, "random": torch.get_rng_state()}
+    states = {
+        "lr_scheduler": lr_scheduler.state_dict(),
+        "running_loss": running,
+        "random": torch.get_rng_state(),
+    }
     for name, own in states.items():
         check_state(Entry(state.path, name), state.states.get(name), own)

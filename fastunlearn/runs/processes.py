@@ -46,9 +46,13 @@ class Processes:
 
     def __init__(self, group: dist.ProcessGroup | None):
         self.group, self._control = group, None
-        self.rank, self.count = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+        self.rank, self.count = (
+            (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+        )
         if group is not None and self.count != dist.get_world_size():
-            raise ValueError(f"process_group: expected a group of all {dist.get_world_size()} processes for unlearn(), got one of {self.count}")
+            raise ValueError(
+                f"process_group: expected a group of all {dist.get_world_size()} processes for unlearn(), got one of {self.count}"
+            )
 
     def __enter__(self) -> Processes:
         if self.group is not None:
@@ -129,7 +133,9 @@ class Processes:
         for rank, other in enumerate(others, start=1):
             for name, value in first.items():
                 if other[name] != value:
-                    raise ValueError(f"{argument}: expected the same {name} in all processes, got {value!r} in process 0 and {other[name]!r} in process {rank}")
+                    raise ValueError(
+                        f"{argument}: expected the same {name} in all processes, got {value!r} in process 0 and {other[name]!r} in process {rank}"
+                    )
 
     def share_weights(self, model: nn.Module) -> None:
         """Gives all processes the parameters and buffers that process 0 has."""

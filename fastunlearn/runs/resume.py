@@ -6,9 +6,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from ..host.plain_names import plain_state
 from . import checkpoint, optimizer_state
 from .identity import check_same
-from ..host.plain_names import plain_state
 from .processes import Processes
 from .run_state import part_state, parts_of, random_state, restore
 from .state_checks import Entry, check_keys
@@ -53,7 +53,9 @@ def load_checkpoint(unlearner, path: Path, processes: Processes, run: dict[str, 
             new. Nothing is changed then.
     """
     if unlearner.step_index != 0:
-        raise ValueError(f"unlearner: expected a new one to resume into, got one that has taken {unlearner.step_index} steps")
+        raise ValueError(
+            f"unlearner: expected a new one to resume into, got one that has taken {unlearner.step_index} steps"
+        )
     state = checkpoint.load(path)
     metadata = Entry(path, "metadata")
     check_keys(metadata, state.metadata, {"unlearner": None, "identity": None})
@@ -64,7 +66,9 @@ def load_checkpoint(unlearner, path: Path, processes: Processes, run: dict[str, 
     check_same(run, saved, names, str(path))
     parts, found = set(parts_of(unlearner)), set(state.states) - {"random", "optimizer"}
     if parts != found:
-        raise ValueError(f"resume_from_checkpoint: expected the state of {sorted(parts)} beside model and optimizer, got that of {sorted(found)} in {path}")
+        raise ValueError(
+            f"resume_from_checkpoint: expected the state of {sorted(parts)} beside model and optimizer, got that of {sorted(found)} in {path}"
+        )
     check_same(run, saved, ["ema"], str(path))
     for name in ("random", "optimizer"):
         if name not in state.states:
@@ -86,13 +90,19 @@ def find_checkpoint(resume: str | Path | None, output_dir: Path) -> Path | None:
     existing = sorted(output_dir.glob(f"{checkpoint.PREFIX}*")) if output_dir.is_dir() else []
     if resume is None:
         if existing:
-            raise ValueError(f"output_dir: expected a folder without checkpoints for a new run, got {existing[0]} (resume_from_checkpoint='latest' goes on)")
+            raise ValueError(
+                f"output_dir: expected a folder without checkpoints for a new run, got {existing[0]} (resume_from_checkpoint='latest' goes on)"
+            )
         return None
     if resume == "latest":
         found = checkpoint.latest(output_dir)
         if found is None and existing:
-            raise ValueError(f"resume_from_checkpoint: expected an undamaged checkpoint in {output_dir}, got {len(existing)} that are not")
+            raise ValueError(
+                f"resume_from_checkpoint: expected an undamaged checkpoint in {output_dir}, got {len(existing)} that are not"
+            )
         return found
     if not Path(resume).is_dir():
-        raise ValueError(f"resume_from_checkpoint: expected 'latest' or the folder of a checkpoint, got {str(resume)!r}")
+        raise ValueError(
+            f"resume_from_checkpoint: expected 'latest' or the folder of a checkpoint, got {str(resume)!r}"
+        )
     return Path(resume)

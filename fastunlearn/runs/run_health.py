@@ -46,8 +46,7 @@ class SkipLimit:
         else:
             return
         raise TooManySkippedSteps(
-            f"{skipped} of {step} steps had a loss or gradient that is not finite ({limit}); "
-            f"{remedy(saved)}"
+            f"{skipped} of {step} steps had a loss or gradient that is not finite ({limit}); {remedy(saved)}"
         )
 
 

@@ -59,8 +59,7 @@ def describe_run(unlearner, arguments: dict[str, Any], run: dict[str, Any]) -> d
 
 
 def resumed_record(run_dir: str | Path, record: dict[str, Any], step: int) -> dict[str, Any]:
-    """`record` for a run that goes on at `step`, with what `run.json` says of its beginning, if there is one.
-    """
+    """`record` for a run that goes on at `step`, with what `run.json` says of its beginning, if there is one."""
     if not (Path(run_dir) / RUN_FILE).exists():
         return record
     kept = {name: value for name, value in read_run(run_dir).items() if name in KEPT}
@@ -92,7 +91,11 @@ def read_run(run_dir: str | Path) -> dict[str, Any]:
         record = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"run_dir: expected a run folder with a readable {RUN_FILE}, got {error}") from error
-    if not isinstance(record, dict) or record.get("format") != FORMAT or not isinstance(record.get("private_files"), list):
+    if (
+        not isinstance(record, dict)
+        or record.get("format") != FORMAT
+        or not isinstance(record.get("private_files"), list)
+    ):
         raise ValueError(f"run_dir: expected {path} to be a {FORMAT} record with a list of private_files")
     return record
 
@@ -123,7 +126,9 @@ def list_private(run_dir: str | Path, *paths: str | Path) -> None:
     for path in map(Path, paths):
         reason = _refusal(path, run_dir)
         if reason is not None:
-            raise ValueError(f"paths: expected files in {run_dir / PRIVATE_FOLDER} or neighbour caches, got {path} ({reason})")
+            raise ValueError(
+                f"paths: expected files in {run_dir / PRIVATE_FOLDER} or neighbour caches, got {path} ({reason})"
+            )
     with locked(run_dir, "run.json"):
         record = read_run(run_dir)
         names = [*record["private_files"], *(str(path.absolute()) for path in map(Path, paths))]
@@ -143,7 +148,9 @@ class Purged:
     refused: list[tuple[Path, str]] = field(default_factory=list)  # with the reason
 
     def __str__(self) -> str:
-        lines = [f"removed {path}" for path in self.removed] + [f"already gone {path}" for path in self.missing]
+        lines = [f"removed {path}" for path in self.removed] + [
+            f"already gone {path}" for path in self.missing
+        ]
         lines += [f"NOT removed {path}: {reason}" for path, reason in self.refused]
         return "\n".join(lines) or "nothing to remove"
 
@@ -193,7 +200,9 @@ def _purge(run_dir: Path) -> Purged:
     if died_early:
         return result
     purged = [*record.get("purged", []), {"time": _now(), "removed": [str(path) for path in result.removed]}]
-    write_run(run_dir, record | {"private_files": [str(path) for path, _ in result.refused], "purged": purged})
+    write_run(
+        run_dir, record | {"private_files": [str(path) for path, _ in result.refused], "purged": purged}
+    )
     return result
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..host.plain_names import load_plain_state, plain_parameters, plain_state
 from . import optimizer_state
 from .checkpoint import Checkpoint
-from ..host.plain_names import load_plain_state, plain_parameters, plain_state
 from .state_checks import Entry, check_keys, check_state, check_tensor, like
 
 PARTS = ("lr_scheduler", "ema", "grad_scaler")  # of an unlearner that may have them

@@ -39,8 +39,14 @@ def flatten(state: Any, name: str = "state") -> tuple[Any, dict[str, Tensor]]:
         if isinstance(value, dict):
             if all(isinstance(key, str) for key in value) and not {TENSOR, TUPLE, ITEMS} & set(value):
                 return {key: visit(item, f"{path}.{key}") for key, item in value.items()}
-            return {ITEMS: [[visit(key, f"{path}.keys"), visit(item, f"{path}.{key}")] for key, item in value.items()]}
-        raise TypeError(f"{path}: expected a tensor, number, string, boolean, None, dict, list or tuple, got {type(value).__name__}")
+            return {
+                ITEMS: [
+                    [visit(key, f"{path}.keys"), visit(item, f"{path}.{key}")] for key, item in value.items()
+                ]
+            }
+        raise TypeError(
+            f"{path}: expected a tensor, number, string, boolean, None, dict, list or tuple, got {type(value).__name__}"
+        )
 
     return visit(state, name), tensors
 
@@ -74,12 +80,16 @@ def unflatten(skeleton: Any, tensors: dict[str, Tensor]) -> Any:
                 raise ValueError(f"{ITEMS}: expected every key once, got one twice")
             return items
         if keys & {TENSOR, TUPLE, ITEMS}:
-            raise ValueError(f"{sorted(keys & {TENSOR, TUPLE, ITEMS})[0]}: expected it alone, got it beside others")
+            raise ValueError(
+                f"{sorted(keys & {TENSOR, TUPLE, ITEMS})[0]}: expected it alone, got it beside others"
+            )
         return {key: visit(item) for key, item in value.items()}
 
     state = visit(skeleton)
     if unused:
-        raise ValueError(f"{next(iter(unused))}: expected tensors that belong to the state, got one that does not")
+        raise ValueError(
+            f"{next(iter(unused))}: expected tensors that belong to the state, got one that does not"
+        )
     return state
 
 
@@ -96,7 +106,9 @@ def _laid_out(name: str, tensor: Tensor, stride: Any) -> Tensor:
     found = [step for step, length in zip(copied.stride(), tensor.shape, strict=True) if length > 1]
     expected = [step for step, length in zip(stride, tensor.shape, strict=True) if length > 1]
     if found != expected:
-        raise ValueError(f"{name}: expected the strides of a dense layout of {list(tensor.shape)}, got {stride}")
+        raise ValueError(
+            f"{name}: expected the strides of a dense layout of {list(tensor.shape)}, got {stride}"
+        )
     return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype).copy_(copied)
 
 

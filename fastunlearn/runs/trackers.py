@@ -19,7 +19,13 @@ class ProgressBar:
     def __init__(self, total: int, completed: int, show: bool, label: str = "unlearning"):
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        columns = TextColumn(label), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[shown]}"), TimeRemainingColumn()
+        columns = (
+            TextColumn(label),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[shown]}"),
+            TimeRemainingColumn(),
+        )
         self.bar = Progress(*columns, disable=not show)
         self.task = self.bar.add_task(label, total=total, completed=completed, shown="")
 
@@ -29,7 +35,11 @@ class ProgressBar:
 
     def _advance(self, step: int, values: dict[str, float]) -> None:
         shown = " ".join(f"{name} {values[name]:.4g}" for name in ("loss", "grad_norm") if name in values)
-        self.bar.update(self.task, completed=step, shown=shown + (f" skipped {values['skipped_steps']}" if values["skipped_steps"] else ""))
+        self.bar.update(
+            self.task,
+            completed=step,
+            shown=shown + (f" skipped {values['skipped_steps']}" if values["skipped_steps"] else ""),
+        )
 
     def __exit__(self, *exception) -> None:
         self.bar.__exit__(*exception)
@@ -57,7 +67,9 @@ def make_reporter(report_to: str | Report | None, output_dir: Path) -> Reporter:
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
     if report_to not in [str(getattr(name, "value", name)) for name in get_available_trackers()]:
-        raise ValueError(f"report_to: expected an installed tracker, got {report_to!r} (pip install {report_to})")
+        raise ValueError(
+            f"report_to: expected an installed tracker, got {report_to!r} (pip install {report_to})"
+        )
     output_dir.mkdir(parents=True, exist_ok=True)
     where = {"logging_dir": output_dir} if report_to == "tensorboard" else {}
     tracker = LOGGER_TYPE_TO_CLASS[report_to]("fastunlearn", **where)

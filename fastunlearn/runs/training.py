@@ -19,19 +19,28 @@ from typing import Any
 import torch
 
 from ..host import check
-from . import checkpoint, launcher
 from ..host.finite import not_finite
+from ..host.packed import Arriving
+from ..step.take import StepOutput
+from ..step.trained import unwrapped
+from . import checkpoint, launcher
 from .identity import identity as describe_identity
 from .identity import start_weights
 from .optimizer_state import group_names
-from ..host.packed import Arriving
 from .processes import Processes
 from .resume import find_checkpoint, load_checkpoint, save_checkpoint
 from .run_health import SkipLimit, TooManySkippedSteps, WeightsNotFinite, check_finite, remedy
-from .run_record import Metrics, describe_run, private_record, purge, read_metrics, resumed_record, update_run, write_run
-from ..step.take import StepOutput
+from .run_record import (
+    Metrics,
+    describe_run,
+    private_record,
+    purge,
+    read_metrics,
+    resumed_record,
+    update_run,
+    write_run,
+)
 from .trackers import ProgressBar, Report, Reporter, make_reporter
-from ..step.trained import unwrapped
 
 __all__ = ["History", "RunInterrupted", "TooManySkippedSteps", "WeightsNotFinite", "purge", "unlearn"]
 
@@ -127,7 +136,9 @@ def unlearn(
         checkpointing_steps = check.integer("checkpointing_steps", checkpointing_steps, low=1)
     if checkpoints_total_limit is not None:
         checkpoints_total_limit = check.integer("checkpoints_total_limit", checkpoints_total_limit, low=1)
-    arguments = {name: value for name, value in locals().items() if name not in ("unlearner", "record", "identity")}
+    arguments = {
+        name: value for name, value in locals().items() if name not in ("unlearner", "record", "identity")
+    }
     limit = SkipLimit(max_skipped_steps, max_skipped_share)
     output_dir = Path(output_dir)
     with Processes(unlearner.process_group) as processes, processes.alone_in(output_dir, "unlearn"):
@@ -135,15 +146,23 @@ def unlearn(
         decisive = {"num_steps": num_steps, "checkpointing_steps": checkpointing_steps}
         decisive |= {"logging_steps": logging_steps, "max_skipped_steps": max_skipped_steps}
         decisive |= {"max_skipped_share": max_skipped_share}
-        settings = {name: getattr(unlearner, name, None) for name in ("seed", "step_index", "micro_batch_size", "max_grad_norm", "compile")}
-        settings |= {"autocast_dtype": str(getattr(unlearner, "autocast_dtype", None)), "grad_scaler": getattr(unlearner, "grad_scaler", None) is not None}
+        settings = {
+            name: getattr(unlearner, name, None)
+            for name in ("seed", "step_index", "micro_batch_size", "max_grad_norm", "compile")
+        }
+        settings |= {
+            "autocast_dtype": str(getattr(unlearner, "autocast_dtype", None)),
+            "grad_scaler": getattr(unlearner, "grad_scaler", None) is not None,
+        }
         group_names(unlearner.optimizer, unlearner.model)  # refuses what no checkpoint would hold
         loop.identity = describe_identity(unlearner, identity)
         processes.check_same("unlearner", loop.identity | settings | decisive)
         found = processes.by_first(lambda: loop.prepare(report_to, resume_from_checkpoint))
         loop.start_from(found)
         if unlearner.step_index > num_steps:
-            raise ValueError(f"num_steps: expected at least the {unlearner.step_index} steps that {found or 'unlearner'} has taken, got {num_steps}")
+            raise ValueError(
+                f"num_steps: expected at least the {unlearner.step_index} steps that {found or 'unlearner'} has taken, got {num_steps}"
+            )
         described_run = describe_run(unlearner, arguments, loop.identity) | (record or {})
         processes.by_first(lambda: loop.open(described_run, resumed=found is not None))
         try:
@@ -167,10 +186,15 @@ def unlearn(
         return History(processes.by_first(lambda: read_metrics(output_dir)), loop.saved, output_dir)
 
 
-def _run(loop: _Loop, num_steps: int, checkpointing_steps: int | None, logging_steps: int, show_progress: bool) -> None:
+def _run(
+    loop: _Loop, num_steps: int, checkpointing_steps: int | None, logging_steps: int, show_progress: bool
+) -> None:
     """The steps, what is logged and saved in between, and the last checkpoint."""
     unlearner, processes = loop.unlearner, loop.processes
-    with _Signals(processes) as signals, ProgressBar(num_steps, unlearner.step_index, show_progress and processes.rank == 0) as advance:
+    with (
+        _Signals(processes) as signals,
+        ProgressBar(num_steps, unlearner.step_index, show_progress and processes.rank == 0) as advance,
+    ):
         loop.show = advance
         while unlearner.step_index < num_steps:
             signals.tell()
@@ -227,7 +251,9 @@ class _Loop:
         # resumed.
         self.identity["start_weights"] = self.processes.by_first(lambda: start_weights(self.unlearner))
         if found is not None:
-            self.processes.by_all(lambda: load_checkpoint(self.unlearner, found, self.processes, self.identity))
+            self.processes.by_all(
+                lambda: load_checkpoint(self.unlearner, found, self.processes, self.identity)
+            )
             self.saved, self.saved_step = found, self.unlearner.step_index
 
     def open(self, record: dict[str, Any], *, resumed: bool) -> None:
@@ -307,13 +333,17 @@ class _Loop:
         self.check_weights(f"step {self.unlearner.step_index}", remedy(self.saved))
         if self.metrics is not None:
             self.metrics.sync()
-        self.saved = save_checkpoint(self.unlearner, self.output_dir, self.processes, self.identity, keep=self.keep)
+        self.saved = save_checkpoint(
+            self.unlearner, self.output_dir, self.processes, self.identity, keep=self.keep
+        )
         self.saved_step = self.unlearner.step_index
 
 
 def _check_unlearner(unlearner) -> None:
     if not isinstance(getattr(unlearner, "model", None), torch.nn.Module):
-        raise TypeError(f"unlearner: expected an Unlearner whose model is a torch.nn.Module (its state is saved), got {check.describe(unlearner)}")
+        raise TypeError(
+            f"unlearner: expected an Unlearner whose model is a torch.nn.Module (its state is saved), got {check.describe(unlearner)}"
+        )
 
 
 class _Signals:
