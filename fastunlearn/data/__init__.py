@@ -1,6 +1,6 @@
-"""Readers: image folders and files, npy, npz, idx, parquet and data sets of Hugging Face on disk become an
-`ImageStore`.
+"""Readers: what lies on disk becomes an `ImageStore`.
 
+They take image folders and files, npy, npz, idx, parquet and data sets that Hugging Face `datasets` saved.
 Nothing is unpickled, nothing is fetched, and uint8 images stay uint8.
 """
 

@@ -15,25 +15,29 @@ NO_PICKLE = "pickled objects are refused, since unpickling runs whatever code a 
 
 
 def read_npy(path: Path, options: Options) -> Part:
-    """The one array of an .npy file, memory-mapped."""
+    """The one array of an .npy file, memory-mapped.
+
+    Raises:
+        ValueError: labels were asked for, or the file or its layout cannot be read.
+    """
     if options.labels:
         raise ValueError(f"{path}: expected labels too (labels=True), got .npy, which holds one array only")
     return Part(to_nchw(map_npy(path), path, options))
 
 
 def map_npy(path: Path) -> np.ndarray:
-    """A memory-mapped .npy, read-only: a private writable mapping of a file larger than memory would be
-    refused by Linux.
+    """The array of an .npy file, memory-mapped; one in foreign byte order is copied.
 
-    An array in foreign byte order is copied.
+    Raises:
+        ValueError: numpy does not read the file, or it holds more than one array.
     """
     try:
+        # Read-only: Linux refuses a private writable mapping of a file larger than memory.
         array = np.load(path, mmap_mode="r", allow_pickle=False)
         beyond = path.stat().st_size - array.offset - array.nbytes
     except (ValueError, OSError, EOFError) as error:
-        raise ValueError(
-            f"{path}: expected a .npy file of plain numbers ({NO_PICKLE}), got one that numpy does not read: {error}"
-        ) from None
+        raise ValueError(_unread(path, "a .npy file", error)) from None
+    # Several calls of np.save on one open file append arrays, of which np.load returns only the first.
     if beyond > 0:
         got = f"{beyond} bytes after it, which would not be read (was np.save called twice on one file?)"
         raise ValueError(f"{path}: expected one array, got {got}")
@@ -41,54 +45,70 @@ def map_npy(path: Path) -> np.ndarray:
 
 
 def read_npz(path: Path, options: Options) -> Part:
-    """Array `images`, or `mean` with `std`, or the only one beside `labels`; and `labels` if asked for."""
-    if not zipfile.is_zipfile(path):  # numpy would go on to try .npy and pickle
+    """Array `images`, or `mean` with `std`, or the only one beside `labels`; and `labels` if asked for.
+
+    Raises:
+        ValueError: no such file, no such arrays, or arrays that do not fit together.
+    """
+    # np.load goes by content: given anything but a zip archive it would go on to try .npy and pickle.
+    if not zipfile.is_zipfile(path):
         raise ValueError(
             f"{path}: expected an .npz file, which is a zip archive of .npy files, got something else"
         )
     try:
         with np.load(path, allow_pickle=False) as archive:
             keys = [key for key in archive.files if key != "labels"]
-            posterior = {"mean", "std"} <= set(keys) and "images" not in keys
-            key = (
-                "images" if "images" in keys else "mean" if posterior else keys[0] if len(keys) == 1 else None
-            )
-            images = archive[key] if key is not None else None
-            std = archive["std"] if posterior else None
-            labels = archive["labels"] if options.labels and "labels" in archive.files else None
+            key = _key_of_images(keys)
+            images = None if key is None else archive[key]
+            std = archive["std"] if key == "mean" and "std" in keys else None
+            with_labels = options.labels and "labels" in archive.files
+            labels = archive["labels"] if with_labels else None
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
-        raise ValueError(
-            f"{path}: expected an .npz file of plain numbers ({NO_PICKLE}), got one that numpy does not read: {error}"
-        ) from None
+        raise ValueError(_unread(path, "an .npz file", error)) from None
     if images is None:
-        raise ValueError(
-            f"{path}: expected an array named images, or mean and std, or only one array beside labels, got {', '.join(keys) or 'none'}"
-        )
+        expected = "an array named images, or mean and std, or only one array beside labels"
+        raise ValueError(f"{path}: expected {expected}, got {', '.join(keys) or 'none'}")
     if options.labels:
-        check_labels(labels, len(images) if images.ndim else 0, f"{path}", "an array named labels")
+        count = len(images) if images.ndim else 0
+        check_labels(labels, count, f"{path}", "an array named labels")
     if std is not None and std.shape != images.shape:
         raise ValueError(
             f"{path}: expected std of the shape of mean, {list(images.shape)}, got {list(std.shape)}"
         )
-    return Part(
-        to_nchw(_native(images), path, options),
-        labels,
-        None if std is None else to_nchw(_native(std), path, options),
-    )
+    images = to_nchw(_native(images), path, options)
+    if std is not None:
+        std = to_nchw(_native(std), path, options)
+    return Part(images, labels, std)
+
+
+def _key_of_images(keys: list[str]) -> str | None:
+    """Which array of an archive holds the rows, given the names of all but `labels`; None: not clear."""
+    if "images" in keys:
+        return "images"
+    # The posterior of a VAE's encoder: the means are the rows, the standard deviations go with them.
+    if "mean" in keys and "std" in keys:
+        return "mean"
+    if len(keys) == 1:
+        return keys[0]
+    return None
 
 
 def read_idx_images(path: Path, options: Options) -> Part:
-    """idx images, and the labels of the file beside them that is named alike."""
+    """The images of an idx file, and the labels of the file beside it that is named alike.
+
+    Raises:
+        ValueError: the file is none of images, or labels were asked for and are not there.
+    """
     images = read_idx(path)
     if images.ndim == 1:
         raise ValueError(f"{path}: expected images [N, H, W], got shape {list(images.shape)}, as of labels")
     labels = None
     if options.labels:
+        # MNIST's names: train-images-idx3-ubyte and train-labels-idx1-ubyte, the number being that of axes.
         beside = path.with_name(path.name.replace("images", "labels").replace(f"idx{images.ndim}", "idx1"))
         if beside == path or not beside.is_file():
-            raise ValueError(
-                f"{path}: expected labels (labels=True) in a file beside it named like {beside.name}, got none"
-            )
+            expected = f"labels (labels=True) in a file beside it named like {beside.name}"
+            raise ValueError(f"{path}: expected {expected}, got none")
         labels = read_idx(beside)
         check_labels(labels, len(images), f"{beside}", "an idx file of labels")
     return Part(to_nchw(images, path, options), labels)
@@ -99,10 +119,17 @@ def check_labels(labels: np.ndarray | None, count: int, where: str, what: str) -
     if labels is None:
         raise ValueError(f"{where}: expected {what} (labels=True), got none")
     if labels.shape != (count,) or labels.dtype.kind not in "iu":
-        raise ValueError(
-            f"{where}: expected {what}, integers of shape [{count}], got {labels.dtype} of shape {list(labels.shape)}"
-        )
+        got = f"{labels.dtype} of shape {list(labels.shape)}"
+        raise ValueError(f"{where}: expected {what}, integers of shape [{count}], got {got}")
+
+
+def _unread(path: Path, what: str, error: Exception) -> str:
+    got = f"one that numpy does not read: {error}"
+    return f"{path}: expected {what} of plain numbers ({NO_PICKLE}), got {got}"
 
 
 def _native(array: np.ndarray) -> np.ndarray:
-    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+    """`array` in the byte order of this machine, the only one that torch knows."""
+    if array.dtype.isnative:
+        return array
+    return array.astype(array.dtype.newbyteorder("="))

@@ -12,12 +12,15 @@ from PIL import Image
 # which Pillow hands to Ghostscript; WMF is drawn; icons hold several sizes; the rest are rare, and each is
 # one more decoder to trust.
 WANTED = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
-HEAD = 64  # bytes that tell formats apart
+# How many bytes of a file are looked at to tell formats apart: the longest signature is much shorter, and a
+# text shows itself within them.
+HEAD = 64
 
 GIVE_ITSELF = "is read when its own path is given, not as a file of a folder of images"
 HEIC = "HEIC, for which Pillow has no decoder: convert it to PNG, for example with heif-convert"
+# HEIC and AVIF are one container (ISO base media); which of them a file is, its brand says after "ftyp".
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
-# (where it stands, what stands there, what it is)
+# Each entry: where the signature stands, its bytes, and the format that carries it.
 SIGNATURES = (
     (0, b"\x89PNG", "PNG"),
     (0, b"\xff\xd8\xff", "JPEG"),
@@ -28,6 +31,7 @@ SIGNATURES = (
     (0, b"GIF8", "GIF"),
     (4, b"ftypavi", "AVIF"),
 )
+# What else is found in folders of images, so that the error can say what to do about it.
 OTHERS = (
     *((4, b"ftyp" + brand, HEIC) for brand in HEIF_BRANDS),
     (0, b"%!PS", "PostScript, which is a program and is never run"),
@@ -57,18 +61,20 @@ def formats() -> tuple[str, ...]:
 
 
 def in_words() -> str:
-    return ", ".join("WebP" if name == "WEBP" else name for name in sorted(formats()))
+    """The formats that are read, as messages list them."""
+    names = sorted(formats())
+    return ", ".join(names).replace("WEBP", "WebP")
 
 
 def is_picture(file: BinaryIO) -> bool:
-    """Whether Pillow takes it for one of the formats, be it damaged."""
+    """Whether a file is of one of the formats; a damaged one is, so that decoding it says what is wrong."""
     try:
         with Image.open(file, formats=formats()):
             return True
     except Image.UnidentifiedImageError:
         file.seek(0)
         return _begins_like(file.read(HEAD)) is not None
-    except Exception:  # recognised, and worse than damaged: decoding it says what is wrong
+    except Exception:  # Pillow recognised it before its header made it give up
         return True
 
 
@@ -85,21 +91,32 @@ def described(head: bytes) -> str:
         return other
     if not any(head):
         return "zeros"
-    return "text" if _is_text(head) else "data that Pillow does not recognise"
+    if _is_text(head):
+        return "text"
+    return "data that Pillow does not recognise"
 
 
 def _begins_like(head: bytes) -> str | None:
-    """The format of `WANTED` whose signature `head` carries; a text may begin with those letters, too."""
-    return None if _is_text(head) else _found(head, SIGNATURES)
+    """The format of `WANTED` whose signature `head` carries, or None."""
+    # A text may begin with the letters of a signature, too: "BM" is one of bitmaps.
+    if _is_text(head):
+        return None
+    return _found(head, SIGNATURES)
 
 
 def _found(head: bytes, signatures: tuple[tuple[int, bytes, str], ...]) -> str | None:
-    return next((name for place, content, name in signatures if head[place:].startswith(content)), None)
+    """What the first of `signatures` that `head` carries stands for, or None."""
+    for place, content, name in signatures:
+        if head[place:].startswith(content):
+            return name
+    return None
 
 
 def _is_text(head: bytes) -> bool:
+    """Whether `head` is printable UTF-8."""
+    # Incremental, because the last character may be cut where `head` ends.
     try:
-        codecs.getincrementaldecoder("utf-8")().decode(head)  # its last character may be cut
+        codecs.getincrementaldecoder("utf-8")().decode(head)
     except UnicodeDecodeError:
         return False
     return all(byte >= 32 or byte in b"\t\n\r" for byte in head)

@@ -44,20 +44,20 @@ class Listing:
 
 
 def list_folder(root: Path) -> Listing:
-    """Everything below `root`.
-
-    Real folders are entered first, then links to folders, by path: a link adds only what is not there yet.
-    """
+    """Everything below `root`, sorted by path; nothing is opened but what may be passed over."""
     listing = Listing()
     folders, links = [root], []
     entered: set[tuple[int, int]] = set()
     while folders or links:
+        # Real folders are entered first, then links to folders, by path: a link adds only what is not there
+        # yet, so a file keeps its real path wherever it has one below `root`.
         if not folders:
             links.sort(reverse=True)
             folders.append(links.pop())
         folder = folders.pop()
         try:
             status = os.stat(folder)
+            # Device and inode name a folder whatever path leads to it. This also ends links in circles.
             identity = status.st_dev, status.st_ino
             if identity in entered:
                 listing.entered_before.append(folder)
@@ -76,14 +76,17 @@ def list_folder(root: Path) -> Listing:
 
 
 def _sort_in(entry: os.DirEntry, listing: Listing, folders: list[Path], links: list[Path]) -> None:
-    """Puts one entry of a folder where it belongs. Only regular files are opened: a pipe would wait."""
+    """Puts one entry of a folder where it belongs."""
     path = Path(entry.path)
     try:
         is_folder, is_file = entry.is_dir(), entry.is_file()
     except OSError:  # a link that leads in circles, or through a locked folder
         is_folder = is_file = False
-    if is_folder:
-        (links if entry.is_symlink() else folders).append(path)
+    if is_folder and entry.is_symlink():
+        links.append(path)
+    elif is_folder:
+        folders.append(path)
+    # Only regular files are ever opened: a pipe would wait for a writer.
     elif not is_file:
         listing.problems[path] = _no_file(path)
     elif entry.name.lower() not in PASSED_OVER:
@@ -99,8 +102,10 @@ def _no_file(path: Path) -> str:
     try:
         kind = KINDS.get(stat.S_IFMT(os.stat(path).st_mode), "something else")
     except OSError as error:
-        target = f"a link to {shown(os.readlink(path))}: " if path.is_symlink() else ""
-        return f"expected a file that can be read, got {target}{error.strerror}"
+        got = f"{error.strerror}"
+        if path.is_symlink():
+            got = f"a link to {shown(os.readlink(path))}: {got}"
+        return f"expected a file that can be read, got {got}"
     return f"expected a file, got {kind}, which is never opened"
 
 
@@ -118,6 +123,7 @@ def read_folder(path: Path, options: Options) -> Part:
         if listing.passed_over:
             but = f" but what is passed over: {listed(listing.passed_over)}"
         raise ValueError(f"{shown(path)}: expected a folder with images ({in_words()}), got none{but}")
+    # All files are decoded before anything is refused, so that one error names every file to look at.
     problems, images = listing.sentences(), None
     try:
         images = stack(_decode_all(listing.files, options), len(listing.files))
@@ -153,7 +159,7 @@ def list_known(root: Path, known: Collection[str], what: str) -> Listing:
 
 
 def _decode_all(files: list[Path], options: Options) -> Iterator[tuple[str, np.ndarray | ValueError]]:
-    """Files decoded by several threads (Pillow releases the GIL), in order; where one cannot, why."""
+    """Names and pixels of `files`, in order; where one cannot be decoded, the error in place of pixels."""
 
     def attempt(file: Path) -> np.ndarray | ValueError:
         try:
@@ -161,6 +167,7 @@ def _decode_all(files: list[Path], options: Options) -> Iterator[tuple[str, np.n
         except ValueError as error:
             return error
 
+    # Threads are enough, since Pillow releases the GIL while it decodes. More than eight wait for the disk.
     pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
     try:
         yield from zip(map(shown, files), pool.map(attempt, files), strict=True)
@@ -169,10 +176,15 @@ def _decode_all(files: list[Path], options: Options) -> Iterator[tuple[str, np.n
 
 
 def _folder_labels(root: Path, files: list[Path]) -> np.ndarray:
-    loose = next((file for file in files if file.parent == root), None)
-    if loose is not None:
-        expected = f"every image in a sub-folder of {root} that names its class (labels=True)"
-        raise ValueError(f"{loose}: expected {expected}, got one outside")
+    """int64 `[N]`: the number of the sub-folder of `root` that each file lies in, however deep.
+
+    Raises:
+        ValueError: a file that lies in none.
+    """
+    for file in files:
+        if file.parent == root:
+            expected = f"every image in a sub-folder of {root} that names its class (labels=True)"
+            raise ValueError(f"{file}: expected {expected}, got one outside")
     classes = [file.relative_to(root).parts[0] for file in files]
     number = {name: label for label, name in enumerate(sorted(set(classes)))}
     return np.array([number[name] for name in classes], np.int64)

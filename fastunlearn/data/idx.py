@@ -1,5 +1,6 @@
-"""idx files, MNIST's format: a four-byte magic number, big-endian axis lengths, then the bytes; plain or
-gzipped.
+"""idx files, MNIST's format, plain or gzipped.
+
+A four-byte magic number (its last byte counts the axes) is followed by big-endian axis lengths and the bytes.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ import os
 import struct
 import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
-# uint8 in one (labels), three (grey images) or four axes
+# The third byte, 08, says uint8; the fourth one axis (labels), three (grey images) or four.
 MAGICS = (b"\x00\x00\x08\x01", b"\x00\x00\x08\x03", b"\x00\x00\x08\x04")
 
 
@@ -28,29 +30,20 @@ def read_idx(path: str | os.PathLike) -> np.ndarray:
     path = Path(path)
     try:
         with _open(path) as file:
-            magic = file.read(4)
-            if magic not in MAGICS:
-                raise ValueError(
-                    f"{path}: expected an idx file of uint8 (magic number 00 00 08 and 01, 03 or 04), got {magic.hex(' ') or 'an empty file'}"
-                )
-            header = file.read(4 * magic[3])
-            if len(header) < 4 * magic[3]:
-                raise ValueError(
-                    f"{path}: expected {magic[3]} axis lengths after the magic number, got {len(header)} bytes"
-                )
-            shape = struct.unpack(f">{magic[3]}I", header)
-            offset, expected = 4 + len(header), math.prod(shape)
-            if not _is_gzip(path):
-                found = path.stat().st_size - offset
-            else:
-                content = file.read(expected + 1)  # never more than the header announces
+            shape, offset = _read_header(file, path)
+            expected = math.prod(shape)
+            if _is_gzip(path):
+                # One byte more than the header announces tells that there are too many. Reading all there is
+                # could fill the memory: a small gzip file may unpack to anything.
+                content = file.read(expected + 1)
                 found = len(content)
+            else:
+                found = path.stat().st_size - offset
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path}: expected a whole gzip file, got one that is damaged ({error})") from None
     if found != expected:
-        raise ValueError(
-            f"{path}: expected {expected} bytes for shape {list(shape)}, got {'more' if found > expected else found}"
-        )
+        got = "more" if found > expected else found
+        raise ValueError(f"{path}: expected {expected} bytes for shape {list(shape)}, got {got}")
     if expected == 0:
         raise ValueError(f"{path}: expected at least one entry, got shape {list(shape)}")
     if _is_gzip(path):
@@ -63,8 +56,24 @@ def idx_header(shape: tuple[int, ...]) -> bytes:
     return struct.pack(f">4B{len(shape)}I", 0, 0, 8, len(shape), *shape)
 
 
+def _read_header(file: BinaryIO, path: Path) -> tuple[tuple[int, ...], int]:
+    """Shape and place of the bytes; errors call the file `path`."""
+    magic = file.read(4)
+    if magic not in MAGICS:
+        expected = "an idx file of uint8 (magic number 00 00 08 and 01, 03 or 04)"
+        raise ValueError(f"{path}: expected {expected}, got {magic.hex(' ') or 'an empty file'}")
+    axes = magic[3]
+    lengths = file.read(4 * axes)
+    if len(lengths) < 4 * axes:
+        expected = f"{axes} axis lengths after the magic number"
+        raise ValueError(f"{path}: expected {expected}, got {len(lengths)} bytes")
+    return struct.unpack(f">{axes}I", lengths), len(magic) + len(lengths)
+
+
 def _open(path: Path):
-    return gzip.open(path) if _is_gzip(path) else open(path, "rb")
+    if _is_gzip(path):
+        return gzip.open(path)
+    return open(path, "rb")
 
 
 def _is_gzip(path: Path) -> bool:

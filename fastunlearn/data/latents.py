@@ -21,11 +21,14 @@ MEAN, STD, LABELS = "mean.npy", "std.npy", "labels.npy"
 
 
 def save_latents(folder: str | os.PathLike, store: ImageStore) -> None:
-    """Writes the latents of `store`, with its standard deviations and labels if it has them;
-    `load_images(folder, latents=True)` reads them.
+    """Writes the latents of `store`, with its standard deviations and labels if it has them.
 
-    Rows are written in chunks, to files of mode 0600 (less the umask): latents decode to the images they were
-    made from.
+    `load_images(folder, latents=True)` reads them. Rows are written in chunks, to files of mode 0600 (less
+    the umask): latents decode to the images they were made from.
+
+    Args:
+        folder: made if missing; gets `mean.npy` and, where `store` has them, `std.npy` and `labels.npy`.
+        store: latents `[N, C, H, W]` of dtype float16, float32 or float64.
 
     Raises:
         TypeError: no store, or bfloat16, which .npy files do not know.
@@ -48,11 +51,13 @@ def save_latents(folder: str | os.PathLike, store: ImageStore) -> None:
         _write(folder / LABELS, store.labels, iter([store.labels]))
     if store.std is not None:
         _write(folder / STD, store.std, (rows for _, rows in store.like(store.std).chunks()))
-    # last: without it the folder holds no latents
+    # The means go last: without them the folder holds no latents, so an interrupted call leaves none behind
+    # that lack their standard deviations.
     _write(folder / MEAN, store.images, (rows for _, rows in store.chunks()))
 
 
 def is_latents_folder(path: Path) -> bool:
+    """Whether `save_latents` has written `path` to the end."""
     return (path / MEAN).is_file()
 
 
@@ -66,22 +71,28 @@ def read_latents(folder: Path, options: Options) -> Part:
     mean = map_npy(folder / MEAN)
     if mean.ndim != 4:
         raise ValueError(f"{folder / MEAN}: expected an array [N, C, H, W], got shape {list(mean.shape)}")
-    for name, wanted, found in (
-        ("channels", options.channels, mean.shape[1]),
-        ("size", options.size, mean.shape[2:]),
-    ):
-        if wanted not in (None, found):
-            raise ValueError(f"{folder / MEAN}: expected {name} {wanted}, got {found}")
-    std = map_npy(folder / STD) if (folder / STD).is_file() else None
+    _, channels, *size = mean.shape
+    if options.channels not in (None, channels):
+        raise ValueError(f"{folder / MEAN}: expected channels {options.channels}, got {channels}")
+    if options.size not in (None, tuple(size)):
+        raise ValueError(f"{folder / MEAN}: expected size {options.size}, got {tuple(size)}")
+    std = _map_if_there(folder / STD)
     labels = None
     if options.labels:
-        labels = map_npy(folder / LABELS) if (folder / LABELS).is_file() else None
+        labels = _map_if_there(folder / LABELS)
         check_labels(labels, len(mean), f"{folder}", f"labels in {LABELS}")
     return Part(mean, labels, std, passed_over=listing.passed_over, entered_before=listing.entered_before)
 
 
+def _map_if_there(path: Path) -> np.ndarray | None:
+    if path.is_file():
+        return map_npy(path)
+    return None
+
+
 def _write(path: Path, array: Tensor, chunks: Iterator[Tensor]) -> None:
     """An .npy file of the shape and dtype of `array` with the rows of `chunks`."""
+    # np.save would want the whole array in memory: its header is written here, and rows follow as they come.
     header = {
         "descr": np.lib.format.dtype_to_descr(array[:0].cpu().numpy().dtype),
         "fortran_order": False,

@@ -1,4 +1,4 @@
-"""load_images: looks at each path, lets the reader of its format read it, and puts the parts into one store."""
+"""load_images: lets the reader of its format read each path, and puts the parts into one store."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from .pictures import SUFFIXES, content_in_words, may_be_picture, read_picture
 from .refusals import Refused, in_words, shown
 from .tables import read_parquet, read_saved_dataset
 
+# Endings of pickles, which are not even opened.
 REFUSED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
+# What messages say is expected of a path.
 FORMATS = "a folder of images, an image, .npy, .npz, idx (also .gz), .parquet or a data set saved by datasets"
 
 
@@ -46,7 +48,7 @@ def load_images(
     | idx, plain or `.gz` | uint8 in three or four axes; a plain one stays on disk |
     | `.parquet` | column `image` or `img`: encoded images as `struct{bytes, path}`, or nested lists |
     | folder of `datasets.save_to_disk` | the same columns |
-    | with `latents=True`, folder of `save_latents` | `mean.npy` and, where there is one, `std.npy`, `[N, C, H, W]`; stay on disk |
+    | folder of `save_latents`, with `latents=True` | `mean.npy`, `std.npy` if any, `[N, C, H, W]`; on disk |
 
     No row is left out silently. A file below a folder is read or named in an error, whatever its name: hidden
     ones, and those behind links to folders, too; a folder that several paths lead to is read once. Only
@@ -92,37 +94,31 @@ def load_images(
             neither uint8 nor a float.
         ImportError: an optional package is missing; the text names the command that installs it.
     """
-    paths = (
-        [paths] if isinstance(paths, (str, os.PathLike)) or not isinstance(paths, Iterable) else list(paths)
-    )
-    for path in paths:
-        if not isinstance(path, (str, os.PathLike)):
-            raise TypeError(f"paths: expected a path or several, got {check.describe(path)}")
-    paths = [Path(path) for path in paths]
-    if not paths:
-        raise ValueError("paths: expected at least one path, got none")
+    paths = _paths(paths)
     _check_apart(paths)
     if tell is not None and not callable(tell):
         raise TypeError(f"tell: expected a function of a Reading, or None, got {check.describe(tell)}")
-    channels = None if channels is None else check.integer("channels", channels, low=1)
-    pictures = {"exif": exif, "crop": crop, "resample": resample, "alpha": alpha}
-    options = Options(_height_and_width(size), channels, bool(labels), bool(latents), **pictures)
+    if channels is not None:
+        channels = check.integer("channels", channels, low=1)
+    options = Options(
+        size=_height_and_width(size),
+        channels=channels,
+        labels=bool(labels),
+        latents=bool(latents),
+        exif=exif,
+        crop=crop,
+        resample=resample,
+        alpha=alpha,
+    )
+
     parts = _read_all(paths, options)
     _check_alike(paths, parts)
+    # The store looks at the values. Its errors name no file, so they get the paths here.
     try:
-        images, std = (
-            _joined([part.images for part in parts]),
-            None if parts[0].std is None else _joined([part.std for part in parts]),
-        )
-        store = ImageStore(
-            images,
-            std=std,
-            labels=_joined([part.labels for part in parts]) if labels else None,
-            latents=latents,
-            sources=paths,
-        )
+        store = _store_of(parts, options, paths)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{', '.join(map(str, paths))}: {error}") from None
+
     reading = _reading(parts, options)
     if tell is not None:
         tell(reading)
@@ -131,14 +127,34 @@ def load_images(
     return store
 
 
-def _check_apart(paths: list[Path]) -> None:
-    """
+def _paths(paths) -> list[Path]:
+    """The argument `paths` of `load_images` as a list.
+
     Raises:
-        ValueError: a path is given twice, or beside a folder that it lies in: its rows would count twice.
+        TypeError: neither a path nor several.
+        ValueError: none.
+    """
+    # A string is iterable, too, but it is one path.
+    if isinstance(paths, (str, os.PathLike)) or not isinstance(paths, Iterable):
+        paths = [paths]
+    paths = list(paths)
+    for path in paths:
+        if not isinstance(path, (str, os.PathLike)):
+            raise TypeError(f"paths: expected a path or several, got {check.describe(path)}")
+    if not paths:
+        raise ValueError("paths: expected at least one path, got none")
+    return [Path(path) for path in paths]
+
+
+def _check_apart(paths: list[Path]) -> None:
+    """That no row would count twice.
+
+    Raises:
+        ValueError: a path is given twice, or beside a folder that it lies in.
     """
     real = [path.resolve() for path in paths]
     for place, path in enumerate(paths):
-        others = {other for index, other in enumerate(real) if index != place}
+        others = {*real[:place], *real[place + 1 :]}
         if real[place] in real[:place]:
             raise ValueError(f"paths: expected every path once, got {path} a second time")
         if others & set(real[place].parents):
@@ -158,41 +174,71 @@ def _read_all(paths: list[Path], options: Options) -> list[Part]:
     return parts
 
 
+def _store_of(parts: list[Part], options: Options, paths: list[Path]) -> ImageStore:
+    """One store of the rows of all `parts`, which are alike."""
+    images = _joined([part.images for part in parts])
+    std = labels = None
+    if parts[0].std is not None:
+        std = _joined([part.std for part in parts])
+    if options.labels:
+        labels = _joined([part.labels for part in parts])
+    return ImageStore(images, std=std, labels=labels, latents=options.latents, sources=paths)
+
+
 def _reading(parts: list[Part], options: Options) -> Reading:
-    rows, files = sum(len(part.images) for part in parts), sum(part.files for part in parts)
-    passed_over = tuple(str(path) for part in parts for path in part.passed_over)
-    entered_before = tuple(str(path) for part in parts for path in part.entered_before)
-    return Reading(rows, files, passed_over, entered_before, options.of_pictures())
+    """What the caller is told, or warned of."""
+    passed_over: list[str] = []
+    entered_before: list[str] = []
+    for part in parts:
+        passed_over += map(str, part.passed_over)
+        entered_before += map(str, part.entered_before)
+    return Reading(
+        rows=sum(len(part.images) for part in parts),
+        files=sum(part.files for part in parts),
+        passed_over=tuple(passed_over),
+        entered_before=tuple(entered_before),
+        options=options.of_pictures(),
+    )
 
 
 def _read(path: Path, options: Options) -> Part:
-    suffix = path.suffix.lower()
+    """The rows of one path, by the reader of its format."""
     if path.is_dir():
         return _read_directory(path, options)
     if not path.is_file():
-        special = "a pipe, a socket or a device, which is never opened"
-        got = special if path.exists() else "a path that does not exist"
+        got = "a path that does not exist"
+        if path.exists():
+            got = "a pipe, a socket or a device, which is never opened"
         raise Refused([f"{shown(path)}: expected {FORMATS}, got {got}"], path)
+
+    # Arrays and tables are told by their endings, images by their content, whatever their names say. What
+    # remains is taken for idx if it is named as MNIST's files are, which have no ending of their own.
+    suffix = path.suffix.lower()
     readers = {".npy": read_npy, ".npz": read_npz, ".parquet": read_parquet}
     if suffix in readers:
         return readers[suffix](path, options)
     if suffix in SUFFIXES or may_be_picture(path):
         return read_picture(path, options)
-    if suffix not in REFUSED and ("idx" in path.name or suffix == ".gz" or path.name.endswith("ubyte")):
+    named_like_idx = "idx" in path.name or suffix == ".gz" or path.name.endswith("ubyte")
+    if named_like_idx and suffix not in REFUSED:
         return read_idx_images(path, options)
-    got = f"a file that ends in {suffix}: " if suffix else "a file without an ending: "
-    got += content_in_words(path)
+
     if suffix in REFUSED:
         got = f"{suffix}: such files are pickles, and unpickling runs whatever code they hold"
+    elif suffix:
+        got = f"a file that ends in {suffix}: {content_in_words(path)}"
+    else:
+        got = f"a file without an ending: {content_in_words(path)}"
     raise Refused([f"{shown(path)}: expected {FORMATS}, got {got}"], path)
 
 
 def _read_directory(path: Path, options: Options) -> Part:
+    """The rows of one folder, told by the files that `datasets` and `save_latents` put into theirs."""
     if (path / "dataset_dict.json").is_file():
         splits = sorted(entry.name for entry in path.iterdir() if (entry / "state.json").is_file())
-        raise ValueError(
-            f"{path}: expected one split of the saved data set, such as {path / (splits or ['train'])[0]}, got the folder of all splits"
-        )
+        example = path / (splits[0] if splits else "train")
+        expected = f"one split of the saved data set, such as {example}"
+        raise ValueError(f"{path}: expected {expected}, got the folder of all splits")
     if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
         return read_saved_dataset(path, options)
     if options.latents and is_latents_folder(path):
@@ -201,32 +247,44 @@ def _read_directory(path: Path, options: Options) -> Part:
 
 
 def _check_alike(paths: list[Path], parts: list[Part]) -> None:
-    first = parts[0].images
+    """That the rows of all paths can stand in one array.
+
+    Raises:
+        ValueError: naming the first path that differs from the first one, and in what.
+    """
+    shape, dtype, std_dtype = _kind(parts[0])
     for path, part in zip(paths, parts, strict=True):
-        if part.images.shape[1:] != first.shape[1:]:
-            raise ValueError(
-                f"{path}: expected rows of shape {list(first.shape[1:])}, as in {paths[0]}, got {list(part.images.shape[1:])}"
-            )
-        if part.images.dtype != first.dtype:
-            raise ValueError(
-                f"{path}: expected dtype {first.dtype}, as in {paths[0]}, got {part.images.dtype}"
-            )
-        dtype, expected = (None if std is None else std.dtype for std in (part.std, parts[0].std))
-        if dtype != expected:
-            raise ValueError(
-                f"{path}: expected standard deviations of dtype {expected}, as in {paths[0]} (None: without), got {dtype}"
-            )
+        found_shape, found_dtype, found_std_dtype = _kind(part)
+        if found_shape != shape:
+            expected = f"rows of shape {shape}, as in {paths[0]}"
+            raise ValueError(f"{path}: expected {expected}, got {found_shape}")
+        if found_dtype != dtype:
+            raise ValueError(f"{path}: expected dtype {dtype}, as in {paths[0]}, got {found_dtype}")
+        if found_std_dtype != std_dtype:
+            expected = f"standard deviations of dtype {std_dtype}, as in {paths[0]} (None: without)"
+            raise ValueError(f"{path}: expected {expected}, got {found_std_dtype}")
+
+
+def _kind(part: Part) -> tuple[list[int], np.dtype, np.dtype | None]:
+    """Shape of a row, dtype of the rows, and that of their standard deviations, if there are any."""
+    std_dtype = None if part.std is None else part.std.dtype
+    return list(part.images.shape[1:]), part.images.dtype, std_dtype
 
 
 def _joined(arrays: list[np.ndarray]) -> np.ndarray:
-    # one array, if it is a file, stays on disk
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+    # A single array is not copied: one that is memory-mapped stays on disk.
+    if len(arrays) == 1:
+        return arrays[0]
+    return np.concatenate(arrays)
 
 
 def _height_and_width(size) -> tuple[int, int] | None:
+    """The argument `size` as a pair."""
     if size is None:
         return None
-    pair = (size, size) if isinstance(size, int) else size
-    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+    if isinstance(size, int):
+        size = (size, size)
+    if not isinstance(size, (tuple, list)) or len(size) != 2:
         raise TypeError(f"size: expected an integer or (height, width), got {size!r}")
-    return tuple(check.integer("size", length, low=1) for length in pair)
+    height, width = size
+    return check.integer("size", height, low=1), check.integer("size", width, low=1)

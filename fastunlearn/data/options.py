@@ -17,7 +17,8 @@ EXIF = ("apply", "ignore")
 CROPS = ("center", "stretch", "none")
 FILTERS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 ALPHA_WORDS = ("refuse", "drop")
-CHANNEL_COUNTS = (1, 3, 4)  # an axis of such a length in the second or last place holds channels
+# An axis of such a length in the second or last place holds channels: grey, RGB, and latents of four.
+CHANNEL_COUNTS = (1, 3, 4)
 
 
 @dataclass(frozen=True)
@@ -92,40 +93,71 @@ class Reading:
 def to_nchw(array: np.ndarray, name: str | Path, options: Options) -> np.ndarray:
     """A view of `array` as `[N, C, H, W]`; the rule is in `load_images`.
 
+    Args:
+        array: `[N, C, H, W]`, `[N, H, W, C]`, `[N, H, W]` (grey), or one image if `options.channels` says so.
+        name: what errors call it.
+        options: whose `channels` decide what is ambiguous, and whose `size` the images must have.
+
     Raises:
         ValueError: the layout is ambiguous, or channels and size are not those asked for.
     """
-    shape, channels = list(array.shape), options.channels
+    shape = list(array.shape)
     if array.ndim not in (3, 4):
         raise ValueError(
             f"{name}: expected an array [N, C, H, W], [N, H, W, C] or [N, H, W], got shape {shape}"
         )
     if array.ndim == 3:
-        one_image = channels not in (None, 1)  # [C, H, W] or [H, W, C]
-        if not one_image and (shape[2] == 1 or (channels is None and {shape[0], shape[2]} & {3, 4})):
-            raise ValueError(
-                f"{name}: expected grey images [N, H, W], got shape {shape}, which may be a single image: give channels=..., or add an axis"
-            )
-        array = array[None] if one_image else array[:, None]
-    counts = CHANNEL_COUNTS if channels is None else (channels,)
-    first, last = array.shape[1] in counts, array.shape[3] in counts
-    if first == last:
-        wanted = "channels" if channels is None else f"{channels} channel{'s' * (channels > 1)}"
-        which = "both" if first else "neither"
-        hint = (
-            "give channels=..., or reshape it to [N, C, H, W]"
-            if channels is None
-            else "reshape it to [N, C, H, W]"
-        )
-        raise ValueError(
-            f"{name}: expected {wanted} in the second or the last axis, got shape {shape}, where {which} could be meant: {hint}"
-        )
-    images = array if first else array.transpose(0, 3, 1, 2)
+        array = _with_fourth_axis(array, name, options.channels)
+    images = _channels_second(array, name, options.channels, shape)
     if options.size is not None and images.shape[2:] != options.size:
-        raise ValueError(
-            f"{name}: expected images of {options.size[0]} x {options.size[1]} (arrays are not resized), got shape {shape}"
-        )
+        height, width = options.size
+        expected = f"images of {height} x {width} (arrays are not resized)"
+        raise ValueError(f"{name}: expected {expected}, got shape {shape}")
     return images
+
+
+def _with_fourth_axis(array: np.ndarray, name: str | Path, channels: int | None) -> np.ndarray:
+    """Grey images `[N, H, W]` as `[N, 1, H, W]`, or one image as the only row.
+
+    Raises:
+        ValueError: they may be either.
+    """
+    shape = list(array.shape)
+    # Who asks for more than one channel has one image, [C, H, W] or [H, W, C]: grey images have one channel.
+    if channels not in (None, 1):
+        return array[None]
+    # An axis of 1 in the last place, or of 3 or 4 in the first or last, may be that of channels.
+    may_be_channels = shape[2] == 1 or (channels is None and {shape[0], shape[2]} & {3, 4})
+    if may_be_channels:
+        got = f"shape {shape}, which may be a single image: give channels=..., or add an axis"
+        raise ValueError(f"{name}: expected grey images [N, H, W], got {got}")
+    return array[:, None]
+
+
+def _channels_second(
+    array: np.ndarray, name: str | Path, channels: int | None, shape: list[int]
+) -> np.ndarray:
+    """`[N, C, H, W]` or `[N, H, W, C]` as a view `[N, C, H, W]`; errors show `shape`.
+
+    Raises:
+        ValueError: both or neither of the two places could be that of the channels.
+    """
+    if channels is None:
+        counts, wanted = CHANNEL_COUNTS, "channels"
+        hint = "give channels=..., or reshape it to [N, C, H, W]"
+    else:
+        counts, wanted = (channels,), "1 channel" if channels == 1 else f"{channels} channels"
+        hint = "reshape it to [N, C, H, W]"
+    second, last = array.shape[1] in counts, array.shape[3] in counts
+    if second == last:
+        which = "both" if second else "neither"
+        expected = f"{wanted} in the second or the last axis"
+        raise ValueError(
+            f"{name}: expected {expected}, got shape {shape}, where {which} could be meant: {hint}"
+        )
+    if second:
+        return array
+    return array.transpose(0, 3, 1, 2)
 
 
 def stack(
@@ -136,7 +168,13 @@ def stack(
 ) -> np.ndarray:
     """`count` named arrays of one shape and dtype as one array, filled row by row.
 
-    An error in place of an array says why there is none; `where` and `unit` are for `Refused`.
+    Args:
+        rows: names and arrays `[C, H, W]`; an error in place of an array says why there is none.
+        count: how many rows there should be.
+        where, unit: for `Refused`.
+
+    Returns:
+        `[count, C, H, W]`, of the dtype of the first array.
 
     Raises:
         Refused: naming all without an array, and all that differ from the first.
@@ -152,30 +190,36 @@ def stack(
         if isinstance(array, ValueError):
             problems.append(str(array))
             continue
+        # Memory for all rows is taken once, when the first array tells shape and dtype, so that the rows are
+        # never held twice.
         if images is None:
             images, first_name = np.empty((count, *array.shape), array.dtype), name
         elif (array.shape, array.dtype) != (images.shape[1:], images.dtype):
-            wanted, got = (
-                f"[C, H, W] = {list(shape)} {dtype}"
-                for shape, dtype in ((images.shape[1:], images.dtype), (array.shape, array.dtype))
-            )
-            expected = f"{wanted}, as {first_name} (size=... and channels=... make images alike)"
-            problems.append(f"{name}: expected {expected}, got {got}")
+            expected = f"{_layout(images[0])}, as {first_name} (size=... and channels=... make images alike)"
+            problems.append(f"{name}: expected {expected}, got {_layout(array)}")
             continue
         images[row] = array
     if problems:
         raise Refused(problems, where, count, unit)
-    if seen != count:  # of a table; the rest of `images` would be whatever the memory held
+    # A table may hold fewer rows than it says. The rest of `images` would be whatever the memory held.
+    if seen != count:
         got = "more" if seen > count else seen
         raise ValueError(f"{where}: expected {count} {unit}, as it says itself, got {got}")
     return images
 
 
+def _layout(image: np.ndarray) -> str:
+    return f"[C, H, W] = {list(image.shape)} {image.dtype}"
+
+
 def _number(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+    if count == 1:
+        return f"{count} {noun}"
+    return f"{count} {noun}s"
 
 
 def _check_alpha(alpha: str) -> None:
+    """That `alpha` is one of the two words, or a colour that Pillow knows and that hides what is under it."""
     expected = "alpha: expected 'refuse', 'drop' or an opaque colour such as 'white' or '#ffffff'"
     if not isinstance(alpha, str):
         raise TypeError(f"{expected}, got {check.describe(alpha)}")

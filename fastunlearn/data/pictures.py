@@ -19,18 +19,25 @@ from .refusals import Refused, shown
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # files that are said to be images
 MODE = {1: "L", 3: "RGB"}
 CHANNELS = {mode: channels for channels, mode in MODE.items()}
-READ_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # Pillow turns them into L and RGB
+# Pillow turns these into L and RGB.
+READ_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 ORIENTATION, BITS_PER_SAMPLE = 0x0112, 258  # tags of EXIF and TIFF
 ZEROS = 512  # bytes of a sector
+# Flags in the third byte of the box av1C: more than 8 bits a channel; if so, 12 of them instead of 10.
 AV1_HIGH_DEPTH, AV1_TWELVE_BITS = 0x40, 0x20
 
 
 class _Unusable(Exception):
-    """`expected ..., got ...`."""
+    """An image that could be decoded, but not into the values it stands for: `expected ..., got ...`."""
 
 
 def read_picture(path: Path, options: Options) -> Part:
-    """One image file, as one row."""
+    """One image file, as one row.
+
+    Raises:
+        ValueError: labels were asked for, which an image has not.
+        Refused: the image cannot be read.
+    """
     if options.labels:
         raise ValueError(f"{path}: expected labels too (labels=True), got a single image, which has none")
     check_pillow(options)
@@ -59,13 +66,14 @@ def content_in_words(path: Path) -> str:
 
 
 def check_pillow(options: Options) -> None:
-    """Before the first of many images is decoded: what would be wrong with each of them.
+    """Asked before the first of many images is decoded: what would be wrong with each of them.
 
     Raises:
         ValueError: channels that no image has, or a Pillow that was told to fill in what damaged images lack.
     """
     if options.channels not in (None, *MODE):
         raise ValueError(f"channels: expected 1 or 3 for encoded images, got {options.channels}")
+    # Some training scripts set it for the whole process.
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         setting = "PIL.ImageFile.LOAD_TRUNCATED_IMAGES"
         raise ValueError(f"{setting}: expected False, got True: what a damaged image lacks would be grey")
@@ -79,10 +87,15 @@ def decode(source: Path | bytes, name: str | Path, options: Options) -> np.ndarr
             channel, transparency that `options.alpha` does not allow, or a mode that is neither L nor RGB
             while no `channels` is given.
     """
-    try:
-        file = io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")  # noqa: SIM115
-    except OSError as error:
-        raise ValueError(f"{shown(name)}: expected a file that can be read, got {error.strerror}") from None
+    if isinstance(source, bytes):
+        file = io.BytesIO(source)
+    else:
+        try:
+            file = open(source, "rb")  # noqa: SIM115
+        except OSError as error:
+            raise ValueError(
+                f"{shown(name)}: expected a file that can be read, got {error.strerror}"
+            ) from None
     with file:
         try:
             array = _pixels(file, options)
@@ -92,22 +105,27 @@ def decode(source: Path | bytes, name: str | Path, options: Options) -> np.ndarr
             ) from error
         except Exception as error:  # Pillow's decoders raise whatever they stumble over
             raise ValueError(f"{shown(name)}: {_reason(error, file)}") from None
-    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+    if array.ndim == 2:  # grey
+        return array[None]
+    return array.transpose(2, 0, 1)
 
 
 def _pixels(file: BinaryIO, options: Options) -> np.ndarray:
-    """`[H, W]` or `[H, W, 3]`."""
+    """The pixels of an encoded image as uint8 `[H, W]` or `[H, W, 3]`."""
     image = Image.open(file, formats=formats())
     _check_header(image, file, options)
-    if image.format == "PNG":  # decoding does not look at the checksums: zeros for the last rows may pass
+    # Decoding a PNG does not look at its checksums, so zeros in place of the last rows may pass. `verify`
+    # does, and leaves an image that has to be opened anew.
+    if image.format == "PNG":
         image.verify()
         image = Image.open(file, formats=formats())
     image.load()
-    if options.exif == "apply" and image.format != "TIFF":  # Pillow has turned that already
+    # Upright first: a size that was asked for is that of the image as it is seen. Pillow turns TIFF itself.
+    if options.exif == "apply" and image.format != "TIFF":
         image = ImageOps.exif_transpose(image)
     image = _opaque(image, options)
-    image = image.convert(image.mode if options.channels is None else MODE[options.channels])
-    return np.array(_fitted(image, options))
+    mode = image.mode if options.channels is None else MODE[options.channels]
+    return np.array(_fitted(image.convert(mode), options))
 
 
 def _reason(error: Exception, file: BinaryIO) -> str:
@@ -123,9 +141,14 @@ def _reason(error: Exception, file: BinaryIO) -> str:
 
 
 def _check_header(image: Image.Image, file: BinaryIO, options: Options) -> None:
-    """What can be said before a pixel is decoded."""
+    """What can be said before a pixel is decoded.
+
+    Raises:
+        _Unusable: the image would take too much memory, or not keep its values.
+    """
+    # Pillow itself only warns up to twice its limit.
     limit, size = Image.MAX_IMAGE_PIXELS, f"{image.width} x {image.height}"
-    if limit is not None and image.width * image.height > limit:  # Pillow only warns up to twice its limit
+    if limit is not None and image.width * image.height > limit:
         raise _Unusable(f"expected at most {limit} pixels (Pillow's limit), got {size}")
     frames = getattr(image, "n_frames", 1)
     if frames != 1:
@@ -140,19 +163,27 @@ def _check_header(image: Image.Image, file: BinaryIO, options: Options) -> None:
         raise _Unusable(f"expected mode L or RGB, got {image.mode} (channels=1 or channels=3 converts it)")
     if image.format in ("WEBP", "AVIF") and _ends_in_zeros(file):
         raise _Unusable(f"expected a whole image, got one that is damaged (it ends in {ZEROS} zeros or more)")
-    if image.format == "TIFF" and options.exif == "ignore" and image.getexif().get(ORIENTATION, 1) != 1:
-        got = "a TIFF file with an orientation, which Pillow always applies"
-        raise _Unusable(f"expected an upright image with exif='ignore', got {got}")
+    if image.format == "TIFF" and options.exif == "ignore":
+        upright = image.getexif().get(ORIENTATION, 1) == 1
+        if not upright:
+            got = "a TIFF file with an orientation, which Pillow always applies"
+            raise _Unusable(f"expected an upright image with exif='ignore', got {got}")
 
 
 def _bits(image: Image.Image, file: BinaryIO) -> int:
-    """Bits a channel as the file says: Pillow gives colour of 16 bits as mode RGB, less the lower eight."""
+    """Bits a channel as the file itself says.
+
+    Pillow does not tell: it gives colour of 16 bits as mode RGB, less the lower eight.
+    """
+    # A PNG begins with 8 bytes of signature and the chunk IHDR: length (4), name (4), width and height (8),
+    # and then the bits a channel.
     if image.format == "PNG":
         if _at(file, 12, 4) != b"IHDR":
             raise _Unusable("expected a PNG file that begins with its header, got one that is damaged")
         return _at(file, 24)[0]
     if image.format == "TIFF":
         return max(image.tag_v2.get(BITS_PER_SAMPLE, (1,)))
+    # Colour and transparency of an AVIF each have a box av1C of their own.
     if image.format == "AVIF":
         _, *configurations = _at(file, 0, -1).split(b"av1C")
         return max(_av1_bits(configuration) for configuration in configurations)
@@ -160,7 +191,7 @@ def _bits(image: Image.Image, file: BinaryIO) -> int:
 
 
 def _ends_in_zeros(file: BinaryIO) -> bool:
-    """Whether a sector of zeros ends the file, as after a download that allots all of it first.
+    """Whether a sector of zeros ends the file, as after a broken download that allotted all of it first.
 
     The decoders of WebP and AVIF make up an image then.
     """
@@ -173,7 +204,9 @@ def _av1_bits(configuration: bytes) -> int:
     flags = configuration[2] if len(configuration) > 2 else 0
     if not flags & AV1_HIGH_DEPTH:
         return 8
-    return 12 if flags & AV1_TWELVE_BITS else 10
+    if flags & AV1_TWELVE_BITS:
+        return 12
+    return 10
 
 
 def _at(file: BinaryIO, place: int, count: int = 1) -> bytes:
@@ -193,6 +226,7 @@ def _opaque(image: Image.Image, options: Options) -> Image.Image:
         return image
     layers = image.convert("RGBA")
     least, _ = layers.getchannel("A").getextrema()
+    # A later convert() would carry this entry over to its result.
     image.info.pop("transparency", None)
     if least == 255 or options.alpha == "drop":
         return image
@@ -203,11 +237,11 @@ def _opaque(image: Image.Image, options: Options) -> Image.Image:
         )
     ground = Image.new("RGBA", image.size, ImageColor.getrgb(options.alpha))
     flat = Image.alpha_composite(ground, layers)
-    return flat.convert(image.mode) if image.mode in CHANNELS else flat.convert("RGB")
+    return flat.convert(image.mode if image.mode in CHANNELS else "RGB")
 
 
 def _fitted(image: Image.Image, options: Options) -> Image.Image:
-    """`image` in the size that was asked for."""
+    """`image` in the size that was asked for; `load_images` says what each `crop` does."""
     if options.size is None:
         return image
     height, width = options.size

@@ -28,14 +28,20 @@ def in_words(refusals: list[Refused], fine: int = 0) -> str:
 
     `fine`: how many files can be read that are in none of the `refusals`.
     """
-    problems = [problem for refused in refusals for problem in refused.problems]
+    problems: list[str] = []
+    for refused in refusals:
+        problems += refused.problems
     count = fine + sum(refused.count for refused in refusals)
-    first = refusals[0]
-    unit = first.unit if len({refused.unit for refused in refusals}) == 1 else "files and rows"
-    where = shown(first.where) if len(refusals) == 1 else f"{len(refusals)} paths"
+    where = f"{len(refusals)} paths"
+    if len(refusals) == 1:
+        where = shown(refusals[0].where)
+    units = {refused.unit for refused in refusals}
+    unit = "files and rows" if len(units) > 1 else refusals[0].unit
+
     if len(problems) == 1 and count == 1:
         return problems[0]
     if len(problems) == 1:
+        # `count` includes files of other paths if there are any: then it is not said where they lie.
         inside = f" in {where}" if fine == 0 else ""
         return f"{problems[0]} (the only one of {count} {unit}{inside} that cannot be read)"
 
@@ -52,8 +58,11 @@ def shown(path: str | Path) -> str:
 
 
 def listed(paths: Iterable[str | Path]) -> str:
+    """Several paths, as a terminal may show them."""
     return ", ".join(shown(path) for path in paths)
 
 
 def _escaped(character: str) -> str:
-    return character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+    if character.isprintable():
+        return character
+    return character.encode("unicode_escape").decode("ascii")

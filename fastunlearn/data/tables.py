@@ -20,13 +20,19 @@ from .refusals import Refused, shown
 
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "labels")
-BATCH_ROWS = 256
+BATCH_ROWS = 256  # as Python objects at a time: a whole table of images would take many times its size
 STATE, INFO = "state.json", "dataset_info.json"
 CACHES = "cache-*.arrow"  # what `Dataset.map` leaves beside the data
 
 
 def read_parquet(path: Path, options: Options) -> Part:
-    """Column `image` or `img` of a parquet file, read in batches of rows."""
+    """Column `image` or `img` of a parquet file, read in batches of rows.
+
+    Raises:
+        ValueError: pyarrow cannot read the file, or it has no such column, or two.
+        Refused: naming the rows that hold no image, or no label.
+        ImportError: pyarrow is missing.
+    """
     parquet = _optional("pyarrow.parquet", path)
     try:
         file = parquet.ParquetFile(path)
@@ -35,21 +41,30 @@ def read_parquet(path: Path, options: Options) -> Part:
             f"{path}: expected a parquet file, got one that pyarrow does not read: {error}"
         ) from None
     with file:
-        column = _column(file.schema_arrow.names, IMAGE_COLUMNS, path)
-        label = _column(file.schema_arrow.names, LABEL_COLUMNS, path) if options.labels else None
+        names = file.schema_arrow.names
+        image_column = _column(names, IMAGE_COLUMNS, path)
+        label_column = _column(names, LABEL_COLUMNS, path) if options.labels else None
 
         def cells(name: str) -> Iterator[object]:
             for batch in file.iter_batches(BATCH_ROWS, columns=[name]):
                 yield from batch.column(0).to_pylist()
 
-        images = _images(_whole(cells(column), path), file.metadata.num_rows, path, options)
-        return Part(images, None if label is None else _labels(list(_whole(cells(label), path)), path))
+        images = _images(_whole(cells(image_column), path), file.metadata.num_rows, path, options)
+        labels = None
+        if label_column is not None:
+            labels = _labels(list(_whole(cells(label_column), path)), path)
+        return Part(images, labels)
 
 
 def read_saved_dataset(path: Path, options: Options) -> Part:
     """Column `image` or `img` of a folder that `Dataset.save_to_disk` wrote.
 
     What `Dataset.map` cached there is passed over, as are the files that are passed over everywhere.
+
+    Raises:
+        ValueError: `datasets` cannot read the folder, or it has no such column, or two.
+        Refused: naming files that are none of the data set, or rows that hold no image, or no label.
+        ImportError: `datasets` is missing.
     """
     datasets = _optional("datasets", path)
     names, listing = _check_files(path)
@@ -60,18 +75,25 @@ def read_saved_dataset(path: Path, options: Options) -> Part:
     except Exception as error:  # whatever a file that is no JSON or no Arrow leads to
         expected = "a data set saved by datasets.save_to_disk"
         raise ValueError(f"{path}: expected {expected}, got one that cannot be read: {error}") from None
-    column = _column(dataset.column_names, IMAGE_COLUMNS, path)
-    label = _column(dataset.column_names, LABEL_COLUMNS, path) if options.labels else None
+    image_column = _column(dataset.column_names, IMAGE_COLUMNS, path)
+    label_column = _column(dataset.column_names, LABEL_COLUMNS, path) if options.labels else None
 
+    # Rows in the format "arrow" are not decoded by `datasets`: that is done here, with our checks.
     def cells(name: str) -> Iterator[object]:
-        # arrow rows are not decoded: that is done here, with our checks
         for batch in dataset.with_format("arrow").iter(BATCH_ROWS):
             yield from batch.column(name).to_pylist()
 
-    images = _images(_whole(cells(column), path), len(dataset), path, options)
-    labels = None if label is None else _labels(list(_whole(cells(label), path)), path)
-    passed_over, entered_before = listing.passed_over, listing.entered_before
-    return Part(images, labels, files=len(names), passed_over=passed_over, entered_before=entered_before)
+    images = _images(_whole(cells(image_column), path), len(dataset), path, options)
+    labels = None
+    if label_column is not None:
+        labels = _labels(list(_whole(cells(label_column), path)), path)
+    return Part(
+        images,
+        labels,
+        files=len(names),
+        passed_over=listing.passed_over,
+        entered_before=listing.entered_before,
+    )
 
 
 def _whole(cells: Iterator[object], path: Path) -> Iterator[object]:
@@ -96,8 +118,9 @@ def _check_files(path: Path) -> tuple[list[str], Listing]:
         names = [entry["filename"] for entry in state["_data_files"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path / STATE}: expected the state of a saved data set, got {error!r}") from None
+    # The state comes from somebody else, with the data set: a name in it could lead to any file.
     for name in names:
-        if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name or "\\" in name:
+        if not _is_plain_name(name):
             got = f"{name!r}, which leads elsewhere"
             raise ValueError(f"{path / STATE}: expected names of files beside it, got {got}")
     caches = [entry.name for entry in path.iterdir() if fnmatch.fnmatch(entry.name, CACHES)]
@@ -106,7 +129,15 @@ def _check_files(path: Path) -> tuple[list[str], Listing]:
     return names, listing
 
 
+def _is_plain_name(name: object) -> bool:
+    """Whether `name` can only be that of a file directly in a folder, on Windows as on Linux."""
+    if not isinstance(name, str) or name in ("", ".", ".."):
+        return False
+    return Path(name).name == name and "\\" not in name
+
+
 def _images(cells: Iterable[object], count: int, path: Path, options: Options) -> np.ndarray:
+    """The cells of a column of images as `[count, C, H, W]`."""
     if count == 0:
         raise ValueError(f"{path}: expected at least one row, got none")
 
@@ -126,7 +157,8 @@ def _images(cells: Iterable[object], count: int, path: Path, options: Options) -
 def _image(cell, name: str, options: Options) -> np.ndarray:
     """One table cell as `[C, H, W]`: an encoded image, or nested lists of integers 0-255 or of floats."""
     if isinstance(cell, dict):
-        if cell.get("bytes") is None:  # its path could name any file of this machine
+        # A path alone could name any file of this machine.
+        if cell.get("bytes") is None:
             got = "only a path, which is never followed" if cell.get("path") else "no bytes"
             raise ValueError(f"{name}: expected an image within the table (struct with bytes), got {got}")
         return decode(cell["bytes"], name, options)
@@ -138,25 +170,37 @@ def _image(cell, name: str, options: Options) -> np.ndarray:
         raise ValueError(
             f"{name}: expected an encoded image or nested lists of numbers, got {type(cell).__name__}"
         )
+    return to_nchw(_numbers(cell, name)[None], name, options)[0]
+
+
+def _numbers(cell: list | np.ndarray, name: str) -> np.ndarray:
+    """Nested lists as an array: integers from 0 to 255 as uint8, floats as float32.
+
+    Raises:
+        ValueError: lists of different lengths, other integers, or values that are no numbers.
+    """
     try:
         array = np.asarray(cell)
-    except ValueError as error:  # ragged
+    except ValueError as error:  # lists of different lengths
         raise ValueError(
             f"{name}: expected nested lists of one length an axis, got others ({error})"
         ) from None
     if array.dtype.kind in "iu" and array.size:
         if array.min() < 0 or array.max() > 255:
             raise ValueError(f"{name}: expected integers in [0, 255], got [{array.min()}, {array.max()}]")
-        array = array.astype(np.uint8)
-    elif array.dtype.kind == "f":
-        array = array.astype(np.float32)
-    else:
-        got = "nothing" if array.size == 0 else "nulls, or values that are no numbers"
-        raise ValueError(f"{name}: expected integers or floats, got {got}")
-    return to_nchw(array[None], name, options)[0]
+        return array.astype(np.uint8)
+    if array.dtype.kind == "f":
+        return array.astype(np.float32)
+    got = "nothing" if array.size == 0 else "nulls, or values that are no numbers"
+    raise ValueError(f"{name}: expected integers or floats, got {got}")
 
 
 def _labels(cells: list, path: Path) -> np.ndarray:
+    """The cells of a column of labels as int64 `[N]`.
+
+    Raises:
+        Refused: naming the rows whose label is no integer.
+    """
     wrong = [row for row, cell in enumerate(cells) if not isinstance(cell, int)]
     if wrong:
         name = shown(path)
@@ -166,6 +210,11 @@ def _labels(cells: list, path: Path) -> np.ndarray:
 
 
 def _column(names: list[str], wanted: tuple[str, ...], path: Path) -> str:
+    """The one column among `names` that is called as one of `wanted`.
+
+    Raises:
+        ValueError: there is none, or there are several.
+    """
     found = [name for name in wanted if name in names]
     if len(found) > 1:
         got = "both, of which one would not be read"
@@ -179,6 +228,6 @@ def _optional(module: str, path: Path):
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(
-            f'{path}: expected the package {module.partition(".")[0]} to read this format (pip install "fastunlearn[hf]"): {error}'
-        ) from error
+        package = module.partition(".")[0]
+        expected = f'the package {package} to read this format (pip install "fastunlearn[hf]")'
+        raise ImportError(f"{path}: expected {expected}: {error}") from error
