@@ -1,8 +1,7 @@
-"""Checkpoints that survive a kill at any moment: written aside, fsynced, renamed; every file's SHA-256 in a
-manifest; safetensors and JSON only.
+"""Checkpoints that survive a kill at any moment: written aside, fsynced, renamed.
 
 A run folder holds `checkpoint-<step>/`, each with `manifest.json` (file name -> SHA-256), `metadata.json` and
-some `.safetensors`. What holds:
+some `.safetensors`; nothing is pickled. What holds:
 
 - `checkpoint-<step>` is absent or complete, whatever moment the writing process dies at (power loss included,
   as far as the disk honours fsync).
@@ -40,13 +39,15 @@ from .state_tree import flatten, unflatten
 MANIFEST = "manifest.json"
 METADATA = "metadata.json"
 PREFIX = "checkpoint-"
-# 1 had no number: optimizer state by position, wrapped names, and nothing about model, schedule and
-# precision.
+# Format 1 had no number. It kept the optimizer's state by position, weights by wrapped names, and nothing
+# about model, schedule and precision.
 FORMAT_VERSION = 2
 
 
 @dataclass
 class Checkpoint:
+    """What `load` has read."""
+
     tensors: dict[str, dict[str, Tensor]]  # file stem -> name -> tensor, on the CPU
     metadata: dict[str, Any]
     states: dict[str, Any]  # name -> state_dict(), as it was given to `save`
@@ -89,28 +90,27 @@ def save(
     states = dict(states or {})
     if optimizer is not None:
         states["optimizer"] = optimizer_state.named(optimizer, model)
-    skeletons = {}
+    # Everything that can be refused is refused before the first byte is written.
+    files, skeletons = dict(tensors), {}
     for name, state in states.items():
-        if name in tensors:
+        if name in files:
             raise ValueError(f"states: expected names other than those of tensors, got {name!r} in both")
-        skeletons[name], tensors = _split(name, state, tensors)
+        skeletons[name], found = flatten(state, name)
+        if found:
+            files[name] = found
     content = {"version": FORMAT_VERSION, "metadata": metadata, "states": skeletons}
     text = json.dumps(content, indent=1)
+
     clean(run_dir)
     with atomic_directory(run_dir / f"{PREFIX}{step}") as folder:
-        for stem, named in tensors.items():
+        for stem, named in files.items():
             save_file(_owned(named), folder / f"{stem}.safetensors")
         (folder / METADATA).write_text(text)
+        # The manifest goes last, over all other files.
         manifest = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
     if keep is not None:
-        others = [other for other in _steps(run_dir) if other != step]
-        # beyond `step`: given up or damaged
-        newest_last = [other for other in others if other > step] + [
-            other for other in others if other < step
-        ]
-        for stale in newest_last[: max(0, len(others) - keep + 1)]:
-            _discard(run_dir / f"{PREFIX}{stale}")
+        _discard_all_but(keep, step, run_dir)
     return run_dir / f"{PREFIX}{step}"
 
 
@@ -141,6 +141,7 @@ def load(path: str | Path) -> Checkpoint:
 
 @contextmanager
 def _readable(file: Path) -> Iterator[None]:
+    """Names `file` in the error of a block that reads it."""
     try:
         yield
     except Exception as error:  # whatever a file of another kind makes json, safetensors and torch raise
@@ -152,16 +153,19 @@ def _check_version(content: dict[str, Any]) -> None:
     version = content.get("version", 1)
     if version == 1:
         raise ValueError(
-            f"expected format {FORMAT_VERSION}, got format 1, which lacks the names of the optimizer's parameters and "
-            "the start weights, schedule and precision of the run; the fastunlearn that wrote it can go on with it"
+            f"expected format {FORMAT_VERSION}, got format 1, which lacks the names of the optimizer's "
+            "parameters and the start weights, schedule and precision of the run; the fastunlearn that wrote "
+            "it can go on with it"
         )
     if version != FORMAT_VERSION or isinstance(version, bool):
         raise ValueError(f"expected format {FORMAT_VERSION}, got format {version!r}")
 
 
 def verify(path: str | Path) -> list[str]:
-    """The names of a checkpoint's files, each with the SHA-256 that the manifest gives; `ValueError`
-    otherwise.
+    """The names of a checkpoint's files, once each has the SHA-256 that the manifest gives.
+
+    Raises:
+        ValueError: naming the file that is missing, damaged or out of place.
     """
     path = Path(path)
     try:
@@ -172,6 +176,7 @@ def verify(path: str | Path) -> list[str]:
         ) from error
     if not isinstance(manifest, dict) or METADATA not in manifest:
         raise ValueError(f"{path / MANIFEST}: expected file names and hashes, {METADATA} among them")
+    # A manifest that was tampered with must not lead out of the folder.
     for name, expected in manifest.items():
         if Path(name).name != name:
             raise ValueError(f"{path / MANIFEST}: expected plain file names, got {name!r}")
@@ -181,7 +186,7 @@ def verify(path: str | Path) -> list[str]:
 
 
 def latest(run_dir: str | Path) -> Path | None:
-    """The newest undamaged checkpoint below `run_dir`, or None; damaged newer ones are reported by a warning."""
+    """The newest undamaged checkpoint below `run_dir`, or None; a warning names damaged newer ones."""
     run_dir = Path(run_dir)
     restore_displaced(run_dir, f"{PREFIX}*")
     for step in reversed(_steps(run_dir)):
@@ -227,15 +232,21 @@ def _discard(path: Path) -> None:
     shutil.rmtree(aside)
 
 
-def _split(
-    name: str, state: Any, tensors: dict[str, dict[str, Tensor]]
-) -> tuple[Any, dict[str, dict[str, Tensor]]]:
-    skeleton, found = flatten(state, name)
-    return skeleton, {**tensors, name: found} if found else tensors
+def _discard_all_but(keep: int, step: int, run_dir: Path) -> None:
+    """Removes checkpoints until `keep` are left, that of `step` among them."""
+    others = [other for other in _steps(run_dir) if other != step]
+    # Those beyond `step` go first: the run was taken up before them, so they are given up or damaged. Then
+    # the oldest.
+    beyond = [other for other in others if other > step]
+    before = [other for other in others if other < step]
+    too_many = max(0, len(others) - (keep - 1))
+    for stale in (beyond + before)[:too_many]:
+        _discard(run_dir / f"{PREFIX}{stale}")
 
 
 def _owned(named: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU tensors that share no memory (tied weights do), as safetensors wants them."""
+    """Contiguous CPU tensors that share no memory, as safetensors wants them."""
+    # Tied weights share memory; so does a view with the larger tensor it was cut out of.
     seen: set[int] = set()
     result = {}
     for name, tensor in named.items():
@@ -251,19 +262,17 @@ def _owned(named: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _aligned(named: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies with the alignment of fresh tensors: in the file they start anywhere, and BLAS sums in another
-    order there (LBFGS is not bit-equal then).
-    """
+    """Copies with the alignment of fresh tensors."""
+    # In a file tensors start anywhere, and BLAS sums in another order there: LBFGS, resumed, would not end
+    # with the bits of a run that was never stopped.
     return {name: tensor.clone() for name, tensor in named.items()}
 
 
 def _steps(run_dir: Path) -> list[int]:
-    found = (
-        folder.name.removeprefix(PREFIX)
-        for folder in run_dir.glob(f"{PREFIX}*")
-        if (folder / MANIFEST).exists()
-    )
-    return sorted(int(step) for step in found if step.isdigit())
+    """The steps of the whole checkpoints below `run_dir`, the oldest first."""
+    whole = [folder for folder in run_dir.glob(f"{PREFIX}*") if (folder / MANIFEST).exists()]
+    names = [folder.name.removeprefix(PREFIX) for folder in whole]
+    return sorted(int(name) for name in names if name.isdigit())
 
 
 def _sha256(path: Path) -> str:

@@ -23,7 +23,9 @@ from ..host.arrays import tensor_bytes
 from ..host.plain_names import plain, plain_parameters, plain_state
 
 SHOWN = 600  # characters of a value in a message; of longer ones only what differs is shown
+# Where a function of the step is asked what it gives: at each of the first steps, then ever more rarely.
 FACTOR_STEPS = [*range(1024), *range(1024, 20_000, 64), *range(20_000, 1_000_001, 20_000)]
+FACTORS_SHOWN = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)  # of these steps messages give the values
 UNKNOWN = "not known: the run did not begin at step 0"  # equal to anything
 ABSENT = "nothing of this name"
 
@@ -53,11 +55,13 @@ def identity(unlearner, more: Mapping[str, Any] | None = None) -> dict[str, Any]
         "precision": _precision(unlearner),
         "ema": _part(unlearner, "ema"),
     }
-    more = {} if more is None else more
+    if more is None:
+        more = {}
     taken = sorted((description.keys() | {"start_weights"}) & more.keys())
     if taken:
         raise ValueError(f"identity: expected names of your own, got {taken[0]!r}, which has a meaning")
-    return described({**more, **description})  # the more readable ones first: they are compared in this order
+    # Entries are compared in this order, and the first that differs is told: the more readable ones first.
+    return described({**more, **description})
 
 
 def start_weights(unlearner) -> str:
@@ -89,12 +93,15 @@ def check_same(present: dict[str, Any], saved: Any, names: list[str], where: str
         differences = list(_differences(first, second))
         if not differences:
             continue
-        first_ones = differences[:4]
-        listed = ", ".join(f"{path} ({left!r} here, {right!r} there)" for path, left, right in first_ones)
+        parts = [f"{path} ({left!r} here, {right!r} there)" for path, left, right in differences[:4]]
+        listed = ", ".join(parts)
         text = "resume_from_checkpoint: expected a checkpoint of a run with"
         if max(len(str(first)), len(str(second))) > SHOWN:
             raise ValueError(f"{text} this {name}, got another in {where}: {listed}")
-        more = f"; they differ in {listed}" if differences[0][0] else ""
+        # Two plain values differ at no path: they stand in the message already.
+        more = ""
+        if differences[0][0]:
+            more = f"; they differ in {listed}"
         raise ValueError(f"{text} {name} {first}, got {second} in {where}{more}")
 
 
@@ -103,7 +110,10 @@ def described(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):
-        return value if math.isfinite(value) else repr(value)  # NaN is not equal to itself
+        # JSON has no NaN, and NaN is not equal to itself.
+        if not math.isfinite(value):
+            return repr(value)
+        return value
     if isinstance(value, Mapping):
         return {str(key): described(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -113,16 +123,21 @@ def described(value: Any) -> Any:
     if isinstance(value, (np.ndarray, np.generic)):
         return described(value.tolist())
     if isinstance(value, Tensor):
-        one = value.numel() == 1
-        return described(value.item()) if one else {"shape": list(value.shape), "sha256": _hash(value)}
+        if value.numel() == 1:
+            return described(value.item())
+        return {"shape": list(value.shape), "sha256": _hash(value)}
     if isinstance(value, (torch.dtype, torch.device)):
         return str(value)
     if isinstance(value, functools.partial):
         return [described(value.func), described(value.args), described(value.keywords)]
-    return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+    # A function or class by its own name, any other object by its class, since its repr may hold an address.
+    module = getattr(value, "__module__", "")
+    name = getattr(value, "__qualname__", type(value).__qualname__)
+    return f"{module}.{name}"
 
 
 def _hash(*tensors: Tensor) -> str:
+    """SHA-256 over dtypes, shapes and bytes."""
     digest = hashlib.sha256()
     for value in tensors:
         digest.update(f"{value.dtype} {list(value.shape)}\n".encode())
@@ -136,10 +151,12 @@ def _network(model: nn.Module) -> dict[str, Any]:
     trained = sorted(name for name, parameter in parameters.items() if parameter.requires_grad)
     names = hashlib.sha256(" ".join(trained).encode()).hexdigest()[:16]
     config = getattr(plain(model), "config", None)
-    settings = config.items() if isinstance(config, Mapping) else ()
+    if not isinstance(config, Mapping):
+        config = {}
     return {
         "name": type(plain(model)).__name__,
-        "config": {key: value for key, value in settings if not str(key).startswith("_")},
+        # What begins with "_" says where the weights came from, and with which version.
+        "config": {key: value for key, value in config.items() if not str(key).startswith("_")},
         "training": model.training,
         "dtypes": {parameter.dtype for parameter in parameters.values()},
         "parameters": sum(parameter.numel() for parameter in parameters.values()),
@@ -155,12 +172,13 @@ def _schedule(schedule) -> dict[str, Any] | None:
 
 
 def _optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    left_out = ("params", "param_names", "lr", "initial_lr")  # a scheduler moves lr, and keeps the first
-    groups = [
-        {key: value for key, value in group.items() if key not in left_out}
-        for group in optimizer.param_groups
-    ]
-    rates = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
+    """Its class, and rates and settings of every group."""
+    # A scheduler moves "lr", and keeps the first one as "initial_lr".
+    left_out = ("params", "param_names", "lr", "initial_lr")
+    rates, groups = [], []
+    for group in optimizer.param_groups:
+        rates.append(float(group.get("initial_lr", group["lr"])))
+        groups.append({key: value for key, value in group.items() if key not in left_out})
     return {"name": type(optimizer).__name__, "learning_rates": rates, "groups": groups}
 
 
@@ -174,20 +192,25 @@ def _lr_scheduler(unlearner) -> dict[str, Any] | None:
         # Nothing is known of it: its rates may depend on the length of the run.
         return part | {"total_steps": getattr(unlearner, "total_steps", None)}
     functions = getattr(scheduler, "lr_lambdas", [])
-    return part | ({"factors": [_factors(function) for function in functions]} if functions else {})
+    if functions:
+        part["factors"] = [_factors(function) for function in functions]
+    return part
 
 
 def _factors(function) -> dict[str, Any]:
-    """What a function of the step gives at many steps; a table may end before the last of them."""
+    """What a function of the step gives at many steps: two functions cannot be compared in another way.
+
+    A table may end before the last of these steps.
+    """
     values = []
     for step in FACTOR_STEPS:
         try:
             values.append(float(function(step)))
         except Exception:  # a function of the user's: whatever it raises where it is not defined
             break
-    shown = [step for step in (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if step < len(values)]
+    # The first 1024 of FACTOR_STEPS are the steps 0 to 1023, so a step shown is its own place in `values`.
     return {
-        "at": {str(step): values[step] for step in shown},
+        "at": {str(step): values[step] for step in FACTORS_SHOWN if step < len(values)},
         "sha256": hashlib.sha256(repr(values).encode()).hexdigest(),
     }
 
@@ -197,24 +220,28 @@ def _part(unlearner, name: str) -> dict[str, Any] | None:
     part = getattr(unlearner, name, None)
     if part is None:
         return None
-    settings = _settings(part.state_dict()) if unlearner.step_index == 0 else UNKNOWN
+    # Before the first step its state has the values that its arguments gave it; later nobody knows them.
+    settings = UNKNOWN
+    if unlearner.step_index == 0:
+        settings = _settings(part.state_dict())
     return {"name": type(part).__name__, "settings": settings}
 
 
 def _settings(state: Any) -> Any:
     """A state without its tensors: but for a single number under a name, those are no settings."""
     if isinstance(state, Mapping):
-        return {
-            str(key): _settings(value)
-            for key, value in state.items()
-            if not isinstance(value, Tensor) or not value.ndim
-        }
+        kept = {}
+        for key, value in state.items():
+            if not isinstance(value, Tensor) or value.ndim == 0:
+                kept[str(key)] = _settings(value)
+        return kept
     if isinstance(state, (list, tuple)):
         return [_settings(value) for value in state if not isinstance(value, Tensor)]
     return described(state)
 
 
 def _precision(unlearner) -> dict[str, Any]:
+    """In what the network computes: autocast, the scaler of its gradients, and whether float32 means TF32."""
     backends = torch.backends
     return {
         "autocast_dtype": getattr(unlearner, "autocast_dtype", None),
@@ -239,19 +266,24 @@ def _store(store) -> dict[str, Any] | None:
 
 def _neighbors(rows: Tensor | None) -> dict[str, Any] | None:
     """Their rows in the retain set, `[N, k]`."""
-    return None if rows is None else {"shape": list(rows.shape), "sha256": _hash(rows.long())}
+    if rows is None:
+        return None
+    return {"shape": list(rows.shape), "sha256": _hash(rows.long())}
 
 
 def _differences(first: Any, second: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Where two descriptions differ: path and both values."""
     if UNKNOWN in (first, second):
         return
+    prefix = f"{path}." if path else ""
+    both_lists = isinstance(first, list) and isinstance(second, list)
     if isinstance(first, dict) and isinstance(second, dict):
         for key in dict.fromkeys([*first, *second]):
-            values = first.get(key, ABSENT), second.get(key, ABSENT)
-            yield from _differences(*values, f"{path}.{key}" if path else key)
-    elif isinstance(first, list) and isinstance(second, list) and len(first) == len(second):
+            left, right = first.get(key, ABSENT), second.get(key, ABSENT)
+            yield from _differences(left, right, f"{prefix}{key}")
+    elif both_lists and len(first) == len(second):
         for index, (left, right) in enumerate(zip(first, second, strict=True)):
-            yield from _differences(left, right, f"{path}.{index}" if path else str(index))
+            yield from _differences(left, right, f"{prefix}{index}")
+    # True is equal to 1 in Python, and is another setting.
     elif first != second or isinstance(first, bool) != isinstance(second, bool):
         yield path, first, second

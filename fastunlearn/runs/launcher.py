@@ -19,8 +19,10 @@ from contextlib import contextmanager
 
 LOOK_EVERY = 0.5  # seconds, outside of steps
 
-_parent = os.getppid()  # as early as possible: who has lost its parent before is not noticed
-_noticed = threading.Lock()  # held from then on: one signal ends a run in order, a second one at once
+# Asked as early as possible: that a process has lost its parent before is not noticed.
+_parent = os.getppid()
+# Taken by who notices first, and never given back: one signal ends a run in order, a second one at once.
+_noticed = threading.Lock()
 
 
 def _remember_parent() -> None:
@@ -28,8 +30,9 @@ def _remember_parent() -> None:
     _parent, _noticed = os.getppid(), threading.Lock()
 
 
+# A launcher may fork its workers after this module was imported: then the launcher itself is their parent.
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_remember_parent)  # a forked worker's parent is the launcher
+    os.register_at_fork(after_in_child=_remember_parent)
 
 
 def is_gone() -> bool:
@@ -38,7 +41,7 @@ def is_gone() -> bool:
 
 
 def notice() -> bool:
-    """`is_gone()`, said on standard error; True for the first who asks alone."""
+    """`is_gone()`, said on standard error; True for the first who asks, and for no other."""
     if not is_gone() or not _noticed.acquire(blocking=False):
         return False
     text = f"the launcher (process {_parent}) has ended: process {os.getpid()}, which it started, ends too"
@@ -61,6 +64,7 @@ def watched() -> Iterator[None]:
 
 
 def _watch(leaving: threading.Event) -> None:
+    """Looks for the launcher until `leaving` is set, or the launcher has ended."""
     while not leaving.wait(LOOK_EVERY):
         if notice():
             os.kill(os.getpid(), signal.SIGTERM)

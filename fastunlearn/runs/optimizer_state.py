@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Hashable, Mapping
 from copy import deepcopy
-from itertools import chain, islice
+from itertools import chain, count, islice
 from typing import Any
 
 import torch
@@ -19,12 +19,22 @@ from torch import Tensor, nn
 from ..host.plain_names import plain_parameters
 from .state_checks import Entry, check_keys, check_number, check_state, check_tensor, like
 
-# Of torch's own optimizers: squares, norms and sizes.
+# Squares, norms, sizes and counters in the states of torch's own optimizers: none is ever below 0.
 NOT_NEGATIVE = (
-    "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "sum", "row_var", "col_var", "variance",
-    "step_size", "step", "acc_delta",
-)  # fmt: skip
-NAMES = ("params", "param_names")  # of a parameter group: what is kept under the names of the network instead
+    "exp_avg_sq",
+    "max_exp_avg_sq",
+    "exp_inf",
+    "square_avg",
+    "sum",
+    "row_var",
+    "col_var",
+    "variance",
+    "step_size",
+    "step",
+    "acc_delta",
+)
+# Entries of a parameter group that are no settings: a checkpoint has the names of the network instead.
+NAMES = ("params", "param_names")
 
 Name = Hashable  # a plain name; the position, where no network is given
 
@@ -38,22 +48,27 @@ def named(optimizer: torch.optim.Optimizer, model: nn.Module | None) -> dict[str
     Raises:
         ValueError: a parameter is none of `model`.
     """
-    groups, state = group_names(optimizer, model), optimizer.state_dict()
-    settings = [
-        {key: value for key, value in group.items() if key not in NAMES} for group in state["param_groups"]
-    ]
-    name_of = dict(enumerate(chain.from_iterable(groups)))
+    names_of_groups, state = group_names(optimizer, model), optimizer.state_dict()
+    groups = []
+    for names, group in zip(names_of_groups, state["param_groups"], strict=True):
+        groups.append({"parameters": names, "settings": _settings(group)})
+
+    # torch numbers the parameters through all groups. Keys that are no such number stand for what the
+    # optimizer keeps of all parameters together.
+    name_of = dict(enumerate(chain.from_iterable(names_of_groups)))
     by_position = state["state"]
+    without = sorted(name_of.keys() - by_position.keys())
     return {
-        "groups": [
-            {"parameters": names, "settings": own} for names, own in zip(groups, settings, strict=True)
-        ],
-        "state": {
-            name_of[position]: entries for position, entries in by_position.items() if position in name_of
-        },
-        "stateless": [name_of[position] for position in sorted(name_of.keys() - by_position.keys())],
+        "groups": groups,
+        "state": {name_of[key]: entries for key, entries in by_position.items() if key in name_of},
+        "stateless": [name_of[position] for position in without],
         "shared": {key: by_position[key] for key in by_position.keys() - name_of.keys()},
     }
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    """A parameter group without its parameters."""
+    return {key: value for key, value in group.items() if key not in NAMES}
 
 
 def group_names(optimizer: torch.optim.Optimizer, model: nn.Module | None) -> list[list[Name]]:
@@ -63,13 +78,12 @@ def group_names(optimizer: torch.optim.Optimizer, model: nn.Module | None) -> li
         ValueError: a parameter is none of `model`: a checkpoint would not hold it.
     """
     if model is None:
-        positions = iter(range(sum(len(group["params"]) for group in optimizer.param_groups)))
-        return [list(islice(positions, len(group["params"]))) for group in optimizer.param_groups]
-    parameters = plain_parameters(model)
-    name_of = dict(zip(map(id, parameters.values()), parameters, strict=True))
+        return _positions([len(group["params"]) for group in optimizer.param_groups])
+    # By identity: parameters of equal values are different ones.
+    name_of = {id(parameter): name for name, parameter in plain_parameters(model).items()}
     groups = []
     for index, group in enumerate(optimizer.param_groups):
-        names = list(map(name_of.get, map(id, group["params"])))
+        names = [name_of.get(id(parameter)) for parameter in group["params"]]
         if None in names:
             position = names.index(None)
             shape = tuple(group["params"][position].shape)
@@ -81,6 +95,12 @@ def group_names(optimizer: torch.optim.Optimizer, model: nn.Module | None) -> li
     return groups
 
 
+def _positions(lengths: list[int]) -> list[list[int]]:
+    """The numbers 0, 1, 2, ... in groups of these lengths, as torch counts parameters."""
+    numbers = count()
+    return [list(islice(numbers, length)) for length in lengths]
+
+
 def checked(
     optimizer: torch.optim.Optimizer, model: nn.Module | None, saved: Any, place: Entry
 ) -> dict[str, Any]:
@@ -88,22 +108,42 @@ def checked(
 
     Every entry is held against that of a fresh state: the optimizer takes a step on a parameter of zeros.
 
+    Args:
+        optimizer: the one that shall take the state.
+        model: as in `named`.
+        saved: what was read from a checkpoint: it may be anything.
+        place: where it was read, for messages.
+
     Raises:
         ValueError: naming file and entry: other groups, names, keys, shapes, dtypes, or impossible values.
     """
     groups = group_names(optimizer, model)
     check_keys(place, saved, {"groups": None, "state": None, "stateless": None, "shared": None})
     settings = _checked_groups(optimizer, groups, saved["groups"], place["groups"])
-    parameters = {}
+    state = _checked_states(optimizer, groups, saved, place)
+    _check_shared(optimizer, saved["shared"], place["shared"])
+    param_groups = []
+    positions = _positions([len(names) for names in groups])
+    for own, numbers in zip(settings, positions, strict=True):
+        param_groups.append({**own, "params": numbers})
+    return {"state": {**state, **saved["shared"]}, "param_groups": param_groups}
+
+
+def _checked_states(
+    optimizer: torch.optim.Optimizer, groups: list[list[Name]], saved: Mapping, place: Entry
+) -> dict[int, Any]:
+    """The states of the parameters by position, as torch counts them through all groups."""
+    parameters: dict[Name, tuple[dict[str, Any], Tensor]] = {}
     for names, group in zip(groups, optimizer.param_groups, strict=True):
-        parameters |= {
-            name: (group, parameter) for name, parameter in zip(names, group["params"], strict=True)
-        }
+        for name, parameter in zip(names, group["params"], strict=True):
+            parameters[name] = group, parameter
     stateless = saved["stateless"]
     if not isinstance(stateless, list) or not all(isinstance(name, (str, int)) for name in stateless):
         raise place["stateless"].error("a list of names", stateless)
     without = set(stateless)
+    # Each parameter stands in one of the two lists: a state that was lost is not taken for none.
     check_keys(place["state"], saved["state"], {name: None for name in parameters if name not in without})
+
     state = {}
     fresh = _Fresh(optimizer, list(parameters.values()))
     for position, (name, (group, parameter)) in enumerate(parameters.items()):
@@ -115,13 +155,7 @@ def checked(
         state[position] = entries
     if without:
         raise place["stateless"].error("names of parameters", sorted(without, key=str)[0])
-    _check_shared(optimizer, saved["shared"], place["shared"])
-    positions = iter(range(len(parameters)))
-    param_groups = [
-        {**own, "params": list(islice(positions, len(names)))}
-        for own, names in zip(settings, groups, strict=True)
-    ]
-    return {"state": {**state, **saved["shared"]}, "param_groups": param_groups}
+    return state
 
 
 def load(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
@@ -152,16 +186,18 @@ def _checked_groups(
     for index, group in enumerate(saved):
         check_keys(place[index], group, {"parameters": None, "settings": None})
     found = [group["parameters"] for group in saved]
+    # As sets: the order within a group may be another, since every state goes by its name.
     if [set(names) for names in groups] != [set(map(_hashable, names)) for names in found]:
         raise place.error(f"groups of {_in_words(groups, found)}", _Words(_in_words(found, groups)))
     settings = []
     for index, (group, own) in enumerate(zip(saved, optimizer.param_groups, strict=True)):
         if len(group["parameters"]) != len(groups[index]):
             raise place[index]["parameters"].error("each name once", group["parameters"])
-        own = {key: value for key, value in own.items() if key not in NAMES}
+        own = _settings(own)
         entry = place[index]["settings"]
         check_state(entry, group.get("settings"), own)
         for key, value in group["settings"].items():
+            # Numbers may have been moved by a scheduler. Switches, texts and the first rate are as they were.
             fixed = key == "initial_lr" or isinstance(own[key], (bool, str, type(None)))
             if fixed and value != own[key]:
                 raise entry[key].error(f"{own[key]!r}, the present setting", value)
@@ -184,11 +220,14 @@ def _of_torch(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def _hashable(name: Any) -> Any:
-    return name if isinstance(name, (str, int)) else repr(name)
+    """`name`, or, where a file has something else in its place, how Python shows it."""
+    if isinstance(name, (str, int)):
+        return name
+    return repr(name)
 
 
 class _Words(str):
-    """Shown as it is by an error message."""
+    """A text that an error message shows as it is, without quotes."""
 
     def __repr__(self) -> str:
         return str(self)
@@ -198,10 +237,16 @@ def _in_words(groups: list[list[Name]], others: list[list[Name]]) -> str:
     """How many parameters each group has, and some that no group of `others` has at this place."""
     parts = []
     for index, names in enumerate(groups):
-        other = set(map(_hashable, others[index])) if index < len(others) else set()
+        other = set()
+        if index < len(others):
+            other = set(map(_hashable, others[index]))
         own = [str(name) for name in names if _hashable(name) not in other]
-        named = f" ({', '.join(own[:3])}{', ...' if len(own) > 3 else ''})" if own else ""
-        parts.append(f"{len(names)} parameters{named}")
+        text = f"{len(names)} parameters"
+        if len(own) > 3:
+            text += f" ({', '.join(own[:3])}, ...)"
+        elif own:
+            text += f" ({', '.join(own)})"
+        parts.append(text)
     return " and ".join(parts) or "no parameters"
 
 
@@ -209,14 +254,21 @@ class _Fresh:
     """What an optimizer's state looks like after its first step, for each kind of parameter."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: list[tuple[dict, Tensor]]):
-        # accelerate puts an optimizer around the real one
+        self.optimizer = optimizer
+        # accelerate puts an optimizer around the real one.
         inner = getattr(optimizer, "optimizer", None)
-        self.optimizer = inner if isinstance(inner, torch.optim.Optimizer) else optimizer
+        if isinstance(inner, torch.optim.Optimizer):
+            self.optimizer = inner
         self.total = sum(parameter.numel() for _, parameter in parameters)
         self._known: dict[tuple, dict[str, Any] | None] = {}
 
     def check(self, entry: Entry, found: Any, group: dict[str, Any], parameter: Tensor) -> None:
-        """Whether `found` may be the state of `parameter`."""
+        """Whether `found` may be the state of `parameter`.
+
+        Raises:
+            ValueError: it may not.
+        """
+        # Parameters of one kind have states of one kind, so a few steps on zeros do for thousands of them.
         kind = id(group), parameter.shape, parameter.stride(), parameter.dtype, parameter.device
         if kind not in self._known:
             self._known[kind] = self._make(group, parameter)
@@ -234,6 +286,7 @@ class _Fresh:
             self._check_sign(entry[key], key, found[key])
 
     def _check_sign(self, entry: Entry, key: str, found: Any) -> None:
+        """That squares and the like are not below 0: the root of one would be NaN."""
         if not _of_torch(self.optimizer) or key not in NOT_NEGATIVE:
             return
         if isinstance(found, Tensor) and not found.is_complex() and (found < 0).any():
@@ -245,14 +298,16 @@ class _Fresh:
         twin.grad = torch.zeros_like(twin)
         kind = type(self.optimizer)
         try:
+            # What arguments its class takes is not known, so the copy is made as unpickling makes one: its
+            # __init__ is not called, and __setstate__ gives it what an optimizer consists of.
             copied = object.__new__(kind)
             state = defaultdict(dict)
             if parameter in self.optimizer.state:  # some make it before the first step
                 state[twin] = deepcopy(self.optimizer.state[parameter])
-            settings = deepcopy({key: value for key, value in group.items() if key not in NAMES})
+            groups = [{**deepcopy(_settings(group)), "params": [twin]}]
             defaults = deepcopy(self.optimizer.defaults)
-            groups = [{**settings, "params": [twin]}]
             copied.__setstate__({"defaults": defaults, "state": state, "param_groups": groups})
+            # Some optimizers draw random numbers, which the run shall not miss.
             devices = [parameter.device] if parameter.device.type == "cuda" else []
             with torch.random.fork_rng(devices):
                 copied.step()

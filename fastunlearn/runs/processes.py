@@ -20,7 +20,7 @@ from torch import nn
 
 from ..host.folder_lock import locked
 
-# of the processes that wait for what process 0 does alone, such as a search for neighbours
+# How long processes wait for what process 0 does alone, such as a search for neighbours.
 PATIENCE = timedelta(hours=6)
 
 T = TypeVar("T")
@@ -46,13 +46,14 @@ class Processes:
 
     def __init__(self, group: dist.ProcessGroup | None):
         self.group, self._control = group, None
-        self.rank, self.count = (
-            (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
-        )
-        if group is not None and self.count != dist.get_world_size():
-            raise ValueError(
-                f"process_group: expected a group of all {dist.get_world_size()} processes for unlearn(), got one of {self.count}"
-            )
+        self.rank, self.count = 0, 1
+        if group is None:
+            return
+        self.rank, self.count = dist.get_rank(group), dist.get_world_size(group)
+        launched = dist.get_world_size()
+        if self.count != launched:
+            expected = f"a group of all {launched} processes for unlearn()"
+            raise ValueError(f"process_group: expected {expected}, got one of {self.count}")
 
     def __enter__(self) -> Processes:
         if self.group is not None:
@@ -64,26 +65,31 @@ class Processes:
             dist.destroy_process_group(self._control)
 
     def by_first(self, work: Callable[[], T]) -> T:
-        """`work()`, done by process 0 while the others wait; every process gets what it returns, which has to
-        be picklable.
+        """`work()`, done by process 0 while the others wait.
+
+        Returns:
+            What it returns, in every process; it has to be picklable.
 
         Raises:
             OtherProcessFailed: in the others, where `work` raises in process 0.
         """
         if self._control is None:
             return work()
-        error, outcome = None, [None, None]
+        # An error is told to the others, too: they would wait for a result that never comes.
+        error = result = failure = None
         if self.rank == 0:
             try:
-                outcome[0] = work()
+                result = work()
             except Exception as caught:
-                error, outcome[1] = caught, _in_words(caught)
+                error, failure = caught, _in_words(caught)
+        outcome = [result, failure]
         dist.broadcast_object_list(outcome, group=self._control, group_src=0)
         if error is not None:
             raise error
-        if outcome[1] is not None:
-            raise OtherProcessFailed(f"process 0: {outcome[1]}")
-        return outcome[0]
+        result, failure = outcome
+        if failure is not None:
+            raise OtherProcessFailed(f"process 0: {failure}")
+        return result
 
     def by_all(self, work: Callable[[], T]) -> T:
         """`work()`, done by every process; none goes on before all have succeeded.
@@ -91,12 +97,12 @@ class Processes:
         Raises:
             OtherProcessFailed: `work` raised in another process.
         """
-        error, result = None, None
+        error = result = failure = None
         try:
             result = work()
         except Exception as caught:
-            error = caught
-        failures = self.gather(None if error is None else _in_words(error))
+            error, failure = caught, _in_words(caught)
+        failures = self.gather(failure)
         if error is not None:
             raise error
         for rank, failure in enumerate(failures):
@@ -133,9 +139,8 @@ class Processes:
         for rank, other in enumerate(others, start=1):
             for name, value in first.items():
                 if other[name] != value:
-                    raise ValueError(
-                        f"{argument}: expected the same {name} in all processes, got {value!r} in process 0 and {other[name]!r} in process {rank}"
-                    )
+                    got = f"{value!r} in process 0 and {other[name]!r} in process {rank}"
+                    raise ValueError(f"{argument}: expected the same {name} in all processes, got {got}")
 
     def share_weights(self, model: nn.Module) -> None:
         """Gives all processes the parameters and buffers that process 0 has."""

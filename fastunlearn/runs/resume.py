@@ -17,13 +17,18 @@ from .state_checks import Entry, check_keys
 def save_checkpoint(
     unlearner, output_dir: Path, processes: Processes, run: dict[str, Any], *, keep: int | None = None
 ) -> Path:
-    """Everything that the next step depends on: model, optimizer, and what else the unlearner has, with
-    torch's random state (dropout).
+    """Writes everything that the next step depends on, and returns the folder.
 
-    Process 0 writes. All have the same state but for torch's random state, of which each one's is kept.
+    That is model, optimizer, what else the unlearner has (scheduler, EMA, scaler), and torch's random state,
+    on which dropout depends. Process 0 writes. All have the same state but for torch's random state, of which
+    each one's is kept.
 
     Args:
         run: the run's identity, as it was before its first step.
+        keep: as in `checkpoint.save`.
+
+    Raises:
+        OtherProcessFailed: process 0 could not write.
     """
     random = processes.gather(random_state(unlearner))
 
@@ -38,13 +43,14 @@ def save_checkpoint(
 
 
 def load_checkpoint(unlearner, path: Path, processes: Processes, run: dict[str, Any]) -> None:
-    """Puts the state of `path` into an unlearner that was built like the one that wrote it; each process
-    reads the file.
+    """Puts the state of `path` into an unlearner that was built like the one that wrote it.
 
-    The number of processes may be another: rows, timesteps and noise do not depend on it. Dropout does, which
-    a warning says.
+    Each process reads the file. The number of processes may be another: rows, timesteps and noise do not
+    depend on it. Dropout does, which a warning says.
 
     Args:
+        unlearner: one that has taken no step.
+        path: the folder of a checkpoint.
         run: the identity of the run that goes on.
 
     Raises:
@@ -53,21 +59,22 @@ def load_checkpoint(unlearner, path: Path, processes: Processes, run: dict[str, 
             new. Nothing is changed then.
     """
     if unlearner.step_index != 0:
-        raise ValueError(
-            f"unlearner: expected a new one to resume into, got one that has taken {unlearner.step_index} steps"
-        )
+        got = f"one that has taken {unlearner.step_index} steps"
+        raise ValueError(f"unlearner: expected a new one to resume into, got {got}")
     state = checkpoint.load(path)
     metadata = Entry(path, "metadata")
     check_keys(metadata, state.metadata, {"unlearner": None, "identity": None})
     saved = state.metadata["identity"]
     if not isinstance(saved, dict):
         raise metadata["identity"].error("what the run is", saved)
+    # The average is compared last: one that is missing is told more plainly by the names of the parts.
     names = [name for name in dict.fromkeys([*run, *saved]) if name != "ema"]
     check_same(run, saved, names, str(path))
     parts, found = set(parts_of(unlearner)), set(state.states) - {"random", "optimizer"}
     if parts != found:
+        expected = f"the state of {sorted(parts)} beside model and optimizer"
         raise ValueError(
-            f"resume_from_checkpoint: expected the state of {sorted(parts)} beside model and optimizer, got that of {sorted(found)} in {path}"
+            f"resume_from_checkpoint: expected {expected}, got that of {sorted(found)} in {path}"
         )
     check_same(run, saved, ["ema"], str(path))
     for name in ("random", "optimizer"):
@@ -76,8 +83,8 @@ def load_checkpoint(unlearner, path: Path, processes: Processes, run: dict[str, 
     restore(unlearner, state, processes.rank)
     count = len(state.states["random"])
     if count != processes.count and processes.rank == 0:
-        text = f"{path} was written by {count} processes, and {processes.count} resume it: a network with dropout will not drop the same activations"
-        warnings.warn(text, stacklevel=2)
+        what = f"{path} was written by {count} processes, and {processes.count} resume it"
+        warnings.warn(f"{what}: a network with dropout will not drop the same activations", stacklevel=2)
 
 
 def find_checkpoint(resume: str | Path | None, output_dir: Path) -> Path | None:
@@ -90,16 +97,15 @@ def find_checkpoint(resume: str | Path | None, output_dir: Path) -> Path | None:
     existing = sorted(output_dir.glob(f"{checkpoint.PREFIX}*")) if output_dir.is_dir() else []
     if resume is None:
         if existing:
-            raise ValueError(
-                f"output_dir: expected a folder without checkpoints for a new run, got {existing[0]} (resume_from_checkpoint='latest' goes on)"
-            )
+            got = f"{existing[0]} (resume_from_checkpoint='latest' goes on)"
+            raise ValueError(f"output_dir: expected a folder without checkpoints for a new run, got {got}")
         return None
     if resume == "latest":
         found = checkpoint.latest(output_dir)
+        # To start anew beside damaged checkpoints would take for lost what may be saved by hand.
         if found is None and existing:
-            raise ValueError(
-                f"resume_from_checkpoint: expected an undamaged checkpoint in {output_dir}, got {len(existing)} that are not"
-            )
+            expected = f"an undamaged checkpoint in {output_dir}"
+            raise ValueError(f"resume_from_checkpoint: expected {expected}, got {len(existing)} that are not")
         return found
     if not Path(resume).is_dir():
         raise ValueError(

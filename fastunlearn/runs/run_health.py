@@ -41,13 +41,12 @@ class SkipLimit:
         """
         if skipped > self.steps:
             limit = f"max_skipped_steps={self.steps}"
-        elif skipped and skipped / num_steps > self.share:
+        elif skipped > 0 and skipped / num_steps > self.share:
             limit = f"max_skipped_share={self.share:g} of {num_steps} steps"
         else:
             return
-        raise TooManySkippedSteps(
-            f"{skipped} of {step} steps had a loss or gradient that is not finite ({limit}); {remedy(saved)}"
-        )
+        what = f"{skipped} of {step} steps had a loss or gradient that is not finite ({limit})"
+        raise TooManySkippedSteps(f"{what}; {remedy(saved)}")
 
 
 def check_finite(name: str, weights: dict[str, Any], remedy: str, *, but: Collection[str] = ()) -> None:
@@ -62,15 +61,18 @@ def check_finite(name: str, weights: dict[str, Any], remedy: str, *, but: Collec
         WeightsNotFinite: naming what they belong to (`name`), some of those that are not, and the `remedy`.
     """
     bad = [entry for entry in not_finite(weights) if entry not in but]
-    if bad:
-        shown = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
-        count = len(named_tensors(weights))
-        raise WeightsNotFinite(
-            f"{name}: expected finite weights, got NaN or Inf in {shown} (of {count} tensors); {remedy}"
-        )
+    if not bad:
+        return
+    shown = ", ".join(bad[:3])
+    if len(bad) > 3:
+        shown += f" and {len(bad) - 3} more"
+    got = f"NaN or Inf in {shown} (of {len(named_tensors(weights))} tensors)"
+    raise WeightsNotFinite(f"{name}: expected finite weights, got {got}; {remedy}")
 
 
 def remedy(saved: Path | None) -> str:
     """What there still is, and what to change."""
-    last = "no checkpoint was written yet" if saved is None else f"the last good checkpoint is {saved}"
+    last = "no checkpoint was written yet"
+    if saved is not None:
+        last = f"the last good checkpoint is {saved}"
     return f"{last}. A lower learning rate, max_grad_norm, or float32 instead of float16 usually helps."

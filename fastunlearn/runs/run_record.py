@@ -1,8 +1,7 @@
-"""The files of a run beside its checkpoints: `run.json` (what was run), `metrics.jsonl` (one line a logged
-step), and what `purge` removes.
+"""The files of a run beside its checkpoints: `run.json`, `metrics.jsonl`, and what `purge` removes.
 
-Files with privacy-relevant content (neighbour caches, stores with forget rows) are listed in `run.json` under
-`private_files`.
+`run.json` says what was run, `metrics.jsonl` has one line a logged step. Files with privacy-relevant content
+(neighbour caches, stores with forget rows) are listed in `run.json` under `private_files`.
 """
 
 from __future__ import annotations
@@ -29,49 +28,63 @@ METRICS_FILE = "metrics.jsonl"
 PRIVATE_FOLDER = "private"  # inside a run folder: everything in it may be removed by `purge`
 FORMAT = "fastunlearn-run"
 CACHE_NAME = re.compile(re.escape(CACHE_FORMAT) + r"-[0-9a-f]{40}\.safetensors")
-# of a run's record when the run goes on
+# Entries of a run's record that stay as they are when the run goes on.
 KEPT = ("started", "private_files", "purged", "base_model", "resumed")
 PACKAGES = ("fastunlearn", "torch", "diffusers", "accelerate", "numpy", "safetensors")
 
 
-# --- run.json
-# --------------------------------------------------------------------------------------------------------------------
+# --- run.json -----------------------------------------------------------------------------------------------
 
 
 def describe_run(unlearner, arguments: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
-    """The content of a new `run.json`: versions, arguments, the run's identity, and of the data only sizes
-    and hashes.
+    """The content of a new `run.json`.
+
+    Args:
+        arguments: what `unlearn` was called with.
+        run: the run's identity, in which the data stand with sizes and hashes only.
     """
+    versions = {"python": platform.python_version()}
+    versions |= {name: _version(name) for name in PACKAGES}
+    step = ("micro_batch_size", "max_grad_norm", "autocast_dtype")
     return {
         "format": FORMAT,
         "version": 1,
         "status": "running",
         "started": _now(),
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "versions": versions,
         "platform": platform.platform(),
-        "arguments": {name: value if isinstance(value, (int, float, str, bool, type(None))) else repr(value) for name, value in arguments.items()},
+        "arguments": {name: _plain(value) for name, value in arguments.items()},
         **run,
         "num_processes": unlearner.num_processes,
-        "step": {name: value if isinstance(value, (int, float, type(None))) else repr(value)
-                 for name, value in ((name, getattr(unlearner, name, None)) for name in ("micro_batch_size", "max_grad_norm", "autocast_dtype"))},
+        "step": {name: _plain(getattr(unlearner, name, None)) for name in step},
         "private_files": [],
-    }  # fmt: skip
+    }
+
+
+def _plain(value: Any) -> int | float | str | bool | None:
+    """`value`, or, where JSON does not know it (a path, a dtype, a function), how Python shows it."""
+    if isinstance(value, (int, float, str, bool, type(None))):
+        return value
+    return repr(value)
 
 
 def resumed_record(run_dir: str | Path, record: dict[str, Any], step: int) -> dict[str, Any]:
-    """`record` for a run that goes on at `step`, with what `run.json` says of its beginning, if there is one."""
+    """`record` for a run that goes on at `step`, with what `run.json` says of its beginning, if anything."""
     if not (Path(run_dir) / RUN_FILE).exists():
         return record
     kept = {name: value for name, value in read_run(run_dir).items() if name in KEPT}
     named = {name: record[name] for name in ("versions", "base_model") if name in record}
     resumed = {"time": _now(), "step": step} | named
-    earlier = kept["resumed"] if isinstance(kept.get("resumed"), list) else []
+    earlier = kept.get("resumed")
+    if not isinstance(earlier, list):
+        earlier = []
     return record | kept | {"resumed": [*earlier, resumed]}
 
 
 def private_record(run_dir: str | Path) -> dict[str, Any]:
-    """What a run that left no checkpoint said of its private files: the one in its place must not forget
-    them.
+    """What a run that left no checkpoint said of its private files.
+
+    A new run in its place takes this over: otherwise nothing would name those files any more.
     """
     try:
         record = read_run(run_dir)
@@ -91,11 +104,8 @@ def read_run(run_dir: str | Path) -> dict[str, Any]:
         record = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"run_dir: expected a run folder with a readable {RUN_FILE}, got {error}") from error
-    if (
-        not isinstance(record, dict)
-        or record.get("format") != FORMAT
-        or not isinstance(record.get("private_files"), list)
-    ):
+    is_record = isinstance(record, dict) and record.get("format") == FORMAT
+    if not is_record or not isinstance(record.get("private_files"), list):
         raise ValueError(f"run_dir: expected {path} to be a {FORMAT} record with a list of private_files")
     return record
 
@@ -111,12 +121,15 @@ def update_run(run_dir: str | Path, **entries: Any) -> None:
 
 
 def write_run(run_dir: str | Path, record: dict[str, Any]) -> None:
+    """Replaces `run.json` as a whole."""
     _write_atomically(Path(run_dir) / RUN_FILE, json.dumps(record, indent=1) + "\n")
 
 
 def list_private(run_dir: str | Path, *paths: str | Path) -> None:
-    """Notes files or folders that hold forget data, for `purge`: below `RUN/private`, or neighbour caches
-    anywhere.
+    """Notes files or folders that hold forget data, for `purge`.
+
+    Args:
+        paths: below `RUN/private`, or neighbour caches anywhere.
 
     Raises:
         ValueError: a path that `purge` would refuse to remove.
@@ -126,17 +139,16 @@ def list_private(run_dir: str | Path, *paths: str | Path) -> None:
     for path in map(Path, paths):
         reason = _refusal(path, run_dir)
         if reason is not None:
-            raise ValueError(
-                f"paths: expected files in {run_dir / PRIVATE_FOLDER} or neighbour caches, got {path} ({reason})"
-            )
+            expected = f"files in {run_dir / PRIVATE_FOLDER} or neighbour caches"
+            raise ValueError(f"paths: expected {expected}, got {path} ({reason})")
+    added = [str(Path(path).absolute()) for path in paths]
     with locked(run_dir, "run.json"):
         record = read_run(run_dir)
-        names = [*record["private_files"], *(str(path.absolute()) for path in map(Path, paths))]
+        names = [*record["private_files"], *added]
         write_run(run_dir, record | {"private_files": list(dict.fromkeys(names))})
 
 
-# --- purge
-# -----------------------------------------------------------------------------------------------------------------------
+# --- purge --------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -148,21 +160,20 @@ class Purged:
     refused: list[tuple[Path, str]] = field(default_factory=list)  # with the reason
 
     def __str__(self) -> str:
-        lines = [f"removed {path}" for path in self.removed] + [
-            f"already gone {path}" for path in self.missing
-        ]
+        lines = [f"removed {path}" for path in self.removed]
+        lines += [f"already gone {path}" for path in self.missing]
         lines += [f"NOT removed {path}: {reason}" for path, reason in self.refused]
         return "\n".join(lines) or "nothing to remove"
 
 
 def purge(run_dir: str | Path) -> Purged:
-    """Removes what a run keeps of its forget data: everything in `RUN/private`, and the neighbour caches that
-    `run.json` lists.
+    """Removes what a run keeps of its forget data.
 
-    `run.json` may have been tampered with, so it only proposes: a file is removed if it really lies in
-    `RUN/private` (symbolic links are not followed) or if it is a regular file that carries the name and the
-    content marker of a neighbour cache, which can be computed again. Anything else is refused, stays listed,
-    and is reported. Checkpoints and metrics stay. Deleted blocks are not overwritten on the disk.
+    That is everything in `RUN/private`, and the neighbour caches that `run.json` lists. `run.json` may have
+    been tampered with, so it only proposes: a file is removed if it really lies in `RUN/private` (symbolic
+    links are not followed) or if it is a regular file that carries the name and the content marker of a
+    neighbour cache, which can be computed again. Anything else is refused, stays listed, and is reported.
+    Checkpoints and metrics stay. Deleted blocks are not overwritten on the disk.
 
     Raises:
         ValueError: `run_dir` has no readable `run.json`, nor a private folder of a run that died before it
@@ -176,13 +187,30 @@ def purge(run_dir: str | Path) -> Purged:
 
 
 def _purge(run_dir: Path) -> Purged:
-    result = Purged()
     private = run_dir / PRIVATE_FOLDER
-    died_early = not (run_dir / RUN_FILE).exists() and private.is_dir() and not private.is_symlink()
-    record = {"private_files": []} if died_early else read_run(run_dir)
+    has_private = private.is_dir() and not private.is_symlink()
+    found = sorted(private.iterdir()) if has_private else []
+    # A run that died before it wrote `run.json` may have filled its private folder.
+    if has_private and not (run_dir / RUN_FILE).exists():
+        return _removed([path.absolute() for path in found], run_dir)
+
+    record = read_run(run_dir)
     listed = [Path(path) for path in record["private_files"] if isinstance(path, str)]
-    found = sorted(private.iterdir()) if private.is_dir() and not private.is_symlink() else []
-    for path in dict.fromkeys([path.absolute() for path in found] + listed):
+    result = _removed([path.absolute() for path in found] + listed, run_dir)
+    done = {"time": _now(), "removed": [str(path) for path in result.removed]}
+    entries = {
+        "private_files": [str(path) for path, _ in result.refused],
+        "purged": [*record.get("purged", []), done],
+    }
+    write_run(run_dir, record | entries)
+    return result
+
+
+def _removed(paths: list[Path], run_dir: Path) -> Purged:
+    """What has become of `paths`, each of which is removed if `purge` may."""
+    result = Purged()
+    for path in dict.fromkeys(paths):
+        # What lies in a folder that was removed is gone with it.
         if path in result.removed or any(parent in result.removed for parent in path.parents):
             continue
         if not os.path.lexists(path):
@@ -197,21 +225,18 @@ def _purge(run_dir: Path) -> Purged:
         else:
             path.unlink()
         result.removed.append(path)
-    if died_early:
-        return result
-    purged = [*record.get("purged", []), {"time": _now(), "removed": [str(path) for path in result.removed]}]
-    write_run(
-        run_dir, record | {"private_files": [str(path) for path, _ in result.refused], "purged": purged}
-    )
     return result
 
 
 def _refusal(path: Path, run_dir: Path) -> str | None:
     """Why `purge` does not remove `path`; None if it may."""
     private = run_dir / PRIVATE_FOLDER
-    real = path.parent.resolve() / path.name  # where the entry itself lies, without following it
-    if path.name not in ("", "..") and not private.is_symlink() and private.resolve() in real.parents:
+    # Where the entry itself lies: links on the way to it are followed, one that it is itself is not.
+    real = path.parent.resolve() / path.name
+    is_entry = path.name not in ("", "..")
+    if is_entry and not private.is_symlink() and private.resolve() in real.parents:
         return None
+    # Outside of the private folder only what is certainly a neighbour cache, by name and by content.
     if path.is_symlink() or not path.is_file():
         return "neither in the run's private folder nor a regular file"
     if not CACHE_NAME.fullmatch(path.name):
@@ -221,11 +246,12 @@ def _refusal(path: Path, run_dir: Path) -> str | None:
             marked = (file.metadata() or {}).get("format") == CACHE_FORMAT
     except (SafetensorError, OSError):
         marked = False
-    return None if marked else "does not carry the marker of a neighbour cache"
+    if not marked:
+        return "does not carry the marker of a neighbour cache"
+    return None
 
 
-# --- metrics.jsonl
-# ---------------------------------------------------------------------------------------------------------------
+# --- metrics.jsonl ------------------------------------------------------------------------------------------
 
 
 class Metrics:
@@ -236,12 +262,16 @@ class Metrics:
 
     def __init__(self, run_dir: str | Path, step: int):
         self.path = Path(run_dir) / METRICS_FILE
-        kept = [record for record in read_metrics(run_dir) if record["step"] <= step] if step else []
+        kept = []
+        if step > 0:
+            kept = [record for record in read_metrics(run_dir) if record["step"] <= step]
         self.seconds: float = kept[-1]["seconds"] if kept else 0.0  # what the run had taken by then
         _write_atomically(self.path, "".join(json.dumps(record) + "\n" for record in kept))
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run, closed by close())
+        # Open for the whole run: `close` closes it.
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
 
     def append(self, record: dict[str, Any]) -> None:
+        """One line more, which readers of the file see at once."""
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
 
@@ -254,12 +284,13 @@ class Metrics:
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
-    """The records of `metrics.jsonl`, one dict a logged step, up to the first line that is not whole; empty
-    without a file.
-    """
+    """The records of `metrics.jsonl`, one dict a logged step; empty without a file."""
     path = Path(run_dir) / METRICS_FILE
+    if not path.exists():
+        return []
     records: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []:
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        # A run that was killed while it wrote leaves a line that is not whole. Nothing follows it.
         try:
             record = json.loads(line)
         except ValueError:

@@ -16,16 +16,25 @@ from .checkpoint import Checkpoint
 from .state_checks import Entry, check_keys, check_state, check_tensor, like
 
 PARTS = ("lr_scheduler", "ema", "grad_scaler")  # of an unlearner that may have them
-# By the module that defines them: what changes in the state of well-known objects; all else are settings.
+# What changes in the state of well-known objects, by the module that defines them. All else are settings,
+# which have to be those of the run that goes on.
 MOVING = {
     "torch.optim.lr_scheduler": (
-        "last_epoch", "_step_count", "_last_lr", "T_cur", "T_i", "best", "num_bad_epochs", "cooldown_counter",
-        "_is_initial", "_get_lr_called_within_step",
+        "last_epoch",
+        "_step_count",
+        "_last_lr",
+        "T_cur",
+        "T_i",
+        "best",
+        "num_bad_epochs",
+        "cooldown_counter",
+        "_is_initial",
+        "_get_lr_called_within_step",
     ),
     "torch.amp.grad_scaler": ("scale", "_growth_tracker"),
     "torch.cuda.amp.grad_scaler": ("scale", "_growth_tracker"),
     "diffusers.training_utils": ("optimization_step", "cur_decay_value"),
-}  # fmt: skip
+}
 BY_PARAMETER = "by_parameter"  # the only key of what stands for a list of one tensor a parameter
 
 
@@ -43,6 +52,7 @@ def part_state(part: Any, model: nn.Module) -> dict[str, Any]:
     shapes = [parameter.shape for parameter in parameters.values()]
     state = {}
     for key, value in part.state_dict().items():
+        # diffusers' EMA keeps its averages by position, as torch's optimizers do.
         averaged = isinstance(value, list) and all(isinstance(item, Tensor) for item in value)
         if averaged and [item.shape for item in value] == shapes:
             value = {BY_PARAMETER: dict(zip(parameters, value, strict=True))}
@@ -54,7 +64,9 @@ def random_state(unlearner) -> dict[str, Tensor]:
     """Of torch's generators on the CPU and on the model's GPU."""
     device = _device(unlearner)
     state = {"cpu": torch.get_rng_state()}
-    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
 
 
 @dataclass
@@ -69,47 +81,56 @@ class _Step:
 def restore(unlearner, saved: Checkpoint, rank: int) -> None:
     """Puts `saved` into `unlearner`: all of it or, after an error, nothing.
 
+    Args:
+        unlearner: one that has taken no step.
+        saved: what was read from a checkpoint: it may be anything.
+        rank: of this process, which gets the random state that the one of this rank had, if there was one.
+
     Raises:
         ValueError: naming file and entry: what is there is not the state of this unlearner.
     """
-    model = unlearner.model
-    place = Entry(saved.path, "model")
+    model, optimizer, device = unlearner.model, unlearner.optimizer, _device(unlearner)
+    random, counters = saved.states["random"], saved.metadata["unlearner"]
+
+    # First everything is looked at, and nothing changed.
     if set(saved.tensors) != {"model"}:
         found = ", ".join(sorted(saved.tensors)) or "no model"
         raise ValueError(f"{saved.path}: expected model.safetensors and states, got {found}")
-    _check_model(place, saved.tensors["model"], model)
-    counters, own_counters = saved.metadata["unlearner"], unlearner.state_dict()
-    counters_place = Entry(saved.path, "unlearner")
-    _check_counters(counters_place, counters, own_counters)
-    _check_random(Entry(saved.path, "random"), saved.states["random"], _device(unlearner))
-    optimizer_place = Entry(saved.path, "optimizer")
-    optimizer = optimizer_state.checked(
-        unlearner.optimizer, model, saved.states["optimizer"], optimizer_place
-    )
-
+    model_entry = Entry(saved.path, "model")
+    _check_model(model_entry, saved.tensors["model"], model)
+    counters_entry, own_counters = Entry(saved.path, "unlearner"), unlearner.state_dict()
+    _check_counters(counters_entry, counters, own_counters)
+    _check_random(Entry(saved.path, "random"), random, device)
+    optimizer_entry = Entry(saved.path, "optimizer")
+    moments = optimizer_state.checked(optimizer, model, saved.states["optimizer"], optimizer_entry)
     work = []
     for name, part in parts_of(unlearner).items():
         entry, own = Entry(saved.path, name), part_state(part, model)
         moving = MOVING.get(type(part).__module__)
         check_state(entry, saved.states[name], own, moving, growing=moving is None)
-        work.append(_loading(entry, part, like(saved.states[name], own, _device(unlearner))))
-    before = unlearner.optimizer.state_dict()
+        work.append(_loading(entry, part, like(saved.states[name], own, device)))
+    before = optimizer.state_dict()
 
-    def load_optimizer() -> None:
-        optimizer_state.load(unlearner.optimizer, optimizer)
-
-    def load_counters() -> None:
-        unlearner.load_state_dict(counters)
-
-    def load_model() -> None:
-        load_plain_state(model, saved.tensors["model"])
-
-    work.append(_Step(optimizer_place, load_optimizer, lambda: unlearner.optimizer.load_state_dict(before)))
-    work.append(_Step(counters_place, load_counters, lambda: unlearner.load_state_dict(own_counters)))
-    work.append(_Step(place, load_model))  # copies what fits: it does not fail
+    # Then it is put in place. Objects of the user's may still refuse what they are given, so they come first
+    # and can be undone; the model comes last, because it takes what fits without fail.
+    work.append(
+        _Step(
+            optimizer_entry,
+            do=lambda: optimizer_state.load(optimizer, moments),
+            undo=lambda: optimizer.load_state_dict(before),
+        )
+    )
+    work.append(
+        _Step(
+            counters_entry,
+            do=lambda: unlearner.load_state_dict(counters),
+            undo=lambda: unlearner.load_state_dict(own_counters),
+        )
+    )
+    work.append(_Step(model_entry, do=lambda: load_plain_state(model, saved.tensors["model"])))
     _do(work)
-    if rank < len(saved.states["random"]):
-        _set_random_state(unlearner, saved.states["random"][rank])
+    if rank < len(random):
+        _set_random_state(unlearner, random[rank])
 
 
 def _loading(entry: Entry, part: Any, found: dict[str, Any]) -> _Step:
@@ -119,8 +140,9 @@ def _loading(entry: Entry, part: Any, found: dict[str, Any]) -> _Step:
         return _Step(entry, lambda: load_plain_state(part, found), lambda: part.load_state_dict(before))
     state = {}
     for key, value in found.items():
-        named = isinstance(value, dict) and set(value) == {BY_PARAMETER}
-        state[key] = list(value[BY_PARAMETER].values()) if named else value
+        if isinstance(value, dict) and set(value) == {BY_PARAMETER}:
+            value = list(value[BY_PARAMETER].values())
+        state[key] = value
     return _Step(entry, lambda: part.load_state_dict(state), lambda: part.load_state_dict(before))
 
 
@@ -136,6 +158,7 @@ def _copied(state: Any) -> Any:
 
 
 def _do(work: list[_Step]) -> None:
+    """All of `work`; where a step fails, those before it are undone, and what it may have begun itself."""
     done: list[_Step] = []
     for step in work:
         done.append(step)
@@ -170,6 +193,10 @@ def _check_random(place: Entry, found: Any, device: torch.device) -> None:
     """One state a process; each is tried on a generator of its own."""
     if not isinstance(found, list) or not found:
         raise place.error("a list of states, one a process", found)
+    # A run on a GPU that goes on on a CPU has states that cannot be tried here, and are not used.
+    devices = {"cpu": torch.device("cpu")}
+    if device.type == "cuda":
+        devices["cuda"] = device
     for rank, state in enumerate(found):
         entry = place[rank]
         if not isinstance(state, dict) or "cpu" not in state or set(state) - {"cpu", "cuda"}:
@@ -177,11 +204,12 @@ def _check_random(place: Entry, found: Any, device: torch.device) -> None:
         for kind, value in state.items():
             if not isinstance(value, Tensor) or value.dtype != torch.uint8 or value.ndim != 1:
                 raise entry[kind].error("uint8 of one dimension", value)
-            if kind == "cpu" or device.type == "cuda":
-                try:
-                    torch.Generator(device if kind == "cuda" else "cpu").set_state(value)
-                except (RuntimeError, TypeError) as error:
-                    raise entry[kind].error(f"the state of a generator ({error})", value) from error
+            if kind not in devices:
+                continue
+            try:
+                torch.Generator(devices[kind]).set_state(value)
+            except (RuntimeError, TypeError) as error:
+                raise entry[kind].error(f"the state of a generator ({error})", value) from error
 
 
 def _set_random_state(unlearner, state: dict[str, Tensor]) -> None:

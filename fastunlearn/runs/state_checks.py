@@ -16,16 +16,33 @@ from torch import Tensor
 
 from ..host import check
 
+# Numbers of torch's, diffusers' and our objects that count steps.
 COUNTERS = (
-    "last_epoch", "_step_count", "optimization_step", "step_index", "skipped_steps", "_growth_tracker",
-)  # fmt: skip
+    "last_epoch",
+    "_step_count",
+    "optimization_step",
+    "step_index",
+    "skipped_steps",
+    "_growth_tracker",
+)
 FLOAT32_MAX = torch.finfo(torch.float32).max
 COUNTER_END = 2**32  # a step has 32 bits in the counters of random numbers
 # Numbers of torch's and diffusers' objects that are never below 0.
 NOT_NEGATIVE = (
-    "lr", "initial_lr", "max_lr", "min_lr", "base_lrs", "_last_lr", "eps", "weight_decay", "momentum",
-    "betas", "decay", "scale", "step",
-)  # fmt: skip
+    "lr",
+    "initial_lr",
+    "max_lr",
+    "min_lr",
+    "base_lrs",
+    "_last_lr",
+    "eps",
+    "weight_decay",
+    "momentum",
+    "betas",
+    "decay",
+    "scale",
+    "step",
+)
 
 
 @dataclass(frozen=True)
@@ -37,14 +54,19 @@ class Entry:
     name: str = ""
 
     def __getitem__(self, key: Any) -> Entry:
-        return replace(self, name=f"{self.name}.{key}" if self.name else str(key))
+        """The entry `key` of this one."""
+        prefix = f"{self.name}." if self.name else ""
+        return replace(self, name=f"{prefix}{key}")
 
     @property
     def key(self) -> str:
         """The last word of the name that is no position in a list."""
-        return next((word for word in reversed(self.name.split(".")) if not word.isdigit()), "")
+        words = [word for word in self.name.split(".") if not word.isdigit()]
+        return words[-1] if words else ""
 
     def error(self, expected: str, found: Any) -> ValueError:
+        """What to raise where `expected` should stand and `found` does: it names file and entry."""
+        # A state lies in two files: its tensors in one, all else in the other.
         file = f"{self.stem}.safetensors" if isinstance(found, Tensor) else "metadata.json"
         name = f"{self.stem}.{self.name}" if self.name else self.stem
         got = check.describe(found)
@@ -76,9 +98,12 @@ def check_state(
     elif isinstance(own, Mapping):
         check_keys(entry, found, own)
         for key, value in own.items():
-            # The objects of a LambdaLR are the user's.
-            moves = None if key == "lr_lambdas" else moving
-            check_state(entry[key], found[key], value, moves, growing=growing or key == "lr_lambdas")
+            # The functions of a LambdaLR are the user's. Where they are objects their attributes stand here,
+            # and nobody knows which of them change.
+            if key == "lr_lambdas":
+                check_state(entry[key], found[key], value, None, growing=True)
+            else:
+                check_state(entry[key], found[key], value, moving, growing=growing)
     elif isinstance(own, (list, tuple)):
         kind = list if isinstance(own, list) else tuple
         if not isinstance(found, kind) or len(found) != len(own):
@@ -100,10 +125,9 @@ def check_state(
 
 def _may_grow(own: Any) -> bool:
     """Whether `own` is None, empty, or a list of numbers and texts."""
-    plain = (bool, int, float, str)
-    return (
-        own is None or own == {} or (isinstance(own, list) and all(isinstance(item, plain) for item in own))
-    )
+    if isinstance(own, list):
+        return all(isinstance(item, (bool, int, float, str)) for item in own)
+    return own is None or own == {}
 
 
 def check_finite(entry: Entry, found: Any) -> None:
@@ -144,6 +168,7 @@ def check_tensor(entry: Entry, found: Any, own: Tensor) -> None:
         raise entry.error(expected, found)
     if not (found.is_floating_point() or found.is_complex()):
         return
+    # The usual case takes one pass, without a mask as large as the tensor.
     if not torch.isfinite(found).all():
         bad = ~torch.isfinite(found)
         if (bad & torch.isfinite(own.detach().to(found.device))).any():
@@ -151,8 +176,10 @@ def check_tensor(entry: Entry, found: Any, own: Tensor) -> None:
 
 
 def check_number(entry: Entry, found: Any, own: float) -> None:
-    """Whether `found` is a number that can stand where `own` does: finite if `own` is, and not below 0 if its
-    name says so."""
+    """Whether `found` is a number that can stand where `own` does.
+
+    Finite if `own` is, not below 0 if its name says so, and an integer of 32 bits if it counts steps.
+    """
     if isinstance(found, bool) or not isinstance(found, (int, float)):
         raise entry.error("a number", found)
     if entry.key in COUNTERS:
@@ -178,12 +205,17 @@ def like(found: Any, own: Any, device: torch.device) -> Any:
         device: of tensors that are new.
     """
     if isinstance(found, Tensor):
-        return torch.empty_like(own).copy_(found) if isinstance(own, Tensor) else found.to(device)
+        if isinstance(own, Tensor):
+            return torch.empty_like(own).copy_(found)
+        return found.to(device)
     if isinstance(found, Mapping):
         known = own if isinstance(own, Mapping) else {}
+        # JSON may have come back in another order: some objects go through their state in theirs.
         order = known if known.keys() == found.keys() else found
         return {key: like(found[key], known.get(key), device) for key in order}
     if isinstance(found, (list, tuple)):
-        known = own if isinstance(own, (list, tuple)) and len(own) == len(found) else [None] * len(found)
+        known = own
+        if not isinstance(own, (list, tuple)) or len(own) != len(found):
+            known = [None] * len(found)
         return type(found)(like(value, other, device) for value, other in zip(found, known, strict=True))
     return found

@@ -7,16 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# the only keys a JSON object below may have beside plain string keys
+# What JSON does not know stands in an object under one of these keys: a reference to a tensor, the items of a
+# tuple, and the pairs of a dict whose keys are not all texts, or are one of these.
 TENSOR, TUPLE, ITEMS = "__tensor__", "__tuple__", "__items__"
+MARKS = {TENSOR, TUPLE, ITEMS}
 
 
 def flatten(state: Any, name: str = "state") -> tuple[Any, dict[str, Tensor]]:
-    """`(skeleton, tensors)`: JSON in which every tensor is a reference, and the tensors, detached, by their
-    path.
+    """Takes a state apart.
 
-    Strides are kept for tensors that are not laid out row by row (channels-last optimizer moments): an
-    elementwise fused update of a parameter and a moment of different layout would mix up their entries.
+    Args:
+        state: nested dicts, lists and tuples of tensors, numbers, strings, booleans and None.
+        name: the first word of every tensor's path.
+
+    Returns:
+        `(skeleton, tensors)`: JSON in which every tensor is a reference, and the tensors, detached, by their
+        path.
 
     Raises:
         TypeError: naming the path of a value that is no tensor, number, string, boolean, None, dict, list or
@@ -26,10 +32,17 @@ def flatten(state: Any, name: str = "state") -> tuple[Any, dict[str, Tensor]]:
 
     def visit(value: Any, path: str) -> Any:
         if isinstance(value, Tensor):
-            while path in tensors:  # a key may hold dots: `a.b` in `c` and `b` in `c.a` have one path
+            # A key may hold dots: `a.b` in `c` and `b` in `c.a` have one path.
+            while path in tensors:
                 path += "'"
             tensors[path] = value.detach()
-            return {TENSOR: path, "stride": list(value.stride())} if _permuted(value) else {TENSOR: path}
+            reference: dict[str, Any] = {TENSOR: path}
+            # A file holds tensors row by row. Others (channels-last moments of an optimizer) get their layout
+            # back: a fused update walks through parameter and moment in the order of memory, and would mix up
+            # their entries if the layouts differed.
+            if _permuted(value):
+                reference["stride"] = list(value.stride())
+            return reference
         if value is None or isinstance(value, (bool, int, float, str)):
             return value
         if isinstance(value, list):
@@ -37,22 +50,21 @@ def flatten(state: Any, name: str = "state") -> tuple[Any, dict[str, Tensor]]:
         if isinstance(value, tuple):
             return {TUPLE: [visit(item, f"{path}.{index}") for index, item in enumerate(value)]}
         if isinstance(value, dict):
-            if all(isinstance(key, str) for key in value) and not {TENSOR, TUPLE, ITEMS} & set(value):
+            plain = all(isinstance(key, str) for key in value) and not MARKS & set(value)
+            if plain:
                 return {key: visit(item, f"{path}.{key}") for key, item in value.items()}
-            return {
-                ITEMS: [
-                    [visit(key, f"{path}.keys"), visit(item, f"{path}.{key}")] for key, item in value.items()
-                ]
-            }
-        raise TypeError(
-            f"{path}: expected a tensor, number, string, boolean, None, dict, list or tuple, got {type(value).__name__}"
-        )
+            pairs = []
+            for key, item in value.items():
+                pairs.append([visit(key, f"{path}.keys"), visit(item, f"{path}.{key}")])
+            return {ITEMS: pairs}
+        expected = "a tensor, number, string, boolean, None, dict, list or tuple"
+        raise TypeError(f"{path}: expected {expected}, got {type(value).__name__}")
 
     return visit(state, name), tensors
 
 
 def unflatten(skeleton: Any, tensors: dict[str, Tensor]) -> Any:
-    """The inverse of `flatten`. Both may come from anywhere.
+    """The inverse of `flatten`. Both arguments may come from anywhere.
 
     Raises:
         ValueError: `skeleton` does not refer to every one of `tensors` once, and to nothing else, or gives a
@@ -71,7 +83,9 @@ def unflatten(skeleton: Any, tensors: dict[str, Tensor]) -> Any:
             if not isinstance(name, str) or name not in unused:
                 raise ValueError(f"{name!r}: expected the name of a tensor, each of them once, got another")
             tensor = unused.pop(name)
-            return _laid_out(name, tensor, value["stride"]) if "stride" in value else tensor
+            if "stride" in value:
+                return _laid_out(name, tensor, value["stride"])
+            return tensor
         if keys == {TUPLE}:
             return tuple(visit(item) for item in value[TUPLE])
         if keys == {ITEMS}:
@@ -79,10 +93,8 @@ def unflatten(skeleton: Any, tensors: dict[str, Tensor]) -> Any:
             if len(items) != len(value[ITEMS]):
                 raise ValueError(f"{ITEMS}: expected every key once, got one twice")
             return items
-        if keys & {TENSOR, TUPLE, ITEMS}:
-            raise ValueError(
-                f"{sorted(keys & {TENSOR, TUPLE, ITEMS})[0]}: expected it alone, got it beside others"
-            )
+        if keys & MARKS:
+            raise ValueError(f"{min(keys & MARKS)}: expected it alone, got it beside others")
         return {key: visit(item) for key, item in value.items()}
 
     state = visit(skeleton)
@@ -94,15 +106,21 @@ def unflatten(skeleton: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def _laid_out(name: str, tensor: Tensor, stride: Any) -> Tensor:
-    """A copy of the contiguous `tensor` with these strides: those of a dense layout, whatever the order of
-    its axes.
+    """A copy of the contiguous `tensor` with these strides.
+
+    Raises:
+        ValueError: they are not those of a dense layout, whatever the order of its axes.
     """
+    # An exact type: True is an int, too, and would pass for a stride of 1.
     whole = isinstance(stride, list) and all(type(step) is int and 0 <= step < 2**63 for step in stride)
     if not whole or len(stride) != tensor.ndim:
         raise ValueError(f"{name}: expected {tensor.ndim} integers as strides, got {stride!r}")
+    # Strides from a file could overlap, or ask for any amount of memory. So a dense copy is made with its
+    # axes in the order of the strides, from the outermost to the innermost one, and has to have them. The
+    # stride of an axis of length 1 means nothing.
     order = sorted(range(tensor.ndim), key=lambda axis: stride[axis], reverse=True)
-    # From the outermost axis to the innermost one, as `permute` lays them out; it is no view of less memory.
-    copied = tensor.permute(order).contiguous().permute([order.index(axis) for axis in range(tensor.ndim)])
+    back = [order.index(axis) for axis in range(tensor.ndim)]
+    copied = tensor.permute(order).contiguous().permute(back)
     found = [step for step, length in zip(copied.stride(), tensor.shape, strict=True) if length > 1]
     expected = [step for step, length in zip(stride, tensor.shape, strict=True) if length > 1]
     if found != expected:
@@ -116,4 +134,5 @@ def _permuted(tensor: Tensor) -> bool:
     """Whether `tensor` is dense but not laid out row by row."""
     if tensor.is_contiguous():
         return False
-    return tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True)).is_contiguous()
+    outermost_first = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
+    return tensor.permute(outermost_first).is_contiguous()

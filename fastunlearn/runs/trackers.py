@@ -1,6 +1,4 @@
-"""Where the numbers of a run are shown while it goes on: a progress bar, accelerate's trackers, or the
-caller's own function.
-"""
+"""Where a run shows its numbers: a progress bar, accelerate's trackers, or the caller's own function."""
 
 from __future__ import annotations
 
@@ -34,12 +32,11 @@ class ProgressBar:
         return self._advance
 
     def _advance(self, step: int, values: dict[str, float]) -> None:
+        """Shows `step`, and of its numbers loss, norm and, where there are any, skipped steps."""
         shown = " ".join(f"{name} {values[name]:.4g}" for name in ("loss", "grad_norm") if name in values)
-        self.bar.update(
-            self.task,
-            completed=step,
-            shown=shown + (f" skipped {values['skipped_steps']}" if values["skipped_steps"] else ""),
-        )
+        if values["skipped_steps"]:
+            shown += f" skipped {values['skipped_steps']}"
+        self.bar.update(self.task, completed=step, shown=shown)
 
     def __exit__(self, *exception) -> None:
         self.bar.__exit__(*exception)
@@ -61,16 +58,24 @@ class Reporter:
 
 
 def make_reporter(report_to: str | Report | None, output_dir: Path) -> Reporter:
-    if report_to is None or (callable(report_to) and not isinstance(report_to, str)):
+    """What the argument `report_to` of `unlearn` means.
+
+    Raises:
+        TypeError, ValueError: no tracker, or one that is not installed.
+    """
+    if report_to is None or callable(report_to):
         return Reporter(report_to)
     check.one_of("report_to", report_to, TRACKERS)
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
-    if report_to not in [str(getattr(name, "value", name)) for name in get_available_trackers()]:
+    # Names are texts in some versions of accelerate, and members of an enumeration in others.
+    available = [str(getattr(name, "value", name)) for name in get_available_trackers()]
+    if report_to not in available:
         raise ValueError(
             f"report_to: expected an installed tracker, got {report_to!r} (pip install {report_to})"
         )
     output_dir.mkdir(parents=True, exist_ok=True)
+    # wandb has a folder of its own.
     where = {"logging_dir": output_dir} if report_to == "tensorboard" else {}
     tracker = LOGGER_TYPE_TO_CLASS[report_to]("fastunlearn", **where)
     tracker.start()

@@ -1,5 +1,6 @@
-"""unlearn(): the loop around `Unlearner.step` with progress, metrics, trackers, checkpoints, resume and a
-clean end on a signal.
+"""unlearn(): the loop around `Unlearner.step`.
+
+It adds progress, metrics, trackers, checkpoints, resume, and a clean end on a signal.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -43,6 +44,9 @@ from .run_record import (
 from .trackers import ProgressBar, Report, Reporter, make_reporter
 
 __all__ = ["History", "RunInterrupted", "TooManySkippedSteps", "WeightsNotFinite", "purge", "unlearn"]
+
+# The arguments that have to be the same in all processes of a run.
+DECISIVE = ("num_steps", "checkpointing_steps", "logging_steps", "max_skipped_steps", "max_skipped_share")
 
 
 @dataclass(frozen=True)
@@ -82,13 +86,12 @@ def unlearn(
     record: dict[str, Any] | None = None,
     identity: dict[str, Any] | None = None,
 ) -> History:
-    """Takes steps until `unlearner.step_index` is `num_steps`; argument names as in diffusers' training
-    scripts.
+    """Takes steps until `unlearner.step_index` is `num_steps`.
 
-    `output_dir` receives `run.json` (versions, arguments, method, hashes of the data), `metrics.jsonl` and
-    `checkpoint-<step>/`, the last of them at the end. All random numbers come from (seed, step), and a
-    checkpoint holds model, optimizer, scheduler, EMA and torch's random state, so on a CPU a resumed run ends
-    with the same bits as one that was never stopped.
+    Arguments are named as in diffusers' training scripts. `output_dir` receives `run.json` (versions,
+    arguments, method, hashes of the data), `metrics.jsonl` and `checkpoint-<step>/`, the last of them at the
+    end. All random numbers come from (seed, step), and a checkpoint holds model, optimizer, scheduler, EMA
+    and torch's random state, so on a CPU a resumed run ends with the same bits as one that was never stopped.
 
     Several processes (an `Unlearner` with a process group) all call it with the same arguments. They start
     with the weights of process 0, which alone writes and shows; every process reads the checkpoint that it
@@ -136,54 +139,90 @@ def unlearn(
         checkpointing_steps = check.integer("checkpointing_steps", checkpointing_steps, low=1)
     if checkpoints_total_limit is not None:
         checkpoints_total_limit = check.integer("checkpoints_total_limit", checkpoints_total_limit, low=1)
+    # What `run.json` says this run was called with.
     arguments = {
-        name: value for name, value in locals().items() if name not in ("unlearner", "record", "identity")
+        "num_steps": num_steps,
+        "output_dir": output_dir,
+        "checkpointing_steps": checkpointing_steps,
+        "checkpoints_total_limit": checkpoints_total_limit,
+        "resume_from_checkpoint": resume_from_checkpoint,
+        "report_to": report_to,
+        "logging_steps": logging_steps,
+        "max_skipped_steps": max_skipped_steps,
+        "max_skipped_share": max_skipped_share,
+        "show_progress": show_progress,
     }
-    limit = SkipLimit(max_skipped_steps, max_skipped_share)
     output_dir = Path(output_dir)
+    limit = SkipLimit(max_skipped_steps, max_skipped_share)
     with Processes(unlearner.process_group) as processes, processes.alone_in(output_dir, "unlearn"):
         loop = _Loop(unlearner, output_dir, num_steps, checkpoints_total_limit, limit, processes)
-        decisive = {"num_steps": num_steps, "checkpointing_steps": checkpointing_steps}
-        decisive |= {"logging_steps": logging_steps, "max_skipped_steps": max_skipped_steps}
-        decisive |= {"max_skipped_share": max_skipped_share}
-        settings = {
-            name: getattr(unlearner, name, None)
-            for name in ("seed", "step_index", "micro_batch_size", "max_grad_norm", "compile")
-        }
-        settings |= {
-            "autocast_dtype": str(getattr(unlearner, "autocast_dtype", None)),
-            "grad_scaler": getattr(unlearner, "grad_scaler", None) is not None,
-        }
-        group_names(unlearner.optimizer, unlearner.model)  # refuses what no checkpoint would hold
-        loop.identity = describe_identity(unlearner, identity)
-        processes.check_same("unlearner", loop.identity | settings | decisive)
-        found = processes.by_first(lambda: loop.prepare(report_to, resume_from_checkpoint))
-        loop.start_from(found)
-        if unlearner.step_index > num_steps:
-            raise ValueError(
-                f"num_steps: expected at least the {unlearner.step_index} steps that {found or 'unlearner'} has taken, got {num_steps}"
-            )
-        described_run = describe_run(unlearner, arguments, loop.identity) | (record or {})
-        processes.by_first(lambda: loop.open(described_run, resumed=found is not None))
-        try:
+        _start(loop, arguments, identity, record or {})
+        with _noting_its_end(loop):
             _run(loop, num_steps, checkpointing_steps, logging_steps, show_progress)
-        except RunInterrupted as interrupted:
-            loop.note(status="interrupted")
-            if processes.rank == 0:
-                name = signal.Signals(interrupted.signal_number).name
-                print(f"{name}: stopped after step {unlearner.step_index} of {num_steps}. To go on, run again with resume_from_checkpoint='latest' "
-                      f"(--resume_from_checkpoint latest); the checkpoint is {interrupted.checkpoint}", file=sys.stderr)  # fmt: skip
-            raise
-        except BaseException as error:
-            with suppress(Exception):  # `error` ended the run; a device that failed can be read no more
-                loop.pass_on()
-            with suppress(Exception):  # on a full disk, say: `error` is the one to be told
-                loop.note(status=f"failed: {type(error).__name__}")
-            raise
-        finally:
-            loop.close()
-        loop.note(status="complete")
         return History(processes.by_first(lambda: read_metrics(output_dir)), loop.saved, output_dir)
+
+
+def _start(
+    loop: _Loop, arguments: dict[str, Any], identity: dict[str, Any] | None, record: dict[str, Any]
+) -> None:
+    """Brings every process to where the run begins or goes on, and opens the run folder."""
+    unlearner, processes = loop.unlearner, loop.processes
+    # Parameters of the optimizer that are none of the model would be in no checkpoint. They are refused here,
+    # not after hours.
+    group_names(unlearner.optimizer, unlearner.model)
+    # Taken before a checkpoint is loaded: an identity is that of new objects.
+    loop.identity = describe_identity(unlearner, identity)
+    # Processes that disagree in one of these would take different steps, or wait for each other forever.
+    decisive = {name: arguments[name] for name in DECISIVE}
+    processes.check_same("unlearner", loop.identity | _settings(unlearner) | decisive)
+
+    report_to, resume = arguments["report_to"], arguments["resume_from_checkpoint"]
+    found = processes.by_first(lambda: loop.prepare(report_to, resume))
+    loop.start_from(found)
+    if unlearner.step_index > loop.num_steps:
+        expected = f"at least the {unlearner.step_index} steps that {found or 'unlearner'} has taken"
+        raise ValueError(f"num_steps: expected {expected}, got {loop.num_steps}")
+    described_run = describe_run(unlearner, arguments, loop.identity) | record
+    processes.by_first(lambda: loop.open(described_run, resumed=found is not None))
+
+
+def _settings(unlearner) -> dict[str, Any]:
+    """What of an `Unlearner` the identity of a run leaves out, and has to be the same in all processes."""
+    names = ("seed", "step_index", "micro_batch_size", "max_grad_norm", "compile")
+    settings = {name: getattr(unlearner, name, None) for name in names}
+    settings["autocast_dtype"] = str(getattr(unlearner, "autocast_dtype", None))
+    settings["grad_scaler"] = getattr(unlearner, "grad_scaler", None) is not None
+    return settings
+
+
+@contextmanager
+def _noting_its_end(loop: _Loop) -> Iterator[None]:
+    """The block is the run: `run.json` says how it ended, and what was opened for it is closed."""
+    try:
+        yield
+    except RunInterrupted as interrupted:
+        loop.note(status="interrupted")
+        if loop.processes.rank == 0:
+            _tell_how_to_go_on(interrupted, loop)
+        raise
+    except BaseException as error:
+        # `error` ended the run and is the one to be told, whatever else fails now: the numbers of a device
+        # that failed can be read no more, and a full disk takes no note.
+        with suppress(Exception):
+            loop.pass_on()
+        with suppress(Exception):
+            loop.note(status=f"failed: {type(error).__name__}")
+        raise
+    finally:
+        loop.close()
+    loop.note(status="complete")
+
+
+def _tell_how_to_go_on(interrupted: RunInterrupted, loop: _Loop) -> None:
+    name = signal.Signals(interrupted.signal_number).name
+    done = f"{name}: stopped after step {loop.unlearner.step_index} of {loop.num_steps}."
+    go_on = "To go on, run again with resume_from_checkpoint='latest' (--resume_from_checkpoint latest)"
+    print(f"{done} {go_on}; the checkpoint is {interrupted.checkpoint}", file=sys.stderr)
 
 
 def _run(
@@ -191,20 +230,25 @@ def _run(
 ) -> None:
     """The steps, what is logged and saved in between, and the last checkpoint."""
     unlearner, processes = loop.unlearner, loop.processes
+    show = show_progress and processes.rank == 0
     with (
         _Signals(processes) as signals,
-        ProgressBar(num_steps, unlearner.step_index, show_progress and processes.rank == 0) as advance,
+        ProgressBar(num_steps, unlearner.step_index, show) as advance,
     ):
         loop.show = advance
         while unlearner.step_index < num_steps:
             signals.tell()
             output = unlearner.step()
-            loop.pass_on()  # the numbers of the step before: they are there, or soon, and the device has work
+            # The numbers of the logged step before this one: they are there, or will be soon, and the device
+            # has the work of this step meanwhile.
+            loop.pass_on()
             step, received = unlearner.step_index, signals.agreed()
             if step % logging_steps == 0 or step == num_steps:
                 loop.log(output)
-            if (checkpointing_steps is not None and step % checkpointing_steps == 0) or received:
+            due = checkpointing_steps is not None and step % checkpointing_steps == 0
+            if due or received:
                 loop.save()
+            # A signal during the last step interrupts nothing: the run is complete.
             if received and step < num_steps:
                 raise RunInterrupted(received, loop.saved)
     loop.save()
@@ -244,17 +288,16 @@ class _Loop:
 
     def start_from(self, found: Path | None) -> None:
         """Gives every process the same state: that of the checkpoint `found`, or the weights of process 0."""
+        unlearner, processes = self.unlearner, self.processes
         self._masks = self.buffers() & set(not_finite(self.weights()))
         if found is None:
-            self.processes.share_weights(unwrapped(self.unlearner.model))
-        # Of process 0, whose weights the others take over, in a new run as at the beginning of one that is
-        # resumed.
-        self.identity["start_weights"] = self.processes.by_first(lambda: start_weights(self.unlearner))
+            processes.share_weights(unwrapped(unlearner.model))
+        # Those of process 0 make the identity: it is they that the others take over in a new run, and that a
+        # run which is resumed began with.
+        self.identity["start_weights"] = processes.by_first(lambda: start_weights(unlearner))
         if found is not None:
-            self.processes.by_all(
-                lambda: load_checkpoint(self.unlearner, found, self.processes, self.identity)
-            )
-            self.saved, self.saved_step = found, self.unlearner.step_index
+            processes.by_all(lambda: load_checkpoint(unlearner, found, processes, self.identity))
+            self.saved, self.saved_step = found, unlearner.step_index
 
     def open(self, record: dict[str, Any], *, resumed: bool) -> None:
         """Makes the run folder ready to be written to."""
@@ -266,9 +309,11 @@ class _Loop:
             record |= private_record(self.output_dir)
         write_run(self.output_dir, record)
         self.metrics = Metrics(self.output_dir, self.unlearner.step_index)
+        # As if the run had not been stopped: its seconds go on from those of the last line kept.
         self.started = time.perf_counter() - self.metrics.seconds
 
     def close(self) -> None:
+        """Closes `metrics.jsonl` and the tracker."""
         if self.metrics is not None:
             self.metrics.close()
         self.report.finish()
@@ -285,13 +330,11 @@ class _Loop:
         self._logged = self.unlearner.step_index, Arriving(numbers)
 
     def pass_on(self) -> None:
-        """Tells metrics, trackers and progress bar what was logged last, if that is still to be done.
-
-        JSON has no NaN: what is not finite is left out, and `skipped` says so.
-        """
+        """Tells metrics, trackers and progress bar what was logged last, if that is still to be done."""
         if self._logged is None:
             return
         step, arriving = self._logged
+        # JSON has no NaN: what is not finite is left out, and `skipped` says so.
         values = {name: value for name, value in arriving.read().items() if math.isfinite(value)}
         self._logged = None
         if self.metrics is not None:
@@ -301,6 +344,7 @@ class _Loop:
         self.check_skipped(values["skipped_steps"], step)
 
     def check_skipped(self, skipped: int, step: int) -> None:
+        """That the run may go on after `step`, though `skipped` steps were skipped."""
         self.limit.check(skipped, step, self.num_steps, self.saved)
 
     def weights(self) -> dict[str, Any]:
@@ -312,38 +356,40 @@ class _Loop:
 
     def buffers(self) -> set[str]:
         """The names in `weights()` of what no step trains."""
-        modules = {"model": unwrapped(self.unlearner.model), "ema": self.unlearner.ema}
-        return {
-            f"{key}.{name}"
-            for key, module in modules.items()
-            if isinstance(module, torch.nn.Module)
-            for name, _ in module.named_buffers()
-        }
+        names = set()
+        for key, module in (("model", unwrapped(self.unlearner.model)), ("ema", self.unlearner.ema)):
+            if isinstance(module, torch.nn.Module):  # diffusers' EMA is none
+                names |= {f"{key}.{name}" for name, _ in module.named_buffers()}
+        return names
 
     def check_weights(self, name: str, what_now: str) -> None:
-        """That weights and average are finite, in every process; a mask of -inf is none of them."""
+        """That weights and average are finite, in every process.
+
+        Buffers that were not finite at the start are left out: an attention mask holds -inf.
+        """
         self.processes.by_all(lambda: check_finite(name, self.weights(), what_now, but=self._masks))
 
     def save(self) -> None:
         """Passes on what was logged; writes the checkpoint of the present step, unless it stands already."""
+        step = self.unlearner.step_index
         self.pass_on()
-        self.check_skipped(int(self.unlearner.skipped_steps), self.unlearner.step_index)
-        if self.saved_step == self.unlearner.step_index:
+        self.check_skipped(int(self.unlearner.skipped_steps), step)
+        if self.saved_step == step:
             return
-        self.check_weights(f"step {self.unlearner.step_index}", remedy(self.saved))
+        # In this order: what is not finite is never written, and no checkpoint is ahead of its metrics.
+        self.check_weights(f"step {step}", remedy(self.saved))
         if self.metrics is not None:
             self.metrics.sync()
         self.saved = save_checkpoint(
             self.unlearner, self.output_dir, self.processes, self.identity, keep=self.keep
         )
-        self.saved_step = self.unlearner.step_index
+        self.saved_step = step
 
 
 def _check_unlearner(unlearner) -> None:
     if not isinstance(getattr(unlearner, "model", None), torch.nn.Module):
-        raise TypeError(
-            f"unlearner: expected an Unlearner whose model is a torch.nn.Module (its state is saved), got {check.describe(unlearner)}"
-        )
+        expected = "an Unlearner whose model is a torch.nn.Module (its state is saved)"
+        raise TypeError(f"unlearner: expected {expected}, got {check.describe(unlearner)}")
 
 
 class _Signals:
@@ -363,7 +409,8 @@ class _Signals:
         self._told: Callable[[], int] = lambda: 0
 
     def tell(self) -> None:
-        """Before a step."""
+        """Before a step: says to the other processes what this one has received."""
+        # The launcher's end counts as SIGTERM: a launcher that is killed sends none.
         if not self.received and launcher.is_gone():
             launcher.notice()
             self.received = signal.SIGTERM
@@ -371,7 +418,10 @@ class _Signals:
 
     def agreed(self) -> int:
         """After it: the number of the signal to stop for, the same in all processes; 0: none."""
-        return self.received if self._processes.count == 1 else self._told()
+        # Alone, also a signal that came during the step counts.
+        if self._processes.count == 1:
+            return self.received
+        return self._told()
 
     def __enter__(self) -> _Signals:
         if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
@@ -379,6 +429,7 @@ class _Signals:
         return self
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        """The handler: notes the first signal, and lets the second one act as before."""
         self.received = number
         self._restore()
 
