@@ -1,5 +1,6 @@
-"""faiss as a second backend: float32 candidates, ranked by exact distances, with a bound that proves that
-none is missing.
+"""faiss as a second backend: float32 candidates, ranked by exact distances.
+
+A bound on what faiss may be off by proves that no neighbour is missing.
 """
 
 from __future__ import annotations
@@ -10,11 +11,10 @@ import torch
 from torch import Tensor
 
 from ..ops.sqdist import square_norms
-from .floating import search_float
-from .tiles import MARGIN, Progress, ascending, exact_distances, tile_size
+from .floating import LARGEST_NORM, search_float
+from .tiles import DISTANCE_ERROR, MARGIN, Progress, ascending, exact_distances, tile_size
 from .uint8 import search_uint8
 
-LARGEST_NORM = 1e36  # squared: beyond it float32 sums may overflow
 LARGEST_GPU_COUNT = 2_048  # what faiss' GPU selection takes
 
 
@@ -31,6 +31,9 @@ def search_faiss(
     Args:
         forget: `[Q, D]`, uint8 or floating.
         retain: `[N, ...]`, of the same kind.
+        k: how many, in [1, N].
+        chunk_bytes: working memory of the search.
+        progress: called with the number of rows of each tile that is done.
 
     Returns:
         index int64 `[Q, k]`; squared distance int64 (uint8 rows) or float64 `[Q, k]`.
@@ -47,10 +50,12 @@ def search_faiss(
     # Distances do not change with the origin, rounding errors do: they grow with the norms. Integers stay
     # integers, exact in float32.
     centre = forget.double().mean(0).to(retain.device)
-    centre = centre.round() if integers else centre
+    if integers:
+        centre = centre.round()
     queries = _shifted(forget.to(retain.device), centre)
     query_norms = square_norms(queries).cpu()
-    if query_norms.max().item() > LARGEST_NORM or (retain.is_cuda and count > LARGEST_GPU_COUNT):
+    too_many = retain.is_cuda and count > LARGEST_GPU_COUNT
+    if too_many or query_norms.max().item() > LARGEST_NORM:
         return search(forget, retain, k, chunk_bytes=chunk_bytes, progress=progress)
     values = torch.full((num_queries, count), torch.inf)
     index = torch.zeros((num_queries, count), dtype=torch.int64)
@@ -69,58 +74,76 @@ def search_faiss(
     query = torch.arange(num_queries).repeat_interleave(count)
     exact = exact_distances(forget, retain, query, index.flatten(), chunk_bytes).view(-1, count)
     error = _error_bound(query_norms, largest_norm, columns, retain.device)
-    # else faiss has computed in another way than the bound assumes
+    # The values of the candidates are held against the bound. Where one breaks it, faiss has computed in
+    # another way than the bound assumes, and nothing is proven.
     as_bounded = ((values - exact).abs() <= error[:, None]).all(1)
     index, exact = ascending(index, exact)
     index, exact = index[:, :k].contiguous(), exact[:, :k].contiguous()
-    complete = (values.amax(1) - error > exact[:, -1] * (1 + 2.0**-30)) | (count == num_rows)
-    exact = exact.long() if integers else exact
+    # A row that was left out has a value of at least the largest kept: it is farther than the k-th neighbour.
+    complete = values.amax(1) - error > exact[:, -1] * (1 + DISTANCE_ERROR)
+    if count == num_rows:  # none was left out
+        complete = torch.ones_like(complete)
+    if integers:
+        exact = exact.long()
     unproven = (~(as_bounded & complete)).nonzero().flatten()
     if len(unproven):
-        index[unproven], exact[unproven] = (
-            found.cpu()
-            for found in search(
-                forget[unproven.to(forget.device)],
-                retain,
-                k,
-                chunk_bytes=chunk_bytes,
-                progress=lambda _: None,
-            )
-        )
+        queries = forget[unproven.to(forget.device)]
+        found, distances = search(queries, retain, k, chunk_bytes=chunk_bytes, progress=lambda _: None)
+        index[unproven], exact[unproven] = found.cpu(), distances.cpu()
     return index, exact
 
 
 def _shifted(rows: Tensor, centre: Tensor) -> Tensor:
     """`rows - centre` in float32 with one rounding, none for integers."""
-    return (rows.double() - centre).float() if rows.dtype == torch.float64 else rows.float() - centre.float()
+    if rows.dtype == torch.float64:
+        return (rows.double() - centre).float()
+    return rows.float() - centre.float()
 
 
 def _error_bound(query_norms: Tensor, largest_norm: float, columns: int, device: torch.device) -> Tensor:
-    """float64 `[Q]`: how far faiss' value may be from the distance, for any retain row up to the largest
-    squared norm.
+    """float64 `[Q]`: how far faiss' value may be from the distance.
 
     faiss sums squared differences, or adds `||q||^2 + ||r||^2 - 2 <q, r>`. In any order of summation either
     errs by at most `gamma_{D+3} (||q|| + ||r||)^2` (`gamma_n = n u / (1 - n u)`, `u = 2^-24`: Higham,
     Accuracy and Stability of Numerical Algorithms, section 3.1), and the rounding of both rows to float32
-    before moves the distance by at most `(2 u + u^2) (||q|| + ||r||)^2`. On a GPU the product may take rows
-    rounded to TF32, which moves `2 <q, r>` by at most `2^-10 (||q|| + ||r||)^2`.
+    before moves the distance by at most `(2 u + u^2) (||q|| + ||r||)^2`.
+
+    Args:
+        query_norms: `||q||^2`, float64 `[Q]`.
+        largest_norm: the largest `||r||^2`.
+        columns: D.
+        device: where faiss computes.
     """
-    terms = (columns + 10) * 2.0**-24  # 3, 2 for the rows, 2 for norms of rounded rows, and a reserve
+    # Of the 10: 3 of gamma, 2 for the rows, 2 for norms of rounded rows, and a reserve.
+    terms = (columns + 10) * 2.0**-24
     if terms >= 0.5:
         return torch.full_like(query_norms, torch.inf)
-    relative = terms / (1 - terms) + (2.0**-10 if device.type == "cuda" else 0.0)
-    return relative * (query_norms.sqrt() + largest_norm**0.5).square() + columns * 2.0**-125
+    relative = terms / (1 - terms)
+    # On a GPU the product may take rows rounded to TF32 (10 bits), which moves 2 <q, r> by at most
+    # 2^-10 (||q|| + ||r||)^2.
+    if device.type == "cuda":
+        relative += 2.0**-10
+    # Products below the smallest normal float32 number, 2^-126, may be lost as a whole.
+    underflow = columns * 2.0**-125
+    return relative * (query_norms.sqrt() + largest_norm**0.5).square() + underflow
 
 
 def _knn(device: torch.device) -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]:
-    """`knn(queries, rows, count)` on float32 `[Q, D]` and `[n, D]`: float32 values, int64 positions `[Q,
-    count]` (not sorted), on the CPU.
+    """faiss' search, as a function of queries, rows and how many to find.
+
+    Returns:
+        `knn(queries, rows, count)`, which takes float32 `[Q, D]` and `[n, D]` and returns float32 values and
+        int64 positions `[Q, count]` (not sorted), on the CPU.
+
+    Raises:
+        ImportError: faiss is not installed.
     """
     try:
         import faiss
     except ImportError as error:
         raise ImportError(
-            "backend='faiss': expected faiss to be installed; install it with: pip install faiss-cpu (on a GPU: faiss-gpu)"
+            "backend='faiss': expected faiss to be installed; install it with: pip install faiss-cpu (on a "
+            "GPU: faiss-gpu)"
         ) from error
 
     def on_gpu(queries: Tensor, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -128,6 +151,7 @@ def _knn(device: torch.device) -> Callable[[Tensor, Tensor, int], tuple[Tensor, 
             values, index = faiss.knn_gpu(resources, queries.contiguous(), rows.contiguous(), count)
         return values.cpu(), index.cpu()
 
+    # faiss has a number of threads of its own: for the time of a search it is torch's.
     def on_cpu(queries: Tensor, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
         threads = faiss.omp_get_max_threads()
         faiss.omp_set_num_threads(torch.get_num_threads())

@@ -55,15 +55,17 @@ class NearCopies:
         return len(self.forget_rows)
 
     def __str__(self) -> str:
-        if not len(self):
+        if len(self) == 0:
             return f"no near copies{self._scale()}"
         forget, retain = self.forget_rows.unique(), self.retain_rows.unique()
         near, far = self.distances.min().item(), self.distances.max().item()
-        copies = f"{len(retain)} near cop{'y' if len(retain) == 1 else 'ies'}"
-        images = f"{len(forget)} image{'s' * (len(forget) > 1)} to forget"
+        copies = "1 near copy" if len(retain) == 1 else f"{len(retain)} near copies"
+        images = "1 image" if len(forget) == 1 else f"{len(forget)} images"
         rows = [self._of(row) for row in forget[:SHOWN_IMAGES].tolist()]
-        shown = "; ".join(rows + ["..."] * (len(forget) > SHOWN_IMAGES))
-        return f"{copies} of {images}, {near:.4g} to {far:.4g} away{self._scale()}: {shown}"
+        if len(forget) > SHOWN_IMAGES:
+            rows.append("...")
+        away = f"{near:.4g} to {far:.4g} away{self._scale()}"
+        return f"{copies} of {images} to forget, {away}: {'; '.join(rows)}"
 
     def unequal(self) -> NearCopies:
         """Without the pairs of equal rows."""
@@ -84,11 +86,14 @@ class NearCopies:
         pairs = (self.forget_rows == forget_row).nonzero().flatten().tolist()
         shown = []
         for pair in pairs[:SHOWN_COPIES]:
-            distance = f"{self.distances[pair].item():.4g}"
+            about = f"{self.distances[pair].item():.4g}"
             how = renderings.in_words(int(self.orientations[pair]))
-            shown.append(f"{int(self.retain_rows[pair])} ({distance}{', ' if how else ''}{how})")
-        more = ", ..." if len(pairs) > SHOWN_COPIES else ""
-        return f"forget row {forget_row}: retain rows {', '.join(shown)}{more}"
+            if how:
+                about += f", {how}"
+            shown.append(f"{int(self.retain_rows[pair])} ({about})")
+        if len(pairs) > SHOWN_COPIES:
+            shown.append("...")
+        return f"forget row {forget_row}: retain rows {', '.join(shown)}"
 
 
 def near_copies(forget: ImageStore, retain: ImageStore, *, within: float | str = "auto") -> NearCopies:
@@ -111,16 +116,7 @@ def near_copies(forget: ImageStore, retain: ImageStore, *, within: float | str =
         TypeError, ValueError: for anything but two stores of one shape and kind, for `within` that is neither
             "auto" nor a number >= 0, and for "auto" with latents.
     """
-    for name, store in (("forget", forget), ("retain", retain)):
-        if not isinstance(store, ImageStore):
-            raise TypeError(f"{name}: expected an ImageStore, got {check.describe(store)}")
-    if forget.shape != retain.shape:
-        raise ValueError(f"retain: expected rows of shape {forget.shape}, as in forget, got {retain.shape}")
-    if forget.latents != retain.latents:
-        expected, given = ("latents", "images") if forget.latents else ("images", "latents")
-        raise ValueError(f"retain: expected {expected}, as in forget, got {given}")
-    if forget.is_uint8 != retain.is_uint8:
-        raise TypeError(f"retain: expected the dtype of forget, {forget.dtype}, got {retain.dtype}")
+    _check_alike(forget, retain)
     if not isinstance(within, str):
         return _within_radius(forget, retain, check.number("within", within, low=0))
     if within != "auto":
@@ -129,6 +125,21 @@ def near_copies(forget: ImageStore, retain: ImageStore, *, within: float | str =
         raise ValueError("within: expected a radius (latents cannot be turned or resized), got 'auto'")
     pairs, apart = CopySearch(forget, retain).run()
     return _collected(pairs, apart=apart)
+
+
+def _check_alike(forget: ImageStore, retain: ImageStore) -> None:
+    """That both are stores of one shape and kind."""
+    for name, store in (("forget", forget), ("retain", retain)):
+        if not isinstance(store, ImageStore):
+            raise TypeError(f"{name}: expected an ImageStore, got {check.describe(store)}")
+    if forget.shape != retain.shape:
+        raise ValueError(f"retain: expected rows of shape {forget.shape}, as in forget, got {retain.shape}")
+    if forget.latents and not retain.latents:
+        raise ValueError("retain: expected latents, as in forget, got images")
+    if retain.latents and not forget.latents:
+        raise ValueError("retain: expected images, as in forget, got latents")
+    if forget.is_uint8 != retain.is_uint8:
+        raise TypeError(f"retain: expected the dtype of forget, {forget.dtype}, got {retain.dtype}")
 
 
 def copies_among_neighbors(
@@ -156,6 +167,8 @@ def copies_among_neighbors(
 
 
 def _within_radius(forget: ImageStore, retain: ImageStore, radius: float) -> NearCopies:
+    """All pairs at an L2 distance of at most `radius`, in any orientation that images can have."""
+    # Float images in [-1, 1] are 255 grey levels wide, too. Latents have a unit of their own.
     unit = 1.0 if forget.is_uint8 or forget.latents else 127.5
     turns = (0,) if forget.latents else renderings.orientations(*forget.shape[1:])
     pairs = []
@@ -171,6 +184,7 @@ def _rows_within(queries: Tensor, rows: Tensor, radius: float, unit: float, turn
         index, sqdist = nearest_neighbors(queries[searched.to(queries.device)], rows, count)
         distances = sqdist.cpu().double().sqrt() * unit
         inside = distances <= radius
+        # Distances ascend: where the last of them is outside, no row beyond it is inside.
         complete = ~inside[:, -1] | (count == len(rows))
         query, place = (inside & complete[:, None]).nonzero().unbind(1)
         found = index.cpu()[query, place]
@@ -180,10 +194,12 @@ def _rows_within(queries: Tensor, rows: Tensor, radius: float, unit: float, turn
 
 def _collected(pairs: list[Pairs], **about: float | None) -> NearCopies:
     """Of a pair found in several orientations the nearest; by forget row, then distance."""
+    # Nothing comes first, so that there is something to put together where no pair was found.
     integers = torch.empty(0, dtype=torch.int64)
     nothing = integers, integers, integers, torch.empty(0, dtype=torch.float64)
     columns = [torch.cat(parts) for parts in zip(nothing, *pairs, strict=True)]
     forget_rows, retain_rows, turns, distances = (column.numpy() for column in columns)
+    # lexsort goes by its last key first. In that order the first of equal pairs is the nearest of them.
     order = np.lexsort((turns, retain_rows, distances, forget_rows))
     rows = np.stack([forget_rows[order], retain_rows[order]])
     _, first = np.unique(rows, axis=1, return_index=True)

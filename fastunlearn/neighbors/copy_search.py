@@ -35,20 +35,29 @@ class CopySearch:
         """The near copies, and the median distance of retain rows to their nearest others, if known."""
         nearest = self._distances_to_nearest()
         judge = Judge(nearest)
-        pairs, rows, count = [], list(range(len(self.forget))), FIRST_CANDIDATES
+        pairs: list[Pairs] = []
+        rows, count = list(range(len(self.forget))), FIRST_CANDIDATES
         while rows:
+            # Where half of the candidates are copies there may be more: those rows are searched once more.
             crowded = []
-            block_size = self._rows_at_a_time(count)
-            for start in range(0, len(rows), block_size):
-                block = rows[start : start + block_size]
-                for row, candidates in zip(block, self._candidates(torch.tensor(block), count), strict=True):
-                    retain_rows, turns = torch.tensor(candidates).unbind(1)
-                    found = judged(judge, self.forget, self.retain, row, retain_rows, turns)
-                    pairs.append(found)
-                    if 2 * len(found[0]) >= count and count < len(self.retain) * len(self.turns):
-                        crowded.append(row)
+            all_candidates = count >= len(self.retain) * len(self.turns)
+            for row, (retain_rows, turns) in self._candidates_of(rows, count):
+                found = judged(judge, self.forget, self.retain, row, retain_rows, turns)
+                pairs.append(found)
+                if 2 * len(found[0]) >= count and not all_candidates:
+                    crowded.append(row)
             rows, count = crowded, 4 * count
-        return pairs, self._in_full_size(nearest.median().item()) if len(nearest) else None
+        if len(nearest) == 0:
+            return pairs, None
+        return pairs, self._in_full_size(nearest.median().item())
+
+    def _candidates_of(self, rows: list[int], count: int) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
+        """Each of the forget `rows` with its candidates: retain rows and orientations, int64 `[n]`."""
+        block_size = self._rows_at_a_time(count)
+        for start in range(0, len(rows), block_size):
+            block = rows[start : start + block_size]
+            for row, candidates in zip(block, self._candidates(torch.tensor(block), count), strict=True):
+                yield row, torch.tensor(candidates).unbind(1)
 
     def _in_full_size(self, distance: float) -> float:
         """A distance in the reduced size as that of images without detail."""
@@ -57,10 +66,13 @@ class CopySearch:
         return distance * (height * width / (reduced_height * reduced_width)) ** 0.5
 
     def _rows_at_a_time(self, count: int) -> int:
+        """How many forget rows are searched together: a query takes 4 bytes a value and 100 a candidate."""
         values = self.forget.images[0].numel()
-        return max(1, QUERY_BYTES // (len(self.turns) * len(self.soften) * (4 * values + 100 * count)))
+        queries = len(self.turns) * len(self.soften)
+        return max(1, QUERY_BYTES // (queries * (4 * values + 100 * count)))
 
     def _chunks(self) -> Iterator[tuple[int, Tensor]]:
+        """The retain rows in grey levels, `[n, C, H, W]` at a time, with the number of the first."""
         for start, rows in self.retain.chunks(CHUNK_BYTES):
             yield start, renderings.grey_levels(rows)
 
@@ -81,7 +93,8 @@ class CopySearch:
         oriented = [renderings.oriented(images, turn) for turn in self.turns]
         queries = torch.stack(oriented, dim=1)  # [n, O, V, C, h, w]
         turns = torch.tensor(self.turns)[:, None, None]
-        pairs = torch.empty(len(rows), 0, dtype=torch.int64)  # retain row * 8 + orientation
+        # A pair is one number, retain row * 8 + orientation, so that equal pairs can be told by sorting.
+        pairs = torch.empty(len(rows), 0, dtype=torch.int64)
         sqdist = torch.empty_like(pairs)
         for start, chunk in self._chunks():
             for version in range(len(self.soften)):
@@ -94,15 +107,19 @@ class CopySearch:
                 sqdist = torch.cat([sqdist, distances.view(len(rows), -1)], dim=1)
                 pairs, sqdist = _nearest_different(pairs, sqdist, count)
         different = sqdist != NOTHING
-        found = [line[there].tolist() for line, there in zip(pairs, different, strict=True)]
-        return [[(pair // 8, pair % 8) for pair in line] for line in found]
+        candidates = []
+        for line, there in zip(pairs, different, strict=True):
+            candidates.append([(pair // 8, pair % 8) for pair in line[there].tolist()])
+        return candidates
 
 
 def _nearest_different(keys: Tensor, values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Of each line the `count` different keys with the smallest values; where there are fewer, `NOTHING`."""
+    # Sorted by value and then, stably, by key: of equal keys the smallest value comes first, and the others
+    # are struck out.
     values, order = values.sort(dim=1, stable=True)
     keys, second = keys.gather(1, order).sort(dim=1, stable=True)
-    values = values.gather(1, second)  # of equal keys the smallest value comes first
+    values = values.gather(1, second)
     values[:, 1:][keys[:, 1:] == keys[:, :-1]] = NOTHING
     values, order = values.sort(dim=1, stable=True)
     return keys.gather(1, order)[:, :count], values[:, :count]
@@ -111,7 +128,12 @@ def _nearest_different(keys: Tensor, values: Tensor, count: int) -> tuple[Tensor
 def judged(
     judge: Judge, forget: ImageStore, retain: ImageStore, row: int, retain_rows: Tensor, turns: Tensor
 ) -> Pairs:
-    """Which of the candidates `[n]` of a forget row, retain rows in some orientation, are copies."""
+    """Which candidates of a forget row are copies.
+
+    Args:
+        row: the forget row.
+        retain_rows, turns: int64 `[n]`, the candidates: retain rows, and how they are turned.
+    """
     image = renderings.grey_levels(forget.raw(torch.tensor([row])))[0]
     copies, distances = [], []
     for part in torch.arange(len(retain_rows)).split(max(1, CHUNK_BYTES // image.numel())):

@@ -15,11 +15,11 @@ from torch import Tensor
 from . import renderings
 from .renderings import Resizes
 
-# Of the change by a JPEG of quality 50: copies reach 1.1 times that, other images begin at 1.4 times.
+# Times the change by a JPEG of quality 50: copies reach 1.1 times that, other images begin at 1.4 times.
 COMPRESSION = 1.2
-# Of the distance that all but 1 % of the images of the set keep from their nearest: below it, a copy.
+# Times the distance that all but 1 % of the images of the set keep from their nearest: below it, a copy.
 CLOSE = 0.2
-# Of the median of these distances: beyond it, no copy.
+# Times the median of these distances: beyond it, no copy.
 APART = 0.4
 # Grey levels, root mean square: two pictures that differ by less are one.
 ROUNDING = 1.0
@@ -33,15 +33,17 @@ SOFT_SCALES, SOFT_FILTER = (0.5, 0.75, 2.0), "BILINEAR"
 
 @lru_cache(maxsize=4)
 def soft_resizes(height: int, width: int) -> Resizes:
-    """A few, to find candidates with; none for images that are reduced to a quarter: they leave no trace."""
-    leave_a_trace = max(height, width) < 4 * renderings.LARGEST_SIDE
-    scales = list(SOFT_SCALES) if leave_a_trace else []
+    """A few resizings, to find candidates with."""
+    # On images that are reduced to a quarter they leave no trace.
+    scales = []
+    if max(height, width) < 4 * renderings.LARGEST_SIDE:
+        scales = list(SOFT_SCALES)
     return Resizes(height, width, scales, (SOFT_FILTER,))
 
 
 @lru_cache(maxsize=4)
 def fine_resizes(height: int, width: int) -> Resizes:
-    """All of them, to decide with."""
+    """All resizings, to decide with."""
     return Resizes(height, width, renderings.all_scales(height, width))
 
 
@@ -54,10 +56,11 @@ class Judge:
     """
 
     def __init__(self, nearest: Tensor):
+        self.close, self.largest = 0.0, torch.inf
         nearest = nearest[nearest > 0]  # equal images say nothing of a scale
-        known = len(nearest) > 0
-        self.close = CLOSE * nearest.quantile(0.01).item() if known else 0.0
-        self.largest = APART * nearest.median().item() if known else torch.inf
+        if len(nearest) > 0:
+            self.close = CLOSE * nearest.quantile(0.01).item()
+            self.largest = APART * nearest.median().item()
 
     def limit(self, image: Tensor) -> float:
         """How far, in the reduced size, a compressed copy of `image` may be."""
@@ -76,7 +79,9 @@ class Judge:
         unsettled = (left > limit) & (softened <= WORTH_A_LOOK * limit)
         for number in unsettled.nonzero().flatten().tolist():
             left[number] = min(left[number].item(), _left_of_sharper(others[number], image))
-            if limit < left[number] <= SHARPER * limit and left[number] <= self.limit(others[number]):
+            # A little beyond the limit of `image` the copy's own limit decides, which takes a JPEG of it.
+            beyond = limit < left[number] <= SHARPER * limit
+            if beyond and left[number] <= self.limit(others[number]):
                 left[number] = limit
         return left <= limit
 

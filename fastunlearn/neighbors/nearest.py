@@ -1,5 +1,6 @@
-"""Exact k-nearest-neighbour search of the forget set in the retain set (ReTrack, arXiv 2509.13007, section
-3.3: Euclidean, on pixels).
+"""Exact k-nearest-neighbour search of the forget set in the retain set.
+
+ReTrack (arXiv 2509.13007, section 3.3) measures Euclidean distances on pixels.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ import hashlib
 import importlib.util
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,7 +29,10 @@ CACHE_VERSION = 1  # raised whenever a search could give another answer
 DEFAULT_CHUNK_BYTES = 2**28
 ROWS_MEASURED = 256  # of neighbours that a caller gives
 DISTANCE_ROUNDING = 1e-6  # between float rows, for callers who measured in float32
-SMALLEST = 1e-140  # of which a square, and a share of 1e-16 of it, is a number
+PART_VALUES = 2**24  # how many values of a set that may be on disk are looked at together
+# The smallest float64 number ends near 1e-308. The square of this value, and a share of 1e-16 of that, which
+# the error bounds reckon with, are still numbers.
+SMALLEST = 1e-140
 BACKENDS = ("auto", "exact", "faiss")
 
 
@@ -41,11 +46,10 @@ def nearest_neighbors(
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
     show_progress: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The k nearest retain rows of every forget row by Euclidean distance: exact, ascending, ties by the
-    lower index.
+    """The k nearest retain rows of every forget row by Euclidean distance.
 
-    The retain set is streamed in tiles, so it may be a memory-mapped file larger than memory; equal forget
-    rows are searched once.
+    The answer is exact: ascending distances, ties by the lower index. The retain set is streamed in tiles, so
+    it may be a memory-mapped file larger than memory; equal forget rows are searched once.
 
     Args:
         forget: `[N, ...]`, a store or a tensor.
@@ -73,24 +77,16 @@ def nearest_neighbors(
             k outside [1, M].
     """
     forget_rows, retain_rows = _rows("forget", forget), _rows("retain", retain)
-    if forget_rows.shape[1:] != retain_rows.shape[1:]:
-        raise ValueError(
-            f"retain: expected rows of shape {tuple(forget_rows.shape[1:])} (those of forget), got {tuple(retain_rows.shape[1:])}"
-        )
-    if (forget_rows.dtype == torch.uint8) != (retain_rows.dtype == torch.uint8):
-        raise TypeError(
-            f"retain: expected rows of the kind of forget (both uint8 or both floating), got {retain_rows.dtype} beside {forget_rows.dtype}"
-        )
+    _check_alike(forget_rows, retain_rows)
     k = check.integer("k", k, low=1, high=len(retain_rows), of="the rows of retain")
     chunk_bytes = check.integer("chunk_bytes", chunk_bytes, low=1)
     check.one_of("backend", backend, BACKENDS)
 
-    path = None if cache_dir is None else _cache_path(Path(cache_dir), forget, retain, k)
-    found = (
-        None
-        if path is None or not path.exists()
-        else _read_cache(path, len(forget_rows), len(retain_rows), k)
-    )
+    path = found = None
+    if cache_dir is not None:
+        path = _cache_path(Path(cache_dir), forget, retain, k)
+        if path.exists():
+            found = _read_cache(path, len(forget_rows), len(retain_rows), k)
     if found is None:
         found = _search(forget_rows, retain_rows, k, backend, chunk_bytes, show_progress)
         if path is not None:
@@ -99,27 +95,35 @@ def nearest_neighbors(
     return index.to(forget_rows.device), sqdist.to(forget_rows.device)
 
 
-def check_neighbors(forget: ImageStore, retain: ImageStore, index: Tensor, sqdist: Tensor) -> None:
-    """Whether `index` and `sqdist`, `[N, k]`, can be neighbours of the forget rows: in order, and as far away
-    as they say.
+def _check_alike(forget: Tensor, retain: Tensor) -> None:
+    """That distances between the rows of both mean something."""
+    shape, other = tuple(forget.shape[1:]), tuple(retain.shape[1:])
+    if shape != other:
+        raise ValueError(f"retain: expected rows of shape {shape} (those of forget), got {other}")
+    if (forget.dtype == torch.uint8) != (retain.dtype == torch.uint8):
+        expected = "rows of the kind of forget (both uint8 or both floating)"
+        raise TypeError(f"retain: expected {expected}, got {retain.dtype} beside {forget.dtype}")
 
-    Found for other images, or for these in another order, they would redirect every forget image to
-    strangers, and no error would say so. At most 256 forget rows, spread over the set, are measured.
+
+def check_neighbors(forget: ImageStore, retain: ImageStore, index: Tensor, sqdist: Tensor) -> None:
+    """Whether `index` and `sqdist`, `[N, k]`, can be neighbours of the forget rows.
+
+    They have to be in order, and as far away as they say. Found for other images, or for these in another
+    order, they would redirect every forget image to strangers, and no error would say so. At most 256 forget
+    rows, spread over the set, are measured.
 
     Raises:
         ValueError: distances that descend, that are not finite, or that are not those of the rows.
     """
     if forget.images.is_meta or retain.images.is_meta:  # there are no values
         return
-    if (
-        not bool(torch.isfinite(sqdist).all())
-        or bool((sqdist.diff(dim=1) < 0).any())
-        or bool((sqdist < 0).any())
-    ):
+    finite = bool(torch.isfinite(sqdist).all())
+    if not finite or bool((sqdist.diff(dim=1) < 0).any()) or bool((sqdist < 0).any()):
         raise ValueError("neighbors: expected finite squared distances, ascending in each row, got others")
     for row in torch.linspace(0, len(forget) - 1, min(len(forget), ROWS_MEASURED)).long().tolist():
         own = forget.images[row].flatten()
         others = retain.images[index[row].to(retain.device)].flatten(1).to(own.device)
+        # Distances of uint8 rows are integers, so there is no rounding to allow for.
         if forget.is_uint8:
             measured = (others.long() - own.long()).square().sum(1)
             agree = torch.equal(measured, sqdist[row].to(measured))
@@ -127,13 +131,14 @@ def check_neighbors(forget: ImageStore, retain: ImageStore, index: Tensor, sqdis
             measured = (others.double() - own.double()).square().sum(1)
             agree = torch.allclose(measured, sqdist[row].to(measured), rtol=DISTANCE_ROUNDING, atol=0)
         if not agree:
-            expected = f"neighbours of these forget rows, as nearest_neighbors returns them (row {row} has {measured[0].item():g} to its first)"
-            raise ValueError(
-                f"neighbors: expected {expected}, got a squared distance of {sqdist[row, 0].item():g}"
-            )
+            expected = "neighbours of these forget rows, as nearest_neighbors returns them"
+            found = f"row {row} has {measured[0].item():g} to its first"
+            got = f"a squared distance of {sqdist[row, 0].item():g}"
+            raise ValueError(f"neighbors: expected {expected} ({found}), got {got}")
 
 
 def _rows(name: str, images: ImageStore | Tensor) -> Tensor:
+    """The rows of a store or a tensor, `[N, ...]`, once they are known to be uint8 or finite floats."""
     if isinstance(images, ImageStore):  # has checked its values
         return images.images
     if not isinstance(images, Tensor):
@@ -143,28 +148,26 @@ def _rows(name: str, images: ImageStore | Tensor) -> Tensor:
     if images.ndim < 2 or images.numel() == 0:
         raise ValueError(f"{name}: expected at least one row [N, ...], got {check.describe(images)}")
     if images.is_floating_point():
-        # a memory-mapped set is never read as a whole
-        for part in images.split(max(1, 2**24 // images[0].numel())):
+        # A memory-mapped set is never read as a whole.
+        for part in _parts(images):
             check.finite(name, part)
     return images.detach()
+
+
+def _parts(rows: Tensor) -> tuple[Tensor, ...]:
+    return rows.split(max(1, PART_VALUES // rows[0].numel()))
 
 
 def _search(
     forget: Tensor, retain: Tensor, k: int, backend: str, chunk_bytes: int, show_progress: bool
 ) -> tuple[Tensor, Tensor]:
+    """index int64 `[N, k]` and sqdist `[N, k]` on the CPU, without the cache."""
     from rich.progress import Progress
 
     _refuse_tiny(forget, retain)
+    search = _searcher(backend, retain)
+    # Equal forget rows have equal neighbours: each is searched once, and its answer handed out again.
     first, inverse = _distinct(forget)
-    integers = retain.dtype == torch.uint8
-    if (
-        backend == "auto"
-        and not integers
-        and retain.device.type == "cpu"
-        and importlib.util.find_spec("faiss") is not None
-    ):
-        backend = "faiss"
-    search = search_faiss if backend == "faiss" else search_uint8 if integers else search_float
     with Progress(disable=not show_progress) as bar, torch.no_grad():
         task = bar.add_task("nearest neighbours", total=len(retain))
         index, sqdist = search(
@@ -177,20 +180,36 @@ def _search(
     return index.cpu()[inverse], sqdist.cpu()[inverse]
 
 
+def _searcher(backend: str, retain: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The search that `backend` means for rows of this kind, in this place."""
+    integers = retain.dtype == torch.uint8
+    # For float rows on a CPU faiss is the faster one as measured; the answer is the same.
+    if backend == "auto" and not integers and retain.device.type == "cpu":
+        installed = importlib.util.find_spec("faiss") is not None
+        backend = "faiss" if installed else "exact"
+    if backend == "faiss":
+        return search_faiss
+    if integers:
+        return search_uint8
+    return search_float
+
+
 def _refuse_tiny(forget: Tensor, retain: Tensor) -> None:
-    """
+    """That the values are not so small that their squares are 0 in float64, and with them all distances.
+
     Raises:
-        ValueError: all values are so small that their squares are 0 in float64, and with them all distances.
+        ValueError: they are.
     """
     if not forget.is_floating_point() or forget.is_meta:
         return
+    # Where a forget row has a value that is large enough, the larger set need not be looked at.
     largest = float(forget.abs().amax())
-    if largest < SMALLEST:  # else no look at the larger set
-        largest = max(largest, *(float(part.abs().amax()) for part in retain.split(1024)))
-        if 0 < largest < SMALLEST:
-            raise ValueError(
-                f"forget, retain: expected values of at least {SMALLEST:g}, got at most {largest:g}: scale them"
-            )
+    if largest >= SMALLEST:
+        return
+    largest = max(largest, *(float(part.abs().amax()) for part in retain.split(1024)))
+    if 0 < largest < SMALLEST:
+        expected = f"values of at least {SMALLEST:g}"
+        raise ValueError(f"forget, retain: expected {expected}, got at most {largest:g}: scale them")
 
 
 def _distinct(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -206,20 +225,24 @@ def _distinct(rows: Tensor) -> tuple[Tensor, Tensor]:
     return torch.tensor(first), torch.tensor(inverse)
 
 
-# --- cache
-# -----------------------------------------------------------------------------------------------------------------------
+# --- cache --------------------------------------------------------------------------------------------------
 
 
 def _cache_path(folder: Path, forget: ImageStore | Tensor, retain: ImageStore | Tensor, k: int) -> Path:
+    """The file whose name says by what the result is decided: the content of both sets, and k.
+
+    The backend does not stand in it, since all of them give the same answer.
+    """
     key = json.dumps([CACHE_FORMAT, CACHE_VERSION, _content_hash(forget), _content_hash(retain), k])
     return folder / f"{CACHE_FORMAT}-{hashlib.sha256(key.encode()).hexdigest()[:40]}.safetensors"
 
 
 def _content_hash(images: ImageStore | Tensor) -> str:
+    """SHA-256 over dtype, shape and values."""
     if isinstance(images, ImageStore):
         return images.content_hash()
     digest = hashlib.sha256(f"{images.dtype} {tuple(images.shape)}".encode())
-    for part in images.split(max(1, 2**24 // images[0].numel())):
+    for part in _parts(images):
         digest.update(_bytes(part))
     return digest.hexdigest()
 
@@ -241,21 +264,15 @@ def _read_cache(path: Path, num_forget: int, num_retain: int, k: int) -> tuple[T
     """The kept result, or None, with a warning, when the file is damaged."""
     try:
         with safe_open(path, framework="pt") as file:
-            metadata, index, sqdist = (
-                file.metadata() or {},
-                file.get_tensor("index"),
-                file.get_tensor("sqdist"),
-            )
+            metadata = file.metadata() or {}
+            index, sqdist = file.get_tensor("index"), file.get_tensor("sqdist")
         if metadata.get("format") != CACHE_FORMAT or metadata.get("sha256") != _result_hash(index, sqdist):
             raise ValueError("its content does not have the hash it carries")
+        # A file that was renamed has the right hash, and is the answer to another question.
         if metadata.get("of", path.stem) != path.stem:
             raise ValueError("it was found for other sets, and carries their name")
-        if (
-            index.shape != (num_forget, k)
-            or sqdist.shape != (num_forget, k)
-            or index.min() < 0
-            or index.max() >= num_retain
-        ):
+        right_shape = index.shape == sqdist.shape == (num_forget, k)
+        if not right_shape or index.min() < 0 or index.max() >= num_retain:
             raise ValueError(f"it holds {tuple(index.shape)} neighbours, not {(num_forget, k)}")
     except (SafetensorError, ValueError, OSError, KeyError) as error:
         warnings.warn(

@@ -7,6 +7,7 @@ Pictures are grey levels 0..255 in float32 on the CPU. They are compared in a re
 from __future__ import annotations
 
 import io
+import itertools
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor
 LARGEST_SIDE = 32
 FILTERS = ("NEAREST", "BOX", "BILINEAR", "HAMMING", "BICUBIC", "LANCZOS")  # Pillow's names
 SAME = 0.04  # how far the weights of two ways to resize may differ that count as one
+# The resizing that changes nothing, which is the first version of every picture.
+UNCHANGED = ("BOX", 1.0)
 JPEG_QUALITY, JPEG_BLOCK = 50, 8
 
 
@@ -24,26 +27,34 @@ JPEG_QUALITY, JPEG_BLOCK = 50, 8
 
 def orientations(height: int, width: int) -> tuple[int, ...]:
     """Those that keep the shape. Number o turns by `o % 4` quarters and then, from 4 on, mirrors."""
-    return tuple(range(8)) if height == width else (0, 2, 4, 6)
+    if height == width:
+        return tuple(range(8))
+    return (0, 2, 4, 6)
 
 
 def oriented(images: Tensor, orientation: int) -> Tensor:
     """`images` `[..., H, W]` in another orientation."""
     turned = images.rot90(orientation % 4, (-2, -1))
-    return turned.flip(-1) if orientation >= 4 else turned
+    if orientation >= 4:
+        return turned.flip(-1)
+    return turned
 
 
 def upright(images: Tensor, orientation: int) -> Tensor:
     """Undoes `oriented`."""
-    unmirrored = images.flip(-1) if orientation >= 4 else images
-    return unmirrored.rot90(-(orientation % 4), (-2, -1))
+    if orientation >= 4:
+        images = images.flip(-1)
+    return images.rot90(-(orientation % 4), (-2, -1))
 
 
 def in_words(orientation: int) -> str:
     """Empty for a copy that stands as the image does."""
-    turned = f"turned by {90 * (orientation % 4)} degrees" if orientation % 4 else ""
-    mirrored = "mirrored" if orientation >= 4 else ""
-    return " and ".join(part for part in (turned, mirrored) if part)
+    parts = []
+    if orientation % 4 != 0:
+        parts.append(f"turned by {90 * (orientation % 4)} degrees")
+    if orientation >= 4:
+        parts.append("mirrored")
+    return " and ".join(parts)
 
 
 # --- sizes --------------------------------------------------------------------------------------------------
@@ -52,7 +63,9 @@ def in_words(orientation: int) -> str:
 def grey_levels(images: Tensor) -> Tensor:
     """Rows of a store, uint8 or float in [-1, 1], as float32 in 0..255 on the CPU."""
     values = images.cpu().float()
-    return values if images.dtype == torch.uint8 else (values + 1) * 127.5
+    if images.dtype == torch.uint8:
+        return values
+    return (values + 1) * 127.5
 
 
 def reduced_size(height: int, width: int) -> tuple[int, int]:
@@ -64,16 +77,21 @@ def reduced_size(height: int, width: int) -> tuple[int, int]:
 def reduced(images: Tensor) -> Tensor:
     """`[n, C, H, W]` to `[n, C, h, w]`; the images themselves where they are small."""
     size = reduced_size(*images.shape[-2:])
-    return images if size == tuple(images.shape[-2:]) else F.adaptive_avg_pool2d(images, size)
+    if size == tuple(images.shape[-2:]):
+        return images
+    return F.adaptive_avg_pool2d(images, size)
 
 
 def all_scales(height: int, width: int) -> list[float]:
-    """From half to double: every size in pixels; of larger images fewer: the reduced size shows less."""
+    """From half the size to double: every size in pixels, of larger images fewer."""
     side = min(height, width)
     if side <= LARGEST_SIDE:
         return [size / side for size in range(-(-side // 2), 2 * side + 1)]
+    # The more an image is reduced, the less of a resizing shows.
     count = 16 if side < 4 * LARGEST_SIDE else 4
-    return [*np.linspace(0.5, 1, count, endpoint=False), *np.linspace(2, 1, count // 2, endpoint=False)]
+    smaller = np.linspace(0.5, 1, count, endpoint=False)
+    larger = np.linspace(2, 1, count // 2, endpoint=False)
+    return [*smaller, *larger]
 
 
 class Resizes:
@@ -90,19 +108,20 @@ class Resizes:
     """
 
     def __init__(self, height: int, width: int, scales: list[float], filters: tuple[str, ...] = FILTERS):
-        size = reduced_size(height, width)
-        pairs = np.empty((0, size[0] * height + size[1] * width), np.float32)
-        for name, scale in [("BOX", 1.0), *((name, scale) for name in filters for scale in scales)]:
-            axes = [
-                _there_and_back(side, max(1, round(side * scale)), name, length)
-                for side, length in zip((height, width), size, strict=True)
-            ]
-            pair = np.concatenate([axis.ravel() for axis in axes])
-            if not (np.abs(pairs - pair).max(axis=1, initial=0) <= SAME).any():
+        # Filters of Pillow work on one axis after the other, so a way to resize is a pair of matrices, one
+        # for each axis. Here the pairs are lines, [V, h * H + w * W], to be compared with each other.
+        reduced_height, reduced_width = reduced_size(height, width)
+        pairs = np.empty((0, reduced_height * height + reduced_width * width), np.float32)
+        for name, scale in (UNCHANGED, *itertools.product(filters, scales)):
+            left = _there_and_back(height, max(1, round(height * scale)), name, reduced_height)
+            right = _there_and_back(width, max(1, round(width * scale)), name, reduced_width)
+            pair = np.concatenate([left.ravel(), right.ravel()])
+            differences = np.abs(pairs - pair).max(axis=1, initial=0)
+            if not (differences <= SAME).any():
                 pairs = np.concatenate([pairs, pair[None]])
-        left, right = np.split(pairs, [size[0] * height], axis=1)
-        self.left = torch.from_numpy(left.reshape(-1, size[0], height))
-        self.right = torch.from_numpy(right.reshape(-1, size[1], width)).mT.contiguous()
+        left, right = np.split(pairs, [reduced_height * height], axis=1)
+        self.left = torch.from_numpy(left.reshape(-1, reduced_height, height))
+        self.right = torch.from_numpy(right.reshape(-1, reduced_width, width)).mT.contiguous()
 
     def __len__(self) -> int:
         return len(self.left)
@@ -122,7 +141,9 @@ def _there_and_back(side: int, size: int, name: str, reduced_side: int) -> np.nd
     """float32 `[reduced_side, side]`: an axis of `side` pixels resized to `size` and back, and reduced."""
     from PIL import Image
 
-    axis = Image.fromarray(np.eye(side, dtype=np.float32))  # Pillow does not round floats
+    # Resizing an identity matrix along one axis gives the matrix of the resizing. As floats, which Pillow
+    # does not round.
+    axis = Image.fromarray(np.eye(side, dtype=np.float32))
     there = axis.resize((side, size), Image.Resampling[name])
     back = np.array(there.resize((side, side), Image.Resampling[name]))
     return F.adaptive_avg_pool1d(torch.from_numpy(back).T[None], reduced_side)[0].T.numpy()
@@ -149,11 +170,12 @@ def _jpeg(image: Tensor) -> Tensor:
 
     from ..data.content import formats
 
-    pixels = image.round().clamp(0, 255).to(torch.uint8)
-    planes = [pixels.movedim(0, -1)] if len(image) == 3 else list(pixels)
-    read = []
-    for plane in planes:
+    def compressed(pixels: Tensor) -> Tensor:
         file = io.BytesIO()
-        Image.fromarray(plane.contiguous().numpy()).save(file, "JPEG", quality=JPEG_QUALITY)
-        read.append(torch.from_numpy(np.array(Image.open(file, formats=formats()))).float())
-    return read[0].movedim(-1, 0) if len(image) == 3 else torch.stack(read)
+        Image.fromarray(pixels.contiguous().numpy()).save(file, "JPEG", quality=JPEG_QUALITY)
+        return torch.from_numpy(np.array(Image.open(file, formats=formats()))).float()
+
+    pixels = image.round().clamp(0, 255).to(torch.uint8)
+    if len(image) == 3:
+        return compressed(pixels.movedim(0, -1)).movedim(-1, 0)
+    return torch.stack([compressed(channel) for channel in pixels])

@@ -13,10 +13,11 @@ from torch import Tensor
 from ..ops.sqdist import INT32_COLUMNS, centred, nearest_kernel, products, square_norms, without_gaps
 from .tiles import Progress, tile_size
 
-# a call of the kernel, where it reads the rows in place: seconds at most, so that progress shows
+# Of a call of the kernel, where it reads the rows in place: it takes seconds at most, so that progress shows.
 TILE_ROWS = 2**16
-_STARTING = Lock()  # held while torch's number of threads is another than the process's
-# a selection works on so many distances at a time, about what a core's second cache level holds
+# Held while torch's number of threads is another than the process's.
+_STARTING = Lock()
+# A selection works on so many distances at a time: about what a core's second cache level holds.
 CACHE_ELEMENTS = 2**20
 
 
@@ -28,25 +29,33 @@ def search_uint8(
     Args:
         forget: uint8 `[Q, D]`.
         retain: uint8 `[N, ...]`, read in order, one tile at a time.
+        k: how many, in [1, N].
+        chunk_bytes: working memory of the search.
+        progress: called with the number of rows of each tile that is done.
 
     Returns:
         index int64 `[Q, k]` and squared distance int64 `[Q, k]`, ascending, on the device of `retain`.
+
+    Raises:
+        ValueError: so many rows and columns that distance and row number do not fit into 64 bits.
     """
     (num_queries, columns), num_rows = forget.shape, len(retain)
-    if (3 * 2**14 * columns).bit_length() + num_rows.bit_length() > 63:
-        raise ValueError(
-            f"retain: expected rows * columns below about 2^47 (distance and row number share 64 bits), got {num_rows} rows of {columns} columns"
-        )
+    # Values of centred rows are at most 2^7, so ||r||^2 - 2 <q, r> is at most 3 * 2^14 a column.
+    distance_bits = (3 * 2**14 * columns).bit_length()
+    if distance_bits + num_rows.bit_length() > 63:
+        expected = "rows * columns below about 2^47 (distance and row number share 64 bits)"
+        raise ValueError(f"retain: expected {expected}, got {num_rows} rows of {columns} columns")
     forget, kernel = forget.to(retain.device), nearest_kernel(retain.device)
     if kernel is None:
         return _in_torch(forget, retain, k, chunk_bytes, progress)
     queries = without_gaps(forget)
     sqdist = torch.full((num_queries, k), torch.iinfo(torch.int64).max)
     index = torch.full((num_queries, k), -1)
-    copied = retain[:1].flatten(1).data_ptr() != retain.data_ptr() or (
-        columns > 1 and retain[:1].flatten(1).stride(1) != 1
-    )
-    tile_rows = max(chunk_bytes // columns, 64) if copied else TILE_ROWS
+    # The kernel wants the values of a row side by side. Rows that are not so (of a permuted view, say) are
+    # copied tile by tile, and only then does a tile take memory.
+    first = retain[:1].flatten(1)
+    in_place = first.data_ptr() == retain.data_ptr() and (columns == 1 or first.stride(1) == 1)
+    tile_rows = TILE_ROWS if in_place else max(chunk_bytes // columns, 64)
     for start in range(0, num_rows, tile_rows):
         tile = without_gaps(retain[start : start + tile_rows].flatten(1))
         kernel(queries, tile, start, sqdist, index)
@@ -54,18 +63,19 @@ def search_uint8(
     return index, sqdist
 
 
-# --- plain torch
-# -----------------------------------------------------------------------------------------------------------------
+# --- plain torch --------------------------------------------------------------------------------------------
 
 
 def _in_torch(
     forget: Tensor, retain: Tensor, k: int, chunk_bytes: int, progress: Progress
 ) -> tuple[Tensor, Tensor]:
-    """With both sets shifted by -128 (which leaves distances alone), `||q - r||^2 = ||q||^2 + (||r||^2 - 2
-    <q, r>)`: an int8 matrix product.
+    """`search_uint8` where there is no kernel: by an int8 matrix product.
 
-    Each distance travels with its row number in one int64, `distance * 2^bits + row`, so the smallest numbers
-    are the nearest rows with ties in favour of the lower row.
+    With both sets shifted by -128, which leaves distances alone, and q fixed,
+    `||q - r||^2 = ||q||^2 + (||r||^2 - 2 <q, r>)`: the term in brackets ranks the rows.
+
+    That term travels with its row number in one int64, `term * 2^bits + row`, so the smallest numbers are the
+    nearest rows, with ties in favour of the lower row.
     """
     (num_queries, columns), num_rows = forget.shape, len(retain)
     row_bits = num_rows.bit_length()
@@ -73,9 +83,9 @@ def _in_torch(
     queries = centred(forget)
     tile_rows, tile_queries = tile_size(num_rows, num_queries, columns, 2 * columns, chunk_bytes)
     rows_buffer = torch.empty((tile_rows, columns), dtype=torch.int8, device=retain.device)
-    norms_buffer = torch.empty(
-        tile_rows, dtype=torch.int32 if columns <= INT32_COLUMNS else torch.int64, device=retain.device
-    )
+    # Squared norms of short rows fit into 32 bits, which are half the memory to go through.
+    norms_dtype = torch.int32 if columns <= INT32_COLUMNS else torch.int64
+    norms_buffer = torch.empty(tile_rows, dtype=norms_dtype, device=retain.device)
     with _workers(retain.device) as (workers, run):
         for start in range(0, num_rows, tile_rows):
             tile = retain[start : start + tile_rows]
@@ -91,6 +101,8 @@ def _in_torch(
             run(prepare, _slices(len(tile), -(-len(tile) // workers)))
             run(search, _slices(num_queries, -(-tile_queries // workers)))
             progress(len(tile))
+    # The lower bits are the row. The shift keeps the sign of the term, which may be negative; ||q||^2 makes a
+    # distance of it.
     index = best & (2**row_bits - 1)
     return index, (best >> row_bits) + square_norms(queries).long()[:, None]
 
@@ -99,16 +111,16 @@ def _in_torch(
 def _workers(
     device: torch.device,
 ) -> Iterator[tuple[int, Callable[[Callable[[slice], None], list[slice]], None]]]:
-    """`(count, run)`: `run(function, parts)` calls `function` on every part, on a CPU by as many threads as
-    torch uses, each computing alone.
+    """`(count, run)`: `run(function, parts)` calls `function` on every part.
 
-    One join a part instead of one barrier an operation: where other processes compete for the cores, that is
-    twice as fast.
+    On a CPU it does so by as many threads as torch uses, each computing alone: one join a part instead of one
+    barrier an operation. Where other processes compete for the cores, that is twice as fast.
     """
     count = torch.get_num_threads() if device.type == "cpu" else 1
     if count == 1:
         yield 1, lambda function, parts: [function(part) for part in parts]
         return
+    # A list waits for all parts, and raises what one of them raised.
     with ThreadPoolExecutor(count) as pool:
         _compute_alone(pool, count)
         yield count, lambda function, parts: list(pool.map(function, parts))
@@ -139,6 +151,7 @@ def _compute_alone(pool: ThreadPoolExecutor, count: int) -> None:
 
 
 def _slices(length: int, size: int) -> list[slice]:
+    """0 to `length` in parts of `size`, the last of which may be shorter."""
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
@@ -152,7 +165,8 @@ def _keep_smallest(best: Tensor, products: Tensor, norms: Tensor, first_row: int
     the blocks and only those are looked into.
     """
     k, width = best.shape[1], products.shape[1]
-    # about sqrt(width / k): as many block minima as entries in the k blocks
+    # A size of about sqrt(width / k) gives as many block minima as there are entries in the k blocks. Small
+    # blocks, or few of them, are not worth it.
     size = 2 ** max(0, ((width // k).bit_length() - 1) // 2)
     blocks = width // size
     prune = size >= 8 and blocks > k
@@ -163,10 +177,12 @@ def _keep_smallest(best: Tensor, products: Tensor, norms: Tensor, first_row: int
         part.mul_(-2).add_(norms)
         if prune:
             head = part[:, : blocks * size].unflatten(1, (blocks, size))
+            # The number of a block decides between equal minima, as that of a row does between distances.
             minima = (head.amin(2).long() << blocks.bit_length()) + torch.arange(blocks, device=best.device)
             chosen = minima.topk(k, largest=False, sorted=False).indices  # [q, k]
             inside = head.gather(1, chosen[:, :, None].expand(-1, -1, size)).long()
             inside = (inside << row_bits) + numbers[: blocks * size].view(blocks, size)[chosen]
+            # What is left over at the end fills no block: all of it is a candidate.
             tail = (part[:, blocks * size :].long() << row_bits) + numbers[blocks * size :]
             candidates = [best[start : start + step], inside.flatten(1), tail]
         else:
