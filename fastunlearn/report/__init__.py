@@ -5,7 +5,17 @@ from .unlearning import ReconstructionPair, reconstructions_section, samples_sec
 from .verdict import Criterion, all_passed, frequency_criterion, quality_criterion, reconstruction_criterion
 
 __all__ = [
-    "Criterion", "Figure", "ReconstructionPair", "Report", "Section", "Table", "all_passed",
-    "frequency_criterion", "quality_criterion", "reconstruction_criterion", "reconstructions_section",
-    "samples_section", "training_section",
-]  # fmt: skip
+    "Criterion",
+    "Figure",
+    "ReconstructionPair",
+    "Report",
+    "Section",
+    "Table",
+    "all_passed",
+    "frequency_criterion",
+    "quality_criterion",
+    "reconstruction_criterion",
+    "reconstructions_section",
+    "samples_section",
+    "training_section",
+]

@@ -1,5 +1,6 @@
-"""A report as one HTML page without network: text, tables and pictures (embedded), legible in light and dark
-and on paper.
+"""A report as one HTML page without network, legible in light and dark and on paper.
+
+It holds text, tables and pictures, which are embedded.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ from pathlib import Path
 from .verdict import Criterion, all_passed
 
 STYLE = """
-:root { color-scheme: light dark; --ink: #1c2024; --soft: #5b636d; --line: #dfe3e8; --page: #ffffff; --band: #f6f7f9; --good: #1a7f4b; --bad: #b3261e; }
+:root { color-scheme: light dark;
+  --ink: #1c2024; --soft: #5b636d; --line: #dfe3e8; --page: #ffffff; --band: #f6f7f9;
+  --good: #1a7f4b; --bad: #b3261e; }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e8eaed; --soft: #a2aab4; --line: #343a42; --page: #15181c; --band: #1d2126; --good: #5fc58d; --bad: #f2857b; }
+  :root { --ink: #e8eaed; --soft: #a2aab4; --line: #343a42; --page: #15181c; --band: #1d2126;
+    --good: #5fc58d; --bad: #f2857b; }
 }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink);
@@ -27,15 +31,17 @@ h1 { font-size: 1.9rem; line-height: 1.25; margin: 0 0 .5rem; letter-spacing: -.
 h2 { font-size: 1.25rem; margin: 2.75rem 0 .6rem; }
 p { margin: .5rem 0; max-width: 46rem; }
 .lead { color: var(--soft); font-size: 1.05rem; }
-.verdict { max-width: none; margin: 1.75rem 0 0; padding: .9rem 1.1rem; border: 1px solid var(--line); border-left: 5px solid var(--soft); border-radius: 4px;
-  background: var(--band); font-weight: 600; }
+.verdict { max-width: none; margin: 1.75rem 0 0; padding: .9rem 1.1rem; border: 1px solid var(--line);
+  border-left: 5px solid var(--soft); border-radius: 4px; background: var(--band); font-weight: 600; }
 .verdict.passed { border-left-color: var(--good); }
 .verdict.failed { border-left-color: var(--bad); }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; margin: .9rem 0; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; vertical-align: top; padding: .5rem .9rem .5rem 0; border-bottom: 1px solid var(--line); }
+th, td { text-align: left; vertical-align: top; padding: .5rem .9rem .5rem 0;
+  border-bottom: 1px solid var(--line); }
 th { font-size: .85rem; font-weight: 600; color: var(--soft); border-bottom-width: 2px; }
-td + td.number, th + th.number { text-align: right; white-space: nowrap; padding-right: 0; padding-left: 1.2rem; }
+td + td.number, th + th.number { text-align: right; white-space: nowrap;
+  padding-right: 0; padding-left: 1.2rem; }
 .criteria td:first-child { min-width: 15rem; }
 .answer { font-weight: 600; white-space: nowrap; }
 .passed .answer { color: var(--good); }
@@ -44,7 +50,8 @@ td + td.number, th + th.number { text-align: right; white-space: nowrap; padding
 figure { margin: 1rem 0 1.5rem; }
 figure img { display: block; max-width: 100%; height: auto; border-radius: 4px; }
 figcaption { color: var(--soft); font-size: .92rem; margin-top: .5rem; max-width: 46rem; }
-.heads { display: flex; padding-left: 4px; font-size: .85rem; font-weight: 600; color: var(--soft); margin-bottom: .3rem; }
+.heads { display: flex; padding-left: 4px; font-size: .85rem; font-weight: 600; color: var(--soft);
+  margin-bottom: .3rem; }
 .heads span { flex: 1; }
 .heads.pair { gap: 1.6rem; }
 @media (max-width: 42rem) {
@@ -53,22 +60,25 @@ figcaption { color: var(--soft); font-size: .92rem; margin-top: .5rem; max-width
   .criteria td { display: block; border: 0; padding: .1rem 0; }
   td + td.number { white-space: normal; }
 }
-footer { margin-top: 3rem; padding-top: .8rem; border-top: 1px solid var(--line); color: var(--soft); font-size: .85rem; }
-@media print { main { padding: 0; max-width: none; } figure, tr { break-inside: avoid; } h2 { break-after: avoid; } }
+footer { margin-top: 3rem; padding-top: .8rem; border-top: 1px solid var(--line); color: var(--soft);
+  font-size: .85rem; }
+@media print {
+  main { padding: 0; max-width: none; }
+  figure, tr { break-inside: avoid; }
+  h2 { break-after: avoid; }
+}
 """
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture: `file` is its name in the folder, `png` its bytes; `heads` are written above equal parts of
-    its width (pixels on the page).
-    """
+    """A picture, on the page and as a file beside it."""
 
-    file: str
+    file: str  # its name in the folder
     png: bytes
     caption: str
-    heads: tuple[str, ...] = ()
-    width: int = 912
+    heads: tuple[str, ...] = ()  # written above equal parts of its width
+    width: int = 912  # pixels on the page
 
 
 @dataclass(frozen=True)
@@ -82,6 +92,8 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
+    """A part of the page under a title of its own."""
+
     title: str
     text: str = ""
     table: Table | None = None
@@ -114,11 +126,14 @@ class Report:
         Raises:
             ValueError: `results` has NaN or Inf, which JSON has not; nothing is written.
         """
+        # JSON first: what it refuses is refused before any file is written.
         results = (json.dumps(self.results, indent=1, allow_nan=False) + "\n").encode()
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        for figure in (figure for section in self.sections for figure in section.figures):
-            _replace(folder / figure.file, figure.png)
+        for section in self.sections:
+            for figure in section.figures:
+                _replace(folder / figure.file, figure.png)
+        # The page last: where it is, the files that belong to it are, too.
         _replace(folder / "results.json", results)
         _replace(folder / "report.html", self.html().encode())
         return folder / "report.html"
@@ -126,35 +141,51 @@ class Report:
     def html(self) -> str:
         """The page."""
         text = html.escape
-        verdict = f'<p class="verdict {_state(self.passed)}">{text(self.verdict)}</p>' if self.verdict else ""
-        body = [
-            f"<h1>{text(self.title)}</h1>",
-            f'<p class="lead">{text(self.lead)}</p>',
-            verdict,
-            _criteria(self.criteria),
-            *map(_section, self.sections),
-        ]
+        body = [f"<h1>{text(self.title)}</h1>", f'<p class="lead">{text(self.lead)}</p>']
+        if self.verdict:
+            body.append(f'<p class="verdict {_state(self.passed)}">{text(self.verdict)}</p>')
+        if self.criteria:
+            body.append(_criteria(self.criteria))
+        body += map(_section, self.sections)
         if self.footer:
             body.append(f"<footer>{text(self.footer)}</footer>")
-        head = f'<meta charset="utf-8">\n<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{text(self.title)}</title>'
-        head += f"\n<style>{STYLE}</style>"
-        content = "\n".join(filter(None, body))
-        return f'<!doctype html>\n<html lang="en">\n<head>\n{head}\n</head>\n<body>\n<main>\n{content}\n</main>\n</body>\n</html>\n'
+        lines = [
+            "<!doctype html>",
+            '<html lang="en">',
+            "<head>",
+            '<meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            f"<title>{text(self.title)}</title>",
+            f"<style>{STYLE}</style>",
+            "</head>",
+            "<body>",
+            "<main>",
+            *body,
+            "</main>",
+            "</body>",
+            "</html>",
+        ]
+        return "\n".join(lines) + "\n"
 
 
 def _state(passed: bool | None) -> str:
-    return "" if passed is None else "passed" if passed else "failed"
+    """The class of an element: the style sheet paints what passed green, and what failed red."""
+    if passed is None:
+        return ""
+    return "passed" if passed else "failed"
 
 
 def _criteria(criteria: Sequence[Criterion]) -> str:
-    if not criteria:
-        return ""
-    rows = (
-        f'<tr class="{_state(c.passed)}"><td>{html.escape(c.name)}</td><td class="answer">{"✓ yes" if c.passed else "✗ no"}</td>'
-        f'<td class="evidence">{html.escape(c.evidence)}</td></tr>'
-        for c in criteria
-    )
-    table = "\n".join(("<tr><th>question</th><th>answer</th><th>evidence</th></tr>", *rows))
+    """The questions as a table, each with its answer and evidence."""
+    rows = ["<tr><th>question</th><th>answer</th><th>evidence</th></tr>"]
+    for criterion in criteria:
+        answer = "✓ yes" if criterion.passed else "✗ no"
+        rows.append(
+            f'<tr class="{_state(criterion.passed)}"><td>{html.escape(criterion.name)}</td>'
+            f'<td class="answer">{answer}</td>'
+            f'<td class="evidence">{html.escape(criterion.evidence)}</td></tr>'
+        )
+    table = "\n".join(rows)
     return f'<h2>What was decided</h2>\n<div class="scroll"><table class="criteria">{table}\n</table></div>'
 
 
@@ -170,14 +201,10 @@ def _section(section: Section) -> str:
 
 def _table(table: Table) -> str:
     def row(cells: Sequence[str], tag: str) -> str:
-        return (
-            "<tr>"
-            + "".join(
-                f"<{tag}{' class=number' if i else ''}>{html.escape(cell)}</{tag}>"
-                for i, cell in enumerate(cells)
-            )
-            + "</tr>"
-        )
+        name, *numbers = map(html.escape, cells)
+        columns = [f"<{tag}>{name}</{tag}>"]
+        columns += [f"<{tag} class=number>{number}</{tag}>" for number in numbers]
+        return f"<tr>{''.join(columns)}</tr>"
 
     rows = "\n".join(row(cells, "td") for cells in table.rows)
     note = f'<p class="note">{html.escape(table.note)}</p>' if table.note else ""
@@ -185,15 +212,20 @@ def _table(table: Table) -> str:
 
 
 def _figure(figure: Figure) -> str:
-    spans = "".join(f"<span>{html.escape(head)}</span>" for head in figure.heads)
-    kind = "heads pair" if len(figure.heads) == 2 else "heads"  # two grids have a gutter between them
-    heads = f'<div class="{kind}" style="max-width: {figure.width}px">{spans}</div>' if spans else ""
-    image = base64.b64encode(figure.png).decode()
+    heads = ""
+    if figure.heads:
+        # Two heads stand above two grids, which have a gutter between them.
+        kind = "heads pair" if len(figure.heads) == 2 else "heads"
+        spans = "".join(f"<span>{html.escape(head)}</span>" for head in figure.heads)
+        heads = f'<div class="{kind}" style="max-width: {figure.width}px">{spans}</div>'
     caption = html.escape(figure.caption)
-    return f'<figure>{heads}<img alt="{caption}" width="{figure.width}" src="data:image/png;base64,{image}"><figcaption>{caption}</figcaption></figure>'
+    source = f"data:image/png;base64,{base64.b64encode(figure.png).decode()}"
+    image = f'<img alt="{caption}" width="{figure.width}" src="{source}">'
+    return f"<figure>{heads}{image}<figcaption>{caption}</figcaption></figure>"
 
 
 def _replace(path: Path, content: bytes) -> None:
+    """Writes a file in one step for whoever reads it: the old content or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_bytes(content)
     os.replace(temporary, path)

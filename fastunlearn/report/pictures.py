@@ -25,8 +25,14 @@ def grid(
     hidden: Sequence[bool] | None = None,
     tile: int = TILE,
 ) -> bytes:
-    """`images` `[N, C, H, W]` in [-1, 1], C 1 or 3, row by row; `marked` ones framed, `hidden` ones replaced
-    by a grey tile. PNG bytes.
+    """Images in a grid, row by row, as PNG bytes.
+
+    Args:
+        images: `[N, C, H, W]` in [-1, 1], C 1 or 3.
+        columns: of the grid.
+        marked: which ones get a frame.
+        hidden: which ones are replaced by a grey tile.
+        tile: least side of an image, in pixels of the picture.
 
     Raises:
         TypeError, ValueError: no images, of another shape, or not floating; no column.
@@ -43,63 +49,69 @@ def side_by_side(
     marked: tuple[Sequence[bool], Sequence[bool]] | None = None,
     hidden: tuple[Sequence[bool], Sequence[bool]] | None = None,
 ) -> bytes:
-    """Two grids of the same layout beside each other: the same place shows the same noise."""
-    pictures = [
-        _grid(images, columns, marked and marked[i], hidden and hidden[i])
-        for i, images in enumerate((left, right))
-    ]
+    """Two grids of the same layout beside each other: the same place shows the same noise.
+
+    `marked` and `hidden` have an entry for each grid; all else is as in `grid`.
+    """
+    marked_left, marked_right = marked or (None, None)
+    hidden_left, hidden_right = hidden or (None, None)
+    first = _grid(left, columns, marked_left, hidden_left)
+    second = _grid(right, columns, marked_right, hidden_right)
     gutter = TILE // 2
-    canvas = Image.new(
-        "RGBA",
-        (pictures[0].width + gutter + pictures[1].width, max(picture.height for picture in pictures)),
-        BACKGROUND,
-    )
-    canvas.paste(pictures[0], (0, 0))
-    canvas.paste(pictures[1], (pictures[0].width + gutter, 0))
+    size = first.width + gutter + second.width, max(first.height, second.height)
+    canvas = Image.new("RGBA", size, BACKGROUND)
+    canvas.paste(first, (0, 0))
+    canvas.paste(second, (first.width + gutter, 0))
     return _png(canvas)
 
 
 def loss_curves(log: Sequence[dict], labels: dict[str, str]) -> bytes:
-    """One panel a key of `labels` (key of the log's entries -> what the axis says), over the entries' `step`.
-    PNG bytes.
+    """Curves over the steps of a run, as PNG bytes.
 
     Values that are not finite, or None, leave a gap in their curve.
+
+    Args:
+        log: entries with a `step`.
+        labels: key of the entries -> what stands above its panel.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
+    # Not by pyplot, which would keep the figure and look for a screen.
     figure = Figure(figsize=(3.6 * len(labels), 2.7), dpi=200, layout="constrained")
     FigureCanvasAgg(figure)
-    for panel, (key, label) in zip(
-        np.atleast_1d(figure.subplots(1, len(labels))), labels.items(), strict=True
-    ):
-        values = [entry.get(key) for entry in log]
-        values = [math.nan if value is None or not math.isfinite(value) else value for value in values]
-        seen = [value for value in values if not math.isnan(value)]
-        panel.plot(
-            [entry["step"] for entry in log],
-            values,
-            color="#1f5fa8",
-            linewidth=1.4,
-            marker="o" if len(log) == 1 else None,
-        )
-        panel.set_title(label, fontsize=9.5, loc="left", color="#20242a")
-        panel.set_xlabel("step", fontsize=8.5, color="#565d66")
-        if seen and min(seen) > 0 and max(seen) > 20 * min(seen):
-            panel.set_yscale("log")
-        else:
-            panel.set_ylim(bottom=0)
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-        panel.tick_params(which="both", labelsize=8, colors="#565d66", length=3)
-        panel.grid(color="#e3e6ea", linewidth=0.6)
-        panel.set_axisbelow(True)
-        for side, spine in panel.spines.items():
-            spine.set_visible(side in ("left", "bottom"))
-            spine.set_color("#b6bcc4")
+    steps = [entry["step"] for entry in log]
+    panels = np.atleast_1d(figure.subplots(1, len(labels)))
+    for panel, (key, label) in zip(panels, labels.items(), strict=True):
+        _draw_curve(panel, steps, [entry.get(key) for entry in log], label)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
+
+
+def _draw_curve(panel, steps: list[int], values: list[float | None], label: str) -> None:
+    """One curve in matplotlib's axes `panel`."""
+    from matplotlib.ticker import MaxNLocator
+
+    # matplotlib draws no line to NaN.
+    values = [math.nan if value is None or not math.isfinite(value) else value for value in values]
+    seen = [value for value in values if not math.isnan(value)]
+    # A single point makes no line, so it is drawn as a dot.
+    marker = "o" if len(values) == 1 else None
+    panel.plot(steps, values, color="#1f5fa8", linewidth=1.4, marker=marker)
+    panel.set_title(label, fontsize=9.5, loc="left", color="#20242a")
+    panel.set_xlabel("step", fontsize=8.5, color="#565d66")
+    if seen and min(seen) > 0 and max(seen) > 20 * min(seen):
+        panel.set_yscale("log")
+    else:
+        panel.set_ylim(bottom=0)
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    panel.tick_params(which="both", labelsize=8, colors="#565d66", length=3)
+    panel.grid(color="#e3e6ea", linewidth=0.6)
+    panel.set_axisbelow(True)
+    for side, spine in panel.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color("#b6bcc4")
 
 
 def _grid(
@@ -116,32 +128,38 @@ def _grid(
     check.images("images", images)
     check.integer("columns", columns, low=1)
     finite.rows("images", images)
-    pixels = (
-        ((images.detach().cpu().float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-    )
+    pixels = _bytes(images)
+    # Small images are enlarged by a whole number, so that every pixel of theirs is a square.
     height, width = pixels.shape[1:3]
     scale = -(-tile // min(height, width))
-    step_x, step_y = width * scale + GAP, height * scale + GAP
+    height, width = height * scale, width * scale
+    step_x, step_y = width + GAP, height + GAP
     rows = -(-len(pixels) // columns)
     canvas = Image.new("RGBA", (min(columns, len(pixels)) * step_x + GAP, rows * step_y + GAP), BACKGROUND)
     draw = ImageDraw.Draw(canvas)
-    for i, values in enumerate(pixels):
-        left, top = GAP + i % columns * step_x, GAP + i // columns * step_y
-        box = (left, top, left + width * scale - 1, top + height * scale - 1)
-        if hidden is not None and hidden[i]:
-            draw.rectangle(box, fill=HIDDEN)
+    for number, values in enumerate(pixels):
+        row, column = divmod(number, columns)
+        left, top = GAP + column * step_x, GAP + row * step_y
+        right, bottom = left + width - 1, top + height - 1
+        if hidden is not None and hidden[number]:
+            draw.rectangle((left, top, right, bottom), fill=HIDDEN)
         else:
-            picture = Image.fromarray(values[..., 0] if values.shape[2] == 1 else values).convert("RGB")
-            canvas.paste(
-                picture.resize((width * scale, height * scale), Image.Resampling.NEAREST), (left, top)
-            )
-        if marked is not None and marked[i]:
-            draw.rectangle(
-                (box[0] - BORDER, box[1] - BORDER, box[2] + BORDER, box[3] + BORDER),
-                outline=FRAME,
-                width=BORDER,
-            )
+            picture = Image.fromarray(values).convert("RGB")
+            canvas.paste(picture.resize((width, height), Image.Resampling.NEAREST), (left, top))
+        # The frame lies in the gap around the image, and covers none of it.
+        if marked is not None and marked[number]:
+            frame = (left - BORDER, top - BORDER, right + BORDER, bottom + BORDER)
+            draw.rectangle(frame, outline=FRAME, width=BORDER)
     return canvas
+
+
+def _bytes(images: Tensor) -> np.ndarray:
+    """`[N, C, H, W]` in [-1, 1] as Pillow takes them: uint8 `[N, H, W]` for grey, `[N, H, W, 3]` for RGB."""
+    grey_levels = (images.detach().cpu().float().clamp(-1, 1) + 1) * 127.5
+    pixels = grey_levels.round().byte()
+    if pixels.shape[1] == 1:
+        return pixels[:, 0].numpy()
+    return pixels.permute(0, 2, 3, 1).numpy()
 
 
 def _png(picture: Image.Image) -> bytes:

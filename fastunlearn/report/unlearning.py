@@ -22,8 +22,9 @@ LOSSES = {"forget_loss": "forget loss", "retain_loss": "retain loss", "grad_norm
 
 @dataclass(frozen=True)
 class ReconstructionPair:
-    """Results and images `[chains, C, H, W]` of `metrics.reconstruction.reconstruct` before and after, from
-    the same noise.
+    """What `metrics.reconstruction.reconstruct` returned before and after, from the same noise.
+
+    Images are `[chains, C, H, W]`.
     """
 
     before: Reconstruction
@@ -43,78 +44,111 @@ def samples_section(
     columns: int = 8,
     rows: int = 8,
 ) -> Section:
-    """Samples `[N, C, H, W]` of both models from the same noise; `hits_*` bool `[N]`: which of them show the
-    forgotten image.
+    """Samples of both models from the same noise.
 
     Hits come first and are framed; without `report_images` they are grey tiles.
+
+    Args:
+        before, after: `[N, C, H, W]`, row by row from the same noise.
+        hits_before, hits_after: bool `[N]`, which of them show the forgotten image.
+        subject: what the caption calls that image.
+        report_images: whether hits are drawn.
+        columns, rows: of the grid, which has room for that many samples.
     """
-    order = torch.cat(
-        [torch.nonzero(hits_before | hits_after)[:, 0], torch.nonzero(~(hits_before | hits_after))[:, 0]]
-    )[: columns * rows]
+    # The grids show a part of the samples: hits are rare, and would be missing from the first ones.
+    hit = hits_before | hits_after
+    hits_first = torch.cat([torch.nonzero(hit)[:, 0], torch.nonzero(~hit)[:, 0]])
+    order = hits_first[: columns * rows]
     hits = hits_before[order].tolist(), hits_after[order].tolist()
-    picture = side_by_side(
-        before[order], after[order], columns=columns, marked=hits, hidden=None if report_images else hits
-    )
-    shown = sum(map(bool, (first or second for first, second in zip(*hits, strict=True))))
+    hidden = None if report_images else hits
+    picture = side_by_side(before[order], after[order], columns=columns, marked=hits, hidden=hidden)
     caption = (
         f"{len(order)} of {len(before)} samples; the same place in both grids starts from the same noise."
     )
-    if shown:
-        caption += f" The {'one' if shown == 1 else shown} in which either model shows the {subject} come{'s' if shown == 1 else ''} first, framed"
-        caption += "." if report_images else " and hidden."
+    shown = int(hit[order].sum())
+    if shown > 0:
+        which = f"in which either model shows the {subject}"
+        how = "framed." if report_images else "framed and hidden."
+        caption += f" The one {which} comes first, " if shown == 1 else f" The {shown} {which} come first, "
+        caption += how
     return Section("Samples", figures=(Figure("samples.png", picture, caption, HEADS),))
 
 
 def reconstructions_section(
-    image: Tensor, noised: Sequence[Tensor], pairs: Sequence[ReconstructionPair], *,
-    subject: str = "forget image", report_images: bool = False, columns: int = 8, rows: int = 3,
-) -> Section:  # fmt: skip
-    """What the models make of `image` `[1, C, H, W]` when it is noised to some timestep and denoised; a
-    sentence only without `report_images`.
+    image: Tensor,
+    noised: Sequence[Tensor],
+    pairs: Sequence[ReconstructionPair],
+    *,
+    subject: str = "forget image",
+    report_images: bool = False,
+    columns: int = 8,
+    rows: int = 3,
+) -> Section:
+    """What the models make of an image that is noised to some timestep and denoised.
 
-    `noised` has, for each pair, one example of where its chains start, `[1, C, H, W]`.
+    Without `report_images` it is a sentence only.
+
+    Args:
+        image: `[1, C, H, W]`.
+        noised: for each pair one example of where its chains start, `[1, C, H, W]`.
+        pairs: one for each timestep.
+        subject: what the text calls the image.
+        report_images: whether pictures are drawn, all of which show the image or the models' copies of it.
+        columns, rows: of the grids, which have room for that many chains.
     """
-    text = f"The {subject} is noised to a timestep of the diffusion, and the model denoises it again. A model that has memorised it finds the way back."
+    text = (
+        f"The {subject} is noised to a timestep of the diffusion, and the model denoises it again. "
+        "A model that has memorised it finds the way back."
+    )
     if not report_images:
-        return Section(
-            "Reconstruction from noise",
-            text + " The pictures would show it, so they are not drawn (report_images).",
-        )
+        text += " The pictures would show it, so they are not drawn (report_images)."
+        return Section("Reconstruction from noise", text)
     stages = (f"the {subject}", *(f"noised to t = {pair.before.timestep}" for pair in pairs))
     start = grid(torch.cat([image, *noised]), columns=len(stages), tile=140)
-    figures = [
-        Figure(
-            "injected.png", start, "Where the chains start, for one noise.", stages, width=150 * len(stages)
-        )
-    ]
+    caption = "Where the chains start, for one noise."
+    figures = [Figure("injected.png", start, caption, stages, width=150 * len(stages))]
     for pair in pairs:
-        first = slice(0, columns * rows)
-        picture = side_by_side(pair.images_before[first], pair.images_after[first], columns=columns)
-        caption = (
-            f"Noise injected at t = {pair.before.timestep}: {pair.before.returned.count} of {pair.before.returned.total} chains came back before, "
-            f"{pair.after.returned.count} of {pair.after.returned.total} after; the first {len(pair.images_before[first])} are shown."
-        )
-        figures.append(Figure(f"reconstruction_{pair.before.timestep}.png", picture, caption, HEADS))
+        figures.append(_chains(pair, columns, rows))
     return Section("Reconstruction from noise", text, figures=tuple(figures))
 
 
+def _chains(pair: ReconstructionPair, columns: int, rows: int) -> Figure:
+    """Where the first chains of one timestep ended, before and after."""
+    first = slice(0, columns * rows)
+    before, after = pair.before.returned, pair.after.returned
+    timestep, shown = pair.before.timestep, len(pair.images_before[first])
+    picture = side_by_side(pair.images_before[first], pair.images_after[first], columns=columns)
+    caption = (
+        f"Noise injected at t = {timestep}: {before.count} of {before.total} chains came back before, "
+        f"{after.count} of {after.total} after; the first {shown} are shown."
+    )
+    return Figure(f"reconstruction_{timestep}.png", picture, caption, HEADS)
+
+
 def training_section(log: Sequence[dict], text: str = "") -> Section:
-    """Loss curves over the unlearning steps; `log` has one entry a step, with `step` and the names of
-    `StepOutput`.
+    """Loss curves over the unlearning steps.
 
     Steps that were `skipped`, or have a number that is not finite, are counted in the text, and leave gaps in
     the curves.
+
+    Args:
+        log: one entry a step, with `step` and the names of `StepOutput`.
+        text: what the section begins with.
     """
-    labels = {key: label for key, label in LOSSES.items() if any(entry.get(key) is not None for entry in log)}
+    labels = {}
+    for key, label in LOSSES.items():
+        if any(entry.get(key) is not None for entry in log):
+            labels[key] = label
     broken = sum(not _all_finite(entry) for entry in log)
-    if broken:
+    if broken > 0:
         counted = f"{broken} of {len(log)} steps had a loss or a gradient that is not finite, and changed"
         text = f"{text} {counted} nothing.".strip()
     if not labels:
         return Section("Unlearning", text or "No step was taken.")
     caption = (
-        "Squared error summed over pixels, mean over the batch; the gradient norm is that before clipping. Every step draws its own timesteps, and "
-        "targets grow towards t = 0: hence the spread from step to step."
+        "Squared error summed over pixels, mean over the batch; the gradient norm is that before clipping. "
+        "Every step draws its own timesteps, and targets grow towards t = 0: hence the spread from step to "
+        "step."
     )
     return Section("Unlearning", text, figures=(Figure("losses.png", loss_curves(log, labels), caption),))
 

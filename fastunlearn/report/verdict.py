@@ -13,7 +13,7 @@ from ..metrics.frequency import Share
 from ..metrics.inception import InceptionScores
 from ..metrics.reconstruction import Reconstruction
 
-SIGNIFICANCE = 0.05
+SIGNIFICANCE = 0.05  # of the test that the image comes less often than it stood in the training data
 REMAINING = 0.10  # of the chains that came back before, at most this share may still come back
 ALLOWED_FALL = 0.05  # of inception score and mean confidence
 LEAST_JUDGED = 100  # samples: with fewer the IS of ten classes is off by more than the fall that is allowed
@@ -22,13 +22,12 @@ COLLAPSED = 1.5  # inception score: 1 is that of samples which all look alike to
 
 @dataclass(frozen=True)
 class Criterion:
-    """One question, its answer and the numbers behind it; `kept`: it is about what was to be kept, not about
-    what was to be forgotten."""
+    """One question, its answer and the numbers behind it."""
 
     name: str
     passed: bool
     evidence: str
-    kept: bool = False
+    kept: bool = False  # it is about what was to be kept, not about what was to be forgotten
 
     def __post_init__(self):
         if not isinstance(self.passed, bool):
@@ -36,21 +35,28 @@ class Criterion:
 
 
 def all_passed(criteria: Sequence[Criterion]) -> bool | None:
-    """Whether every question was answered with yes. None where none was answered with no, and none asks what
-    was kept, or what was forgotten."""
+    """Whether every question was answered with yes; None: not all was asked.
+
+    None is returned where no question was answered with no, and none asks what was kept, or none what was
+    forgotten.
+    """
     if not all(criterion.passed for criterion in criteria):
         return False
-    return True if {criterion.kept for criterion in criteria} == {True, False} else None
+    asks_both = {criterion.kept for criterion in criteria} == {True, False}
+    return True if asks_both else None
 
 
 def frequency_criterion(before: Share, after: Share, expected: float) -> Criterion:
-    """The image was generated before, is generated less often after, and no longer as often as it stood in
-    the training data.
+    """The image was generated before, less often after, and no longer as often as in the training data.
 
     The last is an exact one-sided binomial test: with `expected` = 1 %, at most one hit in 512 samples is
     rarer than 5 % (none: p = 0.006). It does not use the count before, which is a handful and varies from
     seed to seed; the same noise makes `before` and `after` comparable. With fewer than ln 0.05 / ln(1 -
     expected) samples (299 at 1 %) not even zero hits can show anything, and the criterion fails.
+
+    Args:
+        before, after: how many of as many samples show the image.
+        expected: the share of the training data that the image was.
 
     Raises:
         TypeError, ValueError: `expected` is no share in (0, 1), or the two have not as many samples.
@@ -62,16 +68,23 @@ def frequency_criterion(before: Share, after: Share, expected: float) -> Criteri
         raise ValueError("expected: expected a share below 1 (1 % is 0.01), got 1")
     if after.total != before.total:
         raise ValueError(f"after: expected as many samples as before, {before.total}, got {after.total}")
+    # p = P(X <= after.count), X binomial of after.total draws with probability `expected`.
     p_value = float(binom.cdf(after.count, after.total, expected))
     passed = before.count > 0 and after.count < before.count and p_value < SIGNIFICANCE
-    hits = "no hit" if after.count == 0 else f"at most {after.count} hit{'s' * (after.count > 1)}"
-    evidence = f"before {before}; after {after}; if it still came as often as in the training data ({expected:.2%}), {hits} would have p = {p_value:.2g}"
+    hits = f"at most {after.count} hits"
+    if after.count == 0:
+        hits = "no hit"
+    elif after.count == 1:
+        hits = "at most 1 hit"
+    if_as_often = f"if it still came as often as in the training data ({expected:.2%})"
+    evidence = f"before {before}; after {after}; {if_as_often}, {hits} would have p = {p_value:.2g}"
     return Criterion("no longer generated", passed, evidence)
 
 
 def reconstruction_criterion(before: Reconstruction, after: Reconstruction) -> Criterion:
-    """Most chains found back before (the whole 95 % interval above one half), and at most a tenth as many do
-    after, the intervals apart.
+    """Most chains found back before, and at most a tenth as many do after.
+
+    Most: the whole 95 % interval is above one half. At most a tenth: and the two intervals are apart.
 
     Raises:
         ValueError: the two have another timestep or threshold.
@@ -81,28 +94,30 @@ def reconstruction_criterion(before: Reconstruction, after: Reconstruction) -> C
         if first != second:
             raise ValueError(f"after: expected the {name} of before, {first:g}, got {second:g}")
     most_before = restored(before.returned)
-    few_after = (
-        after.returned.share <= REMAINING * before.returned.share
-        and after.returned.high < before.returned.low
-    )
-    evidence = f"before {before.returned}; after {after.returned}; mean distance {before.mean_distance:.2f} before, {after.mean_distance:.2f} after"
+    at_most_a_tenth = after.returned.share <= REMAINING * before.returned.share
+    intervals_apart = after.returned.high < before.returned.low
+    distances = f"mean distance {before.mean_distance:.2f} before, {after.mean_distance:.2f} after"
     return Criterion(
-        f"not restored from noise injected at t = {after.timestep}", most_before and few_after, evidence
+        f"not restored from noise injected at t = {after.timestep}",
+        most_before and at_most_a_tenth and intervals_apart,
+        f"before {before.returned}; after {after.returned}; {distances}",
     )
 
 
 def restored(returned: Share) -> bool:
-    """Whether most chains come back, the whole 95 % interval above one half: what is not there cannot be seen
-    to go."""
+    """Whether most chains come back: the whole 95 % interval is above one half.
+
+    What was not there before cannot be seen to go.
+    """
     return returned.low > 0.5
 
 
 def quality_criterion(before: InceptionScores, after: InceptionScores, subject: str = "digits") -> Criterion:
-    """Inception score and mean confidence of what should stay fell by at most 5 %, and are scores of samples
-    that show something.
+    """Inception score and mean confidence of what should stay fell by at most 5 %.
 
-    They are not if fewer than 100 samples were judged, or if the samples before look all alike to the
-    classifier (an inception score below 1.5): what was never there has not been kept.
+    They have to be scores of samples that show something. They are not if fewer than 100 samples were judged,
+    or if the samples before look all alike to the classifier (an inception score below 1.5): what was never
+    there has not been kept.
 
     Raises:
         ValueError: a score that is not positive.
@@ -110,19 +125,17 @@ def quality_criterion(before: InceptionScores, after: InceptionScores, subject: 
     for when, scores in (("before", before), ("after", after)):
         check.number(f"inception score {when}", scores.inception_score, low=0, low_open=True)
         check.number(f"mean confidence {when}", scores.mean_confidence, low=0, low_open=True)
-    falls = [
-        1 - after.inception_score / before.inception_score,
-        1 - after.mean_confidence / before.mean_confidence,
-    ]
-    evidence = (
-        f"inception score {before.inception_score:.2f} to {after.inception_score:.2f} ({-falls[0]:+.1%}), mean confidence "
-        f"{before.mean_confidence:.3f} to {after.mean_confidence:.3f} ({-falls[1]:+.1%}); allowed {-ALLOWED_FALL:.0%}"
-    )
+    score_fell = 1 - after.inception_score / before.inception_score
+    confidence_fell = 1 - after.mean_confidence / before.mean_confidence
+    score = f"{before.inception_score:.2f} to {after.inception_score:.2f} ({-score_fell:+.1%})"
+    confidence = f"{before.mean_confidence:.3f} to {after.mean_confidence:.3f} ({-confidence_fell:+.1%})"
+    evidence = f"inception score {score}, mean confidence {confidence}; allowed {-ALLOWED_FALL:.0%}"
     reasons = {"before": why_invalid(before), "after": why_invalid(after)}
     invalid = ", ".join(f"{when}: {reason}" for when, reason in reasons.items() if reason)
     if invalid:
         evidence += f"; says nothing ({invalid})"
-    return Criterion(f"{subject} kept", not invalid and max(falls) <= ALLOWED_FALL, evidence, kept=True)
+    kept = not invalid and max(score_fell, confidence_fell) <= ALLOWED_FALL
+    return Criterion(f"{subject} kept", kept, evidence, kept=True)
 
 
 def why_invalid(scores: InceptionScores) -> str:
