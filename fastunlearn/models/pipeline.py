@@ -22,8 +22,17 @@ if TYPE_CHECKING:
     from diffusers import SchedulerMixin, UNet2DModel
 
 MODELS = ("UNet2DModel",)
-NOT_YET = ("UNet2DConditionModel", "UNet3DConditionModel", "Transformer2DModel", "DiTTransformer2DModel", "PixArtTransformer2DModel", "SD3Transformer2DModel",
-           "FluxTransformer2DModel", "UViTModel")  # fmt: skip
+# Networks that diffusers has and this library does not train: they take more than a picture and a timestep.
+NOT_YET = (
+    "UNet2DConditionModel",
+    "UNet3DConditionModel",
+    "Transformer2DModel",
+    "DiTTransformer2DModel",
+    "PixArtTransformer2DModel",
+    "SD3Transformer2DModel",
+    "FluxTransformer2DModel",
+    "UViTModel",
+)
 SCHEDULERS = (
     "DDPMScheduler",
     "DDIMScheduler",
@@ -61,21 +70,21 @@ def load_checkpoint(
         ImportError: the package diffusers is not installed.
     """
     root = Path(path)
+    if root.is_file():
+        raise ValueError(f"{root}: expected {LAYOUT}, got a file")
     if not root.is_dir():
-        found = (
-            "a file"
-            if root.is_file()
-            else "a path that does not exist (nothing is downloaded: `hf download NAME --local-dir DIR` does that)"
-        )
-        raise ValueError(f"{root}: expected {LAYOUT}, got {found}")
+        hint = "nothing is downloaded: `hf download NAME --local-dir DIR` does that"
+        raise ValueError(f"{root}: expected {LAYOUT}, got a path that does not exist ({hint})")
     folder = _model_folder(root)
     config_file = folder / "config.json"
     config = _read_json(config_file)
     _supported(config_file, config.get("_class_name"), MODELS, "network")
-    index_file = folder.parent / "model_index.json"  # also where the folder of the network alone was given
+    # Of the pipeline around the network, also where the folder of the network alone was given.
+    index_file = folder.parent / "model_index.json"
     if index_file.is_file():
         check_parts(index_file, _read_json(index_file))
     check_surroundings(folder)
+    # Everything that can be told from JSON is told before weights, which may be gigabytes, are read.
     scheduler = _load_scheduler(root, folder)
     check_network(config_file, config, len(scheduler))
     model = _load_model(folder, dtype).to(device)
@@ -84,8 +93,9 @@ def load_checkpoint(
 
 
 def save_checkpoint(output_dir: str | os.PathLike, model: UNet2DModel, scheduler: SchedulerMixin) -> Path:
-    """Writes a folder that `diffusers.DDPMPipeline.from_pretrained` opens; an existing folder of that name is
-    replaced, whole or not at all.
+    """Writes a folder that `diffusers.DDPMPipeline.from_pretrained` opens.
+
+    An existing folder of that name is replaced, whole or not at all.
 
     Args:
         output_dir: the folder.
@@ -105,12 +115,11 @@ def save_checkpoint(output_dir: str | os.PathLike, model: UNet2DModel, scheduler
     if not isinstance(model, torch.nn.Module) or type(plain(model)).__name__ not in MODELS:
         raise TypeError(f"model: expected a diffusers {' or '.join(MODELS)}, got {check.describe(model)}")
     if type(scheduler).__name__ not in SCHEDULERS:
-        raise TypeError(
-            f"scheduler: expected one of {', '.join(SCHEDULERS)} of diffusers, got {check.describe(scheduler)}"
-        )
+        expected = f"one of {', '.join(SCHEDULERS)} of diffusers"
+        raise TypeError(f"scheduler: expected {expected}, got {check.describe(scheduler)}")
     output_dir = check_replaceable(output_dir)
     diffusers = check.package("diffusers", "save_checkpoint")
-    # safetensors refuses channels-last
+    # Row by row, since safetensors refuses tensors that are channels-last.
     model = plain_copy(model).to("cpu", memory_format=torch.contiguous_format)
     with atomic_directory(output_dir) as folder:
         pipeline = diffusers.DDPMPipeline(unet=model, scheduler=scheduler)
@@ -121,50 +130,66 @@ def save_checkpoint(output_dir: str | os.PathLike, model: UNet2DModel, scheduler
 def check_replaceable(output_dir: str | os.PathLike) -> Path:
     """Whether `save_checkpoint` may write to `output_dir`: worth asking before hours of work.
 
+    Returns:
+        `output_dir` as a path.
+
     Raises:
         ValueError: it is a file, or a folder with something else than a pipeline in it.
     """
     output_dir = Path(output_dir)
-    if output_dir.exists() and not (
-        output_dir.is_dir() and ((output_dir / "model_index.json").is_file() or not any(output_dir.iterdir()))
-    ):
-        found = "a folder of something else" if output_dir.is_dir() else "a file"
-        raise ValueError(
-            f"output_dir: expected a new or empty folder, or a saved pipeline to replace, got {found}: {output_dir}"
-        )
+    if not output_dir.exists():
+        return output_dir
+    expected = "a new or empty folder, or a saved pipeline to replace"
+    if not output_dir.is_dir():
+        raise ValueError(f"output_dir: expected {expected}, got a file: {output_dir}")
+    is_pipeline = (output_dir / "model_index.json").is_file()
+    if not is_pipeline and any(output_dir.iterdir()):
+        raise ValueError(f"output_dir: expected {expected}, got a folder of something else: {output_dir}")
     return output_dir
 
 
 def _model_folder(root: Path) -> Path:
-    """The folder of the network; a pipeline must name classes of diffusers itself."""
+    """The folder of the network; a pipeline must name classes of diffusers itself.
+
+    Raises:
+        ValueError: a pipeline without a network, or with one that is not supported.
+    """
     index_file = root / "model_index.json"
     if not index_file.is_file():
-        return root / "unet" if (root / "unet" / "config.json").is_file() else root
+        if (root / "unet" / "config.json").is_file():
+            return root / "unet"
+        return root
     index = _read_json(index_file)
-    for part in ("unet", "transformer"):
-        if index.get(part) not in (None, [None, None]):
-            break
-    else:
+    # A part that is left out of a pipeline stands in its index as [null, null].
+    networks = [part for part in ("unet", "transformer") if index.get(part) not in (None, [None, None])]
+    if not networks:
+        parts = [key for key in index if not key.startswith("_")]
         raise ValueError(
-            f"{index_file}: expected a pipeline with an entry unet, got {', '.join(key for key in index if not key.startswith('_')) or 'none'}"
+            f"{index_file}: expected a pipeline with an entry unet, got {', '.join(parts) or 'none'}"
         )
+    part = networks[0]
     _named_class(index_file, part, index[part], MODELS, "network")
     _named_class(index_file, "scheduler", index.get("scheduler"), SCHEDULERS, "scheduler")
     return root / part
 
 
 def _named_class(file: Path, part: str, entry, allowed: tuple[str, ...], what: str) -> None:
+    """That the `entry` of a part in the index of a pipeline names a supported class of diffusers.
+
+    Raises:
+        ValueError: it does not.
+    """
     if not isinstance(entry, list) or len(entry) != 2 or not all(isinstance(word, str) for word in entry):
         raise ValueError(f"{file}: expected {part} to be [library, class], got {json.dumps(entry)}")
     library, name = entry
     if library != "diffusers":
-        raise ValueError(
-            f"{file}: expected {part} to be a class of diffusers, got {name} of {library!r} (code that comes with a checkpoint is never run)"
-        )
+        got = f"{name} of {library!r} (code that comes with a checkpoint is never run)"
+        raise ValueError(f"{file}: expected {part} to be a class of diffusers, got {got}")
     _supported(file, name, allowed, what)
 
 
 def _supported(file: Path, name, allowed: tuple[str, ...], what: str) -> None:
+    """That the class `name` of a network or scheduler is one of those `allowed`."""
     if name in NOT_YET:
         raise ValueError(
             f"{file}: expected the {what} {' or '.join(allowed)}, got {name}, which is not supported yet"
@@ -175,17 +200,24 @@ def _supported(file: Path, name, allowed: tuple[str, ...], what: str) -> None:
         )
 
 
-def _load_scheduler(root: Path, folder: Path) -> SchedulerMixin:
-    diffusers = check.package("diffusers", "load_checkpoint")
-    places = (root / "scheduler", root, folder.parent / "scheduler", folder)
-    file = next(
-        (place / "scheduler_config.json" for place in places if (place / "scheduler_config.json").is_file()),
-        None,
+def _scheduler_file(root: Path, folder: Path) -> Path:
+    """Where the configuration of the scheduler is: in what was given, or beside the folder of the network."""
+    for place in (root / "scheduler", root, folder.parent / "scheduler", folder):
+        if (place / "scheduler_config.json").is_file():
+            return place / "scheduler_config.json"
+    raise ValueError(
+        f"{root}: expected scheduler_config.json in {root.name}/ or {root.name}/scheduler/, got none"
     )
-    if file is None:
-        raise ValueError(
-            f"{root}: expected scheduler_config.json in {root.name}/ or {root.name}/scheduler/, got none"
-        )
+
+
+def _load_scheduler(root: Path, folder: Path) -> SchedulerMixin:
+    """The scheduler of the network in `folder`.
+
+    Raises:
+        ValueError: naming the file: missing, of another class, or refused by diffusers.
+    """
+    diffusers = check.package("diffusers", "load_checkpoint")
+    file = _scheduler_file(root, folder)
     config = _read_json(file)
     name = config.get("_class_name")
     _supported(file, name, SCHEDULERS, "scheduler")
@@ -201,19 +233,18 @@ def _load_scheduler(root: Path, folder: Path) -> SchedulerMixin:
 
 
 def _load_model(folder: Path, dtype: torch.dtype) -> UNet2DModel:
+    """The network in `folder`, in eval mode, with finite weights.
+
+    Raises:
+        ValueError: naming the file: missing, a pickle, damaged, or not that of the configuration.
+    """
     diffusers = check.package("diffusers", "load_checkpoint")
     name = _read_json(folder / "config.json")["_class_name"]
-    weights = next((folder / file for file in WEIGHTS if (folder / file).is_file()), None)
-    if weights is None:
-        pickles = sorted(file.name for file in folder.iterdir() if file.suffix in REFUSED_SUFFIXES)
-        found = (
-            f"{', '.join(pickles)}: such files are pickles, and unpickling runs whatever code they hold"
-            if pickles
-            else "no weights"
-        )
-        raise ValueError(f"{folder}: expected {WEIGHTS[0]}, got {found}")
-    if (folder / WEIGHTS[1]).is_file():  # diffusers prefers the shards, whatever else there is
+    weights = _weights_file(folder)
+    # diffusers prefers the shards, whatever else there is.
+    if (folder / WEIGHTS[1]).is_file():
         _check_shards(folder / WEIGHTS[1])
+    expected = f"{weights}: expected the weights of the {name} in config.json beside it"
     try:
         model, info = getattr(diffusers, name).from_pretrained(
             folder,
@@ -224,29 +255,38 @@ def _load_model(folder: Path, dtype: torch.dtype) -> UNet2DModel:
             output_loading_info=True,
         )
     # OSError, ValueError, RuntimeError, SafetensorError, KeyError, TypeError: as many as there are ways to be
-    # wrong
+    # wrong.
     except Exception as error:
-        raise ValueError(
-            f"{weights}: expected the weights of the {name} in config.json beside it, got files that diffusers refuses: {error}"
-        ) from error
-    wrong = [
-        f"{len(info[key])} {key.replace('_', ' ')}"
-        for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        if info[key]
-    ]
+        raise ValueError(f"{expected}, got files that diffusers refuses: {error}") from error
+    # diffusers only warns of these, and leaves the parameters in question as they were drawn.
+    wrong = []
+    for key in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[key]:
+            wrong.append(f"{len(info[key])} {key.replace('_', ' ')}")
     if wrong:
-        raise ValueError(
-            f"{weights}: expected the weights of the {name} in config.json beside it, got {', '.join(wrong)}"
-        )
+        raise ValueError(f"{expected}, got {', '.join(wrong)}")
     bad = not_finite(model.state_dict())
     if bad:
         raise ValueError(f"{weights}: expected finite weights, got NaN or Inf in {bad[0]}")
     return model.eval()
 
 
+def _weights_file(folder: Path) -> Path:
+    """The file of the weights in `folder`, or the index of their shards."""
+    for name in WEIGHTS:
+        if (folder / name).is_file():
+            return folder / name
+    found = "no weights"
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in REFUSED_SUFFIXES)
+    if pickles:
+        found = f"{', '.join(pickles)}: such files are pickles, and unpickling runs whatever code they hold"
+    raise ValueError(f"{folder}: expected {WEIGHTS[0]}, got {found}")
+
+
 def _check_shards(index_file: Path) -> None:
-    """Refuses an index that names anything but safetensors beside it: diffusers reads what it names, and
-    unpickles a .bin.
+    """Refuses an index that names anything but safetensors beside it.
+
+    diffusers reads what it names, and unpickles a .bin.
 
     Raises:
         ValueError: naming the entry.
@@ -257,23 +297,28 @@ def _check_shards(index_file: Path) -> None:
             f"{index_file}: expected weight_map to name a file for each tensor, got {check.describe(shards)}"
         )
     for tensor, shard in shards.items():
-        plain = (
-            isinstance(shard, str)
-            and Path(shard).name == shard
-            and "\\" not in shard
-            and shard.endswith(".safetensors")
-        )
-        if not plain:
-            raise ValueError(
-                f"{index_file}: expected the name of a .safetensors file in {index_file.parent} for {tensor}, got {shard!r}"
-            )
+        if not _is_safetensors_name(shard):
+            expected = f"the name of a .safetensors file in {index_file.parent} for {tensor}"
+            raise ValueError(f"{index_file}: expected {expected}, got {shard!r}")
         if not (index_file.parent / shard).is_file():
             raise ValueError(
                 f"{index_file}: expected {shard}, which holds {tensor}, beside it, got no such file"
             )
 
 
+def _is_safetensors_name(shard: object) -> bool:
+    """Whether `shard` can only be a safetensors file in the same folder, on Windows as on Linux."""
+    if not isinstance(shard, str):
+        return False
+    return Path(shard).name == shard and "\\" not in shard and shard.endswith(".safetensors")
+
+
 def _read_json(file: Path) -> dict:
+    """The JSON object in `file`.
+
+    Raises:
+        ValueError: there is none.
+    """
     if not file.is_file():
         raise ValueError(f"{file}: expected {LAYOUT}, got no such file")
     try:

@@ -1,5 +1,4 @@
-"""Sampling for evaluation by diffusers' own schedulers: from noise, and from a given image noised to some
-timestep.
+"""Sampling for evaluation by diffusers' own schedulers: from noise, or from an image noised to some timestep.
 
 The noise of sample i is a function of `(seed, i)` alone. So two models are compared on the same noise, and
 the images do not depend on the batch size (up to the rounding of the network's own batched arithmetic).
@@ -9,7 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -31,12 +30,11 @@ def sample(
     shape: tuple[int, int, int],
     num_inference_steps: int = 50,
     sampler: str = "ddpm",
-    # [N, C, H, W]
     batch_size: int = 64,
     seed: int = 0,
     show_progress: bool = False,
     description: str = "sampling",
-) -> Tensor:
+) -> Tensor:  # [N, C, H, W]
     """Images drawn from noise.
 
     Args:
@@ -85,9 +83,13 @@ def sample(
 
 
 def check_sampling(
-    model: nn.Module | Callable, scheduler, *, shape: tuple[int, int, int], num_inference_steps: int = 50,
+    model: nn.Module | Callable,
+    scheduler,
+    *,
+    shape: tuple[int, int, int],
+    num_inference_steps: int = 50,
     sampler: str = "ddpm",
-) -> None:  # fmt: skip
+) -> None:
     """Whether `sample` can finish, by its first step for one image: one network call.
 
     Raises:
@@ -116,11 +118,10 @@ def inject_and_denoise(
     show_progress: bool = False,
     description: str = "reconstructing",
 ) -> Tensor:  # [M * chains, C, H, W]
-    """Noises `images` to `timestep`, `x_t = alpha_t x + sigma_t eps`, and denoises them again: what has the
-    model memorised of them?
+    """Noises `images` to `timestep` and denoises them again: what has the model memorised of them?
 
-    With every timestep `t, t-1, ..., 0` (`num_inference_steps=None`) this is the reconstruction of the SISS
-    and ReTrack papers (t = 250).
+    A chain starts at `x_t = alpha_t x + sigma_t eps`. With every timestep `t, t-1, ..., 0`
+    (`num_inference_steps=None`) this is the reconstruction of the SISS and ReTrack papers (t = 250).
 
     Args:
         model, scheduler, sampler, batch_size, seed, show_progress, description: as in `sample`.
@@ -158,11 +159,17 @@ def inject_and_denoise(
 
 
 def check_injection(
-    model: nn.Module | Callable, scheduler, image: Tensor, timestep: int, *,
-    num_inference_steps: int | None = None, sampler: str = "ddpm",
-) -> None:  # fmt: skip
-    """Whether `inject_and_denoise` can finish for `image` `[1, C, H, W]`, by the first step of one chain: one
-    network call.
+    model: nn.Module | Callable,
+    scheduler,
+    image: Tensor,
+    timestep: int,
+    *,
+    num_inference_steps: int | None = None,
+    sampler: str = "ddpm",
+) -> None:
+    """Whether `inject_and_denoise` can finish for `image` `[1, C, H, W]`: one network call.
+
+    That is the first step of one chain.
 
     Raises:
         TypeError, ValueError: what `inject_and_denoise` would raise with these arguments.
@@ -178,18 +185,16 @@ def check_injection(
 
 
 def noised(scheduler, images: Tensor, timestep: int, *, seed: int = 0) -> Tensor:  # [M, C, H, W]
-    """Where the chains of `inject_and_denoise(chains=1)` start: `x_t`, float32 on the CPU; arguments as
-    there.
+    """Where the chains of `inject_and_denoise(chains=1)` start: `x_t`, float32 on the CPU.
+
+    Arguments are as there.
     """
     images = _clean_images(images)
     timestep = check.integer(
         "timestep", timestep, low=0, high=len(scheduler) - 1, of="the scheduler's training timesteps"
     )
-    return _noised(
-        images,
-        scheduler.alphas_cumprod[timestep].item(),
-        [torch.Generator().manual_seed(sample_seed(seed, row)) for row in range(len(images))],
-    )
+    alpha_squared = scheduler.alphas_cumprod[timestep].item()
+    return _noised(images, alpha_squared, _generators(seed, range(len(images))))
 
 
 @contextmanager
@@ -199,6 +204,7 @@ def evaluation_mode(model: nn.Module | Callable) -> Iterator[None]:
     Several threads may be inside with one module: the last to leave puts its mode back.
     """
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    # Each module is counted by itself, because two models may share some of theirs.
     with _CHANGING:
         for module in modules:
             inside, training = _EVALUATED.get(module, (0, module.training))
@@ -221,9 +227,9 @@ _EVALUATED: dict[nn.Module, tuple[int, bool]] = {}  # how many are inside, and t
 
 
 def sample_seed(seed: int, index: int) -> int:
-    """Seed of sample `index`. torch's CPU generator reads 32 bits of it: `seed` picks a place on that circle,
-    and the samples follow one another.
-    """
+    """Seed of sample `index`: another one for every sample."""
+    # torch's CPU generator reads 32 bits of it: `seed` picks a place on that circle, and the samples follow
+    # one another.
     start = int(np.random.SeedSequence(seed).generate_state(1)[0])
     return (start + index) % 2**32
 
@@ -231,8 +237,8 @@ def sample_seed(seed: int, index: int) -> int:
 def _denoise(
     model,
     scheduler,
-    timesteps: list[int],
-    indices,
+    timesteps: Sequence[int],
+    indices: Sequence[int],
     start: Callable[[range, list[torch.Generator]], Tensor],
     num_images: int,
     batch_size: int,
@@ -240,29 +246,28 @@ def _denoise(
     show_progress: bool,
     description: str,
 ) -> Tensor:
-    """Runs the chain in batches; the network is told `timesteps`, the scheduler `indices`, entry by entry the
-    same noise levels.
+    """Runs the chains in batches.
+
+    Args:
+        timesteps: what the network is told.
+        indices: what the scheduler is told, entry by entry the same noise levels.
+        start: where the chains of some rows begin, `[B, C, H, W]`, by a generator of noise for each.
     """
     from rich.progress import Progress
 
     batch_size = check.integer("batch_size", batch_size, low=1)
     seed = check.integer("seed", seed, low=0)
     _finite.weights(model)
-    parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
-    device, dtype = (
-        (parameters[0].device, parameters[0].dtype) if parameters else (torch.device("cpu"), torch.float32)
-    )
-    memory_format = torch.channels_last if _is_channels_last(parameters) else torch.contiguous_format
+    device, dtype, memory_format = _home(model)
     # Only diffusers' DDPM scheduler has a variance; another one may still carry the setting in its config.
     learned_variance = vars(scheduler).get("variance_type") in LEARNED
     done = []
-    batches = [
-        range(first, min(first + batch_size, num_images)) for first in range(0, num_images, batch_size)
-    ]
+    firsts = range(0, num_images, batch_size)
+    batches = [range(first, min(first + batch_size, num_images)) for first in firsts]
     with torch.inference_mode(), evaluation_mode(model), Progress(disable=not show_progress) as progress:
         task = progress.add_task(description, total=len(batches) * len(timesteps))
         for rows in batches:
-            generators = [torch.Generator().manual_seed(sample_seed(seed, row)) for row in rows]
+            generators = _generators(seed, rows)
             x = start(rows, generators).to(device)
             finite = torch.ones(len(rows), dtype=torch.bool, device=device)
             for timestep, index in zip(timesteps, indices, strict=True):
@@ -273,20 +278,39 @@ def _denoise(
                 prediction = _prediction(output, x, learned_variance)
                 # An Inf would not be seen in the end: the scheduler clips it to a plausible picture.
                 finite &= _finite_rows(prediction)
+                # A step back, from t to s. "ddpm" draws from the posterior q(x_s | x_t, x_0) at the predicted
+                # x_0 (Ho et al. 2020, eq. 7); "ddim" goes to alpha_s x_0 + sigma_s eps (Song et al. 2021,
+                # eq. 12, without noise).
                 x = scheduler.step(prediction, index, x, generator=generators, return_dict=False)[0]
                 progress.advance(task)
             _refuse_not_finite(finite & _finite_rows(x), rows)
             done.append(x.clamp(-1, 1).cpu().contiguous())
-    return torch.cat(done)  # outside: an ordinary tensor, that autograd may save
+    # Outside of inference mode this makes an ordinary tensor, which autograd may save.
+    return torch.cat(done)
+
+
+def _home(model: nn.Module | Callable) -> tuple[torch.device, torch.dtype, torch.memory_format]:
+    """Where a model computes, in which dtype and in which layout of its inputs, as its parameters say."""
+    parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
+    if not parameters:
+        return torch.device("cpu"), torch.float32, torch.contiguous_format
+    memory_format = torch.channels_last if _is_channels_last(parameters) else torch.contiguous_format
+    return parameters[0].device, parameters[0].dtype, memory_format
+
+
+def _generators(seed: int, rows: Iterable[int]) -> list[torch.Generator]:
+    """A generator of its own for each sample."""
+    return [torch.Generator().manual_seed(sample_seed(seed, row)) for row in rows]
 
 
 def _prediction(output, x: Tensor, learned_variance: bool) -> Tensor:
-    """What the network returned for `x` `[B, C, H, W]`, float32: C channels, or 2C where the sampler reads
-    the variance."""
+    """What the network returned for `x` `[B, C, H, W]`, float32, in the channels that the sampler reads.
+
+    Those are 2C where it reads the variance, else the first C.
+    """
     prediction = check.network_output(output)
-    channels = x.shape[1]
+    batch, channels, height, width = x.shape
     wanted = (2 * channels,) if learned_variance else (channels, 2 * channels)
-    batch, height, width = x.shape[0], *x.shape[2:]
     shapes = [(batch, count, height, width) for count in wanted]
     if not isinstance(prediction, Tensor) or tuple(prediction.shape) not in shapes:
         reason = " (the scheduler learns the variance)" if learned_variance else ""
@@ -294,10 +318,13 @@ def _prediction(output, x: Tensor, learned_variance: bool) -> Tensor:
         raise ValueError(
             f"model: expected a prediction of shape {expected}{reason}, got {check.describe(prediction)}"
         )
-    return (prediction if learned_variance else prediction[:, :channels]).float()
+    if not learned_variance:
+        prediction = prediction[:, :channels]
+    return prediction.float()
 
 
 def _finite_rows(value: Tensor) -> Tensor:
+    """bool `[B]`: which samples of `[B, ...]` are finite."""
     return torch.isfinite(value).flatten(1).all(1)
 
 
@@ -323,15 +350,17 @@ def _clean_images(images: Tensor) -> Tensor:
 
 
 def _noised(images: Tensor, alpha_squared: float, generators: list[torch.Generator]) -> Tensor:
-    return math.sqrt(alpha_squared) * images + math.sqrt(1 - alpha_squared) * _noise(
-        images.shape[1:], generators
-    )
+    """`x_t = alpha_t x + sigma_t eps`, with `sigma_t^2 = 1 - alpha_t^2`."""
+    alpha, sigma = math.sqrt(alpha_squared), math.sqrt(1 - alpha_squared)
+    return alpha * images + sigma * _noise(images.shape[1:], generators)
 
 
 def _noise(shape: tuple[int, ...], generators: list[torch.Generator]) -> Tensor:
+    """`[B, C, H, W]` from N(0, 1), a generator a row."""
     return torch.stack([torch.randn(tuple(shape), generator=generator) for generator in generators])
 
 
 def _is_channels_last(parameters: list[nn.Parameter]) -> bool:
+    """Whether the kernels of the convolutions are laid out so, as far as the two layouts differ."""
     kernels = [p for p in parameters if p.ndim == 4 and p.shape[1] > 1 and p.shape[2] * p.shape[3] > 1]
     return bool(kernels) and all(p.is_contiguous(memory_format=torch.channels_last) for p in kernels)

@@ -37,8 +37,9 @@ def check_parts(index_file: Path, index: dict) -> None:
 
 
 def check_surroundings(folder: Path) -> None:
-    """Refuses the network in `folder` if an autoencoder lies beside it: it is a part of a pipeline of
-    latents.
+    """Refuses the network in `folder` if an autoencoder lies beside it.
+
+    It is then a part of a pipeline of latents.
 
     Raises:
         ValueError: naming the folder of the autoencoder.
@@ -51,8 +52,12 @@ def check_surroundings(folder: Path) -> None:
 
 
 def check_network(config_file: Path, config: dict, num_timesteps: int) -> None:
-    """Refuses networks that ask for more than a picture and one of `num_timesteps` timesteps, or answer
-    otherwise.
+    """Refuses networks that ask for more than a picture and a timestep, or answer with something else.
+
+    Args:
+        config_file: what errors name.
+        config: its content.
+        num_timesteps: of the scheduler that the network was trained with.
 
     Raises:
         ValueError: naming `config_file`, the entry and its value.
@@ -67,9 +72,11 @@ def check_network(config_file: Path, config: dict, num_timesteps: int) -> None:
         expected = f"out_channels equal to in_channels, {channels}, or twice as many (a learned variance)"
         raise ValueError(f"{config_file}: {PICTURES_ALONE}, {expected}, got {answered}")
     embedding = config.get("time_embedding_type", "positional")
-    if embedding == "fourier":  # it takes noise levels for timesteps, and divides by them
+    # Fourier embeddings take noise levels for timesteps, and such networks divide by them.
+    if embedding == "fourier":
         expected = "a time_embedding_type of timesteps, positional or learned"
         raise ValueError(f"{config_file}: expected {expected}, got 'fourier'")
+    # A learned embedding is a table: a timestep beyond its end would be an error in the middle of a run.
     known = config.get("num_train_timesteps")
     if embedding == "learned" and known is not None and known < num_timesteps:
         expected = f"num_train_timesteps of at least the scheduler's {num_timesteps}"
@@ -77,18 +84,21 @@ def check_network(config_file: Path, config: dict, num_timesteps: int) -> None:
 
 
 def picture_shape(model: nn.Module) -> tuple[int, int, int] | None:
-    """`(C, H, W)` of the pictures that a diffusers network was trained on; None: its configuration says none."""
+    """`(C, H, W)` of the pictures that a diffusers network was trained on; None: it does not say."""
     size = model.config.sample_size
     if size is None:
         return None
-    height, width = (size, size) if isinstance(size, int) else size
+    if isinstance(size, int):
+        size = (size, size)
+    height, width = size
     return model.config.in_channels, height, width
 
 
 @torch.no_grad()
 def check_runs(config_file: Path, model: nn.Module, num_timesteps: int) -> None:
-    """Calls the network once, on an empty picture, so that one that cannot be called is refused before hours
-    of work.
+    """Calls the network once, on an empty picture.
+
+    One that cannot be called is so refused before hours of work.
 
     Raises:
         ValueError: it raises, or answers with something else than one picture, or one with a variance.
