@@ -1,5 +1,4 @@
-"""A small classifier of the ten MNIST digits: the feature extractor of FID and IS where no Inception weights
-can be had.
+"""A small classifier of the ten MNIST digits, for FID and IS where no Inception weights can be had.
 
 Numbers from it must not be set beside published FID or IS, which use other networks. How it was trained:
 `scripts/make_assets.py`; its test accuracy: `fastunlearn/assets/README.md`.
@@ -17,8 +16,9 @@ ASSET = "mnist_classifier.safetensors"
 
 
 class MnistClassifier(nn.Module):
-    """Three convolutions and two linear layers, 0.1 M parameters, 2 M multiply-adds an image; batch
-    normalisation is folded in.
+    """Three convolutions and two linear layers; batch normalisation is folded in.
+
+    0.1 M parameters, 2 M multiply-adds an image.
     """
 
     num_classes = 10
@@ -36,7 +36,8 @@ class MnistClassifier(nn.Module):
         """The last hidden layer, `[B, 128]`, of images `[B, 1, 28, 28]` in [-1, 1]."""
         if x.ndim != 4 or x.shape[1:] != (1, 28, 28):
             raise ValueError(f"x: expected shape [B, 1, 28, 28], got {list(x.shape)}")
-        x = (x + 1) / 2  # black is 0, so that zero padding continues the background
+        # Black becomes 0, so that zero padding continues the background.
+        x = (x + 1) / 2
         x = F.relu(self.conv1(x))
         x = F.max_pool2d(F.relu(self.conv2(x)), 2)
         x = F.max_pool2d(F.relu(self.conv3(x)), 2)

@@ -22,10 +22,14 @@ def distances(samples: Tensor, image: Tensor) -> Tensor:  # [N]
         NotFiniteError: a ValueError; NaN or Inf in a sample or the image, which nothing is near to.
     """
     finite.pixels("samples", samples)
-    image = finite.pixels("image", image if image.ndim == 4 else image[None])
+    if image.ndim != 4:
+        image = image[None]
+    finite.pixels("image", image)
     if image.shape != (1, *samples.shape[1:]):
         raise ValueError(
             f"image: expected one image of the samples' shape, {tuple(samples.shape[1:])}, "
             f"got {tuple(image.shape)}"
         )
-    return ((samples.float() - image.to(samples.device).float()) / 2).flatten(1).norm(dim=1)
+    # ||s - x||_2 of pixels in [0, 1]: half of that of pixels in [-1, 1].
+    difference = (samples.float() - image.to(samples.device).float()) / 2
+    return difference.flatten(1).norm(dim=1)

@@ -1,6 +1,4 @@
-"""Frequency: how often a generator produces one given image, with an interval that is exact however rare it
-is.
-"""
+"""Frequency: how often a generator produces one given image, with an interval that is exact however rare."""
 
 from __future__ import annotations
 
@@ -31,26 +29,36 @@ class Share:
 
     @classmethod
     def of(cls, count: int, total: int) -> Share:
-        """The Clopper-Pearson interval (Clopper & Pearson 1934): never below its nominal coverage, defined at
-        0 and at `total` hits.
+        """The share, with the interval of Clopper & Pearson (1934).
+
+        It never covers less than it says, and is defined at 0 and at `total` hits.
         """
         from scipy.stats import beta
 
         total = check.integer("total", total, low=1)
         count = check.integer("count", count, low=0, high=total, of="total")
-        low = float(beta.ppf(0.025, count, total - count + 1)) if count > 0 else 0.0
-        high = float(beta.ppf(0.975, count + 1, total - count)) if count < total else 1.0
+        # With X binomial of n draws, low is the p at which P(X >= k) = 2.5 %, and high that at which
+        # P(X <= k) = 2.5 %. As quantiles of beta distributions: B(0.025; k, n - k + 1) and
+        # B(0.975; k + 1, n - k).
+        low, high = 0.0, 1.0
+        if count > 0:
+            low = float(beta.ppf(0.025, count, total - count + 1))
+        if count < total:
+            high = float(beta.ppf(0.975, count + 1, total - count))
         return cls(count, total, count / total, low, high)
 
     def __str__(self) -> str:
+        # Of fewer samples than 200 one hit is more than half a percent.
         digits = 2 if self.total >= 200 else 1
-        return f"{self.count} of {self.total} ({self.share:.{digits}%}; 95% interval {self.low:.{digits}%} to {self.high:.{digits}%})"
+        share, low, high = (f"{value:.{digits}%}" for value in (self.share, self.low, self.high))
+        return f"{self.count} of {self.total} ({share}; 95% interval {low} to {high})"
 
 
 @torch.no_grad()
 def frequency(samples: Tensor, image: Tensor, threshold: float | None = None) -> Share:
-    """Share of `samples` closer to `image` than `threshold`: "Frequency" of the ReTrack paper (MNIST T-Shirt:
-    L2 < 10 over 784 pixels).
+    """Share of `samples` closer to `image` than `threshold`: "Frequency" of the ReTrack paper.
+
+    For MNIST T-Shirt the paper counts samples at L2 < 10 over 784 pixels.
 
     Args:
         samples: `[N, C, H, W]` in [-1, 1].

@@ -21,19 +21,14 @@ from ..models.sampling import evaluation_mode
 
 @dataclass(frozen=True)
 class InceptionScores:
-    """What the classifier makes of the samples: finite numbers, or none at all.
+    """What the classifier makes of the samples: finite numbers, or none at all."""
 
-    `fid` against the real images: lower is better. `inception_score`: at most the number of classes, 1 where
-    all samples look alike. `mean_confidence`: mean of the largest softmax probability. `note`: what limits
-    the numbers, in words, or nothing.
-    """
-
-    fid: float
-    inception_score: float
-    mean_confidence: float
+    fid: float  # against the real images: lower is better
+    inception_score: float  # at most the number of classes, 1 where all samples look alike
+    mean_confidence: float  # mean of the largest softmax probability
     num_samples: int
     num_real: int
-    note: str = ""
+    note: str = ""  # what limits the numbers, in words, or nothing
 
     def __post_init__(self):
         confidence = {"mean_confidence": self.mean_confidence}
@@ -41,8 +36,9 @@ class InceptionScores:
 
 
 class _Precomputed(nn.Module):
-    """Hands torchmetrics features that are already there: its metrics call their `feature` network on
-    whatever `update` receives.
+    """Hands torchmetrics features that are already there.
+
+    Its metrics call their `feature` network on whatever `update` receives.
     """
 
     def __init__(self, num_features: int):
@@ -56,8 +52,7 @@ class _Precomputed(nn.Module):
 def inception_scores(
     samples: Tensor, real: Tensor, classifier: nn.Module, *, splits: int = 1, batch_size: int = 256
 ) -> InceptionScores:
-    """FID (Heusel et al. 2017), IS (Salimans et al. 2016) and mean confidence of `samples` as `classifier`
-    sees them.
+    """FID, inception score and mean confidence of `samples` as `classifier` sees them.
 
     Remove what is not to be judged first: the papers take detected T-shirts out of the samples of MNIST
     T-Shirt.
@@ -85,25 +80,33 @@ def inception_scores(
 
     sample_features, logits = _run(classifier, samples, batch_size)
     real_features, _ = _run(classifier, real, batch_size)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Metric `InceptionScore` will save all extracted features")
-        score = InceptionScore(feature=_Precomputed(logits.shape[1]), splits=splits)
+
+    # FID (Heusel et al. 2017): the distance of the Gaussians N(m, C) of the features of both sets,
+    # ||m_1 - m_2||^2 + tr(C_1 + C_2 - 2 (C_1 C_2)^(1/2)).
     distance = FrechetInceptionDistance(feature=_Precomputed(real_features.shape[1]), normalize=True)
     distance.update(real_features, real=True)
     distance.update(sample_features, real=False)
+    fid = distance.compute().item()
+
+    # IS (Salimans et al. 2016): exp of the mean of KL(p(y|x) || p(y)), with p(y) the mean of p(y|x) over a
+    # split. torchmetrics warns of features that it keeps, and of the deviation of one split, which is not
+    # read. It shuffles by the global generator before it splits.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Metric `InceptionScore` will save all extracted features")
+        score = InceptionScore(feature=_Precomputed(logits.shape[1]), splits=splits)
     score.update(logits)
-    with _seeded(0), warnings.catch_warnings():  # `compute` shuffles by the global generator before it splits
-        # of one split; only the mean is read
+    with _seeded(0), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"std\(\): degrees of freedom")
         inception_score = score.compute()[0].item()
+
     confidence = logits.softmax(dim=1).amax(dim=1).mean().item()
-    fid = distance.compute().item()
     note = _note(len(samples), len(real), real_features.shape[1])
     return InceptionScores(fid, inception_score, confidence, len(samples), len(real), note)
 
 
 def _note(num_samples: int, num_real: int, num_features: int) -> str:
-    """Fewer images than features span no Gaussian: FID is then biased, more so the fewer they are."""
+    """What limits a FID of so many images, or nothing."""
+    # Fewer images than features span no Gaussian: FID is then biased, more so the fewer they are.
     counts = {"samples": num_samples, "real images": num_real}
     few = [f"{count} {what}" for what, count in counts.items() if count <= num_features]
     if not few:
@@ -119,9 +122,9 @@ _SEEDED = threading.Lock()
 def _seeded(seed: int) -> Iterator[None]:
     """Within the block torch's generator on the CPU is seeded; afterwards it goes on where it was.
 
-    That of a GPU is left alone, which torch.manual_seed would seed too. One thread at a time: else the second
-    would find, and put back, what the first has seeded.
+    One thread at a time: else the second would find, and put back, what the first has seeded.
     """
+    # torch.manual_seed would seed the generators of GPUs, too.
     with _SEEDED, torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
         yield

@@ -25,20 +25,20 @@ START = 1e-5  # the lower end of the papers' ODE, as in Song et al.'s code
 ODES = ("papers", "angle")
 ENDS_IN_NOISE = 0.01  # alphas_cumprod up to which N(0, I) stands for the last level: 0.01 bit a dimension
 IS_NOISE = 1e-5  # alphas_cumprod below which nothing is left to integrate
+LINEAR = 1e-5  # how far alphas_cumprod may be from those of linear betas that count as linear
 
 
 @dataclass(frozen=True)
 class Likelihood:
     """Negative log-likelihood in bits per dimension of each image, and their mean.
 
-    `evaluations`: how many calls of the network, with gradient, it took. `ode`: which form of it, `"papers"`
-    or `"angle"`; compare numbers of one form, for the other may be off by a fifth of a bit.
+    Compare numbers of one form of the ODE: the other may be off by a fifth of a bit.
     """
 
     bits_per_dim: tuple[float, ...]
     mean: float
-    evaluations: int
-    ode: str = "papers"
+    evaluations: int  # how many calls of the network, with gradient, it took
+    ode: str = "papers"  # or "angle"
 
     def __post_init__(self):
         each = {f"image {row}": bits for row, bits in enumerate(self.bits_per_dim)}
@@ -66,18 +66,21 @@ def check_schedule(schedule: NoiseSchedule, ode: str | None = None) -> str:
             f"schedule: expected one that ends in noise (alphas_cumprod of at most {ENDS_IN_NOISE:g} "
             f"at its last timestep), got {last:.3g}"
         )
-    deviation = _linear_betas(schedule)[2]
-    linear = deviation <= 1e-5
+    _, _, deviation = _linear_betas(schedule)
+    linear = deviation <= LINEAR
     if ode == "papers" and not linear:
         raise ValueError(
             "schedule: expected linear betas (the discrete VP SDE of the papers' likelihood ODE), "
             f"got noise levels off that form by {deviation:.2g} in alphas_cumprod"
         )
-    ode = ode or ("papers" if linear else "angle")
-    if ode == "angle" and (len(schedule) < 2 or not _angles(schedule).diff().gt(0).all()):
-        raise ValueError(
-            "schedule: expected at least two noise levels, each above the one before, got others"
-        )
+    if ode is None:
+        ode = "papers" if linear else "angle"
+    if ode == "angle":
+        growing = len(schedule) >= 2 and _angles(schedule).diff().gt(0).all()
+        if not growing:
+            raise ValueError(
+                "schedule: expected at least two noise levels, each above the one before, got others"
+            )
     return ode
 
 
@@ -99,15 +102,21 @@ def check_likelihood(model: nn.Module | Callable, schedule: NoiseSchedule, image
 
 
 def bits_per_dim(
-    model: nn.Module | Callable, schedule: NoiseSchedule, images: Tensor, *, seed: int = 0,
-    rtol: float = 1e-5, atol: float = 1e-5, interpolate: bool = False, ode: str | None = None,
-) -> Likelihood:  # fmt: skip
-    """Bits per dimension of `images` under the model, by the instantaneous change of variables along the
-    probability-flow ODE.
+    model: nn.Module | Callable,
+    schedule: NoiseSchedule,
+    images: Tensor,
+    *,
+    seed: int = 0,
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+    interpolate: bool = False,
+    ode: str | None = None,
+) -> Likelihood:
+    """Bits per dimension of `images` under the model, along the probability-flow ODE.
 
-    The divergence is estimated with one Rademacher probe an image (Hutchinson); dopri5 in float64, one error
-    norm over all images, as SciPy's RK45 in the papers' code. No dequantisation; + 7 bits turn densities on
-    [-1, 1] into 8-bit pixels.
+    The density follows from the instantaneous change of variables. The divergence is estimated with one
+    Rademacher probe an image (Hutchinson); dopri5 in float64, one error norm over all images, as SciPy's RK45
+    in the papers' code. No dequantisation; + 7 bits turn densities on [-1, 1] into 8-bit pixels.
 
     Args:
         model: `callable(x_t, t)`, differentiable in `x_t`; called with float32 `[N, C, H, W]` (or its own
@@ -139,36 +148,53 @@ def bits_per_dim(
     device, dtype = _home(model, images)
     flow.table = flow.table.to(device)
     probes = [_rademacher(images.shape[1:], sample_seed(seed, row)) for row in range(len(images))]
-    probes = torch.stack(probes).to(device)
+    velocity = _Velocity(model, flow, torch.stack(probes).to(device), dtype)
+
+    # The state of the ODE is [N, D + 1]: the pixels, and how much the log-density has changed so far.
     num_dims = images[0].numel()
-    evaluations = 0
-
-    def velocity(time: Tensor, state: Tensor) -> Tensor:  # state [N, D + 1]: pixels, log-density so far
-        nonlocal evaluations
-        evaluations += 1
-        position = state[:, :num_dims].reshape(images.shape)
-        with torch.enable_grad():
-            x = position.to(dtype).requires_grad_()
-            output = model(x, flow.timestep(time).to(torch.float32).expand(len(x)))
-            signal = flow.signal(time, _prediction(output, x).double(), x.double())
-            (projected,) = torch.autograd.grad((signal * probes).sum(), x)
-        trace = (projected.double() * probes).flatten(1).sum(1)
-        drift, divergence = flow.velocity(time, signal.detach(), trace, position)
-        return finite.rows("predictions", torch.cat([drift.flatten(1), divergence[:, None]], dim=1))
-
-    first, last = flow.span
     pixels = flow.scale_at_start * images.to(device, torch.float64).flatten(1)
     start = torch.cat([pixels, torch.zeros(len(images), 1, dtype=torch.float64, device=device)], dim=1)
-    span = torch.tensor([first, last], dtype=torch.float64, device=device)
+    span = torch.tensor(flow.span, dtype=torch.float64, device=device)
     with evaluation_mode(model), torch.no_grad():
         # `step_t`: the last step ends there, as SciPy's does; torchdiffeq would step past it, where there is
         # no schedule, and interpolate.
         solver = {"rtol": rtol, "atol": atol, "method": "dopri5", "options": {"step_t": span[1:]}}
         end = odeint(velocity, start, span, **solver)[-1]
+
+    # log p(x_0) = log N(x_1; 0, I) + integral of div f, and D log(scale) for pixels that were scaled before.
     prior = -0.5 * (num_dims * math.log(2 * math.pi) + end[:, :num_dims].square().sum(1))
     log_density = prior + end[:, num_dims] + num_dims * math.log(flow.scale_at_start)
+    # A grey level is 2 / 256 = 2^-7 wide in [-1, 1], so the probability of one is the density times that.
     bits = (-log_density / (num_dims * math.log(2)) + 7).tolist()
-    return Likelihood(tuple(bits), sum(bits) / len(bits), evaluations, ode)
+    return Likelihood(tuple(bits), sum(bits) / len(bits), velocity.evaluations, ode)
+
+
+class _Velocity:
+    """The right-hand side of the ODE: how pixels and log-density move, for torchdiffeq.
+
+    Args:
+        probes: float64 `[N, C, H, W]` of +1 and -1.
+        dtype: of the network.
+    """
+
+    def __init__(self, model, flow: _PapersFlow | _AngleFlow, probes: Tensor, dtype: torch.dtype):
+        self.model, self.flow, self.probes, self.dtype = model, flow, probes, dtype
+        self.evaluations = 0
+
+    def __call__(self, time: Tensor, state: Tensor) -> Tensor:
+        """The derivative of `state` float64 `[N, D + 1]`."""
+        self.evaluations += 1
+        flow, probes = self.flow, self.probes
+        position = state[:, :-1].reshape(probes.shape)
+        # Hutchinson: tr(ds/dx) is the expectation of z^T (ds/dx) z over probes z.
+        with torch.enable_grad():
+            x = position.to(self.dtype).requires_grad_()
+            output = self.model(x, flow.timestep(time).to(torch.float32).expand(len(x)))
+            signal = flow.signal(time, _prediction(output, x).double(), x.double())
+            (projected,) = torch.autograd.grad((signal * probes).sum(), x)
+        trace = (projected.double() * probes).flatten(1).sum(1)
+        drift, divergence = flow.velocity(time, signal.detach(), trace, position)
+        return finite.rows("predictions", torch.cat([drift.flatten(1), divergence[:, None]], dim=1))
 
 
 class _PapersFlow:
@@ -183,13 +209,17 @@ class _PapersFlow:
         self.table = torch.stack([schedule.alpha, schedule.sigma])
 
     def timestep(self, time: Tensor) -> Tensor:
-        return self._look_up(time)[0]
+        """What the network is told at `time`."""
+        timestep, _, _ = self._look_up(time)
+        return timestep
 
     def signal(self, time: Tensor, prediction: Tensor, x: Tensor) -> Tensor:
         """eps, from what the network predicts."""
         _, alpha, sigma = self._look_up(time)
-        if self.prediction_type == "v_prediction":  # v = alpha eps - sigma x_0
+        # With x = alpha x_0 + sigma eps and v = alpha eps - sigma x_0: eps = alpha v + sigma x.
+        if self.prediction_type == "v_prediction":
             return alpha * prediction + sigma * x
+        # eps = (x - alpha x_0) / sigma
         if self.prediction_type == "sample":
             return (x - alpha * prediction) / sigma
         return prediction
@@ -227,6 +257,7 @@ class _AngleFlow:
         self.scale_at_start = math.cos(first)
 
     def timestep(self, angle: Tensor) -> Tensor:
+        """What the network is told at `angle`: between two timesteps, the fraction that their angles say."""
         above = torch.searchsorted(self.table, angle).clamp(1, len(self.table) - 1)
         low, high = self.table[above - 1], self.table[above]
         return above - 1 + ((angle - low) / (high - low)).clamp(0, 1)
@@ -234,13 +265,16 @@ class _AngleFlow:
     def signal(self, angle: Tensor, prediction: Tensor, x: Tensor) -> Tensor:
         """v = alpha eps - sigma x_0, from what the network predicts."""
         alpha, sigma = angle.cos(), angle.sin()
+        # With eps = (x - alpha x_0) / sigma and alpha^2 + sigma^2 = 1: v = (alpha x - x_0) / sigma.
         if self.prediction_type == "sample":
             return (alpha * x - prediction) / sigma
+        # With x_0 = (x - sigma eps) / alpha: v = (eps - sigma x) / alpha.
         if self.prediction_type == "epsilon":
             return (prediction - sigma * x) / alpha
         return prediction
 
     def velocity(self, angle: Tensor, v: Tensor, trace: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        """dx/dphi = v, and its divergence."""
         return v, trace
 
 
@@ -274,10 +308,12 @@ def _linear_betas(schedule: NoiseSchedule) -> tuple[float, float, float]:
 
     They are T times the first and last beta of the nearest line: 0.1 and 20 for DDPM's.
     """
+    # beta_t = 1 - alphas_cumprod_t / alphas_cumprod_(t-1). A schedule may end at 0, and stay there.
     steps = len(schedule)
     alphas_cumprod = schedule.alpha.square()
     before = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
     betas = 1 - alphas_cumprod / before.clamp(min=torch.finfo(torch.float64).tiny)
+    # The nearest line by least squares, and the noise levels that it would give.
     position = torch.linspace(0, 1, steps, dtype=torch.float64)
     basis = torch.stack([torch.ones_like(position), position], dim=1)
     line = torch.linalg.lstsq(basis, betas[:, None]).solution[:, 0]
@@ -287,4 +323,6 @@ def _linear_betas(schedule: NoiseSchedule) -> tuple[float, float, float]:
 
 
 def _rademacher(shape: tuple[int, ...], seed: int) -> Tensor:
-    return torch.randint(0, 2, tuple(shape), generator=torch.Generator().manual_seed(seed)).double() * 2 - 1
+    """float64 of +1 and -1, each with probability one half."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 2, tuple(shape), generator=generator).double() * 2 - 1

@@ -15,13 +15,11 @@ from .threshold import resolve
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Chains from one image noised to `timestep`: the share that ends within `threshold` of it, and the
-    distances (L2, [0, 1] pixels).
-    """
+    """Where the chains from one image, noised to `timestep`, end. Distances are L2 of [0, 1] pixels."""
 
     timestep: int
     threshold: float
-    returned: Share
+    returned: Share  # of the chains, those that end within `threshold` of the image
     mean_distance: float
     min_distance: float
 
@@ -31,11 +29,16 @@ class Reconstruction:
 
 
 def reconstruct(
-    model, scheduler, image: Tensor, timestep: int, *, chains: int = 64, threshold: float | None = None,
+    model,
+    scheduler,
+    image: Tensor,
+    timestep: int,
+    *,
+    chains: int = 64,
+    threshold: float | None = None,
     **sampling,
-) -> tuple[Reconstruction, Tensor]:  # fmt: skip
-    """Noises `image` to `timestep` with `chains` independent noises, denoises each, and counts those that
-    come back.
+) -> tuple[Reconstruction, Tensor]:
+    """Noises `image` to `timestep`, denoises it, and counts how often it comes back.
 
     SISS and ReTrack do this at t = 250 and compare by SSCD; pixels suffice where the threshold is known to
     separate (MNIST T-Shirt: no digit is closer than 11.5).
@@ -60,10 +63,15 @@ def reconstruct(
     if len(image) != 1:
         raise ValueError(f"image: expected one image, got {len(image)}")
     finite.rows("image", image)
+    # Before the chains, which may take hours: a threshold may be refused.
     threshold = resolve(threshold, image)
     images = inject_and_denoise(model, scheduler, image, timestep, chains=chains, **sampling)
     distance = distances(images, image)
-    returned = Share.of(int((distance < threshold).sum()), chains)
-    return Reconstruction(
-        timestep, threshold, returned, distance.mean().item(), distance.min().item()
-    ), images
+    result = Reconstruction(
+        timestep=timestep,
+        threshold=threshold,
+        returned=Share.of(int((distance < threshold).sum()), chains),
+        mean_distance=distance.mean().item(),
+        min_distance=distance.min().item(),
+    )
+    return result, images

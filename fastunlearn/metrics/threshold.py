@@ -9,6 +9,7 @@ such pictures.
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -17,11 +18,13 @@ from torch import Tensor
 from ..host import check, finite
 from .distance import distances
 
+# The papers' threshold, and the images (MNIST with a T-shirt among them) that it belongs to.
 PAPERS_SHAPE = (1, 28, 28)
 PAPERS_THRESHOLD = 10.0
 QUANTILE = 0.001  # of the distances among images to keep: one pair in a thousand is called the same
+# How many images to keep are compared with each other, and how many bytes of them, as float32.
 MOST_IMAGES = 1000
-MOST_BYTES = 64 << 20  # of the images to keep that are compared with each other, as float32
+MOST_BYTES = 64 << 20
 NOISE_PICTURES = 64
 SAME = 1e-3  # below it an image is the picture that shows nothing: one grey level in one pixel is 0.004
 COPY = 5 / 255  # root mean square of their difference up to which images to keep are copies of each other
@@ -29,18 +32,16 @@ COPY = 5 / 255  # root mean square of their difference up to which images to kee
 
 @dataclass(frozen=True)
 class Threshold:
-    """L2 distances in [0, 1] pixels: `value` is what is used; `how` says in words where it comes from.
+    """A threshold and what there is to say about it. Distances are L2 of [0, 1] pixels.
 
-    `calibrated` is that of the images to keep, or None where there were none; `papers` is theirs, for 1x28x28
-    alone. `near` says how many of the images to keep that were compared are within `value` of one to forget:
-    what matches may be one of them. Copies of the image to forget do not count.
+    What matches may be one of the images to keep that are `near`.
     """
 
-    value: float
-    how: str
-    calibrated: float | None
-    papers: float | None
-    near: int | None = None
+    value: float  # what is used
+    how: str  # where it comes from, in words
+    calibrated: float | None  # that of the images to keep; None: there were none
+    papers: float | None  # theirs; None: it does not belong to images of this size
+    near: int | None = None  # of the images to keep that were compared, those within `value`, but for copies
 
 
 def choose(threshold: float | None, images: Tensor, retain: Tensor | None = None) -> Threshold:
@@ -65,6 +66,7 @@ def choose(threshold: float | None, images: Tensor, retain: Tensor | None = None
         refuse_empty_matches(threshold, images, retain)
         return _threshold(float(threshold), "given", images, retain)
     reason = f"the papers' {PAPERS_THRESHOLD:g} belongs to images of {_size(PAPERS_SHAPE)}"
+    # Where the papers' threshold cannot serve, the reason stands in the error of the case that nothing can.
     if papers is not None:
         try:
             refuse_empty_matches(papers, images, retain)
@@ -113,6 +115,8 @@ def calibrate(images: Tensor, retain: Tensor) -> tuple[float, str]:
         f"the {QUANTILE:.1%} quantile of the {len(apart):,} distances "
         f"among different ones of {len(some):,} images to keep"
     )
+    # Within half the distance of a forget image to a picture that shows nothing, a match is nearer to the
+    # forget image than to that picture (triangle inequality).
     distance, row, picture = _nearest_empty(images, retain)
     _refuse_empty_image(distance, row, picture)
     if distance / 2 < quantile:
@@ -162,9 +166,11 @@ def even_rows(length: int, elements: int) -> Tensor:
 
 def _nearest_empty(images: Tensor, retain: Tensor | None) -> tuple[float, int, str]:
     """The smallest distance of an image to a picture that shows nothing, the image's row, what it is."""
+    # Halves, because distances are those of [0, 1] pixels.
     images = images.detach().cpu().float() / 2
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(NOISE_PICTURES, *images.shape[1:], generator=generator).clamp(-1, 1) / 2
+    # The nearest constant picture is the mean of each channel.
     constant = images.mean(dim=(2, 3), keepdim=True)
     apart = {
         "the nearest constant picture": (images - constant).flatten(1).norm(dim=1),
@@ -173,8 +179,11 @@ def _nearest_empty(images: Tensor, retain: Tensor | None) -> tuple[float, int, s
     if retain is not None:
         mean = retain.float().mean(0).cpu() / 2
         apart["the mean of the images to keep"] = (images - mean).flatten(1).norm(dim=1)
-    nearest = {picture: distance.min(dim=0) for picture, distance in apart.items()}
-    return min((found.values.item(), found.indices.item(), picture) for picture, found in nearest.items())
+    candidates = []
+    for picture, distance in apart.items():
+        nearest = distance.min(dim=0)
+        candidates.append((nearest.values.item(), nearest.indices.item(), picture))
+    return min(candidates)
 
 
 def _near(images: Tensor, retain: Tensor | None, threshold: float) -> int | None:
@@ -193,14 +202,15 @@ def _near(images: Tensor, retain: Tensor | None, threshold: float) -> int | None
 def _threshold(value: float, how: str, images: Tensor, retain: Tensor | None) -> Threshold:
     """A threshold that stands by itself, with the calibrated one beside it where there can be one."""
     papers = PAPERS_THRESHOLD if images.shape[1:] == PAPERS_SHAPE else None
-    try:
-        calibrated = None if retain is None else calibrate(images, retain)[0]
-    except ValueError:
-        calibrated = None
+    calibrated = None
+    if retain is not None:
+        with suppress(ValueError):
+            calibrated, _ = calibrate(images, retain)
     return Threshold(value, how, calibrated, papers, _near(images, retain, value))
 
 
 def _images(images: Tensor, retain: Tensor | None) -> None:
+    """That both are finite images of one shape."""
     finite.rows("images", check.images("images", images))
     if retain is not None:
         finite.rows("retain", check.images("retain", retain))
@@ -212,6 +222,7 @@ def _images(images: Tensor, retain: Tensor | None) -> None:
 
 
 def _refuse_empty_image(distance: float, row: int, picture: str) -> None:
+    """Refuses a forget image that shows nothing itself: everything that a network draws might be it."""
     if distance < SAME:
         raise ValueError(
             f"images: expected images to forget that show something, got forget image {row}, "
