@@ -11,6 +11,15 @@ from .record import Record
 from .verdict import Verdict, decide
 
 __all__ = [
-    "METRICS", "Images", "Measurement", "Record", "Settings", "Subject", "Verdict", "decide", "measure",
-    "parse_metrics", "plan",
-]  # fmt: skip
+    "METRICS",
+    "Images",
+    "Measurement",
+    "Record",
+    "Settings",
+    "Subject",
+    "Verdict",
+    "decide",
+    "measure",
+    "parse_metrics",
+    "plan",
+]

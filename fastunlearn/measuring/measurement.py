@@ -22,6 +22,8 @@ from .planning import Images, Settings, Subject
 # What a metric may raise without the others being wrong: a refusal of ours, a device out of memory, a solver
 # that gives up.
 COSTS_ITS_ROW = (ValueError, RuntimeError, AssertionError, ArithmeticError)
+# The metrics that look at samples, which are drawn once for all of them.
+OF_SAMPLES = ("frequency", "fid", "is")
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ def measure(
     wanted: Sequence[str], subject: Subject, images: Images, settings: Settings
 ) -> Iterator[tuple[str, Measurement | Exception]]:
     """Each metric of `wanted`, as soon as it is there: its numbers, or the error that it ended with."""
-    if {"frequency", "fid", "is"} & set(wanted):
+    if set(OF_SAMPLES) & set(wanted):
         yield from _measure_samples(wanted, subject, images, settings)
     for name, function in (("nll", _likelihood), ("reconstruction", _reconstructions)):
         if name in wanted:
@@ -56,23 +58,35 @@ def measure(
 def _measure_samples(
     wanted: Sequence[str], subject: Subject, images: Images, settings: Settings
 ) -> Iterator[tuple[str, Measurement | Exception]]:
+    """frequency, fid and is, as far as they are among `wanted`."""
     try:
         samples = sample(
-            subject.model, subject.scheduler, settings.num_images, shape=images.shape,
-            num_inference_steps=settings.num_inference_steps, **_noise(settings),
-        )  # fmt: skip
+            subject.model,
+            subject.scheduler,
+            settings.num_images,
+            shape=images.shape,
+            num_inference_steps=settings.num_inference_steps,
+            **_noise(settings),
+        )
         nearest = torch.stack([distances(samples, image) for image in images.forget]).amin(0)
     except COSTS_ITS_ROW as error:
-        yield from ((name, error) for name in ("frequency", "fid", "is") if name in wanted)
+        for name in OF_SAMPLES:
+            if name in wanted:
+                yield name, error
         return
     if "frequency" in wanted:
         yield "frequency", _frequency(nearest, images)
+    # The papers judge the quality of what remains, so samples of a forget image are taken out first.
     if {"fid", "is"} & set(wanted):
         yield from _scores(wanted, samples[nearest >= images.threshold.value], images)
 
 
 def _frequency(nearest: Tensor, images: Images) -> Measurement:
-    """`nearest` `[N]`: of every sample the distance to the forget image that is nearest."""
+    """The share of samples that show a forget image.
+
+    Args:
+        nearest: float32 `[N]`, of every sample the distance to the forget image that is nearest.
+    """
     threshold = images.threshold
     share = _within(nearest, threshold.value)
     numbers = {**asdict(share), "threshold": threshold.value, "min_distance": nearest.min().item()}
@@ -87,13 +101,16 @@ def _scores(
     try:
         scores = inception_scores(others, images.real, load_mnist_classifier())
     except COSTS_ITS_ROW as error:
-        yield from ((name, error) for name in names)
+        for name in names:
+            yield name, error
         return
     shown = {"fid": f"{scores.fid:.3f}", "is": f"{scores.inception_score:.3f}"}
-    yield from ((name, Measurement(shown[name], asdict(scores), scores)) for name in names)
+    for name in names:
+        yield name, Measurement(shown[name], asdict(scores), scores)
 
 
 def _likelihood(subject: Subject, images: Images, settings: Settings) -> Measurement:
+    """Bits per dimension of the few forget images."""
     tolerance = {"rtol": settings.nll_tolerance, "atol": settings.nll_tolerance}
     schedule = NoiseSchedule.from_diffusers(subject.scheduler)
     likelihood = bits_per_dim(subject.model, schedule, images.few, seed=settings.seed, **tolerance)
@@ -102,12 +119,19 @@ def _likelihood(subject: Subject, images: Images, settings: Settings) -> Measure
 
 def _reconstructions(subject: Subject, images: Images, settings: Settings) -> Measurement:
     """Chains from each of the few images, and how many came back to the image they started from."""
+    # One forget image at a time: the verdict asks of each whether it still comes back.
     results, apart = [], []
     for image in images.few:
         result, chains = reconstruct(
-            subject.model, subject.scheduler, image, settings.timestep, chains=settings.chains,
-            threshold=images.threshold.value, num_inference_steps=settings.chain_steps, **_noise(settings),
-        )  # fmt: skip
+            subject.model,
+            subject.scheduler,
+            image,
+            settings.timestep,
+            chains=settings.chains,
+            threshold=images.threshold.value,
+            num_inference_steps=settings.chain_steps,
+            **_noise(settings),
+        )
         results.append(result)
         apart.append(distances(chains, image))
     shares = [result.returned for result in results]
@@ -117,7 +141,11 @@ def _reconstructions(subject: Subject, images: Images, settings: Settings) -> Me
 
 
 def _at_calibrated(apart: Tensor, images: Images) -> dict[str, dict]:
-    """What the calibrated threshold says of the same distances, where another one was used."""
+    """What the calibrated threshold says of the same distances, where another one was used.
+
+    Args:
+        apart: `[N]`, distances that were counted.
+    """
     threshold = images.threshold
     if threshold.calibrated in (None, threshold.value):
         return {}
@@ -130,8 +158,13 @@ def _within(apart: Tensor, threshold: float) -> Share:
 
 
 def _noise(settings: Settings) -> dict[str, Any]:
-    names = "sampler", "batch_size", "seed", "show_progress"
-    return {name: getattr(settings, name) for name in names}
+    """The arguments that samples and chains have in common."""
+    return {
+        "sampler": settings.sampler,
+        "batch_size": settings.batch_size,
+        "seed": settings.seed,
+        "show_progress": settings.show_progress,
+    }
 
 
 def in_short(share: Share) -> str:

@@ -98,6 +98,7 @@ def parse_metrics(text: str) -> tuple[str, ...]:
         ValueError: none, an unknown one, or one twice.
     """
     names = [name.strip() for name in text.split(",")]
+    # An empty text splits into one empty name.
     if names == [""]:
         raise ValueError(f"metrics: expected at least one of {', '.join(METRICS)}, got none")
     for name in names:
@@ -114,6 +115,8 @@ def plan(wanted: Sequence[str], subject: Subject, images: Images, settings: Sett
     The network is called at most three times, for one image each.
     """
     sampled = _reason(lambda: _check_samples(subject, images, settings))
+    # As functions, so that what was not asked for calls no network. fid and is first say what their own data
+    # lack.
     reasons = {
         "frequency": lambda: sampled,
         "nll": lambda: _reason(lambda: _check_likelihood(subject, images)),
@@ -126,7 +129,8 @@ def plan(wanted: Sequence[str], subject: Subject, images: Images, settings: Sett
 
 
 def _reason(check: Callable[[], None]) -> str:
-    """Why `check` refuses, or nothing. A RuntimeError is torch's: the images do not fit."""
+    """Why `check` refuses, or nothing."""
+    # A RuntimeError is torch's: the images do not fit the network.
     try:
         check()
     except (TypeError, ValueError, RuntimeError) as error:
@@ -137,6 +141,9 @@ def _reason(check: Callable[[], None]) -> str:
 def _check_likelihood(subject: Subject, images: Images) -> None:
     schedule = NoiseSchedule.from_diffusers(subject.scheduler)
     check_likelihood(subject.model, schedule, images.few[:1])
+
+
+# Each of the following raises what the metric itself would: they call its own checks, on one image.
 
 
 def _check_samples(subject: Subject, images: Images, settings: Settings) -> None:

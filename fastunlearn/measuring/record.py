@@ -33,6 +33,7 @@ class Record:
         self.measured: dict[str, dict[str, Measurement]] = {name: {} for name in subjects}
         self.not_measured: dict[str, dict[str, str]] = {name: {} for name in subjects}
         self._content = {"status": "running", **head}
+        # Written before anything is measured: a folder that takes no file is told now, not after hours.
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self._write()
 
@@ -63,8 +64,10 @@ class Record:
         return not any(self.not_measured.values())
 
     def _write(self) -> None:
+        """The whole file anew, in one step: a reader never finds a part of it."""
         measured = {name: self._row(row) for name, row in self.measured.items()}
         content = {**self._content, "measured": measured, "not_measured": self.not_measured}
+        # Without NaN, which other readers of JSON refuse.
         with atomic_file(self.file) as file:
             file.write((json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..metrics.frequency import Share
 from ..report.verdict import Criterion, quality_criterion, reconstruction_criterion, restored, why_invalid
 from .measurement import Measurement
 
@@ -37,18 +38,20 @@ def decide(
     if before is None:
         reason = "no checkpoint from before (--against), so nothing can be seen to have gone"
         return Verdict("not decided", reason)
+
+    # What is still there is a no, whatever else was not measured.
     if "frequency" in after and after["frequency"].result.count > 0:
         return Verdict(
             "no", f"still generated: {after['frequency'].result} samples after show a forget image"
         )
     forgotten = _forgotten(before, after)
     unseen = [row for row in range(len(forgotten)) if not restored(_returned(before, row))]
-    still = [
-        row for row, criterion in enumerate(forgotten)
-        if restored(_returned(after, row)) or (row not in unseen and not criterion.passed)
-    ]  # fmt: skip
+    still = _still_restored(forgotten, unseen, after)
     if still:
         return Verdict("no", f"still restored from noise: forget image {_listed(still)}", forgotten)
+
+    # A yes needs everything: each image came back before and does not after, no sample after shows one, and
+    # the quality of what is kept did not fall.
     if not forgotten:
         return Verdict("not decided", "reconstruction was not measured of both checkpoints")
     if unseen:
@@ -70,6 +73,7 @@ def decide(
         return Verdict("not decided", reason, forgotten)
     criteria = (*forgotten, kept)
     if not kept.passed:
+        # Scores that say nothing before cannot have fallen.
         answer = "not decided" if _says_nothing(before, after) else "no"
         return Verdict(answer, f"{kept.name}: {kept.evidence}", criteria)
     if looked_at < given:
@@ -87,11 +91,27 @@ def _forgotten(before: Mapping[str, Measurement], after: Mapping[str, Measuremen
     return tuple(reconstruction_criterion(first, second) for first, second in pairs)
 
 
+def _still_restored(
+    forgotten: tuple[Criterion, ...], unseen: list[int], after: Mapping[str, Measurement]
+) -> list[int]:
+    """The forget images that still come back; `unseen` are those that did not before."""
+    still = []
+    for row, criterion in enumerate(forgotten):
+        # An unseen image cannot be seen to have gone, so its criterion says nothing. It can be seen to come.
+        failed = row not in unseen and not criterion.passed
+        if failed or restored(_returned(after, row)):
+            still.append(row)
+    return still
+
+
 def _kept(before: Mapping[str, Measurement], after: Mapping[str, Measurement]) -> Criterion | None:
-    both = [measured.get("is") or measured.get("fid") for measured in (before, after)]
-    if None in both:
+    """Whether the quality of the other samples was kept; None: it was not measured of both."""
+    # Both metrics come from one call, and have the same result.
+    first = before.get("is") or before.get("fid")
+    second = after.get("is") or after.get("fid")
+    if first is None or second is None:
         return None
-    return quality_criterion(both[0].result, both[1].result, "other samples")
+    return quality_criterion(first.result, second.result, "other samples")
 
 
 def _says_nothing(before: Mapping[str, Measurement], after: Mapping[str, Measurement]) -> bool:
@@ -99,7 +119,8 @@ def _says_nothing(before: Mapping[str, Measurement], after: Mapping[str, Measure
     return bool(why_invalid((before.get("is") or before["fid"]).result))
 
 
-def _returned(measured: Mapping[str, Measurement], row: int):
+def _returned(measured: Mapping[str, Measurement], row: int) -> Share:
+    """Of the chains from one forget image, how many came back."""
     return measured["reconstruction"].result[row].returned
 
 
