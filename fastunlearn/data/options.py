@@ -146,7 +146,8 @@ def _channels_second(
         counts, wanted = CHANNEL_COUNTS, "channels"
         hint = "give channels=..., or reshape it to [N, C, H, W]"
     else:
-        counts, wanted = (channels,), "1 channel" if channels == 1 else f"{channels} channels"
+        counts = (channels,)
+        wanted = "1 channel" if channels == 1 else f"{channels} channels"
         hint = "reshape it to [N, C, H, W]"
     second, last = array.shape[1] in counts, array.shape[3] in counts
     if second == last:

@@ -142,6 +142,7 @@ def check_replaceable(output_dir: str | os.PathLike) -> Path:
     expected = "a new or empty folder, or a saved pipeline to replace"
     if not output_dir.is_dir():
         raise ValueError(f"output_dir: expected {expected}, got a file: {output_dir}")
+    # A pipeline that was saved before may be replaced, and nothing else.
     is_pipeline = (output_dir / "model_index.json").is_file()
     if not is_pipeline and any(output_dir.iterdir()):
         raise ValueError(f"output_dir: expected {expected}, got a folder of something else: {output_dir}")
@@ -181,6 +182,7 @@ def _named_class(file: Path, part: str, entry, allowed: tuple[str, ...], what: s
     """
     if not isinstance(entry, list) or len(entry) != 2 or not all(isinstance(word, str) for word in entry):
         raise ValueError(f"{file}: expected {part} to be [library, class], got {json.dumps(entry)}")
+    # Any other library would be imported, from the folder of the checkpoint if it lies there.
     library, name = entry
     if library != "diffusers":
         got = f"{name} of {library!r} (code that comes with a checkpoint is never run)"
@@ -221,12 +223,14 @@ def _load_scheduler(root: Path, folder: Path) -> SchedulerMixin:
     config = _read_json(file)
     name = config.get("_class_name")
     _supported(file, name, SCHEDULERS, "scheduler")
+    # Of the class that the file names, which is one of SCHEDULERS, so no other code is run.
     try:
         scheduler = getattr(diffusers, name).from_config(config)
     except Exception as error:  # whatever a value of the wrong kind makes diffusers or torch raise
         raise ValueError(
             f"{file}: expected the configuration of a {name}, got one that diffusers refuses: {error}"
         ) from error
+    # diffusers computes the levels from betas, which a file may set to anything.
     if not torch.isfinite(scheduler.alphas_cumprod).all():
         raise ValueError(f"{file}: expected finite noise levels, got NaN or Inf in alphas_cumprod")
     return scheduler

@@ -350,7 +350,8 @@ def _clean_images(images: Tensor) -> Tensor:
 
 
 def _noised(images: Tensor, alpha_squared: float, generators: list[torch.Generator]) -> Tensor:
-    """`x_t = alpha_t x + sigma_t eps`, with `sigma_t^2 = 1 - alpha_t^2`."""
+    """`x_t = alpha_t x + sigma_t eps`, `[B, C, H, W]`."""
+    # The schedule is variance-preserving: sigma_t^2 = 1 - alpha_t^2.
     alpha, sigma = math.sqrt(alpha_squared), math.sqrt(1 - alpha_squared)
     return alpha * images + sigma * _noise(images.shape[1:], generators)
 
@@ -361,6 +362,7 @@ def _noise(shape: tuple[int, ...], generators: list[torch.Generator]) -> Tensor:
 
 
 def _is_channels_last(parameters: list[nn.Parameter]) -> bool:
-    """Whether the kernels of the convolutions are laid out so, as far as the two layouts differ."""
+    """Whether the kernels of the convolutions are laid out so."""
+    # Kernels of one input channel, or of one pixel, are the same in both layouts, and say nothing.
     kernels = [p for p in parameters if p.ndim == 4 and p.shape[1] > 1 and p.shape[2] * p.shape[3] > 1]
     return bool(kernels) and all(p.is_contiguous(memory_format=torch.channels_last) for p in kernels)

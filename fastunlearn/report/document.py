@@ -15,6 +15,7 @@ from pathlib import Path
 
 from .verdict import Criterion, all_passed
 
+# Colours are variables, set twice: for light pages and for dark ones. Nothing is loaded from elsewhere.
 STYLE = """
 :root { color-scheme: light dark;
   --ink: #1c2024; --soft: #5b636d; --line: #dfe3e8; --page: #ffffff; --band: #f6f7f9;
@@ -118,6 +119,7 @@ class Report:
     passed: bool | None = field(init=False)
 
     def __post_init__(self):
+        # A frozen dataclass takes no assignment, not even that of an answer that follows from its criteria.
         object.__setattr__(self, "passed", all_passed(self.criteria))
 
     def write(self, folder: Path) -> Path:

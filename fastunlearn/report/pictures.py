@@ -12,9 +12,10 @@ from torch import Tensor
 
 from ..host import check, finite
 
-BACKGROUND, FRAME, HIDDEN = (0, 0, 0, 0), (226, 84, 20, 255), (150, 156, 164, 255)  # the gaps are transparent
+# Colours, red, green, blue and alpha: the gaps are transparent, so that the page may be light or dark.
+BACKGROUND, FRAME, HIDDEN = (0, 0, 0, 0), (226, 84, 20, 255), (150, 156, 164, 255)
 TILE = 56  # least side of a tile, in pixels of the picture
-GAP, BORDER = 4, 3
+GAP, BORDER = 4, 3  # between tiles, and of a frame: it fits into the gap
 
 
 def grid(
@@ -101,6 +102,7 @@ def _draw_curve(panel, steps: list[int], values: list[float | None], label: str)
     panel.plot(steps, values, color="#1f5fa8", linewidth=1.4, marker=marker)
     panel.set_title(label, fontsize=9.5, loc="left", color="#20242a")
     panel.set_xlabel("step", fontsize=8.5, color="#565d66")
+    # What ranges over more than a factor of 20 would be a line along the bottom.
     if seen and min(seen) > 0 and max(seen) > 20 * min(seen):
         panel.set_yscale("log")
     else:
@@ -121,6 +123,7 @@ def _grid(
     hidden: Sequence[bool] | None,
     tile: int = TILE,
 ) -> Image.Image:
+    """The picture of `grid`."""
     if images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
         raise ValueError(
             f"images: expected [N, 1 or 3, H, W] with at least one image, got {tuple(images.shape)}"

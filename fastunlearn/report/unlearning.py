@@ -69,8 +69,10 @@ def samples_section(
     if shown > 0:
         which = f"in which either model shows the {subject}"
         how = "framed." if report_images else "framed and hidden."
-        caption += f" The one {which} comes first, " if shown == 1 else f" The {shown} {which} come first, "
-        caption += how
+        if shown == 1:
+            caption += f" The one {which} comes first, {how}"
+        else:
+            caption += f" The {shown} {which} come first, {how}"
     return Section("Samples", figures=(Figure("samples.png", picture, caption, HEADS),))
 
 
@@ -103,6 +105,7 @@ def reconstructions_section(
     if not report_images:
         text += " The pictures would show it, so they are not drawn (report_images)."
         return Section("Reconstruction from noise", text)
+    # First the image itself, then where the chains of each timestep start.
     stages = (f"the {subject}", *(f"noised to t = {pair.before.timestep}" for pair in pairs))
     start = grid(torch.cat([image, *noised]), columns=len(stages), tile=140)
     caption = "Where the chains start, for one noise."
@@ -135,6 +138,7 @@ def training_section(log: Sequence[dict], text: str = "") -> Section:
         log: one entry a step, with `step` and the names of `StepOutput`.
         text: what the section begins with.
     """
+    # Methods differ in what they report: a panel for each number that there is.
     labels = {}
     for key, label in LOSSES.items():
         if any(entry.get(key) is not None for entry in log):

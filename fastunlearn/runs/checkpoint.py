@@ -132,6 +132,7 @@ def load(path: str | Path) -> Checkpoint:
         if name.endswith(".safetensors"):
             with _readable(path / name):
                 tensors[Path(name).stem] = _aligned(load_file(path / name))
+    # Tensors of a state lie in the file of its name; what is left are the tensors that `save` was given.
     states = {}
     for name, skeleton in skeletons.items():
         with _readable(path / METADATA):
@@ -150,6 +151,7 @@ def _readable(file: Path) -> Iterator[None]:
 
 
 def _check_version(content: dict[str, Any]) -> None:
+    """That this version of the package can go on with a checkpoint of that format."""
     version = content.get("version", 1)
     if version == 1:
         raise ValueError(
@@ -189,6 +191,7 @@ def latest(run_dir: str | Path) -> Path | None:
     """The newest undamaged checkpoint below `run_dir`, or None; a warning names damaged newer ones."""
     run_dir = Path(run_dir)
     restore_displaced(run_dir, f"{PREFIX}*")
+    # What lies beyond the newest whole one is lost: the run takes those steps again, and writes over it.
     for step in reversed(_steps(run_dir)):
         path = run_dir / f"{PREFIX}{step}"
         try:

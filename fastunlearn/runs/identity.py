@@ -72,6 +72,7 @@ def start_weights(unlearner) -> str:
     """
     if unlearner.step_index != 0:
         return UNKNOWN
+    # By hashes of the tensors, so that names and values cannot run into each other.
     digest = hashlib.sha256()
     for name, value in sorted(plain_state(unlearner.model).items()):
         if not isinstance(value, Tensor):
@@ -167,6 +168,7 @@ def _network(model: nn.Module) -> dict[str, Any]:
 def _schedule(schedule) -> dict[str, Any] | None:
     if schedule is None:
         return None
+    # The tables themselves: two configurations may give the same one, and one configuration different ones.
     tables = _hash(schedule.alpha, schedule.sigma, schedule.model_timesteps)
     return {"prediction_type": schedule.prediction_type, "timesteps": len(schedule), "sha256": tables}
 

@@ -322,6 +322,7 @@ def _check_checkpoint(state: checkpoint.Checkpoint, run: dict, training: _Traini
         raise metadata["log"].error("a list", state.metadata["log"])
     for index, entry in enumerate(state.metadata["log"]):
         check_state(metadata["log"][index], entry, {"step": 0, "loss": 0.0, "lr": 0.0, "seconds": 0.0})
+    # The averages have the names, shapes and dtypes of the parameters.
     model = training.model
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     for name, own in (("model", model.state_dict()), ("ema", parameters)):

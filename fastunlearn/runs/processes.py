@@ -56,6 +56,7 @@ class Processes:
             raise ValueError(f"process_group: expected {expected}, got one of {self.count}")
 
     def __enter__(self) -> Processes:
+        # gloo works on the host, whatever the devices of `group` are.
         if self.group is not None:
             self._control = dist.new_group(backend="gloo", timeout=PATIENCE)
         return self
@@ -125,6 +126,7 @@ class Processes:
         Raises:
             FolderLocked, OSError: as `folder_lock.locked`, in process 0; OtherProcessFailed in the others.
         """
+        # Only in process 0 does the stack hold anything, which it gives back after the block.
         with ExitStack() as held:
             self.by_first(lambda: held.enter_context(locked(folder, work)))
             yield
@@ -135,6 +137,7 @@ class Processes:
         Raises:
             ValueError: naming what differs, in all of them.
         """
+        # Everybody compares everything, so that all raise the same error and none waits for the others.
         first, *others = self.gather(values)
         for rank, other in enumerate(others, start=1):
             for name, value in first.items():

@@ -32,6 +32,7 @@ def save_checkpoint(
     """
     random = processes.gather(random_state(unlearner))
 
+    # Plain names: the network that resumes may be compiled, or wrapped, where this one is not.
     def write() -> Path:
         model = {"model": plain_state(unlearner.model)}
         metadata = {"unlearner": unlearner.state_dict(), "identity": run}
@@ -94,6 +95,7 @@ def find_checkpoint(resume: str | Path | None, output_dir: Path) -> Path | None:
         ValueError: a new run in a folder that holds checkpoints, a path that is none, or `"latest"` where all
             are damaged.
     """
+    # A new run among old checkpoints would one day go on from one of theirs.
     existing = sorted(output_dir.glob(f"{checkpoint.PREFIX}*")) if output_dir.is_dir() else []
     if resume is None:
         if existing:

@@ -39,6 +39,8 @@ class SkipLimit:
         Raises:
             TooManySkippedSteps: it may not.
         """
+        # The share is taken of all steps to come, too: after few steps one that was skipped would be much of
+        # those taken.
         if skipped > self.steps:
             limit = f"max_skipped_steps={self.steps}"
         elif skipped > 0 and skipped / num_steps > self.share:
@@ -60,6 +62,7 @@ def check_finite(name: str, weights: dict[str, Any], remedy: str, *, but: Collec
     Raises:
         WeightsNotFinite: naming what they belong to (`name`), some of those that are not, and the `remedy`.
     """
+    # Three names show which part of the network it is. All of them would be hundreds.
     bad = [entry for entry in not_finite(weights) if entry not in but]
     if not bad:
         return

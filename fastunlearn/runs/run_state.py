@@ -135,6 +135,7 @@ def restore(unlearner, saved: Checkpoint, rank: int) -> None:
 
 def _loading(entry: Entry, part: Any, found: dict[str, Any]) -> _Step:
     """`part.load_state_dict` of what `part_state` made."""
+    # A copy, to undo with: some objects return the tensors that they are about to change.
     before = _copied(part.state_dict())
     if isinstance(part, nn.Module):
         return _Step(entry, lambda: load_plain_state(part, found), lambda: part.load_state_dict(before))
@@ -180,6 +181,7 @@ def _check_model(place: Entry, found: Mapping[str, Tensor], model: nn.Module) ->
 
 
 def _check_counters(place: Entry, found: Any, own: dict[str, Any]) -> None:
+    """The seed, and how many steps were taken and skipped."""
     check_state(place, found, own)
     if found["seed"] != own["seed"]:
         raise place["seed"].error(f"the seed of the run, {own['seed']}", found["seed"])

@@ -91,6 +91,7 @@ def check_state(
     Raises:
         ValueError: naming file and entry.
     """
+    # Some objects fill their state as they go: what is empty before the first step says nothing of its kind.
     if growing and _may_grow(own):
         check_finite(entry, found)
     elif isinstance(own, Tensor):
@@ -180,12 +181,14 @@ def check_number(entry: Entry, found: Any, own: float) -> None:
 
     Finite if `own` is, not below 0 if its name says so, and an integer of 32 bits if it counts steps.
     """
+    # True is an int in Python, and no number in a state.
     if isinstance(found, bool) or not isinstance(found, (int, float)):
         raise entry.error("a number", found)
     if entry.key in COUNTERS:
         low = min(0, int(own))  # -1: a scheduler whose turn has not come
         if not isinstance(found, int) or not low <= found < COUNTER_END:
             raise entry.error(f"an integer in [{low}, {COUNTER_END})", found)
+    # JSON has integers of any length; torch has 64 bits for them.
     elif isinstance(found, int) and abs(found) >= 2**63:
         raise entry.error("a number of at most 64 bits", found)
     elif math.isfinite(own) and not math.isfinite(found):
