@@ -18,9 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .images import element_and_place, order_of, to_float
-from .partial_sums import PARTS, TINY, tile_of
+from .launch import COMPILE_OPTIONS, refuse_beyond_int32, refuse_float64
+from .partial_sums import PARTS, tile_of
 from .philox import load_noise
-from .variant import COMPILE_OPTIONS, Variant, Vectors, pointers, refuse_beyond_int32, refuse_float64
 
 
 @triton.jit(do_not_specialize=["purpose"])
@@ -200,62 +200,3 @@ def mixture(
             partial, coefficients, from_forget, time_log_ratio, retain_weight, forget_weight, splits, float(lambd), logit,
             PARTS=PARTS, num_warps=4, num_stages=1, **COMPILE_OPTIONS,
         )  # fmt: skip
-
-
-def configurations() -> list[Variant]:
-    u8, f32, bf16 = torch.uint8, torch.float32, torch.bfloat16
-    return [
-        _variant("D <= 1024, uint8, Philox -> float32", 784, u8, None, f32),
-        _variant("D <= 4096, uint8, Philox -> bfloat16", 3072, u8, None, bf16),
-        _variant("D <= 4096, odd, float32, noise -> float32", 3071, f32, f32, f32),
-        _variant("D <= 4096, float32, noise, log ratio of times", 3072, f32, f32, f32, ratio=torch.float64),
-        _variant("D > 4096, uint8, Philox -> bfloat16", 196608, u8, None, bf16),
-        _variant("D > 4096, uint8, noise -> float32", 196608, u8, f32, f32),
-        _variant("D > 4096, float32, noise -> float32", 196608, f32, f32, f32),
-        _variant(
-            "D <= 4096, channels last, uint8, Philox -> bfloat16", 3072, u8, None, bf16, order="scatter"
-        ),
-        _variant("D > 4096, channels last, float32, noise -> float32", 196608, f32, f32, f32, order="gather"),
-        _weights_variant("no log ratio of times", None),
-        _weights_variant("with a log ratio of times", torch.float64),
-    ]
-
-
-def _variant(
-    label: str, elements: int, images: torch.dtype, noise: torch.dtype | None, x_t: torch.dtype,
-    order: str = "same", ratio: torch.dtype | None = None,
-) -> Variant:  # fmt: skip
-    block, warps = tile_of(elements)
-    i64, f32, f64 = torch.int64, torch.float32, torch.float64
-    signature, constants = pointers(
-        retain=images, retain_index=i64, forget=images, forget_index=i64, coefficients=f64,
-        from_forget=torch.bool, time_log_ratio=ratio, noise=noise, counter=i64 if noise is None else None, x_t=x_t, retain_target=f32,
-        forget_target=f32, retain_weight=f64, forget_weight=f64, partial=f64 if elements > TINY else None,
-    )  # fmt: skip
-    signature |= {"purpose": "i32", "D": "i32", "plane": "i32", "lambd": "fp64", "logit": "fp64"}
-    constants |= {"BLOCK": block, "ORDER": order}
-    divisible, vectors = (), None
-    if elements % 16 == 0:
-        divisible = ("D", "plane")
-        reads = {} if order == "gather" else {"retain": 1, "forget": 1, "noise": 1}
-        vectors = Vectors(4, reads, () if order == "scatter" else ("x_t", "retain_target", "forget_target"))
-    return Variant(mixture_kernel, label, signature, constants, warps, divisible=divisible, vectors=vectors)
-
-
-def _weights_variant(label: str, time_log_ratio: torch.dtype | None) -> Variant:
-    f64 = torch.float64
-    signature, constants = pointers(
-        partial=f64,
-        coefficients=f64,
-        from_forget=torch.bool,
-        time_log_ratio=time_log_ratio,
-        retain_weight=f64,
-        forget_weight=f64,
-    )
-    return Variant(
-        mixture_weights_kernel,
-        label,
-        signature | {"splits": "i32", "lambd": "fp64", "logit": "fp64"},
-        constants | {"PARTS": PARTS},
-        4,
-    )

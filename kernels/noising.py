@@ -17,10 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .images import element_and_place, order_of, to_float
+from .launch import COMPILE_OPTIONS, refuse_beyond_int32, refuse_float64
 from .philox import load_noise
-from .variant import COMPILE_OPTIONS, Variant, Vectors, pointers, refuse_beyond_int32, refuse_float64
 
-_WARPS = 8
+WARPS = 8
 
 
 @triton.jit(do_not_specialize=["purpose"])
@@ -70,14 +70,14 @@ def noising(
     elements, plane = math.prod(x_t.shape[1:]), math.prod(x_t.shape[2:])
     refuse_beyond_int32("noising", elements)
     order = order_of(x_t, channels_last, philox=noise is None)
-    block = _block(elements, order, philox=noise is None)
+    block = block_of(elements, order, philox=noise is None)
     noising_kernel[(len(x_t) * triton.cdiv(elements, block),)](
         images, index, coefficients, noise, counter if noise is None else None, x_t, target if with_target else None, purpose, elements, plane,
-        BLOCK=block, ORDER=order, num_warps=_WARPS, num_stages=1, **COMPILE_OPTIONS,
+        BLOCK=block, ORDER=order, num_warps=WARPS, num_stages=1, **COMPILE_OPTIONS,
     )  # fmt: skip
 
 
-def _block(elements: int, order: str, philox: bool) -> int:
+def block_of(elements: int, order: str, philox: bool) -> int:
     """Elements a program.
 
     4 a thread spread a small batch over the device, and keep the registers of channels-last offsets low; 8
@@ -86,42 +86,3 @@ def _block(elements: int, order: str, philox: bool) -> int:
     if elements <= 16384 or order != "same":
         return 1024
     return 4096 if philox else 2048
-
-
-def configurations() -> list[Variant]:
-    u8, f32, bf16 = torch.uint8, torch.float32, torch.bfloat16
-    return [
-        _variant("D <= 16384, uint8, Philox -> float32", 3072, u8, None, f32),
-        _variant("D <= 16384, float32, noise -> float32", 3072, f32, f32, f32),
-        _variant("D <= 16384, odd, uint8, noise -> float32", 3071, u8, f32, f32),
-        _variant("D > 16384, uint8, Philox -> bfloat16", 196608, u8, None, bf16),
-        _variant("D > 16384, uint8, noise -> float32", 196608, u8, f32, f32),
-        _variant(
-            "D > 16384, bfloat16, noise -> bfloat16, no target", 196608, bf16, bf16, bf16, with_target=False
-        ),
-        _variant("channels last, uint8, Philox -> bfloat16", 196608, u8, None, bf16, order="scatter"),
-        _variant("channels last, float32, noise -> float32", 196608, f32, f32, f32, order="gather"),
-    ]
-
-
-def _variant(
-    label: str,
-    elements: int,
-    images: torch.dtype,
-    noise: torch.dtype | None,
-    x_t: torch.dtype,
-    with_target: bool = True,
-    order: str = "same",
-) -> Variant:
-    signature, constants = pointers(
-        images=images, index=torch.int64, coefficients=torch.float64, noise=noise, counter=torch.int64 if noise is None else None, x_t=x_t,
-        target=torch.float32 if with_target else None,
-    )  # fmt: skip
-    signature |= {"purpose": "i32", "D": "i32", "plane": "i32"}
-    constants |= {"BLOCK": _block(elements, order, philox=noise is None), "ORDER": order}
-    divisible, vectors = (), None
-    if elements % 16 == 0:
-        divisible = ("D", "plane")
-        reads = {} if order == "gather" else {"images": 1, "noise": 1}
-        vectors = Vectors(4, reads, () if order == "scatter" else ("x_t", "target"))
-    return Variant(noising_kernel, label, signature, constants, _WARPS, divisible=divisible, vectors=vectors)

@@ -18,9 +18,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime import JITFunction
 
 from .images import channels_last_offset
+from .launch import COMPILE_OPTIONS, refuse_beyond_int32, refuse_float64
 from .philox import load_noise
 from .redirect_parts import (
     dot_products,
@@ -34,7 +34,6 @@ from .redirect_parts import (
     sum_of_parts,
     weighted_mean,
 )
-from .variant import COMPILE_OPTIONS, Variant, Vectors, pointers, refuse_beyond_int32, refuse_float64
 
 _NOT_SPECIALIZED = ["K", "purpose"]  # their value makes no new compilation
 
@@ -241,7 +240,7 @@ _ONE_LAUNCH_K = 64
 # large tiles that fill an H200 (or an A100); with fewer, latency rules, and small tiles spread the work
 _PROGRAMS = 4 * 132
 _WIDTHS = (16, 64, 1024)  # K, rounded up
-_REGISTERS = 168  # a thread may have, see `_register_limit`
+_REGISTERS = 168  # a thread may have, see `register_limit`
 _REGISTERS_IN_ONE_LAUNCH = {4: 168, 8: 128, 16: 128}  # by warps; 3, 2 and 1 programs share a multiprocessor
 
 
@@ -260,7 +259,7 @@ def redirect(
     elements, plane = math.prod(x_t.shape[1:]), math.prod(x_t.shape[2:])
     refuse_beyond_int32("redirect", elements)
     scattered = channels_last and plane != elements
-    tiles, split = _tiles(batch, elements, k, _access(elements, scattered, neighbors.dtype))
+    tiles, split = tiles_of(batch, elements, k, access_of(elements, scattered, neighbors.dtype))
     rows = (images, index, neighbors, neighbor_index, coefficients)
     draw = (noise, counter if noise is None else None)
     sizes = (purpose, k, elements, plane)
@@ -271,7 +270,7 @@ def redirect(
         "VECTOR": tiles.vector,
     }
     shared |= {"num_warps": tiles.num_warps, "num_stages": 1, **COMPILE_OPTIONS}
-    registers = _register_limit(tiles, split, distances_given=sqdist is not None)
+    registers = register_limit(tiles, split, distances_given=sqdist is not None)
     if registers is not None:
         shared["maxnreg"] = registers
     if not split:
@@ -286,13 +285,13 @@ def redirect(
             *sizes,
             BLOCK_K=tiles.block_k,
             MEAN_K=tiles.mean_k,
-            WIDTH=_width(k),
+            WIDTH=width_of(k),
             **shared,
         )
         return
 
     splits = triton.cdiv(elements, tiles.block_d)
-    group = _width(k) if batch * splits >= _PROGRAMS else min(_width(k), 64)
+    group = width_of(k) if batch * splits >= _PROGRAMS else min(width_of(k), 64)
     dots = x_t.new_empty((batch, splits, k), dtype=torch.float32)
     distances = x_t.new_empty((batch, splits, k), dtype=torch.float64) if sqdist is None else None
     arrivals = x_t.new_empty(batch, dtype=torch.int32)
@@ -302,16 +301,16 @@ def redirect(
     )
     redirect_mean_kernel[(batch * splits,)](
         *rows, sqdist, *draw, target, spread, weights, *sizes, dots, distances, arrivals, variances,
-        MEAN_K=tiles.mean_k, WIDTH=_width(k), PARTS=_parts(k), **shared,
+        MEAN_K=tiles.mean_k, WIDTH=width_of(k), PARTS=parts_of(k), **shared,
     )  # fmt: skip
 
 
-def _access(elements: int, scattered: bool, rows: torch.dtype) -> int:
+def access_of(elements: int, scattered: bool, rows: torch.dtype) -> int:
     """Which of the three tiles of a size."""
     return 2 if elements % 16 != 0 else int(scattered or rows.itemsize == 4)
 
 
-def _tiles(batch: int, elements: int, k: int, access: int) -> tuple[Tiles, bool]:
+def tiles_of(batch: int, elements: int, k: int, access: int) -> tuple[Tiles, bool]:
     """Tiles, and whether several programs share a sample."""
     if elements <= _IMAGE[access].block_d and k <= _ONE_LAUNCH_K:
         return (_SMALL if elements <= _SMALL[access].block_d else _IMAGE)[access], False
@@ -320,7 +319,7 @@ def _tiles(batch: int, elements: int, k: int, access: int) -> tuple[Tiles, bool]
     ], True
 
 
-def _register_limit(tiles: Tiles, split: bool, distances_given: bool) -> int | None:
+def register_limit(tiles: Tiles, split: bool, distances_given: bool) -> int | None:
     """Registers that a thread may have; None: as many as ptxas thinks good.
 
     Left alone, it spills a few bytes for the sake of occupancy, on one version of Triton or another: where
@@ -332,115 +331,10 @@ def _register_limit(tiles: Tiles, split: bool, distances_given: bool) -> int | N
     return None if distances_given else _REGISTERS
 
 
-def _width(k: int) -> int:
+def width_of(k: int) -> int:
     return next(width for width in _WIDTHS if width >= k)
 
 
-def _parts(k: int) -> int:
+def parts_of(k: int) -> int:
     """How many parts of K sums are read at once: at most 4096 numbers."""
-    return min(64, 4096 // _width(k))
-
-
-def configurations() -> list[Variant]:
-    u8, f16, bf16, f32 = torch.uint8, torch.float16, torch.bfloat16, torch.float32
-    bytes_in, floats_in = {"rows": u8, "noise": None}, {"rows": f32, "noise": f32, "sqdist": False}
-    return [
-        *_variants("MNIST, K = 10", 128, 784, 10, **bytes_in),
-        *_variants("MNIST, K = 10", 128, 784, 10, **floats_in),
-        *_variants("D <= 1024, odd, K = 10", 128, 783, 10, **floats_in),
-        *_variants("CIFAR, K = 10", 128, 3072, 10, **bytes_in),
-        *_variants("CIFAR, K = 10", 128, 3072, 10, **floats_in),
-        *_variants(
-            "CIFAR, K = 64, channels last",
-            128,
-            3072,
-            64,
-            rows=u8,
-            noise=None,
-            x_t=bf16,
-            scattered=True,
-            sqdist=False,
-        ),
-        *_variants("D <= 4096, odd, K = 64", 128, 3071, 64, rows=f32, noise=None, sqdist=False),
-        *_variants("CIFAR, K = 1000", 128, 3072, 1000, **bytes_in),
-        *_variants("CIFAR, K = 1000", 128, 3072, 1000, **floats_in),
-        *_variants("SD latents, K = 10", 16, 16384, 10, rows=f16, noise=None, x_t=f16),
-        *_variants("SD latents, K = 10", 16, 16384, 10, **floats_in),
-        *_variants("CelebA, K = 10", 64, 196608, 10, **bytes_in),
-        *_variants("CelebA, K = 10", 64, 196608, 10, rows=u8, noise=f32),
-        *_variants("CelebA, K = 10", 64, 196608, 10, **floats_in),
-        *_variants("CelebA, K = 10", 64, 196608, 10, rows=bf16, noise=bf16, x_t=bf16, sqdist=False),
-        *_variants(
-            "CelebA, K = 10, channels last", 64, 196608, 10, rows=u8, noise=None, x_t=bf16, scattered=True
-        ),
-        *_variants("CelebA, K = 64", 64, 196608, 64, rows=f32, noise=None, sqdist=False),
-        *_variants("CelebA, K = 1000", 64, 196608, 1000, **bytes_in),
-        *_variants("D > 4096, odd, K = 1000", 64, 196607, 1000, **floats_in),
-    ]
-
-
-def _variants(
-    label: str, batch: int, elements: int, k: int, *, rows: torch.dtype, noise: torch.dtype | None, x_t: torch.dtype = torch.float32,
-    sqdist: bool = True, scattered: bool = False,
-) -> list[Variant]:  # fmt: skip
-    """The launches of one call: uint8 rows come by index, float rows dense."""
-    tiles, split = _tiles(batch, elements, k, _access(elements, scattered, rows))
-    i32, i64, f32, f64 = torch.int32, torch.int64, torch.float32, torch.float64
-    index, distance = i64 if rows == torch.uint8 else None, f64 if sqdist else None
-    types = {
-        "images": rows,
-        "index": index,
-        "neighbors": rows,
-        "neighbor_index": index,
-        "coefficients": f64,
-        "sqdist": distance,
-        "noise": noise,
-    }
-    types |= {
-        "counter": i64 if noise is None else None,
-        "x_t": x_t,
-        "target": f32,
-        "spread": f32,
-        "weights": f32,
-    }
-    types |= {"dots": f32, "distances": None if sqdist else f64, "arrivals": i32, "variances": f64}
-    integers = {"purpose": "i32", "K": "i32", "D": "i32", "plane": "i32", "group": "i32"}
-    constants = {
-        "CHANNELS_LAST": scattered,
-        "BYTES": rows == torch.uint8,
-        "BLOCK_D": tiles.block_d,
-        "VECTOR": tiles.vector,
-    }
-    constants |= {"BLOCK_K": tiles.block_k, "MEAN_K": tiles.mean_k, "WIDTH": _width(k), "PARTS": _parts(k)}
-    label += (
-        f", {str(rows)[6:]}, {'Philox' if noise is None else 'noise'}{'' if sqdist else ', no distances'}"
-    )
-
-    def variant(kernel):
-        pointer_types, absent = pointers(**{name: types[name] for name in kernel.arg_names if name in types})
-        signature = pointer_types | {name: integers[name] for name in kernel.arg_names if name in integers}
-        given = absent | {name: constants[name] for name in kernel.arg_names if name in constants}
-        registers = _register_limit(tiles, split, distances_given=sqdist)
-        divisible, vectors = (), None
-        if elements % 16 == 0:
-            divisible = ("D", "plane")
-            vectors = _vectors(kernel, tiles, scattered)
-        options = {"max_registers": registers, "divisible": divisible, "vectors": vectors}
-        return Variant(kernel, label, signature, given, tiles.num_warps, **options)
-
-    return [
-        variant(kernel)
-        for kernel in ((redirect_dots_kernel, redirect_mean_kernel) if split else (redirect_kernel,))
-    ]
-
-
-def _vectors(kernel: JITFunction, tiles: Tiles, scattered: bool) -> Vectors:
-    """What `kernel` accesses in vectors: rows always, for they are consecutive; results where they are."""
-    rows_for_mean = 1 + tiles.mean_k  # the heaviest neighbour and a block
-    rows = {
-        redirect_kernel: tiles.block_k + rows_for_mean,
-        redirect_dots_kernel: tiles.block_k,
-        redirect_mean_kernel: rows_for_mean,
-    }
-    results = () if scattered else ("x_t", "target")
-    return Vectors(tiles.vector, {"images": 1, "noise": 1, "neighbors": rows[kernel]}, results)
+    return min(64, 4096 // width_of(k))

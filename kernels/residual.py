@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import math
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .images import to_float
-from .partial_sums import PARTS, TINY, tile_of
-from .variant import COMPILE_OPTIONS, Variant, Vectors, pointers, refuse_beyond_int32, refuse_float64
+from .launch import COMPILE_OPTIONS, refuse_beyond_int32, refuse_float64
+from .partial_sums import PARTS, tile_of
 
 
 @triton.jit
@@ -93,45 +92,3 @@ def residual(prediction: Tensor, target: Tensor, weight: Tensor, loss: Tensor, g
         residual_sum_kernel[(len(prediction),)](
             partial, weight, loss, splits, PARTS=PARTS, num_warps=1, num_stages=1, **COMPILE_OPTIONS
         )
-
-
-def configurations() -> list[Variant]:
-    f32, bf16 = torch.float32, torch.bfloat16
-    signature, constants = pointers(partial=f32, weight=f32, loss=f32)
-    return [
-        _variant("D <= 1024, float32", 784, f32, f32),
-        _variant("D <= 4096, float32", 3072, f32, f32),
-        _variant("D <= 4096, odd, bfloat16, float32 target", 3071, bf16, f32),
-        _variant("D > 4096, float32", 196608, f32, f32),
-        _variant("D > 4096, bfloat16, float32 target", 196608, bf16, f32),
-        Variant(
-            residual_sum_kernel,
-            "any D > 4096",
-            signature | {"splits": "i32"},
-            constants | {"PARTS": PARTS},
-            1,
-        ),
-    ]
-
-
-def _variant(label: str, elements: int, prediction: torch.dtype, target: torch.dtype) -> Variant:
-    block, warps = tile_of(elements)
-    signature, constants = pointers(
-        prediction=prediction,
-        target=target,
-        weight=torch.float32,
-        gradient=prediction,
-        loss=torch.float32,
-        partial=torch.float32 if elements > TINY else None,
-    )
-    integers = ("D", "prediction_stride", "target_stride", "gradient_stride")
-    vectors = Vectors(4, {"prediction": 1, "target": 1}, ("gradient",)) if elements % 16 == 0 else None
-    return Variant(
-        residual_kernel,
-        label,
-        signature | dict.fromkeys(integers, "i32"),
-        constants | {"BLOCK": block},
-        warps,
-        divisible=integers if elements % 16 == 0 else (),
-        vectors=vectors,
-    )

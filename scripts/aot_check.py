@@ -9,8 +9,8 @@ much shared memory. Runs with every Triton that pyproject.toml allows; beside it
 it needs. The table is that of the pinned one. Others allot other registers: `--check` then compares all but
 the table.
 
-A kernel module `kernels/<op>.py` lists in `configurations()` what its launcher can choose
-(kernels/variant.py); a kernel that no configuration names fails.
+What the launcher of `kernels/<op>.py` can choose stands in `configurations()` of
+`fastunlearn/testing/kernel_variants/<op>.py`; a kernel that no configuration names fails.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime import JITFunction
 
-from fastunlearn.kernels.variant import COMPILE_OPTIONS, Variant
+from fastunlearn.kernels.launch import COMPILE_OPTIONS
+from fastunlearn.testing import kernel_variants
+from fastunlearn.testing.kernel_variants import Variant
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "docs" / "kernels.md"
@@ -48,7 +50,7 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block may have on A10
 WIDEST = 16  # bytes of one access of a thread
 PROCESSES = 2
 # modules of kernels/ without a launcher
-HELPERS = {"images", "partial_sums", "philox", "redirect_parts", "variant"}
+HELPERS = {"images", "launch", "partial_sums", "philox", "redirect_parts"}
 
 
 class Usage(NamedTuple):
@@ -100,13 +102,12 @@ def operations(only: str | None) -> list[str]:
     return [only] if only else names
 
 
-def configurations(op: str) -> list:
-    module = importlib.import_module(f"fastunlearn.kernels.{op}")
-    return (
-        module.configurations()
-        if hasattr(module, "configurations")
-        else sys.exit(f"kernels/{op}.py: expected a function configurations(), got none")
-    )
+def configurations(op: str) -> list[Variant]:
+    """What the launcher of `op` can choose."""
+    path = Path(kernel_variants.__file__).with_name(f"{op}.py")
+    if not path.exists():
+        sys.exit(f"kernels/{op}.py: expected its configurations in {path.relative_to(ROOT)}, got none")
+    return importlib.import_module(f"fastunlearn.testing.kernel_variants.{op}").configurations()
 
 
 def unnamed(op: str, variants: list) -> list[str]:

@@ -81,7 +81,7 @@ def test_one_launch(name, device, output):
 @pytest.mark.parametrize("name", [*CASES, *SPLIT_CASES])
 def test_split(name, device, output, monkeypatch):
     monkeypatch.setattr(kernels, "_ONE_LAUNCH_K", 0)
-    monkeypatch.setattr(kernels, "_parts", lambda k: 2)  # more parts than are read at once
+    monkeypatch.setattr(kernels, "parts_of", lambda k: 2)  # more parts than are read at once
     case = {**CASES, **SPLIT_CASES}[name]
     check(make(case, device), case, output)
 
@@ -91,7 +91,7 @@ def test_split(name, device, output, monkeypatch):
     [(1, 1, False), (4096, 64, False), (4097, 1, True), (1, 65, True), (196608, 10, True)],
 )
 def test_small_images_with_few_neighbours_take_one_launch(elements, k, split):
-    assert kernels._tiles(64, elements, k, access=0)[1] == split
+    assert kernels.tiles_of(64, elements, k, access=0)[1] == split
 
 
 @pytest.mark.parametrize("tiles", ["_IMAGE", "_LARGE"])

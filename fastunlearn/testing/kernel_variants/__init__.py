@@ -1,5 +1,8 @@
-"""What a launcher refuses, and what it may compile: the records that `scripts/aot_check.py` compiles without
-a GPU.
+"""What the launchers of `kernels/` may compile: one record for each form of a kernel.
+
+`scripts/aot_check.py` compiles them all without a GPU, and `tests/jit_calls.py` compares them with what
+Triton's JIT makes of real calls. `configurations()` of `<op>.py` here lists what the launcher in
+`kernels/<op>.py` can choose: one representative for each class of shapes and types.
 """
 
 from __future__ import annotations
@@ -7,13 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 from triton.runtime import JITFunction
-
-# a * b + c in one rounding; the default depends on the version of Triton
-COMPILE_OPTIONS = {"enable_fp_fusion": True}
-
-LARGEST_IMAGE = 2**31 - 2**14  # elements; no tile is larger than 2^14
 
 _TYPES = {
     torch.bool: "u1",
@@ -55,8 +52,7 @@ class Variant(NamedTuple):
     constants: dict[str, object]  # compile-time argument -> value; None for a pointer that is not given
     num_warps: int
     num_stages: int = 1
-    # a thread may have; None: as many as the compiler thinks good for occupancy
-    max_registers: int | None = None
+    max_registers: int | None = None  # of a thread; None: what the compiler thinks good for occupancy
     divisible: tuple[str, ...] = ()
     unaligned: tuple[str, ...] = ()
     vectors: Vectors | None = None  # None: no plane is accessed in vectors
@@ -79,19 +75,3 @@ def pointers(**dtypes: torch.dtype | None) -> tuple[dict[str, str], dict[str, No
     """Signature and constants of pointer arguments: what is None is a compile-time constant, as at a launch."""
     given = {name: "*" + _TYPES[dtype] for name, dtype in dtypes.items() if dtype is not None}
     return given, {name: None for name, dtype in dtypes.items() if dtype is None}
-
-
-def refuse_beyond_int32(op: str, elements: int) -> None:
-    """The kernels number the elements of an image, up to the end of its last tile, with 32 bits."""
-    if elements > LARGEST_IMAGE:
-        expected = f"images of at most {LARGEST_IMAGE} elements on a GPU"
-        raise ValueError(f"{op}: expected {expected}, got {elements}")
-
-
-def refuse_float64(op: str, **images: Tensor | None) -> None:
-    """The kernels compute in float32: float64 images are for plain torch."""
-    for name, image in images.items():
-        if image is not None and image.dtype == torch.float64:
-            raise TypeError(
-                f"{op}: {name}: expected float16, bfloat16, float32 or uint8 on a GPU, got torch.float64"
-            )
