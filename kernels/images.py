@@ -1,6 +1,4 @@
-"""Device functions on stored images: their numbers as the network sees them, and where an element lies in
-memory.
-"""
+"""Device functions on stored images: their numbers as the network sees them, where an element lies."""
 
 from __future__ import annotations
 
@@ -17,13 +15,24 @@ _LOWER_PART = tl.constexpr(float.fromhex("0x1.010102p-23"))
 
 @triton.jit
 def to_float(values):
-    """Stored values as float32 on the network's scale: uint8 `u` becomes exactly `float32(u) / 127.5 - 1`,
-    other types are converted.
+    """Stored values as float32 on the network's scale.
+
+    uint8 `u` becomes exactly `float32(u) / 127.5 - 1`, other types are converted.
     """
     if values.dtype == tl.uint8:
         u = values.to(tl.float32)
         return (u * _UPPER_PART + u * _LOWER_PART) - 1.0
     return values.to(tl.float32)
+
+
+@triton.jit
+def row_of(index, sample):
+    """Which row of a store sample `sample` is: by an index `[B]` int64, or, without one, its own number."""
+    if index is None:
+        row = sample
+    else:
+        row = tl.load(index + sample)
+    return row
 
 
 @triton.jit
@@ -46,8 +55,9 @@ def channels_first_offset(offset, plane, D):
 
 @triton.jit
 def element_and_place(tile, plane, D, ORDER: tl.constexpr):
-    """Elements (in NCHW order, that of the inputs and of Philox) and their places in the outputs, for a tile
-    of consecutive numbers; ORDER: see `order_of`.
+    """The elements of a tile of consecutive numbers, and their places in the outputs.
+
+    Elements are counted in NCHW order, that of the inputs and of Philox. ORDER: see `order_of`.
     """
     if ORDER == "gather":
         return channels_first_offset(tile, plane, D), tile
@@ -57,8 +67,7 @@ def element_and_place(tile, plane, D, ORDER: tl.constexpr):
 
 
 def order_of(images: Tensor, channels_last: bool, philox: bool) -> str:
-    """How a program walks through images `[B, C, H, W]` whose inputs are contiguous and whose outputs may be
-    channels-last.
+    """How a program walks through images `[B, C, H, W]`: contiguous inputs, perhaps channels-last outputs.
 
     "gather" reads C planes side by side and writes whole sectors. With Philox that would take four times the
     generator, whose quads are consecutive elements of the logical order: "scatter" writes at a stride of C

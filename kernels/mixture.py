@@ -1,5 +1,6 @@
-"""mixture (SISS) on NVIDIA GPUs: both rows gathered by index, `x_t`, both targets and the two importance
-weights, in one pass over the images.
+"""mixture (SISS) on NVIDIA GPUs: `x_t`, both targets and both importance weights, in one pass.
+
+Both rows are gathered by index; noise is read, or drawn in registers.
 
 Bytes per element: both images and the noise (none with Philox) read once, `x_t` and two float32 targets
 written once: from uint8 with float32 noise and `x_t` 18, with Philox and bfloat16 12. `<eps, x - a>` and `||x
@@ -17,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .images import element_and_place, order_of, to_float
+from .images import element_and_place, order_of, row_of, to_float
 from .launch import COMPILE_OPTIONS, refuse_beyond_int32, refuse_float64
 from .partial_sums import PARTS, tile_of
 from .philox import load_noise
@@ -53,8 +54,8 @@ def mixture_kernel(
     sample = tl.program_id(0) // splits
     start = (tl.program_id(0) - sample * splits) * BLOCK
     sample = sample.to(tl.int64)
-    retain_row = sample if retain_index is None else tl.load(retain_index + sample)
-    forget_row = sample if forget_index is None else tl.load(forget_index + sample)
+    retain_row = row_of(retain_index, sample)
+    forget_row = row_of(forget_index, sample)
 
     tile = tl.max_contiguous(start + tl.arange(0, BLOCK), 4)  # one layout for all types, see noising.py
     inside = tile < D
@@ -63,6 +64,8 @@ def mixture_kernel(
     erase = to_float(tl.load(forget + forget_row * D + element, mask=inside, other=0))
     eps = load_noise(noise, counter, purpose, sample, start, element, inside, D, BLOCK)
 
+    # m is the image that was drawn to make x_t: of x (retain) and a (forget) one.
+    # x_t = alpha m + sigma eps; the targets are a eps + b m + c (m - x) and a eps + b m + c (m - a).
     alpha = tl.load(coefficients + sample * 5).to(tl.float32)
     sigma = tl.load(coefficients + sample * 5 + 1).to(tl.float32)
     a = tl.load(coefficients + sample * 5 + 2).to(tl.float32)
@@ -75,6 +78,7 @@ def mixture_kernel(
     tl.store(retain_target + sample * D + place, base + c * (chosen - keep), mask=inside)
     tl.store(forget_target + sample * D + place, base + c * (chosen - erase), mask=inside)
 
+    # What the weights need of the images: <eps, x - a> and ||x - a||^2.
     difference = tl.where(inside, keep - erase, 0.0).to(tl.float64)
     dot = tl.sum(eps.to(tl.float64) * difference)
     square = tl.sum(difference * difference)
@@ -151,16 +155,20 @@ def _store_weights(
     At lambd 0 and 1 one of them is 1 and the other the exponential. An infinite log ratio of the branches'
     timestep densities alone decides: one of them could not have made the sample.
     """
+    # u = log(q(x_t | a) / q(x_t | x)) = +-rho^2 ||x - a||^2 / 2 - rho <eps, x - a>, rho = alpha / sigma;
+    # + where the forget image was drawn.
     rho = tl.load(coefficients + sample * 5) / tl.load(coefficients + sample * 5 + 1)
     quadratic = 0.5 * rho * rho * square
     u = tl.where(chosen_forget, quadratic, -quadratic) - rho * dot
     if time_log_ratio is not None:
         ratio = tl.load(time_log_ratio + sample).to(tl.float64)
         u += ratio
+    # SISS Eq. 6: w_x = sigmoid(-(u + L)) / (1 - lambd), L = log(lambd / (1 - lambd)); exp(-u) at lambd 1.
     of_retain = tl.where(lambd == 1, tl.exp(-u), 1.0 / ((1.0 + tl.exp(u + logit)) * (1.0 - lambd)))
     if time_log_ratio is not None:
         of_retain = _decided(of_retain, -ratio, 1.0 - lambd)
     tl.store(retain_weight + sample, of_retain)
+    # w_a = sigmoid(u + L) / lambd; exp(u) at lambd 0.
     of_forget = tl.where(lambd == 0, tl.exp(u), 1.0 / ((1.0 + tl.exp(-u - logit)) * lambd))
     if time_log_ratio is not None:
         of_forget = _decided(of_forget, ratio, lambd)
@@ -175,10 +183,25 @@ def _decided(weight, ratio, share):
 
 
 def mixture(
-    retain: Tensor, retain_index: Tensor | None, forget: Tensor, forget_index: Tensor | None, coefficients: Tensor, from_forget: Tensor, lambd: float,
-    time_log_ratio: Tensor | None, noise: Tensor | None, counter: Tensor | None, purpose: int, dtype: torch.dtype, channels_last: bool,
-    x_t: Tensor, retain_target: Tensor, forget_target: Tensor, retain_weight: Tensor, forget_weight: Tensor,
-) -> None:  # fmt: skip
+    retain: Tensor,
+    retain_index: Tensor | None,
+    forget: Tensor,
+    forget_index: Tensor | None,
+    coefficients: Tensor,
+    from_forget: Tensor,
+    lambd: float,
+    time_log_ratio: Tensor | None,
+    noise: Tensor | None,
+    counter: Tensor | None,
+    purpose: int,
+    dtype: torch.dtype,
+    channels_last: bool,
+    x_t: Tensor,
+    retain_target: Tensor,
+    forget_target: Tensor,
+    retain_weight: Tensor,
+    forget_weight: Tensor,
+) -> None:
     """Fills the outputs of the op `mixture` (fastunlearn/ops/mixture.py)."""
     refuse_float64("mixture", retain=retain, forget=forget, noise=noise, x_t=x_t)
     elements, plane = math.prod(x_t.shape[1:]), math.prod(x_t.shape[2:])
@@ -187,16 +210,52 @@ def mixture(
     block, warps = tile_of(elements)
     splits = triton.cdiv(elements, block)
     partial = retain_weight.new_empty(len(x_t), splits, 2) if splits > 1 else None
-    logit = -math.inf if lambd == 0 else math.inf if lambd == 1 else math.log(lambd) - math.log1p(-lambd)
-    ratio = time_log_ratio if partial is None else None  # the launch that stores the weights reads it
+    share, logit = float(lambd), _logit(lambd)
+    rows = (retain, retain_index, forget, forget_index)
+    images = (x_t, retain_target, forget_target)
+    weights = (retain_weight, forget_weight)
     mixture_kernel[(len(x_t) * splits,)](
-        retain, retain_index, forget, forget_index, coefficients, from_forget, ratio, noise,
+        *rows,
+        coefficients,
+        from_forget,
+        time_log_ratio if partial is None else None,  # read by the launch that stores the weights
+        noise,
         counter if noise is None else None,
-        x_t, retain_target, forget_target, retain_weight, forget_weight, partial, purpose, elements, plane, float(lambd), logit,
-        BLOCK=block, ORDER=order, num_warps=warps, num_stages=1, **COMPILE_OPTIONS,
-    )  # fmt: skip
+        *images,
+        *weights,
+        partial,
+        purpose,
+        elements,
+        plane,
+        share,
+        logit,
+        BLOCK=block,
+        ORDER=order,
+        num_warps=warps,
+        num_stages=1,
+        **COMPILE_OPTIONS,
+    )
     if partial is not None:
         mixture_weights_kernel[(len(x_t),)](
-            partial, coefficients, from_forget, time_log_ratio, retain_weight, forget_weight, splits, float(lambd), logit,
-            PARTS=PARTS, num_warps=4, num_stages=1, **COMPILE_OPTIONS,
-        )  # fmt: skip
+            partial,
+            coefficients,
+            from_forget,
+            time_log_ratio,
+            *weights,
+            splits,
+            share,
+            logit,
+            PARTS=PARTS,
+            num_warps=4,
+            num_stages=1,
+            **COMPILE_OPTIONS,
+        )
+
+
+def _logit(share: float) -> float:
+    """`log(share / (1 - share))`, infinite at 0 and 1."""
+    if share == 0:
+        return -math.inf
+    if share == 1:
+        return math.inf
+    return math.log(share) - math.log1p(-share)

@@ -10,18 +10,19 @@ from .images import to_float
 
 @triton.jit
 def philox_words(counter, sample, purpose, quads):
-    """Four uint32 blocks: the Philox4x32-10 words of the elements `4 quad .. 4 quad + 3` of a sample, for an
-    int32 block `quads`.
+    """The four Philox4x32-10 words of each quad of elements of a sample: four uint32 blocks like `quads`.
 
-    `counter` points to int64 `(seed, step, first row)`; the counter words are (quad, first row + sample,
-    step, purpose), the key is the seed.
+    Quad q, of the int32 block `quads`, holds the elements `4 q .. 4 q + 3`. `counter` points to int64
+    `(seed, step, first row)`; the counter words are (quad, first row + sample, step, purpose), the key is
+    the seed.
     """
     seed = tl.load(counter)
     k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
     c0, c1 = quads.to(tl.uint32), (tl.load(counter + 2) + sample).to(tl.uint32)
     c2, c3 = tl.load(counter + 1).to(tl.uint32), tl.full(quads.shape, purpose, tl.uint32)
     for _ in tl.static_range(10):
-        product0 = c0.to(tl.uint64) * 0xD2511F53  # one wide multiplication; tl.philox spends one on each half
+        # One wide multiplication gives both halves of a product; tl.philox spends one on each half.
+        product0 = c0.to(tl.uint64) * 0xD2511F53
         product1 = c2.to(tl.uint64) * 0xCD9E8D57
         c0, c2 = (product1 >> 32).to(tl.uint32) ^ c1 ^ k0, (product0 >> 32).to(tl.uint32) ^ c3 ^ k1
         c1, c3 = product1.to(tl.uint32), product0.to(tl.uint32)
@@ -32,9 +33,7 @@ def philox_words(counter, sample, purpose, quads):
 
 @triton.jit
 def normals(counter, sample, purpose, quads):
-    """Standard normal float32 numbers of the elements `4 quad .. 4 quad + 3`, in that order: a block four
-    times as long as `quads`.
-    """
+    """Standard normal float32 numbers of the elements of `quads`, in order: a block four times as long."""
     w0, w1, w2, w3 = philox_words(counter, sample, purpose, quads)
     n0, n1 = _box_muller(w0, w1)
     n2, n3 = _box_muller(w2, w3)
@@ -43,8 +42,9 @@ def normals(counter, sample, purpose, quads):
 
 @triton.jit
 def load_noise(noise, counter, purpose, sample, start, element, inside, D, BLOCK: tl.constexpr):
-    """The elements `start .. start + BLOCK - 1` of the noise of a sample, float32: read (`element` of `noise`
-    `[B, D]`), or drawn where it is None.
+    """The elements `start .. start + BLOCK - 1` of the noise of a sample, float32.
+
+    Read (`element` of `noise` `[B, D]`), or drawn where `noise` is None.
     """
     if noise is None:
         eps = normals(counter, sample, purpose, start // 4 + tl.arange(0, BLOCK // 4))
@@ -55,8 +55,7 @@ def load_noise(noise, counter, purpose, sample, start, element, inside, D, BLOCK
 
 @triton.jit
 def _box_muller(radius_word, angle_word):
-    """`sqrt(-2 log(v)) (cos(2 pi u), sin(2 pi u))` with v in (0, 1] and u in [0, 1) from the upper 24 bits of
-    the words.
+    """`sqrt(-2 log(v)) (cos(2 pi u), sin(2 pi u))`: v in (0, 1], u in [0, 1), the words' upper 24 bits.
 
     The angle is reduced to an eighth of a turn on integers, where nothing is lost, and needs two short
     polynomials (interpolated at Chebyshev nodes, error below 2^-24) in place of the general sine and cosine

@@ -1,5 +1,6 @@
-"""redirect on NVIDIA GPUs: rows gathered by index, softmax over the neighbours, weighted target and spread;
-noise read, or drawn in registers.
+"""redirect (ReTrack) on NVIDIA GPUs: softmax over the neighbours, `x_t`, weighted target and spread.
+
+Rows are gathered by index; noise is read, or drawn in registers.
 
 Images of at most 4096 elements with at most 64 neighbours take one launch, a program a sample: first all
 logits, then the rows again, out of L1, for the mean about the heaviest neighbour (an online softmax would
@@ -73,6 +74,7 @@ def redirect_kernel(
     place = channels_last_offset(element, plane, D) if CHANNELS_LAST else element
     store_x_t(x_t + sample * D, place, inside, center, eps, coefficients, sample)
 
+    # All logits first. A block's numbers are put into its row of a table, for a loop cannot index registers.
     dots = tl.zeros([WIDTH // BLOCK_K, BLOCK_K], tl.float64)
     distances = tl.zeros([WIDTH // BLOCK_K, BLOCK_K], tl.float64)
     for block in range(WIDTH // BLOCK_K):
@@ -112,8 +114,18 @@ def redirect_kernel(
 
 @triton.jit(do_not_specialize=[*_NOT_SPECIALIZED, "group"])
 def redirect_dots_kernel(
-    # as above
-    images, index, neighbors, neighbor_index, coefficients, noise, counter, x_t, purpose, K, D, plane,
+    images,  # up to `plane` as above
+    index,
+    neighbors,
+    neighbor_index,
+    coefficients,
+    noise,
+    counter,
+    x_t,
+    purpose,
+    K,
+    D,
+    plane,
     dots,  # [B, splits, K] float32: parts of <eps, x_j - a>
     distances,  # [B, splits, K] float64: parts of ||x_j - a||^2, or None
     arrivals,  # [B] int32: set to 0 for the second launch
@@ -123,9 +135,10 @@ def redirect_dots_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
     VECTOR: tl.constexpr,
-):  # fmt: skip
-    """Program `(sample * groups + g) * splits + part` does `BLOCK_D` elements of `group` neighbours; those of
-    the first group write `x_t`.
+):
+    """Program `(sample * groups + g) * splits + part` does `BLOCK_D` elements of `group` neighbours.
+
+    The programs of the first group write `x_t`, too.
     """
     splits = tl.cdiv(D, BLOCK_D)
     groups = tl.cdiv(K, group)
@@ -153,9 +166,24 @@ def redirect_dots_kernel(
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def redirect_mean_kernel(
-    # as above
-    images, index, neighbors, neighbor_index, coefficients, sqdist, noise, counter, target, spread, weights, purpose, K, D, plane,
-    dots, distances, arrivals,  # what the first launch left
+    images,  # up to `plane` as above
+    index,
+    neighbors,
+    neighbor_index,
+    coefficients,
+    sqdist,
+    noise,
+    counter,
+    target,
+    spread,
+    weights,
+    purpose,
+    K,
+    D,
+    plane,
+    dots,  # these three: what the first launch left
+    distances,
+    arrivals,
     variances,  # [B, splits] float64: parts of the spread
     CHANNELS_LAST: tl.constexpr,
     BYTES: tl.constexpr,
@@ -164,7 +192,7 @@ def redirect_mean_kernel(
     WIDTH: tl.constexpr,
     VECTOR: tl.constexpr,
     PARTS: tl.constexpr,  # parts of sums over elements that are read at once
-):  # fmt: skip
+):
     """Program `sample * splits + part` does `BLOCK_D` elements of one sample.
 
     The last program of a sample to finish adds up its spread, always in the order of the parts: as repeatable
@@ -202,21 +230,23 @@ def redirect_mean_kernel(
         WIDTH,
         MEAN_K,
     )
-    # only now: registers are scarce in the loop over neighbours
+    # Image and noise are read only now: registers are scarce in the loop over neighbours.
     center = load_image(images, index, sample, element, inside, D)
     eps = load_noise(noise, counter, purpose, sample, start, element, inside, D, BLOCK_D)
     place = channels_last_offset(element, plane, D) if CHANNELS_LAST else element
     store_target(target + sample * D, place, inside, center, eps, pivot, mean, coefficients, sample, BYTES)
 
+    # The barrier: all threads have stored before one of them says so.
     tl.store(variances + sample * splits + part, variance)
     tl.debug_barrier()
     if tl.atomic_add(arrivals + sample, 1, sem="acq_rel") == splits - 1:
         total = tl.zeros([PARTS], tl.float64)
         for start_part in range(0, splits, PARTS):
             other = start_part + tl.arange(0, PARTS)
-            total += tl.load(
-                variances + sample * splits + other, mask=other < splits, other=0, cache_modifier=".cg"
-            )
+            present = other < splits
+            at = variances + sample * splits + other
+            # `.cg` reads from L2, where the other programs' parts are.
+            total += tl.load(at, mask=present, other=0, cache_modifier=".cg")
         store_spread(spread, tl.sum(total, 0), coefficients, sample)
 
 
@@ -237,7 +267,7 @@ _SMALL = Tiles(1024, 16, 8, 4, 8), Tiles(1024, 8, 4, 8, 4), Tiles(1024, 8, 4, 8,
 _IMAGE = Tiles(4096, 8, 4, 8, 16), Tiles(4096, 4, 2, 8, 16), Tiles(4096, 1, 1, 8, 16)
 _LARGE = Tiles(4096, 4, 2, 16, 8), Tiles(2048, 2, 2, 16, 4), Tiles(2048, 2, 2, 16, 4)
 _ONE_LAUNCH_K = 64
-# large tiles that fill an H200 (or an A100); with fewer, latency rules, and small tiles spread the work
+# Large tiles that fill an H200 (or an A100); with fewer, latency rules, and small tiles spread the work.
 _PROGRAMS = 4 * 132
 _WIDTHS = (16, 64, 1024)  # K, rounded up
 _REGISTERS = 168  # a thread may have, see `register_limit`
@@ -245,17 +275,28 @@ _REGISTERS_IN_ONE_LAUNCH = {4: 168, 8: 128, 16: 128}  # by warps; 3, 2 and 1 pro
 
 
 def redirect(
-    images: Tensor, index: Tensor | None, neighbors: Tensor, neighbor_index: Tensor | None, coefficients: Tensor, sqdist: Tensor | None,
-    noise: Tensor | None, counter: Tensor | None, purpose: int, dtype: torch.dtype, channels_last: bool,
-    x_t: Tensor, target: Tensor, spread: Tensor, weights: Tensor,
-) -> None:  # fmt: skip
+    images: Tensor,
+    index: Tensor | None,
+    neighbors: Tensor,
+    neighbor_index: Tensor | None,
+    coefficients: Tensor,
+    sqdist: Tensor | None,
+    noise: Tensor | None,
+    counter: Tensor | None,
+    purpose: int,
+    dtype: torch.dtype,
+    channels_last: bool,
+    x_t: Tensor,
+    target: Tensor,
+    spread: Tensor,
+    weights: Tensor,
+) -> None:
     """Fills `x_t`, `target`, `spread` and `weights` of the op `redirect` (fastunlearn/ops/redirect.py)."""
     refuse_float64("redirect", images=images, neighbors=neighbors, noise=noise, x_t=x_t)
     batch, k = weights.shape
     if k > _WIDTHS[-1]:
-        raise ValueError(
-            f"neighbors: expected at most {_WIDTHS[-1]} a row on a GPU, got {k}; FASTUNLEARN_BACKEND=eager takes any number"
-        )
+        limit = f"expected at most {_WIDTHS[-1]} a row on a GPU, got {k}"
+        raise ValueError(f"neighbors: {limit}; FASTUNLEARN_BACKEND=eager takes any number")
     elements, plane = math.prod(x_t.shape[1:]), math.prod(x_t.shape[2:])
     refuse_beyond_int32("redirect", elements)
     scattered = channels_last and plane != elements
@@ -263,60 +304,64 @@ def redirect(
     rows = (images, index, neighbors, neighbor_index, coefficients)
     draw = (noise, counter if noise is None else None)
     sizes = (purpose, k, elements, plane)
-    shared = {
+    options = {
         "CHANNELS_LAST": scattered,
         "BYTES": images.dtype == neighbors.dtype == torch.uint8,
         "BLOCK_D": tiles.block_d,
         "VECTOR": tiles.vector,
+        "num_warps": tiles.num_warps,
+        "num_stages": 1,
+        **COMPILE_OPTIONS,
     }
-    shared |= {"num_warps": tiles.num_warps, "num_stages": 1, **COMPILE_OPTIONS}
     registers = register_limit(tiles, split, distances_given=sqdist is not None)
     if registers is not None:
-        shared["maxnreg"] = registers
+        options["maxnreg"] = registers
+
     if not split:
-        redirect_kernel[(batch,)](
-            *rows,
-            sqdist,
-            *draw,
-            x_t,
-            target,
-            spread,
-            weights,
-            *sizes,
-            BLOCK_K=tiles.block_k,
-            MEAN_K=tiles.mean_k,
-            WIDTH=width_of(k),
-            **shared,
-        )
+        results = (x_t, target, spread, weights)
+        options |= {"BLOCK_K": tiles.block_k, "MEAN_K": tiles.mean_k, "WIDTH": width_of(k)}
+        redirect_kernel[(batch,)](*rows, sqdist, *draw, *results, *sizes, **options)
         return
 
+    # Two launches: parts of the dot products (and distances), then the softmax and what is made of it.
     splits = triton.cdiv(elements, tiles.block_d)
-    group = width_of(k) if batch * splits >= _PROGRAMS else min(width_of(k), 64)
+    group = _group_of(k, programs=batch * splits)
     dots = x_t.new_empty((batch, splits, k), dtype=torch.float32)
-    distances = x_t.new_empty((batch, splits, k), dtype=torch.float64) if sqdist is None else None
+    distances = None
+    if sqdist is None:
+        distances = x_t.new_empty((batch, splits, k), dtype=torch.float64)
     arrivals = x_t.new_empty(batch, dtype=torch.int32)
     variances = x_t.new_empty((batch, splits), dtype=torch.float64)
+    between = (dots, distances, arrivals)
     redirect_dots_kernel[(batch * triton.cdiv(k, group) * splits,)](
-        *rows, *draw, x_t, *sizes, dots, distances, arrivals, group, BLOCK_K=tiles.block_k, **shared
+        *rows, *draw, x_t, *sizes, *between, group, BLOCK_K=tiles.block_k, **options
     )
+    options |= {"MEAN_K": tiles.mean_k, "WIDTH": width_of(k), "PARTS": parts_of(k)}
     redirect_mean_kernel[(batch * splits,)](
-        *rows, sqdist, *draw, target, spread, weights, *sizes, dots, distances, arrivals, variances,
-        MEAN_K=tiles.mean_k, WIDTH=width_of(k), PARTS=parts_of(k), **shared,
-    )  # fmt: skip
+        *rows, sqdist, *draw, target, spread, weights, *sizes, *between, variances, **options
+    )
 
 
 def access_of(elements: int, scattered: bool, rows: torch.dtype) -> int:
     """Which of the three tiles of a size."""
-    return 2 if elements % 16 != 0 else int(scattered or rows.itemsize == 4)
+    if elements % 16 != 0:
+        return 2
+    return 1 if scattered or rows.itemsize == 4 else 0
 
 
 def tiles_of(batch: int, elements: int, k: int, access: int) -> tuple[Tiles, bool]:
     """Tiles, and whether several programs share a sample."""
     if elements <= _IMAGE[access].block_d and k <= _ONE_LAUNCH_K:
-        return (_SMALL if elements <= _SMALL[access].block_d else _IMAGE)[access], False
-    return (_LARGE if batch * triton.cdiv(elements, _LARGE[access].block_d) >= _PROGRAMS else _SMALL)[
-        access
-    ], True
+        tiles = _SMALL if elements <= _SMALL[access].block_d else _IMAGE
+        return tiles[access], False
+    programs = batch * triton.cdiv(elements, _LARGE[access].block_d)
+    tiles = _LARGE if programs >= _PROGRAMS else _SMALL
+    return tiles[access], True
+
+
+def _group_of(k: int, programs: int) -> int:
+    """How many neighbours a program of the first launch does: all, unless that leaves a GPU without work."""
+    return width_of(k) if programs >= _PROGRAMS else min(width_of(k), 64)
 
 
 def register_limit(tiles: Tiles, split: bool, distances_given: bool) -> int | None:

@@ -21,9 +21,7 @@ from .partial_sums import PARTS, tile_of
 @triton.jit
 def residual_kernel(
     prediction,  # [B, D] float16, bfloat16 or float32, rows `prediction_stride` apart
-    # [B, D] float16, bfloat16 or float32, rows `target_stride` apart, its elements in the order of those of
-    # prediction
-    target,
+    target,  # [B, D] the same types, rows `target_stride` apart, elements in the order of prediction's
     weight,  # [B] floating
     gradient,  # [B, D] in the dtype and the order of prediction
     loss,  # [B] float32, where one program does a sample
@@ -39,15 +37,16 @@ def residual_kernel(
     sample = (tl.program_id(0) // splits).to(tl.int64)
     element = tl.max_contiguous((tl.program_id(0) % splits) * BLOCK + tl.arange(0, BLOCK), 4)
     inside = element < D
-    difference = to_float(
-        tl.load(prediction + sample * prediction_stride + element, mask=inside, other=0)
-    ) - to_float(tl.load(target + sample * target_stride + element, mask=inside, other=0))
+    predicted = to_float(tl.load(prediction + sample * prediction_stride + element, mask=inside, other=0))
+    wanted = to_float(tl.load(target + sample * target_stride + element, mask=inside, other=0))
+    difference = predicted - wanted
+
+    # gradient = 2 w (prediction - target)
     scale = tl.load(weight + sample).to(tl.float32)
-    tl.store(
-        gradient + sample * gradient_stride + element,
-        (2.0 * scale * difference).to(gradient.dtype.element_ty),
-        mask=inside,
-    )
+    at = gradient + sample * gradient_stride + element
+    tl.store(at, (2.0 * scale * difference).to(gradient.dtype.element_ty), mask=inside)
+
+    # loss = w ||prediction - target||^2
     energy = tl.sum(difference * difference)
     if partial is None:
         tl.store(loss + sample, scale * energy)
@@ -85,9 +84,21 @@ def residual(prediction: Tensor, target: Tensor, weight: Tensor, loss: Tensor, g
     splits = triton.cdiv(elements, block)
     partial = loss.new_empty(len(prediction), splits) if splits > 1 else None
     residual_kernel[(len(prediction) * splits,)](
-        prediction, target, weight, gradient, loss, partial, elements, prediction.stride(0), target.stride(0), gradient.stride(0),
-        BLOCK=block, num_warps=warps, num_stages=1, **COMPILE_OPTIONS,
-    )  # fmt: skip
+        prediction,
+        target,
+        weight,
+        gradient,
+        loss,
+        partial,
+        elements,
+        prediction.stride(0),
+        target.stride(0),
+        gradient.stride(0),
+        BLOCK=block,
+        num_warps=warps,
+        num_stages=1,
+        **COMPILE_OPTIONS,
+    )
     if partial is not None:
         residual_sum_kernel[(len(prediction),)](
             partial, weight, loss, splits, PARTS=PARTS, num_warps=1, num_stages=1, **COMPILE_OPTIONS

@@ -72,6 +72,6 @@ class Variant(NamedTuple):
 
 
 def pointers(**dtypes: torch.dtype | None) -> tuple[dict[str, str], dict[str, None]]:
-    """Signature and constants of pointer arguments: what is None is a compile-time constant, as at a launch."""
+    """Signature and constants of pointer arguments: None is a compile-time constant, as at a launch."""
     given = {name: "*" + _TYPES[dtype] for name, dtype in dtypes.items() if dtype is not None}
     return given, {name: None for name, dtype in dtypes.items() if dtype is None}

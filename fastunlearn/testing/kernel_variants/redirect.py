@@ -20,101 +20,115 @@ from . import Variant, Vectors, pointers
 
 
 def configurations() -> list[Variant]:
+    """What `redirect` can launch: one or two kernels for each of these calls."""
     u8, f16, bf16, f32 = torch.uint8, torch.float16, torch.bfloat16, torch.float32
-    bytes_in, floats_in = {"rows": u8, "noise": None}, {"rows": f32, "noise": f32, "sqdist": False}
-    return [
-        *_variants("MNIST, K = 10", 128, 784, 10, **bytes_in),
-        *_variants("MNIST, K = 10", 128, 784, 10, **floats_in),
-        *_variants("D <= 1024, odd, K = 10", 128, 783, 10, **floats_in),
-        *_variants("CIFAR, K = 10", 128, 3072, 10, **bytes_in),
-        *_variants("CIFAR, K = 10", 128, 3072, 10, **floats_in),
-        *_variants(
-            "CIFAR, K = 64, channels last",
-            128,
-            3072,
-            64,
-            rows=u8,
-            noise=None,
-            x_t=bf16,
-            scattered=True,
-            sqdist=False,
-        ),
-        *_variants("D <= 4096, odd, K = 64", 128, 3071, 64, rows=f32, noise=None, sqdist=False),
-        *_variants("CIFAR, K = 1000", 128, 3072, 1000, **bytes_in),
-        *_variants("CIFAR, K = 1000", 128, 3072, 1000, **floats_in),
-        *_variants("SD latents, K = 10", 16, 16384, 10, rows=f16, noise=None, x_t=f16),
-        *_variants("SD latents, K = 10", 16, 16384, 10, **floats_in),
-        *_variants("CelebA, K = 10", 64, 196608, 10, **bytes_in),
-        *_variants("CelebA, K = 10", 64, 196608, 10, rows=u8, noise=f32),
-        *_variants("CelebA, K = 10", 64, 196608, 10, **floats_in),
-        *_variants("CelebA, K = 10", 64, 196608, 10, rows=bf16, noise=bf16, x_t=bf16, sqdist=False),
-        *_variants(
-            "CelebA, K = 10, channels last", 64, 196608, 10, rows=u8, noise=None, x_t=bf16, scattered=True
-        ),
-        *_variants("CelebA, K = 64", 64, 196608, 64, rows=f32, noise=None, sqdist=False),
-        *_variants("CelebA, K = 1000", 64, 196608, 1000, **bytes_in),
-        *_variants("D > 4096, odd, K = 1000", 64, 196607, 1000, **floats_in),
+    stored_bytes = {"rows": u8, "noise": None}
+    dense_floats = {"rows": f32, "noise": f32, "sqdist": False}
+    half = {"rows": bf16, "noise": bf16, "x_t": bf16, "sqdist": False}
+    drawn = {"noise": None, "sqdist": False}
+    nhwc = {"rows": u8, "noise": None, "x_t": bf16, "scattered": True}
+    calls = [
+        _launches("MNIST, K = 10", 128, 784, 10, **stored_bytes),
+        _launches("MNIST, K = 10", 128, 784, 10, **dense_floats),
+        _launches("D <= 1024, odd, K = 10", 128, 783, 10, **dense_floats),
+        _launches("CIFAR, K = 10", 128, 3072, 10, **stored_bytes),
+        _launches("CIFAR, K = 10", 128, 3072, 10, **dense_floats),
+        _launches("CIFAR, K = 64, channels last", 128, 3072, 64, **nhwc, sqdist=False),
+        _launches("D <= 4096, odd, K = 64", 128, 3071, 64, rows=f32, **drawn),
+        _launches("CIFAR, K = 1000", 128, 3072, 1000, **stored_bytes),
+        _launches("CIFAR, K = 1000", 128, 3072, 1000, **dense_floats),
+        _launches("SD latents, K = 10", 16, 16384, 10, rows=f16, noise=None, x_t=f16),
+        _launches("SD latents, K = 10", 16, 16384, 10, **dense_floats),
+        _launches("CelebA, K = 10", 64, 196608, 10, **stored_bytes),
+        _launches("CelebA, K = 10", 64, 196608, 10, rows=u8, noise=f32),
+        _launches("CelebA, K = 10", 64, 196608, 10, **dense_floats),
+        _launches("CelebA, K = 10", 64, 196608, 10, **half),
+        _launches("CelebA, K = 10, channels last", 64, 196608, 10, **nhwc),
+        _launches("CelebA, K = 64", 64, 196608, 64, rows=f32, **drawn),
+        _launches("CelebA, K = 1000", 64, 196608, 1000, **stored_bytes),
+        _launches("D > 4096, odd, K = 1000", 64, 196607, 1000, **dense_floats),
     ]
+    return [variant for launches in calls for variant in launches]
 
 
-def _variants(
-    label: str, batch: int, elements: int, k: int, *, rows: torch.dtype, noise: torch.dtype | None, x_t: torch.dtype = torch.float32,
-    sqdist: bool = True, scattered: bool = False,
-) -> list[Variant]:  # fmt: skip
+def _launches(
+    label: str,
+    batch: int,
+    elements: int,
+    k: int,
+    *,
+    rows: torch.dtype,
+    noise: torch.dtype | None,
+    x_t: torch.dtype = torch.float32,
+    sqdist: bool = True,
+    scattered: bool = False,
+) -> list[Variant]:
     """The launches of one call: uint8 rows come by index, float rows dense."""
     tiles, split = tiles_of(batch, elements, k, access_of(elements, scattered, rows))
-    i32, i64, f32, f64 = torch.int32, torch.int64, torch.float32, torch.float64
-    index, distance = i64 if rows == torch.uint8 else None, f64 if sqdist else None
-    types = {
-        "images": rows,
-        "index": index,
-        "neighbors": rows,
-        "neighbor_index": index,
-        "coefficients": f64,
-        "sqdist": distance,
-        "noise": noise,
-    }
-    types |= {
-        "counter": i64 if noise is None else None,
-        "x_t": x_t,
-        "target": f32,
-        "spread": f32,
-        "weights": f32,
-    }
-    types |= {"dots": f32, "distances": None if sqdist else f64, "arrivals": i32, "variances": f64}
+    types = _pointer_types(rows, noise, x_t, distances_given=sqdist)
     integers = {"purpose": "i32", "K": "i32", "D": "i32", "plane": "i32", "group": "i32"}
     constants = {
         "CHANNELS_LAST": scattered,
         "BYTES": rows == torch.uint8,
         "BLOCK_D": tiles.block_d,
         "VECTOR": tiles.vector,
-    }
-    constants |= {
         "BLOCK_K": tiles.block_k,
         "MEAN_K": tiles.mean_k,
         "WIDTH": width_of(k),
         "PARTS": parts_of(k),
     }
-    label += (
-        f", {str(rows)[6:]}, {'Philox' if noise is None else 'noise'}{'' if sqdist else ', no distances'}"
-    )
+    label += f", {str(rows).removeprefix('torch.')}, {'Philox' if noise is None else 'noise'}"
+    if not sqdist:
+        label += ", no distances"
 
-    def variant(kernel):
-        pointer_types, absent = pointers(**{name: types[name] for name in kernel.arg_names if name in types})
-        signature = pointer_types | {name: integers[name] for name in kernel.arg_names if name in integers}
-        given = absent | {name: constants[name] for name in kernel.arg_names if name in constants}
-        registers = register_limit(tiles, split, distances_given=sqdist)
-        divisible, vectors = (), None
-        if elements % 16 == 0:
-            divisible = ("D", "plane")
-            vectors = _vectors(kernel, tiles, scattered)
-        options = {"max_registers": registers, "divisible": divisible, "vectors": vectors}
-        return Variant(kernel, label, signature, given, tiles.num_warps, **options)
+    variants = []
+    for kernel in (redirect_dots_kernel, redirect_mean_kernel) if split else (redirect_kernel,):
+        # Each kernel takes some of all these arguments.
+        pointer_types, absent = pointers(**_only(types, kernel))
+        whole = elements % 16 == 0
+        variant = Variant(
+            kernel,
+            label,
+            pointer_types | _only(integers, kernel),
+            absent | _only(constants, kernel),
+            tiles.num_warps,
+            max_registers=register_limit(tiles, split, distances_given=sqdist),
+            divisible=("D", "plane") if whole else (),
+            vectors=_vectors(kernel, tiles, scattered) if whole else None,
+        )
+        variants.append(variant)
+    return variants
 
-    return [
-        variant(kernel)
-        for kernel in ((redirect_dots_kernel, redirect_mean_kernel) if split else (redirect_kernel,))
-    ]
+
+def _pointer_types(
+    rows: torch.dtype, noise: torch.dtype | None, x_t: torch.dtype, *, distances_given: bool
+) -> dict[str, torch.dtype | None]:
+    """What all pointer arguments of the three kernels point to; None: not given."""
+    i32, i64, f32, f64 = torch.int32, torch.int64, torch.float32, torch.float64
+    index = i64 if rows == torch.uint8 else None
+    return {
+        "images": rows,
+        "index": index,
+        "neighbors": rows,
+        "neighbor_index": index,
+        "coefficients": f64,
+        "sqdist": f64 if distances_given else None,
+        "noise": noise,
+        "counter": i64 if noise is None else None,
+        "x_t": x_t,
+        "target": f32,
+        "spread": f32,
+        "weights": f32,
+        "dots": f32,
+        "distances": None if distances_given else f64,
+        "arrivals": i32,
+        "variances": f64,
+    }
+
+
+def _only(arguments: dict, kernel: JITFunction) -> dict:
+    """Those of `arguments` that `kernel` takes, in its order."""
+    return {name: arguments[name] for name in kernel.arg_names if name in arguments}
 
 
 def _vectors(kernel: JITFunction, tiles: Tiles, scattered: bool) -> Vectors:

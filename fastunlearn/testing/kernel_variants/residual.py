@@ -10,6 +10,7 @@ from . import Variant, Vectors, pointers
 
 
 def configurations() -> list[Variant]:
+    """What `residual` can launch."""
     f32, bf16 = torch.float32, torch.bfloat16
     signature, constants = pointers(partial=f32, weight=f32, loss=f32)
     return [
@@ -39,13 +40,16 @@ def _variant(label: str, elements: int, prediction: torch.dtype, target: torch.d
         partial=torch.float32 if elements > TINY else None,
     )
     integers = ("D", "prediction_stride", "target_stride", "gradient_stride")
-    vectors = Vectors(4, {"prediction": 1, "target": 1}, ("gradient",)) if elements % 16 == 0 else None
+    divisible, vectors = (), None
+    if elements % 16 == 0:
+        divisible = integers
+        vectors = Vectors(4, {"prediction": 1, "target": 1}, ("gradient",))
     return Variant(
         residual_kernel,
         label,
         signature | dict.fromkeys(integers, "i32"),
         constants | {"BLOCK": block},
         warps,
-        divisible=integers if elements % 16 == 0 else (),
+        divisible=divisible,
         vectors=vectors,
     )
