@@ -60,8 +60,7 @@ class Mixture(NamedTuple):
 def noised(
     images: Tensor | Rows, noise: Tensor | Noise, timesteps: Tensor, schedule: NoiseSchedule
 ) -> Noised:
-    """`x_t = alpha_t x_0 + sigma_t eps` and what the network should predict for it (the vanilla denoising
-    target).
+    """`x_t = alpha_t x_0 + sigma_t eps`, and the vanilla denoising target: what the network should predict.
 
     Args:
         images: `[B, C, H, W]` floating point, or rows of a store.
@@ -74,11 +73,10 @@ def noised(
     coefficients = _prepare("images", images, noise, timesteps, schedule)
     if backend() == "reference":
         images, noise = _gathered(images), _numbers(noise, images.dtype)
-        return Noised(
-            _literal_noising(images, noise, timesteps, schedule),
-            _literal_target(images, noise, timesteps, schedule),
-        )
-    # the target is the noise itself
+        x_t = _literal_noising(images, noise, timesteps, schedule)
+        return Noised(x_t, _literal_target(images, noise, timesteps, schedule))
+
+    # A network that predicts epsilon has the noise itself for its target, which need not be written again.
     known = schedule.prediction_type == "epsilon" and isinstance(noise, Tensor)
     x_t, target = _noising(
         *_source(images),
@@ -101,11 +99,11 @@ def redirect(
     x_t: Tensor | None = None,
     sqdist: Tensor | None = None,
 ) -> Redirect:
-    """ReTrack's single target: the importance-weighted mean of the directions toward the k nearest neighbours
-    (ReTrack section 3.3).
+    """ReTrack's single target: the weighted mean of the directions toward the k nearest neighbours.
 
-    `loss = ||prediction - target||^2 + spread` equals the paper's `sum_j p_j ||prediction - v_j||^2`, with
-    `p = softmax_j(-||x_t - alpha x_j||^2 / (2 sigma^2))`; `p` carries no gradient.
+    ReTrack section 3.3, by the one-target identity: `loss = ||prediction - target||^2 + spread` equals the
+    paper's `sum_j p_j ||prediction - v_j||^2`, with `p = softmax_j(-||x_t - alpha x_j||^2 / (2 sigma^2))`;
+    `p` carries no gradient.
 
     Args:
         forget: `[B, C, H, W]`, the images to forget, or rows of a store.
@@ -127,32 +125,26 @@ def redirect(
         check.rows_within("neighbors.index", neighbors.index, len(neighbors.images))
     else:
         check.tensor("neighbors", neighbors, ndim=5)
-    if (
-        neighbors.shape[1] == 0
-        or neighbors.shape[0] != forget.shape[0]
-        or neighbors.shape[2:] != forget.shape[1:]
-    ):
-        raise ValueError(
-            f"neighbors: expected [B, K, C, H, W] = {_with_k(forget)} with K >= 1, got {tuple(neighbors.shape)}"
-        )
+    batch, k, *image_shape = neighbors.shape
+    if k == 0 or (batch, *image_shape) != tuple(forget.shape):
+        wanted = f"[B, K, C, H, W] = {_with_k(forget)} with K >= 1"
+        raise ValueError(f"neighbors: expected {wanted}, got {tuple(neighbors.shape)}")
     check.same_device("neighbors", neighbors, "forget", forget)
     if neighbors.dtype != forget.dtype:
         raise TypeError(f"neighbors: expected the dtype of forget, {forget.dtype}, got {neighbors.dtype}")
     if sqdist is not None:
         check.tensor("sqdist", sqdist, ndim=2)
         if sqdist.shape != neighbors.shape[:2]:
-            raise ValueError(
-                f"sqdist: expected one distance a neighbour, {tuple(neighbors.shape[:2])}, got {tuple(sqdist.shape)}"
-            )
+            wanted = f"one distance a neighbour, {tuple(neighbors.shape[:2])}"
+            raise ValueError(f"sqdist: expected {wanted}, got {tuple(sqdist.shape)}")
         check.same_device("sqdist", sqdist, "forget", forget)
     _check_data(forget=forget, neighbors=neighbors, noise=noise, x_t=x_t)
     noise = _noise_of("forget", forget, noise, x_t, timesteps, schedule)
     coefficients = _prepare("forget", forget, noise, timesteps, schedule)
     if backend() == "reference":
         forget, neighbors = _gathered(forget), _gathered(neighbors)
-        return Redirect(
-            *_literal_redirect(forget, neighbors, _numbers(noise, forget.dtype), timesteps, schedule, x_t=x_t)
-        )
+        noise = _numbers(noise, forget.dtype)
+        return Redirect(*_literal_redirect(forget, neighbors, noise, timesteps, schedule, x_t=x_t))
     rest = coefficients, sqdist, *_noise_arguments(noise), forget.dtype, _channels_last(forget)
     made, target, spread, weights = _redirect(*_source(forget), *_source(neighbors), *rest)
     return Redirect(made if x_t is None else x_t, target, spread, weights)
@@ -170,8 +162,9 @@ def mixture(
     x_t: Tensor | None = None,
     time_log_ratio: Tensor | None = None,
 ) -> Mixture:
-    """The SISS mixture sample with both targets and importance weights (SISS Eq. 6); `(1 - lambd) w_x + lambd
-    w_a = 1`.
+    """The SISS mixture sample with both targets and importance weights (SISS Eq. 6).
+
+    The weights of a row are bound to each other: `(1 - lambd) w_x + lambd w_a = 1`.
 
     Args:
         retain: `[B, C, H, W]`, images to keep, or rows of a store.
@@ -197,44 +190,23 @@ def mixture(
     if forget.dtype != retain.dtype:
         raise TypeError(f"forget: expected the dtype of retain, {retain.dtype}, got {forget.dtype}")
     lambd = check.number("lambd", lambd, low=0, high=1)
-    if (
-        not isinstance(from_forget, Tensor)
-        or from_forget.dtype != torch.bool
-        or from_forget.shape != retain.shape[:1]
-    ):
-        raise TypeError(
-            f"from_forget: expected a bool tensor of shape ({len(retain)},), got {check.describe(from_forget)}"
-        )
+    is_bool = isinstance(from_forget, Tensor) and from_forget.dtype == torch.bool
+    if not is_bool or from_forget.shape != retain.shape[:1]:
+        wanted = f"a bool tensor of shape ({len(retain)},)"
+        raise TypeError(f"from_forget: expected {wanted}, got {check.describe(from_forget)}")
     check.same_device("from_forget", from_forget, "retain", retain)
     if time_log_ratio is not None:
         check.vector("time_log_ratio", time_log_ratio, len(retain), retain.device)
     _check_data(retain=retain, forget=forget, noise=noise, x_t=x_t)
     if x_t is not None:
-        noise = _noise_of(
-            "retain",
-            torch.where(from_forget.view(-1, 1, 1, 1), _gathered(forget), _gathered(retain)),
-            noise,
-            x_t,
-            timesteps,
-            schedule,
-        )
+        # A given x_t was made from the image of its branch, and implies the noise that was added to it.
+        drawn = torch.where(from_forget.view(-1, 1, 1, 1), _gathered(forget), _gathered(retain))
+        noise = _noise_of("retain", drawn, noise, x_t, timesteps, schedule)
     coefficients = _prepare("retain", retain, noise, timesteps, schedule)
     if backend() == "reference":
         retain, forget = _gathered(retain), _gathered(forget)
-        noise = _numbers(noise, retain.dtype)
-        return Mixture(
-            *_literal_mixture(
-                retain,
-                forget,
-                noise,
-                timesteps,
-                schedule,
-                lambd,
-                from_forget,
-                x_t=x_t,
-                time_log_ratio=time_log_ratio,
-            )
-        )
+        pair = retain, forget, _numbers(noise, retain.dtype), timesteps, schedule, lambd, from_forget
+        return Mixture(*_literal_mixture(*pair, x_t=x_t, time_log_ratio=time_log_ratio))
     rest = (
         coefficients,
         from_forget,
@@ -251,8 +223,9 @@ def mixture(
 def denoising_loss(
     prediction: Tensor, target: Tensor, weight: Tensor | None = None, lowpass: LowPass | None = None
 ) -> Tensor:
-    """`weight ||prediction - target||^2` per sample, `[B]`, summed over elements; differentiable in
-    `prediction` only.
+    """`weight ||prediction - target||^2` per sample, `[B]`, summed over elements.
+
+    It is differentiable in `prediction` only.
 
     Args:
         prediction: `[B, C, H, W]`, any floating dtype; sums are float32 or better.
@@ -273,22 +246,24 @@ def weighted_residual(
     """`denoising_loss` and, from the same pass, its gradient `[B, C, H, W]` in the dtype of `prediction`."""
     check.images("prediction", prediction)
     check.like("target", target, "prediction", prediction)
-    weight = (
-        torch.ones(len(prediction), device=prediction.device)
-        if weight is None
-        else check.vector("weight", weight, len(prediction), prediction.device)
-    )
+    if weight is None:
+        weight = torch.ones(len(prediction), device=prediction.device)
+    else:
+        check.vector("weight", weight, len(prediction), prediction.device)
     for name, value in (("target", target), ("weight", weight)):
         if value.requires_grad:
-            raise ValueError(
-                f"{name}: expected no gradient (the loss is differentiable in prediction only), got requires_grad=True; detach it"
-            )
+            expected = "expected no gradient (the loss is differentiable in prediction only)"
+            raise ValueError(f"{name}: {expected}, got requires_grad=True; detach it")
+
+    # All frequencies: w ||prediction - target||^2, whose gradient is 2 w (prediction - target).
     if lowpass is None:
         if backend() == "reference":
-            return _literal_loss(prediction, target, weight), 2 * weight.to(prediction.dtype).view(
-                -1, 1, 1, 1
-            ) * (prediction - target).detach()
+            slope = 2 * weight.to(prediction.dtype).view(-1, 1, 1, 1)
+            gradient = slope * (prediction - target).detach()
+            return _literal_loss(prediction, target, weight), gradient
         return _residual(prediction, target, weight)
+
+    # A band of them: the same of the residual's part within it (arXiv 2510.17917, Eq. 8).
     if not isinstance(lowpass, LowPass):
         raise TypeError(f"lowpass: expected a LowPass or None, got {check.describe(lowpass)}")
     band, inside, outside = _mask(lowpass, *prediction.shape[-2:], prediction.device)
@@ -298,6 +273,7 @@ def weighted_residual(
 
 
 def _mask(lowpass: LowPass, height: int, width: int, device: torch.device) -> tuple[Tensor, float, float]:
+    """`LowPass.mask` on `device`; a constant of a compiled graph."""
     return _cached_mask(lowpass, height, width, device)
 
 
@@ -309,8 +285,9 @@ def _cached_mask(
     return band.to(device), inside, outside
 
 
-# What torch.compiler.assume_constant_result sets; the decorator itself would import torch._dynamo, and with
-# it Triton, at every start.
+# The mask is made of numbers that a trace knows, so the compiler may run this and keep the result. That is
+# what torch.compiler.assume_constant_result says, by this marker; but the decorator itself would import
+# torch._dynamo, and with it Triton, at every start of a program.
 _mask._dynamo_marked_constant = True
 
 
@@ -326,40 +303,45 @@ def _check_data(**arguments: Tensor | Rows | Noise | None) -> None:
     """Refuses a gradient that would be lost: importance weights and targets are constants of a step."""
     for name, value in arguments.items():
         if isinstance(value, Tensor) and value.requires_grad:
-            raise ValueError(
-                f"{name}: expected no gradient (weights and targets are constants of a step), got requires_grad=True; detach it"
-            )
+            expected = "expected no gradient (weights and targets are constants of a step)"
+            raise ValueError(f"{name}: {expected}, got requires_grad=True; detach it")
 
 
 def _source(images: Tensor | Rows) -> tuple[Tensor, Tensor | None]:
     """`(images, index)` as the ops take them."""
-    return (images.images, images.index) if isinstance(images, Rows) else (images, None)
+    if isinstance(images, Rows):
+        return images.images, images.index
+    return images, None
 
 
 def _gathered(images: Tensor | Rows) -> Tensor:
+    """The images themselves."""
     return images.gather() if isinstance(images, Rows) else images
 
 
 def _noise_arguments(noise: Tensor | Noise) -> tuple[Tensor | None, Tensor | None, int]:
     """`(noise, counter, purpose)` as the ops take them."""
-    return (None, noise.counter, int(noise.purpose)) if isinstance(noise, Noise) else (noise, None, 0)
+    if isinstance(noise, Noise):
+        return None, noise.counter, int(noise.purpose)
+    return noise, None, 0
 
 
 def _numbers(noise: Tensor | Noise, dtype: torch.dtype) -> Tensor:
+    """The noise itself."""
     return noise.numbers(dtype) if isinstance(noise, Noise) else noise
 
 
 def _channels_last(images: Tensor | Rows) -> bool:
-    return (
-        isinstance(images, Tensor)
-        and not images.is_contiguous()
-        and images.is_contiguous(memory_format=torch.channels_last)
-    )
+    """Whether results are to lie in channels-last order: where images do, and are not contiguous as well."""
+    if isinstance(images, Rows) or images.is_contiguous():
+        return False
+    return images.is_contiguous(memory_format=torch.channels_last)
 
 
 def _prepare(
     name: str, images: Tensor | Rows, noise: Tensor | Noise | None, timesteps: Tensor, schedule: NoiseSchedule
 ) -> Tensor:
+    """Checks what all ops take; the schedule's coefficients `[B, 5]` float64 of the rows."""
     _check_images(name, images)
     if isinstance(noise, Noise):
         check.same_shape("noise", noise, name, images)
@@ -373,9 +355,8 @@ def _prepare(
 
 def _check_timesteps(timesteps: Tensor, images: Tensor | Rows, schedule: NoiseSchedule) -> None:
     if not isinstance(schedule, NoiseSchedule):
-        raise TypeError(
-            f"schedule: expected a NoiseSchedule (NoiseSchedule.from_diffusers(scheduler) makes one), got {check.describe(schedule)}"
-        )
+        wanted = "a NoiseSchedule (NoiseSchedule.from_diffusers(scheduler) makes one)"
+        raise TypeError(f"schedule: expected {wanted}, got {check.describe(schedule)}")
     check.vector("timesteps", timesteps, len(images), images.device, floating=False)
 
 
@@ -387,7 +368,7 @@ def _noise_of(
     timesteps: Tensor,
     schedule: NoiseSchedule,
 ) -> Tensor | Noise | None:
-    """The noise that `x_t` implies, or `noise` where `x_t` is not given."""
+    """The noise that `x_t` implies, `(x_t - alpha x) / sigma`, or `noise` where `x_t` is not given."""
     if x_t is None:
         return noise
     images = _gathered(images)
@@ -398,5 +379,6 @@ def _noise_of(
 
 
 def _with_k(images: Tensor | Rows) -> str:
+    """`(B, K, C, H, W)` with the sizes of `images`, for a message."""
     batch, *rest = images.shape
     return f"({batch}, K, {', '.join(map(str, rest))})"

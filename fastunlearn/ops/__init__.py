@@ -1,3 +1,1 @@
-"""The ops: one file each, with schema, fake kernel, autograd, the eager closed form and the choice of
-backend.
-"""
+"""The ops, one file each: schema, fake kernel, autograd, eager closed form, choice of backend."""

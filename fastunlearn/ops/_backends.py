@@ -1,5 +1,6 @@
-"""Where the kernels are: C++ and CUDA in the extension (`fastunlearn/_C*.abi3.so`), Triton in
-`fastunlearn/kernels`. Loaded at first use.
+"""Where the kernels are, loaded at first use.
+
+C++ and CUDA are in the extension (`fastunlearn/_C*.abi3.so`), Triton in `fastunlearn/kernels`.
 """
 
 from __future__ import annotations
@@ -33,32 +34,35 @@ def find_kernel(name: str, device: torch.device, args: tuple, *, required: bool)
         RuntimeError: there is none and `required` asks for one.
     """
     kernel, reason = None, f"no kernel for {device.type}"
-    if device.type == "cpu" and extension("_C"):
-        kernel = _native(name)
-    elif device.type == "cpu" and required:  # the command is made where it is shown, not at every call
-        reason = f"the C++ extension is not built; build it with: {build_command()}"
-    elif device.type == "cuda" and any(
-        isinstance(value, Tensor) and value.dtype == torch.float64 and value.ndim >= 4 for value in args
-    ):
-        reason = "GPU kernels take float16, bfloat16, float32 and uint8 images, got float64"
+    if device.type == "cpu":
+        if extension("_C"):
+            kernel = _native(name)
+        elif required:  # the command is made where it is shown, not at every call
+            reason = f"the C++ extension is not built; build it with: {build_command()}"
     elif device.type == "cuda":
-        kernel, reason = _on_gpu(name)
+        if any(isinstance(value, Tensor) and _is_float64_images(value) for value in args):
+            reason = "GPU kernels take float16, bfloat16, float32 and uint8 images, got float64"
+        else:
+            kernel, reason = _on_gpu(name)
     if kernel is None and required:
         raise RuntimeError(f"FASTUNLEARN_BACKEND=kernels: expected a kernel for {name}, got none ({reason})")
     return kernel
 
 
+def _is_float64_images(value: Tensor) -> bool:
+    return value.dtype == torch.float64 and value.ndim >= 4
+
+
 @functools.cache
 def extension(library: str) -> bool:
-    """Loads `_C` (CPU) or `_C_cuda`; False, with one warning that names the command which builds it, where it
-    is missing.
+    """Loads `_C` (CPU) or `_C_cuda`; False where it is missing, with one warning.
+
+    The warning names the command which builds it.
     """
     path = _PACKAGE / f"{library}.abi3.so"
     if not path.exists():
-        warnings.warn(
-            f"fastunlearn: {path.name} is not built, plain torch is used instead (slower); build it with: {build_command()}",
-            stacklevel=2,
-        )
+        missing = f"{path.name} is not built, plain torch is used instead (slower)"
+        warnings.warn(f"fastunlearn: {missing}; build it with: {build_command()}", stacklevel=2)
         return False
     wanted = os.environ.get("FASTUNLEARN_ISA") or ISAS[-1]
     if wanted not in ISAS:
@@ -66,10 +70,10 @@ def extension(library: str) -> bool:
     check.switched_on("FASTUNLEARN_VNNI", default=True)  # C++ reads it: here a typing error is seen
     found = getattr(ctypes.CDLL(str(path)), "fastunlearn_revision", lambda: 0)()
     if found != REVISION:
+        other = f"{path.name} is of another version (revision {found}, expected {REVISION})"
+        instead = "plain torch is used instead (slower)"
         warnings.warn(
-            f"fastunlearn: {path.name} is of another version (revision {found}, expected {REVISION}), plain torch is used instead (slower); "
-            f"build it again with: {build_command()}",
-            stacklevel=2,
+            f"fastunlearn: {other}, {instead}; build it again with: {build_command()}", stacklevel=2
         )
         return False
     torch.ops.load_library(path)
@@ -77,12 +81,11 @@ def extension(library: str) -> bool:
 
 
 def build_command() -> str:
-    checkout = (_PACKAGE.parent / "setup.py").exists()
-    what = (
-        f"--no-build-isolation -e {_PACKAGE.parent}"
-        if checkout
-        else "--force-reinstall --no-binary fastunlearn fastunlearn"
-    )
+    """The command that builds the extension: of a checkout, or of the installed package."""
+    if (_PACKAGE.parent / "setup.py").exists():
+        what = f"--no-build-isolation -e {_PACKAGE.parent}"
+    else:
+        what = "--force-reinstall --no-binary fastunlearn fastunlearn"
     return f"{sys.executable} -m pip install --no-deps {what}"
 
 
@@ -93,21 +96,19 @@ def _native(name: str) -> Callable:
 
 @functools.cache
 def _on_gpu(name: str) -> tuple[Callable | None, str]:
+    """The kernel of op `name` on GPUs; or None, and why there is none."""
     if name in _TRITON:
         if importlib.util.find_spec("triton") is None:
-            warnings.warn(
-                "fastunlearn: triton is not installed, plain torch is used instead (slower); install it with: pip install triton",
-                stacklevel=3,
-            )
+            instead = "triton is not installed, plain torch is used instead (slower)"
+            warnings.warn(f"fastunlearn: {instead}; install it with: pip install triton", stacklevel=3)
             return None, "triton is not installed"
         return getattr(importlib.import_module(f"fastunlearn.kernels.{name}"), name), ""
     if name not in _CUDA:
         return None, f"{name} runs in plain torch on a GPU"
-    # no compiler was there at installation
+
+    # Where no compiler was there at installation, CuPy compiles the same sources at first use.
     if not (_PACKAGE / "_C_cuda.abi3.so").exists() and importlib.util.find_spec("cupy") is not None:
         return getattr(importlib.import_module(f"fastunlearn.ops._{name}_cupy"), name), ""
-    return (
-        (_native(name), "")
-        if extension("_C_cuda")
-        else (None, f"the CUDA extension is not built; build it with: {build_command()}")
-    )
+    if not extension("_C_cuda"):
+        return None, f"the CUDA extension is not built; build it with: {build_command()}"
+    return _native(name), ""

@@ -56,15 +56,12 @@ def define(
         tensor, *others = [value for value in args if isinstance(value, Tensor)]
         for other in others:  # a kernel would take an address on one device for one on another
             if other.device != tensor.device:
-                raise ValueError(
-                    f"{name}: expected all tensors on one device, got {tensor.device} and {other.device}"
-                )
-        wanted = backend()
-        kernel = (
-            None
-            if wanted == "eager"
-            else _backends.find_kernel(name, tensor.device, args, required=wanted == "kernels")
-        )
+                found = f"{tensor.device} and {other.device}"
+                raise ValueError(f"{name}: expected all tensors on one device, got {found}")
+
+        kernel, wanted = None, backend()
+        if wanted != "eager":
+            kernel = _backends.find_kernel(name, tensor.device, args, required=wanted == "kernels")
         if kernel is None:
             with torch.autocast(tensor.device.type, enabled=False):  # ops keep their own precision
                 return _one_or_all(eager(*args))
@@ -77,15 +74,18 @@ def define(
         check(*args)
         return _one_or_all(empty(*args))
 
-    LIBRARY.define(
-        f"{name}({arguments}) -> {'Tensor' if len(outputs) == 1 else '(' + ', '.join(['Tensor'] * len(outputs)) + ')'}"
-    )
+    returned = ", ".join(["Tensor"] * len(outputs))
+    if len(outputs) > 1:
+        returned = f"({returned})"
+    LIBRARY.define(f"{name}({arguments}) -> {returned}")
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastunlearn::{name}", fake, lib=LIBRARY)
-    written = ", ".join(
-        f"Tensor({letter}!) {output}" for letter, output in zip(string.ascii_lowercase, outputs, strict=False)
-    )
-    define_native(name, f"{arguments}{', ' + more if more else ''}, {written}")
+
+    # The kernel takes the same, then `more`, then the outputs: each marked by a letter of its own as written.
+    given = f"{arguments}, {more}" if more else arguments
+    letters = zip(string.ascii_lowercase, outputs, strict=False)
+    written = ", ".join(f"Tensor({letter}!) {output}" for letter, output in letters)
+    define_native(name, f"{given}, {written}")
     return getattr(torch.ops.fastunlearn, name).default
 
 
@@ -111,7 +111,6 @@ def _one_or_all(outputs: tuple[Tensor, ...]):
 
 
 # --- shared by the closed forms
-# --------------------------------------------------------------------------------------------------
 
 
 def per_row(values: Tensor, like: Tensor) -> Tensor:
@@ -121,18 +120,19 @@ def per_row(values: Tensor, like: Tensor) -> Tensor:
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """float32, or float64 where one of `tensors` is."""
-    return (
-        torch.float64
-        if any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
-        else torch.float32
-    )
+    if any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors):
+        return torch.float64
+    return torch.float32
 
 
 def served(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Stored rows as network input: uint8 `u` as `u / 127.5 - 1`, rounded as in float32 whatever `dtype` is;
-    float rows as they are.
+    """Stored rows as network input: uint8 `u` as `u / 127.5 - 1`, float rows as they are.
+
+    The quotient is rounded as in float32 whatever `dtype` is.
     """
-    return network_input(rows).to(dtype) if rows.dtype == torch.uint8 else rows.to(dtype)
+    if rows.dtype == torch.uint8:
+        rows = network_input(rows)
+    return rows.to(dtype)
 
 
 def picked(images: Tensor, index: Tensor | None) -> Tensor:
@@ -148,9 +148,9 @@ def empty_images(images: Tensor, index: Tensor | None, dtype: torch.dtype, chann
 
 
 def laid_out(images: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
-    return images.to(dtype).contiguous(
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format
-    )
+    """`images` in `dtype` and in the memory layout asked for."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return images.to(dtype).contiguous(memory_format=layout)
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -159,7 +159,6 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 
 # --- arguments of the kernels
-# ----------------------------------------------------------------------------------------------------
 
 
 def rows_for_kernel(images: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -167,36 +166,39 @@ def rows_for_kernel(images: Tensor, index: Tensor | None) -> tuple[Tensor, Tenso
 
     Of a store that is a permuted view (an NHWC file, perhaps memory-mapped) only the rows are copied.
     """
-    if images.is_contiguous() or index is None:
-        return images.contiguous(), index if index is None else index.long().contiguous()
+    if index is None:
+        return images.contiguous(), None
+    if images.is_contiguous():
+        return images, index.long().contiguous()
     return images[index.long()].contiguous(), None
 
 
 def noise_for_kernel(noise: Tensor | None, counter: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    return (
-        noise if noise is None else noise.contiguous(),
-        counter if counter is None else counter.long().contiguous(),
-    )
+    """Contiguous `noise`, or its counter as int64."""
+    if noise is not None:
+        noise = noise.contiguous()
+    if counter is not None:
+        counter = counter.long().contiguous()
+    return noise, counter
 
 
 # --- checks of shapes
-# ------------------------------------------------------------------------------------------------------------
 
 
 def check_rows(name: str, images: Tensor, index: Tensor | None, *, ndim: int = 1) -> tuple[int, ...]:
     """The shape of `images[index]`; `images` alone has `ndim` axes before C, H, W."""
     if images.numel() == 0:
         raise ValueError(f"{name}: expected at least one image, got shape {tuple(images.shape)}")
-    if images.ndim != (ndim if index is None else 1) + 3:
-        raise ValueError(
-            f"{name}: expected {'rows ' if index is not None else ''}[..., C, H, W], got shape {tuple(images.shape)}"
-        )
     if index is None:
+        if images.ndim != ndim + 3:
+            raise ValueError(f"{name}: expected [..., C, H, W], got shape {tuple(images.shape)}")
         return tuple(images.shape)
+
+    if images.ndim != 4:
+        raise ValueError(f"{name}: expected rows [..., C, H, W], got shape {tuple(images.shape)}")
     if index.ndim != ndim or index.numel() == 0 or index.is_floating_point() or index.dtype == torch.bool:
-        raise ValueError(
-            f"{name}: expected an integer index of {ndim} axes with at least one row, got {index.dtype} of shape {tuple(index.shape)}"
-        )
+        expected = f"an integer index of {ndim} axes with at least one row"
+        raise ValueError(f"{name}: expected {expected}, got {index.dtype} of shape {tuple(index.shape)}")
     return (*index.shape, *images.shape[1:])
 
 

@@ -1,8 +1,8 @@
-"""lowpass_residual on a GPU without a compiler: CuPy (NVRTC) compiles csrc/lowpass_residual.cuh at first use
-and keeps the binary on disk.
+"""lowpass_residual on a GPU without a compiler.
 
-Repeats csrc/lowpass_residual_plan.h and csrc/lowpass_residual_cuda.cpp in Python; a test compares the two
-plans. Tested on an H200, not timed there.
+CuPy (NVRTC) compiles csrc/lowpass_residual.cuh at first use and keeps the binary on disk. This repeats
+csrc/lowpass_residual_plan.h and csrc/lowpass_residual_cuda.cpp in Python; a test compares the two plans.
+Tested on an H200, not timed there.
 """
 
 from __future__ import annotations
@@ -82,9 +82,7 @@ def lowpass_residual(
     energy: Tensor,
     gradient: Tensor,
 ) -> None:
-    """The contract of `torch.ops.fastunlearn_native.lowpass_residual`, for tensors on a GPU; on torch's
-    current stream.
-    """
+    """What `torch.ops.fastunlearn_native.lowpass_residual` does, on a GPU and on torch's current stream."""
     import cupy
 
     tensors = (prediction, target, weight, band, row_basis, column_basis, energy, gradient)
@@ -132,47 +130,16 @@ def pack(
 
 
 def make_plan(arguments: np.ndarray) -> Plan:
-    """make_plan of csrc/lowpass_residual_plan.h: fills the planned fields of `arguments` and returns what to
-    launch.
-    """
+    """make_plan of csrc/lowpass_residual_plan.h: fills the planned fields of `arguments`; what to launch."""
     a = {name: arguments[name].item() for name in ARGUMENTS.names}
-    planes, outside = a["batch"] * a["channels"], a["outside"] != 0
+    planes = a["batch"] * a["channels"]
     planned = dict.fromkeys(_PLANNED, 0)
     planned["vector"] = _is_vector(a)
     steps, coefficients = [], 0
     if planes and _plane_shared(a, 1) <= _PLANE_SHARED:
-        whole = a["channels"] == 1 or (
-            a["batch"] >= _WHOLE_SAMPLE_BATCH and _plane_shared(a, a["channels"]) <= _PLANE_SHARED
-        )
-        count = a["channels"] if whole else 1
-        planned.update(planes_per_block=count, terms=0 if whole else 1)
-        steps = [Step("plane", planes // count, _PLANE_THREADS, _plane_shared(a, count))]
+        steps = _plan_planes(a, planned)
     elif planes:
-        tiles, warps, split = next(
-            (shape for shape in _SHAPES if a["column_frequencies"] <= 8 * shape[0]), _SHAPES[-1]
-        )
-        splits, panels = _ceil_div(a["height"], _ROWS), _ceil_div(a["column_frequencies"], 8 * tiles)
-        elements = a["row_columns"] * panels * 16 * tiles
-        selects = _ceil_div(elements, _SELECT_ELEMENTS)
-        planned.update(
-            splits=splits,
-            panels=panels,
-            panel_frequencies=8 * tiles,
-            selects=selects,
-            terms=selects + (splits if outside else 0),
-        )
-        coefficients = planes * splits * elements
-        analysis, synthesis = _streamed_shared(16 * tiles, split)
-        steps = [
-            Step(f"analysis_{tiles}", planes * splits * panels, 32 * warps, analysis),
-            Step("select", planes * selects, 256, 32),
-            Step(
-                f"synthesis_residual_{tiles}" if outside else f"synthesis_{tiles}",
-                planes * splits,
-                32 * warps,
-                synthesis,
-            ),
-        ]
+        steps, coefficients = _plan_streamed(a, planned)
     if planned["terms"]:
         steps.append(Step("energy", _ceil_div(a["batch"], 128), 128, 0))
     for name, value in planned.items():
@@ -180,12 +147,46 @@ def make_plan(arguments: np.ndarray) -> Plan:
     return Plan(steps, coefficients, planes * planned["terms"])
 
 
+def _plan_planes(a: dict, planned: dict) -> list[Step]:
+    """A plane fits into shared memory: a block does it, or all planes of a sample, in one launch."""
+    whole = a["channels"] == 1
+    if a["batch"] >= _WHOLE_SAMPLE_BATCH and _plane_shared(a, a["channels"]) <= _PLANE_SHARED:
+        whole = True
+    count = a["channels"] if whole else 1
+    # One block for a sample writes its energy; of several each leaves a term.
+    planned.update(planes_per_block=count, terms=0 if whole else 1)
+    blocks = a["batch"] * a["channels"] // count
+    return [Step("plane", blocks, _PLANE_THREADS, _plane_shared(a, count))]
+
+
+def _plan_streamed(a: dict, planned: dict) -> tuple[list[Step], int]:
+    """Planes go through shared memory in chunks: analysis, selection, synthesis; floats of coefficients."""
+    planes, outside = a["batch"] * a["channels"], a["outside"] != 0
+    wide_enough = (shape for shape in _SHAPES if a["column_frequencies"] <= 8 * shape[0])
+    tiles, warps, split = next(wide_enough, _SHAPES[-1])
+    splits = _ceil_div(a["height"], _ROWS)
+    panels = _ceil_div(a["column_frequencies"], 8 * tiles)
+    elements = a["row_columns"] * panels * 16 * tiles
+    selects = _ceil_div(elements, _SELECT_ELEMENTS)
+    planned.update(splits=splits, panels=panels, panel_frequencies=8 * tiles, selects=selects)
+    # Energy inside the band comes from the coefficients, energy outside of it from the residual.
+    planned["terms"] = selects + splits if outside else selects
+
+    analysis, synthesis = _streamed_shared(16 * tiles, split)
+    kind = "synthesis_residual" if outside else "synthesis"
+    steps = [
+        Step(f"analysis_{tiles}", planes * splits * panels, 32 * warps, analysis),
+        Step("select", planes * selects, 256, 32),
+        Step(f"{kind}_{tiles}", planes * splits, 32 * warps, synthesis),
+    ]
+    return steps, planes * splits * elements
+
+
 def source() -> str:
     """The kernels as one text: CuPy's cache on disk sees a change in any of the files."""
     package = Path(__file__).parents[1]
-    folder = next(
-        place for place in (package / "csrc", package.parent / "csrc") if (place / _PARTS[0]).exists()
-    )
+    places = package / "csrc", package.parent / "csrc"
+    folder = next(place for place in places if (place / _PARTS[0]).exists())
     lines = [line for part in _PARTS for line in (folder / part).read_text().splitlines()]
     return "\n".join(line for line in lines if not line.startswith(('#include "', "#pragma once")))
 
@@ -198,13 +199,19 @@ def _module():
 
 
 def _is_vector(a: dict) -> bool:
+    """Whether all rows of images can be read and written four elements at a time."""
+    if a["width"] % 4 != 0:
+        return False
     images = (("prediction", "prediction_type"), ("target", "target_type"), ("gradient", "prediction_type"))
-    return a["width"] % 4 == 0 and all(
-        a[name] % (8 if a[kind] else 16) == 0 and a[f"{name}_stride"] % 4 == 0 for name, kind in images
-    )
+    for name, kind in images:
+        vector_bytes = 8 if a[kind] else 16  # of half precision, and of float32
+        if a[name] % vector_bytes != 0 or a[f"{name}_stride"] % 4 != 0:
+            return False
+    return True
 
 
 def _plane_shared(a: dict, planes: int) -> int:
+    """Bytes of shared memory of a block that does `planes` planes."""
     columns = _plane_pitch(a["column_columns"])
     tables = a["width"] * columns + a["height"] * _plane_pitch(a["row_columns"])
     plane = a["height"] * (_plane_pitch(a["width"]) + columns) + a["row_columns"] * columns
@@ -214,11 +221,10 @@ def _plane_shared(a: dict, planes: int) -> int:
 def _streamed_shared(columns: int, split: bool) -> tuple[int, int]:
     """Bytes of shared memory of analysis and synthesis for blocks of `columns` cosines and sines: `Shape`."""
     pitch, deep_pitch, halves = columns + 4, columns + 8, 2 if split else 1
-    fold, reduce = 2 * _ROWS * _SLAB_PITCH + 2 * _CHUNK * pitch, _ROWS * (deep_pitch + 2 * _ROW_PITCH)
-    expand, unfold = (
-        _ROWS * _SLAB_PITCH + halves * _CHUNK * (pitch if split else deep_pitch),
-        _CHUNK * pitch + 2 * _ROWS * _SLAB_PITCH,
-    )
+    fold = 2 * _ROWS * _SLAB_PITCH + 2 * _CHUNK * pitch
+    reduce = _ROWS * (deep_pitch + 2 * _ROW_PITCH)
+    expand = _ROWS * _SLAB_PITCH + halves * _CHUNK * (pitch if split else deep_pitch)
+    unfold = _CHUNK * pitch + 2 * _ROWS * _SLAB_PITCH
     return 4 * max(fold, reduce), 4 * (halves * _ROWS * pitch + max(expand, unfold))
 
 

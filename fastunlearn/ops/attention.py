@@ -1,8 +1,7 @@
-"""attention: softmax attention, and its gradient, for the small heads of small networks (torch's CPU kernels
-are made for large ones).
+"""attention: softmax attention, and its gradient, for the small heads of small networks.
 
-The gradient makes the weights again from `logsumexp` (Dao et al. 2022): nothing of the size `[Sq, Sk]` is
-kept.
+torch's CPU kernels are made for large ones. The gradient makes the weights again from `logsumexp` (Dao et al.
+2022): nothing of the size `[Sq, Sk]` is kept.
 """
 
 from __future__ import annotations
@@ -16,11 +15,10 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """`softmax(scale query key') value` `[B, H, Sq, D]`, once differentiable, and the logarithms of the
-    softmax's sums `[B, H, Sq]` float32.
+    """`softmax(scale query key') value` `[B, H, Sq, D]`, once differentiable, and `logsumexp`.
 
-    The result, and every gradient, lies in memory as `[B, S, H, D]`: what comes before and after works on
-    `[B, S, H D]`.
+    The latter, `[B, H, Sq]` float32, are the logarithms of the softmax's sums. The result, and every
+    gradient, lies in memory as `[B, S, H, D]`: what comes before and after works on `[B, S, H D]`.
 
     Args:
         query: `[B, H, Sq, D]` float16, bfloat16 or float32; sums are float32.
@@ -38,7 +36,8 @@ def _eager(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Ten
 def _weights(query: Tensor, key: Tensor, scale: float, logsumexp: Tensor | None) -> tuple[Tensor, Tensor]:
     """The softmax `[B, H, Sq, Sk]`, and logsumexp, in float32."""
     scores = scale * (query.float() @ key.float().mT)
-    logsumexp = scores.logsumexp(-1) if logsumexp is None else logsumexp
+    if logsumexp is None:
+        logsumexp = scores.logsumexp(-1)
     return (scores - logsumexp.unsqueeze(-1)).exp(), logsumexp
 
 
@@ -53,15 +52,16 @@ def _empty_heads(like: Tensor) -> Tensor:
 
 
 def _prepare(args: tuple, outputs: tuple) -> tuple:
-    return tuple(
-        _rows_without_gaps(value) if isinstance(value, Tensor) and value.ndim == 4 else value
-        for value in args
-    )
+    return tuple(map(_rows_without_gaps, args))
 
 
-def _rows_without_gaps(heads: Tensor) -> Tensor:
-    """`[B, H, S, D]` with D side by side, copied only if it is not."""
-    return heads if heads.shape[-1] == 1 or heads.stride(-1) == 1 else heads.contiguous()
+def _rows_without_gaps(value):
+    """Heads `[B, H, S, D]` with D side by side, copied only if it is not; other arguments as they are."""
+    if not isinstance(value, Tensor) or value.ndim != 4:
+        return value
+    if value.shape[-1] == 1 or value.stride(-1) == 1:
+        return value
+    return value.contiguous()
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
@@ -84,7 +84,6 @@ def _check_like(name: str, heads: Tensor, dtype: torch.dtype, shape: tuple[int, 
 
 
 # --- gradient
-# --------------------------------------------------------------------------------------------------------------------
 
 
 def _eager_backward(
@@ -92,11 +91,14 @@ def _eager_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     weights, _ = _weights(query, key, scale, logsumexp)
     grad = grad_out.float()
+    # The softmax's derivative: dS = P o (dO V' - rowsum(dO o O)); then dQ = scale dS K, dK = scale dS' Q,
+    # dV = P' dO.
     grad_scores = weights * (grad @ value.float().mT - (grad * out.float()).sum(-1, keepdim=True))
-    grads = (scale * (grad_scores @ key.float()), scale * (grad_scores.mT @ query.float()), weights.mT @ grad)
-    return tuple(
-        _empty_heads(of).copy_(gradient) for of, gradient in zip((query, key, value), grads, strict=True)
-    )
+    grad_query = scale * (grad_scores @ key.float())
+    grad_key = scale * (grad_scores.mT @ query.float())
+    grad_value = weights.mT @ grad
+    pairs = (query, grad_query), (key, grad_key), (value, grad_value)
+    return tuple(_empty_heads(of).copy_(gradient) for of, gradient in pairs)
 
 
 def _empty_backward(
@@ -117,9 +119,8 @@ def _check_backward(
     for name, heads in (("grad_out", grad_out), ("out", out)):
         _check_like(name, heads, query.dtype, query.shape)
     if logsumexp.dtype != torch.float32 or logsumexp.shape != query.shape[:3]:
-        raise ValueError(
-            f"logsumexp: expected float32 of shape {tuple(query.shape[:3])}, got {logsumexp.dtype} of shape {tuple(logsumexp.shape)}"
-        )
+        found = f"{logsumexp.dtype} of shape {tuple(logsumexp.shape)}"
+        raise ValueError(f"logsumexp: expected float32 of shape {tuple(query.shape[:3])}, got {found}")
 
 
 _op = define(
@@ -156,9 +157,8 @@ def _backward(ctx, grad_out: Tensor | None, _):
 
 
 def _no_second_derivative(ctx, *grads):
-    raise NotImplementedError(
-        "attention: expected a first derivative, got a second one (torch's scaled_dot_product_attention has it)"
-    )
+    elsewhere = "torch's scaled_dot_product_attention has it"
+    raise NotImplementedError(f"attention: expected a first derivative, got a second one ({elsewhere})")
 
 
 torch.library.register_autograd("fastunlearn::attention", _backward, setup_context=_setup_context)

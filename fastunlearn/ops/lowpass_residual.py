@@ -1,11 +1,10 @@
-"""lowpass_residual: the squared error of a band of spatial frequencies and its gradient, in one pass (arXiv
-2510.17917, Eq. 8).
+"""lowpass_residual: the squared error of a band of spatial frequencies and its gradient, in one pass.
 
-In the orthonormal real cosine/sine basis U of an axis a mask of `|u|, |v|` is diagonal, so the projection of
-`r = prediction - target` is `P r = U_H [band o (U_H' r U_W)] U_W'`: four small matrix products in place of
-four Fourier transforms. With M = `inside` on the band and `outside` elsewhere the energy is `sum M^2 |R|^2 =
-inside^2 ||P r||^2 + outside^2 ||r - P r||^2` (Parseval), its gradient `2 (outside^2 r + (inside^2 -
-outside^2) P r)`.
+arXiv 2510.17917, Eq. 8. In the orthonormal real cosine/sine basis U of an axis a mask of `|u|, |v|` is
+diagonal, so the projection of `r = prediction - target` is `P r = U_H [band o (U_H' r U_W)] U_W'`: four small
+matrix products in place of four Fourier transforms. With M = `inside` on the band and `outside` elsewhere the
+energy is `sum M^2 |R|^2 = inside^2 ||P r||^2 + outside^2 ||r - P r||^2` (Parseval), its gradient
+`2 (outside^2 r + (inside^2 - outside^2) P r)`.
 """
 
 from __future__ import annotations
@@ -39,10 +38,10 @@ def lowpass_residual(
 
 @functools.lru_cache(maxsize=64)
 def basis(size: int, frequencies: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Orthonormal real basis of the lowest frequencies of an axis, `[size, columns]`: constant, cosine and
-    sine of u = 1, 2, ..., `(-1)^n` at size / 2.
+    """Orthonormal real basis of the lowest frequencies of an axis, `[size, columns]`.
 
-    Column i belongs to frequency `(i + 1) // 2`.
+    Its columns: a constant, cosine and sine of u = 1, 2, ..., and `(-1)^n` at size / 2. Column i belongs to
+    frequency `(i + 1) // 2`.
     """
     columns = min(2 * frequencies - 1, size)
     n = torch.arange(size, dtype=torch.int64)
@@ -59,47 +58,47 @@ def basis(size: int, frequencies: int, device: torch.device, dtype: torch.dtype)
 def _eager(
     prediction: Tensor, target: Tensor, weight: Tensor, band: Tensor, inside: float, outside: float
 ) -> tuple[Tensor, Tensor]:
-    r = prediction.to(at_least_float32(prediction.dtype)) - target
+    precision = at_least_float32(prediction.dtype)
+    r = prediction.to(precision) - target
+
+    # P r = U_H [band o (U_H' r U_W)] U_W'
     rows, columns = _bases(r, band)
-    mask = band.to(r.dtype)[(torch.arange(rows.shape[1], device=r.device) + 1) // 2][
-        :, (torch.arange(columns.shape[1], device=r.device) + 1) // 2
-    ]
+    row_frequency = (torch.arange(rows.shape[1], device=r.device) + 1) // 2
+    column_frequency = (torch.arange(columns.shape[1], device=r.device) + 1) // 2
+    mask = band.to(r.dtype)[row_frequency][:, column_frequency]
     coefficients = mask * (rows.T @ r @ columns)
     projected = rows @ coefficients @ columns.T
+
+    # energy = inside^2 ||P r||^2 + outside^2 ||r - P r||^2, the first from the coefficients (Parseval);
+    # half of its gradient is P_{M^2} r = outside^2 r + (inside^2 - outside^2) P r.
     energy = inside**2 * coefficients.flatten(1).square().sum(1)
     gradient = (inside**2 - outside**2) * projected
     if outside != 0:
         energy = energy + outside**2 * (r - projected).flatten(1).square().sum(1)
         gradient = gradient + outside**2 * r
+
     weight = weight.to(r.dtype)
-    return (weight * energy).to(at_least_float32(prediction.dtype)), (per_row(2 * weight, r) * gradient).to(
-        prediction.dtype
-    ).contiguous()
+    gradient = (per_row(2 * weight, r) * gradient).to(prediction.dtype)
+    return (weight * energy).to(precision), gradient.contiguous()
 
 
 def _empty(
     prediction: Tensor, target: Tensor, weight: Tensor, band: Tensor, inside: float, outside: float
 ) -> tuple[Tensor, Tensor]:
-    return prediction.new_empty(
-        len(prediction), dtype=at_least_float32(prediction.dtype)
-    ), prediction.new_empty(prediction.shape)
+    energy = prediction.new_empty(len(prediction), dtype=at_least_float32(prediction.dtype))
+    return energy, prediction.new_empty(prediction.shape)
 
 
 def _prepare(args: tuple, outputs: tuple) -> tuple:
     prediction, target, weight, band, inside, outside = args
-    prediction, target = in_layout_of(outputs[1], prediction), in_layout_of(outputs[1], target)
-    return (
-        prediction,
-        target,
-        weight_for_kernel(weight),
-        band.float().contiguous(),
-        inside,
-        outside,
-        *_bases(prediction, band),
-    )
+    gradient = outputs[1]
+    images = in_layout_of(gradient, prediction), in_layout_of(gradient, target)
+    mask = band.float().contiguous(), inside, outside
+    return *images, weight_for_kernel(weight), *mask, *_bases(images[0], band)
 
 
 def _bases(like: Tensor, band: Tensor) -> tuple[Tensor, Tensor]:
+    """U_H and U_W for images like `like`, up to the highest frequencies of `band`."""
     (height, width), dtype = like.shape[-2:], at_least_float32(like.dtype)
     return basis(height, band.shape[0], like.device, dtype), basis(width, band.shape[1], like.device, dtype)
 
@@ -109,10 +108,10 @@ def _check(
 ) -> None:
     check_residual(prediction, target, weight)
     height, width = prediction.shape[-2:]
-    if band.ndim != 2 or not 0 < band.shape[0] <= height // 2 + 1 or not 0 < band.shape[1] <= width // 2 + 1:
-        raise ValueError(
-            f"band: expected [U, V] with U in [1, {height // 2 + 1}] and V in [1, {width // 2 + 1}], got shape {tuple(band.shape)}"
-        )
+    largest = height // 2 + 1, width // 2 + 1
+    if band.ndim != 2 or not 0 < band.shape[0] <= largest[0] or not 0 < band.shape[1] <= largest[1]:
+        expected = f"[U, V] with U in [1, {largest[0]}] and V in [1, {largest[1]}]"
+        raise ValueError(f"band: expected {expected}, got shape {tuple(band.shape)}")
 
 
 _op = define(

@@ -1,5 +1,6 @@
-"""noising: `x_t = alpha_t x_0 + sigma_t eps`, and the target of the network, from rows of a store or given
-images.
+"""noising: `x_t = alpha_t x_0 + sigma_t eps`, and the target of the network.
+
+Clean images are rows of a store, or given.
 """
 
 from __future__ import annotations
@@ -26,11 +27,19 @@ from ._library import (
 
 
 def noising(
-    images: Tensor, index: Tensor | None, coefficients: Tensor, noise: Tensor | None, counter: Tensor | None, purpose: int,
-    with_target: bool, dtype: torch.dtype, channels_last: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`x_t` `[B, C, H, W]` in `dtype`, and the target `a eps + b x_0` in float32 or better
-    (`with_target=False`: an empty tensor).
+    images: Tensor,
+    index: Tensor | None,
+    coefficients: Tensor,
+    noise: Tensor | None,
+    counter: Tensor | None,
+    purpose: int,
+    with_target: bool,
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> tuple[Tensor, Tensor]:
+    """`x_t` `[B, C, H, W]` in `dtype`, and the target `a eps + b x_0` in float32 or better.
+
+    With `with_target=False` the target is an empty tensor.
 
     Args:
         images: `[N, C, H, W]` uint8 or floating.
@@ -45,22 +54,21 @@ def noising(
 def _eager(images, index, coefficients, noise, counter, purpose, with_target, dtype, channels_last):
     precision = compute_dtype(images, noise)
     clean = served(picked(images, index), precision)
-    noise = (philox.normal(clean.shape, counter, purpose) if noise is None else noise).to(precision)
+    if noise is None:
+        noise = philox.normal(clean.shape, counter, purpose)
+    noise = noise.to(precision)
     alpha, sigma, a, b, _ = (per_row(column, clean) for column in coefficients.unbind(1))
     x_t = laid_out(torch.addcmul(alpha * clean, sigma, noise), dtype, channels_last)
-    target = (
-        laid_out(a * noise + b * clean, at_least_float32(dtype), channels_last)
-        if with_target
-        else x_t.new_empty(0, dtype=at_least_float32(dtype))
-    )
-    return x_t, target
+    if not with_target:
+        return x_t, x_t.new_empty(0, dtype=at_least_float32(dtype))
+    return x_t, laid_out(a * noise + b * clean, at_least_float32(dtype), channels_last)
 
 
 def _empty(images, index, coefficients, noise, counter, purpose, with_target, dtype, channels_last):
     x_t = empty_images(images, index, dtype, channels_last)
-    return x_t, torch.empty_like(x_t, dtype=at_least_float32(dtype)) if with_target else x_t.new_empty(
-        0, dtype=at_least_float32(dtype)
-    )
+    if not with_target:
+        return x_t, x_t.new_empty(0, dtype=at_least_float32(dtype))
+    return x_t, torch.empty_like(x_t, dtype=at_least_float32(dtype))
 
 
 def _check(images, index, coefficients, noise, counter, purpose, with_target, dtype, channels_last):
@@ -71,12 +79,8 @@ def _check(images, index, coefficients, noise, counter, purpose, with_target, dt
 
 def _prepare(args: tuple, outputs: tuple) -> tuple:
     images, index, coefficients, noise, counter, *rest = args
-    return (
-        *rows_for_kernel(images, index),
-        coefficients.contiguous(),
-        *noise_for_kernel(noise, counter),
-        *rest,
-    )
+    rows = rows_for_kernel(images, index)
+    return *rows, coefficients.contiguous(), *noise_for_kernel(noise, counter), *rest
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -86,15 +90,15 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad_x_t: Tensor, grad_target: Tensor):
-    """Both results are linear in images and noise."""
+    """Both results are linear in images and noise: `x_t = alpha x + sigma eps`, `target = a eps + b x`."""
     index, coefficients = ctx.saved_tensors
-    alpha, sigma, a, b, _ = (
-        per_row(column, grad_x_t.to(at_least_float32(grad_x_t.dtype))) for column in coefficients.unbind(1)
-    )
+    like = grad_x_t.to(at_least_float32(grad_x_t.dtype))
+    alpha, sigma, a, b, _ = (per_row(column, like) for column in coefficients.unbind(1))
     with_target = grad_target is not None and grad_target.numel() > 0
     grad_images = grad_noise = None
     if ctx.needs_input_grad[0]:
         grad_images = alpha * grad_x_t + (b * grad_target if with_target else 0)
+        # A row that was drawn twice gets both gradients.
         if index is not None:
             grad_images = grad_images.new_zeros(ctx.images_shape).index_add(0, index, grad_images)
         grad_images = grad_images.to(ctx.dtypes[0])
@@ -105,7 +109,8 @@ def _backward(ctx, grad_x_t: Tensor, grad_target: Tensor):
 
 _op = define(
     "noising",
-    "Tensor images, Tensor? index, Tensor coefficients, Tensor? noise, Tensor? counter, int purpose, bool with_target, ScalarType dtype, bool channels_last",
+    "Tensor images, Tensor? index, Tensor coefficients, Tensor? noise, Tensor? counter, int purpose,"
+    " bool with_target, ScalarType dtype, bool channels_last",
     ("x_t", "target"),
     check=_check,
     empty=_empty,

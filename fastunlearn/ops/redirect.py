@@ -1,9 +1,9 @@
-"""redirect: ReTrack's importance-weighted target over the k nearest neighbours (ReTrack section 3.3), in
-closed form.
+"""redirect: ReTrack's importance-weighted target over the k nearest neighbours, in closed form.
 
-With `v_j = (x_t - alpha x_j) / sigma`, up to a constant in j: `-||v_j||^2 / 2 = rho <eps, x_j> - rho^2 d_j /
-2`, and `sum_j p_j ||e - v_j||^2 = ||e - sum_j p_j v_j||^2 + spread`. So k targets become one, and the network
-is asked once.
+ReTrack section 3.3. With `v_j = (x_t - alpha x_j) / sigma`, `rho = alpha / sigma` and `d_j = ||a - x_j||^2`
+the weights are `p = softmax_j(-||v_j||^2 / 2)`, where `-||v_j||^2 / 2 = rho <eps, x_j> - rho^2 d_j / 2` up to
+a constant in j. And for what the network says, e: `sum_j p_j ||e - v_j||^2 = ||e - sum_j p_j v_j||^2 +
+spread`. So k targets become one, and the network is asked once.
 """
 
 from __future__ import annotations
@@ -32,9 +32,18 @@ _CHUNK_ELEMENTS = 1 << 22  # temporaries over neighbours stay below this many el
 
 
 def redirect(
-    images: Tensor, index: Tensor | None, neighbors: Tensor, neighbor_index: Tensor | None, coefficients: Tensor, sqdist: Tensor | None,
-    noise: Tensor | None, counter: Tensor | None, purpose: int, dtype: torch.dtype, channels_last: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    images: Tensor,
+    index: Tensor | None,
+    neighbors: Tensor,
+    neighbor_index: Tensor | None,
+    coefficients: Tensor,
+    sqdist: Tensor | None,
+    noise: Tensor | None,
+    counter: Tensor | None,
+    purpose: int,
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`x_t` in `dtype`, target in float32 or better (both `[B, C, H, W]`), spread `[B]` and weights `[B, K]`.
 
     Args:
@@ -78,38 +87,28 @@ def _eager(
 ):
     precision = compute_dtype(images, neighbors, noise)
     forget = served(picked(images, index), precision)
-    noise = (philox.normal(forget.shape, counter, purpose) if noise is None else noise).to(precision)
+    if noise is None:
+        noise = philox.normal(forget.shape, counter, purpose)
+    noise = noise.to(precision)
     rows = picked(neighbors, neighbor_index).flatten(2)  # [B, K, D], as stored
-    alpha, sigma, a, b, c = coefficients.unbind(1)
-    rho = (alpha / sigma).unsqueeze(1)
     center, eps = forget.flatten(1).unsqueeze(1), noise.flatten(1)
+    alpha, sigma, a, b, c = coefficients.unbind(1)
 
-    # <eps, x_j - a>, of differences: against images at a distance of 0.003 per element, <eps, x_j> alone
-    # would lose 30 times the precision at t = 0.
-    dots = (
-        torch.cat([torch.bmm(part - center, eps.unsqueeze(2)) for part in _parts(rows, precision)], dim=1)
-        .squeeze(2)
-        .double()
-    )
-    if sqdist is None:  # differences and sums in float64: float32 loses the softmax at small t
-        sqdist = torch.cat(
-            [(center.double() - part.double()).square().sum(-1) for part in _parts(rows, precision)], dim=1
-        )
+    # p_j from the logits rho <eps, x_j - a> - rho^2 (d_j - min d) / 2.
+    if sqdist is None:
+        sqdist = _squared_distances(rows, center)
+    rho = (alpha / sigma).unsqueeze(1)
     farther = sqdist.double() - sqdist.double().amin(1, keepdim=True)
-    weights = torch.softmax(rho * dots - 0.5 * rho.square() * farther, dim=1).to(precision)
+    logits = rho * _dot_products(rows, center, eps) - 0.5 * rho.square() * farther
+    weights = torch.softmax(logits, dim=1).to(precision)
 
-    # Mean and spread about the heaviest neighbour: where the weights are one-hot, nothing cancels.
-    heaviest = served(
-        rows.gather(1, weights.argmax(1).view(-1, 1, 1).expand(-1, 1, rows.shape[2])), precision
-    )
-    offset, energy = torch.zeros_like(heaviest), torch.zeros_like(weights[:, :1])
-    for part, p in zip(_parts(rows, precision), weights.split(_neighbors_per_part(rows), dim=1), strict=True):
-        y = part - heaviest
-        offset = offset + torch.bmm(p.unsqueeze(1), y)
-        energy = energy + (p * y.square().sum(-1)).sum(1, keepdim=True)
-    spread = c.square() * (energy.double() - offset.double().square().sum(-1)).squeeze(1).clamp_min(0)
+    # x being the forget image, the target of neighbour j is a eps + b x + c (x - x_j): only the last term
+    # differs among them, so the spread is c^2 times the variance of the neighbours.
+    heaviest, offset, variance = _mean_and_variance(rows, weights)
+    spread = c.square() * variance
 
-    toward = ((center - heaviest) - offset).view_as(forget)  # a - sum_j p_j x_j
+    # The one target is their mean, a eps + b x + c (x - sum_j p_j x_j).
+    toward = ((center - heaviest) - offset).view_as(forget)
     x_t = per_row(alpha, forget) * forget + per_row(sigma, forget) * noise
     target = per_row(a, forget) * noise + per_row(b, forget) * forget + per_row(c, forget) * toward
     return (
@@ -118,6 +117,44 @@ def _eager(
         spread.to(precision),
         weights,
     )
+
+
+def _dot_products(rows: Tensor, center: Tensor, eps: Tensor) -> Tensor:
+    """`<eps, x_j - a>`, `[B, K]` float64, from stored rows `[B, K, D]`, a `[B, 1, D]` and eps `[B, D]`.
+
+    Of differences: against images at a distance of 0.003 per element, `<eps, x_j>` alone would lose 30 times
+    the precision at t = 0.
+    """
+    column = eps.unsqueeze(2)
+    dots = [torch.bmm(part - center, column) for part in _parts(rows, center.dtype)]
+    return torch.cat(dots, dim=1).squeeze(2).double()
+
+
+def _squared_distances(rows: Tensor, center: Tensor) -> Tensor:
+    """`||x_j - a||^2`, `[B, K]` float64.
+
+    Differences and sums are float64, too: float32 loses the softmax at small t.
+    """
+    parts = _parts(rows, center.dtype)
+    return torch.cat([(center.double() - part.double()).square().sum(-1) for part in parts], dim=1)
+
+
+def _mean_and_variance(rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The heaviest neighbour x* and `sum_j p_j (x_j - x*)`, both `[B, 1, D]`, and the variance `[B]` float64.
+
+    The variance is `sum_j p_j ||x_j - x*||^2 - ||sum_j p_j (x_j - x*)||^2`. About x*, where the weights are
+    one-hot, nothing cancels; about zero it would in float32.
+    """
+    dtype, columns = weights.dtype, rows.shape[2]
+    at = weights.argmax(1).view(-1, 1, 1).expand(-1, 1, columns)
+    heaviest = served(rows.gather(1, at), dtype)
+    offset, energy = torch.zeros_like(heaviest), torch.zeros_like(weights[:, :1])
+    for part, p in zip(_parts(rows, dtype), weights.split(_neighbors_per_part(rows), dim=1), strict=True):
+        y = part - heaviest
+        offset = offset + torch.bmm(p.unsqueeze(1), y)
+        energy = energy + (p * y.square().sum(-1)).sum(1, keepdim=True)
+    variance = energy.double() - offset.double().square().sum(-1)
+    return heaviest, offset, variance.squeeze(1).clamp_min(0)
 
 
 def _empty(
@@ -157,10 +194,8 @@ def _check(
     dtype,
     channels_last,
 ):
-    shape, neighbor_shape = (
-        check_rows("images", images, index),
-        check_rows("neighbors", neighbors, neighbor_index, ndim=2),
-    )
+    shape = check_rows("images", images, index)
+    neighbor_shape = check_rows("neighbors", neighbors, neighbor_index, ndim=2)
     if (neighbor_shape[0], *neighbor_shape[2:]) != shape:
         raise ValueError(f"neighbors: expected [B, K, C, H, W] for images {shape}, got {neighbor_shape}")
     check_shape("coefficients", coefficients, (shape[0], 5))
@@ -170,23 +205,26 @@ def _check(
 
 def _prepare(args: tuple, outputs: tuple) -> tuple:
     images, index, neighbors, neighbor_index, coefficients, sqdist, noise, counter, *rest = args
-    sqdist = sqdist if sqdist is None else sqdist.double().contiguous()
+    if sqdist is not None:
+        sqdist = sqdist.double().contiguous()
     rows = *rows_for_kernel(images, index), *rows_for_kernel(neighbors, neighbor_index)
     return *rows, coefficients.contiguous(), sqdist, *noise_for_kernel(noise, counter), *rest
 
 
 def _neighbors_per_part(rows: Tensor) -> int:
+    """How many neighbours of each row are looked at together: what keeps temporaries small."""
     return max(1, _CHUNK_ELEMENTS // (rows.shape[0] * rows.shape[2]))
 
 
 def _parts(rows: Tensor, dtype: torch.dtype):
+    """Stored rows `[B, K, D]` as network input, some neighbours after the others."""
     return (served(part, dtype) for part in rows.split(_neighbors_per_part(rows), dim=1))
 
 
 _op = define(
     "redirect",
-    "Tensor images, Tensor? index, Tensor neighbors, Tensor? neighbor_index, Tensor coefficients, Tensor? sqdist,"
-    " Tensor? noise, Tensor? counter, int purpose, ScalarType dtype, bool channels_last",
+    "Tensor images, Tensor? index, Tensor neighbors, Tensor? neighbor_index, Tensor coefficients,"
+    " Tensor? sqdist, Tensor? noise, Tensor? counter, int purpose, ScalarType dtype, bool channels_last",
     ("x_t", "target", "spread", "weights"),
     check=_check,
     empty=_empty,

@@ -9,8 +9,9 @@ from ._library import at_least_float32, check_shape, define, per_row
 
 
 def residual(prediction: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """`weight ||prediction - target||^2` `[B]`, differentiable in `prediction`, and its gradient `2 weight
-    (prediction - target)`.
+    """`weight ||prediction - target||^2` `[B]`, and its gradient `2 weight (prediction - target)`.
+
+    The first is differentiable in `prediction`.
 
     Args:
         prediction: `[B, C, H, W]`, any floating dtype; the gradient comes back in that dtype and memory
@@ -22,26 +23,24 @@ def residual(prediction: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor
 
 
 def _eager(prediction: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    difference = prediction.to(at_least_float32(prediction.dtype)) - target
+    precision = at_least_float32(prediction.dtype)
+    difference = prediction.to(precision) - target
     loss = weight.to(difference.dtype) * difference.flatten(1).square().sum(1)
-    return loss.to(at_least_float32(prediction.dtype)), like_prediction(prediction).copy_(
-        per_row(2 * weight, difference) * difference
-    )
+    gradient = per_row(2 * weight, difference) * difference
+    return loss.to(precision), like_prediction(prediction).copy_(gradient)
 
 
 def check(prediction: Tensor, target: Tensor, weight: Tensor, *rest) -> None:
     if prediction.ndim != 4 or prediction.numel() == 0:
-        raise ValueError(
-            f"prediction: expected at least one image [B, C, H, W], got shape {tuple(prediction.shape)}"
-        )
+        expected = "expected at least one image [B, C, H, W]"
+        raise ValueError(f"prediction: {expected}, got shape {tuple(prediction.shape)}")
     check_shape("target", target, prediction.shape)
     check_shape("weight", weight, prediction.shape[:1])
 
 
 def _empty(prediction: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    return prediction.new_empty(len(prediction), dtype=at_least_float32(prediction.dtype)), like_prediction(
-        prediction
-    )
+    loss = prediction.new_empty(len(prediction), dtype=at_least_float32(prediction.dtype))
+    return loss, like_prediction(prediction)
 
 
 def _prepare(args: tuple, outputs: tuple) -> tuple:
@@ -50,26 +49,30 @@ def _prepare(args: tuple, outputs: tuple) -> tuple:
 
 
 def like_prediction(prediction: Tensor) -> Tensor:
-    """An unwritten tensor in the layout of `prediction` if that is one of the two of images, with the samples
-    one after the other; else contiguous.
+    """An unwritten tensor in the layout of `prediction` if that is one of images', else contiguous.
+
+    The samples lie one after the other.
     """
     empty = torch.empty_like(prediction)
-    known = empty.is_contiguous() or empty.is_contiguous(memory_format=torch.channels_last)
-    return empty if known else prediction.new_empty(prediction.shape)
+    if empty.is_contiguous() or empty.is_contiguous(memory_format=torch.channels_last):
+        return empty
+    return prediction.new_empty(prediction.shape)
 
 
 def in_layout_of(like: Tensor, images: Tensor) -> Tensor:
-    """`images` `[B, C, H, W]` with the samples laid out as those of `like`, copied only if they are not
-    (there may be gaps between them).
+    """`images` `[B, C, H, W]` with the samples laid out as those of `like`, copied only if they are not.
+
+    There may be gaps between samples.
     """
     if images.stride() == like.stride():
         return images
-    matches = all(
-        size == 1 or one == two
-        for size, one, two in zip(like.shape[1:], like.stride()[1:], images.stride()[1:], strict=True)
-    )
+    # The stride of an axis of one element says nothing; samples may lie farther apart, but must not overlap.
+    axes = zip(like.shape[1:], like.stride()[1:], images.stride()[1:], strict=True)
+    matches = all(size == 1 or wanted == given for size, wanted, given in axes)
     apart = len(images) == 1 or images.stride(0) >= like[0].numel()
-    return images if matches and apart else torch.empty_like(like, dtype=images.dtype).copy_(images)
+    if matches and apart:
+        return images
+    return torch.empty_like(like, dtype=images.dtype).copy_(images)
 
 
 def weight_for_kernel(weight: Tensor) -> Tensor:
@@ -84,8 +87,9 @@ def setup_context(ctx, inputs, output) -> None:
 
 
 def differentiable(name: str, op, eager) -> None:
-    """Gives op `name`, `(prediction, target, weight, *mask) -> (loss, gradient)`, its autograd formula: the
-    gradient is that of the forward pass, scaled.
+    """Gives op `name`, `(prediction, target, weight, *mask) -> (loss, gradient)`, its autograd formula.
+
+    The gradient is that of the forward pass, scaled.
     """
 
     def backward(ctx, grad_loss: Tensor | None, _):
@@ -93,9 +97,10 @@ def differentiable(name: str, op, eager) -> None:
         if grad_loss is None:
             return None, *rest
         prediction, target, weight, gradient = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True: a second derivative goes through the formula
+        # create_graph=True: a second derivative goes through the formula.
+        if torch.is_grad_enabled():
             return eager(prediction, target, weight * grad_loss, *ctx.mask)[1], *rest
-        # rounded to half precision once, after all factors: a loss scale must not overflow on its own
+        # Rounded to half precision once, after all factors: a loss scale must not overflow on its own.
         if prediction.dtype.itemsize < 4:
             return op(prediction, target, weight * grad_loss, *ctx.mask)[1], *rest
         return per_row(grad_loss, gradient) * gradient, *rest

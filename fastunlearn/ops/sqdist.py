@@ -1,5 +1,6 @@
-"""sqdist: exact squared distances of uint8 rows, and `nearest`, which keeps the k smallest of each query
-without writing them out.
+"""sqdist: exact squared distances of uint8 rows, and `nearest`, which keeps the k smallest of each query.
+
+`nearest` does not write the distances out.
 
 Plain torch shifts both sides by -128, which leaves distances alone, so that the product is an int8 matrix
 product with int32 sums: `||q - r||^2 = ||q||^2 + ||r||^2 - 2 <q, r>`. On a GPU that product is cuBLAS on
@@ -26,15 +27,20 @@ NORM_ELEMENTS = 2**18  # a slice of rows that stays in a core's second cache lev
 
 
 def sqdist(queries: Tensor, rows: Tensor) -> Tensor:
-    """`||queries[i] - rows[j]||^2` as int64 `[Q, N]`, exact for any number of columns; queries uint8 `[Q,
-    D]`, rows uint8 `[N, D]`.
+    """`||queries[i] - rows[j]||^2` as int64 `[Q, N]`, exact for any number of columns.
+
+    Args:
+        queries: uint8 `[Q, D]`.
+        rows: uint8 `[N, D]`.
     """
     return _op(queries, rows)
 
 
 def _eager(queries: Tensor, rows: Tensor) -> Tensor:
+    # ||q - r||^2 = ||q||^2 + ||r||^2 - 2 <q, r>, all integers.
     left, right = centred(queries), centred(rows)
-    return square_norms(left).long()[:, None] + square_norms(right).long() - 2 * products(left, right).long()
+    norms = square_norms(left).long()[:, None] + square_norms(right).long()
+    return norms - 2 * products(left, right).long()
 
 
 def _empty(queries: Tensor, rows: Tensor) -> tuple[Tensor]:
@@ -48,9 +54,8 @@ def _prepare(args: tuple, outputs: tuple) -> tuple:
 def _check(queries: Tensor, rows: Tensor) -> None:
     for name, value in (("queries", queries), ("rows", rows)):
         if value.dtype != torch.uint8 or value.ndim != 2 or value.shape[1] != queries.shape[1]:
-            raise ValueError(
-                f"{name}: expected uint8 rows of one length, got {value.dtype} of shape {tuple(value.shape)}"
-            )
+            found = f"{value.dtype} of shape {tuple(value.shape)}"
+            raise ValueError(f"{name}: expected uint8 rows of one length, got {found}")
 
 
 _op = define(
@@ -66,8 +71,7 @@ define_native("nearest", "Tensor queries, Tensor rows, int first_row, Tensor(a!)
 
 
 def nearest_kernel(device: torch.device) -> Callable | None:
-    """`nearest(queries, rows, first_row, distances, index)` for tensors on `device`; None where plain torch
-    has to do.
+    """`nearest(queries, rows, first_row, distances, index)` on `device`; None where plain torch has to do.
 
     It merges uint8 rows `[n, D]`, numbered from `first_row`, into the k best of uint8 queries `[Q, D]`:
     `distances` and `index`, int64 `[Q, k]`, ascending, ties by the lower number; at first full of the largest
@@ -80,11 +84,12 @@ def nearest_kernel(device: torch.device) -> Callable | None:
 
 def without_gaps(rows: Tensor) -> Tensor:
     """`[N, D]` with the columns of a row side by side, copied only if they are not (rows may lie apart)."""
-    return rows if rows.shape[1] == 1 or rows.stride(1) == 1 else rows.contiguous()
+    if rows.shape[1] == 1 or rows.stride(1) == 1:
+        return rows
+    return rows.contiguous()
 
 
 # --- plain torch
-# -----------------------------------------------------------------------------------------------------------------
 
 
 def centred(rows: Tensor) -> Tensor:
@@ -100,16 +105,21 @@ def square_norms(rows: Tensor) -> Tensor:
 
 
 def products(queries: Tensor, rows: Tensor) -> Tensor:
-    """Exact dot products of int8 `[Q, D]` and `[C, D]`: `[Q, C]`, int32 up to `INT32_COLUMNS` columns, int64
-    beyond.
+    """Exact dot products `[Q, C]` of int8 `[Q, D]` and `[C, D]`.
+
+    They are int32 up to `INT32_COLUMNS` columns, int64 beyond.
     """
     columns = queries.shape[1]
     integer = queries.device.type == "cuda" or (queries.device.type == "cpu" and int8_product_is_exact())
+    # As many columns at once as the sums of a product hold exactly.
     step = PRODUCT_COLUMNS if integer else FLOAT_COLUMNS
     total = None
     for start in range(0, columns, step):
         left, right = queries[:, start : start + step], rows[:, start : start + step]
-        part = int8_product(left, right) if integer else (left.float() @ right.float().T).to(torch.int32)
+        if integer:
+            part = int8_product(left, right)
+        else:
+            part = (left.float() @ right.float().T).to(torch.int32)
         if columns > INT32_COLUMNS:
             part = part.long()
         total = part if total is None else total.add_(part)
@@ -117,18 +127,15 @@ def products(queries: Tensor, rows: Tensor) -> Tensor:
 
 
 def int8_product(left: Tensor, right: Tensor) -> Tensor:
-    """`left @ right.T` of int8 `[Q, D]` and `[C, D]`, int32, with as many zeros around as `torch._int_mm`
-    needs.
+    """`left @ right.T` of int8 `[Q, D]` and `[C, D]`, int32, padded with zeros as `torch._int_mm` needs it.
 
-    On a GPU it takes more than 16 queries, and columns and rows in multiples of 8; on a CPU torch 2.13 reads
-    past the end of matrices of one column.
+    On a GPU that takes more than 16 queries, and columns and rows in multiples of 8; on a CPU torch 2.13
+    reads past the end of matrices of one column.
     """
     (num_queries, columns), num_rows = left.shape, len(right)
-    more_queries, more_columns, more_rows = (
-        max(17 - num_queries, 0),
-        max(16 - columns, -columns % 8),
-        -num_rows % 8,
-    )
+    more_queries = max(17 - num_queries, 0)
+    more_columns = max(16 - columns, -columns % 8)
+    more_rows = -num_rows % 8
     if more_queries or more_columns:
         left = pad(left, (0, more_columns, 0, more_queries))
     if more_rows or more_columns:
@@ -138,11 +145,10 @@ def int8_product(left: Tensor, right: Tensor) -> Tensor:
 
 @cache
 def int8_product_is_exact() -> bool:
-    """Whether torch's int8 matrix product adds up without saturating on this CPU: kernels for CPUs without
-    VNNI may go through int16 sums.
+    """Whether torch's int8 matrix product adds up without saturating on this CPU.
 
-    Both answers give the same neighbours; without it the product is done in float32, which is exact too and
-    about five times slower.
+    Kernels for CPUs without VNNI may go through int16 sums. Both answers give the same neighbours; without it
+    the product is done in float32, which is exact too and about five times slower.
     """
     extremes = torch.tensor([[-128, -128], [127, 127], [-128, 127], [127, -128]], dtype=torch.int8)
     left = extremes.repeat(16, 392)  # [64, 784]
