@@ -23,22 +23,20 @@ def as_tensor(argument: str, array) -> Tensor:
             raise TypeError(f"{argument}: expected a dense tensor, got layout {name(array.layout)}")
         return array.detach()
     if isinstance(array, np.ndarray):
+        # kinds: bool, signed and unsigned integers, floats; itemsize 16 is a float128
         if array.dtype.kind not in "buif" or array.dtype.itemsize > 8 or not array.dtype.isnative:
-            raise TypeError(
-                f"{argument}: expected an array of uint8 or of floats in native byte order, got dtype {array.dtype}"
-            )
+            expected = "an array of uint8 or of floats in native byte order"
+            raise TypeError(f"{argument}: expected {expected}, got dtype {array.dtype}")
         if any(stride < 0 for stride in array.strides):
-            raise ValueError(
-                f"{argument}: expected an array without negative strides (numpy.ascontiguousarray copies one), got strides {array.strides}"
-            )
+            expected = "an array without negative strides (numpy.ascontiguousarray copies one)"
+            raise ValueError(f"{argument}: expected {expected}, got strides {array.strides}")
         with warnings.catch_warnings():  # a read-only array is fine: rows are only read
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             return torch.from_numpy(array)
     if hasattr(array, "__dlpack__"):
         return torch.from_dlpack(array).detach()
-    raise TypeError(
-        f"{argument}: expected a tensor, a numpy array or an object with __dlpack__, got {type(array).__name__}"
-    )
+    expected = "a tensor, a numpy array or an object with __dlpack__"
+    raise TypeError(f"{argument}: expected {expected}, got {type(array).__name__}")
 
 
 def as_labels(labels, count: int) -> Tensor:
@@ -48,23 +46,23 @@ def as_labels(labels, count: int) -> Tensor:
         TypeError, ValueError: they are no integers, or not `count` of them.
     """
     try:
+        # Of an array a copy: it may be read-only, or have negative strides.
         labels = torch.as_tensor(labels.copy() if isinstance(labels, np.ndarray) else labels)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(
-            f"labels: expected integers of shape [{count}], got {type(labels).__name__} that is no such array ({error})"
-        ) from None
+        found = f"{type(labels).__name__} that is no such array ({error})"
+        raise TypeError(f"labels: expected integers of shape [{count}], got {found}") from None
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"labels: expected integers, got {name(labels.dtype)}")
     if labels.shape != (count,):
-        raise ValueError(
-            f"labels: expected shape [{count}], one for each row of images, got {list(labels.shape)}"
-        )
+        expected = f"expected shape [{count}], one for each row of images"
+        raise ValueError(f"labels: {expected}, got {list(labels.shape)}")
     return labels.to("cpu", torch.int64)
 
 
 def is_memory_mapped(array) -> bool:
-    """Whether `array` is a view of a file that numpy (`np.memmap`) or torch (`torch.from_file(...,
-    shared=True)`) has mapped into memory.
+    """Whether `array` is a view of a file that is mapped into memory.
+
+    numpy does that with `np.memmap`, torch with `torch.from_file(..., shared=True)`.
     """
     if isinstance(array, Tensor):
         return array.device.type == "cpu" and array.untyped_storage().filename is not None

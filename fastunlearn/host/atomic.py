@@ -21,8 +21,9 @@ AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 @contextmanager
 def atomic_directory(path: str | Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its place, fsynced, when the block ends without an error;
-    nothing changes otherwise.
+    """A temporary folder beside `path` that takes its place, fsynced, when the block ends without an error.
+
+    Nothing changes otherwise.
 
     Raises:
         OSError: the disk does not take it (full, a limit of size).
@@ -37,6 +38,8 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
         for file in sorted(temporary.rglob("*")):
             _fsync(file)
         _fsync(temporary)
+        # A folder cannot replace one that is not empty. Where the two cannot be exchanged in one step, the
+        # old one is moved aside first; `restore_displaced` puts it back if the process dies in between.
         if not path.exists():
             os.replace(temporary, path)
         elif not exchange(temporary, path):
@@ -51,8 +54,9 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_file(path: str | Path, *, mode: int = 0o666) -> Iterator[BinaryIO]:
-    """A temporary file beside `path`, made with `mode` (less the umask), that takes its place, fsynced, when
-    the block ends without an error.
+    """A temporary file beside `path` that takes its place, fsynced, when the block ends without an error.
+
+    It is made with `mode`, less the umask.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -72,10 +76,10 @@ def atomic_file(path: str | Path, *, mode: int = 0o666) -> Iterator[BinaryIO]:
 
 def exchange(first: Path, second: Path) -> bool:
     """Swaps two names in one step (Linux' `renameat2`); False where the system or the file system cannot."""
-    rename = (
-        getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
-    )
-    if rename is None:
+    if sys.platform != "linux":
+        return False
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:  # a C library older than the call
         return False
     if rename(AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE) == 0:
         return True
@@ -86,9 +90,7 @@ def exchange(first: Path, second: Path) -> bool:
 
 
 def restore_displaced(parent: Path, pattern: str) -> None:
-    """Puts back a folder whose writer died after it had moved it aside and before the new one stood in its
-    place.
-    """
+    """Puts back a folder that its writer had moved aside when it died, with nothing in its place yet."""
     for displaced in _leftovers(parent, pattern, "old"):
         target = parent / _target_name(displaced)
         if not target.exists():
@@ -104,16 +106,14 @@ def remove_leftovers(parent: Path, pattern: str) -> None:
 
 
 def _leftovers(parent: Path, pattern: str, suffix: str) -> list[Path]:
-    """`.NAME.PID.suffix` in `parent` with a NAME like `pattern`, unless PID is another process that still
-    runs.
-    """
+    """`.NAME.PID.suffix` in `parent` with a NAME like `pattern`, and no other process PID that still runs."""
     found = parent.glob(f".*.*.{suffix}")
-    return [
-        path for path in found if fnmatch.fnmatchcase(_target_name(path), pattern) and not _writer_lives(path)
-    ]
+    named = [path for path in found if fnmatch.fnmatchcase(_target_name(path), pattern)]
+    return [path for path in named if not _writer_lives(path)]
 
 
 def _target_name(leftover: Path) -> str:
+    """The NAME of `.NAME.PID.suffix`."""
     return leftover.name[1:].rsplit(".", 2)[0]
 
 

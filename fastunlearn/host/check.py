@@ -13,24 +13,33 @@ from torch import Tensor
 
 
 def describe(value) -> str:
-    """`value` as an error message shows it: dtype, shape and device of a tensor, the type of anything else."""
+    """`value` as an error message shows it: dtype, shape and device of a tensor, the type of other things."""
     if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)} on {value.device}"
-    return f"{value!r}" if isinstance(value, (int, float, str, bool, type(None))) else type(value).__name__
+        dtype = str(value.dtype).removeprefix("torch.")
+        return f"{dtype} of shape {tuple(value.shape)} on {value.device}"
+    if isinstance(value, (int, float, str, bool, type(None))):
+        return repr(value)
+    return type(value).__name__
 
 
 def tensor(name: str, value, *, ndim: int, floating: bool = True) -> Tensor:
     """A tensor of rank `ndim`, floating-point or (`floating=False`) integer."""
-    expected = f"{'floating-point' if floating else 'integer'} tensor of {ndim} dimension{'s' * (ndim != 1)}"
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a {expected}, got {describe(value)}")
+        raise TypeError(_expected_tensor("a", name, value, ndim, floating))
     if floating and not value.is_floating_point():
-        raise TypeError(f"{name}: expected a {expected}, got {describe(value)}")
+        raise TypeError(_expected_tensor("a", name, value, ndim, floating))
     if not floating and (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool):
-        raise TypeError(f"{name}: expected an {expected}, got {describe(value)}")
+        raise TypeError(_expected_tensor("an", name, value, ndim, floating))
     if value.ndim != ndim:
-        raise ValueError(f"{name}: expected a {expected}, got {describe(value)}")
+        raise ValueError(_expected_tensor("a", name, value, ndim, floating))
     return value
+
+
+def _expected_tensor(article: str, name: str, value, ndim: int, floating: bool) -> str:
+    """The message of `tensor`; made only where it is shown, for `tensor` runs at every call of an op."""
+    kind = "floating-point" if floating else "integer"
+    dimensions = "1 dimension" if ndim == 1 else f"{ndim} dimensions"
+    return f"{name}: expected {article} {kind} tensor of {dimensions}, got {describe(value)}"
 
 
 def images(name: str, value) -> Tensor:
@@ -52,9 +61,8 @@ def like(name: str, value, other_name: str, other: Tensor) -> Tensor:
 def same_shape(name: str, value, other_name: str, other) -> None:
     """For anything with a shape: tensors, rows of a store, noise that is not drawn yet."""
     if tuple(value.shape) != tuple(other.shape):
-        raise ValueError(
-            f"{name}: expected the shape of {other_name}, {tuple(other.shape)}, got {tuple(value.shape)}"
-        )
+        expected = f"expected the shape of {other_name}, {tuple(other.shape)}"
+        raise ValueError(f"{name}: {expected}, got {tuple(value.shape)}")
 
 
 def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
@@ -95,12 +103,14 @@ def scalar(name: str, value):
 def number(
     name: str, value, *, low: float = -math.inf, high: float = math.inf, low_open: bool = False
 ) -> float:
-    """A finite number within [low, high], or (low, high] with `low_open`; of numpy or torch, too (`scalar`)."""
+    """A finite number in [low, high], or in (low, high] with `low_open`; numpy's, torch's too (`scalar`)."""
     value = scalar(name, value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {describe(value)}")
     if not math.isfinite(value) or value > high or value < low or (low_open and value == low):
-        bounds = f"{'(' if low_open or low == -math.inf else '['}{low:g}, {high:g}{')' if high == math.inf else ']'}"
+        left = "(" if low_open or low == -math.inf else "["
+        right = ")" if high == math.inf else "]"
+        bounds = f"{left}{low:g}, {high:g}{right}"
         raise ValueError(f"{name}: expected a finite number in {bounds}, got {value!r}")
     return float(value)
 
@@ -115,7 +125,9 @@ def integer(name: str, value, *, low: int, high: int | None = None, of: str = ""
         raise TypeError(f"{name}: expected an integer, got {describe(value)}")
     if value < low or (high is not None and value > high):
         bounds = f">= {low}" if high is None else f"in [{low}, {high}]"
-        raise ValueError(f"{name}: expected an integer {bounds}{f' ({of})' if of else ''}, got {value}")
+        if of:
+            bounds += f" ({of})"
+        raise ValueError(f"{name}: expected an integer {bounds}, got {value}")
     return value
 
 
@@ -131,7 +143,9 @@ def network_output(output):
     The latter is diffusers' `return_dict=False`. What comes out may still be no tensor.
     """
     output = getattr(output, "sample", output)
-    return output[0] if isinstance(output, (tuple, list)) and output else output
+    if isinstance(output, (tuple, list)) and output:
+        return output[0]
+    return output
 
 
 def package(name: str, needed_by: str) -> ModuleType:
@@ -152,9 +166,7 @@ def not_in_this_version(**arguments) -> None:
 
 
 def values_enabled() -> bool:
-    """Whether `FASTUNLEARN_CHECK=1` asks for checks that read values (on a GPU each one waits for the
-    device).
-    """
+    """Whether `FASTUNLEARN_CHECK=1` asks for checks that read values: on a GPU each waits for the device."""
     return switched_on("FASTUNLEARN_CHECK")
 
 

@@ -26,10 +26,8 @@ def rows(name: str, value: Tensor) -> Tensor:
     bad = ~torch.isfinite(value).flatten(1).all(1)
     if bad.any():
         first = int(bad.nonzero()[0])
-        raise NotFiniteError(
-            f"{name}: expected finite values, "
-            f"got NaN or Inf in {int(bad.sum())} of {len(value)} (first: {first})"
-        )
+        found = f"NaN or Inf in {int(bad.sum())} of {len(value)} (first: {first})"
+        raise NotFiniteError(f"{name}: expected finite values, got {found}")
     return value
 
 
@@ -54,13 +52,12 @@ def weights(model: object, name: str = "model") -> None:
 def not_finite(weights: dict[str, Any]) -> list[str]:
     """The tensors in `weights` that hold NaN or Inf, by the keys that lead to them, joined by dots."""
     named = named_tensors(weights)
-    return [entry for entry, good in zip(named, _are_finite(list(named.values())), strict=True) if not good]
+    good = _are_finite(list(named.values()))
+    return [entry for entry, is_good in zip(named, good, strict=True) if not is_good]
 
 
 def named_tensors(weights: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors in `weights`, nested as state dicts are, that could hold NaN, by the keys that lead to
-    them.
-    """
+    """The tensors in `weights`, nested as state dicts are, that could hold NaN, by the keys to them."""
     return dict(_tensors("", weights))
 
 
@@ -72,6 +69,7 @@ def numbers(name: str, **values: float) -> None:
 
 
 def _are_finite(tensors: list[Tensor]) -> list[bool]:
+    """Of each tensor, whether it has neither NaN nor Inf; one wait for the device, seldom two."""
     if not tensors:
         return []
     # The fast way, without a buffer of their size. For the largest numbers the sum of squares overflows, too.
@@ -79,6 +77,7 @@ def _are_finite(tensors: list[Tensor]) -> list[bool]:
     suspects = [tensor for tensor, good in zip(tensors, finite, strict=True) if not good]
     if not suspects:
         return finite
+    # The largest absolute value cannot overflow.
     exact = iter(_read(torch._foreach_norm(suspects, torch.inf)))
     return [good or next(exact) for good in finite]
 

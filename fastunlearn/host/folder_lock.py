@@ -99,6 +99,7 @@ _locks: dict[tuple[int, int], _Lock] = {}  # those of this process, by device an
 
 @contextmanager
 def _held(file: Path, target: Path, work: str) -> Iterator[None]:
+    """The lock `file` is held for `target` while the block lasts."""
     if fcntl is None:
         yield
         return
@@ -114,6 +115,7 @@ def _held(file: Path, target: Path, work: str) -> Iterator[None]:
 
 
 def _take(file: Path, target: Path, work: str) -> _Lock:
+    """Takes the lock, or enters it once more where this thread holds it for other work."""
     made: list[Path] = []
     for attempt in range(ATTEMPTS):
         try:
@@ -126,11 +128,14 @@ def _take(file: Path, target: Path, work: str) -> _Lock:
         except OSError:
             _remove_empty(made)
             raise
+
+        # This thread may hold it already. Then a second lock, on a descriptor of its own, would be refused.
         own = _locks.get(_identity(os.fstat(descriptor)))
         if own is not None and own.thread == threading.get_ident() and work not in own.works:
             os.close(descriptor)
             own.works.append(work)
             return own
+
         try:
             if _lock(descriptor, created, file, target):
                 return _own(_Lock(file, descriptor, made, [work]))
@@ -164,10 +169,13 @@ def _lock(descriptor: int, created: bool, file: Path, target: Path) -> bool:
     except OSError as error:
         if error.errno not in NO_FLOCK:
             raise
+        # No flock on this file system: who made the file has the lock.
         if created:
             return True
         remedy = f"wait for its end, or remove {file} if it was killed (without flock nothing tells)"
         raise FolderLocked(target, lock_owner.wait_for_note(descriptor), remedy) from None
+
+    # Ours, as far as this host sees. An owner on another one may still be there, if locks stay on their host.
     left_by = lock_owner.read(descriptor)
     if left_by is not None and left_by.is_foreign and lock_owner.beats(file, left_by):
         raise FolderLocked(target, left_by)
@@ -216,6 +224,7 @@ if fcntl is not None:
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:
+    """Which file it is, whatever its name."""
     return status.st_dev, status.st_ino
 
 
@@ -239,6 +248,7 @@ def _make_folders(folder: Path) -> list[Path]:
 
 
 def _remove_empty(folders: list[Path]) -> None:
+    """Removes `folders`, the innermost first, as far as nothing is in them."""
     for folder in folders:
         with suppress(OSError):
             folder.rmdir()

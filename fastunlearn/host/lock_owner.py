@@ -45,6 +45,7 @@ class Owner:
 
 
 def _kernel() -> str:
+    """What tells the running kernel from all others."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:  # not Linux
@@ -52,6 +53,7 @@ def _kernel() -> str:
 
 
 def write(descriptor: int, owner: Owner) -> None:
+    """Writes the note of `owner` into the lock's file."""
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, (json.dumps(asdict(owner)) + "\n").encode(), 0)
 
@@ -63,9 +65,12 @@ def read(descriptor: int) -> Owner | None:
         owner = Owner(**{entry.name: note[entry.name] for entry in fields(Owner)})
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
+    # The note goes into messages: what is not printable is no note of ours.
     words = owner.host, owner.started, owner.work, owner.kernel
     printable = all(isinstance(word, str) and word.isprintable() for word in words)
-    return owner if printable and type(owner.pid) is int and owner.pid > 0 else None
+    if not printable or type(owner.pid) is not int or owner.pid <= 0:
+        return None
+    return owner
 
 
 def wait_for_note(descriptor: int) -> Owner | None:

@@ -19,6 +19,7 @@ class Packed(NamedTuple):
     @classmethod
     def of(cls, values: Mapping[str, Tensor]) -> Packed:
         """`values`, copied; all on one device."""
+        # Wide ones first: then each begins at a multiple of its own size.
         wide_first = sorted(values, key=lambda name: -values[name].itemsize)
         starts, end = {}, 0
         for name in wide_first:
@@ -47,7 +48,8 @@ class Arriving:
 
     def __init__(self, values: Mapping[str, Tensor | float]):
         self._values = dict(values)
-        self._packed = Packed.of({name: value for name, value in values.items() if isinstance(value, Tensor)})
+        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        self._packed = Packed.of(tensors)
         self._copied: torch.cuda.Event | None = None
         buffer = self._packed.buffer
         if buffer.is_cuda:
@@ -65,4 +67,5 @@ class Arriving:
         if self._copied is not None:
             self._copied.synchronize()
             self._copied, self.since = None, time.perf_counter()
-        return self._values | {name: value.item() for name, value in self._packed.unpacked().items()}
+        numbers = {name: value.item() for name, value in self._packed.unpacked().items()}
+        return self._values | numbers

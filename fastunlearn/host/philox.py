@@ -1,9 +1,8 @@
-"""Counter-based random numbers (Philox4x32-10): a pure function of (seed, step, purpose, row, element), the
-same on every device.
+"""Counter-based random numbers (Philox4x32-10), the same on every device.
 
-key = seed; counter = (element / 4, row of the global batch, step, purpose). The four words of a counter make
-four numbers, elements 4i to 4i + 3 of a row in NCHW order. Kernels compute the same words in registers
-(`csrc/philox.h`, `kernels/philox.py`).
+A number is a pure function of (seed, step, purpose, row, element): key = seed; counter = (element / 4, row of
+the global batch, step, purpose). The four words of a counter make four numbers, elements 4i to 4i + 3 of a
+row in NCHW order. Kernels compute the same words in registers (`csrc/philox.h`, `kernels/philox.py`).
 """
 
 from __future__ import annotations
@@ -45,7 +44,9 @@ class Noise:
 def normal(shape: Sequence[int], counter: Tensor, purpose: int) -> Tensor:
     """Standard normal numbers, float32, two from each pair of words (Box-Muller)."""
     numbers = words(shape, counter, purpose)
-    radius = torch.sqrt(-2 * torch.log(unit(numbers[..., 0::2]) + 2**-24))  # the argument lies in (0, 1]
+    # sqrt(-2 log v) (cos 2 pi u, sin 2 pi u), v in (0, 1] from the first word of a pair, u in [0, 1) from the
+    # second.
+    radius = torch.sqrt(-2 * torch.log(unit(numbers[..., 0::2]) + 2**-24))
     angle = (2 * math.pi) * unit(numbers[..., 1::2])
     return _first(torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], dim=-1), shape)
 
@@ -62,6 +63,7 @@ def integers(count: int, high: int, counter: Tensor, purpose: int) -> Tensor:
         TypeError, ValueError: `high` is no integer in [1, 2^31].
     """
     check.integer("high", high, low=1, high=LARGEST_RANGE, of="they are made of 32 random bits")
+    # The upper 32 bits of word * high: the word as a fraction of 2^32, times high.
     return (words((count,), counter, purpose)[:, 0, 0] * high) >> 32
 
 
@@ -76,12 +78,12 @@ def words(shape: Sequence[int], counter: Tensor, purpose: int) -> Tensor:
     rows, elements = shape[0], math.prod(shape[1:])
     _check_extent(rows, elements)
     seed, step, first_row = counter.long().unbind()
+    # Four words for each quad of elements: the counter is (quad, row, step, purpose).
     quads = torch.arange(-(-elements // 4), device=counter.device).view(1, -1)
     row = (first_row + torch.arange(rows, device=counter.device)).view(-1, 1) & _MASK
     zero = torch.zeros_like(row * quads)
-    return torch.stack(
-        philox((zero + quads, zero + row, zero + (step & _MASK), zero + int(purpose)), seed), dim=-1
-    )
+    counters = zero + quads, zero + row, zero + (step & _MASK), zero + int(purpose)
+    return torch.stack(philox(counters, seed), dim=-1)
 
 
 def check_noise(name: str, noise: Noise) -> None:
@@ -107,13 +109,15 @@ def _check_extent(rows: int, elements: int) -> None:
 def philox(
     counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor | int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10 (Salmon et al. 2011): four 32-bit words for a counter of four 32-bit words (int64
-    tensors) and a 64-bit key.
+    """Philox4x32-10 (Salmon et al. 2011): four 32-bit words for a counter of four and a 64-bit key.
+
+    Words are int64 tensors.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(10):
-        # wraps modulo 2^64: both halves are still exact
+        # An int64 product wraps modulo 2^64; the mask takes the sign bits off the shifted half, so that both
+        # halves are exact.
         product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0, c1, c2, c3 = (
             (product1 >> 32 & _MASK) ^ c1 ^ k0,
@@ -131,5 +135,5 @@ def unit(numbers: Tensor) -> Tensor:
 
 
 def _first(numbers: Tensor, shape: Sequence[int]) -> Tensor:
-    """The first elements of every row, in the shape asked for: a row's last quad may hold more than it needs."""
+    """The first elements of every row, in the shape asked for: a row's last quad may hold some too many."""
     return numbers.flatten(1)[:, : math.prod(shape[1:])].reshape(shape)

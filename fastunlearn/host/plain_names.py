@@ -22,7 +22,9 @@ def wrapper_classes() -> tuple[type[nn.Module], ...]:
     """`DataParallel`, `DistributedDataParallel`, and what `torch.compile` makes of a module."""
     # Importing the compiler takes a second; where nobody has, there is nothing compiled.
     compiler = sys.modules.get("torch._dynamo.eval_frame")
-    return PARALLEL if compiler is None else (*PARALLEL, compiler.OptimizedModule)
+    if compiler is None:
+        return PARALLEL
+    return (*PARALLEL, compiler.OptimizedModule)
 
 
 def attribute(module: nn.Module) -> str | None:
@@ -44,10 +46,12 @@ def plain_names(module: nn.Module, names: Collection[str]) -> dict[str, str]:
     wrappers = wrapper_classes()
     if not any(issubclass(kind, wrappers) for kind in set(map(type, module.modules()))):
         return dict(zip(names, names, strict=True))
+    # Where the wrappers stand: beginnings of names, whose last word is the wrapper's own.
     insides = []
     for path, part in module.named_modules(remove_duplicate=False):
         if isinstance(part, wrappers):
             insides.append(f"{path}.{attribute(part)}." if path else f"{attribute(part)}.")
+    # Each of them takes one word out of the names that begin so: the one at its depth.
     plain_of = {}
     for name in names:
         dropped = {inside.count(".") - 1 for inside in insides if name.startswith(inside)}

@@ -1,6 +1,4 @@
-"""Number formats and memory layouts of a run: what `"auto"` means on a device, and the switch for
-TensorFloat-32.
-"""
+"""Number formats and memory layouts of a run: what `"auto"` means, and the switch for TensorFloat-32."""
 
 from __future__ import annotations
 
@@ -21,8 +19,9 @@ MEMORY_FORMATS = (torch.contiguous_format, torch.channels_last)
 def resolve_autocast(
     requested: Literal["auto"] | torch.dtype | None, device: torch.device | str
 ) -> torch.dtype | None:
-    """The dtype in which autocast runs the network on `device`, or None for no autocast; weights, losses and
-    norms stay float32 either way.
+    """The dtype in which autocast runs the network on `device`, or None for no autocast.
+
+    Weights, losses and norms stay float32 either way.
 
     `"auto"` is bfloat16 on GPUs that compute in it (compute capability 8.0 and up, and AMD's), and None
     elsewhere. On an H100 a replayed step with the papers' MNIST network takes 0.54 of the time of float32
@@ -34,22 +33,23 @@ def resolve_autocast(
     Raises:
         TypeError, ValueError: `requested` is something else.
     """
-    if requested is None or not _is_auto(
-        "autocast_dtype", requested, AUTOCAST_DTYPES, "torch.bfloat16, torch.float16, 'auto' or None"
-    ):
+    expected = "torch.bfloat16, torch.float16, 'auto' or None"
+    if requested is None or not _is_auto("autocast_dtype", requested, AUTOCAST_DTYPES, expected):
         return requested
     device = torch.device(device)
     if device.type != "cuda":
         return None
     with torch.cuda.device(device):  # torch asks about the current one
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
+        computes_in_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if computes_in_bfloat16 else None
 
 
 def memory_format(
     requested: Literal["auto"] | torch.memory_format, device: torch.device | str
 ) -> torch.memory_format:
-    """The memory format for a network's weights on `device`: `model.to(memory_format=memory_format("auto",
-    device))`. Its activations follow.
+    """The memory format for a network's weights on `device`. Its activations follow.
+
+    Used as `model.to(memory_format=memory_format("auto", device))`.
 
     `"auto"` is channels-last on GPUs, whose half-precision convolutions are written for it. With the papers'
     MNIST network, the only one measured, it was the slower choice: 1.15 of the contiguous time in bfloat16
@@ -60,9 +60,8 @@ def memory_format(
     Raises:
         TypeError, ValueError: `requested` is something else.
     """
-    if not _is_auto(
-        "memory_format", requested, MEMORY_FORMATS, "torch.channels_last, torch.contiguous_format or 'auto'"
-    ):
+    expected = "torch.channels_last, torch.contiguous_format or 'auto'"
+    if not _is_auto("memory_format", requested, MEMORY_FORMATS, expected):
         return requested
     return torch.channels_last if torch.device(device).type == "cuda" else torch.contiguous_format
 
@@ -82,11 +81,10 @@ def _is_auto(argument: str, requested, choices: tuple, expected: str) -> bool:
 
 @contextmanager
 def tf32(enabled: bool | None) -> Iterator[None]:
-    """Within the block float32 matrix products and convolutions may (True) or must not (False) be rounded to
-    TensorFloat-32, which keeps 10 bits.
+    """Within the block float32 products and convolutions may (True) or must not (False) be rounded.
 
-    None leaves torch's settings alone: by default NVIDIA GPUs round convolutions and not products. Products
-    on CPUs are set too; few can do it.
+    They are then rounded to TensorFloat-32, which keeps 10 bits. None leaves torch's settings alone: by
+    default NVIDIA GPUs round convolutions and not products. Products on CPUs are set too; few can do it.
     Only float32 is concerned: under autocast little of a network is.
 
     The settings are the process's. Where several threads are inside at once, nothing is rounded while one of
@@ -126,6 +124,7 @@ _BLOCKS: list[_Block] = []  # in the order in which they were entered
 
 
 def _enter(enabled: bool) -> _Block:
+    """Notes what was set, and sets what all who are inside allow."""
     with _LOCK:
         block = _Block(enabled, threading.get_ident(), _Switches.read())
         _BLOCKS.append(block)
@@ -134,14 +133,17 @@ def _enter(enabled: bool) -> _Block:
 
 
 def _leave(block: _Block) -> None:
+    """Sets what those allow who stay; what the first one found, where nobody does."""
     with _LOCK:
         place = _BLOCKS.index(block)
         _BLOCKS.remove(block)
         latest = place == len(_BLOCKS)
+        # The last of all, or nested in another block of its thread: everything is as it was.
         if latest and (not _BLOCKS or _BLOCKS[-1].thread == block.thread):
-            block.found.write()  # the last of all, or nested in another block of its thread
+            block.found.write()
             return
-        if not latest:  # what the next one found was this one's doing: it takes over what this one found
+        # What the next one found was this one's doing: it takes over what this one found.
+        if not latest:
             _BLOCKS[place].found = block.found
         _Switches.of(_rounded()).write()
 
@@ -173,7 +175,8 @@ class _Switches(NamedTuple):
         return cls(products, convolutions, operations)
 
     def write(self) -> None:
-        torch.set_float32_matmul_precision(self.products)  # the old ones first: they write the new ones too
+        # The old ones first: they write the new ones too.
+        torch.set_float32_matmul_precision(self.products)
         torch.backends.cudnn.allow_tf32 = self.convolutions
         for operation, precision in zip(_operations(), self.operations, strict=True):
             operation.fp32_precision = precision

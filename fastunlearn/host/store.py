@@ -1,5 +1,6 @@
-"""ImageStore: the rows of a data set as they are on disk, uint8 or float, turned into network input only when
-drawn.
+"""ImageStore: the rows of a data set as they are on disk, uint8 or float.
+
+They are turned into network input only when drawn.
 """
 
 from __future__ import annotations
@@ -79,15 +80,14 @@ class ImageStore:
         self.on_disk = is_memory_mapped(images)  # rows are read from a file when they are used
         images = self.images
         if images.dtype not in DTYPES:
-            raise TypeError(
-                f"images: expected dtype {', '.join(map(name, DTYPES[:-1]))} or {name(DTYPES[-1])}, got {name(images.dtype)}"
-            )
+            *first, last = map(name, DTYPES)
+            expected = f"{', '.join(first)} or {last}"
+            raise TypeError(f"images: expected dtype {expected}, got {name(images.dtype)}")
         if images.ndim != 4:
             raise ValueError(f"images: expected shape [N, C, H, W], got {list(images.shape)}")
         if images.numel() == 0:
-            raise ValueError(
-                f"images: expected at least one row and no axis of length 0, got shape {list(images.shape)}"
-            )
+            expected = "at least one row and no axis of length 0"
+            raise ValueError(f"images: expected {expected}, got shape {list(images.shape)}")
         if latents and images.dtype == torch.uint8:
             raise ValueError("latents: expected float rows for latents=True, got uint8 images")
         self.std = None
@@ -96,27 +96,26 @@ class ImageStore:
             self.on_disk |= is_memory_mapped(std)
         self.latents = bool(latents)
         self.labels = None if labels is None else as_labels(labels, len(images))
-        self.sources = tuple(
-            os.fspath(source)
-            for source in ([sources] if isinstance(sources, (str, os.PathLike)) else sources)
-        )
+        if isinstance(sources, (str, os.PathLike)):
+            sources = [sources]
+        self.sources = tuple(os.fspath(source) for source in sources)
         self._content_hash: str | None = None
         self._hashed_versions: list[int] = []
         if images.is_floating_point():
             self._check_values()
-        if not latents and not (self.is_uint8 and self.on_disk):  # whose rows are read when they are drawn
+        # Of a file of bytes nothing is read before it is drawn.
+        if not latents and not (self.is_uint8 and self.on_disk):
             self._warn_of_another_range()
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __repr__(self) -> str:
-        kind = (
-            name(self.dtype)
-            if self.std is None
-            else f"{name(self.dtype)} means with {name(self.std.dtype)} standard deviations"
-        )
-        return f"ImageStore({len(self)} rows of {list(self.shape)}, {kind}, {self.device}{', on disk' if self.on_disk else ''})"
+        kind = name(self.dtype)
+        if self.std is not None:
+            kind += f" means with {name(self.std.dtype)} standard deviations"
+        where = f"{self.device}, on disk" if self.on_disk else f"{self.device}"
+        return f"ImageStore({len(self)} rows of {list(self.shape)}, {kind}, {where})"
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -168,34 +167,36 @@ class ImageStore:
         return Rows(self.images, index.to(self.device))
 
     def sample(self, index: Tensor, counter: Tensor, purpose: int) -> Tensor:
-        """Draws of the latents `index` (`[B]` int64): `mean + std xi`, float32 `[B, C, H, W]`, where `xi =
-        philox.normal(shape, counter, purpose)`.
+        """Draws of the latents `index` (`[B]` int64): `mean + std xi`, float32 `[B, C, H, W]`.
 
-        `xi` belongs to the place in the batch, not to the row: one drawn twice in a batch gives two samples.
+        Here `xi = philox.normal(shape, counter, purpose)`. It belongs to the place in the batch, not to the
+        row: one drawn twice in a batch gives two samples.
 
         Raises:
             ValueError: the store has no standard deviations.
         """
         if self.std is None:
-            raise ValueError(
-                "std: expected a store with standard deviations, ImageStore(mean, std=std, latents=True), got one without"
-            )
+            expected = "a store with standard deviations, ImageStore(mean, std=std, latents=True)"
+            raise ValueError(f"std: expected {expected}, got one without")
         index = index.to(self.device)
         mean, std = self.images.index_select(0, index).float(), self.std.index_select(0, index).float()
         return torch.addcmul(mean, std, philox.normal(mean.shape, counter, purpose))
 
     def draw(self, index: Tensor, counter: Tensor, purpose: int) -> Rows | Tensor:
-        """Rows `index` (`[B]` int64) as a step reads them: sampled where the store has standard deviations,
-        gathered by the ops where not.
+        """Rows `index` (`[B]` int64) as a step reads them.
+
+        They are sampled here where the store has standard deviations, gathered by the ops where not.
         """
-        return self.lazy(index) if self.std is None else self.sample(index, counter, purpose)
+        if self.std is None:
+            return self.lazy(index)
+        return self.sample(index, counter, purpose)
 
     def freeze(self, seed: int | None = None) -> ImageStore:
-        """A store of fixed rows: the means (nothing is copied) or, with a `seed`, one sample of every row
-        (float32, a copy in memory).
+        """A store of fixed rows: the means or, with a `seed`, one sample of every row.
 
-        What is compared across steps needs fixed rows: forget rows and their neighbours, whose distances are
-        computed once (ReTrack's code keeps one sample of each).
+        Means are not copied; samples are float32 in memory. What is compared across steps needs fixed rows:
+        forget rows and their neighbours, whose distances are computed once (ReTrack's code keeps one sample
+        of each).
         """
         if self.std is None:
             return self
@@ -207,21 +208,20 @@ class ImageStore:
             raise ValueError(f"seed: expected {expected}, got {seed} and {len(self)} rows")
         samples = torch.empty(self.images.shape, dtype=torch.float32, device=self.device)
         for start, mean in self.chunks():
-            # start: every row has noise of its own, whatever the chunks
+            # Counters begin at `start`: every row has noise of its own, whatever the chunks.
             counter = torch.tensor([seed, 0, start], device=self.device)
             index = torch.arange(start, start + len(mean), device=self.device)
             samples[start : start + len(mean)] = self.sample(index, counter, FREEZE_PURPOSE)
         return self.like(samples, labels=self.labels)
 
     def raw(self, index: Tensor) -> Tensor:
-        """Rows `index` (`[B]` int64) as stored, `[B, C, H, W]`, contiguous; of a store with standard
-        deviations, the means.
-        """
+        """Rows `index` (`[B]` int64) as stored, `[B, C, H, W]`, contiguous; of a distribution, the means."""
         return self.images.index_select(0, index.to(self.device))
 
     def chunks(self, max_bytes: int = CHUNK_BYTES) -> Iterator[tuple[int, Tensor]]:
-        """All rows as stored, in order, as `(start, rows [n, C, H, W])`: views, to be read only, of at most
-        `max_bytes` (at least one row) each.
+        """All rows as stored, in order, as `(start, rows [n, C, H, W])`: views, to be read only.
+
+        Each is of at most `max_bytes`, or one row.
         """
         row_bytes = self.images[0].numel() * self.images.element_size()
         count = max(1, max_bytes // row_bytes)
@@ -229,8 +229,10 @@ class ImageStore:
             yield start, self.images[start : start + count]
 
     def select(self, index) -> ImageStore:
-        """A store of the rows `index`, copied, with their labels: integers `[M]`, not empty, or a mask, bool
-        `[N]`.
+        """A store of the rows `index`, copied, with their labels.
+
+        Args:
+            index: integers `[M]`, not empty, or a mask, bool `[N]`.
 
         Raises:
             TypeError, ValueError: neither of these, or rows that there are none of.
@@ -246,28 +248,28 @@ class ImageStore:
         if index.ndim != 1 or len(index) == 0:
             raise ValueError(f"index: expected shape [M] with M >= 1, got {list(index.shape)}")
         if index.min() < 0 or index.max() >= len(self):
-            raise ValueError(
-                f"index: expected rows in [0, {len(self) - 1}], got rows in [{index.min()}, {index.max()}]"
-            )
+            found = f"[{index.min()}, {index.max()}]"
+            raise ValueError(f"index: expected rows in [0, {len(self) - 1}], got rows in {found}")
         std = None if self.std is None else self.std.index_select(0, index.to(self.device))
-        return self.like(self.raw(index), std, labels=None if self.labels is None else self.labels[index])
+        labels = None if self.labels is None else self.labels[index]
+        return self.like(self.raw(index), std, labels=labels)
 
     def to(self, device: torch.device | str) -> ImageStore:
         """The same store on `device`; labels stay on the CPU."""
-        images, std = self.images.to(device), None if self.std is None else self.std.to(device)
-        moved = self.like(
-            images, std, labels=self.labels, on_disk=self.on_disk and images.device.type == "cpu"
-        )
+        images = self.images.to(device)
+        std = None if self.std is None else self.std.to(device)
+        on_disk = self.on_disk and images.device.type == "cpu"
+        moved = self.like(images, std, labels=self.labels, on_disk=on_disk)
+        # The rows are the same: what was hashed is not hashed again.
         if self._content_hash is not None:
             moved._content_hash, moved._hashed_versions = self.content_hash(), moved._versions()
         return moved
 
     def content_hash(self) -> str:
-        """SHA-256 (hex) over dtype, shape and the rows' bytes, and those of `std` where there is one;
-        streamed.
+        """SHA-256 (hex) over dtype, shape and the rows' bytes, and those of `std` where there is one.
 
-        Computed anew where torch has seen the rows change in place; what numpy or another process changes, it
-        does not see.
+        The rows are streamed. It is computed anew where torch has seen the rows change in place; what numpy
+        or another process changes, it does not see.
         """
         if self._content_hash is None or self._hashed_versions != self._versions():
             digest = hashlib.sha256()
@@ -287,8 +289,9 @@ class ImageStore:
         labels: Tensor | None = None,
         on_disk: bool = False,
     ) -> ImageStore:
-        """A store of the same kind and sources over other rows, which are not checked: a part of this one, or
-        a buffer that rows are copied to.
+        """A store of the same kind and sources over other rows, which are not checked.
+
+        They are a part of this one's, or a buffer that rows are copied to.
         """
         store = object.__new__(ImageStore)
         store.images, store.std, store.labels, store.on_disk = images, std, labels, on_disk
@@ -298,11 +301,9 @@ class ImageStore:
 
     def _versions(self) -> list[int]:
         """How often torch has changed the rows in place."""
-        return [
-            0 if rows.is_inference() else rows._version
-            for rows in (self.images, self.std)
-            if rows is not None
-        ]
+        tensors = [rows for rows in (self.images, self.std) if rows is not None]
+        # A tensor made in inference mode has no counter.
+        return [0 if rows.is_inference() else rows._version for rows in tensors]
 
     def _std_rows(self) -> ImageStore | None:
         """The standard deviations as the rows of a store."""
@@ -310,32 +311,35 @@ class ImageStore:
 
     def _refuse_std(self, method: str) -> None:
         if self.std is not None:
-            raise ValueError(
-                f"{method}: expected a store of fixed rows, got one with standard deviations, whose rows are drawn anew at every step: "
-                "use sample(index, counter, purpose), or freeze() for the means"
-            )
+            found = "one with standard deviations, whose rows are drawn anew at every step"
+            remedy = "use sample(index, counter, purpose), or freeze() for the means"
+            raise ValueError(f"{method}: expected a store of fixed rows, got {found}: {remedy}")
 
     def _check_values(self) -> None:
         for start, low, high, rows in _bounds("images", self):
             if not self.latents and max(-low, high) > 1 + RANGE_ROUNDING:
-                hint = "uint8 images, float images within [-1, 1], or latents=True"
-                raise ValueError(
-                    f"images: expected {hint}, got float values in [{low:.6g}, {high:.6g}] (rows {start} to {start + rows - 1})"
-                )
-        for start, low, _, rows in _bounds("std", self._std_rows()) if self.std is not None else ():
+                expected = "uint8 images, float images within [-1, 1], or latents=True"
+                found = f"float values in [{low:.6g}, {high:.6g}] (rows {start} to {start + rows - 1})"
+                raise ValueError(f"images: expected {expected}, got {found}")
+        if self.std is None:
+            return
+        for start, low, _, rows in _bounds("std", self._std_rows()):
             if low < 0:
-                raise ValueError(
-                    f"std: expected standard deviations >= 0, got {low:.6g} (rows {start} to {start + rows - 1}); exp(log_var / 2) is one"
-                )
+                found = f"{low:.6g} (rows {start} to {start + rows - 1})"
+                expected = "expected standard deviations >= 0"
+                raise ValueError(f"std: {expected}, got {found}; exp(log_var / 2) is one")
 
     def _warn_of_another_range(self) -> None:
-        """Pictures in [0, 1] are half as contrasted as what networks are trained on, and nothing else would
-        say so.
+        """Warns of pictures in [0, 1]: nothing else would say so.
+
+        They are half as contrasted as what networks are trained on.
         """
-        # of usual pictures one chunk
+        # Of usual pictures this reads one chunk.
         looked_at = itertools.islice(self.chunks(LOOKED_AT_ONCE), LOOKED_AT_MOST)
-        if any(rows.max() > 1 if self.is_uint8 else rows.min() < 0 for _, rows in looked_at):
-            return
+        for _, rows in looked_at:
+            usual = rows.max() > 1 if self.is_uint8 else rows.min() < 0
+            if usual:
+                return
         named = ", ".join(self.sources) or "images"
         if self.is_uint8:
             doubt = "rows of uint8 have no value above 1; uint8 is [0, 255]: masks, or pictures in [0, 1]?"
@@ -346,8 +350,9 @@ class ImageStore:
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Rows of a store in place of images: `images[index]` as network input, gathered and dequantised by the
-    op that reads them.
+    """Rows of a store in place of images: `images[index]` as network input.
+
+    They are gathered and dequantised by the op that reads them.
 
     Args:
         images: `[N, C, H, W]` as stored, uint8 or floating.
@@ -409,10 +414,11 @@ def overlap(forget: ImageStore, retain: ImageStore) -> tuple[Tensor, Tensor]:
         ValueError: rows of different shape.
     """
     if forget.shape != retain.shape:
-        raise ValueError(
-            f"retain: expected rows of shape {list(forget.shape)}, as in forget, got {list(retain.shape)}"
-        )
+        expected = f"rows of shape {list(forget.shape)}, as in forget"
+        raise ValueError(f"retain: expected {expected}, got {list(retain.shape)}")
     as_stored = forget.dtype == retain.dtype
+
+    # Which retain row has the digest of a forget row first; None: none so far.
     first_retain_row: dict[bytes, int | None] = dict.fromkeys(_row_digests(forget, as_stored))
     missing = len(first_retain_row)
     for row, digest in enumerate(_row_digests(retain, as_stored)):
@@ -421,18 +427,20 @@ def overlap(forget: ImageStore, retain: ImageStore) -> tuple[Tensor, Tensor]:
             missing -= 1
             if missing == 0:
                 break
-    if missing == len(first_retain_row):  # the usual case: no second pass
+
+    # Usually there is no overlap, and no need for a second pass over the forget rows.
+    if missing == len(first_retain_row):
         return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
-    pairs = [
-        (row, first_retain_row[digest])
-        for row, digest in enumerate(_row_digests(forget, as_stored))
-        if first_retain_row[digest] is not None
-    ]
+    pairs = []
+    for row, digest in enumerate(_row_digests(forget, as_stored)):
+        if first_retain_row[digest] is not None:
+            pairs.append((row, first_retain_row[digest]))
     forget_rows, retain_rows = torch.tensor(pairs, dtype=torch.int64).unbind(1)
     return forget_rows, retain_rows
 
 
 def _row_digests(store: ImageStore, as_stored: bool) -> Iterator[bytes]:
+    """16 bytes for each row, equal where `overlap` calls rows equal."""
     for _, rows in store.chunks():
         from_bytes, nearest = _as_bytes(rows, store.latents)
         values = rows if as_stored or store.is_uint8 else network_input(rows)
@@ -445,8 +453,10 @@ def _row_digests(store: ImageStore, as_stored: bool) -> Iterator[bytes]:
 
 
 def _as_bytes(rows: Tensor, latents: bool) -> tuple[Tensor, Tensor]:
-    """Which of the rows `[n, C, H, W]` are bytes, or came from bytes, bool `[n]`; and the bytes nearest to
-    all of them.
+    """Which of the rows `[n, C, H, W]` are bytes, or came from bytes; and the bytes nearest to all of them.
+
+    Returns:
+        bool `[n]` and uint8 `[n, C, H, W]`.
     """
     if latents or rows.dtype == torch.uint8:
         return torch.full((len(rows),), not latents), rows
@@ -472,10 +482,10 @@ def _bounds(argument: str, store: ImageStore) -> Iterator[tuple[int, float, floa
 
 
 def _as_std(std, images: Tensor, latents: bool) -> Tensor:
+    """`std` as a tensor, refused where it does not fit `images`."""
     if not latents:
-        raise ValueError(
-            "std: expected none, or latents=True (the standard deviations of latents), got latents=False"
-        )
+        expected = "none, or latents=True (the standard deviations of latents)"
+        raise ValueError(f"std: expected {expected}, got latents=False")
     std = as_tensor("std", std)
     if std.dtype not in DTYPES or not std.is_floating_point():
         raise TypeError(f"std: expected a floating dtype, got {name(std.dtype)}")
