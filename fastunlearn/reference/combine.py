@@ -1,8 +1,7 @@
-"""How two parameter gradients become one: SISS' rescaling and EraseDiff's projection, one parameter at a
-time.
+"""How two parameter gradients become one: SISS' rescaling and EraseDiff's projection.
 
-Both papers write the update as `g_x - f g_a`, with a factor f that needs norms over all parameters together.
-`main` is g_x (keep), `correction` is g_a (forget).
+Both work on one parameter at a time. Both papers write the update as `g_x - f g_a`, with a factor f that
+needs norms over all parameters together. `main` is g_x (keep), `correction` is g_a (forget).
 """
 
 from __future__ import annotations
@@ -24,21 +23,22 @@ class Combined(NamedTuple):
 
 
 def rescale(main: Sequence[Tensor], correction: Sequence[Tensor], scaling_norm: float) -> Combined:
-    """`g_x - (scaling_norm / ||g_a||) g_a`: the forget gradient is set to the given norm, up or down (SISS,
-    section 4, "gradient norm fixing").
+    """`g_x - (scaling_norm / ||g_a||) g_a`: the forget gradient is set to the given norm, up or down.
 
-    A vanishing `g_a` has an infinite factor, which counts as 0, as in SISS' training loop on MNIST.
+    SISS, section 4, "gradient norm fixing". A vanishing `g_a` has an infinite factor, which counts as 0, as
+    in SISS' training loop on MNIST.
     """
     norm = _inner(correction, correction).sqrt()
     factor = scaling_norm / norm
-    return _combine(main, correction, torch.where(factor.isinf(), torch.zeros_like(factor), factor), norm)
+    factor = torch.where(factor.isinf(), torch.zeros_like(factor), factor)
+    return _combine(main, correction, factor, norm)
 
 
 def project(main: Sequence[Tensor], correction: Sequence[Tensor], eta: float) -> Combined:
-    """`g_x + max(eta - <g_x, g_a> / ||g_a||^2, 0) g_a` (EraseDiff, as used by SISS and ReTrack): afterwards
-    `<g, g_a> >= eta ||g_a||^2`.
+    """`g_x + max(eta - <g_x, g_a> / ||g_a||^2, 0) g_a` (EraseDiff, as used by SISS and ReTrack).
 
-    The factor is returned with the sign of `rescale`, so it is `-max(...)`.
+    Afterwards `<g, g_a> >= eta ||g_a||^2`. The factor is returned with the sign of `rescale`, so it is
+    `-max(...)`.
     """
     norm = _inner(correction, correction).sqrt()
     factor = -torch.clamp(eta - _inner(main, correction) / norm**2, min=0)
@@ -46,13 +46,11 @@ def project(main: Sequence[Tensor], correction: Sequence[Tensor], eta: float) ->
 
 
 def _inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    """`<left, right>` over all parameters together."""
     return torch.stack([(a * b).sum() for a, b in zip(left, right, strict=True)]).sum()
 
 
 def _combine(main: Sequence[Tensor], correction: Sequence[Tensor], factor: Tensor, norm: Tensor) -> Combined:
-    return Combined(
-        [m - factor * c for m, c in zip(main, correction, strict=True)],
-        factor,
-        norm,
-        _inner(main, correction),
-    )
+    """`g_x - f g_a` for every parameter, with the numbers that were measured."""
+    gradients = [m - factor * c for m, c in zip(main, correction, strict=True)]
+    return Combined(gradients, factor, norm, _inner(main, correction))

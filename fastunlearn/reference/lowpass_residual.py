@@ -1,8 +1,7 @@
-"""The residual seen through a mask of spatial frequencies, by Fourier transforms (arXiv 2510.17917, Eq. 8 and
-9).
+"""The residual seen through a mask of spatial frequencies, by Fourier transforms.
 
-`E = ||F^-1(M o F(prediction - target))||^2`, with F the orthonormal two-dimensional DFT of each channel and M
-a real mask of the integer frequencies `|u|, |v|`.
+arXiv 2510.17917, Eq. 8 and 9: `E = ||F^-1(M o F(prediction - target))||^2`, with F the orthonormal
+two-dimensional DFT of each channel and M a real mask of the integer frequencies `|u|, |v|`.
 """
 
 from __future__ import annotations
@@ -14,8 +13,9 @@ from torch import Tensor
 def lowpass_residual(
     prediction: Tensor, target: Tensor, weight: Tensor, band: Tensor, inside: float, outside: float
 ) -> tuple[Tensor, Tensor]:
-    """`weight E`, `[B]`, and its gradient with respect to the prediction, `2 weight F^-1(M^2 o F(prediction -
-    target))`, `[B, C, H, W]`.
+    """`weight E`, `[B]`, and its gradient with respect to the prediction, `[B, C, H, W]`.
+
+    The gradient is `2 weight F^-1(M^2 o F(prediction - target))`.
 
     Args:
         prediction, target: `[B, C, H, W]`, float32 or float64.
@@ -36,10 +36,11 @@ def full_mask(band: Tensor, height: int, width: int, inside: float, outside: flo
     """M over all frequencies in the order of `torch.fft.fft2`, `[H, W]` float64."""
     u, v = _frequencies(height, band.device), _frequencies(width, band.device)
     held = (u < band.shape[0])[:, None] & (v < band.shape[1])
-    in_band = held & (band[u.clamp(max=band.shape[0] - 1)][:, v.clamp(max=band.shape[1] - 1)] != 0)
-    return torch.where(
-        in_band, torch.tensor(inside, dtype=torch.float64), torch.tensor(outside, dtype=torch.float64)
-    )
+    # Frequencies beyond the band read its last entry, and are masked out.
+    entries = band[u.clamp(max=band.shape[0] - 1)][:, v.clamp(max=band.shape[1] - 1)]
+    in_band = held & (entries != 0)
+    within, beyond = torch.tensor([inside, outside], dtype=torch.float64)
+    return torch.where(in_band, within, beyond)
 
 
 def _frequencies(size: int, device: torch.device) -> Tensor:

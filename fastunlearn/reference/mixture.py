@@ -1,8 +1,7 @@
-"""SISS: importance weights under a mixture of the noised retain and forget images (arXiv 2503.01034, Eq. 6
-and 8).
+"""SISS: importance weights under a mixture of the noised retain and forget images.
 
-The weights are printed with `exp`; at lambd = 0 or 1 a large gap of the distances makes `0 * inf = nan` of
-them. That is the paper's formula, and stays here.
+arXiv 2503.01034, Eq. 6 and 8. The weights are printed with `exp`; at lambd = 0 or 1 a large gap of the
+distances makes `0 * inf = nan` of them. That is the paper's formula, and stays here.
 """
 
 from __future__ import annotations
@@ -20,12 +19,11 @@ from .noising import levels, noising, prediction_target
 class Mixture(NamedTuple):
     """What `mixture` returns."""
 
-    # [B, ...]             drawn from the mixture: noised retain rows, or noised forget rows where from_forget
-    x_t: Tensor
-    retain_target: Tensor  # [B, ...]   what the network should predict, had x_t come from the retain image
-    forget_target: Tensor  # [B, ...]   the same for the forget image
-    retain_weight: Tensor  # [B]        w_x, at most 1 / (1 - lambd)
-    forget_weight: Tensor  # [B]        w_a, at most 1 / lambd
+    x_t: Tensor  # [B, ...], drawn from the mixture: noised forget rows where from_forget, else retain rows
+    retain_target: Tensor  # [B, ...], what the network should predict, had x_t come from the retain image
+    forget_target: Tensor  # [B, ...], the same for the forget image
+    retain_weight: Tensor  # [B], w_x, at most 1 / (1 - lambd)
+    forget_weight: Tensor  # [B], w_a, at most 1 / lambd
 
 
 def mixture(
@@ -40,8 +38,7 @@ def mixture(
     x_t: Tensor | None = None,
     time_log_ratio: Tensor | None = None,
 ) -> Mixture:
-    """A draw of the mixture `(1 - lambd) q(.|x) + lambd q(.|a)` with both targets and both importance
-    weights.
+    """A draw of the mixture `(1 - lambd) q(.|x) + lambd q(.|a)`, with both targets and both weights.
 
     Args:
         retain, forget: `x` and `a`, `[B, ...]`, floating.
@@ -55,17 +52,19 @@ def mixture(
         chosen = torch.where(from_forget.view(-1, *(1,) * (retain.ndim - 1)), forget, retain)
         x_t = noising(chosen, noise, timesteps, schedule)
     alpha, sigma = levels(timesteps, schedule, x_t)
-    targets = [
-        prediction_target(images, (x_t - alpha * images) / sigma, timesteps, schedule)
-        for images in (retain, forget)
-    ]
-    dist_x, dist_a = (mixture_distance(x_t, images, timesteps, schedule) for images in (retain, forget))
+    targets = []
+    for images in (retain, forget):
+        implied_noise = (x_t - alpha * images) / sigma
+        targets.append(prediction_target(images, implied_noise, timesteps, schedule))
+    dist_x = mixture_distance(x_t, retain, timesteps, schedule)
+    dist_a = mixture_distance(x_t, forget, timesteps, schedule)
     return Mixture(x_t, *targets, *mixture_weights(dist_x, dist_a, lambd, time_log_ratio=time_log_ratio))
 
 
 def mixture_distance(x_t: Tensor, images: Tensor, timesteps: Tensor, schedule: NoiseSchedule) -> Tensor:
-    """`||x_t - alpha_t x||^2 / (2 sigma_t^2)`, `[B]`: minus the log-likelihood of `x_t` given the clean
-    image, up to a constant.
+    """`||x_t - alpha_t x||^2 / (2 sigma_t^2)`, `[B]`.
+
+    Minus the log-likelihood of `x_t` given the clean image, up to a constant.
     """
     alpha, sigma = levels(timesteps, schedule, images)
     return (x_t - alpha * images).square().flatten(1).sum(dim=1) / (2 * sigma.flatten().square())
@@ -92,4 +91,5 @@ def mixture_weights(
 def _decided(weight: Tensor, log_ratio: Tensor, share: float) -> Tensor:
     """`weight`; where one branch alone could have made the row, 1 / `share` for this one, 0 for the other."""
     alone, nothing = torch.ones_like(weight) / share, torch.zeros_like(weight)
-    return torch.where(log_ratio == math.inf, alone, torch.where(log_ratio == -math.inf, nothing, weight))
+    weight = torch.where(log_ratio == -math.inf, nothing, weight)
+    return torch.where(log_ratio == math.inf, alone, weight)

@@ -39,9 +39,7 @@ def prediction_target(images: Tensor, noise: Tensor, timesteps: Tensor, schedule
 
 
 def levels(timesteps: Tensor, schedule: NoiseSchedule, like: Tensor) -> tuple[Tensor, Tensor]:
-    """`alpha_t, sigma_t` of timesteps `[B]`, each `[B, 1, ..., 1]` in the dtype and with the number of axes
-    of `like`.
-    """
+    """`alpha_t, sigma_t` of timesteps `[B]`, each `[B, 1, ..., 1]` in dtype and number of axes of `like`."""
     shape = (-1,) + (1,) * (like.ndim - 1)
     alpha, sigma = schedule.coefficients(timesteps)[:, :2].to(like.dtype).unbind(1)
     return alpha.view(shape), sigma.view(shape)

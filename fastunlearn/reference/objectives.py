@@ -36,23 +36,23 @@ def neggrad_loss(output_forget: Tensor, noise_forget: Tensor, superfactor: float
 def erasediff_losses(
     output_retain: Tensor, noise_retain: Tensor, output_forget: Tensor, uniform: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """EraseDiff as compared by SISS and ReTrack: keep the retain set, map the forget set to `uniform` noise
-    in [0, 1).
+    """EraseDiff as compared by SISS and ReTrack: keep the retain set, map the forget set to uniform noise.
 
-    Both terms are divided by the batch size of the *forget* set (sic: ReTrack's code; it matters only if the
-    batches differ in size).
+    `uniform` is noise in [0, 1). Both terms are divided by the batch size of the *forget* set (sic: ReTrack's
+    code; it matters only if the batches differ in size).
     """
     forget_rows = len(output_forget)
-    return denoising_loss(output_retain, noise_retain).sum() / forget_rows, denoising_loss(
-        output_forget, uniform
-    ).sum() / forget_rows
+    main = denoising_loss(output_retain, noise_retain).sum() / forget_rows
+    correction = denoising_loss(output_forget, uniform).sum() / forget_rows
+    return main, correction
 
 
 def retrack_unlearn_loss(
     output_forget: Tensor, x_t: Tensor, neighbors: Tensor, timesteps: Tensor, schedule: NoiseSchedule
 ) -> Tensor:
-    """ReTrack's `L_unlearn` per sample, `[B]`: `sum_j p_j ||e - v_j||^2` over the K neighbours `[B, K, ...]`;
-    no gradient through p.
+    """ReTrack's `L_unlearn` per sample, `[B]`: `sum_j p_j ||e - v_j||^2`, without a gradient through p.
+
+    The K neighbours are `[B, K, ...]`.
     """
     v = neighbor_noise(x_t, neighbors, timesteps, schedule)
     return expected_loss(output_forget, v, log_kernel(v).softmax(dim=1))
@@ -82,16 +82,15 @@ def siss_two_forward_losses(
     schedule: NoiseSchedule,
     lambd: float,
 ) -> tuple[Tensor, Tensor]:
-    """SISS as ReTrack runs it: both branches have their own timesteps, noise and forward; `from_forget` `[B]`
-    then picks one of them in every row.
+    """SISS as ReTrack runs it: both branches have their own timesteps, noise and forward.
 
-    Each pair of arguments is `(retain, forget)`. Weights and targets use the picked `x_t` and the picked
-    timestep with the images of both branches.
+    `from_forget` `[B]` then picks one of them in every row. Each pair of arguments is `(retain, forget)`.
+    Weights and targets use the picked `x_t` and the picked timestep with the images of both branches.
     """
-    output, x_t = (_pick(from_forget, *pair) for pair in (outputs, noisy_images))
-    return siss_mixture_losses(
-        output, *images, x_t, _pick(from_forget, *timesteps), from_forget, schedule, lambd
-    )
+    output = _pick(from_forget, *outputs)
+    x_t = _pick(from_forget, *noisy_images)
+    picked_timesteps = _pick(from_forget, *timesteps)
+    return siss_mixture_losses(output, *images, x_t, picked_timesteps, from_forget, schedule, lambd)
 
 
 def siss_mixture_losses(
@@ -107,7 +106,8 @@ def siss_mixture_losses(
     """SISS with importance sampling (Eq. 8): one forward on the mixture `x_t`, two weighted terms."""
     draw = mixture(retain, forget, x_t, timesteps, schedule, lambd, from_forget, x_t=x_t)
     main = denoising_loss(output, draw.retain_target, draw.retain_weight).sum() / len(output)
-    return main, denoising_loss(output, draw.forget_target, draw.forget_weight).sum() / len(output)
+    correction = denoising_loss(output, draw.forget_target, draw.forget_weight).sum() / len(output)
+    return main, correction
 
 
 def siss_no_is_losses(output_retain: Tensor, output_forget: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,12 +118,11 @@ def siss_no_is_losses(output_retain: Tensor, output_forget: Tensor, noise: Tenso
 def siss_bernoulli_losses(
     output: Tensor, noise: Tensor, from_forget: Tensor, lambd: float
 ) -> tuple[Tensor, Tensor]:
-    """SISS' `subscore_bernoulli`: every row belongs to one branch and counts in one term only; the retain
-    term is divided by `1 - lambd`.
+    """SISS' `subscore_bernoulli`: every row belongs to one branch and counts in one term only.
 
-    The factor `1 / lambd` of the forget term is left to the rescaling. Where no row is a retain row, *both*
-    terms are zero: the code returns early and loses the forget term, which is reproduced here and nowhere
-    else in the package.
+    The retain term is divided by `1 - lambd`. The factor `1 / lambd` of the forget term is left to the
+    rescaling. Where no row is a retain row, *both* terms are zero: the code returns early and loses the
+    forget term, which is reproduced here and nowhere else in the package.
     """
     loss = denoising_loss(output, noise)
     main, correction = loss[~from_forget] / (1 - lambd), loss[from_forget]
@@ -133,4 +132,5 @@ def siss_bernoulli_losses(
 
 
 def _pick(from_forget: Tensor, retain: Tensor, forget: Tensor) -> Tensor:
+    """Rows of `forget` where from_forget, of `retain` elsewhere."""
     return torch.where(from_forget.view(-1, *(1,) * (retain.ndim - 1)), forget, retain)

@@ -1,7 +1,7 @@
-"""ReTrack's redirection of a forget image to its nearest retain neighbours (arXiv 2509.13007, sections 3.2
-and 3.3).
+"""ReTrack's redirection of a forget image to its nearest retain neighbours.
 
-The `[B, K, ...]` tensors are materialised on purpose; `ops/redirect.py` exists so that they need not be.
+arXiv 2509.13007, sections 3.2 and 3.3. The `[B, K, ...]` tensors are materialised on purpose;
+`ops/redirect.py` exists so that they need not be.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ from .noising import levels, noising, prediction_target
 class Redirect(NamedTuple):
     """What `redirect` returns."""
 
-    x_t: Tensor  # [B, ...]     the noisy forget images
-    target: Tensor  # [B, ...]  the weighted mean of the neighbours' targets, in the model's prediction space
-    # [B]       the weighted variance of those targets: the part of the loss that no network can lower
-    spread: Tensor
-    weights: Tensor  # [B, K]   p_j: rows sum to 1
+    x_t: Tensor  # [B, ...], the noisy forget images
+    target: Tensor  # [B, ...], the weighted mean of the neighbours' targets, in the model's prediction space
+    spread: Tensor  # [B], the weighted variance of those targets: what no network can lower of the loss
+    weights: Tensor  # [B, K], p_j: rows sum to 1
 
 
 def redirect(
@@ -34,8 +33,9 @@ def redirect(
     *,
     x_t: Tensor | None = None,
 ) -> Redirect:
-    """`p_j = softmax_j(-||v_j||^2 / 2)` and the mean `sum_j p_j target_j` of the neighbours' targets
-    (ReTrack, Proposition 2 and section 3.4).
+    """`p_j = softmax_j(-||v_j||^2 / 2)` and the mean `sum_j p_j target_j` of the neighbours' targets.
+
+    ReTrack, Proposition 2 and section 3.4.
 
     Args:
         forget: `a`, `[B, ...]`, floating.
@@ -50,14 +50,14 @@ def redirect(
     targets = neighbor_targets(x_t, neighbors, timesteps, schedule)
     p = weights.view(*weights.shape, *(1,) * (x_t.ndim - 1))
     target = (p * targets).sum(dim=1)
-    spread = (weights * (targets - target.unsqueeze(1)).square().flatten(2).sum(dim=2)).sum(dim=1)
+    # sum_j p_j ||e - target_j||^2 = ||e - target||^2 + spread, whatever e is.
+    distances = (targets - target.unsqueeze(1)).square().flatten(2).sum(dim=2)
+    spread = (weights * distances).sum(dim=1)
     return Redirect(x_t, target, spread, weights)
 
 
 def neighbor_noise(x_t: Tensor, neighbors: Tensor, timesteps: Tensor, schedule: NoiseSchedule) -> Tensor:
-    """`v_j = (x_t - alpha_t x_j) / sigma_t`, `[B, K, ...]`: the noise that would have led from neighbour j to
-    `x_t`.
-    """
+    """`v_j = (x_t - alpha_t x_j) / sigma_t`, `[B, K, ...]`: what noise leads from neighbour j to `x_t`."""
     alpha, sigma = levels(timesteps, schedule, neighbors)
     return (x_t.unsqueeze(1) - alpha * neighbors) / sigma
 
@@ -68,17 +68,15 @@ def log_kernel(v: Tensor) -> Tensor:
 
 
 def neighbor_targets(x_t: Tensor, neighbors: Tensor, timesteps: Tensor, schedule: NoiseSchedule) -> Tensor:
-    """`noising.prediction_target` of neighbour j and the noise `v_j`, `[B, K, ...]`: what to predict, had
-    `x_t` come from that neighbour.
-    """
-    return prediction_target(
-        neighbors, neighbor_noise(x_t, neighbors, timesteps, schedule), timesteps, schedule
-    )
+    """What to predict, had `x_t` come from neighbour j: `[B, K, ...]`, of its image and the noise `v_j`."""
+    noise = neighbor_noise(x_t, neighbors, timesteps, schedule)
+    return prediction_target(neighbors, noise, timesteps, schedule)
 
 
 def expected_loss(prediction: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """`sum_j p_j ||prediction - target_j||^2`, `[B]`: the summand of ReTrack's unlearning loss, from `[B, K,
-    ...]` targets.
+    """`sum_j p_j ||prediction - target_j||^2`, `[B]`: the summand of ReTrack's unlearning loss.
+
+    `targets` are `[B, K, ...]`.
     """
     return (weights * squared_norms(prediction, targets)).sum(dim=1)
 
