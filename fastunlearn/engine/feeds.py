@@ -18,8 +18,8 @@ from ..host import check
 from ..host.store import ImageStore
 
 RESIDENCIES = ("auto", "device", "host")
-# of the free device memory: what residency="auto" lets a store take; gradients, optimizer and activations
-# need the rest
+# Of the free device memory, what residency="auto" lets a store take: gradients, optimizer and activations
+# need the rest.
 DEVICE_SHARE = 0.25
 
 
@@ -55,14 +55,13 @@ def open_feed(
         raise ValueError(f"residency: expected 'device' or 'auto' for a store on {store.device}, got 'host'")
     if residency == "auto":
         residency = "device" if _fits(store, device) else "host"
-    return (
-        ResidentFeed(store.to(device))
-        if residency == "device"
-        else HostFeed(store, device, draw_rows, batch_size)
-    )
+    if residency == "device":
+        return ResidentFeed(store.to(device))
+    return HostFeed(store, device, draw_rows, batch_size)
 
 
 def _fits(store: ImageStore, device: torch.device) -> bool:
+    """Whether residency="auto" is "device"."""
     if device.type == "cpu":
         return not store.on_disk
     if device.type != "cuda" or store.device.type != "cpu":
@@ -72,12 +71,11 @@ def _fits(store: ImageStore, device: torch.device) -> bool:
 
 
 def compact_neighbors(store: ImageStore, index: Tensor) -> tuple[ImageStore, Tensor]:
-    """The rows of `store` that `index` (`[N, K]` int64) points to, each once, as a store of their own; and
-    `index` remapped to it.
+    """The rows of `store` that `index` points to, each once, as a store of their own; and `index` into it.
 
-    ReTrack reads nothing else of the retain set as neighbours, so that these fit on a device where the set
-    does not. The rows are frozen at their means: the distances between them and the forget rows were computed
-    once.
+    `index` is int64 `[N, K]`. ReTrack reads nothing else of the retain set as neighbours, so that these fit
+    on a device where the set does not. The rows are frozen at their means: the distances between them and the
+    forget rows were computed once.
 
     Raises:
         TypeError, ValueError: an index of another rank or dtype, empty, or outside the store.
@@ -108,10 +106,10 @@ class ResidentFeed:
 
 
 class HostFeed:
-    """A store in host memory or on disk, of which the rows of two steps lie on the device: those of this step
-    and of the next.
+    """A store in host memory or on disk, of which the rows of two steps lie on the device.
 
-    Not for several threads at once. `close()` ends the thread; so does dropping the feed.
+    They are those of this step and of the next. Not for several threads at once. `close()` ends the thread;
+    so does dropping the feed.
 
     Args:
         store: on the CPU.
@@ -155,10 +153,14 @@ class HostFeed:
         if self._in_use is not None:
             self._in_use.release()
             self._in_use = None
+
+        # Rows of the caller's choice are gathered now; the thread goes on with those of the next step.
         if not drawn:
             chosen = _picked(self.store, index.cpu()).to(self.device)
             self._gather_ahead(step + 1)
             return chosen, torch.arange(len(index), device=self.device)
+
+        # The thread has them, unless this step does not follow the one before.
         if self._next is None or self._next[0] != step:
             self._gather_ahead(step)
         _, gathered = self._next
@@ -166,9 +168,8 @@ class HostFeed:
         try:
             staging = gathered.result()
         except Exception as error:
-            raise RuntimeError(
-                f"feed: the rows of step {step} could not be read from {self.store}: {type(error).__name__}: {error}"
-            ) from error
+            failed = f"the rows of step {step} could not be read from {self.store}"
+            raise RuntimeError(f"feed: {failed}: {type(error).__name__}: {error}") from error
         if check.values_enabled() and not torch.equal(index.cpu(), staging.rows):
             raise ValueError(f"index: expected the rows that draw_rows({step}) gives, got others")
         self._in_use = staging
@@ -177,8 +178,9 @@ class HostFeed:
         return served
 
     def neighbors(self, index: Tensor) -> tuple[ImageStore, Tensor]:
-        """The rows that `index` (`[N, K]` int64, rows of the whole store) points to, as a store on the
-        device; and `index` remapped to it.
+        """The rows that `index` points to, as a store on the device; and `index` remapped to it.
+
+        `index` is int64 `[N, K]`, rows of the whole store.
         """
         store, index = compact_neighbors(self.store, index)
         return store.to(self.device), index.to(self.device)
@@ -190,10 +192,12 @@ class HostFeed:
             self._worker = self._in_use = self._next = None
 
     def _gather_ahead(self, step: int) -> None:
-        """Has the thread gather the rows of `step`; what it gathers for another step is dropped (one thread:
-        the new rows are written after).
+        """Has the thread gather the rows of `step`.
+
+        What it gathers for another step is dropped: there is one thread, and the new rows are written after.
         """
-        free = self._buffers[self._buffers[0] is self._in_use]
+        first, second = self._buffers
+        free = second if first is self._in_use else first
         self._next = step, self._worker.submit(free.fill, self.store, self._draw_rows, step)
 
 
@@ -211,11 +215,9 @@ class _Staging:
         stored = [rows for rows in (store.images, store.std) if rows is not None]
         shape = batch_size, *store.shape
         self.host = [torch.empty(shape, dtype=rows.dtype, pin_memory=stream is not None) for rows in stored]
-        self.on_device = (
-            self.host
-            if device.type == "cpu"
-            else [torch.empty(shape, dtype=rows.dtype, device=device) for rows in stored]
-        )
+        self.on_device = self.host
+        if device.type != "cpu":
+            self.on_device = [torch.empty(shape, dtype=rows.dtype, device=device) for rows in stored]
         self.store = store.like(*self.on_device)
         self.index = torch.arange(batch_size, device=device)
         self.rows: Tensor | None = None  # [B] int64 on the CPU: what it was filled with
@@ -224,17 +226,19 @@ class _Staging:
             self.copied, self.released = torch.cuda.Event(blocking=True), torch.cuda.Event()
             for rows in self.on_device:
                 rows.record_stream(stream)
-            self.release()  # the memory may be that of a tensor whose last reader is still queued
+            # The memory may be that of a tensor whose last reader is still queued: the first copy waits.
+            self.release()
 
     def fill(self, store: ImageStore, draw_rows: Callable[[int], Tensor], step: int) -> _Staging:
         """In the thread: gathers the rows of `step` and starts their copy."""
         self.rows = _check_drawn(draw_rows(step), len(self.index))
         if self.stream is not None:
-            # the latest copy out of the pinned memory; the thread waits, the step does not
+            # The latest copy out of the pinned memory has to be done. The thread waits, the step does not.
             self.copied.synchronize()
         for stored, host in zip((store.images, store.std), self.host, strict=False):
             torch.index_select(stored, 0, self.rows, out=host)
         if self.stream is not None:
+            # On the device, the copy waits for the step that read these rows last.
             with torch.cuda.stream(self.stream):
                 self.stream.wait_event(self.released)
                 self._copy()
@@ -266,13 +270,9 @@ def _picked(store: ImageStore, index: Tensor) -> ImageStore:
 
 
 def _check_drawn(rows: Tensor, batch_size: int) -> Tensor:
-    if (
-        not isinstance(rows, Tensor)
-        or rows.dtype != torch.int64
-        or rows.shape != (batch_size,)
-        or rows.device.type != "cpu"
-    ):
-        raise ValueError(
-            f"draw_rows: expected int64 of shape ({batch_size},) on cpu, got {check.describe(rows)}"
-        )
+    """`rows` as `draw_rows` gave them, refused where they are none."""
+    fits = isinstance(rows, Tensor) and rows.dtype == torch.int64 and rows.device.type == "cpu"
+    if not fits or rows.shape != (batch_size,):
+        expected = f"int64 of shape ({batch_size},) on cpu"
+        raise ValueError(f"draw_rows: expected {expected}, got {check.describe(rows)}")
     return rows

@@ -26,11 +26,12 @@ from ..step.wrappers import Forget
 
 log = logging.getLogger("fastunlearn")
 
-# eager ones before a capture: kernels are compiled and chosen, the optimizer's state is made
+# Eager ones before a capture: kernels are compiled and chosen, the optimizer's state is made.
 WARM_UP_STEPS = 3
-# exactly these: a subclass may do on the host what a graph would not repeat
+# Exactly these: a subclass may do on the host what a graph would not repeat.
 CAPTURABLE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 _REQUIRES_GRAD = attrgetter("requires_grad")
+_NOT_CONSTANT = ("params", "lr", "initial_lr")  # of a parameter group; parameters are compared by address
 
 
 class Graphs(Protocol):
@@ -40,8 +41,9 @@ class Graphs(Protocol):
         """Runs `function`, as a rehearsal of the capture."""
 
     def capture(self, function: Callable[[], None]) -> Callable[[], None]:
-        """Records the device work of `function` without doing it; the result does it, in the memory that
-        `function` used.
+        """Records the device work of `function` without doing it.
+
+        The result does it, in the memory that `function` used.
         """
 
 
@@ -61,7 +63,8 @@ class CudaGraphs:
         try:
             with torch.cuda.stream(self._stream):
                 return function()
-        finally:  # after an error, too: what the caller does next finds the weights at rest
+        finally:
+            # After an error, too: what the caller does next finds the weights at rest.
             current.wait_stream(self._stream)
 
     def capture(self, function: Callable[[], None]) -> Callable[[], None]:
@@ -71,7 +74,8 @@ class CudaGraphs:
         return graph.replay
 
 
-# Torch's allocator of pinned memory goes on asking them whether they capture; nothing can tell it to stop.
+# Graphs whose capture failed. Torch's allocator of pinned memory goes on asking them whether they capture,
+# and nothing can tell it to stop: so they have to stay.
 _UNFINISHED: list[torch.cuda.CUDAGraph] = []
 
 
@@ -86,7 +90,8 @@ def _recording(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> Iterat
     """
     device, pool = stream.device, torch.cuda.graph_pool_handle()
     torch.cuda.synchronize(device)
-    gc.collect()  # the pool is new memory: what lies around is given back first
+    # The pool is new memory: what lies around is given back first.
+    gc.collect()
     torch.cuda.empty_cache()
     try:
         with torch.cuda.device(device), torch.cuda.stream(stream):
@@ -147,10 +152,9 @@ class Replay:
         required: bool = False,
     ):
         self.graphs, self.optimizer, self.tensors, self.required = graphs, optimizer, tuple(tensors), required
-        # float32: what fused optimizers read
-        self._rates = torch.zeros(
-            len(optimizer.param_groups), dtype=torch.float32, device=self.tensors[0].device
-        )
+        # The learning rates, in float32: what fused optimizers read.
+        count, device = len(optimizer.param_groups), self.tensors[0].device
+        self._rates = torch.zeros(count, dtype=torch.float32, device=device)
         self._on_device: list[float | None] = [None] * len(self._rates)  # what `_rates` holds
         self._constants: tuple | None = None
         self._warm_up_left = WARM_UP_STEPS
@@ -158,7 +162,7 @@ class Replay:
         self._outputs: Packed | None = None  # of the graph: every replay overwrites it
         self._said: set[str] = set()
         self.failed = False  # to capture; every step is eager
-        # that warm-up steps are no captures is as it should be
+        # The optimizer would warn of warm-up steps: they set `capturable` and capture nothing, as they should.
         optimizer._warned_capturable_if_run_uncaptured = True
 
     @property
@@ -181,9 +185,8 @@ class Replay:
         constants = self._read_constants(settings)
         if constants != self._constants:
             if self._run is not None:
-                log.info(
-                    "replay: settings of the step, its parameters or its optimizer have changed: the step is captured anew"
-                )
+                changed = "settings of the step, its parameters or its optimizer have changed"
+                log.info("replay: %s: the step is captured anew", changed)
             self._constants, self._warm_up_left = constants, WARM_UP_STEPS
             self._run = self._outputs = None  # first of all: the memory of the old graph
         self._fill_rates()
@@ -204,12 +207,13 @@ class Replay:
             ValueError: replay is required.
         """
         if self.required:
-            raise ValueError(
-                f"replay: expected a step that can be replayed, got {reason}; replay=None takes such a step eagerly"
-            )
+            remedy = "replay=None takes such a step eagerly"
+            raise ValueError(f"replay: expected a step that can be replayed, got {reason}; {remedy}")
         self._say(f"{reason}: such steps run eagerly")
 
     def _capture(self, take: Callable[[], StepOutput]) -> bool:
+        """Whether there is a graph of the step now."""
+
         def record() -> None:
             self._outputs = _pack(take())
 
@@ -227,17 +231,17 @@ class Replay:
         return not self.failed
 
     def _read_constants(self, settings: tuple) -> tuple:
-        groups = self.optimizer.param_groups
+        """What a graph holds as a constant, to be compared with `==`."""
+        # Hyperparameters by value. Learning rates are read from memory: only where they lie is a constant.
+        options, places = [], []
+        for group in self.optimizer.param_groups:
+            options.append({name: value for name, value in group.items() if name not in _NOT_CONSTANT})
+            rate = group["lr"]
+            places.append((len(group["params"]), rate.data_ptr() if self._is_ours(rate) else None))
         return (
             settings,
-            [
-                {name: value for name, value in group.items() if name not in ("params", "lr", "initial_lr")}
-                for group in groups
-            ],
-            [
-                (len(group["params"]), group["lr"].data_ptr() if self._is_ours(group["lr"]) else None)
-                for group in groups
-            ],
+            options,
+            places,
             _Same(self.optimizer.state),  # load_state_dict makes another
             list(map(Tensor.data_ptr, self.tensors)),
             list(map(_REQUIRES_GRAD, self.tensors)),
@@ -251,18 +255,20 @@ class Replay:
         for index, group in enumerate(self.optimizer.param_groups):
             if not self._is_ours(group["lr"]) and float(group["lr"]) != self._on_device[index]:
                 self._on_device[index] = float(group["lr"])
-                # a kernel with a number: nothing is copied from the host
+                # A kernel with a number: nothing is copied from the host.
                 self._rates[index].fill_(self._on_device[index])
 
     @contextmanager
     def _rates_on_device(self) -> Iterator[None]:
-        """Within the block the optimizer reads its learning rates from the device; schedulers and checkpoints
-        see the numbers that they know.
+        """Within the block the optimizer reads its learning rates from the device.
+
+        Schedulers and checkpoints, outside of it, see the numbers that they know.
         """
         groups = self.optimizer.param_groups
         before = [{name: group[name] for name in ("lr", "capturable") if name in group} for group in groups]
         for rate, group in zip(self._rates.unbind(), groups, strict=True):
-            group["lr"] = group["lr"] if self._is_ours(group["lr"]) else rate
+            if not self._is_ours(group["lr"]):
+                group["lr"] = rate
             if "capturable" in group:
                 group["capturable"] = True
         try:
@@ -272,6 +278,7 @@ class Replay:
                 group.update(values)
 
     def _say(self, what: str) -> None:
+        """Says it in the log, once."""
         if what not in self._said:
             self._said.add(what)
             log.info("replay: %s", what)
@@ -323,12 +330,8 @@ def make_replay(
         return None
     obstacle = _obstacle(model, optimizer, device) or forbidden
     if obstacle is None:
-        return Replay(
-            RECORDERS[device.type](device),
-            optimizer,
-            [*model.parameters(), *model.buffers()],
-            required=bool(requested),
-        )
+        tensors = [*model.parameters(), *model.buffers()]
+        return Replay(RECORDERS[device.type](device), optimizer, tensors, required=bool(requested))
     if requested:
         raise ValueError(f"replay: expected a step that a CUDA graph can hold, got {obstacle}")
     log.info("replay: the step runs eagerly: %s", obstacle)
@@ -341,22 +344,26 @@ def _obstacle(model: Callable, optimizer: torch.optim.Optimizer, device: torch.d
         return f"parameters on {device}"
     if type(optimizer) not in CAPTURABLE or not all(group.get("fused") for group in optimizer.param_groups):
         names = ", ".join(f"{kind.__name__}(fused=True)" for kind in CAPTURABLE)
-        return f"the optimizer {type(optimizer).__name__}, which is none of {names}: its step waits for the device"
+        given = f"the optimizer {type(optimizer).__name__}, which is none of {names}"
+        return f"{given}: its step waits for the device"
     if check.values_enabled():
         return "FASTUNLEARN_CHECK=1, whose checks read the device"
     hooks = *optimizer._optimizer_step_pre_hooks.values(), *optimizer._optimizer_step_post_hooks.values()
-    if not all(isinstance(hook, Forget) for hook in hooks):  # those are our own: an Unlearner does without
+    # Hooks of the class Forget are our own: an Unlearner does without them.
+    if not all(isinstance(hook, Forget) for hook in hooks):
         return "an optimizer with hooks, which a replayed step would not call"
     if not isinstance(model, nn.Module):
         return f"a model that is no torch.nn.Module, but {type(model).__name__}"
     for name, module in model.named_modules():
         hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_hf_hook")
         if any(getattr(module, hook, None) for hook in hooks):
-            return (
-                f"a model with hooks ({name or type(module).__name__}), which a replayed step would not call"
-            )
-    return "a model that is not on one device as a whole" if _elsewhere(model, device) else None
+            where = name or type(module).__name__
+            return f"a model with hooks ({where}), which a replayed step would not call"
+    if _elsewhere(model, device):
+        return "a model that is not on one device as a whole"
+    return None
 
 
 def _elsewhere(model: nn.Module, device: torch.device) -> bool:
+    """Whether a parameter or a buffer is not on `device`."""
     return any(tensor.device != device for tensor in (*model.parameters(), *model.buffers()))
