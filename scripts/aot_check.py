@@ -72,12 +72,9 @@ def main() -> None:
 
     variants = {op: configurations(op) for op in operations(arguments.only)}
     problems = [problem for op in variants for problem in unnamed(op, variants[op])]
-    jobs = [
-        (op, position, arch)
-        for op in variants
-        for position in range(len(variants[op]))
-        for arch in SHARED_LIMIT
-    ]
+    jobs = []
+    for op in variants:
+        jobs += [(op, position, arch) for position in range(len(variants[op])) for arch in SHARED_LIMIT]
     with ProcessPoolExecutor(PROCESSES, mp_context=multiprocessing.get_context("fork")) as pool:
         usages = dict(zip(jobs, pool.map(compile_one, jobs), strict=True))
     for (op, position, arch), usage in usages.items():
@@ -96,6 +93,7 @@ def main() -> None:
 
 
 def operations(only: str | None) -> list[str]:
+    """The ops with a kernel module; `only` that one, if it is given."""
     names = sorted(path.stem for path in (ROOT / "kernels").glob("*.py") if path.stem not in HELPERS)
     if only and only not in names:
         sys.exit(f"--only: expected one of {', '.join(names)}, got {only!r}")
@@ -139,9 +137,9 @@ def compile_variant(variant: Variant, arch: int) -> Usage | str:
     signature = {name: variant.signature.get(name, "constexpr") for name in names}
     undefined = [name for name in names if (name in variant.signature) == (name in variant.constants)]
     if undefined or len(variant.signature) + len(variant.constants) != len(names):
-        return f"signature and constants do not name every argument once: {undefined or sorted({*variant.signature, *variant.constants} - {*names})}"
-    # Written out as the JIT does it, attributes of all arguments: so that Triton's cache takes both for the
-    # same.
+        wrong = undefined or sorted({*variant.signature, *variant.constants} - {*names})
+        return f"signature and constants do not name every argument once: {wrong}"
+    # Attributes of all arguments, written out as the JIT does it: so Triton's cache takes both for the same.
     attributes = {(position,): [] for position in range(len(names))}
     for name in variant.aligned():
         attributes[names.index(name),] = [["tt.divisibility", 16]]
@@ -212,7 +210,7 @@ def complaints(arch: str, variant: Variant, usage: Usage | str, shared_limit: in
 
 
 def narrow_accesses(variant: Variant, found: Counter) -> list[str]:
-    """Complaints about planes that are not accessed in the vectors which `variant.vectors` says they can be."""
+    """Complaints about planes that are not accessed in the vectors that `variant.vectors` promises."""
     if variant.vectors is None:
         return []
     writes = dict.fromkeys(variant.vectors.writes, 1)
@@ -260,8 +258,10 @@ def wanted_accesses(variant: Variant, planes: dict[str, int]) -> Counter:
 
 
 def markdown(variants: dict[str, list], usages: dict) -> list[str]:
+    """The table of docs/kernels.md, line by line."""
+    numbers = "registers per thread and shared memory per block (bytes), sm_80 / sm_90"
     lines = [
-        f"Compiled by triton {triton.__version__}; registers per thread and shared memory per block (bytes), sm_80 / sm_90; no variant spills.",
+        f"Compiled by triton {triton.__version__}; {numbers}; no variant spills.",
         "",
         "| kernel | configuration | warps | stages | registers | shared memory |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -300,15 +300,12 @@ def difference(table: str) -> str | None:
     if f"Compiled by triton {pinned};" not in text:
         return f"{TABLE}: not made by the pinned triton {pinned}: run scripts/aot_check.py"
     if triton.__version__ != pinned:
-        print(
-            f"triton {triton.__version__} is not the pinned {pinned}: everything compiles, the table was not compared"
-        )
+        unchecked = "everything compiles, the table was not compared"
+        print(f"triton {triton.__version__} is not the pinned {pinned}: {unchecked}")
         return None
-    return (
-        None
-        if text == f"{before}{BEGIN}\n{table}\n{END}{after}"
-        else f"{TABLE}: not what was compiled: run scripts/aot_check.py\n{table}"
-    )
+    if text == f"{before}{BEGIN}\n{table}\n{END}{after}":
+        return None
+    return f"{TABLE}: not what was compiled: run scripts/aot_check.py\n{table}"
 
 
 if __name__ == "__main__":

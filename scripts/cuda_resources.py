@@ -146,7 +146,8 @@ def table(steps: dict[str, loader.Step], usage: dict[int, dict[str, Usage]]) -> 
     rows = [
         "Compiled by nvcc; sm_80 / sm_90; no kernel spills.",
         "",
-        "| kernel | threads | registers | shared memory (bytes) | blocks on a multiprocessor | tensor-core instructions | 16-byte accesses |",
+        "| kernel | threads | registers | shared memory (bytes) | blocks on a multiprocessor | tensor-core "
+        "instructions | 16-byte accesses |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, step in steps.items():
@@ -163,7 +164,8 @@ def table(steps: dict[str, loader.Step], usage: dict[int, dict[str, Usage]]) -> 
         )
         registers, blocks, tensor_core, wide = (" / ".join(map(str, column)) for column in columns)
         rows.append(
-            f"| `lowpass_{name}` | {step.threads} | {registers} | {step.shared} | {blocks} | {tensor_core} | {wide} |"
+            f"| `lowpass_{name}` | {step.threads} | {registers} | {step.shared} | {blocks} | {tensor_core} "
+            f"| {wide} |"
         )
     return "\n".join(rows)
 

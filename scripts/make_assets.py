@@ -151,7 +151,8 @@ def train_classifier(digits: Tensor, labels: Tensor, outliers: Tensor) -> MnistC
             rate.step()
             total += loss.item()
         print(
-            f"epoch {epoch + 1}/{EPOCHS}: loss {total / (steps * BATCH):.4f}, {time.perf_counter() - started:.0f} s",
+            f"epoch {epoch + 1}/{EPOCHS}: loss {total / (steps * BATCH):.4f}, "
+            f"{time.perf_counter() - started:.0f} s",
             flush=True,
         )
     for norm in norms.values():
@@ -171,12 +172,14 @@ def report(
         f"test accuracy {(p.argmax(1) == labels).double().mean():.4%}, mean confidence {p.amax(1).mean():.4f}"
     )
     print(
-        f"IS of the {len(digits)} test digits, ten parts in file order: {scores.mean():.3f} +- {scores.std():.3f}"
+        f"IS of the {len(digits)} test digits, ten parts in file order: {scores.mean():.3f} +- "
+        f"{scores.std():.3f}"
     )
     other = torch.cat([classifier(network_input(chunk)).softmax(1) for chunk in fashion.split(500)])
     on_tshirt = classifier(network_input(tshirt)).softmax(1).max()
     print(
-        f"mean confidence on the {len(fashion)} Fashion-MNIST test images {other.amax(1).mean():.4f}, on the T-shirt {on_tshirt:.4f}"
+        f"mean confidence on the {len(fashion)} Fashion-MNIST test images {other.amax(1).mean():.4f}, on "
+        f"the T-shirt {on_tshirt:.4f}"
     )
 
 

@@ -120,7 +120,7 @@ def golden() -> Path:
 
 @pytest.fixture
 def gpu() -> Accelerator:
-    """The GPU, or its stand-in; a test that asks for it is marked `gpu`, and skipped where there is neither."""
+    """The GPU, or its stand-in; a test that asks for it is marked `gpu`, and skipped where neither is."""
     found = find_accelerator()
     if found is None:
         pytest.skip("needs a GPU (FASTUNLEARN_DRY=1: a stand-in)")

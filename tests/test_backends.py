@@ -67,7 +67,8 @@ def test_a_library_of_another_version_is_not_used(monkeypatch):
     try:
         with pytest.warns(
             UserWarning,
-            match=rf"_C.abi3.so is of another version \(revision {built}, expected -1\), .* build it again with: .*pip install",
+            match=rf"_C.abi3.so is of another version \(revision {built}, expected -1\), .* "
+            "build it again with: .*pip install",
         ):
             assert not _backends.extension("_C")
     finally:
@@ -113,7 +114,8 @@ def test_a_store_that_is_a_permuted_view_is_not_copied(monkeypatch):
 
 
 def test_importing_the_package_loads_neither_triton_nor_the_extension():
-    code = "import fastunlearn, fastunlearn.functional, sys, torch; print('triton' in sys.modules, sorted(torch.ops.loaded_libraries))"
+    loaded = "print('triton' in sys.modules, sorted(torch.ops.loaded_libraries))"
+    code = f"import fastunlearn, fastunlearn.functional, sys, torch; {loaded}"
     assert (
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True

@@ -238,7 +238,6 @@ def test_tied_and_sliced_tensors_are_written_once_each(tmp_path: Path):
 
 
 # --- damage
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -346,7 +345,6 @@ def test_another_format_is_refused_with_what_it_lacks(run_dir: Path, version: in
 
 
 # --- writing
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def test_keep_removes_the_oldest(run_dir: Path):

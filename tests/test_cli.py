@@ -88,7 +88,6 @@ def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -
 
 
 # --- unlearn
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -641,7 +640,8 @@ def test_nothing_is_written_among_the_images_that_are_read(world, tmp_path, caps
     }
     before = sorted(folder.iterdir())
     assert run(command, *arguments[command]) == 2
-    expected = f"output: expected a place outside of the folders in --{'data' if command == 'pretrain' else 'forget'}"
+    flag = "data" if command == "pretrain" else "forget"
+    expected = f"output: expected a place outside of the folders in --{flag}"
     assert f"error: {expected}, got {output}, which is in {folder}\n" in capsys.readouterr().err
     assert sorted(folder.iterdir()) == before
 
@@ -664,7 +664,6 @@ def test_a_defect_keeps_its_traceback(world, tmp_path, monkeypatch):
 
 
 # --- near copies
-# ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -794,7 +793,6 @@ def test_a_radius_that_is_none_or_leaves_nothing(copied, tmp_path, capsys, withi
 
 
 # --- the other commands
-# ----------------------------------------------------------------------------------------------------------
 
 
 def test_sample(world, tmp_path, capsys):
@@ -941,7 +939,6 @@ def test_purge_needs_a_run(tmp_path, capsys):
 
 
 # --- the program
-# -----------------------------------------------------------------------------------------------------------------
 
 
 def test_choices_are_those_of_the_library():

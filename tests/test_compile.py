@@ -243,7 +243,6 @@ def test_a_compiled_network_can_be_freed():
 
 
 # --- what cannot be compiled
-# -----------------------------------------------------------------------------------------------------
 
 
 class Breaks(TinyDenoiser):
@@ -305,16 +304,23 @@ def test_only_modules_are_compiled():
 
 
 # --- blocks only
-# -----------------------------------------------------------------------------------------------------------------
 
 
 def conditional_unet():
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
     return diffusers.UNet2DConditionModel(
-        sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4, attention_head_dim=4,
-        cross_attention_dim=8, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )  # fmt: skip
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        attention_head_dim=4,
+        cross_attention_dim=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
 
 
 def test_regional(backend):
@@ -367,20 +373,26 @@ def test_regional_says_what_failed(monkeypatch):
         RuntimeError,
         match=r"(?s)compile: torch.compile failed on the blocks of UNet2DConditionModel: .*no compiler",
     ):
-        vanilla_step(conditional_unet(), None, SCHEDULE, torch.rand(2, 1, 8, 8), compile="regional",
-                     retain_kwargs={"encoder_hidden_states": torch.randn(2, 4, 8)})  # fmt: skip
+        vanilla_step(
+            conditional_unet(),
+            None,
+            SCHEDULE,
+            torch.rand(2, 1, 8, 8),
+            compile="regional",
+            retain_kwargs={"encoder_hidden_states": torch.randn(2, 4, 8)},
+        )
 
 
 def test_regional_needs_a_network_that_repeats_blocks():
     with pytest.raises(
         ValueError,
-        match="compile: expected a diffusers network that names its repeated blocks for 'regional', got TinyDenoiser",
+        match="compile: expected a diffusers network that names its repeated blocks for 'regional', got "
+        "TinyDenoiser",
     ):
         vanilla_step(TinyDenoiser(), None, SCHEDULE, torch.zeros(2, 1, 8, 8), compile="regional")
 
 
 # --- what None means
-# -------------------------------------------------------------------------------------------------------------
 
 
 def test_by_default_gpus_compile_and_cpus_do_not(monkeypatch):
@@ -417,7 +429,6 @@ def test_a_channels_last_network_on_a_cpu_is_warned_of(monkeypatch, caplog):
 
 
 # --- the real backend
-# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

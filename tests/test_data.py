@@ -107,7 +107,8 @@ CASES = [
             f"refused{ending}",
             lambda d, ending=ending: load_images(put(d, pickle.dumps(1), f"x{ending}")),
             ValueError,
-            rf"x\{ending}: expected .* got \{ending}: such files are pickles, and unpickling runs whatever code they hold",
+            rf"x\{ending}: expected .* got \{ending}: such files are pickles, and unpickling runs whatever "
+            rf"code they hold",
         )
         for ending in (".bin", ".pt", ".pth", ".ckpt", ".pkl")
     ),
@@ -363,7 +364,8 @@ CASES = [
         "sizes-differ",
         lambda d: load_images(pictures(d, a=images(*G), b=images(*G), c=images(6, 4))),
         ValueError,
-        r"c.png: expected \[C, H, W\] = \[1, 4, 6\] uint8, as .*a.png \(size=.*, got \[C, H, W\] = \[1, 6, 4\] uint8",
+        r"c.png: expected \[C, H, W\] = \[1, 4, 6\] uint8, as .*a.png \(size=.*, got \[C, H, W\] = \[1, 6, "
+        r"4\] uint8",
     ),
     (
         "modes-differ",

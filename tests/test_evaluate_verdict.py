@@ -1,4 +1,4 @@
-"""The verdict of `fastunlearn evaluate`: never a yes without what was kept, nor of what was not there before."""
+"""The verdict of `fastunlearn evaluate`: never a yes without what was kept, nor of what was never there."""
 
 from __future__ import annotations
 

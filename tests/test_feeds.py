@@ -231,7 +231,8 @@ def test_an_error_in_the_thread_is_that_of_the_take_that_needs_the_rows():
     for _ in range(2):
         with pytest.raises(
             RuntimeError,
-            match=r"the rows of step 3 could not be read from ImageStore\(40 rows .*: OSError: the disk is gone",
+            match=r"the rows of step 3 could not be read from ImageStore\(40 rows .*: OSError: the disk is "
+            r"gone",
         ) as caught:
             served(feed, 3)
         assert isinstance(caught.value.__cause__, OSError)

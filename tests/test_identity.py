@@ -92,11 +92,19 @@ REFUSED: dict[str, tuple[dict, dict, tuple[str, ...]]] = {
         {"autocast_dtype": torch.float16, "scale": 16.0},
         ("grad_scaler", "16.0", "8.0"),
     ),
-    "optimizer": ({}, {"optimizer": lambda p: torch.optim.Adam(p, lr=1e-3, fused=True)}, ("'Adam'", "'AdamW'")),
+    "optimizer": (
+        {},
+        {"optimizer": lambda p: torch.optim.Adam(p, lr=1e-3, fused=True)},
+        ("'Adam'", "'AdamW'"),
+    ),
     "learning rate": ({}, {"optimizer": adamw(lr=2e-3)}, ("learning_rates.0 (0.002 here, 0.001 there)",)),
     "betas": ({}, {"optimizer": adamw(betas=(0.8, 0.999))}, ("betas.0 (0.8 here, 0.9 there)",)),
     "weight decay": ({}, {"optimizer": adamw(weight_decay=0.5)}, ("weight_decay (0.5 here, 0.01 there)",)),
-    "scheduler": ({}, {"lr_scheduler": lambda o: Lr.CosineAnnealingLR(o, 4)}, ("'CosineAnnealingLR'", "'LinearLR'")),
+    "scheduler": (
+        {},
+        {"lr_scheduler": lambda o: Lr.CosineAnnealingLR(o, 4)},
+        ("'CosineAnnealingLR'", "'LinearLR'"),
+    ),
     "no scheduler": ({}, {"lr_scheduler": lambda o: None}, ("lr_scheduler None", "'LinearLR'")),
     "setting of the scheduler": (
         {},
@@ -109,7 +117,8 @@ REFUSED: dict[str, tuple[dict, dict, tuple[str, ...]]] = {
         ("lr_scheduler", "factors.0.at.1 (0.833", "0.909"),
     ),
     "average": ({}, {"ema": 0.99}, ("ema", "0.99", "0.9")),
-    "no average": ({}, {"ema": None}, ("expected the state of ['lr_scheduler'] beside", "['ema', 'lr_scheduler']")),
+    "no average": ({}, {"ema": None}, ("expected the state of ['lr_scheduler'] beside", "['ema', "
+                                                                                        "'lr_scheduler']")),
     "images to forget": ({}, {"forget": ImageStore(runs.images(4, 9))}, ("data", "forget.sha256")),
     "images to keep": ({}, {"retain": ImageStore(runs.images(21, 2))}, ("retain.rows (21 here, 20 there)",)),
 }  # fmt: skip

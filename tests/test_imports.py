@@ -1,4 +1,4 @@
-"""The architecture, as imports: they run one way (docs/architecture.md), and importing the package is cheap."""
+"""Imports run one way (docs/architecture.md), and importing the package is cheap."""
 
 import ast
 import subprocess

@@ -1,4 +1,4 @@
-"""What the JIT makes of every launcher is what scripts/aot_check.py has checked, for GPUs that are not there."""
+"""What the JIT makes of every launcher is what scripts/aot_check.py has checked; no GPU is needed."""
 
 import os
 import subprocess

@@ -88,7 +88,8 @@ def test_refuses_a_changed_file(small):
     path.write_bytes(content)
     with pytest.raises(
         ValueError,
-        match=r"train-images-idx3-ubyte: expected the published file \(SHA-256 of its decompressed content \w{64}\), got \w{64}",
+        match=r"train-images-idx3-ubyte: expected the published file \(SHA-256 of its decompressed content "
+        r"\w{64}\), got \w{64}",
     ):
         load_mnist_tshirt(*small)
 

@@ -73,7 +73,6 @@ def random_rows(seed: int, *shape: int, high: int = 256) -> Tensor:
 
 
 # --- golden
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("k", [1, 10, 100])
@@ -100,7 +99,6 @@ def test_golden(golden: Path, case: str, kind: str, k: int):
 
 
 # --- uint8
-# -----------------------------------------------------------------------------------------------------------------------
 
 
 @in_torch_and_in_cpp
@@ -208,7 +206,6 @@ def test_threads_share_the_work_and_the_setting_stays(arithmetic: str):
 
 
 # --- float
-# -----------------------------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=60, deadline=None)
@@ -270,7 +267,6 @@ def test_bound_holds_where_reduced_precision_products_are_allowed():
 
 
 # --- faiss
-# -----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -329,7 +325,7 @@ def test_faiss_equals_exact_with_planted_ties(
 def test_faiss_equals_exact_on_float_rows(
     seed, num_forget, num_retain, columns, k, spread, offset, duplicates, dtype, chunk_bytes
 ):
-    """Distances that float32 cannot tell apart, equal rows, and offsets beside which the differences vanish."""
+    """Distances that float32 cannot tell apart, equal rows, and offsets beside which differences vanish."""
     pytest.importorskip("faiss")
     generator = torch.Generator().manual_seed(seed)
     centre = torch.randn(columns, generator=generator, dtype=torch.float64) + offset
@@ -421,7 +417,6 @@ def test_backends_share_the_cache(cached):
 
 
 # --- duplicates, stores, streaming
-# -----------------------------------------------------------------------------------------------
 
 
 def test_equal_forget_rows_are_searched_once(monkeypatch):
@@ -504,7 +499,8 @@ torch.set_num_threads(1)
 retain = np.memmap(sys.argv[1], dtype=np.uint8, mode="r", shape=({rows}, 3, 64, 64))
 forget = torch.full((2, 3, 64, 64), 9, dtype=torch.uint8)
 forget[1] = 200
-nearest_neighbors(forget, torch.zeros(300, 3, 64, 64, dtype=torch.uint8), 3, chunk_bytes=2**24)  # loads what a product needs
+some = torch.zeros(300, 3, 64, 64, dtype=torch.uint8)
+nearest_neighbors(forget, some, 3, chunk_bytes=2**24)  # loads what a product needs
 used = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmData"))
 resource.setrlimit(resource.RLIMIT_DATA, (used + {allowed}, used + {allowed}))
 try:
@@ -512,7 +508,8 @@ try:
     sys.exit("the limit does not hold: the whole set fits")
 except MemoryError:
     pass
-index, sqdist = nearest_neighbors(ImageStore(torch.from_numpy(forget.numpy())), ImageStore(retain), 3, chunk_bytes=2**24)
+queries = ImageStore(torch.from_numpy(forget.numpy()))
+index, sqdist = nearest_neighbors(queries, ImageStore(retain), 3, chunk_bytes=2**24)
 print(index.tolist(), sqdist.tolist())
 """
 
@@ -538,7 +535,6 @@ def test_memory_mapped_set_larger_than_the_memory_allowed(tmp_path: Path):
 
 
 # --- cache
-# -----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -627,7 +623,6 @@ def test_failed_cache_write_leaves_nothing(cached, monkeypatch):
 
 
 # --- bad input
-# -------------------------------------------------------------------------------------------------------------------
 
 ROWS = random_rows(16, 6, 4)
 

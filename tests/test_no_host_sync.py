@@ -184,7 +184,6 @@ def test_functional_steps_on_a_device_without_values(step):
 
 
 # --- that the check can fail
-# -----------------------------------------------------------------------------------------------------
 
 
 class ReadsGradient(torch.autograd.Function):
@@ -296,7 +295,6 @@ def test_last_lr_is_read_when_it_is_asked_for():
 
 
 # --- on a GPU
-# --------------------------------------------------------------------------------------------------------------------
 
 ON_GPU = [(method, "plain") for method in reversed(METHODS)]  # the cheapest first: it is rehearsed on CPUs
 ON_GPU += [

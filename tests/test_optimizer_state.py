@@ -79,7 +79,8 @@ def test_groups_of_the_same_settings_are_told_apart_by_name(tmp_path: Path):
     runs.run(runs.make(optimizer=grouped(2, 4)), tmp_path, 2)
     with pytest.raises(
         ValueError,
-        match=r"groups of 4 parameters \(time.weight, time.bias\) and 2 parameters.*got 2 parameters and 4 parameters \(time.weight",
+        match=r"groups of 4 parameters \(time.weight, time.bias\) and 2 parameters.*got 2 parameters and 4 "
+        r"parameters \(time.weight",
     ):
         runs.run(runs.make(optimizer=grouped(4, 2)), tmp_path, resume_from_checkpoint="latest")
 
@@ -89,7 +90,8 @@ def test_a_parameter_that_no_checkpoint_would_hold_is_refused_at_the_start(tmp_p
     unlearner = runs.make(optimizer=lambda parameters: torch.optim.AdamW([*parameters, stray], lr=1e-3))
     with pytest.raises(
         ValueError,
-        match=r"optimizer: expected parameters of the model .*got one of shape \(3,\) that is none, at 6 of group 0",
+        match=r"optimizer: expected parameters of the model .*got one of shape \(3,\) that is none, at 6 "
+        r"of group 0",
     ):
         runs.run(unlearner, tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -213,7 +215,8 @@ def test_without_a_model_positions_are_the_names(tmp_path: Path):
     other = torch.optim.AdamW(reversed(list(model.parameters())), lr=1e-2, fused=True)
     with pytest.raises(
         ValueError,
-        match=r"optimizer\.safetensors: optimizer\.state\.0\.exp_avg: expected float32 of shape \(3,\), got float32 of shape \(5, 3, 3, 3\)",
+        match=r"optimizer\.safetensors: optimizer\.state\.0\.exp_avg: expected float32 of shape \(3,\), "
+        r"got float32 of shape \(5, 3, 3, 3\)",
     ):
         checkpoint.load_optimizer(other, state)
     assert not other.state

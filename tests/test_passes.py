@@ -89,9 +89,12 @@ def far_apart(dtype=torch.float64):
     forget, noise = torch.rand(SHAPE, generator=generator) * 2 - 1, torch.randn(SHAPE, generator=generator)
     timesteps = torch.tensor([50, 50, 900, 900, 50, 900])
     draws = Draws(
-        forget_noise=noise.to(dtype), retain_noise=noise.to(dtype), forget_timesteps=timesteps, retain_timesteps=timesteps,
+        forget_noise=noise.to(dtype),
+        retain_noise=noise.to(dtype),
+        forget_timesteps=timesteps,
+        retain_timesteps=timesteps,
         from_forget=torch.tensor([True, False, True, False, False, True]),
-    )  # fmt: skip
+    )
     return forget.to(dtype), (-forget).to(dtype), draws
 
 

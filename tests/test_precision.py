@@ -20,7 +20,6 @@ OPERATIONS = {
 
 
 # --- autocast and memory format
-# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("requested", [torch.bfloat16, torch.float16, None])
@@ -92,7 +91,6 @@ def test_wrong_input(call, error, message):
 
 
 # --- TF32
-# ------------------------------------------------------------------------------------------------------------------------
 
 
 def switches() -> dict[str, object]:

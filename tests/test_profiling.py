@@ -51,7 +51,7 @@ def take_siss_step():
 
 
 def annotations(profile) -> set[str]:
-    """The spans of a profile that a `record_function` opened: operators of the same names are not among them."""
+    """The spans of a profile that a `record_function` opened, without operators of the same names."""
     return {
         event.name
         for event in profile.events()
@@ -160,7 +160,8 @@ def test_a_missing_nvtx_is_named(monkeypatch):
 def test_the_environment_decides_at_import_and_only_then_imports_nvtx(value, on):
     if on:
         pytest.importorskip("nvtx")
-    code = "import sys, fastunlearn.host.profiling as p; print('nvtx' in sys.modules, p.stage('a') is not p.stage('b'))"
+    loaded = "print('nvtx' in sys.modules, p.stage('a') is not p.stage('b'))"
+    code = f"import sys, fastunlearn.host.profiling as p; {loaded}"
     environment = os.environ | {"FASTUNLEARN_NVTX": value}
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)

@@ -142,7 +142,7 @@ def test_python_does_not_run_any_more():
 
 
 def test_a_step_that_reads_its_number_on_the_host_would_be_seen(monkeypatch):
-    """The tape is as blind as a graph: a step that takes its number from Python repeats that of the capture."""
+    """The tape is as blind as a graph: a step that takes its number from Python repeats the captured one."""
     whole = Unlearner._step_on_device
 
     def from_the_host(self, draws=None):
@@ -206,7 +206,6 @@ def test_dropout_draws_anew_at_every_replay():
 
 
 # --- learning rates, checkpoints
-# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scheduler", [
@@ -273,7 +272,6 @@ def test_a_run_goes_on_replayed_or_not(first, second):
 
 
 # --- what makes a graph invalid, and what does not
-# -------------------------------------------------------------------------------
 
 
 def swap_memory(run):
@@ -385,7 +383,6 @@ def test_given_draws_are_an_error_where_replay_is_required():
 
 
 # --- a capture that fails
-# --------------------------------------------------------------------------------------------------------
 
 
 class Waits(TinyDenoiser):
@@ -418,7 +415,6 @@ def test_a_failed_capture_is_an_error_where_replay_is_required():
 
 
 # --- when there is replay
-# --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -540,7 +536,6 @@ def test_a_replayed_step_is_one_range(monkeypatch):
 
 
 # --- on a GPU
-# --------------------------------------------------------------------------------------------------------------------
 
 ALSO = [{"micro_batch_size": 2}, {"autocast_dtype": torch.bfloat16}, {"max_grad_norm": None}]
 CASES = [

@@ -81,7 +81,8 @@ VALUES = [float("nan"), float("inf"), -1, 2**63, -(2**70), "text", None, [], {},
 # What may have any value in a range: it changes in a run, and a file that was written to deceive can say
 # anything.
 FREE = {
-    "scale", "_last_lr", "lr", "betas", "eps", "weight_decay", "decay", "_is_initial", "_get_lr_called_within_step",
+    "scale", "_last_lr", "lr", "betas", "eps", "weight_decay", "decay",
+    "_is_initial", "_get_lr_called_within_step",
 }  # fmt: skip
 PLAUSIBLE = (0.25, True, False)
 

@@ -23,7 +23,7 @@ def test_flow_matching_has_the_noise_levels_of_its_scheduler(scheduler):
 
 
 def test_levels_that_rise_are_refused():
-    """Betas in place of `alphas_cumprod`, or a table that is turned round: no network has seen such levels."""
+    """Betas in place of `alphas_cumprod`, or a table that is turned round: no network saw such levels."""
     scheduler = diffusers.DDPMScheduler()
     assert len(NoiseSchedule.from_alphas_cumprod(scheduler.alphas_cumprod)) == 1000
     for table in (scheduler.betas, scheduler.alphas_cumprod.flip(0)):

@@ -62,7 +62,6 @@ def conditions(first, count=4):
 
 
 # --- scalers and non-finite numbers
-# ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -163,7 +162,6 @@ def test_weights_at_the_end_of_float64_make_a_step():
 
 
 # --- autocast and dtypes
-# ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_callers_autocast_reaches_the_network_and_not_the_weights():
@@ -262,7 +260,6 @@ def test_float64_runs_in_float64():
 
 
 # --- optimizers
-# ------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -337,7 +334,6 @@ class _Callable(nn.Module):
 
 
 # --- conditioning and learned variance
-# ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("micro_batch_size", [None, 3])
@@ -458,9 +454,14 @@ def test_distances_of_uint8_rows_are_integers():
         TypeError, match=r"neighbors\[1\]: expected an integer tensor of 2 dimensions, got float32"
     ):
         Unlearner(
-            model, torch.optim.SGD(model.parameters(), lr=0.1), SCHEDULE, ReTrack(k=1), forget=rows.select([0, 1]), retain=rows.select([2, 3]),
+            model,
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            SCHEDULE,
+            ReTrack(k=1),
+            forget=rows.select([0, 1]),
+            retain=rows.select([2, 3]),
             neighbors=neighbors,
-        )  # fmt: skip
+        )
 
 
 @pytest.mark.parametrize(

@@ -80,16 +80,23 @@ def checkpoints(output_dir: Path) -> list[int]:
 
 
 # --- metrics and checkpoints
-# -----------------------------------------------------------------------------------------------------
 
 
 def test_a_run_leaves_metrics_checkpoints_and_a_record(tmp_path: Path):
     history = run(FakeUnlearner(), tmp_path, logging_steps=4, show_progress=True)
     assert [record["step"] for record in history.records] == [4, 8, 10]
     assert history.records == run_record.read_metrics(tmp_path)
-    assert {name: history.records[0][name] for name in ("loss", "retain_loss", "grad_norm", "lr", "skipped", "skipped_steps")} == {
-        "loss": 4.0, "retain_loss": 4.0, "grad_norm": 2.0, "lr": 0.1, "skipped": False, "skipped_steps": 0,
-    }  # fmt: skip
+    assert {
+        name: history.records[0][name]
+        for name in ("loss", "retain_loss", "grad_norm", "lr", "skipped", "skipped_steps")
+    } == {
+        "loss": 4.0,
+        "retain_loss": 4.0,
+        "grad_norm": 2.0,
+        "lr": 0.1,
+        "skipped": False,
+        "skipped_steps": 0,
+    }
     assert "forget_loss" not in history.records[0]
     assert checkpoints(tmp_path) == [3, 6, 9, 10]
     assert history.checkpoint == tmp_path / "checkpoint-10"
@@ -187,7 +194,6 @@ def test_random_state_comes_back(tmp_path: Path):
 
 
 # --- refusals
-# --------------------------------------------------------------------------------------------------------------------
 
 
 class NotAModule(FakeUnlearner):
@@ -280,7 +286,6 @@ def test_fewer_steps_than_taken(tmp_path: Path):
 
 
 # --- skipped steps, signals
-# ------------------------------------------------------------------------------------------------------
 
 
 def test_skipped_steps_within_the_limit_are_counted(tmp_path: Path):
@@ -550,7 +555,6 @@ def test_an_error_in_a_step_is_recorded_and_passed_on(tmp_path: Path):
 
 
 # --- trackers
-# --------------------------------------------------------------------------------------------------------------------
 
 
 def test_report_to_a_callable(tmp_path: Path):
@@ -594,7 +598,6 @@ def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path, monkeypatch):
 
 
 # --- purge
-# -----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -668,9 +671,20 @@ def test_purge_refuses_what_a_tampered_record_names(finished: Path, tmp_path: Pa
     link = outside / f"fastunlearn-neighbors-{'1' * 40}.safetensors"
     link.symlink_to(outside / "thesis.tex")
     targets = [
-        outside / "thesis.tex", outside, looks_like, link, finished / "private" / ".." / ".." / "precious" / "thesis.tex", finished / "private",
-        finished / "checkpoint-3", finished, finished / "private" / "..", tmp_path / "cache", Path("/"), Path("run.json"), Path(""),
-    ]  # fmt: skip
+        outside / "thesis.tex",
+        outside,
+        looks_like,
+        link,
+        finished / "private" / ".." / ".." / "precious" / "thesis.tex",
+        finished / "private",
+        finished / "checkpoint-3",
+        finished,
+        finished / "private" / "..",
+        tmp_path / "cache",
+        Path("/"),
+        Path("run.json"),
+        Path(""),
+    ]
     tamper(finished, *targets)
     result = purge(finished)
     assert {str(path) for path, _ in result.refused} == {
@@ -689,8 +703,8 @@ def test_purge_refuses_what_a_tampered_record_names(finished: Path, tmp_path: Pa
     )
     assert link.is_symlink()
     assert (
-        f"NOT removed {outside / 'thesis.tex'}: neither in the run's private folder nor named like a neighbour cache"
-        in str(result)
+        f"NOT removed {outside / 'thesis.tex'}: neither in the run's private folder nor named like a "
+        f"neighbour cache" in str(result)
     )
 
 

@@ -162,7 +162,7 @@ class Replay:
         self._outputs: Packed | None = None  # of the graph: every replay overwrites it
         self._said: set[str] = set()
         self.failed = False  # to capture; every step is eager
-        # The optimizer would warn of warm-up steps: they set `capturable` and capture nothing, as they should.
+        # The optimizer would warn of warm-up steps: they set `capturable` and capture nothing, as is right.
         optimizer._warned_capturable_if_run_uncaptured = True
 
     @property

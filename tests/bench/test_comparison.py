@@ -38,7 +38,6 @@ def rows_in(path):
 
 
 # --- ops
-# -------------------------------------------------------------------------------------------------------------------------
 
 
 def compare(path, calls, gate=lambda name, call: None, options=None):
@@ -155,7 +154,6 @@ def test_a_compilation_that_fails_is_called_a_failure(tmp_path, monkeypatch):
 
 
 # --- whole steps
-# -----------------------------------------------------------------------------------------------------------------
 
 
 def compare_steps(path, method="vanilla"):
@@ -389,7 +387,6 @@ def test_stage_shares_need_no_nvtx(tmp_path, monkeypatch):
 
 
 # --- the clock of a device
-# -------------------------------------------------------------------------------------------------------
 
 
 class Timeline:

@@ -43,9 +43,17 @@ def world(alone: bool) -> dist.ProcessGroup | None:
 
 
 def build(
-    method, alone: bool, *, wrapped: bool = False, frozen: bool = False, fused: bool = True,
-    scaled: bool = False, sgd: bool = False, device: str = "cpu", **options,
-) -> Unlearner:  # fmt: skip
+    method,
+    alone: bool,
+    *,
+    wrapped: bool = False,
+    frozen: bool = False,
+    fused: bool = True,
+    scaled: bool = False,
+    sgd: bool = False,
+    device: str = "cpu",
+    **options,
+) -> Unlearner:
     model: nn.Module = Denoiser(frozen).to(device)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if sgd:
@@ -95,9 +103,13 @@ def drawn_rows(method, alone: bool) -> dict[str, Tensor]:
     unlearner._count_from(2)
     batch, draws = unlearner._draw(Draws())
     return {
-        "forget_rows": batch.forget.index, "retain_rows": batch.retain.index, "forget_timesteps": draws.forget_timesteps,
-        "retain_timesteps": draws.retain_timesteps, "forget_noise": draws.forget_noise.numbers(), "retain_noise": draws.retain_noise.numbers(),
-    }  # fmt: skip
+        "forget_rows": batch.forget.index,
+        "retain_rows": batch.retain.index,
+        "forget_timesteps": draws.forget_timesteps,
+        "retain_timesteps": draws.retain_timesteps,
+        "forget_noise": draws.forget_noise.numbers(),
+        "retain_noise": draws.retain_noise.numbers(),
+    }
 
 
 def step_with_a_nan(rank_of_nan: int | None, fused: bool) -> tuple[Tensor, Tensor, list[bool], int]:

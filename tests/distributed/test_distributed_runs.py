@@ -174,7 +174,8 @@ def test_arguments_that_differ_are_refused(pair: Team, tmp_path: Path):
     for text in failing(pair, run, False, tmp_path / "run", STEPS, {}, {"own_seed": True}):
         assert (
             text
-            == "ValueError: unlearner: expected the same seed in all processes, got 5 in process 0 and 6 in process 1"
+            == "ValueError: unlearner: expected the same seed in all processes, got 5 in process 0 and 6 "
+            "in process 1"
         )
 
 

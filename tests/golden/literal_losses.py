@@ -116,7 +116,7 @@ def _retrack(case: golden.Case) -> dict[str, Tensor]:
 
 
 def _siss(case: golden.Case) -> dict[str, Tensor]:
-    """ReTrack's form: two forwards, own noise and timesteps in each branch, one of them picked in every row."""
+    """ReTrack's form: two forwards, own noise and timesteps in each branch, one of them picked a row."""
     schedule, lambd = case.schedule(), case.meta["case"]["siss_lambda"]
     from_forget = case("in.siss_uniform") <= lambd
     assert torch.equal(from_forget, ~case("in.siss_remain_mask"))

@@ -322,7 +322,8 @@ def no_shards(folder: Path) -> None:
 REFUSED = [
     (
         ldm,
-        r"model_index.json: expected a network of pictures alone .*, got one that works on the latents of its vqvae, which is not supported yet",
+        r"model_index.json: expected a network of pictures alone .*, got one that works on the latents of "
+        r"its vqvae, which is not supported yet",
     ),
     (audio, r"model_index.json: expected a network of pictures alone .*, got a pipeline with mel too"),
     (
@@ -362,7 +363,8 @@ REFUSED = [
     (no_weights, r"unet: expected diffusion_pytorch_model.safetensors, got no weights"),
     (
         pickled_weights,
-        r"unet: expected diffusion_pytorch_model.safetensors, got diffusion_pytorch_model.bin: such files are pickles",
+        r"unet: expected diffusion_pytorch_model.safetensors, got diffusion_pytorch_model.bin: such files "
+        r"are pickles",
     ),
     (
         nan_weights,
@@ -370,11 +372,13 @@ REFUSED = [
     ),
     (
         missing_tensor,
-        r"diffusion_pytorch_model.safetensors: expected the weights of the UNet2DModel in config.json beside it, got .*1 missing key",
+        r"diffusion_pytorch_model.safetensors: expected the weights of the UNet2DModel in config.json "
+        r"beside it, got .*1 missing key",
     ),
     (
         cut_weights,
-        r"diffusion_pytorch_model.safetensors: expected the weights of the UNet2DModel.*, got files that diffusers refuses",
+        r"diffusion_pytorch_model.safetensors: expected the weights of the UNet2DModel.*, got files that "
+        r"diffusers refuses",
     ),
     (
         other_architecture,
@@ -382,35 +386,42 @@ REFUSED = [
     ),
     (
         unknown_block,
-        r"expected the weights of the UNet2DModel in config.json.*, got files that diffusers refuses.*NoBlock2D",
+        r"expected the weights of the UNet2DModel in config.json.*, got files that diffusers "
+        r"refuses.*NoBlock2D",
     ),
     (
         latent_diffusion,
-        r"model_index.json: expected the network UNet2DModel, got UNet2DConditionModel, which is not supported yet",
+        r"model_index.json: expected the network UNet2DModel, got UNet2DConditionModel, which is not "
+        r"supported yet",
     ),
     (
         sd3,
-        r"model_index.json: expected the network UNet2DModel, got SD3Transformer2DModel, which is not supported yet",
+        r"model_index.json: expected the network UNet2DModel, got SD3Transformer2DModel, which is not "
+        r"supported yet",
     ),
     (
         remote_code,
-        r"model_index.json: expected unet to be a class of diffusers, got UNet2DModel of 'my_module' \(code that comes",
+        r"model_index.json: expected unet to be a class of diffusers, got UNet2DModel of 'my_module' "
+        r"\(code that comes",
     ),
     (
         remote_scheduler,
-        r"model_index.json: expected scheduler to be a class of diffusers, got DDPMScheduler of 'my_scheduler'",
+        r"model_index.json: expected scheduler to be a class of diffusers, got DDPMScheduler of "
+        r"'my_scheduler'",
     ),
     (odd_entry, r"model_index.json: expected unet to be \[library, class\], got \"UNet2DModel\""),
     (no_unet, r"model_index.json: expected a pipeline with an entry unet, got"),
     (
         conditional_config,
-        r"config.json: expected the network UNet2DModel, got UNet2DConditionModel, which is not supported yet",
+        r"config.json: expected the network UNet2DModel, got UNet2DConditionModel, which is not supported "
+        r"yet",
     ),
     (unknown_class, r"config.json: expected the network UNet2DModel in _class_name, got 'os.system'"),
     (unknown_scheduler, r"scheduler_config.json: expected the scheduler DDPMScheduler.*, got 'MyScheduler'"),
     (
         wrong_betas,
-        r"scheduler_config.json: expected the configuration of a DDPMScheduler, got one that diffusers refuses",
+        r"scheduler_config.json: expected the configuration of a DDPMScheduler, got one that diffusers "
+        r"refuses",
     ),
     (nan_betas, r"scheduler_config.json: expected finite noise levels, got NaN"),
     (broken_json, r"config.json: expected JSON, got text that is not"),

@@ -9,7 +9,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def poisoned():
-    """Outputs start out as NaN, or as the largest integer: an element that a kernel does not write is seen."""
+    """Outputs start out as NaN, or as the largest integer: an element that no kernel writes is seen."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     yield

@@ -94,11 +94,19 @@ def weights_of(u, lambd, time_log_ratio=None):
 
 @settings(max_examples=300, deadline=None)
 @given(
-    shape=st.tuples(st.integers(1, 5), st.integers(1, 40), st.integers(1, 40)), batch=st.integers(1, 4), retain_dtype=st.sampled_from(ROWS),
-    forget_dtype=st.sampled_from(ROWS), noise_dtype=st.sampled_from(FLOATS), dtype=st.sampled_from(FLOATS), channels_last=st.booleans(),
-    indexed=st.tuples(st.booleans(), st.booleans()), lambd=st.sampled_from([0.0, 1e-12, 0.1, 0.5, 0.999, 1.0]),
-    distance=st.sampled_from([0.0, 1e-3, 0.03, 1.0]), prediction_type=st.sampled_from(sorted(SCHEDULES)), isa=st.sampled_from(ISAS),
-)  # fmt: skip
+    shape=st.tuples(st.integers(1, 5), st.integers(1, 40), st.integers(1, 40)),
+    batch=st.integers(1, 4),
+    retain_dtype=st.sampled_from(ROWS),
+    forget_dtype=st.sampled_from(ROWS),
+    noise_dtype=st.sampled_from(FLOATS),
+    dtype=st.sampled_from(FLOATS),
+    channels_last=st.booleans(),
+    indexed=st.tuples(st.booleans(), st.booleans()),
+    lambd=st.sampled_from([0.0, 1e-12, 0.1, 0.5, 0.999, 1.0]),
+    distance=st.sampled_from([0.0, 1e-3, 0.03, 1.0]),
+    prediction_type=st.sampled_from(sorted(SCHEDULES)),
+    isa=st.sampled_from(ISAS),
+)
 @example(
     (1, 1, 1),
     1,
@@ -248,9 +256,13 @@ def test_error_is_at_most_twice_that_of_torch(rows, dtype, isa, monkeypatch):
 
 @settings(max_examples=100, deadline=None)
 @given(
-    shape=st.tuples(st.integers(1, 4), st.integers(1, 40), st.integers(1, 40)), batch=st.integers(1, 3), rows=st.sampled_from(ROWS),
-    dtype=st.sampled_from(FLOATS), channels_last=st.booleans(), isa=st.sampled_from(ISAS),
-)  # fmt: skip
+    shape=st.tuples(st.integers(1, 4), st.integers(1, 40), st.integers(1, 40)),
+    batch=st.integers(1, 3),
+    rows=st.sampled_from(ROWS),
+    dtype=st.sampled_from(FLOATS),
+    channels_last=st.booleans(),
+    isa=st.sampled_from(ISAS),
+)
 @example((3, 33, 35), 2, torch.uint8, torch.float32, True, "avx512")
 def test_noise_made_is_noise_given(shape, batch, rows, dtype, channels_last, isa):
     retain, forget = pair(batch, shape, rows, rows, 0.03)
@@ -343,7 +355,7 @@ def test_two_equal_images_have_weight_one_and_one_target(rows, lambd):
 
 
 def test_weights_are_closer_to_the_truth_than_float32_sums_are():
-    """At t = 0 and close images, `u` is a small difference of large terms: sums of float32 squares lose it."""
+    """At t = 0 and close images, `u` is a small difference of large terms: float32 sums lose it."""
     retain, forget = pair(4, (3, 64, 64), torch.float32, torch.float32, 3e-4)
     table, noise, from_forget = (
         coefficients(1).expand(4, 5).contiguous(),
@@ -423,10 +435,20 @@ def test_nothing_outside_the_outputs_is_written(dtype, channels_last):
 def _arguments(shape=(3, 5, 7), **changes):
     retain, forget = pair(4, shape, torch.uint8, torch.uint8, 0.03)
     given_ = dict(
-        retain=retain, retain_index=torch.tensor([3, 0]), forget=forget, forget_index=torch.tensor([1, 1]), coefficients=coefficients(2),
-        from_forget=torch.tensor([True, False]), lambd=0.5, time_log_ratio=None, noise=normal((2, *shape)), counter=None, purpose=0,
-        dtype=torch.float32, channels_last=False,
-    )  # fmt: skip
+        retain=retain,
+        retain_index=torch.tensor([3, 0]),
+        forget=forget,
+        forget_index=torch.tensor([1, 1]),
+        coefficients=coefficients(2),
+        from_forget=torch.tensor([True, False]),
+        lambd=0.5,
+        time_log_ratio=None,
+        noise=normal((2, *shape)),
+        counter=None,
+        purpose=0,
+        dtype=torch.float32,
+        channels_last=False,
+    )
     return (given_ | changes).values()
 
 

@@ -40,10 +40,17 @@ def is_laid_out(images, channels_last):
 
 @settings(max_examples=400, deadline=None)
 @given(
-    shape=st.tuples(st.integers(1, 5), st.integers(1, 40), st.integers(1, 40)), batch=st.integers(1, 4), rows=st.sampled_from(ROWS),
-    noise_dtype=st.sampled_from(FLOATS), dtype=st.sampled_from(FLOATS), channels_last=st.booleans(), with_target=st.booleans(),
-    indexed=st.booleans(), prediction_type=st.sampled_from(sorted(SCHEDULES)), isa=st.sampled_from(ISAS),
-)  # fmt: skip
+    shape=st.tuples(st.integers(1, 5), st.integers(1, 40), st.integers(1, 40)),
+    batch=st.integers(1, 4),
+    rows=st.sampled_from(ROWS),
+    noise_dtype=st.sampled_from(FLOATS),
+    dtype=st.sampled_from(FLOATS),
+    channels_last=st.booleans(),
+    with_target=st.booleans(),
+    indexed=st.booleans(),
+    prediction_type=st.sampled_from(sorted(SCHEDULES)),
+    isa=st.sampled_from(ISAS),
+)
 @example((1, 1, 1), 1, torch.uint8, torch.float32, torch.float32, True, True, True, "epsilon", "avx512")
 @example((3, 33, 35), 2, torch.uint8, torch.float32, torch.bfloat16, True, True, True, "flow", "avx512")
 @example((2, 1, 1025), 2, torch.float16, torch.bfloat16, torch.float16, False, True, False, "v", "portable")
@@ -92,9 +99,13 @@ def test_error_is_at_most_twice_that_of_torch(rows, dtype, isa, monkeypatch):
 
 @settings(max_examples=150, deadline=None)
 @given(
-    shape=st.tuples(st.integers(1, 4), st.integers(1, 40), st.integers(1, 40)), batch=st.integers(1, 3), rows=st.sampled_from(ROWS),
-    dtype=st.sampled_from(FLOATS), channels_last=st.booleans(), isa=st.sampled_from(ISAS),
-)  # fmt: skip
+    shape=st.tuples(st.integers(1, 4), st.integers(1, 40), st.integers(1, 40)),
+    batch=st.integers(1, 3),
+    rows=st.sampled_from(ROWS),
+    dtype=st.sampled_from(FLOATS),
+    channels_last=st.booleans(),
+    isa=st.sampled_from(ISAS),
+)
 @example((3, 33, 35), 2, torch.uint8, torch.float32, True, "avx512")
 @example((3, 33, 35), 2, torch.float64, torch.float64, True, "avx512")
 def test_noise_made_is_noise_given(shape, batch, rows, dtype, channels_last, isa):
@@ -224,9 +235,16 @@ def test_wrong_shapes_are_refused_on_every_backend(changes, message, backend, mo
 
 def _arguments(**changes):
     given_ = dict(
-        images=stored(4, (3, 5, 7), torch.uint8), index=torch.tensor([3, 0]), coefficients=coefficients(2), noise=normal((2, 3, 5, 7)), counter=None, purpose=0,
-        with_target=True, dtype=torch.float32, channels_last=False,
-    )  # fmt: skip
+        images=stored(4, (3, 5, 7), torch.uint8),
+        index=torch.tensor([3, 0]),
+        coefficients=coefficients(2),
+        noise=normal((2, 3, 5, 7)),
+        counter=None,
+        purpose=0,
+        with_target=True,
+        dtype=torch.float32,
+        channels_last=False,
+    )
     return (given_ | changes).values()
 
 

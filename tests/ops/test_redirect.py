@@ -131,11 +131,19 @@ def assert_close(results, truth, images, neighbors, noise, table, precision):
 
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(
-    shape=st.tuples(st.integers(1, 5), st.integers(1, 24), st.integers(1, 24)), batch=st.integers(1, 4), k=st.integers(1, 13),
-    rows=st.sampled_from(ROWS), noise_dtype=st.sampled_from(FLOATS), dtype=st.sampled_from(FLOATS), channels_last=st.booleans(),
-    indexed=st.booleans(), given_sqdist=st.booleans(), levels=st.sampled_from([0, 1, 12, 255]), prediction_type=st.sampled_from(sorted(SCHEDULES)),
+    shape=st.tuples(st.integers(1, 5), st.integers(1, 24), st.integers(1, 24)),
+    batch=st.integers(1, 4),
+    k=st.integers(1, 13),
+    rows=st.sampled_from(ROWS),
+    noise_dtype=st.sampled_from(FLOATS),
+    dtype=st.sampled_from(FLOATS),
+    channels_last=st.booleans(),
+    indexed=st.booleans(),
+    given_sqdist=st.booleans(),
+    levels=st.sampled_from([0, 1, 12, 255]),
+    prediction_type=st.sampled_from(sorted(SCHEDULES)),
     isa=st.sampled_from(ISAS),
-)  # fmt: skip
+)
 @example(
     (1, 1, 1), 1, 1, torch.uint8, torch.float32, torch.float32, True, True, True, 12, "epsilon", "avx512"
 )
@@ -262,7 +270,8 @@ def test_weights_at_the_first_timestep_are_closer_to_float64_than_the_papers_for
     ).weights
     papers = literal(served(images), served(neighbors), noise, t, SCHEDULES["epsilon"]).weights
     ours = redirect(images, None, neighbors, None, table, sqdist, noise, None, 0, torch.float32, False)[3]
-    errors = f"largest error of a weight: papers {largest_error(papers, truth):.2g}, kernel {largest_error(ours, truth):.2g}"
+    theirs, own = largest_error(papers, truth), largest_error(ours, truth)
+    errors = f"largest error of a weight: papers {theirs:.2g}, kernel {own:.2g}"
     print(errors)  # pytest -rP
     assert truth.amax(1).min() < 0.9, "one-hot weights would show nothing"
     assert largest_error(ours, truth) < 0.05 * largest_error(papers, truth), errors

@@ -50,10 +50,13 @@ def closed_form(prediction, target, weight, dtype):
 
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(
-    shape=st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(1, 40), st.integers(1, 40)), prediction_dtype=st.sampled_from(FLOATS),
-    target_dtype=st.sampled_from(FLOATS), weight_dtype=st.sampled_from(FLOATS[2:]), layouts=st.tuples(*[st.sampled_from(LAYOUTS)] * 2),
+    shape=st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(1, 40), st.integers(1, 40)),
+    prediction_dtype=st.sampled_from(FLOATS),
+    target_dtype=st.sampled_from(FLOATS),
+    weight_dtype=st.sampled_from(FLOATS[2:]),
+    layouts=st.tuples(*[st.sampled_from(LAYOUTS)] * 2),
     isa=st.sampled_from(ISAS),
-)  # fmt: skip
+)
 @example((1, 1, 1, 1), torch.float16, torch.float32, torch.float32, ("dense", "dense"), "avx512")
 @example(
     (2, 3, 41, 67), torch.bfloat16, torch.float32, torch.float64, ("channels_last", "channels_last"), "avx512"

@@ -73,7 +73,6 @@ def assert_nearest(found: tuple[Tensor, Tensor], queries: Tensor, rows: Tensor) 
 
 
 # --- all distances
-# ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("columns", COLUMNS)
@@ -146,7 +145,6 @@ def picky_int_mm(left: Tensor, right: Tensor) -> Tensor:
 
 
 # --- the k nearest
-# ---------------------------------------------------------------------------------------------------------------
 
 
 @needs_extension
@@ -216,7 +214,6 @@ def test_fewer_rows_than_wanted_leave_the_rest_empty():
 
 
 # --- bad input
-# -------------------------------------------------------------------------------------------------------------------
 
 
 def best(rows: int, k: int, dtype: torch.dtype = torch.int64) -> Tensor:

@@ -19,9 +19,25 @@ def launches(images, counter, coefficients, index, filled):
     noising(images, index, coefficients, None, counter, PURPOSE, True, torch.float32, False, x_t, target)
     residual(x_t, target, coefficients[:, 1].contiguous(), loss, gradient)
     mixture(
-        images, index, images, index.flip(0), coefficients, chosen, 0.5, None, None, counter, PURPOSE, torch.float32, False,
-        x_t, retain_target, forget_target, retain_weight, forget_weight,
-    )  # fmt: skip
+        images,
+        index,
+        images,
+        index.flip(0),
+        coefficients,
+        chosen,
+        0.5,
+        None,
+        None,
+        counter,
+        PURPOSE,
+        torch.float32,
+        False,
+        x_t,
+        retain_target,
+        forget_target,
+        retain_weight,
+        forget_weight,
+    )
 
 
 def test_replay_sees_new_numbers(gpu):

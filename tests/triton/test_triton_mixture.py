@@ -83,8 +83,21 @@ def drawn(outputs, device):
         )
         chosen = torch.zeros(BATCH, dtype=torch.bool, device=device)
         mixture(
-            zeros, None, zeros, None, only_noise, chosen, 0.3, None, None, eps.counter, PURPOSE, F32, channels_last, *filled
-        )  # fmt: skip
+            zeros,
+            None,
+            zeros,
+            None,
+            only_noise,
+            chosen,
+            0.3,
+            None,
+            None,
+            eps.counter,
+            PURPOSE,
+            F32,
+            channels_last,
+            *filled,
+        )
         assert_within_budget("noise", filled[0], eps.plain, eps.truth)
         return filled[0]
 
@@ -286,9 +299,25 @@ def test_float64_is_refused(name, device):
         match=f"mixture: {name}: expected float16, bfloat16, float32 or uint8 on a GPU, got torch.float64",
     ):
         mixture(
-            images["retain"], None, images["forget"], None, coefficients, chosen, 0.5, None, images["noise"], None, PURPOSE, F32, False,
-            images["x_t"], target, target, weight, weight,
-        )  # fmt: skip
+            images["retain"],
+            None,
+            images["forget"],
+            None,
+            coefficients,
+            chosen,
+            0.5,
+            None,
+            images["noise"],
+            None,
+            PURPOSE,
+            F32,
+            False,
+            images["x_t"],
+            target,
+            target,
+            weight,
+            weight,
+        )
 
 
 def test_an_image_whose_elements_32_bits_do_not_number_is_refused(device):

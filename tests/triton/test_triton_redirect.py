@@ -129,7 +129,7 @@ def test_philox(split, device, output, monkeypatch):
 
 @pytest.mark.parametrize("given", [True, False])
 def test_weights_at_the_first_timestep_are_closer_to_float64_than_the_papers_formula(given, device, output):
-    """Neighbours far away, at almost the same distance: rho^2 d_j / 2 is about 5e5, the logits differ by 1."""
+    """Neighbours far away, at almost the same distance: rho^2 d_j / 2 is about 5e5, logits differ by 1."""
     generator = torch.Generator().manual_seed(1)
     shape, k = (3, 18, 18), 4
     away = torch.randn(k, 972, generator=generator, dtype=torch.float64)
@@ -271,8 +271,18 @@ def assemble(stores, indices, rows, noise, timesteps, device, sqdist, x_t, chann
     )
     distances = (forget.unsqueeze(1) - neighbors).square().flatten(2).sum(2) if sqdist else None
     arguments = (
-        stores[0], indices[0], stores[1], indices[1], SCHEDULE.coefficients(timesteps), distances, noise, None, 5, x_t, channels_last,
-    )  # fmt: skip
+        stores[0],
+        indices[0],
+        stores[1],
+        indices[1],
+        SCHEDULE.coefficients(timesteps),
+        distances,
+        noise,
+        None,
+        5,
+        x_t,
+        channels_last,
+    )
     arguments = tuple(value.to(device) if isinstance(value, Tensor) else value for value in arguments)
     return Inputs(arguments, *(value.to(device) for value in (forget, neighbors, noise.double(), timesteps)))
 
