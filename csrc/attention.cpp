@@ -21,23 +21,25 @@ struct Release {
 };
 
 /// `[B, H, S, D]` in the type of `query`, with D side by side.
-Heads checked_heads(const char* name, const Tensor& tensor, const Tensor& query, int64_t rows, bool written = false) {
+Heads checked_heads(const char* name, const Tensor& tensor, const Tensor& query, int64_t rows,
+                    bool written = false) {
   STD_TORCH_CHECK(tensor.dim() == 4, name, ": expected [B, H, S, D], got ", tensor.dim(), " dimensions");
   const int64_t sizes[4] = {query.size(0), query.size(1), rows, query.size(3)};
   for (int64_t i = 0; i < 4; ++i)
-    STD_TORCH_CHECK(tensor.size(i) == sizes[i], name, ": expected size ", sizes[i], " in dimension ", i, ", got ",
-                    tensor.size(i));
+    STD_TORCH_CHECK(tensor.size(i) == sizes[i], name, ": expected size ", sizes[i], " in dimension ", i,
+                    ", got ", tensor.size(i));
   STD_TORCH_CHECK(tensor.scalar_type() == query.scalar_type(), name, ": expected the type of query, ",
                   torch::headeronly::toString(query.scalar_type()), ", got ",
                   torch::headeronly::toString(tensor.scalar_type()));
-  STD_TORCH_CHECK(tensor.size(3) == 1 || tensor.stride(3) == 1, name, ": expected stride 1 in dimension 3, got ",
-                  tensor.stride(3));
+  STD_TORCH_CHECK(tensor.size(3) == 1 || tensor.stride(3) == 1, name,
+                  ": expected stride 1 in dimension 3, got ", tensor.stride(3));
   void* data = written ? tensor.mutable_data_ptr() : const_cast<void*>(tensor.const_data_ptr());
   return {data, tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
 AttentionArgs arguments(const Tensor& query, const Tensor& key, const Tensor& value, double scale) {
-  STD_TORCH_CHECK(query.dim() == 4 && query.numel() > 0, "query: expected [B, H, S, D] with at least one number");
+  STD_TORCH_CHECK(query.dim() == 4 && query.numel() > 0,
+                  "query: expected [B, H, S, D] with at least one number");
   const ScalarType type = query.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Half || type == ScalarType::BFloat16 || type == ScalarType::Float,
                   "query: expected float16, bfloat16 or float32, got ", torch::headeronly::toString(type));
@@ -56,16 +58,19 @@ AttentionArgs arguments(const Tensor& query, const Tensor& key, const Tensor& va
 }
 
 void check_logsumexp(const Tensor& logsumexp, const Tensor& query) {
-  bool same = logsumexp.dim() == 3 && logsumexp.scalar_type() == ScalarType::Float && logsumexp.is_contiguous();
+  bool same =
+      logsumexp.dim() == 3 && logsumexp.scalar_type() == ScalarType::Float && logsumexp.is_contiguous();
   for (int64_t i = 0; same && i < 3; ++i) same = logsumexp.size(i) == query.size(i);
   STD_TORCH_CHECK(same, "logsumexp: expected contiguous float32 [", query.size(0), ", ", query.size(1), ", ",
                   query.size(2), "]");
 }
 
-/// All heads. A thread that is held up by other processes takes fewer; no result depends on which thread computes it.
+/// All heads. A thread that is held up by other processes takes fewer; no result depends on which thread
+/// computes it.
 template <class Kernel>
 void run(const AttentionArgs& args, int64_t batch, bool backward, Kernel kernel) {
-  const int64_t heads = batch * args.heads, workers = std::min<int64_t>(torch::stable::get_num_threads(), heads);
+  const int64_t heads = batch * args.heads,
+                workers = std::min<int64_t>(torch::stable::get_num_threads(), heads);
   const int64_t numbers = rounded_up(attention_scratch(args, backward), kMostLanes);
   const std::unique_ptr<float[], Release> scratch(
       static_cast<float*>(::operator new(workers * numbers * sizeof(float), kCacheLine)));
@@ -74,7 +79,8 @@ void run(const AttentionArgs& args, int64_t batch, bool backward, Kernel kernel)
     for (int64_t worker = begin; worker < end; ++worker) {
       AttentionArgs own = args;
       own.scratch = scratch.get() + worker * numbers;
-      for (int64_t head; (head = next.fetch_add(1, std::memory_order_relaxed)) < heads;) kernel(own, head, head + 1);
+      for (int64_t head; (head = next.fetch_add(1, std::memory_order_relaxed)) < heads;)
+        kernel(own, head, head + 1);
     }
   });
 }
@@ -88,9 +94,9 @@ void fill_attention(const Tensor& query, const Tensor& key, const Tensor& value,
   run(args, query.size(0), false, pick_attention());
 }
 
-void fill_attention_backward(const Tensor& grad_out, const Tensor& query, const Tensor& key, const Tensor& value,
-                             const Tensor& out, const Tensor& logsumexp, double scale, Tensor grad_query,
-                             Tensor grad_key, Tensor grad_value) {
+void fill_attention_backward(const Tensor& grad_out, const Tensor& query, const Tensor& key,
+                             const Tensor& value, const Tensor& out, const Tensor& logsumexp, double scale,
+                             Tensor grad_query, Tensor grad_key, Tensor grad_value) {
   AttentionArgs args = arguments(query, key, value, scale);
   args.grad_out = checked_heads("grad_out", grad_out, query, args.num_queries);
   args.out = checked_heads("out", out, query, args.num_queries);

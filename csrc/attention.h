@@ -1,7 +1,7 @@
 // Softmax attention of small heads on a CPU, and its gradient: one head is the work of one thread.
 //
-// A group of queries meets tile after tile of keys, with the running maximum and sum of the online softmax (Milakov and
-// Gimelshein 2018, arXiv 1805.02867).
+// A group of queries meets tile after tile of keys, with the running maximum and sum of the online softmax
+// (Milakov and Gimelshein 2018, arXiv 1805.02867).
 #pragma once
 
 #include "attention_backward.h"
@@ -11,7 +11,8 @@
 namespace fastunlearn::FASTUNLEARN_ISA {
 namespace {
 
-/// Of kVectors vectors of queries: the largest score so far, the sum of e^(score - largest), how to scale older sums.
+/// Of kVectors vectors of queries: the largest score so far, the sum of e^(score - largest), how to scale
+/// older sums.
 template <int kVectors>
 struct Softmax {
   Vector largest[kVectors], sum[kVectors], factor[kVectors];
@@ -34,8 +35,8 @@ FASTUNLEARN_INLINE void score(const float* keys, const float* queries, int64_t d
 
 /// The weights of a tile of keys, relative to the largest score until now.
 template <int64_t kDepth, int kVectors>
-FASTUNLEARN_INLINE void weigh(const float* keys, int64_t num_keys, const float* queries, int64_t depth, float* weights,
-                              Softmax<kVectors>& softmax) {
+FASTUNLEARN_INLINE void weigh(const float* keys, int64_t num_keys, const float* queries, int64_t depth,
+                              float* weights, Softmax<kVectors>& softmax) {
   Vector largest[kVectors], sum[kVectors];
 #pragma GCC unroll 2
   for (int c = 0; c < kVectors; ++c) largest[c] = softmax.largest[c], sum[c] = Vector{};
@@ -96,7 +97,8 @@ void attention_head(const AttentionArgs& a, int64_t head) {
   float* out = queries + kQueryTile * depth;
   float* weights = out + kQueryTile * depth;
   pack<kDepth>(head_of<T>(a.key, head, a.heads), a.key.row, a.num_keys, a.depth, 1.0f, a.num_keys, keys);
-  pack<kDepth>(head_of<T>(a.value, head, a.heads), a.value.row, a.num_keys, a.depth, 1.0f, a.num_keys, values);
+  pack<kDepth>(head_of<T>(a.value, head, a.heads), a.value.row, a.num_keys, a.depth, 1.0f, a.num_keys,
+               values);
 
   const T* query = head_of<T>(a.query, head, a.heads);
   T* result = head_of<T>(a.out, head, a.heads);
@@ -137,7 +139,8 @@ void attention(const AttentionArgs& a, int64_t begin, int64_t end) {
 void attention_backward(const AttentionArgs& a, int64_t begin, int64_t end) {
   with_constants(a, [&](auto depth, auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    for (int64_t head = begin; head < end; ++head) attention_backward_head<decltype(depth)::value, T>(a, head);
+    for (int64_t head = begin; head < end; ++head)
+      attention_backward_head<decltype(depth)::value, T>(a, head);
   });
 }
 

@@ -1,4 +1,5 @@
-// The gradient of attention for one head. Weights p are made again from logsumexp; with delta = <dO, O> of each query
+// The gradient of attention for one head. Weights p are made again from logsumexp; with delta = <dO, O> of
+// each query
 //   dV = p' dO,  dS = p (dO V' - delta),  dQ = scale dS K,  dK = scale dS' Q
 // (Dao et al. 2022, arXiv 2205.14135, appendix B.4).
 #pragma once
@@ -12,12 +13,12 @@ namespace {
 
 /// One head in scratch: all queries, and one tile of keys.
 struct GradientScratch {
-  float *queries, *grads, *grad_queries;               // rows; the queries times scale
-  float *logsumexp, *delta;                           // of each query
-  float *keys, *rows;                                  // [kKeyTile] rows; `rows` on their way from or to columns
-  float *key_columns, *value_columns;                  // [depth][kKeyTile]
-  float *grad_key_columns, *grad_value_columns;        // [depth][kKeyTile]
-  float *weights, *grad_scores;                        // [kQueryTile][kKeyTile]
+  float *queries, *grads, *grad_queries;         // rows; the queries times scale
+  float *logsumexp, *delta;                      // of each query
+  float *keys, *rows;                            // [kKeyTile] rows; `rows` on their way from or to columns
+  float *key_columns, *value_columns;            // [depth][kKeyTile]
+  float *grad_key_columns, *grad_value_columns;  // [depth][kKeyTile]
+  float *weights, *grad_scores;                  // [kQueryTile][kKeyTile]
 };
 
 static inline GradientScratch gradient_scratch(float* next, int64_t num_queries, int64_t depth) {
@@ -83,15 +84,17 @@ void add_tile_gradient(const GradientScratch& s, int64_t any_depth, int64_t firs
   const float *queries = s.queries + first * depth, *grads = s.grads + first * depth;
   in_pairs(num_keys, [&](auto vectors, int64_t j) {
     constexpr int kVectors = decltype(vectors)::value;
-    accumulate<kVectors>(grads, num_queries, depth, s.weights + j, kKeyTile, s.grad_value_columns + j, kKeyTile);
-    accumulate<kVectors>(queries, num_queries, depth, s.grad_scores + j, kKeyTile, s.grad_key_columns + j, kKeyTile);
+    accumulate<kVectors>(grads, num_queries, depth, s.weights + j, kKeyTile, s.grad_value_columns + j,
+                         kKeyTile);
+    accumulate<kVectors>(queries, num_queries, depth, s.grad_scores + j, kKeyTile, s.grad_key_columns + j,
+                         kKeyTile);
   });
 
   constexpr bool whole_vectors = kLanes < 8 || (kDepth > 0 && kDepth % kLanes == 0);
   using Row = typename Lanes<whole_vectors ? kLanes : 8>::type;
   const auto add_rows = [&](auto rows) {
-    add_weighted_rows<Row, decltype(rows)::value>(s.grad_scores + i * kKeyTile, kKeyTile, s.keys, num_keys, depth,
-                                                  s.grad_queries + (first + i) * depth);
+    add_weighted_rows<Row, decltype(rows)::value>(s.grad_scores + i * kKeyTile, kKeyTile, s.keys, num_keys,
+                                                  depth, s.grad_queries + (first + i) * depth);
   };
   for (i = 0; i + 8 <= num_queries; i += 8) add_rows(std::integral_constant<int, 8>{});
   for (; i < num_queries; i += kQueryBlock) add_rows(std::integral_constant<int, kQueryBlock>{});
@@ -109,12 +112,14 @@ void pack_query_terms(const AttentionArgs& a, int64_t head, const GradientScratc
     s.delta[i] = sum;
     s.logsumexp[i] = a.logsumexp[head * a.num_queries + i];
   }
-  for (int64_t i = a.num_queries; i < rounded_up(a.num_queries, kQueryBlock); ++i) s.delta[i] = s.logsumexp[i] = 0.0f;
+  for (int64_t i = a.num_queries; i < rounded_up(a.num_queries, kQueryBlock); ++i)
+    s.delta[i] = s.logsumexp[i] = 0.0f;
 }
 
 template <int64_t kDepth, class T>
 void attention_backward_head(const AttentionArgs& a, int64_t head) {
-  const int64_t depth = rounded_up(kDepth ? kDepth : a.depth, 8), queries = rounded_up(a.num_queries, kQueryBlock);
+  const int64_t depth = rounded_up(kDepth ? kDepth : a.depth, 8),
+                queries = rounded_up(a.num_queries, kQueryBlock);
   const GradientScratch s = gradient_scratch(a.scratch, a.num_queries, depth);
   const T *query = head_of<T>(a.query, head, a.heads), *grad = head_of<T>(a.grad_out, head, a.heads);
   const T *key = head_of<T>(a.key, head, a.heads), *value = head_of<T>(a.value, head, a.heads);
@@ -125,7 +130,8 @@ void attention_backward_head(const AttentionArgs& a, int64_t head) {
   __builtin_memset(s.grad_queries, 0, queries * depth * sizeof(float));
 
   for (int64_t j = 0; j < a.num_keys; j += kKeyTile) {
-    const int64_t num_keys = smaller(kKeyTile, a.num_keys - j), padded_keys = rounded_up(num_keys, kMostLanes);
+    const int64_t num_keys = smaller(kKeyTile, a.num_keys - j),
+                  padded_keys = rounded_up(num_keys, kMostLanes);
     pack<kDepth>(value + j * a.value.row, a.value.row, num_keys, a.depth, 1.0f, padded_keys, s.rows);
     transpose(s.rows, padded_keys, depth, depth, s.value_columns, kKeyTile);
     pack<kDepth>(key + j * a.key.row, a.key.row, num_keys, a.depth, 1.0f, padded_keys, s.keys);

@@ -1,4 +1,5 @@
-// The arguments of attention, and its operands in scratch memory: float32, a depth that is a multiple of 8, no gaps.
+// The arguments of attention, and its operands in scratch memory: float32, a depth that is a multiple of 8,
+// no gaps.
 #pragma once
 
 #include "attention_tiles.h"
@@ -18,7 +19,7 @@ struct AttentionArgs {
   Heads query, key, value, out;
   float* logsumexp;                                  // [B, H, Sq]
   Heads grad_out, grad_query, grad_key, grad_value;  // of the gradient only
-  float* scratch;                                    // of one thread: `attention_scratch` numbers, aligned for vectors
+  float* scratch;  // of one thread: `attention_scratch` numbers, aligned for vectors
 };
 
 constexpr int64_t kMostLanes = 16;  // of an instruction set
@@ -85,8 +86,10 @@ FASTUNLEARN_INLINE void transpose(const float* from, int64_t rows, int64_t colum
       const float* block = from + i * stride + j;
       const Four r0 = load<Four>(block), r1 = load<Four>(block + stride);
       const Four r2 = load<Four>(block + 2 * stride), r3 = load<Four>(block + 3 * stride);
-      const Four low01 = FASTUNLEARN_SHUFFLE(r0, r1, 0, 4, 1, 5), high01 = FASTUNLEARN_SHUFFLE(r0, r1, 2, 6, 3, 7);
-      const Four low23 = FASTUNLEARN_SHUFFLE(r2, r3, 0, 4, 1, 5), high23 = FASTUNLEARN_SHUFFLE(r2, r3, 2, 6, 3, 7);
+      const Four low01 = FASTUNLEARN_SHUFFLE(r0, r1, 0, 4, 1, 5),
+                 high01 = FASTUNLEARN_SHUFFLE(r0, r1, 2, 6, 3, 7);
+      const Four low23 = FASTUNLEARN_SHUFFLE(r2, r3, 0, 4, 1, 5),
+                 high23 = FASTUNLEARN_SHUFFLE(r2, r3, 2, 6, 3, 7);
       float* out = to + j * to_stride + i;
       store(out, FASTUNLEARN_SHUFFLE(low01, low23, 0, 1, 4, 5));
       store(out + to_stride, FASTUNLEARN_SHUFFLE(low01, low23, 2, 3, 6, 7));

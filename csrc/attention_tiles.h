@@ -1,7 +1,8 @@
 // What attention and its gradient are made of: small products with one operand broadcast, and e^x.
 //
-// A vector holds one number for each of kLanes queries (forward) or keys (backward), so that the softmax needs no sums
-// across lanes. A "column" operand lies [depth][stride], a "row" operand [count][depth]; depth is a multiple of 8.
+// A vector holds one number for each of kLanes queries (forward) or keys (backward), so that the softmax
+// needs no sums across lanes. A "column" operand lies [depth][stride], a "row" operand [count][depth]; depth
+// is a multiple of 8.
 #pragma once
 
 #include <type_traits>
@@ -44,8 +45,8 @@ FASTUNLEARN_INLINE void store(float* to, V vector) {
 
 FASTUNLEARN_INLINE Vector larger(Vector a, Vector b) { return a > b ? a : b; }
 
-/// e^x for x < 88, relative error 2^-23 + |x| 2^-26 (|x| 2^-24 without fused multiply-add); 0 below -69, so that
-/// products are not subnormal; NaN stays.
+/// e^x for x < 88, relative error 2^-23 + |x| 2^-26 (|x| 2^-24 without fused multiply-add); 0 below -69, so
+/// that products are not subnormal; NaN stays.
 FASTUNLEARN_INLINE Vector exp(Vector x) {
   constexpr float log2e = 0x1.715476p+0f, magic = 0x1.8p23f + 127;
   const Vector shifted = x * log2e + magic;  // its last places hold round(x log2 e) + 127
@@ -59,7 +60,8 @@ FASTUNLEARN_INLINE Vector exp(Vector x) {
   return x < -69.0f ? Vector{} : sum * power;
 }
 
-/// Calls `run(vectors, start)` for pairs of vectors and perhaps a last single one, until they hold `count` numbers.
+/// Calls `run(vectors, start)` for pairs of vectors and perhaps a last single one, until they hold `count`
+/// numbers.
 template <class Run>
 FASTUNLEARN_INLINE void in_pairs(int64_t count, Run run) {
   int64_t start = 0;
@@ -125,7 +127,8 @@ FASTUNLEARN_INLINE void accumulate(const float* rows, int64_t count, int64_t dep
 
 /// out[d] *= factor, for all d.
 template <int kVectors>
-FASTUNLEARN_INLINE void scale_columns(const Vector (&factor)[kVectors], int64_t depth, float* out, int64_t stride) {
+FASTUNLEARN_INLINE void scale_columns(const Vector (&factor)[kVectors], int64_t depth, float* out,
+                                      int64_t stride) {
   for (int64_t d = 0; d < depth; ++d)
     for (int c = 0; c < kVectors; ++c) {
       float* place = out + d * stride + c * kLanes;
@@ -133,10 +136,11 @@ FASTUNLEARN_INLINE void scale_columns(const Vector (&factor)[kVectors], int64_t 
     }
 }
 
-/// out[r] += sum over i of weights[r][i] rows[i], for kRows rows of `depth` numbers; V has as many lanes as divide it.
+/// out[r] += sum over i of weights[r][i] rows[i], for kRows rows of `depth` numbers; V has as many lanes as
+/// divide it.
 template <class V, int kRows>
-FASTUNLEARN_INLINE void add_weighted_rows(const float* weights, int64_t weight_stride, const float* rows, int64_t count,
-                                          int64_t depth, float* out) {
+FASTUNLEARN_INLINE void add_weighted_rows(const float* weights, int64_t weight_stride, const float* rows,
+                                          int64_t count, int64_t depth, float* out) {
   constexpr int64_t lanes = sizeof(V) / sizeof(float);
   for (int64_t begin = 0; begin < count; begin += kTerms) {
     const int64_t end = begin + kTerms < count ? begin + kTerms : count;
@@ -148,7 +152,8 @@ FASTUNLEARN_INLINE void add_weighted_rows(const float* weights, int64_t weight_s
         for (int r = 0; r < kRows; ++r) sums[r] += weights[r * weight_stride + i] * row;
       }
 #pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) store(out + r * depth + first, load<V>(out + r * depth + first) + sums[r]);
+      for (int r = 0; r < kRows; ++r)
+        store(out + r * depth + first, load<V>(out + r * depth + first) + sums[r]);
     }
   }
 }

@@ -1,10 +1,11 @@
-// The real Fourier basis of an axis (constant, cosines, sines) applied to a block of SIMD lanes, in both directions.
+// The real Fourier basis of an axis (constant, cosines, sines) applied to a block of SIMD lanes, in both
+// directions.
 //
-// Symmetry makes the products short. Under n -> N - n cosines are even and sines odd; under n -> N/2 - n those of even
-// and of odd frequency differ in sign, and the ones of even frequency are the basis of an axis of half the length,
-// where the same holds again. So a signal is folded: mirrored rows are replaced by their sums and differences, in
-// place, until each row serves one family of basis functions, a `Leaf`. For N = 256 and the frequencies up to N/4 that
-// leaves 17 % of the multiplications.
+// Symmetry makes the products short. Under n -> N - n cosines are even and sines odd; under n -> N/2 - n
+// those of even and of odd frequency differ in sign, and the ones of even frequency are the basis of an axis
+// of half the length, where the same holds again. So a signal is folded: mirrored rows are replaced by their
+// sums and differences, in place, until each row serves one family of basis functions, a `Leaf`. For N = 256
+// and the frequencies up to N/4 that leaves 17 % of the multiplications.
 #pragma once
 #include <cstdint>
 
@@ -17,7 +18,8 @@ struct Mirror {
   int64_t first, last, count;
 };
 
-// Folded rows [first_row, first_row + rows) determine the coefficients [first, first + count), by ascending frequency.
+// Folded rows [first_row, first_row + rows) determine the coefficients [first, first + count), by ascending
+// frequency.
 struct Leaf {
   int64_t first_row, rows, first, count;
   const void* table;  // [rows, count]: the basis functions at these rows
@@ -27,7 +29,8 @@ constexpr int64_t kMaxLeaves = 16;
 
 struct FoldedAxis {
   int64_t size, coefficients;
-  int64_t num_fours;  // rows n, N - n, N/2 - n, N/2 + n, for n = 1 to num_fours, are first folded twice, at once
+  int64_t
+      num_fours;  // rows n, N - n, N/2 - n, N/2 + n, for n = 1 to num_fours, are first folded twice, at once
   int64_t num_mirrors, num_leaves;
   Mirror mirrors[kMaxLeaves];
   Leaf leaves[kMaxLeaves];
@@ -43,7 +46,8 @@ namespace fastunlearn::FASTUNLEARN_ISA {
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int64_t kVectorBytes = 64, kMaxVectors = 4;  // 6 x 4 sums, 4 vectors and a factor: 29 of 32 registers
+constexpr int64_t kVectorBytes = 64,
+                  kMaxVectors = 4;  // 6 x 4 sums, 4 vectors and a factor: 29 of 32 registers
 #elif defined(__AVX__)
 constexpr int64_t kVectorBytes = 32, kMaxVectors = 2;  // 6 x 2 sums, 2 vectors and a factor: 15 of 16
 #elif defined(__aarch64__)
@@ -84,7 +88,8 @@ struct Constant {
   static constexpr int64_t value = kValue;
 };
 
-// Calls `run(first lane, lanes, Constant<number of vectors>)` for blocks of nearly equal width that cover `lanes`.
+// Calls `run(first lane, lanes, Constant<number of vectors>)` for blocks of nearly equal width that cover
+// `lanes`.
 template <class Real, class Run>
 FASTUNLEARN_INLINE void for_blocks(int64_t lanes, Run run) {
   int64_t vectors = parts(lanes, kLanes<Real>), first = 0;
@@ -149,8 +154,8 @@ void unfold(const FoldedAxis& axis, Real* rows) {
 
 // --- products with the tables
 
-// Memory that will be read soon. The products leave the memory bus idle, so they fetch it, kLines cache lines in each
-// term of a sum.
+// Memory that will be read soon. The products leave the memory bus idle, so they fetch it, kLines cache lines
+// in each term of a sum.
 class Ahead {
  public:
   static constexpr int64_t kLines = 2;
@@ -174,10 +179,11 @@ class Ahead {
   int64_t count_ = 1;  // the first span is empty
 };
 
-// out[i] = sum_k table[k][i] in[k], i < kRows, for rows of kVectors vectors; or the same with the table transposed.
+// out[i] = sum_k table[k][i] in[k], i < kRows, for rows of kVectors vectors; or the same with the table
+// transposed.
 template <int64_t kRows, int64_t kVectors, bool kTransposed, class Real>
-void product(const Real* table, int64_t table_stride, int64_t terms, const Real* in, int64_t in_stride, Real* out,
-             int64_t out_stride, const char* ahead) {
+void product(const Real* table, int64_t table_stride, int64_t terms, const Real* in, int64_t in_stride,
+             Real* out, int64_t out_stride, const char* ahead) {
   Vector<Real> sum[kRows][kVectors] = {};
   for (int64_t k = 0; k < terms; ++k, in += in_stride) {
     for (int64_t line = 0; line < Ahead::kLines; ++line, ahead += 64) __builtin_prefetch(ahead, 0, 2);
@@ -194,12 +200,13 @@ void product(const Real* table, int64_t table_stride, int64_t terms, const Real*
 #pragma GCC unroll 6
   for (int64_t i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
-    for (int64_t v = 0; v < kVectors; ++v) store_vector<Real>(out + i * out_stride + v * kLanes<Real>, sum[i][v]);
+    for (int64_t v = 0; v < kVectors; ++v)
+      store_vector<Real>(out + i * out_stride + v * kLanes<Real>, sum[i][v]);
 }
 
 template <int64_t kVectors, bool kTransposed, class Real>
-void products(const Real* table, int64_t table_stride, int64_t terms, const Real* in, int64_t in_stride, int64_t rows,
-              Real* out, int64_t out_stride, Ahead& ahead) {
+void products(const Real* table, int64_t table_stride, int64_t terms, const Real* in, int64_t in_stride,
+              int64_t rows, Real* out, int64_t out_stride, Ahead& ahead) {
   for (int64_t tiles = parts(rows, kTileRows); tiles > 0; --tiles) {
     const int64_t tile = parts(rows, tiles);
     const char* lines = ahead.take(terms);
@@ -208,12 +215,23 @@ void products(const Real* table, int64_t table_stride, int64_t terms, const Real
                                                               out_stride, lines);
     };
     switch (tile) {
-      case 1: run(Constant<1>{}); break;
-      case 2: run(Constant<2>{}); break;
-      case 3: run(Constant<3>{}); break;
-      case 4: run(Constant<4>{}); break;
-      case 5: run(Constant<5>{}); break;
-      default: run(Constant<kTileRows>{});
+      case 1:
+        run(Constant<1>{});
+        break;
+      case 2:
+        run(Constant<2>{});
+        break;
+      case 3:
+        run(Constant<3>{});
+        break;
+      case 4:
+        run(Constant<4>{});
+        break;
+      case 5:
+        run(Constant<5>{});
+        break;
+      default:
+        run(Constant<kTileRows>{});
     }
     table += tile * (kTransposed ? table_stride : 1);
     out += tile * out_stride;
@@ -223,20 +241,20 @@ void products(const Real* table, int64_t table_stride, int64_t terms, const Real
 
 // Coefficients of folded rows, the first counts[l] of leaf l, to rows at distance `stride`.
 template <int64_t kVectors, class Real>
-void analyse(const FoldedAxis& axis, const int64_t* counts, const Real* rows, Real* coefficients, int64_t stride,
-             Ahead& ahead) {
+void analyse(const FoldedAxis& axis, const int64_t* counts, const Real* rows, Real* coefficients,
+             int64_t stride, Ahead& ahead) {
   for (int64_t l = 0; l < axis.num_leaves; ++l) {
     const Leaf& leaf = axis.leaves[l];
     products<kVectors, false>(static_cast<const Real*>(leaf.table), leaf.count, leaf.rows,
-                              rows + leaf.first_row * kStride<kVectors, Real>, kStride<kVectors, Real>, counts[l],
-                              coefficients + leaf.first * stride, stride, ahead);
+                              rows + leaf.first_row * kStride<kVectors, Real>, kStride<kVectors, Real>,
+                              counts[l], coefficients + leaf.first * stride, stride, ahead);
   }
 }
 
 // The transpose of `analyse`.
 template <int64_t kVectors, class Real>
-void synthesise(const FoldedAxis& axis, const int64_t* counts, const Real* coefficients, int64_t stride, Real* rows,
-                Ahead& ahead) {
+void synthesise(const FoldedAxis& axis, const int64_t* counts, const Real* coefficients, int64_t stride,
+                Real* rows, Ahead& ahead) {
   for (int64_t l = 0; l < axis.num_leaves; ++l) {
     const Leaf& leaf = axis.leaves[l];
     products<kVectors, true>(static_cast<const Real*>(leaf.table), leaf.count, counts[l],
@@ -271,7 +289,8 @@ FASTUNLEARN_INLINE Vector<Real> pick(Vector<Real> a, Vector<Real> b, typename In
 #endif
 }
 
-// In each block of 2 kHalf x 2 kHalf swaps the two quarters beside the diagonal, then goes on within the quarters.
+// In each block of 2 kHalf x 2 kHalf swaps the two quarters beside the diagonal, then goes on within the
+// quarters.
 template <int64_t kHalf, class Real>
 FASTUNLEARN_INLINE void transpose(Vector<Real>* tile) {
   if constexpr (kHalf > 0) {
@@ -292,7 +311,8 @@ FASTUNLEARN_INLINE void transpose(Vector<Real>* tile) {
   }
 }
 
-// rows[n][l] = sources[l][n] for n < size and kLanes lanes l. Reads up to a vector beyond the ends of the sources.
+// rows[n][l] = sources[l][n] for n < size and kLanes lanes l. Reads up to a vector beyond the ends of the
+// sources.
 template <class Real>
 void gather_lanes(Real* const* sources, int64_t size, Real* rows, int64_t stride) {
   for (int64_t n = 0; n < size; n += kLanes<Real>) {
@@ -300,7 +320,8 @@ void gather_lanes(Real* const* sources, int64_t size, Real* rows, int64_t stride
 #pragma GCC unroll 16
     for (int64_t l = 0; l < kLanes<Real>; ++l) tile[l] = load_vector(sources[l] + n);
     transpose<kLanes<Real> / 2, Real>(tile);
-    for (int64_t k = 0; k < smaller(kLanes<Real>, size - n); ++k) store_vector<Real>(rows + (n + k) * stride, tile[k]);
+    for (int64_t k = 0; k < smaller(kLanes<Real>, size - n); ++k)
+      store_vector<Real>(rows + (n + k) * stride, tile[k]);
   }
 }
 
@@ -310,7 +331,8 @@ void scatter_lanes(const Real* rows, int64_t stride, int64_t size, Real* const* 
   for (int64_t n = 0; n < size; n += kLanes<Real>) {
     Vector<Real> tile[kLanes<Real>];
 #pragma GCC unroll 16
-    for (int64_t k = 0; k < kLanes<Real>; ++k) tile[k] = load_vector(rows + smaller(n + k, size - 1) * stride);
+    for (int64_t k = 0; k < kLanes<Real>; ++k)
+      tile[k] = load_vector(rows + smaller(n + k, size - 1) * stride);
     transpose<kLanes<Real> / 2, Real>(tile);
     const int64_t bytes = smaller(kLanes<Real>, size - n) * sizeof(Real);
     for (int64_t l = 0; l < count; ++l)

@@ -1,4 +1,5 @@
-// What noising and mixture share: images read in blocks, noise given or made, results written in either memory layout.
+// What noising and mixture share: images read in blocks, noise given or made, results written in either
+// memory layout.
 #pragma once
 
 #include "numeric.h"
@@ -46,8 +47,9 @@ constexpr int64_t kScratch = kBlock + 4;  // Philox numbers may begin up to thre
 template <class Real>
 constexpr Type kType = sizeof(Real) == sizeof(float) ? Type::kFloat : Type::kDouble;
 
-/// Elements whose results lie next to each other, from element `place` of the image on: `channels` channels from
-/// `channel` on, of `pixels` pixels from `pixel` on. Where results are NCHW, the whole image counts as one channel.
+/// Elements whose results lie next to each other, from element `place` of the image on: `channels` channels
+/// from `channel` on, of `pixels` pixels from `pixel` on. Where results are NCHW, the whole image counts as
+/// one channel.
 struct Block {
   int64_t pixel, pixels, channel, channels, place, count;
   int64_t plane;  // elements of a channel of the image
@@ -70,10 +72,12 @@ static inline void for_blocks(const Extent& extent, Run run) {
   }
 }
 
-/// out[Channels * i + c] = channels[c][i] for 3 or 4 channels: a constant number becomes shuffles, not single stores.
+/// out[Channels * i + c] = channels[c][i] for 3 or 4 channels: a constant number becomes shuffles, not single
+/// stores.
 template <int Channels, class Real>
 static inline void interleave(const Real* const* channels, int64_t pixels, Real* out) {
-  const Real *first = channels[0], *second = channels[1], *third = channels[2], *last = channels[Channels - 1];
+  const Real *first = channels[0], *second = channels[1], *third = channels[2],
+             *last = channels[Channels - 1];
 #pragma omp simd
   for (int64_t i = 0; i < pixels; ++i) {
     out[Channels * i] = first[i];
@@ -83,11 +87,12 @@ static inline void interleave(const Real* const* channels, int64_t pixels, Real*
   }
 }
 
-/// The numbers of `block` in the order of the results. `fetch(start, count, scratch)` points to `count` numbers of the
-/// image from element `start` (in CHW order) on; `scratch`, of kScratch numbers, is there for it to use.
+/// The numbers of `block` in the order of the results. `fetch(start, count, scratch)` points to `count`
+/// numbers of the image from element `start` (in CHW order) on; `scratch`, of kScratch numbers, is there for
+/// it to use.
 ///
-/// Inputs are interleaved rather than results, so that everything after this is dense: three times as fast as strided
-/// stores into the outputs of mixture at 3x256x256.
+/// Inputs are interleaved rather than results, so that everything after this is dense: three times as fast as
+/// strided stores into the outputs of mixture at 3x256x256.
 template <class Real, class Fetch>
 FASTUNLEARN_INLINE const Real* gather(const Block& block, Real* scratch, Fetch fetch) {
   const int64_t start = block.channel * block.plane + block.pixel;
@@ -108,7 +113,8 @@ FASTUNLEARN_INLINE const Real* gather(const Block& block, Real* scratch, Fetch f
   return scratch;
 }
 
-/// `count` stored numbers from element `start` on: where they are if they are stored as `Real`, else in `scratch`.
+/// `count` stored numbers from element `start` on: where they are if they are stored as `Real`, else in
+/// `scratch`.
 template <class Real>
 static inline const Real* read(const void* data, Type type, int64_t start, int64_t count, Real* scratch) {
   if (type == kType<Real>) return static_cast<const Real*>(data) + start;
@@ -120,7 +126,8 @@ static inline const Real* read(const void* data, Type type, int64_t start, int64
 
 /// Normal numbers of elements [start, start + count) of sample `b`, in `scratch`.
 template <class Real>
-static inline const Real* make_noise(const Noise& noise, int64_t b, int64_t start, int64_t count, Real* scratch) {
+static inline const Real* make_noise(const Noise& noise, int64_t b, int64_t start, int64_t count,
+                                     Real* scratch) {
   const int64_t before = start % 4;  // a channel may begin amid the four elements of a counter
   const uint32_t row = noise.first_row + static_cast<uint32_t>(b);
   if constexpr (kType<Real> == Type::kFloat) {
@@ -135,7 +142,8 @@ static inline const Real* make_noise(const Noise& noise, int64_t b, int64_t star
 
 /// The elements of `block` of sample `b`; `scratch` holds kScratch numbers.
 template <class Real>
-static inline const Real* read_row(const Rows& rows, int64_t elements, int64_t b, const Block& block, Real* scratch) {
+static inline const Real* read_row(const Rows& rows, int64_t elements, int64_t b, const Block& block,
+                                   Real* scratch) {
   const int64_t row = rows.index == nullptr ? b : rows.index[b];
   return gather(block, scratch, [&](int64_t start, int64_t count, Real* own) {
     return read(rows.data, rows.type, row * elements + start, count, own);
@@ -154,7 +162,8 @@ static inline const Real* read_noise(const Noise& noise, int64_t elements, int64
 
 /// Writes `number(i)` for the elements of `block` of sample `b`, rounded to the type of `output`.
 template <class Real, class Number>
-FASTUNLEARN_INLINE void write(const Output& output, int64_t elements, int64_t b, const Block& block, Number number) {
+FASTUNLEARN_INLINE void write(const Output& output, int64_t elements, int64_t b, const Block& block,
+                              Number number) {
   const int64_t first = b * elements + block.place;
   Real scratch[kBlock];
   Real* out = output.type == kType<Real> ? static_cast<Real*>(output.data) + first : scratch;

@@ -1,4 +1,5 @@
-// Binding of csrc/lowpass_residual.h: checks, the folded axes with their tables, and planes shared among threads.
+// Binding of csrc/lowpass_residual.h: checks, the folded axes with their tables, and planes shared among
+// threads.
 #include "lowpass_residual.h"
 
 #include <algorithm>
@@ -10,13 +11,16 @@ FASTUNLEARN_DISPATCH(lowpass_residual, LowpassResidualArgs)
 namespace fastunlearn {
 namespace {
 
-// An axis is folded on while the next leaves get three frequencies or more: smaller ones cost more than they save.
+// An axis is folded on while the next leaves get three frequencies or more: smaller ones cost more than they
+// save.
 constexpr int64_t kWorthFolding = 5;
 
-// Columns of narrow planes that are transformed side by side: enough to fill the vectors, and they stay in the cache.
+// Columns of narrow planes that are transformed side by side: enough to fill the vectors, and they stay in
+// the cache.
 constexpr int64_t kNarrow = 128, kColumns = 512;
 
-// Gradients of this size leave the caches before anyone reads them: streamed, their old contents are not fetched.
+// Gradients of this size leave the caches before anyone reads them: streamed, their old contents are not
+// fetched.
 constexpr int64_t kStreamBytes = 4 << 20;
 
 // A folded axis, and the memory of its tables.
@@ -30,7 +34,8 @@ class AxisTables {
     axis.coefficients = coefficients;
     place.resize(coefficients);
     tables_.resize(kMaxLeaves);
-    // Left to fold, for the multiples of `step`: rows 0 to period / 2 (cosines), the last (period - 1) / 2 (sines).
+    // Left to fold, for the multiples of `step`: rows 0 to period / 2 (cosines), the last (period - 1) / 2
+    // (sines).
     int64_t period = size, step = 1;
     if (size % 2 == 0) {
       const int64_t half = size / 2;
@@ -69,7 +74,8 @@ class AxisTables {
   // The cosines or sines of the frequencies first, first + step, ...
   void add_leaf(int64_t first_row, int64_t rows, int64_t first, int64_t step, int64_t cosine) {
     std::vector<int64_t> columns;
-    for (int64_t u = first; 2 * u - cosine < coefficients_; u += step) columns.push_back(u == 0 ? 0 : 2 * u - cosine);
+    for (int64_t u = first; 2 * u - cosine < coefficients_; u += step)
+      columns.push_back(u == 0 ? 0 : 2 * u - cosine);
     const int64_t count = columns.size();
     std::vector<Real>& table = tables_[axis.num_leaves];
     table.resize(rows * count);
@@ -90,13 +96,15 @@ template <class Real>
 void run(LowpassResidualArgs& args, int64_t batch, const Tensor& band, const Tensor& row_basis,
          const Tensor& column_basis) {
   const AxisTables<Real> height(row_basis.const_data_ptr<Real>(), row_basis.size(0), row_basis.size(1));
-  const AxisTables<Real> width(column_basis.const_data_ptr<Real>(), column_basis.size(0), column_basis.size(1));
+  const AxisTables<Real> width(column_basis.const_data_ptr<Real>(), column_basis.size(0),
+                               column_basis.size(1));
   args.height = height.axis;
   args.width = width.axis;
   args.lane_place = height.place.data();
 
   const int64_t lanes = args.height.coefficients, planes = batch * args.channels;
-  args.planes = std::max<int64_t>(1, std::min(planes, args.width.size > kNarrow ? 1 : kColumns / args.width.size));
+  args.planes =
+      std::max<int64_t>(1, std::min(planes, args.width.size > kNarrow ? 1 : kColumns / args.width.size));
   args.column_stride = row_stride(args.planes * (args.width.size + 15));
   args.lane_stride = row_stride(args.planes * lanes);
 
@@ -137,8 +145,8 @@ void check_images(const char* name, const Tensor& images, const Tensor& like) {
   STD_TORCH_CHECK(images.dim() == 4 && is_float(images), name,
                   ": expected a floating-point tensor of 4 dimensions, got ", images.dim());
   for (int64_t d = 0; d < 4; ++d)
-    STD_TORCH_CHECK(images.size(d) == like.size(d), name, ": expected size ", like.size(d), " of dimension ", d,
-                    ", got ", images.size(d));
+    STD_TORCH_CHECK(images.size(d) == like.size(d), name, ": expected size ", like.size(d), " of dimension ",
+                    d, ", got ", images.size(d));
   int64_t expected = 1;
   for (int64_t d = 3; d > 0; --d) {
     STD_TORCH_CHECK(images.size(d) == 1 || images.stride(d) == expected, name, ": expected dense samples");
@@ -148,15 +156,15 @@ void check_images(const char* name, const Tensor& images, const Tensor& like) {
 
 void check_basis(const char* name, const Tensor& basis, int64_t size, int64_t frequencies, ScalarType type) {
   const int64_t columns = std::min(2 * frequencies - 1, size);
-  STD_TORCH_CHECK(basis.dim() == 2 && basis.size(0) == size && basis.size(1) == columns, name, ": expected shape [",
-                  size, ", ", columns, "]");
+  STD_TORCH_CHECK(basis.dim() == 2 && basis.size(0) == size && basis.size(1) == columns, name,
+                  ": expected shape [", size, ", ", columns, "]");
   STD_TORCH_CHECK(basis.scalar_type() == type && basis.is_contiguous(), name, ": expected contiguous ",
                   type == ScalarType::Double ? "float64" : "float32");
 }
 
-void lowpass_residual(const Tensor& prediction, const Tensor& target, const Tensor& weight, const Tensor& band,
-                      double inside, double outside, const Tensor& row_basis, const Tensor& column_basis,
-                      const Tensor& energy, const Tensor& gradient) {
+void lowpass_residual(const Tensor& prediction, const Tensor& target, const Tensor& weight,
+                      const Tensor& band, double inside, double outside, const Tensor& row_basis,
+                      const Tensor& column_basis, const Tensor& energy, const Tensor& gradient) {
   check_images("prediction", prediction, prediction);
   check_images("target", target, prediction);
   check_images("gradient", gradient, prediction);
@@ -166,12 +174,13 @@ void lowpass_residual(const Tensor& prediction, const Tensor& target, const Tens
   const ScalarType compute = is_double ? ScalarType::Double : ScalarType::Float;
   STD_TORCH_CHECK(gradient.is_contiguous() && gradient.scalar_type() == prediction.scalar_type(),
                   "gradient: expected the prediction's dtype, contiguous");
+  STD_TORCH_CHECK(energy.dim() == 1 && energy.size(0) == batch && energy.is_contiguous() &&
+                      energy.scalar_type() == compute,
+                  "energy: expected ", batch, " contiguous ", is_double ? "float64" : "float32");
   STD_TORCH_CHECK(
-      energy.dim() == 1 && energy.size(0) == batch && energy.is_contiguous() && energy.scalar_type() == compute,
-      "energy: expected ", batch, " contiguous ", is_double ? "float64" : "float32");
-  STD_TORCH_CHECK(weight.dim() == 1 && weight.size(0) == batch && weight.is_contiguous() &&
-                      (weight.scalar_type() == ScalarType::Float || weight.scalar_type() == ScalarType::Double),
-                  "weight: expected ", batch, " contiguous float32 or float64");
+      weight.dim() == 1 && weight.size(0) == batch && weight.is_contiguous() &&
+          (weight.scalar_type() == ScalarType::Float || weight.scalar_type() == ScalarType::Double),
+      "weight: expected ", batch, " contiguous float32 or float64");
   STD_TORCH_CHECK(band.dim() == 2 && band.is_contiguous() && band.scalar_type() == ScalarType::Float,
                   "band: expected a contiguous float32 tensor of 2 dimensions");
   check_basis("row_basis", row_basis, height, band.size(0), compute);

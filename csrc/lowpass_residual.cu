@@ -27,19 +27,21 @@ const Function kKernels[] = {
     lowpass_select,
     lowpass_energy,
 };
-static_assert(sizeof(kKernels) / sizeof(kKernels[0]) == fastunlearn_lowpass::kKernels, "one entry for each kernel");
+static_assert(sizeof(kKernels) / sizeof(kKernels[0]) == fastunlearn_lowpass::kKernels,
+              "one entry for each kernel");
 
 cudaError_t launch(const fastunlearn_lowpass::Step& step, Arguments& arguments, cudaStream_t stream) {
   constexpr int kDefaultShared = 48 * 1024;  // bytes; more has to be asked for
   if (step.blocks > INT_MAX) return cudaErrorInvalidConfiguration;
   const void* kernel = reinterpret_cast<const void*>(kKernels[step.kernel]);
   if (step.shared > kDefaultShared) {
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, step.shared);
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, step.shared);
     if (error != cudaSuccess) return error;
   }
   void* parameters[] = {&arguments};
-  return cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(step.blocks)), dim3(step.threads), parameters, step.shared,
-                          stream);
+  return cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(step.blocks)), dim3(step.threads), parameters,
+                          step.shared, stream);
 }
 
 }  // namespace

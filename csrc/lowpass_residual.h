@@ -1,10 +1,10 @@
 // Energy of a band of spatial frequencies of r = prediction - target, and its gradient: the projection
-// P r = U_H [mask o (U_H' r U_W)] U_W' in the real Fourier basis U of each axis (csrc/folded_axis.h), as matrix
-// products in the cache.
+// P r = U_H [mask o (U_H' r U_W)] U_W' in the real Fourier basis U of each axis (csrc/folded_axis.h), as
+// matrix products in the cache.
 //
-// An axis is transformed as the rows of a block whose columns are SIMD lanes. The H axis comes first, with image
-// columns as lanes (those of several planes side by side, where planes are small); then, transposed, the W axis with
-// the coefficients of the H axis as lanes.
+// An axis is transformed as the rows of a block whose columns are SIMD lanes. The H axis comes first, with
+// image columns as lanes (those of several planes side by side, where planes are small); then, transposed,
+// the W axis with the coefficients of the H axis as lanes.
 #pragma once
 #include <cstdint>
 
@@ -17,27 +17,27 @@
 namespace fastunlearn {
 
 struct LowpassResidualArgs {
-  Type prediction_type, target_type;         // the gradient has that of the prediction
-  Type compute_type;                         // float or double: that of the tables, the mask and the scratch
-  const void *prediction, *target;           // [B, C, H, W], samples dense
-  void* gradient;                            // [B, C, H, W], dense
-  bool stream;                               // the gradient bypasses the caches; its rows are whole cache lines
+  Type prediction_type, target_type;  // the gradient has that of the prediction
+  Type compute_type;                  // float or double: that of the tables, the mask and the scratch
+  const void *prediction, *target;    // [B, C, H, W], samples dense
+  void* gradient;                     // [B, C, H, W], dense
+  bool stream;                        // the gradient bypasses the caches; its rows are whole cache lines
   int64_t prediction_stride, target_stride;  // elements from sample to sample
   int64_t channels;
-  const double* weight;                      // [B]
+  const double* weight;  // [B]
   double inside, outside;
   FoldedAxis height, width;
-  const int64_t* lane_place;                 // [height.coefficients]: lane, by frequency -> place among the leaves
-  const void* mask;                          // [width.coefficients, lane_stride]: 0 or 1, once for each plane
-  const int64_t* reach;                      // [width.coefficients]: lanes of a plane up to the last 1 of the mask
-  int64_t planes;                            // that are transformed side by side
-  int64_t column_stride, lane_stride;        // `row_stride` of their columns and lanes
-  double* energy;                            // [B, C], without the weight
-  void* scratch;                             // of one thread, `lowpass_scratch` elements, at a cache line
+  const int64_t* lane_place;           // [height.coefficients]: lane, by frequency -> place among the leaves
+  const void* mask;                    // [width.coefficients, lane_stride]: 0 or 1, once for each plane
+  const int64_t* reach;                // [width.coefficients]: lanes of a plane up to the last 1 of the mask
+  int64_t planes;                      // that are transformed side by side
+  int64_t column_stride, lane_stride;  // `row_stride` of their columns and lanes
+  double* energy;                      // [B, C], without the weight
+  void* scratch;                       // of one thread, `lowpass_scratch` elements, at a cache line
 };
 
-// Elements from row to row: room for a vector beyond the last column, and an odd number of cache lines, so that rows do
-// not compete for the same sets of a cache.
+// Elements from row to row: room for a vector beyond the last column, and an odd number of cache lines, so
+// that rows do not compete for the same sets of a cache.
 constexpr int64_t row_stride(int64_t columns) { return ((columns + 31) / 16 | 1) * 16; }
 
 constexpr int64_t lowpass_scratch(const LowpassResidualArgs& args) {
@@ -79,11 +79,12 @@ class Planes {
   Planes(const LowpassResidualArgs& args, int64_t first, int64_t count, int64_t next)
       : args_(args), first_(first), count_(count) {
     const int64_t longest = larger(args.height.size, args.width.size);
-    block_ = static_cast<Real*>(args.scratch);                                  // [H or W, lanes of the block]
-    coefficients_ = block_ + longest * kMaxBlock;                               // [height.coefficients, column_stride]
-    spectrum_ = coefficients_ + args.height.coefficients * args.column_stride;  // [width.coefficients, kMaxBlock]
-    converted_ = spectrum_ + args.width.coefficients * kMaxBlock;               // [3, H, kMaxBlock]
-    energy_ = converted_ + 3 * args.height.size * kMaxBlock;                    // [lanes]
+    block_ = static_cast<Real*>(args.scratch);     // [H or W, lanes of the block]
+    coefficients_ = block_ + longest * kMaxBlock;  // [height.coefficients, column_stride]
+    spectrum_ =
+        coefficients_ + args.height.coefficients * args.column_stride;  // [width.coefficients, kMaxBlock]
+    converted_ = spectrum_ + args.width.coefficients * kMaxBlock;       // [3, H, kMaxBlock]
+    energy_ = converted_ + 3 * args.height.size * kMaxBlock;            // [lanes]
     for (int64_t l = 0; l < args.height.num_leaves; ++l) all_[l] = args.height.leaves[l].count;
     if (next > 0) {
       look_ahead(args.prediction, args.prediction_type, args.prediction_stride, next);
@@ -132,7 +133,8 @@ class Planes {
 
   // The coefficients of plane p.
   Real* coefficients_of(int64_t p) const {
-    const int64_t together = planes_in_block(), lanes = parts(together * args_.width.size, kLanes<Real>) * kLanes<Real>;
+    const int64_t together = planes_in_block(),
+                  lanes = parts(together * args_.width.size, kLanes<Real>) * kLanes<Real>;
     return coefficients_ + p / together * lanes + p % together * args_.width.size;
   }
 
@@ -166,8 +168,8 @@ class Planes {
 
   Rows target(int64_t p, const Block& block) {
     Real* scratch = converted_ + args_.height.size * kMaxBlock;
-    return rows(args_.target, args_.target_type, start_of(p, block.column, args_.target_stride), block.columns,
-                scratch);
+    return rows(args_.target, args_.target_type, start_of(p, block.column, args_.target_stride),
+                block.columns, scratch);
   }
 
   Rows rows(const void* array, Type type, int64_t start, int64_t columns, Real* scratch) {
@@ -175,7 +177,8 @@ class Planes {
     if (type == kType) return {static_cast<const Real*>(array) + start, width};
     with_float_type(type, [&](auto* tag) {
       const auto* stored = static_cast<decltype(tag)>(const_cast<void*>(array)) + start;
-      for (int64_t n = 0; n < args_.height.size; ++n) load(stored + n * width, columns, scratch + n * kMaxBlock);
+      for (int64_t n = 0; n < args_.height.size; ++n)
+        load(stored + n * width, columns, scratch + n * kMaxBlock);
     });
     return {scratch, kMaxBlock};
   }
@@ -194,14 +197,16 @@ class Planes {
     }
   }
 
-  // The W axis of lanes [lane, lane + count): to the spectrum, masked, and back. Keeps the energy of each lane.
+  // The W axis of lanes [lane, lane + count): to the spectrum, masked, and back. Keeps the energy of each
+  // lane.
   template <class Vectors>
   void filter(int64_t lane, int64_t count, Vectors) {
     constexpr int64_t kVectors = Vectors::value, stride = kStride<kVectors, Real>;
     const FoldedAxis& width = args_.width;
     Real* places[stride];
     place_lanes(lane, count, stride, places);
-    for (int64_t v = 0; v < stride; v += kLanes<Real>) gather_lanes<Real>(places + v, width.size, block_ + v, stride);
+    for (int64_t v = 0; v < stride; v += kLanes<Real>)
+      gather_lanes<Real>(places + v, width.size, block_ + v, stride);
     int64_t counts[kMaxLeaves];
     count_coefficients(lane, count, counts);
     fold<kVectors>(width, block_);
@@ -212,8 +217,8 @@ class Planes {
 #pragma GCC unroll 4
         for (int64_t v = 0; v < kVectors; ++v) {
           Real* at = spectrum_ + c * kMaxBlock + v * kLanes<Real>;
-          const Vector<Real> mask =
-              load_vector(static_cast<const Real*>(args_.mask) + c * args_.lane_stride + lane + v * kLanes<Real>);
+          const Vector<Real> mask = load_vector(static_cast<const Real*>(args_.mask) + c * args_.lane_stride +
+                                                lane + v * kLanes<Real>);
           const Vector<Real> kept = mask * load_vector(at);
           energy[v] += kept * kept;
           store_vector<Real>(at, kept);
@@ -239,7 +244,8 @@ class Planes {
   // Coefficients of each leaf up to the last one that the mask keeps in one of the lanes: fewer for a disc.
   void count_coefficients(int64_t lane, int64_t count, int64_t* counts) const {
     const int64_t lanes = args_.height.coefficients, last = lane + count - 1;
-    const int64_t lowest = lane / lanes == last / lanes ? lane % lanes : 0;  // of these lanes, within their planes
+    const int64_t lowest =
+        lane / lanes == last / lanes ? lane % lanes : 0;  // of these lanes, within their planes
     for (int64_t l = 0; l < args_.width.num_leaves; ++l) {
       const Leaf& leaf = args_.width.leaves[l];
       counts[l] = leaf.count;
@@ -256,18 +262,20 @@ class Planes {
       const int64_t start = start_of(p, block.column, args_.channels * height * width);
       Real* out = direct ? static_cast<Real*>(args_.gradient) + start : converted_ + 2 * height * kMaxBlock;
       const int64_t out_stride = direct ? width : kMaxBlock;
-      const double scale = 2 * args_.weight[(first_ + p) / args_.channels], outside = args_.outside * args_.outside;
+      const double scale = 2 * args_.weight[(first_ + p) / args_.channels],
+                   outside = args_.outside * args_.outside;
       const Real of_band = static_cast<Real>(scale * args_.inside * args_.inside),
                  of_rest = static_cast<Real>(scale * outside);
       if (outside != 0) {
         const Rows x = prediction(p, block), y = target(p, block);
         double energy = 0;
         for (int64_t n = 0; n < height; ++n)
-          energy += static_cast<double>(
-              write_all(x.row(n), y.row(n), projected + n * stride, columns, of_band, of_rest, out + n * out_stride));
+          energy += static_cast<double>(write_all(x.row(n), y.row(n), projected + n * stride, columns,
+                                                  of_band, of_rest, out + n * out_stride));
         args_.energy[first_ + p] += outside * energy;
       } else {
-        for (int64_t n = 0; n < height; ++n) write_band(projected + n * stride, columns, of_band, out + n * out_stride);
+        for (int64_t n = 0; n < height; ++n)
+          write_band(projected + n * stride, columns, of_band, out + n * out_stride);
       }
       for (int64_t n = 0; n < height && !direct; ++n)
         store(out + n * kMaxBlock, columns, args_.prediction_type, args_.gradient, start + n * width, 1);
@@ -284,8 +292,8 @@ class Planes {
     }
   }
 
-  Real write_all(const Real* x, const Real* y, const Real* projected, int64_t columns, Real of_band, Real of_rest,
-                 Real* out) {
+  Real write_all(const Real* x, const Real* y, const Real* projected, int64_t columns, Real of_band,
+                 Real of_rest, Real* out) {
     Real energy = 0;
 #pragma omp simd reduction(+ : energy)
     for (int64_t w = 0; w < columns; ++w) {
@@ -306,7 +314,9 @@ class Planes {
 template <class Real>
 void run_planes(const LowpassResidualArgs& args, int64_t begin, int64_t end) {
   for (int64_t plane = begin; plane < end; plane += args.planes)
-    Planes<Real>(args, plane, smaller(args.planes, end - plane), smaller(args.planes, end - plane - args.planes)).run();
+    Planes<Real>(args, plane, smaller(args.planes, end - plane),
+                 smaller(args.planes, end - plane - args.planes))
+        .run();
 #ifdef __SSE2__
   if (args.stream) _mm_sfence();
 #endif
@@ -316,7 +326,8 @@ void run_planes(const LowpassResidualArgs& args, int64_t begin, int64_t end) {
 
 // Planes [begin, end) of the B * C planes.
 void lowpass_residual(const LowpassResidualArgs& args, int64_t begin, int64_t end) {
-  args.compute_type == Type::kDouble ? run_planes<double>(args, begin, end) : run_planes<float>(args, begin, end);
+  args.compute_type == Type::kDouble ? run_planes<double>(args, begin, end)
+                                     : run_planes<float>(args, begin, end);
 }
 
 }  // namespace fastunlearn::FASTUNLEARN_ISA

@@ -1,5 +1,5 @@
-// Building blocks of the lowpass_residual kernels: groups of four pixels, float32 products on tensor cores, sums over a
-// block.
+// Building blocks of the lowpass_residual kernels: groups of four pixels, float32 products on tensor cores,
+// sums over a block.
 #pragma once
 
 #include "lowpass_residual_plan.h"
@@ -9,8 +9,8 @@ namespace fastunlearn_lowpass {
 
 extern __shared__ float lowpass_shared[];  // 16-byte aligned
 
-// Four neighbouring pixels of prediction and target as they stand in memory, in flight while the tensor cores work on
-// the pixels before them.
+// Four neighbouring pixels of prediction and target as they stand in memory, in flight while the tensor cores
+// work on the pixels before them.
 struct Group {
   unsigned prediction[4], target[4];
 };
@@ -29,8 +29,10 @@ __device__ __forceinline__ unsigned encode_half(float value, int type) {
   return value != value ? 0x7fffu : (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;  // to nearest, ties to even
 }
 
-// Reads the pixels of the group whose bit in `mask` is set; `vector`: the group is aligned and may be read whole.
-__device__ __forceinline__ void fetch(unsigned (&word)[4], const char* address, int type, bool vector, unsigned mask) {
+// Reads the pixels of the group whose bit in `mask` is set; `vector`: the group is aligned and may be read
+// whole.
+__device__ __forceinline__ void fetch(unsigned (&word)[4], const char* address, int type, bool vector,
+                                      unsigned mask) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) word[i] = 0;
   if (mask == 0) return;
@@ -45,18 +47,21 @@ __device__ __forceinline__ void fetch(unsigned (&word)[4], const char* address, 
       if (type == kFloat32) {
         word[i] = reinterpret_cast<const unsigned*>(address)[i];
       } else {
-        word[i / 2] |= static_cast<unsigned>(reinterpret_cast<const unsigned short*>(address)[i]) << (16 * (i % 2));
+        word[i / 2] |= static_cast<unsigned>(reinterpret_cast<const unsigned short*>(address)[i])
+                       << (16 * (i % 2));
       }
     }
   }
 }
 
-__device__ __forceinline__ void store(char* address, const float (&value)[4], int type, bool vector, unsigned mask) {
+__device__ __forceinline__ void store(char* address, const float (&value)[4], int type, bool vector,
+                                      unsigned mask) {
   if (vector && mask == 15u && type == kFloat32) {
     *reinterpret_cast<float4*>(address) = make_float4(value[0], value[1], value[2], value[3]);
   } else if (vector && mask == 15u) {
-    *reinterpret_cast<uint2*>(address) = make_uint2(encode_half(value[0], type) | encode_half(value[1], type) << 16,
-                                                    encode_half(value[2], type) | encode_half(value[3], type) << 16);
+    *reinterpret_cast<uint2*>(address) =
+        make_uint2(encode_half(value[0], type) | encode_half(value[1], type) << 16,
+                   encode_half(value[2], type) | encode_half(value[3], type) << 16);
   } else {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -64,7 +69,8 @@ __device__ __forceinline__ void store(char* address, const float (&value)[4], in
       if (type == kFloat32) {
         reinterpret_cast<float*>(address)[i] = value[i];
       } else {
-        reinterpret_cast<unsigned short*>(address)[i] = static_cast<unsigned short>(encode_half(value[i], type));
+        reinterpret_cast<unsigned short*>(address)[i] =
+            static_cast<unsigned short>(encode_half(value[i], type));
       }
     }
   }
@@ -79,10 +85,12 @@ struct Plane {
   __device__ __forceinline__ Plane(const Arguments& a, long long plane) {
     const long long sample = plane / a.channels,
                     inside = plane % a.channels * (static_cast<long long>(a.height) * a.width);
-    prediction =
-        static_cast<const char*>(a.prediction) + (sample * a.prediction_stride + inside) * bytes_of(a.prediction_type);
-    target = static_cast<const char*>(a.target) + (sample * a.target_stride + inside) * bytes_of(a.target_type);
-    gradient = static_cast<char*>(a.gradient) + (sample * a.gradient_stride + inside) * bytes_of(a.prediction_type);
+    prediction = static_cast<const char*>(a.prediction) +
+                 (sample * a.prediction_stride + inside) * bytes_of(a.prediction_type);
+    target =
+        static_cast<const char*>(a.target) + (sample * a.target_stride + inside) * bytes_of(a.target_type);
+    gradient =
+        static_cast<char*>(a.gradient) + (sample * a.gradient_stride + inside) * bytes_of(a.prediction_type);
     scale = 2 * weight(a, sample);
   }
 
@@ -91,8 +99,10 @@ struct Plane {
                               : static_cast<const float*>(a.weight)[sample];
   }
 
-  __device__ __forceinline__ void fetch_group(Group& group, const Arguments& a, long long pixel, unsigned mask) const {
-    fetch(group.prediction, prediction + pixel * bytes_of(a.prediction_type), a.prediction_type, a.vector, mask);
+  __device__ __forceinline__ void fetch_group(Group& group, const Arguments& a, long long pixel,
+                                              unsigned mask) const {
+    fetch(group.prediction, prediction + pixel * bytes_of(a.prediction_type), a.prediction_type, a.vector,
+          mask);
     fetch(group.target, target + pixel * bytes_of(a.target_type), a.target_type, a.vector, mask);
   }
 
@@ -103,17 +113,20 @@ struct Plane {
 };
 
 __device__ __forceinline__ float residual(const Group& group, const Arguments& a, unsigned mask, int i) {
-  return mask >> i & 1u ? decode(group.prediction, a.prediction_type, i) - decode(group.target, a.target_type, i) : 0.f;
+  return mask >> i & 1u
+             ? decode(group.prediction, a.prediction_type, i) - decode(group.target, a.target_type, i)
+             : 0.f;
 }
 
-// x = high + low with 11 significant bits each, all that TF32 keeps; what is lost is at most 2^-22 |x|. The tensor core
-// drops the last 13 bits.
+// x = high + low with 11 significant bits each, all that TF32 keeps; what is lost is at most 2^-22 |x|. The
+// tensor core drops the last 13 bits.
 __device__ __forceinline__ void split(float x, unsigned& high, unsigned& low) {
   high = (__float_as_uint(x) + 0x1000u) & 0xffffe000u;
   low = __float_as_uint(x - __uint_as_float(high)) + 0x1000u;
 }
 
-// An operand in shared memory: a number, or its two halves where it is used often enough to be split only once.
+// An operand in shared memory: a number, or its two halves where it is used often enough to be split only
+// once.
 __device__ __forceinline__ void put(float& slot, float x) { slot = x; }
 __device__ __forceinline__ void put(uint2& slot, float x) { split(x, slot.x, slot.y); }
 __device__ __forceinline__ void halves(float x, unsigned& high, unsigned& low) { split(x, high, low); }
@@ -122,13 +135,13 @@ __device__ __forceinline__ void halves(uint2 x, unsigned& high, unsigned& low) {
   low = x.y;
 }
 
-// sum[i][j] += A B for the 16 x 8 tiles i < kRowTiles, j < tiles <= kColumnTiles of a warp, over `steps` times eight k,
-// in float32 accuracy: A B = high high + high low + low high + (low low, under 2^-22). `a(row, k)` and `b(k, column)`
-// give the operands. The tensor core truncates its sums, so those of one step are added to the total by ordinary,
-// rounded additions.
+// sum[i][j] += A B for the 16 x 8 tiles i < kRowTiles, j < tiles <= kColumnTiles of a warp, over `steps`
+// times eight k, in float32 accuracy: A B = high high + high low + low high + (low low, under 2^-22). `a(row,
+// k)` and `b(k, column)` give the operands. The tensor core truncates its sums, so those of one step are
+// added to the total by ordinary, rounded additions.
 template <int kRowTiles, int kColumnTiles, class A, class B>
-__device__ __forceinline__ void multiply(float (&sum)[kRowTiles][kColumnTiles][4], int tiles, int steps, const A& a,
-                                         const B& b) {
+__device__ __forceinline__ void multiply(float (&sum)[kRowTiles][kColumnTiles][4], int tiles, int steps,
+                                         const A& a, const B& b) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
@@ -162,7 +175,8 @@ __device__ __forceinline__ void multiply(float (&sum)[kRowTiles][kColumnTiles][4
 __device__ __forceinline__ int row_of(int e) { return threadIdx.x % 32 / 4 + 8 * (e / 2); }
 __device__ __forceinline__ int column_of(int e) { return threadIdx.x % 4 * 2 + e % 2; }
 
-// The sum of `value` over the block, in a fixed order, given to thread 0. `scratch`: a float for each warp, not in use.
+// The sum of `value` over the block, in a fixed order, given to thread 0. `scratch`: a float for each warp,
+// not in use.
 __device__ __forceinline__ float block_sum(float value, float* scratch) {
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);

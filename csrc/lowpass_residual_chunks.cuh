@@ -1,12 +1,13 @@
-// What the streamed kernels of lowpass_residual.cuh move between global and shared memory: chunks of image columns with
-// their mirror images, and parts of the two bases.
+// What the streamed kernels of lowpass_residual.cuh move between global and shared memory: chunks of image
+// columns with their mirror images, and parts of the two bases.
 #pragma once
 
 #include "lowpass_residual_blocks.cuh"
 
 namespace fastunlearn_lowpass {
 
-// Packed column q of a panel: first kFrequencies cosines, from frequency 0 on, then as many sines, from frequency 1 on.
+// Packed column q of a panel: first kFrequencies cosines, from frequency 0 on, then as many sines, from
+// frequency 1 on.
 struct PackedColumn {
   int frequency, column;  // column of the basis, or -1: none
 
@@ -24,10 +25,10 @@ __device__ __forceinline__ int tiles_of(const Arguments& a, int panel, int sine)
   return min(S::kTiles, max(0, ceil_div(a.column_frequencies - sine - panel * S::kFrequencies, 8)));
 }
 
-// A chunk of a block: columns [first, first + kChunk) as they are, and their mirror images, columns (W - first -
-// kChunk, W - first]. Every column c belongs to one side: 2 c <= W is direct. Groups of four aligned columns: the
-// mirror images of first + 1 ... first + kChunk, so slab column 0 of the mirror side comes from the neighbouring chunk.
-// A thread has the same four columns of every kRowStep-th row.
+// A chunk of a block: columns [first, first + kChunk) as they are, and their mirror images, columns (W -
+// first - kChunk, W - first]. Every column c belongs to one side: 2 c <= W is direct. Groups of four aligned
+// columns: the mirror images of first + 1 ... first + kChunk, so slab column 0 of the mirror side comes from
+// the neighbouring chunk. A thread has the same four columns of every kRowStep-th row.
 template <class S>
 struct ChunkGroups {
   static constexpr int kSide = kChunk / 4, kRowStep = S::kThreads / (2 * kSide), kCount = kRows / kRowStep;
@@ -59,18 +60,20 @@ struct ChunkGroups {
   // The pixel's place in the direct or the mirror slab, which follows it.
   __device__ __forceinline__ int slab_index(int i, int e) const {
     const int offset = threadIdx.x % kSide * 4 + e;
-    return (first_row + i * kRowStep + (mirrored ? kRows : 0)) * kSlabPitch + (mirrored ? kChunk - offset : offset);
+    return (first_row + i * kRowStep + (mirrored ? kRows : 0)) * kSlabPitch +
+           (mirrored ? kChunk - offset : offset);
   }
 
-  __device__ __forceinline__ void fetch(Group (&groups)[kCount], const Arguments& a, const Plane& plane, int block_row,
-                                        int rows) const {
+  __device__ __forceinline__ void fetch(Group (&groups)[kCount], const Arguments& a, const Plane& plane,
+                                        int block_row, int rows) const {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) plane.fetch_group(groups[i], a, pixel(a, block_row, i), mask_of(i, rows));
+    for (int i = 0; i < kCount; ++i)
+      plane.fetch_group(groups[i], a, pixel(a, block_row, i), mask_of(i, rows));
   }
 };
 
-// table[m][q] (q < kColumns, kPitch a row): packed column q of the column basis at image column first + m, 0 beyond the
-// middle.
+// table[m][q] (q < kColumns, kPitch a row): packed column q of the column basis at image column first + m, 0
+// beyond the middle.
 template <class S, class Slot>
 __device__ __forceinline__ void stage_columns(Slot* table, const Arguments& a, int panel, int first) {
   for (int q = threadIdx.x; q < S::kColumns; q += S::kThreads) {
@@ -86,8 +89,8 @@ __device__ __forceinline__ void stage_columns(Slot* table, const Arguments& a, i
 
 // slab[row][u] (`count` columns, `pitch` a row): the row basis at the block's rows, columns first + u.
 template <class Slot>
-__device__ __forceinline__ void stage_rows(Slot* slab, int pitch, int count, const Arguments& a, int first_row,
-                                           int rows, int first) {
+__device__ __forceinline__ void stage_rows(Slot* slab, int pitch, int count, const Arguments& a,
+                                           int first_row, int rows, int first) {
   for (int i = threadIdx.x; i < kRows * count; i += blockDim.x) {
     const int row = i / count, u = first + i % count;
     const bool present = row < rows && u < a.row_columns;

@@ -27,9 +27,10 @@ void check_images(const char* name, const Tensor& images, const Tensor& like) {
   STD_TORCH_CHECK(images.dim() == 4, name, ": expected 4 dimensions, got ", images.dim());
   int64_t expected = 1;
   for (int64_t d = 3; d >= 0; --d) {
-    STD_TORCH_CHECK(images.size(d) == like.size(d), name, ": expected size ", like.size(d), " of dimension ", d,
-                    ", got ", images.size(d));
-    STD_TORCH_CHECK(d == 0 || images.size(d) == 1 || images.stride(d) == expected, name, ": expected dense samples");
+    STD_TORCH_CHECK(images.size(d) == like.size(d), name, ": expected size ", like.size(d), " of dimension ",
+                    d, ", got ", images.size(d));
+    STD_TORCH_CHECK(d == 0 || images.size(d) == 1 || images.stride(d) == expected, name,
+                    ": expected dense samples");
     expected *= images.size(d);
   }
 }
@@ -48,16 +49,17 @@ int narrow(const char* name, int64_t value, int64_t limit) {
   return static_cast<int>(value);
 }
 
-void lowpass_residual(const Tensor& prediction, const Tensor& target, const Tensor& weight, const Tensor& band,
-                      double inside, double outside, const Tensor& row_basis, const Tensor& column_basis,
-                      const Tensor& energy, const Tensor& gradient) {
+void lowpass_residual(const Tensor& prediction, const Tensor& target, const Tensor& weight,
+                      const Tensor& band, double inside, double outside, const Tensor& row_basis,
+                      const Tensor& column_basis, const Tensor& energy, const Tensor& gradient) {
   check_images("prediction", prediction, prediction);
   check_images("target", target, prediction);
   check_images("gradient", gradient, prediction);
   for (const Tensor* tensor : {&target, &weight, &band, &row_basis, &column_basis, &energy, &gradient})
     STD_TORCH_CHECK(tensor->is_cuda() && tensor->get_device_index() == prediction.get_device_index(),
                     "expected all tensors on the device of prediction");
-  STD_TORCH_CHECK(gradient.scalar_type() == prediction.scalar_type(), "gradient: expected the prediction's dtype");
+  STD_TORCH_CHECK(gradient.scalar_type() == prediction.scalar_type(),
+                  "gradient: expected the prediction's dtype");
   STD_TORCH_CHECK(band.dim() == 2, "band: expected 2 dimensions, got ", band.dim());
 
   Arguments a = {};
@@ -67,10 +69,10 @@ void lowpass_residual(const Tensor& prediction, const Tensor& target, const Tens
   a.width = narrow("width", prediction.size(3), 1 << 15);
   a.row_frequencies = narrow("band", band.size(0), 1 << 15);
   a.column_frequencies = narrow("band", band.size(1), 1 << 15);
-  STD_TORCH_CHECK(0 < a.row_frequencies && a.row_frequencies <= a.height / 2 + 1 && 0 < a.column_frequencies &&
-                      a.column_frequencies <= a.width / 2 + 1,
-                  "band: expected 1 to ", a.height / 2 + 1, " by 1 to ", a.width / 2 + 1, " frequencies, got ",
-                  a.row_frequencies, " by ", a.column_frequencies);
+  STD_TORCH_CHECK(0 < a.row_frequencies && a.row_frequencies <= a.height / 2 + 1 &&
+                      0 < a.column_frequencies && a.column_frequencies <= a.width / 2 + 1,
+                  "band: expected 1 to ", a.height / 2 + 1, " by 1 to ", a.width / 2 + 1,
+                  " frequencies, got ", a.row_frequencies, " by ", a.column_frequencies);
   a.row_columns = 2 * a.row_frequencies - 1 < a.height ? 2 * a.row_frequencies - 1 : a.height;
   a.column_columns = 2 * a.column_frequencies - 1 < a.width ? 2 * a.column_frequencies - 1 : a.width;
   a.weight_is_double = weight.scalar_type() == ScalarType::Double;

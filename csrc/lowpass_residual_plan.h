@@ -1,6 +1,6 @@
-// What lowpass_residual launches: arguments, block shapes, shared memory and the order of the kernels. Plain C++:
-// csrc/lowpass_residual.cu, NVRTC and the CPU emulator of the tests read it; fastunlearn/ops/_lowpass_residual_cupy.py
-// repeats it in Python (a test compares the two).
+// What lowpass_residual launches: arguments, block shapes, shared memory and the order of the kernels. Plain
+// C++: csrc/lowpass_residual.cu, NVRTC and the CPU emulator of the tests read it;
+// fastunlearn/ops/_lowpass_residual_cupy.py repeats it in Python (a test compares the two).
 #pragma once
 
 #ifdef __CUDACC__
@@ -13,8 +13,8 @@ namespace fastunlearn_lowpass {
 
 enum Type { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
-// Kernel parameters, passed by value. Images are NCHW with dense samples; strides count elements from one sample to the
-// next.
+// Kernel parameters, passed by value. Images are NCHW with dense samples; strides count elements from one
+// sample to the next.
 struct Arguments {
   const void* prediction;
   const void* target;
@@ -36,8 +36,8 @@ struct Arguments {
   int splits;                     // blocks of kRows rows in a plane
   int panels, panel_frequencies;  // groups of column frequencies: what a block takes at a time
   int selects;                    // blocks of `lowpass_select` for a plane
-  int terms;                      // partial energies of a plane; 0 where a block writes a sample's energy itself
-  int planes_per_block;           // of `lowpass_plane`
+  int terms;             // partial energies of a plane; 0 where a block writes a sample's energy itself
+  int planes_per_block;  // of `lowpass_plane`
 };
 
 static_assert(sizeof(Arguments) == 184, "the Python loader packs it field by field");
@@ -52,9 +52,9 @@ constexpr int kPlaneThreads = 256;
 constexpr int kPlaneShared = 99 * 1024;  // bytes: two blocks fit on an H100 or H200, one on an A100
 constexpr int kWholeSampleBatch = 64;    // from here on there are samples enough to give each its own block
 
-// Blocks of the streamed kernels: kTiles * 8 column frequencies in kWarps warps, half of them for cosines, half for
-// sines. Fragments are read without bank conflicts from [row][k] floats with a pitch of 4 mod 8, from [k][column]
-// floats with 8 mod 16, and from pairs of halves of either kind with 4 mod 8.
+// Blocks of the streamed kernels: kTiles * 8 column frequencies in kWarps warps, half of them for cosines,
+// half for sines. Fragments are read without bank conflicts from [row][k] floats with a pitch of 4 mod 8,
+// from [k][column] floats with 8 mod 16, and from pairs of halves of either kind with 4 mod 8.
 template <int kTiles_, int kWarps_, bool kPanels_, bool kSplit_>
 struct Shape {
   static constexpr int kTiles = kTiles_, kWarps = kWarps_, kThreads = 32 * kWarps;
@@ -64,7 +64,8 @@ struct Shape {
   static constexpr int kFrequencies = 8 * kTiles, kColumns = 2 * kFrequencies, kPitch = kColumns + 4,
                        kDeepPitch = kColumns + 8;
   static constexpr int kHalves = kSplit ? 2 : 1, kCoefficientPitch = kSplit ? kPitch : kDeepPitch;
-  // Floats of shared memory: the image's chunk and the column table, then the transformed rows and the row basis
+  // Floats of shared memory: the image's chunk and the column table, then the transformed rows and the row
+  // basis
   static constexpr int kFold = 2 * kRows * kSlabPitch + 2 * kChunk * kPitch,
                        kReduce = kRows * (kDeepPitch + 2 * kRowPitch);
   // The rows of the spectrum; the row basis and the coefficients, then the column table and the image's chunk
@@ -108,7 +109,8 @@ FASTUNLEARN_BOTH inline int plane_pitch(int columns) { return (columns + 3) / 8 
 FASTUNLEARN_BOTH inline long long plane_shared(const Arguments& a, long long planes) {
   const long long column = plane_pitch(a.column_columns);
   const long long tables = a.width * column + static_cast<long long>(a.height) * plane_pitch(a.row_columns);
-  const long long plane = static_cast<long long>(a.height) * (plane_pitch(a.width) + column) + a.row_columns * column;
+  const long long plane =
+      static_cast<long long>(a.height) * (plane_pitch(a.width) + column) + a.row_columns * column;
   return 4 * (tables + planes * plane + kPlaneThreads / 32);
 }
 
@@ -126,8 +128,8 @@ inline void plan_streamed(Arguments& a, Plan& plan, int shape) {
   plan.coefficients = planes * a.splits * elements;
   plan.steps[0] = {kAnalysis + shape, S::kThreads, S::kAnalysisShared, planes * a.splits * a.panels};
   plan.steps[1] = {kSelect, 256, 32, planes * a.selects};
-  plan.steps[2] = {(a.outside != 0 ? kSynthesisResidual : kSynthesis) + shape, S::kThreads, S::kSynthesisShared,
-                   planes * a.splits};
+  plan.steps[2] = {(a.outside != 0 ? kSynthesisResidual : kSynthesis) + shape, S::kThreads,
+                   S::kSynthesisShared, planes * a.splits};
   plan.count = 3;
 }
 
@@ -136,11 +138,12 @@ inline bool is_vector(const Arguments& a) {
     return reinterpret_cast<unsigned long long>(data) % (type == kFloat32 ? 16 : 8) == 0 && stride % 4 == 0;
   };
   return a.width % 4 == 0 && aligned(a.prediction, a.prediction_stride, a.prediction_type) &&
-         aligned(a.target, a.target_stride, a.target_type) && aligned(a.gradient, a.gradient_stride, a.prediction_type);
+         aligned(a.target, a.target_stride, a.target_type) &&
+         aligned(a.gradient, a.gradient_stride, a.prediction_type);
 }
 
-// Planes that fit in shared memory take one launch, larger ones are streamed in three; a last tiny one adds the
-// energies of a sample's blocks.
+// Planes that fit in shared memory take one launch, larger ones are streamed in three; a last tiny one adds
+// the energies of a sample's blocks.
 inline Plan make_plan(Arguments& a) {
   Plan plan = {};
   const long long planes = static_cast<long long>(a.batch) * a.channels;
@@ -148,7 +151,8 @@ inline Plan make_plan(Arguments& a) {
   a.splits = a.panels = a.panel_frequencies = a.selects = a.terms = a.planes_per_block = 0;
   if (planes == 0) return plan;
   if (plane_shared(a, 1) <= kPlaneShared) {
-    const bool whole = a.channels == 1 || (a.batch >= kWholeSampleBatch && plane_shared(a, a.channels) <= kPlaneShared);
+    const bool whole =
+        a.channels == 1 || (a.batch >= kWholeSampleBatch && plane_shared(a, a.channels) <= kPlaneShared);
     a.planes_per_block = whole ? a.channels : 1;
     a.terms = whole ? 0 : 1;
     plan.steps[plan.count++] = {kPlane, kPlaneThreads, static_cast<int>(plane_shared(a, a.planes_per_block)),

@@ -1,16 +1,17 @@
-// Planes that fit in shared memory (up to 64 x 64 and a little beyond): one launch, one read and one write of the
-// images for every mask. A block has one plane, or all planes of a sample, whose energy it then writes itself.
+// Planes that fit in shared memory (up to 64 x 64 and a little beyond): one launch, one read and one write of
+// the images for every mask. A block has one plane, or all planes of a sample, whose energy it then writes
+// itself.
 #pragma once
 
 #include "lowpass_residual_blocks.cuh"
 
 namespace fastunlearn_lowpass {
 
-// put(item, row, column, sum_k a(item, row, k) b(item, k, column)) for `items` products of size rows x depth x columns,
-// shared among the warps. On tensor cores; for the gradient.
+// put(item, row, column, sum_k a(item, row, k) b(item, k, column)) for `items` products of size rows x depth
+// x columns, shared among the warps. On tensor cores; for the gradient.
 template <class A, class B, class Put>
-__device__ __forceinline__ void tensor_products(int items, int rows, int columns, int depth, const A& a, const B& b,
-                                                const Put& put) {
+__device__ __forceinline__ void tensor_products(int items, int rows, int columns, int depth, const A& a,
+                                                const B& b, const Put& put) {
   const int row_tiles = ceil_div(rows, 16), column_tiles = ceil_div(columns, 16);
   for (int unit = threadIdx.x / 32; unit < items * row_tiles * column_tiles; unit += kPlaneThreads / 32) {
     const int item = unit / (row_tiles * column_tiles);
@@ -18,7 +19,9 @@ __device__ __forceinline__ void tensor_products(int items, int rows, int columns
     float sum[1][2][4] = {};
     multiply(
         sum, 2, ceil_div(depth, 8),
-        [&](int row, int k) { return first_row + row < rows && k < depth ? a(item, first_row + row, k) : 0.f; },
+        [&](int row, int k) {
+          return first_row + row < rows && k < depth ? a(item, first_row + row, k) : 0.f;
+        },
         [&](int k, int column) {
           return first_column + column < columns && k < depth ? b(item, k, first_column + column) : 0.f;
         });
@@ -33,11 +36,11 @@ __device__ __forceinline__ void tensor_products(int items, int rows, int columns
   }
 }
 
-// The same by fused multiply-adds, kTile x kTile sums a thread. For the coefficients: tensor cores truncate, which
-// makes every product a little smaller, and in a sum of squares that does not average out.
+// The same by fused multiply-adds, kTile x kTile sums a thread. For the coefficients: tensor cores truncate,
+// which makes every product a little smaller, and in a sum of squares that does not average out.
 template <int kTile, class A, class B, class Put>
-__device__ __forceinline__ void tiled_products(int items, int rows, int columns, int depth, const A& a, const B& b,
-                                               const Put& put) {
+__device__ __forceinline__ void tiled_products(int items, int rows, int columns, int depth, const A& a,
+                                               const B& b, const Put& put) {
   const int row_step = ceil_div(rows, kTile), column_step = ceil_div(columns, kTile);
   for (int unit = threadIdx.x; unit < items * row_step * column_step; unit += kPlaneThreads) {
     const int item = unit / (row_step * column_step), first_row = unit / column_step % row_step,
@@ -68,8 +71,8 @@ __device__ __forceinline__ void tiled_products(int items, int rows, int columns,
 }
 
 template <class A, class B, class Put>
-__device__ __forceinline__ void exact_products(int items, int rows, int columns, int depth, const A& a, const B& b,
-                                               const Put& put) {
+__device__ __forceinline__ void exact_products(int items, int rows, int columns, int depth, const A& a,
+                                               const B& b, const Put& put) {
   if (items * rows * columns >= 16 * kPlaneThreads / 2) {
     tiled_products<4>(items, rows, columns, depth, a, b, put);
   } else {
@@ -83,9 +86,10 @@ __device__ __forceinline__ void plane_kernel(const Arguments& a) {
   const int image_pitch = plane_pitch(a.width), row_pitch = plane_pitch(rows), pitch = plane_pitch(columns);
   const long long first = static_cast<long long>(blockIdx.x) * planes;
 
-  float* const column_basis = lowpass_shared;                // [width][pitch]
-  float* const row_basis = column_basis + a.width * pitch;   // [height][row_pitch]
-  float* const image = row_basis + a.height * row_pitch;     // [lines][image_pitch]: the residual, then the gradient
+  float* const column_basis = lowpass_shared;               // [width][pitch]
+  float* const row_basis = column_basis + a.width * pitch;  // [height][row_pitch]
+  float* const image =
+      row_basis + a.height * row_pitch;  // [lines][image_pitch]: the residual, then the gradient
   float* const spectrum = image + lines * image_pitch;       // [planes][rows][pitch]
   float* const half_way = spectrum + planes * rows * pitch;  // [lines][pitch]: one axis transformed
   float* const scratch = half_way + lines * pitch;
@@ -157,7 +161,8 @@ __device__ __forceinline__ void plane_kernel(const Arguments& a) {
     const Plane plane(a, first + line / a.height);
     float value[4];
 #pragma unroll
-    for (int e = 0; e < 4; ++e) value[e] = e < left ? plane.scale * image[line * image_pitch + column + e] : 0.f;
+    for (int e = 0; e < 4; ++e)
+      value[e] = e < left ? plane.scale * image[line * image_pitch + column + e] : 0.f;
     plane.store_group(value, a, static_cast<long long>(line % a.height) * a.width + column,
                       left < 4 ? (1u << left) - 1u : 15u);
   }

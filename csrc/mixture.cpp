@@ -11,17 +11,18 @@ namespace fastunlearn {
 namespace {
 
 double* checked_weight(const char* name, const Tensor& weight, int64_t batch) {
-  STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Double && weight.numel() == batch, name, ": expected float64 [",
-                  batch, "]");
+  STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Double && weight.numel() == batch, name,
+                  ": expected float64 [", batch, "]");
   check_contiguous(name, weight);
   return weight.mutable_data_ptr<double>();
 }
 
 void fill_mixture(const Tensor& retain, const std::optional<Tensor>& retain_index, const Tensor& forget,
-                  const std::optional<Tensor>& forget_index, const Tensor& coefficients, const Tensor& from_forget,
-                  double lambd, const std::optional<Tensor>& time_log_ratio, const std::optional<Tensor>& noise,
-                  const std::optional<Tensor>& counter, int64_t purpose, ScalarType dtype, bool channels_last,
-                  Tensor x_t, Tensor retain_target, Tensor forget_target, Tensor retain_weight, Tensor forget_weight) {
+                  const std::optional<Tensor>& forget_index, const Tensor& coefficients,
+                  const Tensor& from_forget, double lambd, const std::optional<Tensor>& time_log_ratio,
+                  const std::optional<Tensor>& noise, const std::optional<Tensor>& counter, int64_t purpose,
+                  ScalarType dtype, bool channels_last, Tensor x_t, Tensor retain_target,
+                  Tensor forget_target, Tensor retain_weight, Tensor forget_weight) {
   STD_TORCH_CHECK(lambd >= 0 && lambd <= 1, "lambd: expected a number in [0, 1], got ", lambd);
   MixtureArgs args = {};
   args.coefficients = checked_coefficients(coefficients);
@@ -62,4 +63,6 @@ void fill_mixture(const Tensor& retain, const std::optional<Tensor>& retain_inde
 }  // namespace
 }  // namespace fastunlearn
 
-STABLE_TORCH_LIBRARY_IMPL(fastunlearn_native, CPU, m) { m.impl("mixture", TORCH_BOX(&fastunlearn::fill_mixture)); }
+STABLE_TORCH_LIBRARY_IMPL(fastunlearn_native, CPU, m) {
+  m.impl("mixture", TORCH_BOX(&fastunlearn::fill_mixture));
+}

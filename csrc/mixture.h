@@ -1,4 +1,5 @@
-// mixture: the SISS mixture sample, both of its targets and the two importance weights, in one pass over two images.
+// mixture: the SISS mixture sample, both of its targets and the two importance weights, in one pass over two
+// images.
 //
 // With x the image to keep, a the one to forget and p the one that x_t was made from:
 //   x_t = alpha p + sigma eps; target of y = a eps + b p + c (p - y), y in {x, a};
@@ -85,7 +86,8 @@ static void mix_images(const MixtureArgs& args, int64_t begin, int64_t end) {
 
       const Real *own = from_forget ? forget : retain, *other = from_forget ? retain : forget;
       write<Real>(args.x_t, elements, b, block, [=](int64_t i) { return alpha * own[i] + sigma * noise[i]; });
-      write<Real>(own_target, elements, b, block, [=](int64_t i) { return of_noise * noise[i] + of_clean * own[i]; });
+      write<Real>(own_target, elements, b, block,
+                  [=](int64_t i) { return of_noise * noise[i] + of_clean * own[i]; });
       write<Real>(other_target, elements, b, block, [=](int64_t i) {
         return of_noise * noise[i] + of_clean * own[i] + of_offset * (own[i] - other[i]);
       });

@@ -19,7 +19,8 @@ void fill_noising(const Tensor& images, const std::optional<Tensor>& index, cons
   args.noise = checked_noise(noise, counter, purpose, batch, images);
   args.extent = extent_of(images, channels_last);
   args.x_t = checked_output("x_t", x_t, dtype, batch, images, args.extent);
-  if (with_target) args.target = checked_output("target", target, target_type(dtype), batch, images, args.extent);
+  if (with_target)
+    args.target = checked_output("target", target, target_type(dtype), batch, images, args.extent);
   args.in_double = args.images.type == Type::kDouble || args.noise.type == Type::kDouble;
 
   const auto kernel = pick_noising();
@@ -30,4 +31,6 @@ void fill_noising(const Tensor& images, const std::optional<Tensor>& index, cons
 }  // namespace
 }  // namespace fastunlearn
 
-STABLE_TORCH_LIBRARY_IMPL(fastunlearn_native, CPU, m) { m.impl("noising", TORCH_BOX(&fastunlearn::fill_noising)); }
+STABLE_TORCH_LIBRARY_IMPL(fastunlearn_native, CPU, m) {
+  m.impl("noising", TORCH_BOX(&fastunlearn::fill_noising));
+}

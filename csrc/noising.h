@@ -32,7 +32,8 @@ static void noise_images(const NoisingArgs& args, int64_t begin, int64_t end) {
     for_blocks(args.extent, [&](const Block& block) {
       const Real* clean = read_row(args.images, elements, b, block, clean_scratch);
       const Real* noise = read_noise(args.noise, elements, b, block, noise_scratch);
-      write<Real>(args.x_t, elements, b, block, [=](int64_t i) { return alpha * clean[i] + sigma * noise[i]; });
+      write<Real>(args.x_t, elements, b, block,
+                  [=](int64_t i) { return alpha * clean[i] + sigma * noise[i]; });
       if (args.target.data != nullptr)
         write<Real>(args.target, elements, b, block,
                     [=](int64_t i) { return of_noise * noise[i] + of_clean * clean[i]; });

@@ -1,7 +1,8 @@
 // Stored numbers (uint8, float16, bfloat16, float32, float64) to and from float and double, without torch.
 //
-// Every conversion is straight-line code on one element, which the compiler vectorises in a loop; none needs hardware
-// support for 16-bit floats, and none makes a subnormal float32 on its way: flush-to-zero modes change nothing.
+// Every conversion is straight-line code on one element, which the compiler vectorises in a loop; none needs
+// hardware support for 16-bit floats, and none makes a subnormal float32 on its way: flush-to-zero modes
+// change nothing.
 #pragma once
 
 #include <cstdint>
@@ -47,12 +48,17 @@ FASTUNLEARN_INLINE uint32_t select(bool condition, uint32_t yes, uint32_t no) {
 
 FASTUNLEARN_INLINE float to_float(Half half) {
   const uint32_t bits = half.bits, magnitude = bits & 0x7FFFu;
-  const uint32_t rebias = select(magnitude >= 0x7C00u, 224u << 23, 112u << 23);  // largest exponent: infinities, NaN
-  const uint32_t subnormal = same_bits<uint32_t>(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
-  return same_bits<float>(select(magnitude < 0x0400u, subnormal, (magnitude << 13) + rebias) | (bits & 0x8000u) << 16);
+  const uint32_t rebias =
+      select(magnitude >= 0x7C00u, 224u << 23, 112u << 23);  // largest exponent: infinities, NaN
+  const uint32_t subnormal =
+      same_bits<uint32_t>(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
+  return same_bits<float>(select(magnitude < 0x0400u, subnormal, (magnitude << 13) + rebias) |
+                          (bits & 0x8000u) << 16);
 }
 
-FASTUNLEARN_INLINE float to_float(BFloat16 value) { return same_bits<float>(static_cast<uint32_t>(value.bits) << 16); }
+FASTUNLEARN_INLINE float to_float(BFloat16 value) {
+  return same_bits<float>(static_cast<uint32_t>(value.bits) << 16);
+}
 
 /// Rounds to nearest, ties to even; overflows to infinity.
 FASTUNLEARN_INLINE Half to_half(float value) {
@@ -73,10 +79,12 @@ FASTUNLEARN_INLINE BFloat16 to_bfloat16(float value) {
   return {static_cast<uint16_t>(select((bits & 0x7FFFFFFFu) > 0x7F800000u, 0x7FC0u, rounded))};
 }
 
-/// A stored number as the network sees it, as `Real` (float or double): uint8 `u` is the float32 `u / 127.5 - 1`.
+/// A stored number as the network sees it, as `Real` (float or double): uint8 `u` is the float32 `u / 127.5 -
+/// 1`.
 template <class Real>
 FASTUNLEARN_INLINE Real value(uint8_t stored) {
-  // The quotient correctly rounded (for all 256), without a division: the first product is exact, the second tiny.
+  // The quotient correctly rounded (for all 256), without a division: the first product is exact, the second
+  // tiny.
   constexpr float high = 0x1.01p-7f, low = static_cast<float>(1 / 127.5 - 0x1.01p-7);
   const float u = static_cast<float>(static_cast<int32_t>(stored));
   return static_cast<Real>((u * high + u * low) - 1.0f);
@@ -104,7 +112,9 @@ FASTUNLEARN_INLINE Real value(double stored) {
 
 FASTUNLEARN_INLINE void assign(Half& stored, double value) { stored = to_half(static_cast<float>(value)); }
 FASTUNLEARN_INLINE void assign(Half& stored, float value) { stored = to_half(value); }
-FASTUNLEARN_INLINE void assign(BFloat16& stored, double value) { stored = to_bfloat16(static_cast<float>(value)); }
+FASTUNLEARN_INLINE void assign(BFloat16& stored, double value) {
+  stored = to_bfloat16(static_cast<float>(value));
+}
 FASTUNLEARN_INLINE void assign(BFloat16& stored, float value) { stored = to_bfloat16(value); }
 FASTUNLEARN_INLINE void assign(float& stored, double value) { stored = static_cast<float>(value); }
 FASTUNLEARN_INLINE void assign(float& stored, float value) { stored = value; }
@@ -136,7 +146,8 @@ static inline void load(const Stored* stored, int64_t count, Real* out) {
 
 /// `count` numbers, rounded to `type`, to the elements 0, stride, 2 stride, ... of `stored`.
 template <class Real>
-static inline void store(const Real* values, int64_t count, Type type, void* stored, int64_t start, int64_t stride) {
+static inline void store(const Real* values, int64_t count, Type type, void* stored, int64_t start,
+                         int64_t stride) {
   with_float_type(type, [&](auto* tag) {
     auto* out = static_cast<decltype(tag)>(stored) + start;
     if (stride == 1) {

@@ -1,6 +1,6 @@
 // Counter-based standard normal numbers: Philox4x32-10 (Salmon et al. 2011) and Box-Muller, with the words of
-// fastunlearn/host/philox.py. A number depends on (seed, step, row of the global batch, purpose, element of the image)
-// alone, so any range of elements can be made anywhere and in any order.
+// fastunlearn/host/philox.py. A number depends on (seed, step, row of the global batch, purpose, element of
+// the image) alone, so any range of elements can be made anywhere and in any order.
 #pragma once
 
 #include <cstdint>
@@ -14,12 +14,13 @@
 namespace fastunlearn::FASTUNLEARN_ISA {
 namespace philox {
 
-// Lanes of 64 bits, of which the lower 32 hold a word: hardware multiplies those to 64 bits and ignores the upper half.
-// (Left to itself, GCC 12 multiplies 64 by 64 bits: half the speed.)
+// Lanes of 64 bits, of which the lower 32 hold a word: hardware multiplies those to 64 bits and ignores the
+// upper half. (Left to itself, GCC 12 multiplies 64 by 64 bits: half the speed.)
 #if defined(__AVX512F__)
 typedef uint64_t Lanes __attribute__((vector_size(64)));
 FASTUNLEARN_INLINE Lanes product(Lanes a, uint32_t b) {
-  return (Lanes)_mm512_maskz_mul_epu32(0xFF, (__m512i)a, _mm512_set1_epi64(b));  // unmasked, GCC 12 warns of itself
+  return (Lanes)_mm512_maskz_mul_epu32(0xFF, (__m512i)a,
+                                       _mm512_set1_epi64(b));  // unmasked, GCC 12 warns of itself
 }
 #elif defined(__AVX2__)
 typedef uint64_t Lanes __attribute__((vector_size(32)));
@@ -52,7 +53,8 @@ struct Pair {
   float cosine, sine;
 };
 
-/// The ten rounds for the counters (quad, row, step, purpose). The upper halves of the lanes hold nothing of use.
+/// The ten rounds for the counters (quad, row, step, purpose). The upper halves of the lanes hold nothing of
+/// use.
 FASTUNLEARN_INLINE Words rounds(const Stream& stream, Lanes quad) {
   const Lanes zero = {};
   Words c = {quad, zero + stream.row, zero + stream.step, zero + stream.purpose};
@@ -67,8 +69,10 @@ FASTUNLEARN_INLINE Words rounds(const Stream& stream, Lanes quad) {
   return c;
 }
 
-/// words[j][i] = word j of counter `quad + i`, for `quads` counters (at most kQuads) rounded up to whole lanes.
-FASTUNLEARN_INLINE void make_words(const Stream& stream, int64_t quad, int64_t quads, uint32_t (*words)[kQuads]) {
+/// words[j][i] = word j of counter `quad + i`, for `quads` counters (at most kQuads) rounded up to whole
+/// lanes.
+FASTUNLEARN_INLINE void make_words(const Stream& stream, int64_t quad, int64_t quads,
+                                   uint32_t (*words)[kQuads]) {
   Lanes even;
   for (int lane = 0; lane < kLanes; ++lane) even[lane] = static_cast<uint64_t>(quad + 2 * lane);
   for (int64_t i = 0; i < quads; i += 2 * kLanes, even += 2 * kLanes) {
@@ -81,16 +85,18 @@ FASTUNLEARN_INLINE void make_words(const Stream& stream, int64_t quad, int64_t q
 
 /// `sqrt(-2 log((n + 1) 2^-24))` for the 24-bit integer n in the top of `word`, to a few float32 roundings.
 ///
-/// `(n + 1) 2^-24 = (1 + f) 2^e`, 1 + f in [sqrt(1/2), sqrt(2)): e = 0 where the logarithm is near 0: nothing cancels.
+/// `(n + 1) 2^-24 = (1 + f) 2^e`, 1 + f in [sqrt(1/2), sqrt(2)): e = 0 where the logarithm is near 0: nothing
+/// cancels.
 FASTUNLEARN_INLINE float radius(uint32_t word) {
-  constexpr uint32_t sqrt_half = 0x3F3504F3u;  // its bits
+  constexpr uint32_t sqrt_half = 0x3F3504F3u;                                  // its bits
   constexpr float two_ln2_high = 0x1.62e4p+0f, two_ln2_low = 0x1.7f7d1cp-19f;  // e * two_ln2_high is exact
   const float n_plus_1 = static_cast<float>(static_cast<int32_t>(word >> 8) + 1);  // at most 2^24: exact
   const uint32_t bits = same_bits<uint32_t>(n_plus_1);
   const int32_t exponent = static_cast<int32_t>(bits - sqrt_half) >> 23;
   const float f = same_bits<float>(bits - (static_cast<uint32_t>(exponent) << 23)) - 1.0f;
   const float e = static_cast<float>(exponent - 24);
-  float p = -0.1740087286f;  // -2 (log(1 + f) - f + f^2 / 2) / f^3, minimax: the logarithm's relative error is 3e-8
+  float p =
+      -0.1740087286f;  // -2 (log(1 + f) - f + f^2 / 2) / f^3, minimax: the logarithm's relative error is 3e-8
   p = p * f + 0.2853497319f;
   p = p * f - 0.2982953520f;
   p = p * f + 0.3315516947f;
@@ -101,7 +107,8 @@ FASTUNLEARN_INLINE float radius(uint32_t word) {
   return __builtin_sqrtf((curved - 2.0f * f) - two_ln2_high * e);
 }
 
-/// Cosine and sine of `2 pi n / 2^24` for the 24-bit integer n in the top of `word`, to a few float32 roundings.
+/// Cosine and sine of `2 pi n / 2^24` for the 24-bit integer n in the top of `word`, to a few float32
+/// roundings.
 ///
 /// n is split into a quadrant and y in [-1, 1), exactly: the angle within the quadrant is y pi / 4.
 FASTUNLEARN_INLINE Pair cosine_and_sine(uint32_t word) {
@@ -125,8 +132,9 @@ FASTUNLEARN_INLINE Pair cosine_and_sine(uint32_t word) {
   return {same_bits<float>(cosine), same_bits<float>(sine)};
 }
 
-/// Four normal numbers from the words of every counter; like the words, for `quads` rounded up to whole lanes, so that
-/// no number is made by another instruction (and rounded otherwise) because it is among the last of a row.
+/// Four normal numbers from the words of every counter; like the words, for `quads` rounded up to whole
+/// lanes, so that no number is made by another instruction (and rounded otherwise) because it is among the
+/// last of a row.
 FASTUNLEARN_INLINE void box_muller(const uint32_t (*words)[kQuads], int64_t quads, float* __restrict__ out) {
   constexpr int32_t step = 2 * kLanes;
   const int32_t whole = (static_cast<int32_t>(quads) + step - 1) / step * step;
@@ -145,10 +153,10 @@ FASTUNLEARN_INLINE void box_muller(const uint32_t (*words)[kQuads], int64_t quad
 
 /// Standard normal numbers of the elements [start, start + count) of row `row` of the global batch.
 ///
-/// `start` must be a multiple of 4 (four elements share a counter); `out` holds `count` floats. A `count` that is a
-/// multiple of 256 costs least.
-static inline void normals(uint64_t seed, uint32_t row, uint32_t step, uint32_t purpose, int64_t start, int64_t count,
-                           float* out) {
+/// `start` must be a multiple of 4 (four elements share a counter); `out` holds `count` floats. A `count`
+/// that is a multiple of 256 costs least.
+static inline void normals(uint64_t seed, uint32_t row, uint32_t step, uint32_t purpose, int64_t start,
+                           int64_t count, float* out) {
   using philox::kQuads;
   const philox::Stream stream = {seed, row, step, purpose};
   alignas(64) uint32_t words[4][kQuads];

@@ -11,21 +11,23 @@ FASTUNLEARN_DISPATCH(redirect, RedirectArgs)
 namespace fastunlearn {
 namespace {
 
-/// `[B, k, C, H, W]`, or with an index `[B, k]` rows `[M, C, H, W]`; the images are those that the neighbours are of.
+/// `[B, k, C, H, W]`, or with an index `[B, k]` rows `[M, C, H, W]`; the images are those that the neighbours
+/// are of.
 Rows checked_neighbors(const Tensor& neighbors, const std::optional<Tensor>& index, int64_t batch,
                        const Tensor& images) {
   const int64_t before = index ? 1 : 2;  // dimensions in front of C
   STD_TORCH_CHECK(neighbors.dim() == before + 3, "neighbors: expected ",
-                  index ? "[M, C, H, W] with" : "[B, K, C, H, W] without", " neighbor_index, got ", neighbors.dim(),
-                  " dimensions");
+                  index ? "[M, C, H, W] with" : "[B, K, C, H, W] without", " neighbor_index, got ",
+                  neighbors.dim(), " dimensions");
   for (int64_t i = 0; i < 3; ++i)
-    STD_TORCH_CHECK(neighbors.size(before + i) == images.size(1 + i), "neighbors: expected images of [", images.size(1),
-                    ", ", images.size(2), ", ", images.size(3), "], got ", neighbors.size(before + i), " in dimension ",
-                    before + i);
+    STD_TORCH_CHECK(neighbors.size(before + i) == images.size(1 + i), "neighbors: expected images of [",
+                    images.size(1), ", ", images.size(2), ", ", images.size(3), "], got ",
+                    neighbors.size(before + i), " in dimension ", before + i);
   check_contiguous("neighbors", neighbors);
   check_index("neighbor_index", index, neighbors.size(0));
   const Tensor& counted = index ? *index : neighbors;
-  STD_TORCH_CHECK(!index || index->dim() == 2, "neighbor_index: expected [B, K], got ", counted.dim(), " dimensions");
+  STD_TORCH_CHECK(!index || index->dim() == 2, "neighbor_index: expected [B, K], got ", counted.dim(),
+                  " dimensions");
   STD_TORCH_CHECK(counted.size(0) == batch && counted.size(1) > 0, index ? "neighbor_index" : "neighbors",
                   ": expected [", batch, ", K >= 1], got [", counted.size(0), ", ", counted.size(1), "]");
   const bool bytes = neighbors.scalar_type() == ScalarType::Byte;
@@ -35,18 +37,18 @@ Rows checked_neighbors(const Tensor& neighbors, const std::optional<Tensor>& ind
 
 /// A contiguous tensor of `type`, `[rows]` or, with columns, `[rows, columns]`.
 void check_table(const char* name, const Tensor& tensor, ScalarType type, int64_t rows, int64_t columns) {
-  STD_TORCH_CHECK(tensor.scalar_type() == type, name, ": expected ", torch::headeronly::toString(type), ", got ",
-                  torch::headeronly::toString(tensor.scalar_type()));
-  STD_TORCH_CHECK(tensor.dim() > 0 && tensor.size(0) == rows && tensor.numel() == rows * columns, name, ": expected ",
-                  rows, " rows of ", columns, ", got ", tensor.numel(), " numbers");
+  STD_TORCH_CHECK(tensor.scalar_type() == type, name, ": expected ", torch::headeronly::toString(type),
+                  ", got ", torch::headeronly::toString(tensor.scalar_type()));
+  STD_TORCH_CHECK(tensor.dim() > 0 && tensor.size(0) == rows && tensor.numel() == rows * columns, name,
+                  ": expected ", rows, " rows of ", columns, ", got ", tensor.numel(), " numbers");
   check_contiguous(name, tensor);
 }
 
 void fill_redirect(const Tensor& images, const std::optional<Tensor>& index, const Tensor& neighbors,
                    const std::optional<Tensor>& neighbor_index, const Tensor& coefficients,
                    const std::optional<Tensor>& sqdist, const std::optional<Tensor>& noise,
-                   const std::optional<Tensor>& counter, int64_t purpose, ScalarType dtype, bool channels_last,
-                   Tensor x_t, Tensor target, Tensor spread, Tensor weights) {
+                   const std::optional<Tensor>& counter, int64_t purpose, ScalarType dtype,
+                   bool channels_last, Tensor x_t, Tensor target, Tensor spread, Tensor weights) {
   RedirectArgs args = {};
   args.coefficients = checked_coefficients(coefficients);
   const int64_t batch = coefficients.size(0);
@@ -88,4 +90,6 @@ void fill_redirect(const Tensor& images, const std::optional<Tensor>& index, con
 }  // namespace
 }  // namespace fastunlearn
 
-STABLE_TORCH_LIBRARY_IMPL(fastunlearn_native, CPU, m) { m.impl("redirect", TORCH_BOX(&fastunlearn::fill_redirect)); }
+STABLE_TORCH_LIBRARY_IMPL(fastunlearn_native, CPU, m) {
+  m.impl("redirect", TORCH_BOX(&fastunlearn::fill_redirect));
+}

@@ -1,8 +1,10 @@
-// redirect on a CPU: ReTrack's single target over the k nearest neighbours, from rows that are read where they lie.
+// redirect on a CPU: ReTrack's single target over the k nearest neighbours, from rows that are read where
+// they lie.
 //
-// Two passes over a sample, block by block. The first takes the dot products <eps, x_j - a> that make the weights,
-// the second the weighted mean about the heaviest neighbour, where next to nothing cancels, and it leaves out the
-// neighbours that rounding would drop. Sums run in the compute type within a block and in float64 over blocks.
+// Two passes over a sample, block by block. The first takes the dot products <eps, x_j - a> that make the
+// weights, the second the weighted mean about the heaviest neighbour, where next to nothing cancels, and it
+// leaves out the neighbours that rounding would drop. Sums run in the compute type within a block and in
+// float64 over blocks.
 #pragma once
 
 #include <cmath>
@@ -20,12 +22,12 @@ struct RedirectArgs {
   Noise noise;
   Extent extent;
   int64_t k;
-  bool in_double;              // compute in double; spread and weights are of the compute type
+  bool in_double;  // compute in double; spread and weights are of the compute type
   Output x_t, target;
-  void *spread, *weights;      // [B], [B, k]
-  void* noise_scratch;         // of this thread: as many numbers of the compute type as a sample has elements
-  double* scratch;             // of this thread: 2 k
-  int64_t* row_scratch;        // of this thread: k
+  void *spread, *weights;  // [B], [B, k]
+  void* noise_scratch;     // of this thread: as many numbers of the compute type as a sample has elements
+  double* scratch;         // of this thread: 2 k
+  int64_t* row_scratch;    // of this thread: k
 };
 
 }  // namespace fastunlearn
@@ -36,9 +38,9 @@ namespace fastunlearn::FASTUNLEARN_ISA {
 
 constexpr int64_t kSmallRow = 1 << 14;  // bytes
 
-/// Elements whose squares add up in the compute type before they go to float64: 64 to a lane of float32, whatever the
-/// width of the vectors. Squares have one sign, and the spread is a difference of their sums: longer runs would cost it
-/// more digits than torch's sums do. With the widest vectors a run is a block.
+/// Elements whose squares add up in the compute type before they go to float64: 64 to a lane of float32,
+/// whatever the width of the vectors. Squares have one sign, and the spread is a difference of their sums:
+/// longer runs would cost it more digits than torch's sums do. With the widest vectors a run is a block.
 #if defined(__AVX512F__)
 constexpr int64_t kRun = 64 * 16;
 #elif defined(__AVX2__)
@@ -49,10 +51,11 @@ constexpr int64_t kRun = 64 * 4;
 
 static inline int64_t shorter(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/// dots[j] += sum of eps (x_j - center) over a block, for N neighbours, which share the loads of eps and center.
+/// dots[j] += sum of eps (x_j - center) over a block, for N neighbours, which share the loads of eps and
+/// center.
 template <int N, class Real>
-static void add_dots(const Real* const* x, const Real* __restrict__ center, const Real* __restrict__ eps, int64_t count,
-                     double* dots) {
+static void add_dots(const Real* const* x, const Real* __restrict__ center, const Real* __restrict__ eps,
+                     int64_t count, double* dots) {
   static_assert(N == 1 || N == 2 || N == 4, "sums have names, not indices: the vectoriser wants them so");
   const Real *x0 = x[0], *x1 = x[N > 1 ? 1 : 0], *x2 = x[N > 2 ? 2 : 0], *x3 = x[N > 2 ? 3 : 0];
   Real sum0 = 0, sum1 = 0, sum2 = 0, sum3 = 0;
@@ -71,13 +74,15 @@ static void add_dots(const Real* const* x, const Real* __restrict__ center, cons
 
 /// squares[j] += ||x_j - center||^2 over a block, for N neighbours; differences and sums in float64.
 template <int N, class Real>
-static void add_squares(const Real* const* x, const Real* __restrict__ center, int64_t count, double* squares) {
+static void add_squares(const Real* const* x, const Real* __restrict__ center, int64_t count,
+                        double* squares) {
   static_assert(N == 1 || N == 2 || N == 4, "as in add_dots");
   const Real *x0 = x[0], *x1 = x[N > 1 ? 1 : 0], *x2 = x[N > 2 ? 2 : 0], *x3 = x[N > 2 ? 3 : 0];
   double sum0 = 0, sum1 = 0, sum2 = 0, sum3 = 0;
 #pragma omp simd reduction(+ : sum0, sum1, sum2, sum3)
   for (int64_t i = 0; i < count; ++i) {
-    const double origin = center[i], y0 = x0[i] - origin, y1 = x1[i] - origin, y2 = x2[i] - origin, y3 = x3[i] - origin;
+    const double origin = center[i], y0 = x0[i] - origin, y1 = x1[i] - origin, y2 = x2[i] - origin,
+                 y3 = x3[i] - origin;
     sum0 += y0 * y0;
     if constexpr (N > 1) sum1 += y1 * y1;
     if constexpr (N > 2) sum2 += y2 * y2;
@@ -91,18 +96,20 @@ static void add_squares(const Real* const* x, const Real* __restrict__ center, i
 
 /// offset += sum_j p_j (x_j - center) over N neighbours; returns sum_j p_j ||x_j - center||^2.
 template <int N, class Real>
-static double add_offsets(const Real* const* x, const double* weights, const Real* __restrict__ center, int64_t count,
-                          Real* __restrict__ offset) {
+static double add_offsets(const Real* const* x, const double* weights, const Real* __restrict__ center,
+                          int64_t count, Real* __restrict__ offset) {
   static_assert(N == 1 || N == 2 || N == 4, "as in add_dots");
   const Real *x0 = x[0], *x1 = x[N > 1 ? 1 : 0], *x2 = x[N > 2 ? 2 : 0], *x3 = x[N > 2 ? 3 : 0];
-  const Real p0 = weights[0], p1 = weights[N > 1 ? 1 : 0], p2 = weights[N > 2 ? 2 : 0], p3 = weights[N > 2 ? 3 : 0];
+  const Real p0 = weights[0], p1 = weights[N > 1 ? 1 : 0], p2 = weights[N > 2 ? 2 : 0],
+             p3 = weights[N > 2 ? 3 : 0];
   double energy = 0;
   for (int64_t start = 0; start < count; start += kRun) {
     const int64_t end = shorter(count, start + kRun);
     Real run = 0;
 #pragma omp simd reduction(+ : run)
     for (int64_t i = start; i < end; ++i) {
-      const Real y0 = x0[i] - center[i], y1 = x1[i] - center[i], y2 = x2[i] - center[i], y3 = x3[i] - center[i];
+      const Real y0 = x0[i] - center[i], y1 = x1[i] - center[i], y2 = x2[i] - center[i],
+                 y3 = x3[i] - center[i];
       Real shift = p0 * y0, square = p0 * y0 * y0;
       if constexpr (N > 1) shift += p1 * y1, square += p1 * y1 * y1;
       if constexpr (N > 2) shift += p2 * y2 + p3 * y3, square += p2 * y2 * y2 + p3 * y3 * y3;
@@ -136,7 +143,8 @@ static double square_norm(const Real* __restrict__ x, int64_t count) {
   return sum;
 }
 
-/// Dot products to weights, in place: softmax_j of rho <eps, x_j - a> - rho^2 / 2 (d_j - min d). Returns the heaviest.
+/// Dot products to weights, in place: softmax_j of rho <eps, x_j - a> - rho^2 / 2 (d_j - min d). Returns the
+/// heaviest.
 static int64_t softmax(double rho, const double* square_distances, int64_t k, double* dots_to_weights) {
   double nearest = square_distances[0];
   for (int64_t j = 1; j < k; ++j)
@@ -153,8 +161,8 @@ static int64_t softmax(double rho, const double* square_distances, int64_t k, do
   return heaviest;
 }
 
-/// Where to read ahead: in these rows, `blocks` blocks further. Gathered rows lie anywhere, and the processor does not
-/// guess where. Small ones are asked for a sample ahead, large ones a block ahead.
+/// Where to read ahead: in these rows, `blocks` blocks further. Gathered rows lie anywhere, and the processor
+/// does not guess where. Small ones are asked for a sample ahead, large ones a block ahead.
 struct Ahead {
   const int64_t* rows;  // [k]; null: nowhere
   int64_t blocks;
@@ -187,7 +195,8 @@ static void redirect_sample(const RedirectArgs& args, int64_t sample, bool last)
     weights[j] = squares[j] = 0.0;
   }
 
-  alignas(64) Real image_scratch[kBlock], heaviest_scratch[kBlock], neighbor_scratch[4][kBlock], offset[kBlock];
+  alignas(64) Real image_scratch[kBlock], heaviest_scratch[kBlock], neighbor_scratch[4][kBlock],
+      offset[kBlock];
   alignas(64) Real x_t_scratch[kScratch], target_scratch[kScratch];
   const Real* neighbor[4];
   const int64_t image = args.images.index != nullptr ? args.images.index[sample] : sample;
@@ -198,14 +207,16 @@ static void redirect_sample(const RedirectArgs& args, int64_t sample, bool last)
     return read(args.neighbors.data, args.neighbors.type, row * elements + start, count, scratch);
   };
   const auto read_neighbors = [&](int64_t first, int n, int64_t start, int64_t count) {
-    for (int i = 0; i < n; ++i) neighbor[i] = read_neighbor(rows[first + i], start, count, neighbor_scratch[i]);
+    for (int i = 0; i < n; ++i)
+      neighbor[i] = read_neighbor(rows[first + i], start, count, neighbor_scratch[i]);
   };
 
   // First pass: dot products, and squared distances where they are not given.
   const Ahead ahead = look_ahead(args, sample, last);
   const bool noise_in_place = args.noise.data != nullptr && args.noise.type == kType<Real>;
   Real* const made_noise = static_cast<Real*>(args.noise_scratch);  // kept for the second pass
-  const Real* const noise = noise_in_place ? static_cast<const Real*>(args.noise.data) + sample * elements : made_noise;
+  const Real* const noise =
+      noise_in_place ? static_cast<const Real*>(args.noise.data) + sample * elements : made_noise;
   for (int64_t start = 0; start < elements; start += kBlock) {
     const int64_t count = shorter(elements - start, kBlock);
     const int64_t next = start + ahead.blocks * kBlock;
@@ -225,10 +236,12 @@ static void redirect_sample(const RedirectArgs& args, int64_t sample, bool last)
   }
 
   const double rho = coefficients[0] / coefficients[1];
-  const int64_t heaviest = softmax(rho, args.sqdist != nullptr ? args.sqdist + sample * k : squares, k, weights);
+  const int64_t heaviest =
+      softmax(rho, args.sqdist != nullptr ? args.sqdist + sample * k : squares, k, weights);
   const int64_t heaviest_row = rows[heaviest];
   constexpr double negligible = kType<Real> == Type::kFloat ? 0x1p-32 : 0x1p-61;  // 2^-8 of the rounding unit
-  int64_t others = 0;  // neighbours that count beside the heaviest: moved to the front, their weights to `squares`
+  int64_t others =
+      0;  // neighbours that count beside the heaviest: moved to the front, their weights to `squares`
   for (int64_t j = 0; j < k; ++j) {
     static_cast<Real*>(args.weights)[sample * k + j] = static_cast<Real>(weights[j]);
     if (j == heaviest || weights[j] < negligible) continue;  // a NaN counts

@@ -25,8 +25,8 @@ void check_dense_samples(const char* name, const Tensor& tensor) {
   std::sort(dimensions.begin(), dimensions.end());
   int64_t expected = 1;
   for (const auto& [stride, size] : dimensions) {
-    STD_TORCH_CHECK(stride == expected, name, ": expected samples without gaps, got stride ", stride, " in place of ",
-                    expected);
+    STD_TORCH_CHECK(stride == expected, name, ": expected samples without gaps, got stride ", stride,
+                    " in place of ", expected);
     expected *= size;
   }
   STD_TORCH_CHECK(tensor.size(0) < 2 || tensor.stride(0) >= expected, name,
@@ -37,20 +37,21 @@ void check_order(const char* name, const Tensor& tensor, const Tensor& gradient)
   STD_TORCH_CHECK(tensor.dim() == gradient.dim(), name, ": expected ", gradient.dim(),
                   " dimensions, as in gradient, got ", tensor.dim());
   for (int64_t i = 0; i < gradient.dim(); ++i) {
-    STD_TORCH_CHECK(tensor.size(i) == gradient.size(i), name, ": expected size ", gradient.size(i), " in dimension ", i,
-                    ", as in gradient, got ", tensor.size(i));
-    STD_TORCH_CHECK(i == 0 || tensor.size(i) < 2 || tensor.stride(i) == gradient.stride(i), name, ": expected stride ",
-                    gradient.stride(i), " in dimension ", i, ", as in gradient, got ", tensor.stride(i));
+    STD_TORCH_CHECK(tensor.size(i) == gradient.size(i), name, ": expected size ", gradient.size(i),
+                    " in dimension ", i, ", as in gradient, got ", tensor.size(i));
+    STD_TORCH_CHECK(i == 0 || tensor.size(i) < 2 || tensor.stride(i) == gradient.stride(i), name,
+                    ": expected stride ", gradient.stride(i), " in dimension ", i, ", as in gradient, got ",
+                    tensor.stride(i));
   }
 }
 
 /// `[B]` float32 or float64.
 std::vector<double> checked_weight(const Tensor& weight, int64_t batch) {
   const ScalarType type = weight.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, "weight: expected float32 or float64, got ",
-                  torch::headeronly::toString(type));
-  STD_TORCH_CHECK(weight.dim() == 1 && weight.size(0) == batch, "weight: expected [", batch, "], got ", weight.numel(),
-                  " numbers");
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double,
+                  "weight: expected float32 or float64, got ", torch::headeronly::toString(type));
+  STD_TORCH_CHECK(weight.dim() == 1 && weight.size(0) == batch, "weight: expected [", batch, "], got ",
+                  weight.numel(), " numbers");
   check_contiguous("weight", weight);
   std::vector<double> values(batch);
   if (type == ScalarType::Float)
@@ -60,7 +61,8 @@ std::vector<double> checked_weight(const Tensor& weight, int64_t batch) {
   return values;
 }
 
-void fill_residual(const Tensor& prediction, const Tensor& target, const Tensor& weight, Tensor loss, Tensor gradient) {
+void fill_residual(const Tensor& prediction, const Tensor& target, const Tensor& weight, Tensor loss,
+                   Tensor gradient) {
   STD_TORCH_CHECK(prediction.dim() > 0, "prediction: expected [B, ...], got a scalar");
   const int64_t batch = prediction.size(0);
   check_dense_samples("gradient", gradient);
@@ -80,7 +82,8 @@ void fill_residual(const Tensor& prediction, const Tensor& target, const Tensor&
   args.elements = elements_of(prediction);
   args.weight = weights.data();
   args.loss = loss.mutable_data_ptr();
-  STD_TORCH_CHECK(gradient.scalar_type() == prediction.scalar_type(), "gradient: expected the type of prediction");
+  STD_TORCH_CHECK(gradient.scalar_type() == prediction.scalar_type(),
+                  "gradient: expected the type of prediction");
   STD_TORCH_CHECK(loss.scalar_type() == target_type(prediction.scalar_type()),
                   "loss: expected float32, or float64 where prediction is");
   STD_TORCH_CHECK(loss.dim() == 1 && loss.size(0) == batch && loss.is_contiguous(), "loss: expected [", batch,
@@ -94,4 +97,6 @@ void fill_residual(const Tensor& prediction, const Tensor& target, const Tensor&
 }  // namespace
 }  // namespace fastunlearn
 
-STABLE_TORCH_LIBRARY_IMPL(fastunlearn_native, CPU, m) { m.impl("residual", TORCH_BOX(&fastunlearn::fill_residual)); }
+STABLE_TORCH_LIBRARY_IMPL(fastunlearn_native, CPU, m) {
+  m.impl("residual", TORCH_BOX(&fastunlearn::fill_residual));
+}

@@ -7,15 +7,16 @@
 
 namespace fastunlearn {
 
-/// A sample is `elements` numbers without gaps, in the same order in all three tensors; samples are a stride apart.
+/// A sample is `elements` numbers without gaps, in the same order in all three tensors; samples are a stride
+/// apart.
 struct ResidualArgs {
   const void *prediction, *target;
-  void* gradient;           // of the type of prediction
+  void* gradient;  // of the type of prediction
   Type prediction_type, target_type;
   int64_t prediction_stride, target_stride, gradient_stride;
   int64_t elements;
-  const double* weight;     // [B]
-  void* loss;               // [B] float, or double where prediction is
+  const double* weight;  // [B]
+  void* loss;            // [B] float, or double where prediction is
 };
 
 }  // namespace fastunlearn
@@ -24,7 +25,8 @@ struct ResidualArgs {
 
 namespace fastunlearn::FASTUNLEARN_ISA {
 
-/// Writes 2 weight (prediction - target); returns ||prediction - target||^2, summed as `Real` in blocks, then double.
+/// Writes 2 weight (prediction - target); returns ||prediction - target||^2, summed as `Real` in blocks, then
+/// double.
 template <class Real, class Prediction, class Target>
 static double residual_sample(const Prediction* __restrict__ prediction, const Target* __restrict__ target,
                               int64_t elements, Real twice_weight, Prediction* __restrict__ gradient) {
@@ -50,7 +52,8 @@ static void residual_samples(const ResidualArgs& args, int64_t begin, int64_t en
   using Real = std::conditional_t<in_double, double, float>;
   using Loss = std::conditional_t<std::is_same_v<Prediction, double>, double, float>;
   for (int64_t sample = begin; sample < end; ++sample) {
-    const auto* prediction = static_cast<const Prediction*>(args.prediction) + sample * args.prediction_stride;
+    const auto* prediction =
+        static_cast<const Prediction*>(args.prediction) + sample * args.prediction_stride;
     const auto* target = static_cast<const Target*>(args.target) + sample * args.target_stride;
     auto* gradient = static_cast<Prediction*>(args.gradient) + sample * args.gradient_stride;
     const double weight = args.weight[sample];

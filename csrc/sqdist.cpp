@@ -1,4 +1,5 @@
-// sqdist (all squared distances) and nearest (the k smallest of each query, merged with those of earlier rows).
+// sqdist (all squared distances) and nearest (the k smallest of each query, merged with those of earlier
+// rows).
 #include "sqdist.h"
 
 #include <algorithm>
@@ -49,15 +50,17 @@ void check_rows(const char* name, const Tensor& rows) {
 void check_int64(const char* name, const Tensor& tensor, int64_t rows, int64_t columns) {
   const bool dense = tensor.scalar_type() == ScalarType::Long && tensor.dim() == 2 && tensor.is_contiguous();
   STD_TORCH_CHECK(dense, name, ": expected contiguous int64 of two dimensions");
-  STD_TORCH_CHECK(tensor.size(0) == rows && tensor.size(1) == columns, name, ": expected shape [", rows, ", ", columns,
-                  "], got [", tensor.size(0), ", ", tensor.size(1), "]");
+  STD_TORCH_CHECK(tensor.size(0) == rows && tensor.size(1) == columns, name, ": expected shape [", rows, ", ",
+                  columns, "], got [", tensor.size(0), ", ", tensor.size(1), "]");
 }
 
 bool before(const Neighbor& a, const Neighbor& b) {
   return a.distance != b.distance ? a.distance < b.distance : a.row < b.row;
 }
 
-void keep_smallest(Neighbor* found, int64_t k) { std::nth_element(found, found + k - 1, found + 2 * k, before); }
+void keep_smallest(Neighbor* found, int64_t k) {
+  std::nth_element(found, found + k - 1, found + 2 * k, before);
+}
 
 // What each thread has to itself.
 struct Worker {
@@ -70,7 +73,8 @@ Worker new_worker(const SqdistArgs& a) {
   Worker worker;
   worker.block = allocate<char>(a.block_rows * a.width * (a.vnni ? 1 : 2));
   worker.row_terms = allocate<int64_t>(a.block_rows);
-  if (a.chunks > 1) worker.sums = allocate<int64_t>(std::min(a.panels, kPanelsInPass) * a.block_rows * kLanes);
+  if (a.chunks > 1)
+    worker.sums = allocate<int64_t>(std::min(a.panels, kPanelsInPass) * a.block_rows * kLanes);
   if (a.k == 0) return worker;
   worker.found = allocate<Neighbor>(a.num_queries * 2 * a.k);
   worker.count = allocate<int64_t>(a.num_queries);
@@ -80,15 +84,17 @@ Worker new_worker(const SqdistArgs& a) {
 
 // Nothing found yet; a new row has to be nearer than the k-th of earlier ones.
 void start(const SqdistArgs& a, const int64_t* earlier) {
-  constexpr int64_t kFar = std::numeric_limits<int64_t>::max() / 2;  // beyond all distances, less any query term
+  constexpr int64_t kFar =
+      std::numeric_limits<int64_t>::max() / 2;  // beyond all distances, less any query term
   std::fill_n(a.count, a.num_queries, 0);
-  std::fill_n(a.limits, a.panels * kLanes, std::numeric_limits<int64_t>::min());  // no row is near a query that is none
+  std::fill_n(a.limits, a.panels * kLanes,
+              std::numeric_limits<int64_t>::min());  // no row is near a query that is none
   for (int64_t q = 0; q < a.num_queries; ++q)
     a.limits[q] = std::min(earlier[q * a.k + a.k - 1], kFar) - a.query_terms[q];
 }
 
-// All rows, block by block: a thread that is held up by other processes takes fewer. `distances` is written (k = 0), or
-// has the ascending distances of what was found before.
+// All rows, block by block: a thread that is held up by other processes takes fewer. `distances` is written
+// (k = 0), or has the ascending distances of what was found before.
 std::vector<Worker> run(SqdistArgs args, int64_t* distances) {
   plan(args, use_vnni());
   const auto packed = allocate<char>(args.chunks * args.panels * kLanes * args.width * (args.vnni ? 1 : 2));
@@ -125,8 +131,8 @@ std::vector<Worker> run(SqdistArgs args, int64_t* distances) {
 SqdistArgs arguments(const Tensor& queries, const Tensor& rows) {
   check_rows("queries", queries);
   check_rows("rows", rows);
-  STD_TORCH_CHECK(queries.size(1) == rows.size(1), "rows: expected ", queries.size(1), " columns, as queries, got ",
-                  rows.size(1));
+  STD_TORCH_CHECK(queries.size(1) == rows.size(1), "rows: expected ", queries.size(1),
+                  " columns, as queries, got ", rows.size(1));
   SqdistArgs args{};
   args.queries = queries.const_data_ptr<uint8_t>();
   args.rows = rows.const_data_ptr<uint8_t>();
@@ -139,7 +145,8 @@ SqdistArgs arguments(const Tensor& queries, const Tensor& rows) {
 }
 
 // What the workers found of query q joins the k best of earlier rows, whose empty places are at the end.
-void merge(const SqdistArgs& a, const std::vector<Worker>& workers, int64_t q, int64_t* distance, int64_t* row) {
+void merge(const SqdistArgs& a, const std::vector<Worker>& workers, int64_t q, int64_t* distance,
+           int64_t* row) {
   Neighbor* best = workers[0].found.get() + q * 2 * a.k;
   int64_t count = workers[0].count[q];
   const auto add = [&](const Neighbor& entry) {
@@ -164,7 +171,8 @@ void sqdist_cpu(const Tensor& queries, const Tensor& rows, Tensor distances) {
 }
 
 // Rows are numbered from `first_row`, beyond all numbers that `index` holds.
-void nearest_cpu(const Tensor& queries, const Tensor& rows, int64_t first_row, Tensor distances, Tensor index) {
+void nearest_cpu(const Tensor& queries, const Tensor& rows, int64_t first_row, Tensor distances,
+                 Tensor index) {
   SqdistArgs args = arguments(queries, rows);
   args.k = distances.size(1);
   args.first_row = first_row;

@@ -1,9 +1,9 @@
 // Exact squared distances of uint8 rows, all queries against all rows, and the k smallest of each query.
 //
-// ||q - r||^2 = (||q||^2 - 256 sum q) + ||r||^2 - 2 <q, r - 128>: the product has a u8 and an s8 side, for VNNI.
-// Columns go in chunks whose products fit an int32 with room to spare; several chunks are summed in int64.
-// A tile is kRows rows by kLanes queries. It does not leave the first cache level: there its distances are compared
-// with one that each query has k neighbours within, and rarely does one pass.
+// ||q - r||^2 = (||q||^2 - 256 sum q) + ||r||^2 - 2 <q, r - 128>: the product has a u8 and an s8 side, for
+// VNNI. Columns go in chunks whose products fit an int32 with room to spare; several chunks are summed in
+// int64. A tile is kRows rows by kLanes queries. It does not leave the first cache level: there its distances
+// are compared with one that each query has k neighbours within, and rarely does one pass.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -13,7 +13,7 @@
 namespace fastunlearn {
 
 constexpr int64_t kMostBlockRows = 480;
-constexpr int64_t kPanelsInPass = 64;       // bounds `sums`
+constexpr int64_t kPanelsInPass = 64;  // bounds `sums`
 
 struct Neighbor {
   int64_t distance, row;
@@ -24,28 +24,30 @@ struct SqdistArgs {
   int64_t query_stride, row_stride;  // bytes from row to row
   int64_t num_queries, num_rows, columns;
   // How the work is cut (`plan`)
-  bool vnni;                         // the processor multiplies u8 by s8 with int32 sums
-  int64_t width, chunks, panels;     // columns of a chunk, a multiple of 16; chunks; groups of kLanes queries
-  int64_t block_rows;                // rows in the second cache level while all panels pass by; a multiple of kRows
+  bool vnni;                      // the processor multiplies u8 by s8 with int32 sums
+  int64_t width, chunks, panels;  // columns of a chunk, a multiple of 16; chunks; groups of kLanes queries
+  int64_t block_rows;  // rows in the second cache level while all panels pass by; a multiple of kRows
   // The queries as `sqdist_pack` lays them out
-  void* packed;                      // [chunks, panels, a panel of kLanes * width elements]
-  int64_t* query_terms;              // [panels * kLanes]: ||q||^2 - 256 sum q
+  void* packed;          // [chunks, panels, a panel of kLanes * width elements]
+  int64_t* query_terms;  // [panels * kLanes]: ||q||^2 - 256 sum q
   // Scratch of one thread
-  void* block;                       // [block_rows / kRows, a group of kRows * width elements]
-  int64_t* row_terms;                // [block_rows]: ||r||^2
-  int64_t* sums;                     // [min(panels, kPanelsInPass), block_rows, kLanes], for several chunks
+  void* block;         // [block_rows / kRows, a group of kRows * width elements]
+  int64_t* row_terms;  // [block_rows]: ||r||^2
+  int64_t* sums;       // [min(panels, kPanelsInPass), block_rows, kLanes], for several chunks
   // What to do with the distances: with k = 0 all are written, else each thread finds the k smallest
-  int64_t* distances;                // [num_queries, num_rows]
-  int64_t k, first_row;              // the number of row 0
-  Neighbor* found;                   // [num_queries, 2 k]: the k smallest are among the first `count`
-  int64_t* count;                    // [num_queries]
-  int64_t* limits;                   // [panels * kLanes]: only distances less than limit + query term can be among them
-  void (*keep_smallest)(Neighbor* found, int64_t k);  // puts the k smallest of 2 k first, the largest of them last
+  int64_t* distances;    // [num_queries, num_rows]
+  int64_t k, first_row;  // the number of row 0
+  Neighbor* found;       // [num_queries, 2 k]: the k smallest are among the first `count`
+  int64_t* count;        // [num_queries]
+  int64_t* limits;       // [panels * kLanes]: only distances less than limit + query term can be among them
+  void (*keep_smallest)(Neighbor* found,
+                        int64_t k);  // puts the k smallest of 2 k first, the largest of them last
 };
 
 // An element is a byte with VNNI, else an int16.
 static inline void plan(SqdistArgs& a, bool vnni) {
-  const int64_t most = vnni ? 4096 : 1024;  // 1024: for the first cache level; VNNI is as fast from the second
+  const int64_t most =
+      vnni ? 4096 : 1024;  // 1024: for the first cache level; VNNI is as fast from the second
   a.vnni = vnni;
   a.chunks = (a.columns + most - 1) / most;
   a.width = ((a.columns + a.chunks - 1) / a.chunks + 15) / 16 * 16;
@@ -60,7 +62,7 @@ namespace {
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// --- packing ---------------------------------------------------------------------------------------------------------
+// --- packing
 
 // Four rows, less 128, for VNNI, from the front in steps of 16 columns. Returns how many columns are done.
 int64_t pack_four_rows(const uint8_t* row, int64_t stride, int64_t columns, uint8_t* fours) {
@@ -69,9 +71,12 @@ int64_t pack_four_rows(const uint8_t* row, int64_t stride, int64_t columns, uint
   const auto load = [](const uint8_t* from) {
     return _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)), _mm_set1_epi8(-128));
   };
-  const auto store = [](uint8_t* to, __m128i value) { _mm_storeu_si128(reinterpret_cast<__m128i*>(to), value); };
+  const auto store = [](uint8_t* to, __m128i value) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), value);
+  };
   for (; j + 16 <= columns; j += 16, row += 16, fours += 16 * kRows) {  // 4 x 4 words, transposed
-    const __m128i r0 = load(row), r1 = load(row + stride), r2 = load(row + 2 * stride), r3 = load(row + 3 * stride);
+    const __m128i r0 = load(row), r1 = load(row + stride), r2 = load(row + 2 * stride),
+                  r3 = load(row + 3 * stride);
     const __m128i low01 = _mm_unpacklo_epi32(r0, r1), low23 = _mm_unpacklo_epi32(r2, r3);
     const __m128i high01 = _mm_unpackhi_epi32(r0, r1), high23 = _mm_unpackhi_epi32(r2, r3);
     store(fours, _mm_unpacklo_epi64(low01, low23));
@@ -83,7 +88,8 @@ int64_t pack_four_rows(const uint8_t* row, int64_t stride, int64_t columns, uint
   return j;
 }
 
-// `columns` bytes, less `zero`, as row `i` of a group or panel of `height` rows, zeros up to `width`; `done` are there.
+// `columns` bytes, less `zero`, as row `i` of a group or panel of `height` rows, zeros up to `width`; `done`
+// are there.
 void pack(const SqdistArgs& a, const uint8_t* row, int64_t done, int64_t columns, int64_t i, int64_t height,
           uint8_t zero, void* out) {
   if (!a.vnni) {
@@ -135,12 +141,13 @@ void pack_panel(const SqdistArgs& a, int64_t panel) {
       int32_t term = 0;
       for (int64_t j = 0; j < columns; ++j) term += query[j] * (query[j] - 256);
       a.query_terms[q] += term;
-      pack(a, query, 0, columns, lane, kLanes, 0, static_cast<char*>(a.packed) + (c * a.panels + panel) * bytes);
+      pack(a, query, 0, columns, lane, kLanes, 0,
+           static_cast<char*>(a.packed) + (c * a.panels + panel) * bytes);
     }
   }
 }
 
-// --- what becomes of a tile of products [kRows][kLanes] --------------------------------------------------------------
+// --- what becomes of a tile of products [kRows][kLanes]
 
 template <class T>
 struct Vector {
@@ -189,12 +196,14 @@ void write_distances(const SqdistArgs& a, const T* products, int64_t first_row, 
   for (int64_t lane = 0; lane < lanes; ++lane) {
     const int64_t q = panel * kLanes + lane;
     int64_t* out = a.distances + q * a.num_rows + first_row;
-    for (int64_t i = 0; i < rows; ++i) out[i] = a.query_terms[q] + (terms[i] - 2 * products[i * kLanes + lane]);
+    for (int64_t i = 0; i < rows; ++i)
+      out[i] = a.query_terms[q] + (terms[i] - 2 * products[i * kLanes + lane]);
   }
 }
 
 template <class T>
-void use_tile(const SqdistArgs& a, const T* products, int64_t first_row, int64_t rows, const T* terms, int64_t panel) {
+void use_tile(const SqdistArgs& a, const T* products, int64_t first_row, int64_t rows, const T* terms,
+              int64_t panel) {
   if (a.k > 0)
     keep_nearest(a, products, a.first_row + first_row, rows, terms, panel);
   else
@@ -219,7 +228,8 @@ void sqdist(const SqdistArgs& a, int64_t begin, int64_t end) {
     std::memset(a.row_terms, 0, a.block_rows * sizeof(int64_t));
     for (int64_t c = 0; c < a.chunks; ++c) {
       pack_rows(a, begin, end, c);
-      for (int64_t r = 0; a.chunks == 1 && r < a.block_rows; ++r) terms[r] = static_cast<int32_t>(a.row_terms[r]);
+      for (int64_t r = 0; a.chunks == 1 && r < a.block_rows; ++r)
+        terms[r] = static_cast<int32_t>(a.row_terms[r]);
       for (int64_t panel = first; panel < last; ++panel) {
         const char* packed = static_cast<const char*>(a.packed) + (c * a.panels + panel) * kLanes * bytes;
         for (int64_t r = 0; r < end - begin; r += kRows) {

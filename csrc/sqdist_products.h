@@ -1,6 +1,7 @@
-// The products behind sqdist: tile[i][lane] = <row i, query of the lane> over one chunk of columns, for a group of
-// kRows rows (less 128) and a panel of kLanes queries, both padded with zeros to `width` columns, a multiple of 16.
-// vpdpbusd adds four products to an int32; vpmaddubsw, which older processors have, would saturate an int16 with two.
+// The products behind sqdist: tile[i][lane] = <row i, query of the lane> over one chunk of columns, for a
+// group of kRows rows (less 128) and a panel of kLanes queries, both padded with zeros to `width` columns, a
+// multiple of 16. vpdpbusd adds four products to an int32; vpmaddubsw, which older processors have, would
+// saturate an int16 with two.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -17,7 +18,8 @@ constexpr int64_t kRows = 24, kLanes = 16;  // 24 vectors of 16 sums
 namespace FASTUNLEARN_ISA {
 namespace {
 
-// Without VNNI: group int16 [kRows][width], panel int16 [kLanes][width]. The inner loop becomes pmaddwd or smlal.
+// Without VNNI: group int16 [kRows][width], panel int16 [kLanes][width]. The inner loop becomes pmaddwd or
+// smlal.
 void products_int16(const void* group, const void* panel, int64_t width, int32_t* tile) {
   for (int64_t lane = 0; lane < kLanes; lane += 4) {
     const int16_t* q0 = static_cast<const int16_t*>(panel) + lane * width;
@@ -37,10 +39,11 @@ void products_int16(const void* group, const void* panel, int64_t width, int32_t
   }
 }
 
-// With VNNI: group s8 [width / 4][kRows][4], panel u8 [width / 4][kLanes][4]. Four columns of a row go to all lanes.
+// With VNNI: group s8 [width / 4][kRows][4], panel u8 [width / 4][kLanes][4]. Four columns of a row go to all
+// lanes.
 #if defined(__AVX512F__)
 __attribute__((target("avx512vnni"))) void products_vnni(const void* group, const void* panel, int64_t width,
-                                                      int32_t* tile) {
+                                                         int32_t* tile) {
   const int8_t* rows = static_cast<const int8_t*>(group);
   const uint8_t* lanes = static_cast<const uint8_t*>(panel);
   __m512i sum[kRows];
@@ -50,7 +53,8 @@ __attribute__((target("avx512vnni"))) void products_vnni(const void* group, cons
     const __m512i queries = _mm512_load_si512(lanes);
 #pragma GCC unroll 24
     for (int i = 0; i < kRows; ++i)
-      // The broadcast is in the instruction, which gcc does not write: on Zen 5 2.4 times as fast as from a register.
+      // The broadcast is in the instruction, which gcc does not write: on Zen 5 2.4 times as fast as from a
+      // register.
       asm("vpdpbusd %[row]%{1to16%}, %[queries], %[sum]"
           : [sum] "+v"(sum[i])
           : [queries] "v"(queries), [row] "m"(*reinterpret_cast<const int8_t(*)[4]>(rows + 4 * i)));
@@ -60,7 +64,7 @@ __attribute__((target("avx512vnni"))) void products_vnni(const void* group, cons
 }
 #elif defined(__AVX2__)
 __attribute__((target("avxvnni"))) void products_vnni(const void* group, const void* panel, int64_t width,
-                                                   int32_t* tile) {
+                                                      int32_t* tile) {
   constexpr int kPart = 6;  // 6 x 2 sums, 2 vectors of queries and 1 of a row: 15 of 16 registers
   for (int64_t first = 0; first < kRows; first += kPart) {
     const int8_t* rows = static_cast<const int8_t*>(group) + 4 * first;

@@ -49,7 +49,8 @@ const fastunlearn_lowpass::Arguments* entry_arguments;
 Fiber* self() { return static_cast<Fiber*>(thread); }
 
 [[noreturn]] void fail(const char* what) {
-  std::fprintf(stderr, "emulator: %s (block %u, thread %u)\n", what, blockIdx.x, thread ? thread->index.x : 0);
+  std::fprintf(stderr, "emulator: %s (block %u, thread %u)\n", what, blockIdx.x,
+               thread ? thread->index.x : 0);
   std::_Exit(4);
 }
 
@@ -137,7 +138,8 @@ void run_block(int threads, char* stacks, Order order, std::minstd_rand& random)
   }
   std::fill(waiting, waiting + kMaxThreads / kWarp, 0);
   const auto all = [&](State state) {
-    return std::all_of(fibers, fibers + threads, [state](const Fiber& fiber) { return fiber.state == state; });
+    return std::all_of(fibers, fibers + threads,
+                       [state](const Fiber& fiber) { return fiber.state == state; });
   };
   while (!all(kDone)) {
     if (order == kShuffled) {
@@ -177,10 +179,10 @@ float shuffle_xor(float value, int mask) {
   return self()->lane.shuffled;
 }
 
-void launch(Kernel kernel, const fastunlearn_lowpass::Step& step, const fastunlearn_lowpass::Arguments& arguments,
-            Order order) {
-  static char* stacks = static_cast<char*>(
-      mmap(nullptr, kMaxThreads * kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+void launch(Kernel kernel, const fastunlearn_lowpass::Step& step,
+            const fastunlearn_lowpass::Arguments& arguments, Order order) {
+  static char* stacks = static_cast<char*>(mmap(nullptr, kMaxThreads * kStack, PROT_READ | PROT_WRITE,
+                                                MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
   static std::minstd_rand random(1);
   entry = kernel;
   entry_arguments = &arguments;

@@ -1,8 +1,8 @@
-// CUDA on one CPU thread, so that the kernels run and are checked where there is no GPU. Every CUDA thread of a block
-// is a fiber; blocks run one after the other. A fiber runs until it has to wait for its warp (shuffle, tensor core) or
-// its block (__syncthreads). It finds: wrong numbers, reads of shared memory that nothing wrote (it starts as NaN),
-// missing barriers (fibers run in several orders), barriers that not all threads reach. Accesses outside a tensor: the
-// tensors lie between pages that cannot be touched (main.cpp).
+// CUDA on one CPU thread, so that the kernels run and are checked where there is no GPU. Every CUDA thread of
+// a block is a fiber; blocks run one after the other. A fiber runs until it has to wait for its warp
+// (shuffle, tensor core) or its block (__syncthreads). It finds: wrong numbers, reads of shared memory that
+// nothing wrote (it starts as NaN), missing barriers (fibers run in several orders), barriers that not all
+// threads reach. Accesses outside a tensor: the tensors lie between pages that cannot be touched (main.cpp).
 #pragma once
 
 #include <algorithm>
@@ -64,7 +64,9 @@ inline float __uint_as_float(unsigned value) { return emulator::bits<float>(valu
 
 namespace fastunlearn_lowpass {
 
-inline void mma_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) { emulator::tensor_core(d, a, b); }
+inline void mma_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+  emulator::tensor_core(d, a, b);
+}
 
 inline void load_once(unsigned (&word)[4], const void* address) {
   emulator::check_aligned(address, 16);

@@ -1,5 +1,5 @@
-// Kernels that are wrong on purpose: what the emulator has to notice. Each has 64 threads and 64 floats of shared
-// memory.
+// Kernels that are wrong on purpose: what the emulator has to notice. Each has 64 threads and 64 floats of
+// shared memory.
 #pragma once
 
 #include <cstdio>

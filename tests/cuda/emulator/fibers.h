@@ -13,7 +13,7 @@ using Kernel = void (*)(fastunlearn_lowpass::Arguments);
 extern const Kernel kernels[fastunlearn_lowpass::kKernels];
 
 // Runs all blocks of a step of the plan.
-void launch(Kernel kernel, const fastunlearn_lowpass::Step& step, const fastunlearn_lowpass::Arguments& arguments,
-            Order order);
+void launch(Kernel kernel, const fastunlearn_lowpass::Step& step,
+            const fastunlearn_lowpass::Arguments& arguments, Order order);
 
 }  // namespace emulator

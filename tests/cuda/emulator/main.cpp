@@ -1,9 +1,9 @@
 // Runs lowpass_residual under the emulator.
 //   emulator run <order> <place>   one case: a Case and its tensors on stdin, energy and gradient on stdout
 //   emulator fault <order> <name>  a kernel of faults.h on 64 floats; prints energy[0]
-//   emulator plan                  Cases on stdin; prints a line for each: the fields that make_plan fills, its steps
-// <place> end: tensors end where readable memory ends; start: they begin where it begins. Touching anything else is a
-// fault (exit status 3).
+//   emulator plan                  Cases on stdin; for each a line: the fields that make_plan fills, steps
+// <place> end: tensors end where readable memory ends; start: they begin where it begins. Touching anything
+// else is a fault (exit status 3).
 #include <signal.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -48,7 +48,8 @@ class Memory {
   Memory(size_t bytes, bool at_end) : bytes_(bytes) {
     const size_t page = sysconf(_SC_PAGESIZE);
     size_ = (bytes + page - 1) / page * page;
-    char* base = static_cast<char*>(mmap(nullptr, size_ + 2 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    char* base =
+        static_cast<char*>(mmap(nullptr, size_ + 2 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
     begin_ = base + page;
     if (size_ > 0) mprotect(begin_, size_, PROT_READ | PROT_WRITE);
     std::memset(begin_, 0xff, size_);  // NaN, whatever the type
@@ -107,7 +108,8 @@ void run(emulator::Order order, bool at_end) {
       target(strided(a.target_stride) * bytes_of(a.target_type), at_end);
   Memory weight(a.batch * (a.weight_is_double ? 8 : 4), at_end),
       band(4ll * a.row_frequencies * a.column_frequencies, at_end);
-  Memory row_basis(4ll * a.height * a.row_columns, at_end), column_basis(4ll * a.width * a.column_columns, at_end);
+  Memory row_basis(4ll * a.height * a.row_columns, at_end),
+      column_basis(4ll * a.width * a.column_columns, at_end);
   Memory energy(4ll * a.batch, at_end), gradient(a.batch * sample * bytes_of(a.prediction_type), at_end);
   a.prediction = prediction.input();
   a.target = target.input();
@@ -139,8 +141,8 @@ void print_plans() {
   for (Case c; std::fread(&c, sizeof(c), 1, stdin) == 1;) {
     Arguments a = arguments_of(c);
     const fastunlearn_lowpass::Plan plan = fastunlearn_lowpass::make_plan(a);
-    std::printf("%d %d %d %d %d %d %d %lld %lld", a.vector, a.splits, a.panels, a.panel_frequencies, a.selects, a.terms,
-                a.planes_per_block, plan.coefficients, plan.partials);
+    std::printf("%d %d %d %d %d %d %d %lld %lld", a.vector, a.splits, a.panels, a.panel_frequencies,
+                a.selects, a.terms, a.planes_per_block, plan.coefficients, plan.partials);
     for (int i = 0; i < plan.count; ++i) {
       const fastunlearn_lowpass::Step& step = plan.steps[i];
       std::printf(" %d %lld %d %d", step.kernel, step.blocks, step.threads, step.shared);
@@ -165,6 +167,8 @@ int main(int count, char** words) {
   } else if (mode == "fault") {
     run_fault(place.c_str(), chosen);
   } else {
-    fail("expected: run <order> start|end, fault <order> <name>, or plan; <order>: forward, backward, shuffled");
+    fail(
+        "expected: run <order> start|end, fault <order> <name>, or plan; <order>: forward, backward, "
+        "shuffled");
   }
 }
