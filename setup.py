@@ -26,7 +26,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-REBUILD = "python -m pip install --no-build-isolation --no-deps -e .   (in a checkout; needs cmake >= 3.24 and a C++17 compiler)"
+NEEDS = "(in a checkout; needs cmake >= 3.24 and a C++17 compiler)"
+REBUILD = f"python -m pip install --no-build-isolation --no-deps -e .   {NEEDS}"
 
 
 def one_of(variable: str, *values: str) -> str:
@@ -63,13 +64,13 @@ class CMakeBuild(build_ext):
         torch, missing = torch_dir(), []
         if torch is None:
             missing.append("torch >= 2.11, installed before")
-        missing += [
-            what
-            for what, found in (("cmake", shutil.which("cmake")), ("a C++ compiler", self._compiler()))
-            if not found
-        ]
+        if not shutil.which("cmake"):
+            missing.append("cmake")
+        if not self._compiler():
+            missing.append("a C++ compiler")
         if missing:
-            message = f"fastunlearn: no C++ extension (missing: {', '.join(missing)}); plain torch will be used. Later: {REBUILD}"
+            lacks = f"no C++ extension (missing: {', '.join(missing)})"
+            message = f"fastunlearn: {lacks}; plain torch will be used. Later: {REBUILD}"
             if os.environ.get("FASTUNLEARN_EXTENSION") == "require":
                 raise SystemExit(message)
             self.warn(message)
