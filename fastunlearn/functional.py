@@ -120,6 +120,8 @@ def redirect(
         TypeError, ValueError: for arguments of another rank, shape, dtype or device.
     """
     _check_images("forget", forget)
+
+    # Neighbours: K rows of the same kind for each image.
     if isinstance(neighbors, Rows):
         check.tensor("neighbors.index", neighbors.index, ndim=2, floating=False)
         check.rows_within("neighbors.index", neighbors.index, len(neighbors.images))
@@ -132,6 +134,8 @@ def redirect(
     check.same_device("neighbors", neighbors, "forget", forget)
     if neighbors.dtype != forget.dtype:
         raise TypeError(f"neighbors: expected the dtype of forget, {forget.dtype}, got {neighbors.dtype}")
+
+    # Distances that were computed once, with the neighbours.
     if sqdist is not None:
         check.tensor("sqdist", sqdist, ndim=2)
         if sqdist.shape != neighbors.shape[:2]:
@@ -139,6 +143,9 @@ def redirect(
             raise ValueError(f"sqdist: expected {wanted}, got {tuple(sqdist.shape)}")
         check.same_device("sqdist", sqdist, "forget", forget)
     _check_data(forget=forget, neighbors=neighbors, noise=noise, x_t=x_t)
+
+    # The op makes x_t itself. One that was made elsewhere stands for the noise that leads to it, and is
+    # returned as it came.
     noise = _noise_of("forget", forget, noise, x_t, timesteps, schedule)
     coefficients = _prepare("forget", forget, noise, timesteps, schedule)
     if backend() == "reference":
@@ -195,6 +202,7 @@ def mixture(
         wanted = f"a bool tensor of shape ({len(retain)},)"
         raise TypeError(f"from_forget: expected {wanted}, got {check.describe(from_forget)}")
     check.same_device("from_forget", from_forget, "retain", retain)
+    # Where both branches draw timesteps from one density, and rows share their condition, there is no ratio.
     if time_log_ratio is not None:
         check.vector("time_log_ratio", time_log_ratio, len(retain), retain.device)
     _check_data(retain=retain, forget=forget, noise=noise, x_t=x_t)
@@ -250,6 +258,7 @@ def weighted_residual(
         weight = torch.ones(len(prediction), device=prediction.device)
     else:
         check.vector("weight", weight, len(prediction), prediction.device)
+    # The op returns a gradient for the prediction alone: one that is asked for and not given would be lost.
     for name, value in (("target", target), ("weight", weight)):
         if value.requires_grad:
             expected = "expected no gradient (the loss is differentiable in prediction only)"

@@ -189,6 +189,7 @@ def readable(tensor: Tensor) -> bool:
     """
     if torch.compiler.is_compiling():
         return False
+    # A mode that sees every op (FakeTensorMode, a test's) may have no values; nor has a tensor of torch.func.
     if torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active():
         return False
     if type(tensor) is not Tensor or tensor.device.type == "meta":

@@ -59,12 +59,14 @@ def define(
                 found = f"{tensor.device} and {other.device}"
                 raise ValueError(f"{name}: expected all tensors on one device, got {found}")
 
+        # The backend is asked for at every call: tests and a user's debugging switch it within a process.
         kernel, wanted = None, backend()
         if wanted != "eager":
             kernel = _backends.find_kernel(name, tensor.device, args, required=wanted == "kernels")
         if kernel is None:
             with torch.autocast(tensor.device.type, enabled=False):  # ops keep their own precision
                 return _one_or_all(eager(*args))
+        # Ops allocate, kernels fill: layout and dtype are those of the fake kernel, whatever the backend is.
         filled = empty(*args)
         with torch.cuda.device_of(tensor):  # where Triton launches
             kernel(*prepare(args, filled), *filled)
@@ -78,6 +80,7 @@ def define(
     if len(outputs) > 1:
         returned = f"({returned})"
     LIBRARY.define(f"{name}({arguments}) -> {returned}")
+    # One implementation for all devices, and none that autograd looks into: gradients have formulas.
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastunlearn::{name}", fake, lib=LIBRARY)
 

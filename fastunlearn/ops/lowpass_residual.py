@@ -43,14 +43,17 @@ def basis(size: int, frequencies: int, device: torch.device, dtype: torch.dtype)
     Its columns: a constant, cosine and sine of u = 1, 2, ..., and `(-1)^n` at size / 2. Column i belongs to
     frequency `(i + 1) // 2`.
     """
+    # Cosine and sine of every frequency but 0, and but size / 2 where that is one.
     columns = min(2 * frequencies - 1, size)
     n = torch.arange(size, dtype=torch.int64)
     u = (torch.arange(columns) + 1) // 2
-    turns = (n[:, None] * u) % size  # exact: sin and cos of large multiples of 2 pi lose digits
+    # Whole turns are taken off in integers: sin and cos of large multiples of 2 pi lose digits.
+    turns = (n[:, None] * u) % size
     angle = turns.double() * (2 * math.pi / size)
     table = torch.where(torch.arange(columns) % 2 == 1, angle.cos(), angle.sin())
     table[:, 0] = 1
-    alone = (u == 0) | (2 * u == size)  # these have no sine
+    # Squares of a cosine add up to size / 2; of the two that have no sine (constant, alternating) to size.
+    alone = (u == 0) | (2 * u == size)
     norm = torch.where(alone, size, size / 2).double().sqrt()
     return (table / norm).to(dtype).to(device)
 

@@ -150,6 +150,7 @@ def int8_product_is_exact() -> bool:
     Kernels for CPUs without VNNI may go through int16 sums. Both answers give the same neighbours; without it
     the product is done in float32, which is exact too and about five times slower.
     """
+    # All pairs of extreme numbers: among them those of which two products overflow an int16.
     extremes = torch.tensor([[-128, -128], [127, 127], [-128, 127], [127, -128]], dtype=torch.int8)
     left = extremes.repeat(16, 392)  # [64, 784]
     right = extremes.flip(0).repeat(64, 392)

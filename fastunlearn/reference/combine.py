@@ -28,6 +28,7 @@ def rescale(main: Sequence[Tensor], correction: Sequence[Tensor], scaling_norm: 
     SISS, section 4, "gradient norm fixing". A vanishing `g_a` has an infinite factor, which counts as 0, as
     in SISS' training loop on MNIST.
     """
+    # f = scaling_norm / ||g_a||
     norm = _inner(correction, correction).sqrt()
     factor = scaling_norm / norm
     factor = torch.where(factor.isinf(), torch.zeros_like(factor), factor)
@@ -41,6 +42,7 @@ def project(main: Sequence[Tensor], correction: Sequence[Tensor], eta: float) ->
     `-max(...)`.
     """
     norm = _inner(correction, correction).sqrt()
+    # f = -max(eta - <g_x, g_a> / ||g_a||^2, 0)
     factor = -torch.clamp(eta - _inner(main, correction) / norm**2, min=0)
     return _combine(main, correction, factor, norm)
 

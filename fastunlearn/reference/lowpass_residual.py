@@ -24,6 +24,7 @@ def lowpass_residual(
             are outside.
         inside, outside: M on the band, and elsewhere.
     """
+    # M, F(r), then F^-1(M o F(r)) for the energy and F^-1(M^2 o F(r)) for its gradient.
     mask = full_mask(band, *prediction.shape[-2:], inside, outside).to(prediction.dtype)
     spectrum = torch.fft.fft2(prediction - target, norm="ortho")
     filtered = torch.fft.ifft2(mask * spectrum, norm="ortho").real

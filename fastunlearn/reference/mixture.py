@@ -52,6 +52,7 @@ def mixture(
         chosen = torch.where(from_forget.view(-1, *(1,) * (retain.ndim - 1)), forget, retain)
         x_t = noising(chosen, noise, timesteps, schedule)
     alpha, sigma = levels(timesteps, schedule, x_t)
+    # Had x_t come from these images, its noise would have been (x_t - alpha images) / sigma.
     targets = []
     for images in (retain, forget):
         implied_noise = (x_t - alpha * images) / sigma
@@ -77,6 +78,8 @@ def mixture_weights(
 
     An infinite `time_log_ratio` says that one branch alone could have made the row: the other's density is 0.
     """
+    # log_ratio = log(q(m|a) / q(m|x)). Both ratios are printed with their numerator divided out: w_x = 1 /
+    # ((1 - lambd) + lambd q(m|a) / q(m|x)), and w_a the same with the branches exchanged.
     log_ratio = dist_x - dist_a
     if time_log_ratio is not None:
         log_ratio = log_ratio + time_log_ratio

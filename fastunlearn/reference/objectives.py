@@ -54,6 +54,7 @@ def retrack_unlearn_loss(
 
     The K neighbours are `[B, K, ...]`.
     """
+    # v_j is the noise that leads from neighbour j to x_t, and p = softmax_j(-||v_j||^2 / 2).
     v = neighbor_noise(x_t, neighbors, timesteps, schedule)
     return expected_loss(output_forget, v, log_kernel(v).softmax(dim=1))
 
@@ -104,6 +105,7 @@ def siss_mixture_losses(
     lambd: float,
 ) -> tuple[Tensor, Tensor]:
     """SISS with importance sampling (Eq. 8): one forward on the mixture `x_t`, two weighted terms."""
+    # Eq. 8: E [w_x ||e - target_x||^2], and the same with w_a and target_a.
     draw = mixture(retain, forget, x_t, timesteps, schedule, lambd, from_forget, x_t=x_t)
     main = denoising_loss(output, draw.retain_target, draw.retain_weight).sum() / len(output)
     correction = denoising_loss(output, draw.forget_target, draw.forget_weight).sum() / len(output)

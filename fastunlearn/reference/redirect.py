@@ -46,6 +46,7 @@ def redirect(
     """
     if x_t is None:
         x_t = noising(forget, noise, timesteps, schedule)
+    # p_j = softmax_j(-||v_j||^2 / 2)
     weights = log_kernel(neighbor_noise(x_t, neighbors, timesteps, schedule)).softmax(dim=1)
     targets = neighbor_targets(x_t, neighbors, timesteps, schedule)
     p = weights.view(*weights.shape, *(1,) * (x_t.ndim - 1))
