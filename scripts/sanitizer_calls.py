@@ -1,8 +1,8 @@
-"""Calls every kernel a few times, at small and awkward shapes, for compute-sanitizer to watch
-(scripts/gpu_check.sh).
+"""Calls every kernel a few times, at small and awkward shapes, for compute-sanitizer to watch.
 
-python scripts/sanitizer_calls.py [cuda|cpu] [few]      few: each kernel, at the shapes where it is most
-likely to go wrong, in seconds
+    python scripts/sanitizer_calls.py [cuda|cpu] [few]
+
+few: each kernel, at the shapes where it is most likely to go wrong, in seconds. scripts/gpu_check.sh runs it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fastunlearn.ops.redirect import redirect
 from fastunlearn.ops.residual import residual
 from fastunlearn.testing.factories import linear_schedule
 
-# the last one has more elements than one pass of redirect takes
+# The last one has more elements than one pass of redirect takes.
 SHAPES = ((3, 5, 7), (1, 28, 28), (3, 40, 41))
 PLANES = ((1, 28, 28), (3, 32, 32), (1, 33, 47), (1, 64, 64), (1, 256, 256))
 COUNTS = (1, 10, 70)  # of neighbours
@@ -60,19 +60,12 @@ def main() -> None:
             for count in COUNTS:
                 neighbors = torch.randint(STORED, (BATCH, count), device=DEVICE)
                 redirect(rows, index, rows, neighbors, coefficients, None, *layout)
-                redirect(
-                    rows[index],
-                    None,
-                    rows[neighbors],
-                    None,
-                    coefficients,
-                    torch.rand(BATCH, count, device=DEVICE).double(),
-                    *layout,
-                )
+                distances = torch.rand(BATCH, count, device=DEVICE).double()
+                redirect(rows[index], None, rows[neighbors], None, coefficients, distances, *layout)
         residual(noise.to(made), noise + 1, weight)
     for shape, dtype in itertools.product(PLANES, (torch.float32, torch.bfloat16)):
         prediction, target = torch.randn(2, BATCH, *shape, device=DEVICE)
-        # to a quarter and half of Nyquist, and all
+        # Bands up to a quarter and half of Nyquist, and all frequencies.
         for part, (inside, outside) in itertools.product((8, 4, 2), ((1.0, 0.0), (1.0, 0.1), (0.0, 1.0))):
             band = torch.ones(shape[1] // part + 1, shape[2] // part + 1, device=DEVICE)
             lowpass_residual(prediction.to(dtype), target, weight, band, inside, outside)
