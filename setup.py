@@ -54,8 +54,9 @@ def sources() -> list[str]:
 
 
 class CMakeBuild(build_ext):
-    """One CMake project instead of setuptools' compiler calls: `_C.abi3.so`, and `_C_cuda.abi3.so` where CUDA
-    is wanted.
+    """One CMake project instead of setuptools' compiler calls.
+
+    It makes `_C.abi3.so`, and `_C_cuda.abi3.so` where CUDA is wanted.
     """
 
     def build_extension(self, extension: Extension) -> None:

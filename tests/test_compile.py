@@ -108,8 +108,11 @@ def gradients(
 
 
 def _numbers(value, dtype, device):
-    value = value.numbers() if isinstance(value, Noise) else value
-    return value if value is None else value.to(device, dtype if value.is_floating_point() else value.dtype)
+    if value is None:
+        return None
+    if isinstance(value, Noise):
+        value = value.numbers()
+    return value.to(device, dtype if value.is_floating_point() else value.dtype)
 
 
 def assert_as_eager(method, model, compile=True, **options):
