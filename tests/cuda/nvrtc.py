@@ -38,14 +38,15 @@ def entries(ptx: bytes) -> list[str]:
 
 
 def _library() -> ctypes.CDLL:
+    """NVRTC: of the packages that torch or CuPy bring, or the toolkit's."""
+    folders = [Path("/usr/local/cuda")]
     spec = importlib.util.find_spec("nvidia")
-    folders = [Path(place) for place in (spec.submodule_search_locations if spec else ())] + [
-        Path("/usr/local/cuda")
-    ]
-    found = next((path for folder in folders for path in sorted(folder.rglob("libnvrtc.so.*"))), None)
-    if found is None:
-        pytest.skip("NVRTC is not installed (pip install nvidia-cuda-nvrtc)")
-    return ctypes.CDLL(str(found))
+    if spec is not None:
+        folders = [*map(Path, spec.submodule_search_locations), *folders]
+    for folder in folders:
+        for path in sorted(folder.rglob("libnvrtc.so.*")):
+            return ctypes.CDLL(str(path))
+    pytest.skip("NVRTC is not installed (pip install nvidia-cuda-nvrtc)")
 
 
 def _read(library: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> bytes:
@@ -53,7 +54,9 @@ def _read(library: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> bytes:
     _check(library, getattr(library, f"nvrtcGet{what}Size")(program, ctypes.byref(size)))
     text = ctypes.create_string_buffer(size.value)
     _check(library, getattr(library, f"nvrtcGet{what}")(program, text))
-    return text.raw.rstrip(b"\0") if what != "CUBIN" else text.raw
+    if what == "CUBIN":
+        return text.raw
+    return text.raw.rstrip(b"\0")
 
 
 def _check(library: ctypes.CDLL, status: int) -> None:

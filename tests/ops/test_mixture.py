@@ -184,44 +184,25 @@ def test_values(
         retain = retain[:batch]
     if index[1] is None:
         forget = forget[:batch]
-    noise, table, from_forget = (
-        normal((batch, *shape), noise_dtype),
-        coefficients(batch, prediction_type),
-        torch.rand(batch, generator=generator) < 0.5,
-    )
+    noise, table = normal((batch, *shape), noise_dtype), coefficients(batch, prediction_type)
+    from_forget = torch.rand(batch, generator=generator) < 0.5
+    rows = retain, index[0], forget, index[1]
     with mock.patch.dict(os.environ, FASTUNLEARN_ISA=isa):
         *images, retain_weight, forget_weight = mixture(
-            retain,
-            index[0],
-            forget,
-            index[1],
-            table,
-            from_forget,
-            lambd,
-            None,
-            noise,
-            None,
-            0,
-            dtype,
-            channels_last,
+            *rows, table, from_forget, lambd, None, noise, None, 0, dtype, channels_last
         )
 
-    x, a = (
-        served(rows if chosen is None else rows[chosen])
-        for rows, chosen in zip((retain, forget), index, strict=True)
-    )
-    precision = torch.float64 if torch.float64 in (retain_dtype, forget_dtype, noise_dtype) else torch.float32
-    exact, terms = (
-        closed_form(x, a, noise, table, from_forget, torch.float64),
-        absolute_terms(x, a, noise, table, from_forget),
-    )
-    for name, actual, expected, scale in zip(
-        ("x_t", "retain_target", "forget_target"), images, exact, terms, strict=True
-    ):
+    x = served(retain if index[0] is None else retain[index[0]])
+    a = served(forget if index[1] is None else forget[index[1]])
+    in_double = torch.float64 in (retain_dtype, forget_dtype, noise_dtype)
+    precision = torch.float64 if in_double else torch.float32
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    exact = closed_form(x, a, noise, table, from_forget, torch.float64)
+    terms = absolute_terms(x, a, noise, table, from_forget)
+    names = ("x_t", "retain_target", "forget_target")
+    for name, actual, expected, scale in zip(names, images, exact, terms, strict=True):
         assert actual.dtype == (dtype if name == "x_t" else torch.promote_types(dtype, torch.float32))
-        assert actual.is_contiguous(
-            memory_format=torch.channels_last if channels_last else torch.contiguous_format
-        )
+        assert actual.is_contiguous(memory_format=layout)
         # coefficient, difference, product, two sums; one more where float64 is the truth
         assert_rounded(name, actual, expected, scale, 6, precision)
 
