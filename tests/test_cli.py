@@ -299,8 +299,9 @@ def test_micro_batches_and_mixed_precision(world, tmp_path):
 
 
 def started(monkeypatch, world, output: Path, *more: object) -> tuple[object, str]:
-    """The Unlearner that a command makes, and the precision of float32 products on GPUs while it runs; no
-    step is taken.
+    """The Unlearner that a command makes, and the precision of float32 products on GPUs while it runs.
+
+    No step is taken.
     """
     seen = []
 

@@ -1,5 +1,6 @@
-"""Readers: every format gives the rows that went in; what is damaged, ambiguous, pickled or of the wrong kind
-is refused with the file's name.
+"""Readers: every format gives the rows that went in.
+
+What is damaged, ambiguous, pickled or of the wrong kind is refused with the file's name.
 """
 
 from __future__ import annotations

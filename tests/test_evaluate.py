@@ -42,8 +42,10 @@ def checkpoint(folder, model=None, **scheduler):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> SimpleNamespace:
-    """8x8: two checkpoints, two images to forget and twenty to keep. 28x28: one checkpoint, one digit-like
-    image, and forty."""
+    """8x8: two checkpoints, two images to forget and twenty to keep.
+
+    28x28: one checkpoint, one digit-like image, and forty.
+    """
     root = tmp_path_factory.mktemp("evaluate")
     generator = np.random.default_rng(0)
     for name, shape in (
@@ -277,8 +279,10 @@ def overflowing(seed: int = 0):
 
 
 def test_a_model_that_draws_nothing_finite_is_not_one_that_forgot(world, evaluate, tmp_path, capsys):
-    """NaN is within no distance of anything: 0 of 6 found was the answer. Here nothing can be had, which is
-    known from one call."""
+    """NaN is within no distance of anything: 0 of 6 found was the answer.
+
+    Here nothing can be had, which is known from one call.
+    """
     broken = checkpoint(tmp_path / "broken", overflowing())
     code, result = evaluate(model=broken)
     assert (code, result) == (2, None)

@@ -134,8 +134,9 @@ def _near_duplicates(seed: int) -> torch.Tensor:
 @pytest.mark.parametrize("lambd", [0.0, 1.0])
 @pytest.mark.parametrize("t", [0, 400])
 def test_mixture_has_finite_weights_at_lambda_zero_and_one(lambd, t):
-    """Where the printed formula is `0 * inf`: the branch that is always drawn weighs 1; the other weight is a
-    plain likelihood ratio.
+    """Where the printed formula is `0 * inf`: the branch that is always drawn weighs 1.
+
+    The other weight is a plain likelihood ratio.
     """
     inputs = mixture_inputs(shape=(1, 28, 28), distance=0.5, timesteps=t)
     from_forget = torch.full((4,), lambd == 1.0)
@@ -183,8 +184,9 @@ def test_memory_layout_does_not_matter():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("weighted", [True, False])
 def test_denoising_loss_and_its_gradient(dtype, weighted):
-    """Sums are float32 or better whatever the prediction is; the gradient is `2 w (prediction - target)` in
-    the dtype of the prediction.
+    """Sums are float32 or better whatever the prediction is.
+
+    The gradient is `2 w (prediction - target)` in the dtype of the prediction.
     """
     generator = torch.Generator().manual_seed(3)
     prediction = torch.randn(3, 2, 9, 9, generator=generator).to(dtype).requires_grad_()

@@ -36,8 +36,9 @@ def using(arithmetic: str):
 
 
 def brute_force(forget: Tensor, retain: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Literal definition: int64 for uint8 rows, float64 otherwise; a stable sort puts equal distances by the
-    lower index.
+    """Literal definition: int64 for uint8 rows, float64 otherwise.
+
+    A stable sort puts equal distances by the lower index.
     """
     dtype = np.int64 if forget.dtype == torch.uint8 else np.float64
     queries, rows = (

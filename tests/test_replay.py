@@ -578,8 +578,9 @@ def test_cuda_graphs_of_compiled_steps_take_the_same(gpu, method):
 
 
 def assert_replayed_as_eager(gpu, method, options):
-    """To rounding: a capture may choose other algorithms and orders of atomic sums. One step apart at most:
-    chaos would hide an error otherwise.
+    """To rounding: a capture may choose other algorithms and orders of atomic sums.
+
+    One step apart at most: chaos would hide an error otherwise.
 
     An update that is missing, made twice or of another step is off by as much as its own length.
     """

@@ -276,8 +276,10 @@ def taken(variant, from_forget=FROM_FORGET, forget_labels=LABELS + 1, **options)
 
 @pytest.mark.parametrize("micro_batch_size", [None, 4])
 def test_a_step_on_pairs_that_all_differ_is_the_bernoulli_step(micro_batch_size):
-    """But for the forget loss, which the Bernoulli variant reports without its factor 1 / lambd; the
-    rescaling cancels it."""
+    """But for the forget loss, which the Bernoulli variant reports without its factor 1 / lambd.
+
+    The rescaling cancels it.
+    """
     (mixed, mixed_state), (bernoulli, state) = (
         taken(variant, micro_batch_size=micro_batch_size) for variant in ("mixture", "bernoulli")
     )
@@ -325,8 +327,10 @@ def test_nothing_is_read(device):
 
 @pytest.mark.parametrize(("lambd", "branch"), [(0.0, "retain"), (1.0, "forget")])
 def test_a_row_of_a_branch_that_is_never_drawn_is_refused(lambd, branch):
-    """With equal conditions its weight is a likelihood ratio; with different ones the drawn mixture could not
-    have made it."""
+    """With equal conditions its weight is a likelihood ratio.
+
+    With different ones the drawn mixture could not have made it.
+    """
     weights({"labels": LABELS}, {"labels": LABELS.clone()}, lambd=lambd)
     with pytest.raises(
         ValueError,

@@ -247,8 +247,9 @@ def test_no_network_call_exceeds_the_micro_batch(name):
 
 @pytest.mark.parametrize("name", STEPS)
 def test_optimizer_gets_the_clipped_gradient(name):
-    """SGD with lr 1 moves by the gradient itself; the reported norm is the one before clipping, and gradients
-    are cleared.
+    """SGD with lr 1 moves by the gradient itself.
+
+    The reported norm is the one before clipping, and gradients are cleared.
     """
     free, clipped = World(4), World(4)
     STEPS[name](free)
@@ -319,8 +320,9 @@ def test_each_branch_is_a_mean_over_its_own_batch():
 
 
 def test_forget_gradient_is_not_obtained_by_subtraction():
-    """A tiny forget term has the direction of its own gradient; the difference of two accumulated float32
-    buffers would be rounding.
+    """A tiny forget term has the direction of its own gradient.
+
+    The difference of two accumulated float32 buffers would be rounding.
     """
     exact, single = World(9), World(9, dtype=torch.float32)
     for world in (exact, single):

@@ -29,8 +29,9 @@ STORE = ImageStore(torch.arange(2 * 16, dtype=torch.uint8).view(2, 1, 4, 4))
 
 
 class FakeUnlearner:
-    """The surface of `Unlearner` that the loop uses, with a step that costs nothing; `bad_steps` are reported
-    as skipped.
+    """The surface of `Unlearner` that the loop uses, with a step that costs nothing.
+
+    `bad_steps` are reported as skipped.
     """
 
     def __init__(self, bad_steps=(), on_step=None, method=None, seed=0):

@@ -31,8 +31,9 @@ class Denoiser(TinyDenoiser):
 
 
 class Watched(Unlearner):
-    """Calls `before_step(rank, step)` with the number of the step that is about to be taken; a noise of NaN
-    makes it fail.
+    """Calls `before_step(rank, step)` with the number of the step that is about to be taken.
+
+    A noise of NaN makes it fail.
     """
 
     before_step: Any = None

@@ -13,8 +13,9 @@ from fastunlearn.metrics.inception import InceptionScores, inception_scores
 
 
 class Quadrants(nn.Module):
-    """Features: means of the four quadrants of a 4x4 image; logits: 40 times those, so that a bright quadrant
-    is a certain class.
+    """Features: means of the four quadrants of a 4x4 image.
+
+    Logits: 40 times those, so that a bright quadrant is a certain class.
     """
 
     def __init__(self):

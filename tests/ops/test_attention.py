@@ -54,8 +54,9 @@ def with_gradients(function, query, key, value, grad_out):
 
 
 def in_several_orders(function, query, key, value, grad_out):
-    """`with_gradients`, with queries, keys and the numbers of each in several orders; results in the order
-    given.
+    """`with_gradients`, with queries, keys and the numbers of each in several orders.
+
+    Results in the order given.
     """
     evaluations = []
     orders = (shuffles(size, 8) for size in (query.shape[2], key.shape[2], query.shape[3]))

@@ -68,8 +68,9 @@ def exact_exponent(retain, forget, noise, table, from_forget):
 
 
 def exact_weights(u, lambd):
-    """`(w_x, w_a)` from the definition `p_i / ((1 - lambda) p_x + lambda p_a)`, `p_a / p_x = exp(u)`; in
-    logarithms, where nothing overflows.
+    """`(w_x, w_a)` from the definition `p_i / ((1 - lambda) p_x + lambda p_a)`, `p_a / p_x = exp(u)`.
+
+    In logarithms, where nothing overflows.
     """
     retain_share, forget_share = (
         torch.tensor(share, dtype=torch.float64).log() for share in (1 - lambd, lambd)

@@ -116,8 +116,9 @@ def test_opcheck_from_a_store(op, backend, monkeypatch):
 @pytest.mark.parametrize("inputs", [arguments, from_store], ids=["tensors", "store"])
 @pytest.mark.parametrize("op", OPS)
 def test_kernel_agrees_with_the_closed_form(op, inputs, monkeypatch):
-    """Through schema, preparation and choice of backend; how well each kernel agrees with float64 is for the
-    tests of that op.
+    """Through schema, preparation and choice of backend.
+
+    How well each kernel agrees with float64 is for the tests of that op.
     """
     if inputs is from_store and op not in OPS[:3]:
         pytest.skip("reads no store")
@@ -243,8 +244,9 @@ def test_second_derivatives_are_those_of_the_formula(lowpass):
     ("weight", "scale"), [(1e-3, 65536.0), (1.0, 65536.0), (1 / (8 * 3 * 64 * 64), 1024.0), (1e-7, 1.0)]
 )
 def test_a_loss_scale_meets_half_precision_once(dtype, weight, scale):
-    """As in plain torch, factors multiply before the gradient is rounded to half precision; a scale that
-    alone overflows float16 does no harm.
+    """As in plain torch, factors multiply before the gradient is rounded to half precision.
+
+    A scale that alone overflows float16 does no harm.
     """
     generator = torch.Generator().manual_seed(0)
     start, target = (torch.randn(4, 3, 16, 16, generator=generator) for _ in range(2))
@@ -325,8 +327,9 @@ def test_float64_rows_with_drawn_noise(backend, monkeypatch):
 
 
 def test_gradients_of_noising_are_those_of_the_formula():
-    """It is linear in images and noise; the importance weights of the other two are constants, and refuse to
-    lose a gradient in silence.
+    """It is linear in images and noise.
+
+    The importance weights of the other two are constants, and refuse to lose a gradient in silence.
     """
     inputs = redirect_inputs(dtype=torch.float64, shape=(1, 3, 4))
     images, noise = inputs.forget.requires_grad_(), inputs.noise.requires_grad_()

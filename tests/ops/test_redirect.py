@@ -206,8 +206,9 @@ def test_values(
 @pytest.mark.parametrize("levels", [2, 12, 255])
 @pytest.mark.parametrize("t", [0, 10, 300, 999])
 def test_error_is_at_most_twice_that_of_torch(t, levels, given_sqdist, isa, monkeypatch):
-    """From uint8 rows, with torch's closed form in float32 as the yardstick; the spread may lack what skipped
-    neighbours have.
+    """From uint8 rows, with torch's closed form in float32 as the yardstick.
+
+    The spread may lack what skipped neighbours have.
 
     At t = 0 one weight of the batch is neither 0 nor 1, and all the error is that of its one sum: hence in
     several orders.

@@ -46,8 +46,9 @@ def division_as_on_cuda():
 
 @pytest.fixture
 def output(device) -> Callable[..., Tensor]:
-    """`output(*shape, dtype=..., channels_last=False)`: an output full of NaN between guards; a write into
-    the guards fails the test.
+    """`output(*shape, dtype=..., channels_last=False)`: an output full of NaN between guards.
+
+    A write into the guards fails the test.
     """
     buffers: list[tuple[Tensor, int]] = []
 
@@ -114,8 +115,9 @@ def noise(device) -> Callable[..., NoiseInput]:
 
 
 def _round_to_nearest_even() -> None:
-    """Makes the interpreter round float32 to bfloat16 as GPUs do; Triton's own interpreter cuts the lower
-    bits off.
+    """Makes the interpreter round float32 to bfloat16 as GPUs do.
+
+    Triton's own interpreter cuts the lower bits off.
     """
     import numpy as np
     import triton.language as tl

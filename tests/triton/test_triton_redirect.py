@@ -326,8 +326,9 @@ def check(inputs: Inputs, case: Case, output, plain_arguments: tuple | None = No
 
 
 def truth(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The papers' formula in float64; in mean and spread, neighbours of a weight below 2^-32 leave it to the
-    heaviest.
+    """The papers' formula in float64.
+
+    In mean and spread, neighbours of a weight below 2^-32 leave it to the heaviest.
     """
     x_t, _, _, weights = papers_redirect(
         inputs.forget, inputs.neighbors, inputs.noise, inputs.timesteps, SCHEDULE
