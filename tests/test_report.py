@@ -231,7 +231,7 @@ def test_forget_images_are_drawn_only_on_request(samples):
 
 
 def test_hits_come_first(samples):
-    picture = pixels(samples_section(*samples, report_images=True, columns=3, rows=2).figures[0].png)
+    picture = pixels(samples_section(*samples, report_images=True).figures[0].png)
     second = picture.shape[1] // 2 + 14
     assert [tuple(picture[30, x, :3]) for x in (30, 90, 150)] == [(255,) * 3, (255,) * 3, (0,) * 3]
     assert [tuple(picture[30, second + x, :3]) for x in (30, 90, 150)] == [(0,) * 3, (255,) * 3, (0,) * 3]

@@ -16,6 +16,7 @@ from ..metrics.reconstruction import Reconstruction
 from .document import Figure, Section
 from .pictures import grid, loss_curves, side_by_side
 
+COLUMNS, SAMPLE_ROWS, CHAIN_ROWS = 8, 8, 3  # of the grids of pictures
 HEADS = ("before", "after, same noise")
 LOSSES = {"forget_loss": "forget loss", "retain_loss": "retain loss", "grad_norm": "gradient norm"}
 
@@ -41,8 +42,6 @@ def samples_section(
     *,
     subject: str = "forget image",
     report_images: bool = False,
-    columns: int = 8,
-    rows: int = 8,
 ) -> Section:
     """Samples of both models from the same noise.
 
@@ -53,15 +52,14 @@ def samples_section(
         hits_before, hits_after: bool `[N]`, which of them show the forgotten image.
         subject: what the caption calls that image.
         report_images: whether hits are drawn.
-        columns, rows: of the grid, which has room for that many samples.
     """
     # The grids show a part of the samples: hits are rare, and would be missing from the first ones.
     hit = hits_before | hits_after
     hits_first = torch.cat([torch.nonzero(hit)[:, 0], torch.nonzero(~hit)[:, 0]])
-    order = hits_first[: columns * rows]
+    order = hits_first[: COLUMNS * SAMPLE_ROWS]
     hits = hits_before[order].tolist(), hits_after[order].tolist()
     hidden = None if report_images else hits
-    picture = side_by_side(before[order], after[order], columns=columns, marked=hits, hidden=hidden)
+    picture = side_by_side(before[order], after[order], columns=COLUMNS, marked=hits, hidden=hidden)
     caption = (
         f"{len(order)} of {len(before)} samples; the same place in both grids starts from the same noise."
     )
@@ -83,8 +81,6 @@ def reconstructions_section(
     *,
     subject: str = "forget image",
     report_images: bool = False,
-    columns: int = 8,
-    rows: int = 3,
 ) -> Section:
     """What the models make of an image that is noised to some timestep and denoised.
 
@@ -96,7 +92,6 @@ def reconstructions_section(
         pairs: one for each timestep.
         subject: what the text calls the image.
         report_images: whether pictures are drawn, all of which show the image or the models' copies of it.
-        columns, rows: of the grids, which have room for that many chains.
     """
     text = (
         f"The {subject} is noised to a timestep of the diffusion, and the model denoises it again. "
@@ -111,16 +106,16 @@ def reconstructions_section(
     caption = "Where the chains start, for one noise."
     figures = [Figure("injected.png", start, caption, stages, width=150 * len(stages))]
     for pair in pairs:
-        figures.append(_chains(pair, columns, rows))
+        figures.append(_chains(pair))
     return Section("Reconstruction from noise", text, figures=tuple(figures))
 
 
-def _chains(pair: ReconstructionPair, columns: int, rows: int) -> Figure:
+def _chains(pair: ReconstructionPair) -> Figure:
     """Where the first chains of one timestep ended, before and after."""
-    first = slice(0, columns * rows)
+    first = slice(0, COLUMNS * CHAIN_ROWS)
     before, after = pair.before.returned, pair.after.returned
     timestep, shown = pair.before.timestep, len(pair.images_before[first])
-    picture = side_by_side(pair.images_before[first], pair.images_after[first], columns=columns)
+    picture = side_by_side(pair.images_before[first], pair.images_after[first], columns=COLUMNS)
     caption = (
         f"Noise injected at t = {timestep}: {before.count} of {before.total} chains came back before, "
         f"{after.count} of {after.total} after; the first {shown} are shown."
