@@ -88,7 +88,6 @@ def pretrain(
     seed: int = 0,
     resume: bool = True,
     checkpointing_steps: int = 500,
-    channels_last: bool = True,
     device: torch.device | str = "cpu",
     show_progress: bool = True,
     record: dict[str, Any] | None = None,
@@ -106,7 +105,6 @@ def pretrain(
         seed: of the first weights and of all random numbers of the steps.
         resume: go on from the last undamaged checkpoint, if there is one.
         checkpointing_steps: a checkpoint every so many steps, and one at the end; the last two are kept.
-        channels_last: train in this memory layout, which is faster for convolutions.
         device: where the network is trained.
         show_progress: a progress bar on standard output.
         record: more entries for `pretraining.json`, such as how pictures became rows.
@@ -127,7 +125,7 @@ def pretrain(
     output_dir = Path(output_dir)
     run_dir = run_folder(output_dir)
     scheduler = diffusers.DDPMScheduler(**recipe.scheduler)
-    training = _begin(recipe, seed, device, channels_last)
+    training = _begin(recipe, seed, device)
     run = described({"recipe": asdict(recipe), "seed": seed, "data": images.content_hash()})
     if resume:
         _resume(training, checkpoint.latest(run_dir), run, device)
@@ -142,8 +140,7 @@ def pretrain(
         )
         while training.step < recipe.total_steps:
             noisy, timesteps, noise = draw(training.step)
-            if channels_last:
-                noisy = noisy.contiguous(memory_format=torch.channels_last)
+            noisy = noisy.contiguous(memory_format=torch.channels_last)
             _take_step(training, noisy, timesteps, noise, recipe.max_grad_norm)
             last = training.step == recipe.total_steps
             if training.step % LOG_EVERY == 0 or last:
@@ -168,16 +165,15 @@ def pretrain(
     return output_dir
 
 
-def _begin(recipe: Pretraining, seed: int, device: torch.device | str, channels_last: bool) -> _Training:
+def _begin(recipe: Pretraining, seed: int, device: torch.device | str) -> _Training:
     """A training before its first step."""
     diffusers = check.package("diffusers", "pretrain")
     cosine_with_warmup = check.package("diffusers.optimization", "pretrain").get_cosine_schedule_with_warmup
     training_utils = check.package("diffusers.training_utils", "pretrain")
     # The weights are drawn on the CPU, so they are the same for every device.
     torch.manual_seed(seed)
-    model = diffusers.UNet2DModel(**recipe.unet).to(device)
-    if channels_last:
-        model = model.to(memory_format=torch.channels_last)
+    # In channels-last, in which convolutions are faster.
+    model = diffusers.UNet2DModel(**recipe.unet).to(device).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
     )
