@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-from functools import cache
 from typing import BinaryIO
 
 from PIL import Image
@@ -53,7 +52,6 @@ OTHERS = (
 )
 
 
-@cache
 def formats() -> tuple[str, ...]:
     """What `Image.open(..., formats=...)` is given everywhere: those of `WANTED` that this Pillow has."""
     Image.init()
