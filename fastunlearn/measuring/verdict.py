@@ -74,7 +74,7 @@ def decide(
     criteria = (*forgotten, kept)
     if not kept.passed:
         # Scores that say nothing before cannot have fallen.
-        answer = "not decided" if _says_nothing(before, after) else "no"
+        answer = "not decided" if _says_nothing(before) else "no"
         return Verdict(answer, f"{kept.name}: {kept.evidence}", criteria)
     if looked_at < given:
         reason = f"{looked_at} of {given} forget images were reconstructed (--max-forget-images)"
@@ -114,7 +114,7 @@ def _kept(before: Mapping[str, Measurement], after: Mapping[str, Measurement]) -
     return quality_criterion(first.result, second.result, "other samples")
 
 
-def _says_nothing(before: Mapping[str, Measurement], after: Mapping[str, Measurement]) -> bool:
+def _says_nothing(before: Mapping[str, Measurement]) -> bool:
     """Whether the scores before are none of quality: then they did not fall either."""
     return bool(why_invalid((before.get("is") or before["fid"]).result))
 

@@ -60,7 +60,7 @@ def search_faiss(
     values = torch.full((num_queries, count), torch.inf)
     index = torch.zeros((num_queries, count), dtype=torch.int64)
     largest_norm = 0.0
-    tile_rows, _ = tile_size(num_rows, num_queries, columns, 8 * columns, chunk_bytes)
+    tile_rows, _ = tile_size(num_rows, num_queries, 8 * columns, chunk_bytes)
     for start in range(0, num_rows, tile_rows):
         rows = _shifted(retain[start : start + tile_rows].flatten(1), centre)
         largest_norm = max(largest_norm, square_norms(rows).max().item())

@@ -116,9 +116,7 @@ def _approximate_tiles(
         squared norms of the retain rows float64 `[c]`.
     """
     columns = forget.shape[1]
-    tile_rows, tile_queries = tile_size(
-        len(retain), len(forget), 3 * columns, 4 * columns, chunk_bytes, entry_bytes=20
-    )
+    tile_rows, tile_queries = tile_size(len(retain), len(forget), 4 * columns, chunk_bytes, entry_bytes=20)
     for start in range(0, len(retain), tile_rows):
         rows = retain[start : start + tile_rows].flatten(1)
         norms, rows32 = square_norms(rows), rows.float()

@@ -50,7 +50,7 @@ def ascending(index: Tensor, distances: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def tile_size(
-    num_rows: int, num_queries: int, columns: int, row_bytes: int, chunk_bytes: int, entry_bytes: int = 8
+    num_rows: int, num_queries: int, row_bytes: int, chunk_bytes: int, entry_bytes: int = 8
 ) -> tuple[int, int]:
     """How many rows and queries a tile has.
 

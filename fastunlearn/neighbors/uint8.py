@@ -81,7 +81,7 @@ def _in_torch(
     row_bits = num_rows.bit_length()
     best = torch.full((num_queries, k), torch.iinfo(torch.int64).max, device=retain.device)
     queries = centred(forget)
-    tile_rows, tile_queries = tile_size(num_rows, num_queries, columns, 2 * columns, chunk_bytes)
+    tile_rows, tile_queries = tile_size(num_rows, num_queries, 2 * columns, chunk_bytes)
     rows_buffer = torch.empty((tile_rows, columns), dtype=torch.int8, device=retain.device)
     # Squared norms of short rows fit into 32 bits, which are half the memory to go through.
     norms_dtype = torch.int32 if columns <= INT32_COLUMNS else torch.int64
