@@ -10,6 +10,7 @@ needs only `<eps, x - a>` and `||x - a||^2`. The log ratio of what else the bran
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,77 +33,37 @@ from ._library import (
 )
 
 
-def mixture(
-    retain: Tensor,
-    retain_index: Tensor | None,
-    forget: Tensor,
-    forget_index: Tensor | None,
-    coefficients: Tensor,
-    from_forget: Tensor,
-    lambd: float,
-    time_log_ratio: Tensor | None,
-    noise: Tensor | None,
-    counter: Tensor | None,
-    purpose: int,
-    dtype: torch.dtype,
-    channels_last: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`x_t`, the retain and the forget target, the retain and the forget weight.
+class Arguments(NamedTuple):
+    """What the op takes, in this order."""
 
-    `x_t` is in `dtype`, the targets in float32 or better (all `[B, C, H, W]`), the weights `[B]` float64.
-
-    Args:
-        retain: `[N, C, H, W]` uint8 or floating, images to keep, `x`.
-        retain_index: `[B]` int64, rows of `retain`; None: all, in order.
-        forget, forget_index: the same for the images to forget, `a`.
-        coefficients: `[B, 5]` float64, `NoiseSchedule.coefficients`.
-        from_forget: `[B]` bool, True where `x_t` is made from the forget image.
-        lambd: the share of forget images in the mixture.
-        time_log_ratio: `[B]`, `log p_forget(t) / p_retain(t)` where the branches draw timesteps from
-            different densities; infinite where one of them never draws `t` (or never has the row's
-            condition).
-        noise: `[B, C, H, W]`; None: made from `counter` (int64 `[3]`) and `purpose`, see `philox.Noise`.
-        channels_last: the memory layout of the results.
-    """
-    return _op(
-        retain,
-        retain_index,
-        forget,
-        forget_index,
-        coefficients,
-        from_forget,
-        lambd,
-        time_log_ratio,
-        noise,
-        counter,
-        purpose,
-        dtype,
-        channels_last,
-    )
+    retain: Tensor  # [N, C, H, W] uint8 or floating, images to keep, `x`
+    retain_index: Tensor | None  # [B] int64, rows of `retain`; None: all, in order
+    forget: Tensor  # the same for the images to forget, `a`
+    forget_index: Tensor | None
+    coefficients: Tensor  # [B, 5] float64, `NoiseSchedule.coefficients`
+    from_forget: Tensor  # [B] bool, True where `x_t` is made from the forget image
+    lambd: float  # the share of forget images in the mixture
+    # [B], `log p_forget(t) / p_retain(t)` where the branches draw timesteps from different densities;
+    # infinite where one of them never draws `t` (or never has the row's condition)
+    time_log_ratio: Tensor | None
+    noise: Tensor | None  # [B, C, H, W]; None: made from the two that follow, see `philox.Noise`
+    counter: Tensor | None  # [3] int64
+    purpose: int
+    dtype: torch.dtype  # of `x_t`
+    channels_last: bool  # the memory layout of the results
 
 
-def _eager(
-    retain,
-    retain_index,
-    forget,
-    forget_index,
-    coefficients,
-    from_forget,
-    lambd,
-    time_log_ratio,
-    noise,
-    counter,
-    purpose,
-    dtype,
-    channels_last,
-):
-    precision = compute_dtype(retain, forget, noise)
-    retain = served(picked(retain, retain_index), precision)
-    forget = served(picked(forget, forget_index), precision)
+def _eager(*args):
+    given = Arguments(*args)
+    from_forget, lambd, time_log_ratio = given.from_forget, given.lambd, given.time_log_ratio
+    precision = compute_dtype(given.retain, given.forget, given.noise)
+    retain = served(picked(given.retain, given.retain_index), precision)
+    forget = served(picked(given.forget, given.forget_index), precision)
+    noise = given.noise
     if noise is None:
-        noise = philox.normal(retain.shape, counter, purpose)
+        noise = philox.normal(retain.shape, given.counter, given.purpose)
     noise = noise.to(precision)
-    alpha, sigma, a, b, c = coefficients.unbind(1)
+    alpha, sigma, a, b, c = given.coefficients.unbind(1)
 
     # u = dist_x - dist_a = +-rho^2 ||x - a||^2 / 2 - rho <eps, x - a>, with rho = alpha / sigma, + where the
     # forget image was drawn. In float64: at small t rho^2 is about 1e4, and u goes into an exponent.
@@ -124,10 +85,12 @@ def _eager(
     x_t = per_row(alpha, chosen) * chosen + per_row(sigma, chosen) * noise
     base = per_row(a, chosen) * noise + per_row(b, chosen) * chosen
     targets = (
-        laid_out(base + per_row(c, chosen) * (chosen - images), at_least_float32(dtype), channels_last)
+        laid_out(
+            base + per_row(c, chosen) * (chosen - images), at_least_float32(given.dtype), given.channels_last
+        )
         for images in (retain, forget)
     )
-    return laid_out(x_t, dtype, channels_last), *targets, retain_weight, forget_weight
+    return laid_out(x_t, given.dtype, given.channels_last), *targets, retain_weight, forget_weight
 
 
 def _weights(u: Tensor, lambd: float) -> tuple[Tensor, Tensor]:
@@ -152,63 +115,41 @@ def _decided(weight: Tensor, log_ratio: Tensor, share: float) -> Tensor:
     return torch.where(log_ratio == math.inf, alone, weight)
 
 
-def _empty(
-    retain,
-    retain_index,
-    forget,
-    forget_index,
-    coefficients,
-    from_forget,
-    lambd,
-    time_log_ratio,
-    noise,
-    counter,
-    purpose,
-    dtype,
-    channels_last,
-):
-    x_t = empty_images(retain, retain_index, dtype, channels_last)
-    target = torch.empty_like(x_t, dtype=at_least_float32(dtype))
-    weight = coefficients.new_empty(len(coefficients))
+def _empty(*args):
+    """`x_t`, the retain and the forget target, the retain and the forget weight.
+
+    `x_t` is in `dtype`, the targets in float32 or better (all `[B, C, H, W]`), the weights `[B]` float64.
+    """
+    given = Arguments(*args)
+    x_t = empty_images(given.retain, given.retain_index, given.dtype, given.channels_last)
+    target = torch.empty_like(x_t, dtype=at_least_float32(given.dtype))
+    weight = given.coefficients.new_empty(len(given.coefficients))
     return x_t, target, torch.empty_like(target), weight, torch.empty_like(weight)
 
 
-def _check(
-    retain,
-    retain_index,
-    forget,
-    forget_index,
-    coefficients,
-    from_forget,
-    lambd,
-    time_log_ratio,
-    noise,
-    counter,
-    purpose,
-    dtype,
-    channels_last,
-):
-    shape = check_rows("retain", retain, retain_index)
-    forget_shape = check_rows("forget", forget, forget_index)
+def _check(*args):
+    given = Arguments(*args)
+    shape = check_rows("retain", given.retain, given.retain_index)
+    forget_shape = check_rows("forget", given.forget, given.forget_index)
     if forget_shape != shape:
         raise ValueError(f"forget: expected pairs with retain {shape}, got {forget_shape}")
-    check_shape("coefficients", coefficients, (shape[0], 5))
-    check_shape("from_forget", from_forget, shape[:1])
-    check_shape("time_log_ratio", time_log_ratio, shape[:1])
-    check_noise(noise, counter, shape)
+    check_shape("coefficients", given.coefficients, (shape[0], 5))
+    check_shape("from_forget", given.from_forget, shape[:1])
+    check_shape("time_log_ratio", given.time_log_ratio, shape[:1])
+    check_noise(given.noise, given.counter, shape)
 
 
 def _prepare(args: tuple, outputs: tuple) -> tuple:
-    retain, retain_index, forget, forget_index, coefficients, from_forget, lambd, time_log_ratio, *rest = args
-    noise, counter, *rest = rest
+    retain, retain_index, forget, forget_index, *rest = args
+    coefficients, from_forget, lambd, time_log_ratio, noise, counter, *rest = rest
     if time_log_ratio is not None:
         time_log_ratio = time_log_ratio.double().contiguous()
     rows = *rows_for_kernel(retain, retain_index), *rows_for_kernel(forget, forget_index)
-    branches = coefficients.contiguous(), from_forget.contiguous(), lambd, time_log_ratio
-    return *rows, *branches, *noise_for_kernel(noise, counter), *rest
+    weighting = coefficients.contiguous(), from_forget.contiguous(), lambd, time_log_ratio
+    return *rows, *weighting, *noise_for_kernel(noise, counter), *rest
 
 
-_op = define(
+mixture = define(
     "mixture",
     "Tensor retain, Tensor? retain_index, Tensor forget, Tensor? forget_index, Tensor coefficients,"
     " Tensor from_forget, float lambd, Tensor? time_log_ratio, Tensor? noise, Tensor? counter, int purpose,"

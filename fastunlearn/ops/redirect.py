@@ -8,6 +8,8 @@ spread`. So k targets become one, and the network is asked once.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -31,68 +33,36 @@ from ._library import (
 _CHUNK_ELEMENTS = 1 << 22  # temporaries over neighbours stay below this many elements
 
 
-def redirect(
-    images: Tensor,
-    index: Tensor | None,
-    neighbors: Tensor,
-    neighbor_index: Tensor | None,
-    coefficients: Tensor,
-    sqdist: Tensor | None,
-    noise: Tensor | None,
-    counter: Tensor | None,
-    purpose: int,
-    dtype: torch.dtype,
-    channels_last: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`x_t` in `dtype`, target in float32 or better (both `[B, C, H, W]`), spread `[B]` and weights `[B, K]`.
+class Arguments(NamedTuple):
+    """What the op takes, in this order."""
 
-    Args:
-        images: `[N, C, H, W]` uint8 or floating, the images to forget.
-        index: `[B]` int64, rows of `images`; None: all, in order.
-        neighbors: `[B, K, C, H, W]`, their neighbours among the images to keep; with `neighbor_index` `[M, C,
-            H, W]`, the rows to keep.
-        neighbor_index: `[B, K]` int64, rows of `neighbors`, or None.
-        coefficients: `[B, 5]` float64, `NoiseSchedule.coefficients`.
-        sqdist: `[B, K]` float64, `||a - x_j||^2` in the scale of network input; None: accumulated in float64.
-        noise: `[B, C, H, W]`; None: made from `counter` (int64 `[3]`) and `purpose`, see `philox.Noise`.
-        channels_last: the memory layout of the results.
-    """
-    return _op(
-        images,
-        index,
-        neighbors,
-        neighbor_index,
-        coefficients,
-        sqdist,
-        noise,
-        counter,
-        purpose,
-        dtype,
-        channels_last,
-    )
+    images: Tensor  # [N, C, H, W] uint8 or floating, the images to forget
+    index: Tensor | None  # [B] int64, rows of `images`; None: all, in order
+    # [B, K, C, H, W], their neighbours among the images to keep; with an index [M, C, H, W], the rows to keep
+    neighbors: Tensor
+    neighbor_index: Tensor | None  # [B, K] int64, rows of `neighbors`
+    coefficients: Tensor  # [B, 5] float64, `NoiseSchedule.coefficients`
+    # [B, K] float64, `||a - x_j||^2` in the scale of network input; None: accumulated in float64
+    sqdist: Tensor | None
+    noise: Tensor | None  # [B, C, H, W]; None: made from the two that follow, see `philox.Noise`
+    counter: Tensor | None  # [3] int64
+    purpose: int
+    dtype: torch.dtype  # of `x_t`
+    channels_last: bool  # the memory layout of the results
 
 
-def _eager(
-    images,
-    index,
-    neighbors,
-    neighbor_index,
-    coefficients,
-    sqdist,
-    noise,
-    counter,
-    purpose,
-    dtype,
-    channels_last,
-):
-    precision = compute_dtype(images, neighbors, noise)
-    forget = served(picked(images, index), precision)
+def _eager(*args):
+    given = Arguments(*args)
+    sqdist, dtype, channels_last = given.sqdist, given.dtype, given.channels_last
+    precision = compute_dtype(given.images, given.neighbors, given.noise)
+    forget = served(picked(given.images, given.index), precision)
+    noise = given.noise
     if noise is None:
-        noise = philox.normal(forget.shape, counter, purpose)
+        noise = philox.normal(forget.shape, given.counter, given.purpose)
     noise = noise.to(precision)
-    rows = picked(neighbors, neighbor_index).flatten(2)  # [B, K, D], as stored
+    rows = picked(given.neighbors, given.neighbor_index).flatten(2)  # [B, K, D], as stored
     center, eps = forget.flatten(1).unsqueeze(1), noise.flatten(1)
-    alpha, sigma, a, b, c = coefficients.unbind(1)
+    alpha, sigma, a, b, c = given.coefficients.unbind(1)
 
     # p_j from the logits rho <eps, x_j - a> - rho^2 (d_j - min d) / 2.
     if sqdist is None:
@@ -157,50 +127,32 @@ def _mean_and_variance(rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, T
     return heaviest, offset, variance.squeeze(1).clamp_min(0)
 
 
-def _empty(
-    images,
-    index,
-    neighbors,
-    neighbor_index,
-    coefficients,
-    sqdist,
-    noise,
-    counter,
-    purpose,
-    dtype,
-    channels_last,
-):
-    precision = compute_dtype(images, neighbors, noise)
-    x_t = empty_images(images, index, dtype, channels_last)
-    batch, k = neighbors.shape[:2] if neighbor_index is None else neighbor_index.shape
+def _empty(*args):
+    """`x_t`, target, spread `[B]` and weights `[B, K]`.
+
+    `x_t` is in `dtype`, the target in float32 or better (both `[B, C, H, W]`).
+    """
+    given = Arguments(*args)
+    precision = compute_dtype(given.images, given.neighbors, given.noise)
+    x_t = empty_images(given.images, given.index, given.dtype, given.channels_last)
+    batch, k = (given.neighbors if given.neighbor_index is None else given.neighbor_index).shape[:2]
     return (
         x_t,
-        torch.empty_like(x_t, dtype=at_least_float32(dtype)),
+        torch.empty_like(x_t, dtype=at_least_float32(given.dtype)),
         x_t.new_empty(batch, dtype=precision),
         x_t.new_empty((batch, k), dtype=precision),
     )
 
 
-def _check(
-    images,
-    index,
-    neighbors,
-    neighbor_index,
-    coefficients,
-    sqdist,
-    noise,
-    counter,
-    purpose,
-    dtype,
-    channels_last,
-):
-    shape = check_rows("images", images, index)
-    neighbor_shape = check_rows("neighbors", neighbors, neighbor_index, ndim=2)
+def _check(*args):
+    given = Arguments(*args)
+    shape = check_rows("images", given.images, given.index)
+    neighbor_shape = check_rows("neighbors", given.neighbors, given.neighbor_index, ndim=2)
     if (neighbor_shape[0], *neighbor_shape[2:]) != shape:
         raise ValueError(f"neighbors: expected [B, K, C, H, W] for images {shape}, got {neighbor_shape}")
-    check_shape("coefficients", coefficients, (shape[0], 5))
-    check_shape("sqdist", sqdist, neighbor_shape[:2])
-    check_noise(noise, counter, shape)
+    check_shape("coefficients", given.coefficients, (shape[0], 5))
+    check_shape("sqdist", given.sqdist, neighbor_shape[:2])
+    check_noise(given.noise, given.counter, shape)
 
 
 def _prepare(args: tuple, outputs: tuple) -> tuple:
@@ -221,7 +173,7 @@ def _parts(rows: Tensor, dtype: torch.dtype):
     return (served(part, dtype) for part in rows.split(_neighbors_per_part(rows), dim=1))
 
 
-_op = define(
+redirect = define(
     "redirect",
     "Tensor images, Tensor? index, Tensor neighbors, Tensor? neighbor_index, Tensor coefficients,"
     " Tensor? sqdist, Tensor? noise, Tensor? counter, int purpose, ScalarType dtype, bool channels_last",
