@@ -30,9 +30,11 @@ from .ops.noising import noising as _noising
 from .ops.redirect import redirect as _redirect
 from .ops.residual import residual as _residual
 from .reference.lowpass_residual import lowpass_residual as _literal_lowpass
+from .reference.mixture import Mixture
 from .reference.mixture import mixture as _literal_mixture
 from .reference.noising import noising as _literal_noising
 from .reference.noising import prediction_target as _literal_target
+from .reference.redirect import Redirect
 from .reference.redirect import redirect as _literal_redirect
 from .reference.residual import denoising_loss as _literal_loss
 
@@ -40,21 +42,6 @@ from .reference.residual import denoising_loss as _literal_loss
 class Noised(NamedTuple):
     x_t: Tensor  # [B, C, H, W]
     target: Tensor  # [B, C, H, W], in the model's prediction space
-
-
-class Redirect(NamedTuple):
-    x_t: Tensor  # [B, C, H, W]
-    target: Tensor  # [B, C, H, W], in the model's prediction space
-    spread: Tensor  # [B], the part of ReTrack's loss that no network can change
-    weights: Tensor  # [B, K]
-
-
-class Mixture(NamedTuple):
-    x_t: Tensor  # [B, C, H, W]
-    retain_target: Tensor  # [B, C, H, W]
-    forget_target: Tensor  # [B, C, H, W]
-    retain_weight: Tensor  # [B] float64
-    forget_weight: Tensor  # [B] float64
 
 
 def noised(
@@ -151,7 +138,7 @@ def redirect(
     if backend() == "reference":
         forget, neighbors = _gathered(forget), _gathered(neighbors)
         noise = _numbers(noise, forget.dtype)
-        return Redirect(*_literal_redirect(forget, neighbors, noise, timesteps, schedule, x_t=x_t))
+        return _literal_redirect(forget, neighbors, noise, timesteps, schedule, x_t=x_t)
     rest = coefficients, sqdist, *_noise_arguments(noise), forget.dtype, _channels_last(forget)
     made, target, spread, weights = _redirect(*_source(forget), *_source(neighbors), *rest)
     return Redirect(made if x_t is None else x_t, target, spread, weights)
@@ -214,7 +201,7 @@ def mixture(
     if backend() == "reference":
         retain, forget = _gathered(retain), _gathered(forget)
         pair = retain, forget, _numbers(noise, retain.dtype), timesteps, schedule, lambd, from_forget
-        return Mixture(*_literal_mixture(*pair, x_t=x_t, time_log_ratio=time_log_ratio))
+        return _literal_mixture(*pair, x_t=x_t, time_log_ratio=time_log_ratio)
     rest = (
         coefficients,
         from_forget,
