@@ -34,7 +34,10 @@ def check_unconditional(model: Callable) -> None:
     ):
         asked.append("class_labels")
     if asked:
-        expected = "expected a network of images and timesteps alone (the *_step functions take forget_kwargs and retain_kwargs)"
+        expected = (
+            "expected a network of images and timesteps alone (the *_step functions take forget_kwargs and "
+            "retain_kwargs)"
+        )
         raise ValueError(f"model: {expected}, got a {type(network).__name__} that needs {', '.join(asked)}")
 
 
@@ -53,7 +56,8 @@ def check_stores(
     ):
         if needed and not isinstance(store, ImageStore):
             raise TypeError(
-                f"{name}: expected an ImageStore ({type(method).__name__} reads it), got {check.describe(store)}"
+                f"{name}: expected an ImageStore ({type(method).__name__} reads it), "
+                f"got {check.describe(store)}"
             )
         if needed and len(store) > philox.LARGEST_RANGE:
             expected = "at most 2^31 rows (they are drawn with 32 random bits)"
@@ -66,7 +70,8 @@ def check_stores(
         if len(rows):
             shown = ", ".join(str(int(row)) for row in rows[:10]) + (", ..." if len(rows) > 10 else "")
             raise ValueError(
-                f"forget: expected images that are not in retain, got {len(rows)} that are (rows {shown}); allow_overlap=True accepts them"
+                "forget: expected images that are not in retain, "
+                f"got {len(rows)} that are (rows {shown}); allow_overlap=True accepts them"
             )
 
 
@@ -78,11 +83,13 @@ def check_same_kind(forget: ImageStore, retain: ImageStore) -> None:
     """
     if forget.shape != retain.shape:
         raise ValueError(
-            f"forget: expected images of the shape of retain, {tuple(retain.shape)}, got {tuple(forget.shape)}"
+            f"forget: expected images of the shape of retain, {tuple(retain.shape)}, "
+            f"got {tuple(forget.shape)}"
         )
     if forget.latents != retain.latents:
         raise ValueError(
-            f"forget: expected {'latents' if retain.latents else 'images'}, as in retain, got {'latents' if forget.latents else 'images'}"
+            f"forget: expected {'latents' if retain.latents else 'images'}, as in retain, "
+            f"got {'latents' if forget.latents else 'images'}"
         )
     if forget.is_uint8 != retain.is_uint8:
         raise TypeError(f"forget: expected the dtype of retain, {retain.dtype}, got {forget.dtype}")

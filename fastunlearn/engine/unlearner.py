@@ -192,7 +192,8 @@ class Unlearner:
         self.rows_here = batch_size // self.num_processes
         if self.parameters[0].dtype != torch.float32 and autocast_dtype is None:
             raise TypeError(
-                f"model: expected float32 parameters, or autocast_dtype (stores serve float32 rows), got {self.parameters[0].dtype}"
+                "model: expected float32 parameters, or autocast_dtype (stores serve float32 rows), "
+                f"got {self.parameters[0].dtype}"
             )
         self.forget = forget if "forget" in method.needs else None
         self.retain = retain if {"retain", "neighbors"} & method.needs else None

@@ -45,7 +45,8 @@ class ReTrack(Method):
         return FORGET if self.lambd == 1 else FORGET | RETAIN
 
     def compose(self, batch: Batch, draws: Draws, schedule: NoiseSchedule) -> list[Pass]:
-        # sum_j p_j ||e - v_j||^2 = ||e - sum_j p_j v_j||^2 + spread (section 3.4 with one target in place of k)
+        # Section 3.4 with one target in place of k:
+        # sum_j p_j ||e - v_j||^2 = ||e - sum_j p_j v_j||^2 + spread
         redirected = F.redirect(
             batch.forget,
             batch.neighbors,

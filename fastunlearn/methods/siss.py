@@ -73,7 +73,8 @@ class SISS(Method):
     def compose(self, batch: Batch, draws: Draws, schedule: NoiseSchedule) -> list[Pass]:
         if batch.forget.shape != batch.retain.shape:
             raise ValueError(
-                f"forget: expected the shape of retain, {tuple(batch.retain.shape)} (SISS works on pairs), got {tuple(batch.forget.shape)}"
+                f"forget: expected the shape of retain, {tuple(batch.retain.shape)} (SISS works on pairs), "
+                f"got {tuple(batch.forget.shape)}"
             )
         if self.variant == "mixture":
             return self._mixture(batch, draws, schedule)

@@ -1,4 +1,4 @@
-"""Conditioning: what a network is given beside images and timesteps, as nested dicts of tensors and constants."""
+"""Conditioning: what a network is given beside images and timesteps, in nested dicts."""
 
 from __future__ import annotations
 

@@ -120,7 +120,8 @@ class GeneratorSource:
     def __init__(self, device: torch.device, generator: torch.Generator | None):
         if generator is not None and generator.device.type != device.type:
             raise ValueError(
-                f"generator: expected a generator on the device of the images, {device}, got one on {generator.device}"
+                f"generator: expected a generator on the device of the images, {device}, "
+                f"got one on {generator.device}"
             )
         self.device, self.generator = device, generator
 
@@ -216,7 +217,8 @@ def validate(
     unused = draws.given() - wanted.keys()
     if unused:
         raise ValueError(
-            f"draws: expected only {', '.join(sorted(wanted))} for this method, got {', '.join(sorted(unused))} too"
+            f"draws: expected only {', '.join(sorted(wanted))} for this method, "
+            f"got {', '.join(sorted(unused))} too"
         )
     for branch, batch in (("forget", forget), ("retain", retain)):
         noise, timesteps = getattr(draws, f"{branch}_noise"), getattr(draws, f"{branch}_timesteps")

@@ -56,7 +56,8 @@ class LowPass:
         _radius("radius", self.radius)
         if (self.inner is not None) != (self.band == "mid"):
             raise ValueError(
-                f"inner: expected {'a number' if self.band == 'mid' else 'None'} with band={self.band!r}, got {check.describe(self.inner)}"
+                f"inner: expected {'a number' if self.band == 'mid' else 'None'} with band={self.band!r}, "
+                f"got {check.describe(self.inner)}"
             )
         if self.inner is not None and not _radius("inner", self.inner) < _radius("radius", self.radius):
             raise ValueError(f"inner: expected a number below radius, {self.radius}, got {self.inner}")
@@ -84,7 +85,8 @@ class LowPass:
         nothing = not table.any() if self.band == "mid" else self.band == "high" and bool(table.all())
         if nothing and self.high_frequency_weight == 0:
             raise ValueError(
-                f"LowPass: expected a band with frequencies of images of {height} x {width}, got none in {self}"
+                f"LowPass: expected a band with frequencies of images of {height} x {width}, "
+                f"got none in {self}"
             )
         return _trimmed(table), float(inside), float(outside)
 

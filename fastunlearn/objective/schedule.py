@@ -48,7 +48,8 @@ class NoiseSchedule:
             model_timesteps = torch.arange(len(alpha))
         elif not isinstance(model_timesteps, Tensor) or model_timesteps.shape != alpha.shape:
             raise ValueError(
-                f"model_timesteps: expected a tensor of shape {tuple(alpha.shape)}, got {_describe(model_timesteps)}"
+                f"model_timesteps: expected a tensor of shape {tuple(alpha.shape)}, "
+                f"got {_describe(model_timesteps)}"
             )
         self.alpha, self.sigma = alpha, sigma
         self.model_timesteps, self.prediction_type = model_timesteps.cpu(), prediction_type
@@ -192,7 +193,8 @@ class NoiseSchedule:
         first = int((~self._usable).nonzero()[0])
         if self.sigma[first] == 0:
             raise ValueError(
-                f"schedule: expected sigma_t > 0 at every timestep that can be drawn, got sigma = 0 at t = {first}"
+                "schedule: expected sigma_t > 0 at every timestep that can be drawn, "
+                f"got sigma = 0 at t = {first}"
             )
         expected = "alpha_t > 0 for a network that predicts epsilon"
         raise ValueError(f"schedule: expected {expected}, got alpha = 0 at t = {first} (zero terminal SNR)")

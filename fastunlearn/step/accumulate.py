@@ -29,7 +29,8 @@ REFUSED_BACKWARD = {
     ),
     "backward through the graph a second time": (
         "model: expected an output whose graph is that of its own call, got one that shares a part with "
-        "another call of the step (something with a graph that was computed before, such as a text embedding: "
+        "another call of the step (something with a graph that was computed before, such as a text "
+        "embedding: "
         "detach() it, or compute it inside of the model)"
     ),
 }
@@ -97,7 +98,7 @@ class Accumulator:
             raise
 
     def finish(self) -> Combined:
-        """Leaves the combined gradient in `.grad`: of all processes, and still multiplied by the loss scale."""
+        """Leaves the combined gradient in `.grad`: of all processes, still multiplied by the loss scale."""
         self._select(self._main)
         self._reduce()
         self._restrict()

@@ -1,4 +1,4 @@
-"""`torch.compile` for a step: a function of the network as one graph, or the blocks that a network repeats."""
+"""`torch.compile` for a step: a function of the network as one graph, or the blocks that it repeats."""
 
 from __future__ import annotations
 
@@ -110,7 +110,8 @@ def by_blocks(model: nn.Module, function: Callable, arguments: tuple) -> Any:
     if network.blocks is None:
         if not getattr(model, "_repeated_blocks", None):
             raise ValueError(
-                f"compile: expected a diffusers network that names its repeated blocks for 'regional', got {type(model).__name__}"
+                "compile: expected a diffusers network that names its repeated blocks for 'regional', "
+                f"got {type(model).__name__}"
             )
         before = {module for module in model.modules() if module._compiled_call_impl is not None}
         model.compile_repeated_blocks(fullgraph=True, dynamic=False, backend=BACKEND, options=_options(model))
@@ -144,7 +145,10 @@ def _options(model: nn.Module) -> dict[str, Any] | None:
     if BACKEND != "inductor" or any(parameter.device.type != "cpu" for parameter in model.parameters()):
         return None
     if any(parameter.ndim == 4 and not parameter.is_contiguous() for parameter in model.parameters()):
-        what = f"on a CPU torch.compile gave wrong gradients for a network in channels-last, as this {type(model).__name__} is"
+        what = (
+            "on a CPU torch.compile gave wrong gradients for a network in channels-last, as this "
+            f"{type(model).__name__} is"
+        )
         log.warning("compile: %s; compare them with compile=False, or use contiguous weights", what)
     return {"layout_optimization": False}
 

@@ -130,5 +130,8 @@ def check_distances(forget: Tensor, neighbors: Tensor, sqdist: Tensor | None) ->
         expected = (
             "squared distances between the images given (for uint8 rows: the integers times (2 / 255)^2)"
         )
-        got = f"{sqdist[row, 0].item():.6g} where row {row} is {measured[row].item():.6g} from its first neighbour"
+        got = (
+            f"{sqdist[row, 0].item():.6g} where row {row} is {measured[row].item():.6g} from its first "
+            "neighbour"
+        )
         raise ValueError(f"sqdist: expected {expected}, got {got}")

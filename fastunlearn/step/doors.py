@@ -103,12 +103,14 @@ def method_step(
                 check.finite(name, images)
         elif given:
             raise ValueError(
-                f"{name}_kwargs: expected none ({type(method).__name__} reads no {name} images), got {', '.join(given)}"
+                f"{name}_kwargs: expected none ({type(method).__name__} reads no {name} images), "
+                f"got {', '.join(given)}"
             )
     if forget is not None and retain is not None and "retain" in method.needs:
         if forget.shape[1:] != retain.shape[1:]:
             raise ValueError(
-                f"forget: expected images of the shape of retain, {tuple(retain.shape[1:])}, got {tuple(forget.shape[1:])}"
+                f"forget: expected images of the shape of retain, {tuple(retain.shape[1:])}, "
+                f"got {tuple(forget.shape[1:])}"
             )
         check.same_device("forget", forget, "retain", retain)
         if forget.dtype != retain.dtype:

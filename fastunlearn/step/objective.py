@@ -53,7 +53,8 @@ def _mean(method: Method, role: str, contributions: Tensor, losses: Losses, rows
     if role not in losses or contributions.shape != losses[role].shape:
         expected = f"one contribution for each row of {', '.join(losses)}"
         raise ValueError(
-            f"{type(method).__name__}.objective: expected {expected}, got {tuple(contributions.shape)} for {role!r}"
+            f"{type(method).__name__}.objective: expected {expected}, "
+            f"got {tuple(contributions.shape)} for {role!r}"
         )
     return contributions.sum() / rows[role]
 
@@ -239,6 +240,9 @@ def _refuse_dropout(network: Callable | None) -> None:
         return
     for name, module in network.named_modules():
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
-            expected = "a network without active dropout, since rows that an objective ties together go through it twice"
+            expected = (
+                "a network without active dropout, since rows that an objective ties together go through it "
+                "twice"
+            )
             fitting = "eval() stops it, and a micro_batch_size that holds all of them needs one pass"
             raise ValueError(f"model: expected {expected} ({fitting}), got {type(module).__name__} ({name})")

@@ -16,10 +16,23 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# their result is a Python number
+# Their result is a Python number.
 _VALUES = ("_local_scalar_dense", "item", "is_nonzero", "equal", "allclose")
-_SHAPES = ("nonzero", "nonzero_numpy", "argwhere", "masked_select", "unique_consecutive", "unique_dim", "_unique", "_unique2", "unique_dim_consecutive",
-           "bincount", "histc", "repeat_interleave")  # the shape of their result is data  # fmt: skip
+# The shape of their result is data.
+_SHAPES = (
+    "nonzero",
+    "nonzero_numpy",
+    "argwhere",
+    "masked_select",
+    "unique_consecutive",
+    "unique_dim",
+    "_unique",
+    "_unique2",
+    "unique_dim_consecutive",
+    "bincount",
+    "histc",
+    "repeat_interleave",
+)
 _READS = tuple(
     getattr(Tensor, name)
     for name in (
