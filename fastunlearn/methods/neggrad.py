@@ -8,12 +8,28 @@ from ..host import check
 from ..objective.draws import FORGET, Draw, Draws
 from ..objective.protocol import Batch, Method, Pass, Term
 from ..objective.schedule import NoiseSchedule
+from .registry import register
 
 
+@register(
+    help="gradient ascent on the forget set; fast and destructive.",
+    source="arXiv 2503.01034 (SISS), its baseline",
+    recipes={
+        "mnist-tshirt": {"superfactor": 1.0, "lr": 5e-5},
+        "celeba-hq": {"superfactor": 1.0, "lr": 5e-6},
+        "cifar-10": {"superfactor": 1.0, "lr": 2e-5},
+        "sd-1.4": {"superfactor": 1.0, "lr": 1e-5},
+        "mnist-tshirt-small": {"superfactor": 1.0, "lr": 1.5e-4},
+    },
+    place=4,
+)
 @dataclass(frozen=True)
 class NegGrad(Method):
     """Gradient ascent on the forget set: `-superfactor E ||eps - eps_theta(a_t, t)||^2` (methods.md C; SISS
     `simple_neg_del`).
+
+    Args:
+        superfactor: factor of the ascent; clipping to max_grad_norm leaves little of it.
     """
 
     superfactor: float = 1.0

@@ -7,8 +7,21 @@ from .. import functional as F
 from ..objective.draws import RETAIN, Draw, Draws
 from ..objective.protocol import Batch, Method, Pass, Term
 from ..objective.schedule import NoiseSchedule
+from .registry import register
 
 
+@register(
+    help="goes on training on the retain set; forgets slowly.",
+    source="arXiv 2503.01034 (SISS), its naive deletion",
+    recipes={
+        "mnist-tshirt": {"lr": 5e-5},
+        "celeba-hq": {"lr": 5e-6},
+        "cifar-10": {"lr": 2e-5},
+        "sd-1.4": {"lr": 1e-5},
+        "mnist-tshirt-small": {"lr": 1.5e-4},
+    },
+    place=5,
+)
 @dataclass(frozen=True)
 class Vanilla(Method):
     """Naive deletion: go on training on the retain set, `E ||eps - eps_theta(x_t, t)||^2` (methods.md C)."""
