@@ -1,9 +1,11 @@
 """`fastunlearn ...`: one file a command.
 
-Parsing imports no torch, so that `--help` is instant; a command imports what it runs.
-
 Every command is a dataclass of its flags (tyro makes the parser from it) with a method `run() -> exit code`.
-One whose `run` does not lock what it writes has a method `lock()`, a context for the time of `run`.
+One whose `run` does not lock what it writes has a method `lock()`, a context for the time of `run`. One whose
+flags depend on the methods of the package has a class method `with_methods()`, which fills them in.
+
+Parsing imports no torch, so that `--help` is instant, but for the flags of the methods, which stand in the
+methods' own files. A command imports what it runs.
 """
 
 from __future__ import annotations
@@ -98,9 +100,10 @@ def _parse(arguments: list[str]):
     }
     config = OmitArgPrefixes, FlagCreatePairsOff, HelptextFromCommentsOff
     if arguments and arguments[0] in commands:
-        return tyro.cli(
-            commands[arguments[0]], prog=f"fastunlearn {arguments[0]}", args=arguments[1:], config=config
-        )
+        command = commands[arguments[0]]
+        if hasattr(command, "with_methods"):
+            command = command.with_methods()
+        return tyro.cli(command, prog=f"fastunlearn {arguments[0]}", args=arguments[1:], config=config)
     # Only to say what there is, in one line a command: parsing ends here.
     first_lines = {name: command.__doc__.split("\n")[0] for name, command in commands.items()}
     listed = tuple(

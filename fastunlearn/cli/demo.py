@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
+from tyro.conf import arg
+
+from .method_flags import method_choices
 from .options import also, unset
+
+METHOD_HELP = "What to forget with; `fastunlearn unlearn --help` says what each does."
 
 
 @dataclass(kw_only=True)
@@ -22,8 +27,7 @@ class Demo:
 
     output: Path = Path("out/demo")
     """Folder for report.html, results.json, pictures and the unlearned model."""
-    method: Literal["retrack", "siss", "erasediff", "neggrad", "vanilla"] = "retrack"
-    """What to forget with; `fastunlearn unlearn --help` says what each does."""
+    method: str = "retrack"  # `with_methods` lists them
     max_train_steps: Annotated[int, also("--steps")] = 50
     """Unlearning steps; 0 must report that nothing was forgotten."""
     learning_rate: Annotated[float | None, unset("the demo's own for the method", "FLOAT", "--lr")] = None
@@ -40,6 +44,18 @@ class Demo:
     """Another checkpoint of the MNIST T-Shirt recipe."""
     device: Annotated[str | None, unset("cpu", "cpu|cuda|cuda:N")] = None
     """Where it runs."""
+
+    @classmethod
+    def with_methods(cls) -> type[Demo]:
+        """The command as it is parsed: with the names of the methods that there are now."""
+        made = make_dataclass(
+            cls.__name__,
+            [("method", Annotated[method_choices(), arg(help=METHOD_HELP)], "retrack")],
+            bases=(cls,),
+            kw_only=True,
+        )
+        made.__doc__ = cls.__doc__
+        return made
 
     def run(self) -> int:
         from ..demo import run_demo

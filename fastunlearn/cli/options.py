@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from .picture_flags import PictureFlags
 
 
-def unset(default: str, metavar: str | None = None, *aliases: str):
-    """A flag whose default None means `default`, in words."""
-    return arg(help_behavior_hint=f"(default: {default})", metavar=metavar, aliases=aliases)
+def unset(default: str, metavar: str | None = None, *aliases: str, help: str | None = None):
+    """A flag whose default None means `default`, in words; `help`: where no docstring stands below it."""
+    return arg(help=help, help_behavior_hint=f"(default: {default})", metavar=metavar, aliases=aliases)
 
 
 def also(*aliases: str):

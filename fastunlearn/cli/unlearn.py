@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from tyro.conf import arg
+
 from .keeping import Dropping, rows_to_keep
+from .method_flags import (
+    MethodFlags,
+    method_choices,
+    method_flags,
+    methods_in_a_line_each,
+    methods_that_do_not_read,
+)
 from .options import unset
 from .picture_flags import PictureFlags
-from .unlearn_flags import Execution, MethodFlags, MethodName, Optimization, RunFlags
+from .unlearn_flags import Execution, Optimization, RunFlags
 
 if TYPE_CHECKING:
     import torch
@@ -17,6 +26,9 @@ if TYPE_CHECKING:
     from ..host.store import ImageStore
     from ..runs.processes import Processes
 
+FORGET_HELP = "Images to forget; image files are cropped and resized to the model's size."
+RETAIN_HELP = "Images to keep."
+METHOD_HELP = "What to forget with; see above."
 REPORTED_IMAGES, REPORTED_CHAINS, REPORTED_TIMESTEP, REPORTED_STEPS = 8, 4, 250, 50  # of --report-images
 
 
@@ -24,10 +36,7 @@ REPORTED_IMAGES, REPORTED_CHAINS, REPORTED_TIMESTEP, REPORTED_STEPS = 8, 4, 250,
 class Unlearn:
     """Make a checkpoint forget given training images, and keep the rest.
 
-    retrack: redirects the denoising of a forget image to its nearest images to keep (start here). siss:
-    descends on the retain set and ascends on the forget set, in one importance-weighted network call.
-    erasediff: trains forget images toward uniform noise, along with the retain set. neggrad: gradient ascent
-    on the forget set; fast and destructive. vanilla: goes on training on the retain set; forgets slowly.
+    METHODS
 
     Images: folders, image files, .npy, .npz, idx(.gz), .parquet, or data sets saved by Hugging Face datasets.
 
@@ -37,12 +46,10 @@ class Unlearn:
 
     model: Path
     """Folder of a diffusers pipeline with a UNet2DModel; safetensors only, nothing is downloaded."""
-    forget: Annotated[tuple[Path, ...], unset("none")] = ()
-    """Images to forget; image files are cropped and resized to the model's size. vanilla does not need them."""
-    retain: Annotated[tuple[Path, ...], unset("none")] = ()
-    """Images to keep. neggrad does not need them."""
-    method: MethodName
-    """What to forget with; see above."""
+    # What the help says of these three, and the flags of `hyperparameter`, are filled in by `with_methods`.
+    forget: tuple[Path, ...] = ()
+    retain: tuple[Path, ...] = ()
+    method: str
     output: Path
     """Folder of the run: model/ (for DDPMPipeline.from_pretrained), run.json (manifest), metrics.jsonl, checkpoints, private/ (caches, mode 0600)."""
     allow_overlap: bool = False
@@ -60,6 +67,22 @@ class Unlearn:
     optimizer: Optimization = field(default_factory=Optimization)
     execution: Execution = field(default_factory=Execution)
     bookkeeping: RunFlags = field(default_factory=RunFlags)
+
+    @classmethod
+    def with_methods(cls) -> type[Unlearn]:
+        """The command as it is parsed: with the names, flags and needs of the methods that there are now."""
+        flags = method_flags()
+        forget = f"{FORGET_HELP} {methods_that_do_not_read('forget')}".strip()
+        retain = f"{RETAIN_HELP} {methods_that_do_not_read('retain', 'neighbors')}".strip()
+        filled_in = [
+            ("forget", Annotated[tuple[Path, ...], unset("none", help=forget)], ()),
+            ("retain", Annotated[tuple[Path, ...], unset("none", help=retain)], ()),
+            ("method", Annotated[method_choices(), arg(help=METHOD_HELP)]),
+            ("hyperparameter", flags, field(default_factory=flags)),
+        ]
+        made = make_dataclass(cls.__name__, filled_in, bases=(cls,), kw_only=True)
+        made.__doc__ = cls.__doc__.replace("METHODS", methods_in_a_line_each())
+        return made
 
     def run(self) -> int:
         from .launched import launched

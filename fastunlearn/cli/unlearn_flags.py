@@ -2,61 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from .options import also, unset
 
 if TYPE_CHECKING:
     import torch
-
-    from ..methods import Method
-
-MethodName = Literal["retrack", "siss", "erasediff", "neggrad", "vanilla"]
-
-
-@dataclass(kw_only=True)
-class MethodFlags:
-    """Each belongs to the methods that it names; given to another it is an error."""
-
-    k: Annotated[int | None, unset("10", "INT")] = None
-    """ReTrack: nearest images to keep that a forget image is redirected to. 1 to 1000 make almost no difference in the paper."""
-    lambd: Annotated[float | None, unset("0.005 ReTrack, 0.5 SISS", "FLOAT", "--lambda")] = None
-    """ReTrack: weight of the forget term in [0, 1]; choose it so that both terms are of similar size. SISS: share of forget images in the mixture."""
-    scaling_norm: Annotated[float | None, unset("5", "FLOAT")] = None
-    """SISS: L2 norm that the forget gradient is set to at every step; about a tenth of the retain gradient's (5 for MNIST, 500 for 256x256 faces)."""
-    variant: Annotated[
-        Literal["mixture", "no_is", "bernoulli"] | None, unset("mixture", "mixture|no_is|bernoulli")
-    ] = None
-    """SISS: mixture is the method; no_is has no importance sampling (two network calls); bernoulli has the mixture without weights."""
-    eta: Annotated[float | None, unset("0.001", "FLOAT")] = None
-    """EraseDiff: the combined gradient descends on the forget term at least this share of that term's own gradient."""
-    superfactor: Annotated[float | None, unset("1", "FLOAT")] = None
-    """NegGrad: factor of the ascent; clipping to --max_grad_norm leaves little of it."""
-
-    def build(self, name: MethodName) -> Method:
-        """The method called `name` with the flags that were given.
-
-        Raises:
-            ValueError: a flag of another method was given, or a value is outside its range.
-        """
-        from .. import methods
-
-        kinds = {
-            kind.name: kind
-            for kind in (methods.ReTrack, methods.SISS, methods.EraseDiff, methods.NegGrad, methods.Vanilla)
-        }
-        own = [field.name for field in fields(kinds[name])]
-        given = {flag: value for flag, value in vars(self).items() if value is not None}
-        for flag in given.keys() - set(own):
-            owners = " and ".join(
-                other for other, kind in kinds.items() if flag in {field.name for field in fields(kind)}
-            )
-            usable = ", ".join(f"--{flag}" for flag in own) or "no such flag"
-            raise ValueError(
-                f"--{flag}: expected {usable} with --method {name}, got --{flag} {given[flag]}, a flag of {owners}"
-            )
-        return kinds[name](**given)
 
 
 @dataclass(kw_only=True)
