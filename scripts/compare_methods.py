@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 from fastunlearn import __version__
-from fastunlearn.demo import SETTINGS, forget_tshirt, load_model
+from fastunlearn.demo import forget_tshirt, load_model
+from fastunlearn.demo import settings as demo_settings
 from fastunlearn.demo.evaluation import Evaluator
 from fastunlearn.recipes.mnist_tshirt import load_demo
 
@@ -46,7 +47,7 @@ def main() -> None:
         "steps": arguments.steps,
         "batch_size": arguments.batch_size,
     }
-    record = {"settings": settings, "methods": {name: repr(setting) for name, setting in SETTINGS.items()}, "version": __version__,
+    record = {"settings": settings, "methods": {name: repr(setting) for name, setting in demo_settings().items()}, "version": __version__,
               "torch": torch.__version__, "machine": platform.processor() or platform.machine(), "runs": {}}  # fmt: skip
     if arguments.output.exists():
         earlier = json.loads(arguments.output.read_text())
@@ -68,7 +69,7 @@ def run(seed: int, num_samples: int, steps: int, batch_size: int) -> dict[str, d
     model, scheduler = load_model("cpu")
     evaluate = Evaluator(scheduler, forget, retain, num_samples, seed, show_progress=False)
     results = {"pretrained": numbers(evaluate(model, "before", {}))}
-    for name, setting in SETTINGS.items():
+    for name, setting in demo_settings().items():
         model, scheduler = load_model("cpu")
         forget_tshirt(model, scheduler, setting, forget, retain, steps, batch_size, seed, show_progress=False)
         results[name] = numbers(evaluate(model, "after", {}))

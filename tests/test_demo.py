@@ -150,10 +150,10 @@ def test_the_quality_of_few_samples_is_no_quality(run):
     assert "12 samples judged, fewer than 100" in kept.evidence
 
 
-@pytest.mark.parametrize("method", sorted(demo.SETTINGS))
+@pytest.mark.parametrize("method", sorted(demo.settings()))
 def test_every_method_runs(run, method):
     result = run(method=method, steps=1)
-    assert result.results["run"]["method"] == type(demo.SETTINGS[method].method).__name__
+    assert result.results["run"]["method"] == type(demo.settings()[method].method).__name__
 
 
 def test_lr_and_lambd_replace_the_settings(run):

@@ -19,7 +19,8 @@ from ..engine.unlearner import Unlearner
 from ..host import check
 from ..host.folder_lock import locked
 from ..host.store import ImageStore
-from ..methods import SISS, EraseDiff, Method, NegGrad, ReTrack, Vanilla
+from ..methods import registry
+from ..methods.registry import Setting
 from ..models import load_checkpoint, save_checkpoint
 from ..objective.schedule import NoiseSchedule
 from ..recipes.mnist_tshirt import load_demo
@@ -29,29 +30,19 @@ from ..runs.trackers import ProgressBar
 from .evaluation import INFERENCE_STEPS, Evaluator, decide, timed
 from .page import print_summary, report
 
-MODEL = "mnist-tshirt-small"
+MODEL = "mnist-tshirt-small"  # also the recipe that the methods' records have settings for
+LR = 1.5e-4  # of a method that says nothing of the demo
 MOST_SKIPPED = SkipLimit(steps=10, share=0.5)
 
 
-@dataclass(frozen=True)
-class Setting:
-    """How the demo runs a method: retuned for a network of 0.7 M parameters and a batch of 48 (the papers:
+def settings() -> dict[str, Setting]:
+    """How the demo runs each method: retuned for a network of 0.7 M parameters and a batch of 48 (the papers:
     64-128-256 channels, batch 128, constant lr 5e-5).
 
-    `lr` falls to 0 along a cosine, which gives the digits back what the first steps took from them.
+    The learning rate falls to 0 along a cosine, which gives the digits back what the first steps took from
+    them.
     """
-
-    method: Method
-    lr: float
-
-
-SETTINGS = {
-    "retrack": Setting(ReTrack(k=10, lambd=0.05), lr=1.5e-4),
-    "siss": Setting(SISS(lambd=0.5, scaling_norm=5.0), lr=1.5e-4),
-    "erasediff": Setting(EraseDiff(eta=1e-3), lr=1.5e-4),
-    "neggrad": Setting(NegGrad(), lr=1.5e-4),
-    "vanilla": Setting(Vanilla(), lr=1.5e-4),
-}
+    return {name: record.setting(MODEL, lr=LR) for name, record in registry.methods().items()}
 
 
 @dataclass(frozen=True)
@@ -100,8 +91,8 @@ def run_demo(
         num_samples: samples before and after; at least 299 can show that 1 % has gone. Twice as many if none
             of them shows the T-shirt before.
         batch_size: forget and retain rows a step.
-        method: one of `SETTINGS`.
-        lr, lambd: instead of the method's own in `SETTINGS`.
+        method: one of `settings()`.
+        lr, lambd: instead of the method's own in `settings()`.
         model_dir: another diffusers folder than the embedded model's, of the same kind.
         device: where the model runs.
         show_progress: progress bars, and the table at the end.
@@ -153,7 +144,7 @@ def run_demo(
 
 
 def _setting(method: str, lr: float | None, lambd: float | None) -> Setting:
-    setting = SETTINGS[check.one_of("method", method, tuple(SETTINGS))]
+    setting = registry.get(method).setting(MODEL, lr=LR)
     if lr is not None:
         setting = replace(setting, lr=check.number("lr", lr, low=0, low_open=True))
     if lambd is not None:
