@@ -1,9 +1,9 @@
 """Whole steps of every method on the papers' networks: the limit, the papers' way, tuned eager, the strongest
 plain torch, this package.
 
-On a CPU the default is the MNIST network for the methods that the papers compare and a network of 3 million
-parameters for the others; on a GPU the MNIST and the CIFAR-10 network. `--full` adds the other pairs,
-torch.compile and, on a GPU, the large networks.
+On a CPU the default is the network that the method's record names: that of MNIST for the methods that the
+papers compare, one of 3 million parameters for the others; on a GPU the MNIST and the CIFAR-10 network.
+`--full` adds the other pairs, torch.compile and, on a GPU, the large networks.
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ import importlib.util
 
 import pytest
 
-from .steps.networks import METHODS, NETWORKS, SMOKE
-
-_PAPERS = ("retrack", "siss", "erasediff")
+from .steps.methods import timed
+from .steps.networks import NETWORKS, SMOKE
 
 
 def _cases() -> list:
     return [
-        pytest.param(network, method, id=f"{network}-{method}") for network in NETWORKS for method in METHODS
+        pytest.param(network, method, id=f"{network}-{method}") for network in NETWORKS for method in timed()
     ]
 
 
@@ -37,7 +36,7 @@ def test_step(compare_steps, network, method, precision):
         )
     if network in (("small",) if gpu else ("cifar", "celeba", "sd")):
         pytest.skip("runs on a CPU" if gpu else "takes minutes a step on a CPU")
-    default = network in ("mnist", "cifar") if gpu else (network == "mnist") == (method in _PAPERS)
+    default = network in ("mnist", "cifar") if gpu else network == timed()[method].network
     if not (default or compare_steps.options.full or compare_steps.options.smoke):
         pytest.skip("runs with --full")
     compare_steps(network, method, precision)

@@ -35,6 +35,7 @@ from .steps.contestants import (
     base_of,
     mode_of,
     names,
+    papers_baseline,
 )
 from .steps.job import Job
 from .steps.networks import NETWORKS, Step
@@ -161,8 +162,8 @@ class StepComparison:
     # ------------------------------------------------------------------------------------
 
     def _setting(self, job: Job) -> Setting:
-        """With the faster layout, measured once for a network and precision, and, for ReTrack, the faster of
-        one call and two.
+        """With the faster layout, measured once for a network and precision, and, where a call has the rows
+        of both branches (ReTrack's), the faster of one call and two.
         """
         key = f"{job.network.name} {job.precision}"
         chosen = self.chosen.setdefault(key, {})
@@ -172,7 +173,7 @@ class StepComparison:
             self._choose_layout(settings, chosen, job)
         setting = settings[only or chosen["layout"]]
         # On a GPU one call of all rows, as this package makes it; two would have to be compiled apart.
-        if job.method == "retrack" and self.accelerator is None:
+        if self.accelerator is None and any(call.rows > job.batch for call in job.calls):
             if "joined" not in chosen:
                 chosen["joined"], chosen["joined_seconds"] = choices.faster_joined(setting)
             setting.joined = chosen["joined"]
@@ -239,6 +240,9 @@ class StepComparison:
             for name, row in rows.items():
                 row.note = f"{name}: not checked, for the papers' way failed: {_failure('', error)}"
             return
+        if papers_baseline(setting.job.method) is None:
+            for name, row in rows.items():
+                row.note = f"{name}: the papers have no such method, so it is checked against {OURS} alone"
         for name, row in rows.items():
             # The limit learns nothing, and the official code draws by itself.
             if row.reason or base_of(name) == LIMIT or name in (OFFICIAL_RETRACK, OFFICIAL_SISS):

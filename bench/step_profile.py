@@ -30,7 +30,8 @@ from .steps import choices
 from .steps.choices import LAYOUTS, synchronize
 from .steps.contestants import EAGERLY, OURS
 from .steps.job import PRECISIONS, Job
-from .steps.networks import METHODS, NETWORKS, Step
+from .steps.methods import timed
+from .steps.networks import NETWORKS, Step
 
 # Kind -> parts of the names of operators and kernels; the first kind that fits counts.
 KINDS = {
@@ -133,7 +134,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--network", choices=NETWORKS, default="mnist")
-    parser.add_argument("--method", choices=METHODS, action="append")
+    parser.add_argument("--method", choices=timed(), action="append")
     parser.add_argument(
         "--contestant", action="append", help=f"as the tables of bench_step.py name them (default: {OURS})"
     )

@@ -25,7 +25,8 @@ from .steps.contestants import (
     mode_of,
     papers_baseline,
 )
-from .steps.networks import SMOKE, TWO_GRADIENTS
+from .steps.methods import timed
+from .steps.networks import SMOKE
 from .steps.stages import STAGES
 
 _STYLE = {"box": SIMPLE, "padding": (0, 1, 0, 0)}
@@ -274,7 +275,7 @@ def _memory_goal(table: Table, label: tuple[str, str], found: dict[str, StepRow]
         device != "cpu"
         or not ours
         or not papers
-        or ours.method not in TWO_GRADIENTS
+        or not timed()[ours.method].two_gradients
         or None in (ours.step_memory, papers.step_memory)
     ):
         return

@@ -134,10 +134,10 @@ class Setting:
         if plain:
             return torch.optim.SGD(model.parameters(), lr=1.0, fused=mode.replayed)
         if name in PAPERS:
-            return self.job.network.optimizer(model.parameters())
+            return self.job.network.optimizer(model.parameters(), self.job.lr)
         # `Unlearner` makes its optimizer capturable by itself.
         capturable = mode.replayed and base != UNLEARNER
-        return self.job.network.optimizer(model.parameters(), fused=True, capturable=capturable)
+        return self.job.network.optimizer(model.parameters(), self.job.lr, fused=True, capturable=capturable)
 
     def _plain_torch(
         self, base: str, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float | None
@@ -160,27 +160,30 @@ class Setting:
         )
 
 
-def papers_baseline(method: str) -> str:
+def papers_baseline(method: str) -> str | None:
     """The contestant (1) of a method: ReTrack's repository has five of them, the two other SISS variants are
-    in SISS' own.
+    in SISS' own. None: the method is in neither.
     """
-    return SISS_REPO if method in ("siss no_is", "siss bernoulli") else RETRACK_REPO
+    if method in papers_way.RETRACK_METHODS:
+        return RETRACK_REPO
+    return SISS_REPO if method in papers_way.SISS_METHODS else None
 
 
 def names(job: Job, *, compiled: bool, replayed: bool, official: dict[str, str]) -> list[str]:
     """Who takes part in a comparison, the limit first, this package last.
 
-    Whatever ours may do, the baselines may, too.
+    Whatever ours may do, the baselines may, too. A method that is in none of the papers' repositories has no
+    baselines but the limit.
     """
-    papers = [RETRACK_REPO, SISS_REPO] if job.method == "siss" else [papers_baseline(job.method)]
+    repositories = {RETRACK_REPO: papers_way.RETRACK_METHODS, SISS_REPO: papers_way.SISS_METHODS}
+    papers = [name for name, methods in repositories.items() if job.method in methods]
     real = [{RETRACK_REPO: OFFICIAL_RETRACK, SISS_REPO: OFFICIAL_SISS}[name] for name in papers]
     modes = [EAGERLY] + [COMPILED] * compiled + [REPLAYED] * replayed + [BOTH] * (compiled and replayed)
     return [
         *(mode.of(LIMIT) for mode in modes),
         *papers,
         *(name for name in real if name in official),
-        EAGER,
-        *(mode.of(STRONGEST) for mode in modes),
+        *([EAGER, *(mode.of(STRONGEST) for mode in modes)] if papers else []),
         # a function of the caller's loop cannot be replayed
         *(mode.of(OURS) for mode in modes if not mode.replayed),
         *(mode.of(UNLEARNER) for mode in modes),
@@ -197,7 +200,7 @@ class Checked(NamedTuple):
 
 class Gate:
     """One step of plain gradient descent from equal weights on the same rows and random numbers: do the
-    updates agree with the papers'?
+    updates agree with the papers'? Where the papers have no such method, with that of our own eager step?
 
     Eager contestants are checked in float32. A compiled or replayed one is checked as it is timed, and may
     err twice as much as its eager form does in that precision: to check it in float32 would compile the
@@ -213,7 +216,7 @@ class Gate:
         self.draw: Draw = replace(
             draw, from_forget=torch.arange(len(draw.from_forget), device=job.device) % 2 == 0
         )
-        self.reference = self._update(self.setting, papers_baseline(job.method))[0]
+        self.reference = self._update(self.setting, papers_baseline(job.method) or OURS)[0]
         self._eager_errors: dict[str, float] = {}
         self._own_draws: list[Tensor] | None = None  # the update of an eager Unlearner that draws by itself
 

@@ -7,12 +7,17 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import fastunlearn as fu
+from fastunlearn.methods import Batch
+from fastunlearn.objective.draws import Same
+from fastunlearn.step.arrange import finish
 
+from .methods import timed
 from .networks import SISS_LAMBD, K, Network
 
 FORGET_ROWS = 8  # in the store
@@ -29,6 +34,13 @@ class _Sliceable:
                 for value in (getattr(self, field.name) for field in fields(self))
             )
         )
+
+
+class Call(NamedTuple):
+    """One network call of a step."""
+
+    rows: int
+    backwards: int  # backward passes of it
 
 
 @dataclass(frozen=True)
@@ -65,7 +77,7 @@ class Job:
 
     Args:
         network: from `NETWORKS`.
-        method: from `METHODS`.
+        method: from `methods.timed()`.
         device: where all but the papers' data sets live.
         precision: a key of `PRECISIONS`; the papers' way is float32 whatever this is.
         batch: rows of a step from each set; None: the network's own for the device.
@@ -81,6 +93,8 @@ class Job:
         batch: int | None = None,
     ):
         self.network, self.method, self.device, self.precision = network, method, device, precision
+        self.timed = timed()[method]
+        self.instance, self.lr = self.timed.setting(network).method, self.timed.setting(network).lr
         self.batch = batch or network.batch[device.type]
         self.micro = network.micro.get((device.type, precision))  # None: all rows in one call
         self.alphas_cumprod = torch.cumprod(1 - torch.linspace(*BETAS, TIMESTEPS), 0)
@@ -104,14 +118,30 @@ class Job:
 
     @property
     def shared_draws(self) -> bool:
-        return self.method.startswith("siss")
+        return any(isinstance(draw, Same) for draw in self.instance.draws().values())
 
     @property
     def rows(self) -> int:
         """Rows that the network learns from in one step: each set's batch where both are read, once where
         SISS mixes the two into one batch.
         """
-        return self.batch * (2 if self.method in ("retrack", "erasediff", "siss no_is") else 1)
+        return sum(call.rows for call in self.calls)
+
+    @cached_property
+    def calls(self) -> list[Call]:
+        """The network calls of a step, before they are split into micro-batches: what the method composes."""
+        with torch.random.fork_rng():  # whoever draws next draws what it would have drawn
+            draw = self.draw()
+        conditioning = [self.conditioning(self.batch)] * 2
+        images = self.images
+        batch = Batch(images.forget, images.retain, images.neighbors, images.sqdist, *conditioning)
+        composed = self.instance.compose(batch, self.given(draw), self.schedule)
+        finished, _ = finish(composed, self.instance.combine, group=None)
+        return [Call(len(part.x_t), len(part.gradients)) for part in finished]
+
+    def given(self, draw: Draw, **rows: Tensor) -> fu.Draws:
+        """The numbers of `draw` that the method uses, as the package takes them."""
+        return fu.Draws(**{name: getattr(draw, name) for name in self.instance.draws()}, **rows)
 
     @cached_property
     def scheduler(self):
@@ -147,7 +177,7 @@ class Job:
             branches.append((timesteps, torch.randn(shape, device=self.device)))
         uniform = (
             torch.rand(shape, device=self.device)
-            if self.method == "erasediff"
+            if "uniform_target" in self.instance.draws()
             else torch.empty(shape[0], 0, device=self.device)
         )
         return Draw(

@@ -14,17 +14,17 @@ from torch import Tensor, nn
 
 from fastunlearn.step.attention import fast_attention
 
-from .job import Draw, Images, Job
+from .job import Call, Draw, Images, Job
 from .networks import Step
 
-BACKWARDS = {"siss": 2, "siss bernoulli": 2}  # of one forward pass; 1 for the others
 
-
-def rows_of_calls(job: Job, joined: bool) -> list[int]:
-    """Rows of each network call of a step, before they are split into micro-batches."""
-    if job.method == "retrack" and joined:
-        return [2 * job.batch]
-    return [job.batch] * (2 if job.method in ("retrack", "erasediff", "siss no_is") else 1)
+def calls_of(job: Job, joined: bool) -> list[Call]:
+    """The network calls of a step, before they are split into micro-batches; unless `joined`, none has more
+    rows than a batch.
+    """
+    if joined:
+        return job.calls
+    return [Call(job.batch, call.backwards) for call in job.calls for _ in range(call.rows // job.batch)]
 
 
 def passes(job: Job, model: nn.Module, images: Images, joined: bool) -> Step:
@@ -38,17 +38,15 @@ def passes(job: Job, model: nn.Module, images: Images, joined: bool) -> Step:
         for table in (job.schedule.alpha, job.schedule.sigma)
     )
     x_t = alpha * images.retain + sigma * draw.retain_noise
-    calls: list[tuple[Tensor, Tensor, Tensor]] = []
-    for rows in rows_of_calls(job, joined):
+    parts: list[tuple[int, Tensor, Tensor, Tensor]] = []
+    for rows, backwards in calls_of(job, joined):
         repeated = [torch.cat([part] * (rows // job.batch)) for part in (x_t, draw.retain_timesteps)]
-        calls += zip(
-            *(part.split(job.micro or rows) for part in (*repeated, 0.01 * torch.randn_like(repeated[0]))),
-            strict=True,
-        )
-    backwards = BACKWARDS.get(job.method, 1)
+        whole = (*repeated, 0.01 * torch.randn_like(repeated[0]))
+        pieces = zip(*(each.split(job.micro or rows) for each in whole), strict=True)
+        parts += [(backwards, *piece) for piece in pieces]
 
     def run(draw: Draw | None = None) -> None:
-        for x_t, timesteps, gradient in calls:
+        for backwards, x_t, timesteps, gradient in parts:
             with job.autocast(), fast_attention() if job.device.type == "cpu" else nullcontext():
                 prediction = model(x_t, timesteps, **job.conditioning(len(x_t))).sample
             for index in range(backwards):

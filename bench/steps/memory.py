@@ -25,7 +25,8 @@ import torch
 from .choices import LAYOUTS
 from .contestants import Setting
 from .job import Job
-from .networks import METHODS, NETWORKS
+from .methods import timed
+from .networks import NETWORKS
 
 STEPS = 3  # the second is the first with the optimizer's state there
 _ROOT = Path(__file__).parents[2]
@@ -68,7 +69,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--network", choices=NETWORKS, required=True)
-    parser.add_argument("--method", choices=METHODS, required=True)
+    parser.add_argument("--method", choices=timed(), required=True)
     parser.add_argument("--contestant", required=True)
     parser.add_argument("--layout", choices=LAYOUTS, default="contiguous")
     parser.add_argument(

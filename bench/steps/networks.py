@@ -1,5 +1,5 @@
-"""The networks that are timed, with the batches and hyperparameters that the papers use on them; weights are
-random.
+"""The networks that are timed, with the batches that the papers use on them, and the recipe that the methods'
+records have hyperparameters for; weights are random.
 
 Sources: ReTrack's experiment configs (methods.md A6) and the configs of the checkpoints named there. `small`
 and `tiny` are this project's own: a network of about 3 million parameters at the shape of CIFAR-10 for CPUs,
@@ -22,7 +22,9 @@ _DDPM_STYLE = {"flip_sin_to_cos": False, "freq_shift": 1, "downsample_padding": 
 
 @dataclass(frozen=True)
 class Network:
-    """One network and how it is trained. `lr`, `betas`, `weight_decay` are AdamW's."""
+    """One network and how it is trained. `betas` and `weight_decay` are AdamW's; so is `lr`, of methods that
+    say nothing of the recipe.
+    """
 
     name: str
     make: Callable[[], nn.Module]
@@ -30,13 +32,11 @@ class Network:
     batch: dict[str, int]  # device -> rows of a step from each set
     # (device, precision) -> at most so many rows in one call, for all but the papers' way; absent: no limit
     micro: dict[tuple[str, str], int]
+    recipe: str
     # rows of a micro-batch of the papers, who accumulate up to `batch`; None: all of them
     papers_micro: int | None = None
     condition: tuple[int, int] | None = None  # (tokens, width) of encoder_hidden_states
     retain_rows: int = 512  # in the store
-    lambd: float = 0.005  # ReTrack
-    scaling_norm: float = 5.0  # SISS
-    eta: float = 1e-3  # EraseDiff
     lr: float = 5e-5
     betas: tuple[float, float] = (0.95, 0.999)
     weight_decay: float = 1e-6
@@ -55,10 +55,10 @@ class Network:
             torch.manual_seed(0)
             return self.make().train()
 
-    def optimizer(self, parameters, **kwargs) -> torch.optim.AdamW:
+    def optimizer(self, parameters, lr: float, **kwargs) -> torch.optim.AdamW:
         """The papers' AdamW; `kwargs` say which implementation."""
         return torch.optim.AdamW(
-            parameters, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay, **kwargs
+            parameters, lr=lr, betas=self.betas, weight_decay=self.weight_decay, **kwargs
         )
 
 
@@ -131,14 +131,21 @@ SMOKE = "tiny"
 NETWORKS = {
     network.name: network
     for network in (
-        Network("mnist", _ddpm(28, 1, (64, 128, 256), 1), (1, 28, 28), {"cpu": 16, "cuda": 128}, {}),
+        Network(
+            "mnist",
+            _ddpm(28, 1, (64, 128, 256), 1),
+            (1, 28, 28),
+            {"cpu": 16, "cuda": 128},
+            {},
+            "mnist-tshirt",
+        ),
         Network(
             "small",
             _ddpm(32, 3, (32, 64, 160), 1, layers_per_block=1),
             (3, 32, 32),
             {"cpu": 16, "cuda": 128},
             {},
-            lambd=0.02,
+            "cifar-10",
             lr=2e-5,
         ),
         Network(
@@ -147,7 +154,7 @@ NETWORKS = {
             (3, 32, 32),
             {"cpu": 16, "cuda": 128},
             {},
-            lambd=0.02,
+            "cifar-10",
             lr=2e-5,
         ),
         Network(
@@ -157,9 +164,9 @@ NETWORKS = {
             {"cpu": 4, "cuda": 64},
             # several graphs lie in memory at once
             {("cpu", "float32"): 2, ("cuda", "float32"): 8, ("cuda", "bfloat16"): 16},
+            "celeba-hq",
             papers_micro=4,
             retain_rows=64,
-            scaling_norm=500.0,
             lr=5e-6,
         ),
         Network(
@@ -168,23 +175,27 @@ NETWORKS = {
             (4, 64, 64),
             {"cpu": 2, "cuda": 16},
             {("cpu", "float32"): 1, ("cuda", "float32"): 8},
+            "sd-1.4",
             papers_micro=1,
             condition=(77, 768),
             retain_rows=128,
-            lambd=0.5,
-            scaling_norm=750.0,
-            eta=1e-2,
             lr=1e-5,
             betas=(0.9, 0.999),
             weight_decay=1e-2,
         ),
-        Network(SMOKE, lambda: Wide((1, 4, 4), 384, 8), (1, 4, 4), {"cpu": 4, "cuda": 4}, {}, retain_rows=64),
+        Network(
+            SMOKE,
+            lambda: Wide((1, 4, 4), 384, 8),
+            (1, 4, 4),
+            {"cpu": 4, "cuda": 4},
+            {},
+            "mnist-tshirt",
+            retain_rows=64,
+        ),
     )
 }
-METHODS = ("retrack", "siss", "siss no_is", "siss bernoulli", "erasediff", "neggrad", "vanilla")
-TWO_GRADIENTS = ("siss", "siss no_is", "siss bernoulli", "erasediff")
 K = 10  # ReTrack's neighbours
-SISS_LAMBD = 0.5
+SISS_LAMBD = 0.5  # in all recipes
 
 # step(draw=None): a whole step; with a `Draw` on the job's fixed images and these random numbers
 Step = Callable[..., None]

@@ -19,7 +19,7 @@ from torch import nn
 
 from . import papers_way
 from .job import Job
-from .networks import SISS_LAMBD, TWO_GRADIENTS, Step
+from .networks import SISS_LAMBD, Step
 
 # Imported by ReTrack's modules, not used by a step: empty stand-ins where they are not installed.
 _STAND_INS = {
@@ -51,9 +51,7 @@ def retrack(
     model, optimizer, rates = accelerator.prepare(
         model, optimizer, get_scheduler("constant", optimizer=optimizer)
     )
-    parameters = {"retrack": {"lambda": job.network.lambd}, "siss": {"lambda": SISS_LAMBD}}.get(
-        job.method, {}
-    )
+    parameters = {"lambda": job.instance.lambd} if job.method in ("retrack", "siss") else {}
     loss = methods.create_loss(job.method, parameters, job.scheduler, str(job.device))
     batches = papers_way.loaders(job)
     iterators = {
@@ -62,10 +60,10 @@ def retrack(
         if loss.need_dataset[theirs]
     }
     algorithm = SimpleNamespace(
-        siss=SimpleNamespace(rescale_factor=job.network.scaling_norm),
-        erasediff=SimpleNamespace(eta=job.network.eta),
+        siss=SimpleNamespace(rescale_factor=getattr(job.instance, "scaling_norm", None)),
+        erasediff=SimpleNamespace(eta=getattr(job.instance, "eta", None)),
     )
-    gradients = {"main": {}, "correction": {}} if job.method in TWO_GRADIENTS else None
+    gradients = {"main": {}, "correction": {}} if job.timed.two_gradients else None
     runtime = train.ModelRuntime(
         model=model, optimizer=optimizer, lr_scheduler=rates, noise_scheduler=job.scheduler, weight_dtype=torch.float32,
         model_params=job.conditioning(job.network.papers_micro or job.batch), dataset_params={}, evaluator_params={},

@@ -10,9 +10,7 @@ from torch import nn
 import fastunlearn as fu
 
 from .job import PRECISIONS, Draw, Images, Job
-from .networks import SISS_LAMBD, K, Step
-
-_READS = {"vanilla": ("retain",), "neggrad": ("forget",)}  # the sets that a method reads, if not both
+from .networks import Step
 
 
 def functional(
@@ -23,39 +21,31 @@ def functional(
     images: Images,
     **options,
 ) -> Step:
-    """The `*_step` of the method; `options` are keyword arguments of it, such as `compile`.
+    """The step on given batches; `options` are keyword arguments of it, such as `compile`.
 
-    The functions take a batch as the caller's loop has it, and draw noise and timesteps.
+    It takes a batch as the caller's loop has it, and draws noise and timesteps.
     """
-    network, method = job.network, job.method
-    hyperparameters = {
-        "retrack": {"lambd": network.lambd},
-        "siss": {"lambd": SISS_LAMBD, "scaling_norm": network.scaling_norm},
-        "erasediff": {"eta": network.eta},
-    }.get(method.split()[0], {})
-    if method.startswith("siss"):
-        hyperparameters["variant"] = method.removeprefix("siss").strip() or "mixture"
-    take = getattr(fu, f"{method.split()[0]}_step")
+    method = job.instance
     common = {
         "max_grad_norm": max_grad_norm,
         "autocast_dtype": PRECISIONS[job.precision],
         "micro_batch_size": job.micro,
-        **hyperparameters,
         **options,
     }
 
     def step(draw: Draw | None = None) -> None:
         rows = job.batch if draw is None else len(draw.from_forget)
         part = images if rows == len(images.forget) else images.rows(0, rows)
-        batches = {name: getattr(part, name) for name in _READS.get(method, ("forget", "retain"))}
-        if method == "retrack":
+        batches = {name: getattr(part, name) for name in ("forget", "retain") if name in method.needs}
+        conditioning = {}
+        if job.condition is not None:
+            conditioning = {f"{name}_kwargs": job.conditioning(rows) for name in batches}
+        if "neighbors" in method.needs:
             batches |= {"neighbors": part.neighbors, "sqdist": part.sqdist}
-        conditioning = (
-            {f"{name}_kwargs": job.conditioning(rows) for name in ("forget", "retain") if name in batches}
-            if job.condition is not None
-            else {}
+        draws = None if draw is None else job.given(draw)
+        fu.method_step(
+            method, model, optimizer, job.schedule, **batches, draws=draws, **conditioning, **common
         )
-        take(model, optimizer, job.schedule, **batches, draws=given(job, draw), **conditioning, **common)
 
     return step
 
@@ -72,25 +62,24 @@ def unlearner(
 
     It draws rows, too, and gathers them from its stores.
     """
-    network = job.network
-    method = {
-        "retrack": lambda: fu.ReTrack(k=K, lambd=network.lambd),
-        "siss": lambda: fu.SISS(
-            SISS_LAMBD, network.scaling_norm, job.method.removeprefix("siss").strip() or "mixture"
-        ),
-        "erasediff": lambda: fu.EraseDiff(network.eta),
-        "neggrad": fu.NegGrad,
-        "vanilla": fu.Vanilla,
-    }[job.method.split()[0]]()
     # Unlearner has no conditioning of its own; one prompt for all rows is part of the network.
     network_call = (
         model if job.condition is None else lambda x_t, t: model(x_t, t, **job.conditioning(len(x_t)))
     )
     engine = fu.Unlearner(
-        network_call, optimizer, job.schedule, method,
-        forget=job.forget, retain=job.retain, neighbors=job.neighbors if job.method == "retrack" else None, batch_size=job.batch,
-        micro_batch_size=job.micro, max_grad_norm=max_grad_norm, autocast_dtype=PRECISIONS[job.precision], **options,
-    )  # fmt: skip
+        network_call,
+        optimizer,
+        job.schedule,
+        job.instance,
+        forget=job.forget,
+        retain=job.retain,
+        neighbors=job.neighbors if "neighbors" in job.instance.needs else None,
+        batch_size=job.batch,
+        micro_batch_size=job.micro,
+        max_grad_norm=max_grad_norm,
+        autocast_dtype=PRECISIONS[job.precision],
+        **options,
+    )
 
     def step(draw: Draw | None = None) -> None:
         if draw is None:
@@ -98,25 +87,9 @@ def unlearner(
             return
         rows = {
             f"{name}_rows": getattr(job, f"{name}_rows")[: len(draw.from_forget)]
-            for name in _READS.get(job.method, ("forget", "retain"))
+            for name in ("forget", "retain")
+            if name in job.instance.needs
         }
-        engine.step(given(job, draw, **rows))
+        engine.step(job.given(draw, **rows))
 
     return step
-
-
-def given(job: Job, draw: Draw | None, **rows) -> fu.Draws | None:
-    """The numbers of `draw` that the method uses, as the package takes them."""
-    if draw is None:
-        return None
-    names = [
-        f"{branch}_{what}"
-        for branch in _READS.get(job.method, ("forget", "retain"))
-        for what in ("noise", "timesteps")
-    ]
-    names += {
-        "siss": ["from_forget"],
-        "siss bernoulli": ["from_forget"],
-        "erasediff": ["uniform_target"],
-    }.get(job.method, [])
-    return fu.Draws(**{name: getattr(draw, name) for name in names}, **rows)

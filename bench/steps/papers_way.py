@@ -19,7 +19,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from . import objectives
 from .job import Draw, Images, Job
-from .networks import SISS_LAMBD, TWO_GRADIENTS, Step
+from .networks import SISS_LAMBD, Step
+
+RETRACK_METHODS = ("retrack", "siss", "erasediff", "neggrad", "vanilla")  # that its repository has
+SISS_METHODS = ("siss", "siss no_is", "siss bernoulli")  # that its repository has, and we render
 
 
 class _Endless(Sampler):
@@ -93,17 +96,12 @@ class _Loop:
         self.job, self.model, self.optimizer, self.max_grad_norm = job, model, optimizer, max_grad_norm
         self.own_draws = own_draws  # each branch has its own noise and timesteps
         self.terms = objective or (self.retrack_terms if own_draws else self.mixture_terms)
-        self.two_gradients = job.method in TWO_GRADIENTS
+        self.two_gradients = job.timed.two_gradients
         self.batches = loaders(job)
         self.alpha = job.alphas_cumprod.sqrt().to(job.device)
         self.sigma = (1 - job.alphas_cumprod).sqrt().to(job.device)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
-        method = job.method
-        self.branches = [
-            name
-            for name in ("forget", "retain")
-            if method not in {"forget": ("vanilla",), "retain": ("neggrad",)}[name]
-        ]
+        self.branches = [name for name in ("forget", "retain") if name in job.instance.needs]
 
     def step(self, draw: Draw | None = None) -> None:
         """A whole step; with a `draw` on the job's own images."""
@@ -166,7 +164,7 @@ class _Loop:
             timesteps = getattr(draw, f"{name}_timesteps")
             x_t[name] = self._add_noise(getattr(images, name), getattr(draw, f"{name}_noise"), timesteps)
             predictions[name] = self.predict(x_t[name], timesteps)
-        method, network = self.job.method, self.job.network
+        method, lambd = self.job.method, getattr(self.job.instance, "lambd", None)
         if method == "vanilla":
             return objectives.denoising(predictions["retain"], draw.retain_noise)
         if method == "neggrad":
@@ -179,7 +177,7 @@ class _Loop:
             unlearn = objectives.retrack(
                 predictions["forget"], x_t["forget"], images.neighbors, *self.levels(draw.forget_timesteps)
             )
-            return network.lambd * unlearn + (1 - network.lambd) * objectives.denoising(
+            return lambd * unlearn + (1 - lambd) * objectives.denoising(
                 predictions["retain"], draw.retain_noise
             )
         timesteps = objectives.picked(draw.from_forget, draw.forget_timesteps, draw.retain_timesteps)
@@ -246,10 +244,10 @@ class _Loop:
             norm = log(*norms)[1]
         if self.job.method == "erasediff":
             product = sum((main[name] * correction[name]).sum() for name in main)
-            factor = -max(self.job.network.eta - product / norm**2, 0.0)
+            factor = -max(self.job.instance.eta - product / norm**2, 0.0)
         else:
             # as SISS' loop; ReTrack's would divide by zero
-            factor = self.job.network.scaling_norm / norm if norm else 0.0
+            factor = self.job.instance.scaling_norm / norm if norm else 0.0
         for name, parameter in self.model.named_parameters():
             parameter.grad = main[name] - factor * correction[name]
         if self.own_draws and self.job.device.type == "cuda":

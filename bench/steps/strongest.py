@@ -96,7 +96,7 @@ def _swap(parameters: list[nn.Parameter], parked: list[Tensor | None]) -> None:
 
 
 def _rescaling(job: Job, forget: list[Tensor]) -> Tensor:
-    factor = job.network.scaling_norm / nn.utils.get_total_norm(forget)
+    factor = job.instance.scaling_norm / nn.utils.get_total_norm(forget)
     return torch.where(factor.isinf(), torch.zeros_like(factor), factor)
 
 
@@ -105,7 +105,7 @@ def _combine(job: Job, main: list[Tensor], forget: list[Tensor]) -> None:
     if job.method == "erasediff":
         norm = nn.utils.get_total_norm(forget)
         product = torch.stack([value.sum() for value in torch._foreach_mul(main, forget)]).sum()
-        factor = -(job.network.eta - product / norm**2).clamp(min=0)
+        factor = -(job.instance.eta - product / norm**2).clamp(min=0)
     else:
         factor = _rescaling(job, forget)
     torch._foreach_mul_(forget, -factor)
@@ -156,7 +156,7 @@ class _Compose:
         )
 
     def _retrack(self, images: Images, draw: Draw) -> list[Call]:
-        lambd, rows, noise = self.job.network.lambd, len(images.forget), draw.forget_noise
+        lambd, rows, noise = self.job.instance.lambd, len(images.forget), draw.forget_noise
         rho = (self.alpha / self.sigma)[draw.forget_timesteps].view(-1, 1)
         # <eps, a - x_j>, [B, K]
         dots = torch.bmm(

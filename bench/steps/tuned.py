@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import objectives
 from .job import Draw, Images, Job
-from .networks import SISS_LAMBD, TWO_GRADIENTS, Step
+from .networks import SISS_LAMBD, Step
 
 
 def eager(
@@ -33,7 +33,7 @@ def eager(
             with job.autocast():
                 loss = terms(images.rows(start, stop), draw.rows(start, stop))
             share = (stop - start) / rows
-            if job.method not in TWO_GRADIENTS:
+            if not job.timed.two_gradients:
                 (loss * share).backward()
                 continue
             main, forget = loss
@@ -57,9 +57,9 @@ def _combine(job: Job, parameters: list[nn.Parameter], correction: list[Tensor])
     norm = nn.utils.get_total_norm(correction)
     if job.method == "erasediff":
         product = torch.stack([value.sum() for value in torch._foreach_mul(main, correction)]).sum()
-        factor = -(job.network.eta - product / norm**2).clamp(min=0)
+        factor = -(job.instance.eta - product / norm**2).clamp(min=0)
     else:
-        factor = job.network.scaling_norm / norm
+        factor = job.instance.scaling_norm / norm
         factor = torch.where(factor.isinf(), torch.zeros_like(factor), factor)
     torch._foreach_sub_(main, torch._foreach_mul(correction, factor))
     for parameter, gradient in zip(parameters, main, strict=True):
@@ -75,7 +75,7 @@ class _Terms:
         self.sigma = (1 - job.alphas_cumprod).sqrt().to(job.device)
 
     def __call__(self, images: Images, draw: Draw):
-        method, network = self.job.method, self.job.network
+        method, settings = self.job.method, self.job.instance
         if method in ("siss", "siss bernoulli"):
             return self._mixed(images, draw)
         if method == "vanilla":
@@ -94,7 +94,7 @@ class _Terms:
         unlearn = objectives.retrack(
             self._predict(x_t, draw.forget_timesteps), x_t, images.neighbors, *levels
         )
-        return network.lambd * unlearn + (1 - network.lambd) * retain
+        return settings.lambd * unlearn + (1 - settings.lambd) * retain
 
     def _mixed(self, images: Images, draw: Draw) -> tuple[Tensor, Tensor]:
         timesteps, noise = draw.forget_timesteps, draw.forget_noise

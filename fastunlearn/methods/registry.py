@@ -46,18 +46,21 @@ class Record:
     help: str  # what it does, in a line
     source: str  # paper, section, equation
     recipes: Mapping[str, Setting]  # what the papers, or the demo, run on each recipe
-    variants: Mapping[str, Method]  # by what stands behind the name; the plain one is called ""
+    variants: Mapping[
+        str, Mapping[str, Any]
+    ]  # hyperparameters by what stands behind the name; "": the plain one
     timed_on: str  # the network of bench/steps/networks.py that a CPU times it on by default
     place: float  # in lists
 
     @property
     def example(self) -> Method:
         """The method with its defaults, or, where it has none, with the settings of its first recipe."""
-        return self.variants[""]
+        return _example(self.method, self.recipes.values())
 
-    def setting(self, recipe: str, *, lr: float) -> Setting:
-        """How `recipe` runs the method; where the record does not say it, `example` with the learning rate `lr`."""
-        return self.recipes.get(recipe, Setting(self.example, lr))
+    def setting(self, recipe: str, *, lr: float, variant: str = "") -> Setting:
+        """How `recipe` runs a variant; where the record does not say it, its `example` with the rate `lr`."""
+        setting = self.recipes.get(recipe, Setting(self.example, lr))
+        return replace(setting, method=replace(setting.method, **self.variants[variant]))
 
     def hyperparameters(self) -> list[Hyperparameter]:
         """In the order of the class."""
@@ -85,17 +88,17 @@ def register(
     Args:
         help: what the method does, in a line that ends with a full stop.
         source: paper, section, equation.
-        recipes: for each experiment (`"mnist-tshirt"`, `"celeba-hq"`, `"cifar-10"`, `"sd-1.4"`, and the demo's
-            `"mnist-tshirt-small"`) its hyperparameters, and `"lr"`, AdamW's learning rate.
-        variants: hyperparameters of further forms of the method that benchmarks and tests run as well, by what
-            stands behind its name there: `{"no_is": {"variant": "no_is"}}`.
+        recipes: for each experiment (`"mnist-tshirt"`, `"celeba-hq"`, `"cifar-10"`, `"sd-1.4"`, and the
+            demo's `"mnist-tshirt-small"`) its hyperparameters, and `"lr"`, AdamW's learning rate.
+        variants: hyperparameters of further forms of the method that benchmarks and tests run as well, by
+            what stands behind its name there: `{"no_is": {"variant": "no_is"}}`.
         timed_on: the network of bench/ that a CPU times the method on by default.
         place: in lists, small numbers first; those without one follow in the order of their names.
 
     Raises:
-        TypeError, ValueError: the class is no method with a name, a setting does not fit it, or another class has
-            its name. A class that is defined anew (a cell of a notebook that is run again) takes the place of
-            its former self.
+        TypeError, ValueError: the class is no method with a name, a setting does not fit it, or another class
+            has its name. A class that is defined anew (a cell of a notebook that is run again) takes the
+            place of its former self.
     """
 
     def registered(method: MethodClass) -> MethodClass:
@@ -104,15 +107,14 @@ def register(
             recipe: _setting(method, recipe, hyperparameters)
             for recipe, hyperparameters in (recipes or {}).items()
         }
-        plain = _plain(method, settings.values())
-        others = {
-            label: replace(plain, **hyperparameters) for label, hyperparameters in (variants or {}).items()
-        }
+        record = Record(name, method, help, source, settings, {"": {}, **(variants or {})}, timed_on, place)
+        for hyperparameters in record.variants.values():
+            replace(record.example, **hyperparameters)  # refused here and not where it is first run
         other = _records.get(name)
         if other is not None and _qualified_name(other.method) != _qualified_name(method):
             taken = f"{_qualified_name(other.method)} has it"
             raise ValueError(f"name: expected one that no other method has, got {name!r}: {taken}")
-        _records[name] = Record(name, method, help, source, settings, {"": plain, **others}, timed_on, place)
+        _records[name] = record
         return method
 
     return registered
@@ -171,7 +173,7 @@ def _setting(method: type[Method], recipe: str, settings: Mapping[str, Any]) -> 
     return Setting(method(**hyperparameters), lr)
 
 
-def _plain(method: type[Method], settings: Iterable[Setting]) -> Method:
+def _example(method: type[Method], settings: Iterable[Setting]) -> Method:
     required = [field.name for field in fields(method) if _default(field) is MISSING]
     if not required:
         return method()
