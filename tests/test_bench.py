@@ -68,7 +68,7 @@ def test_every_method_steps_and_learns_what_the_papers_way_learns(tmp_path):
     pytest.importorskip("pytest_benchmark")
     smoke(tmp_path, "bench/bench_step.py")
     rows = json.loads((tmp_path / "steps_cpu.json").read_text())["rows"]
-    assert {row["method"] for row in rows} == {"retrack", "neggrad", "vanilla", *TWO_GRADIENTS}
+    assert {row["method"] for row in rows} >= {"retrack", "neggrad", "vanilla", *TWO_GRADIENTS}
     ours = {row["method"]: row for row in rows if row["contestant"] == "fastunlearn"}
     for row in rows:  # everything ran, and learned what the papers' way learns
         assert row["seconds"], row["reason"]

@@ -5,15 +5,16 @@ import copy
 import pytest
 import torch
 
-from fastunlearn import SISS, Draws, EraseDiff, ImageStore, NegGrad, ReTrack, Unlearner, Vanilla
+from fastunlearn import Draws, ImageStore, Unlearner
 from fastunlearn import functional as F
 from fastunlearn.host import check
 from fastunlearn.host.store import Rows
 from fastunlearn.methods import Pass
 from fastunlearn.testing.factories import TinyDenoiser, linear_schedule
+from fastunlearn.testing.methods import every_variant
 
 SCHEDULE = linear_schedule()
-METHODS = [ReTrack(k=2), SISS(), SISS(variant="no_is"), EraseDiff(), NegGrad(), Vanilla()]
+METHODS = every_variant(k=2)
 CASES = [(method, branch) for method in METHODS for branch in ("forget", "retain") if branch in method.needs]
 GENERATOR = torch.Generator().manual_seed(0)
 IMAGES = torch.randint(0, 256, (24, 1, 8, 8), generator=GENERATOR, dtype=torch.uint8)

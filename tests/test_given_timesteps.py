@@ -7,15 +7,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastunlearn import (
-    SISS,
     Draws,
-    EraseDiff,
     ImageStore,
-    NegGrad,
     NoiseSchedule,
-    ReTrack,
     Unlearner,
-    Vanilla,
     erasediff_step,
     neggrad_step,
     reference,
@@ -29,6 +24,7 @@ from fastunlearn.host import check
 from fastunlearn.methods import Pass
 from fastunlearn.testing.factories import TinyDenoiser, linear_schedule
 from fastunlearn.testing.host_sync import TapeGraphs, no_host_sync
+from fastunlearn.testing.methods import every_method
 
 T = 1000
 SHAPE = (4, 1, 8, 8)
@@ -372,7 +368,7 @@ def unlearner(method, *, replayed=False, residency="device"):
     return run
 
 
-METHODS = [ReTrack(k=2), SISS(), EraseDiff(), NegGrad(), Vanilla()]
+METHODS = every_method(k=2)
 
 
 def given(method, timestep):

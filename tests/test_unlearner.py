@@ -8,7 +8,6 @@ from fastunlearn import (
     Draws,
     EraseDiff,
     ImageStore,
-    NegGrad,
     ReTrack,
     Unlearner,
     Vanilla,
@@ -16,16 +15,9 @@ from fastunlearn import (
     retrack_step,
 )
 from fastunlearn.testing.factories import TinyDenoiser, linear_schedule
+from fastunlearn.testing.methods import every_variant
 
-METHODS = [
-    ReTrack(k=2),
-    SISS(),
-    SISS(variant="no_is"),
-    SISS(variant="bernoulli"),
-    EraseDiff(),
-    NegGrad(),
-    Vanilla(),
-]
+METHODS = every_variant(k=2)
 SCHEDULE = linear_schedule()
 
 

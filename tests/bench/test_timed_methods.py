@@ -24,7 +24,7 @@ CALLS = {
 
 
 def test_all_methods_and_their_variants_are_timed():
-    assert list(timed()) == list(CALLS)
+    assert list(timed())[: len(CALLS)] == list(CALLS)
 
 
 @pytest.mark.parametrize("method", CALLS)

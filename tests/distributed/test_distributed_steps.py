@@ -21,16 +21,12 @@ from step_cases import (
 )
 from team import Team
 
-from fastunlearn import SISS, EraseDiff, NegGrad, ReTrack, Vanilla
+from fastunlearn import SISS, EraseDiff, ReTrack, Vanilla
+from fastunlearn.testing.methods import every_variant
 
 METHODS = [
     ReTrack(k=2, lambd=0.3),
-    SISS(),
-    SISS(variant="no_is"),
-    SISS(variant="bernoulli"),
-    EraseDiff(),
-    NegGrad(),
-    Vanilla(),
+    *(method for method in every_variant() if not isinstance(method, ReTrack)),
 ]
 TWO_GRADIENTS = [SISS(), SISS(variant="bernoulli"), EraseDiff()]
 
