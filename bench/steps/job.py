@@ -15,6 +15,7 @@ from torch import Tensor
 import fastunlearn as fu
 from fastunlearn.methods import Batch
 from fastunlearn.objective.draws import Same
+from fastunlearn.objective.protocol import has_own_objective
 from fastunlearn.step.arrange import finish
 
 from .methods import timed
@@ -136,6 +137,8 @@ class Job:
         images = self.images
         batch = Batch(images.forget, images.retain, images.neighbors, images.sqdist, *conditioning)
         composed = self.instance.compose(batch, self.given(draw), self.schedule)
+        if has_own_objective(self.instance):  # each row may belong to every gradient
+            return [Call(len(part.x_t), len(self.instance.combine.gradients)) for part in composed]
         finished, _ = finish(composed, self.instance.combine, group=None)
         return [Call(len(part.x_t), len(part.gradients)) for part in finished]
 

@@ -4,6 +4,9 @@ with its stores and draws.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -30,6 +33,7 @@ def functional(
         "max_grad_norm": max_grad_norm,
         "autocast_dtype": PRECISIONS[job.precision],
         "micro_batch_size": job.micro,
+        "reference_model": _reference(job, model),
         **options,
     }
 
@@ -63,11 +67,8 @@ def unlearner(
     It draws rows, too, and gathers them from its stores.
     """
     # Unlearner has no conditioning of its own; one prompt for all rows is part of the network.
-    network_call = (
-        model if job.condition is None else lambda x_t, t: model(x_t, t, **job.conditioning(len(x_t)))
-    )
     engine = fu.Unlearner(
-        network_call,
+        _in_call(job, model),
         optimizer,
         job.schedule,
         job.instance,
@@ -78,6 +79,7 @@ def unlearner(
         micro_batch_size=job.micro,
         max_grad_norm=max_grad_norm,
         autocast_dtype=PRECISIONS[job.precision],
+        reference_model=_in_call(job, _reference(job, model)),
         **options,
     )
 
@@ -93,3 +95,17 @@ def unlearner(
         engine.step(job.given(draw, **rows))
 
     return step
+
+
+def _in_call(job: Job, model: nn.Module | None) -> Callable | None:
+    """`model` as it is called with images and timesteps alone."""
+    if job.condition is None or model is None:
+        return model
+    return lambda x_t, t: model(x_t, t, **job.conditioning(len(x_t)))
+
+
+def _reference(job: Job, model: nn.Module) -> nn.Module | None:
+    """The network that the method compares with, if it does."""
+    if "reference" not in job.instance.needs:
+        return None
+    return copy.deepcopy(model).requires_grad_(False)

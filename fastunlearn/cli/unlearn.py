@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -116,6 +117,9 @@ class Unlearn:
         prepare_host(device)
         model, scheduler = load_checkpoint(self.model, device=device)
         model = model.to(memory_format=execution.memory_format(device)).train()
+        reference = None
+        if "reference" in method.needs:  # the checkpoint as it is, also where a run is resumed
+            reference = copy.deepcopy(model).requires_grad_(False)
         images: dict[str, Any] = {}  # what was read, for run.json
         forget, retain = self._load(method, model, images)
         dropping.check_sets(forget, retain)
@@ -135,7 +139,8 @@ class Unlearn:
             batch_size=optimization.train_batch_size, micro_batch_size=optimization.micro_batch_size, total_steps=optimization.max_train_steps, seed=flags.seed,
             autocast_dtype=autocast_dtype, grad_scaler=torch.amp.GradScaler(device.type, init_scale=2.0**10) if autocast_dtype == torch.float16 else None,
             max_grad_norm=optimization.max_grad_norm, ema=ema, lr_scheduler=lr_scheduler, allow_overlap=self.allow_overlap, compile=execution.compile_argument,
-            process_group=processes.group, warn_of_near_copies=False,  # said above, of all orientations
+            process_group=processes.group, reference_model=reference,
+            warn_of_near_copies=False,  # said above, of all orientations
         )  # fmt: skip
         try:
             with tf32(True if execution.allow_tf32 else None):

@@ -4,6 +4,7 @@ did.
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import os
@@ -175,6 +176,9 @@ def forget_tshirt(
         model.parameters(), lr=setting.lr, betas=(0.95, 0.999), weight_decay=1e-6, fused=True
     )
     schedule = NoiseSchedule.from_diffusers(scheduler)
+    reference = None
+    if "reference" in setting.method.needs:
+        reference = copy.deepcopy(model.train()).requires_grad_(False)
     lr_scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
     unlearner = Unlearner(
         model,
@@ -187,6 +191,7 @@ def forget_tshirt(
         total_steps=steps,
         seed=seed,
         lr_scheduler=lr_scheduler,
+        reference_model=reference,
     )
     log = []
     model.train()
