@@ -55,7 +55,7 @@ __all__ = [
     "vanilla_step",
 ]
 
-# Where the names above live, but for `functional`, which is a module itself.
+# Where the names above live.
 _HOMES = {
     "engine.unlearner": ["Unlearner"],
     "host.store": ["ImageStore"],
@@ -77,9 +77,13 @@ _HOMES = {
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 
+# Modules under a name of their own, where they are documented so.
+_MODULES = {"functional": "functional", "host_memory": "host.memory", "profiling": "host.profiling"}
+
+
 def __getattr__(name: str):
-    if name == "functional":
-        return import_module(".functional", __name__)
+    if name in _MODULES:
+        return import_module(f".{_MODULES[name]}", __name__)
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     found = getattr(import_module(f".{_HOME_OF[name]}", __name__), name)
