@@ -15,7 +15,7 @@ from fastunlearn.methods import FORGET, RETAIN, Method, Pass, Term, register
 @register(help="makes the network see a plain grey picture in every noised forget image.")
 @dataclass(frozen=True)
 class Blank(Method):
-    """`lambd E min(1, 1 / rho_t^2) ||eps_theta(a_t) - (a_t - alpha_t grey) / sigma_t||^2` and vanilla denoising.
+    """`lambd E min(1, 1 / rho_t^2) ||eps_theta(a_t) - (a_t - alpha_t grey) / sigma_t||^2`, beside vanilla.
 
     Args:
         grey: the picture's value, in [-1, 1].
