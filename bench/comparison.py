@@ -218,7 +218,7 @@ class Comparison:
         formula: Callable,
         arguments: tuple,
     ) -> dict[str, float]:
-        """The contestant `COMPILED`, where it takes part; a dict that gets the `seconds` of its first call."""
+        """`COMPILED`, where it takes part; a dict that gets the `seconds` of its first call."""
         if not self._compiles(shape, job):
             return {}
         label = f"{op}, {shape}, {job}"
@@ -331,7 +331,7 @@ def check(
 
 
 def expect_equal(actual: dict[str, Tensor], truth: dict[str, Tensor]) -> None:
-    """The papers' way, run in float64, computes what the reference does: the baseline is the right formula."""
+    """The papers' way, run in float64, computes what the reference does: the baseline is no other formula."""
     for name, value in actual.items():
         torch.testing.assert_close(
             value, truth[name], rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"papers' {name}: {text}"

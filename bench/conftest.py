@@ -117,7 +117,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--memory",
         action="store_true",
-        help="the peak memory of each contestant's step, in a process of its own (on a CPU; implied by --full)",
+        help="the peak memory of each contestant's step, in a process of its own (on a CPU; part of --full)",
     )
     group.addoption(
         "--official-retrack", metavar="PATH", help="a checkout of ReTrack's repository, whose step takes part"

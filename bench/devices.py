@@ -1,8 +1,8 @@
 """What the vendor says of the GPUs that the kernels are tuned for, and the shortest time that a kernel can
 take there.
 
-Sources: the A100, H100 and H200 data sheets (tensor cores without sparsity, that is half of the printed number
-where it is printed with it).
+Sources: the A100, H100 and H200 data sheets (tensor cores without sparsity, that is half of the printed
+number where it is printed with it).
 """
 
 from __future__ import annotations

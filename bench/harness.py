@@ -187,7 +187,7 @@ def launch_seconds(call: Call, accelerator: Accelerator) -> float:
 
 
 # --- backends
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 
 
 def kernel_name(op: str, device: torch.device) -> str:
@@ -225,7 +225,7 @@ def filling(op: str, module: ModuleType, arguments: tuple) -> Callable[[], tuple
 def compiled(
     function: Callable[..., tuple[Tensor, ...]],
 ) -> tuple[Callable[..., tuple[Tensor, ...]], dict[str, float]]:
-    """`function` under torch.compile in one graph, and a dict that gets `seconds`, those of its first call."""
+    """`function` under torch.compile in one graph, and a dict that gets the `seconds` of its first call."""
     torch.compiler.reset()  # the shapes of earlier comparisons count towards dynamo's limit of recompilations
     inner, took = torch.compile(function, fullgraph=True, dynamic=False, backend=compilation.BACKEND), {}
 

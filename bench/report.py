@@ -56,7 +56,10 @@ def render(rows: list[Row], device: str, gpu: str | None) -> str:
 
 
 def _times(rows: list[Row]) -> Table:
-    title = "medians of alternating rounds; share: of the bandwidth of copy_ in the same rounds, counting the bytes of the floor (MB)"
+    title = (
+        "medians of alternating rounds; share: of the bandwidth of copy_ in the same rounds, counting the "
+        "bytes of the floor (MB)"
+    )
     table = Table(title=title, **_STYLE)
     for name in ("op, shape", "job", "contestant", "backend"):
         table.add_column(name, no_wrap=True)
@@ -149,7 +152,10 @@ def _floors(rows: list[Row], gpu: str | None) -> Table:
     is there.
     """
     here = find(gpu) if gpu else None
-    title = "predicted floor in us at the shapes of this run, by the vendor's numbers; share of it that the kernel reached (-: not yet measured)"
+    title = (
+        "predicted floor in us at the shapes of this run, by the vendor's numbers; share of it that the "
+        "kernel reached (-: not yet measured)"
+    )
     table = Table(title=title, **_STYLE)
     for name in ("op", "shape", "job", "floor MB"):
         table.add_column(name, no_wrap=True)

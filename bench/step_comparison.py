@@ -159,7 +159,7 @@ class StepComparison:
         ]
 
     # --- what is chosen, and what is compiled
-    # ------------------------------------------------------------------------------------
+    # -----------------------------------------------------------------------------
 
     def _setting(self, job: Job) -> Setting:
         """With the faster layout, measured once for a network and precision, and, where a call has the rows
@@ -180,7 +180,7 @@ class StepComparison:
         return setting
 
     def _choose_layout(self, settings: dict[str, Setting], chosen: dict, job: Job) -> None:
-        """Under the fastest mode that is timed; where that fails, under the next one, and `chosen` says so."""
+        """Under the fastest mode that is timed; where that fails, under the next one, as `chosen` says."""
         modes = [EAGERLY]
         if self.accelerator is not None:
             compiled = all(
@@ -219,7 +219,7 @@ class StepComparison:
                 row.reason = f"{name}: {missing}"
 
     # --- the contestants
-    # ---------------------------------------------------------------------------------------------------------
+    # -----------------------------------------------------------------------------
 
     def _row(self, setting: Setting, name: str) -> StepRow:
         job = setting.job
@@ -256,7 +256,8 @@ class StepComparison:
             if mode_of(name).compiled:
                 row.first_call_seconds = found.seconds
             if not found.error <= found.allowed:  # NaN, too
-                row.reason = f"{name}: its update differs from the papers' by {found.error:.2g} (relative L2), more than {found.allowed:.2g}"
+                differs = f"differs from the papers' by {found.error:.2g} (relative L2)"
+                row.reason = f"{name}: its update {differs}, more than {found.allowed:.2g}"
 
     def _gate_rows(self, job: Job) -> int | None:
         """Rows of the gate's batch; None: all."""
@@ -305,7 +306,7 @@ class StepComparison:
             raise RuntimeError("its step changes no weights")
 
     # --- the turns
-    # ---------------------------------------------------------------------------------------------------------------
+    # -----------------------------------------------------------------------------
 
     def _time(
         self, group: str, steps: dict[str, Step], samples: dict[str, list[float]], rows: dict[str, StepRow]
@@ -371,7 +372,7 @@ class StepComparison:
             row.times_faster = {other: value / median for other, value in medians.items() if other != name}
 
     # --- what else is worth knowing, once the times are on disk
-    # --------------------------------------------------------------------
+    # -----------------------------------------------------------------------------
 
     def _measure_host(self, setting: Setting, rows: dict[str, StepRow], steps: dict[str, Step]) -> None:
         """On a GPU: how long a step occupies the host, and how often it calls the device."""

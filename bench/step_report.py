@@ -107,8 +107,8 @@ def _precisions(rows: list[StepRow]) -> list[str]:
 
 def _times(rows: list[StepRow], precision: str) -> Table:
     title = (
-        f"whole steps, {precision}: medians of alternating rounds; img/s: rows that the network learns from; x: times faster than, limit and strongest "
-        "in the same mode; MB: peak without / with weights"
+        f"whole steps, {precision}: medians of alternating rounds; img/s: rows that the network learns from; "
+        "x: times faster than, limit and strongest in the same mode; MB: peak without / with weights"
     )
     table = Table(title=title, **_STYLE)
     for name in ("network, method", "contestant", "precision", "layout"):
@@ -159,10 +159,11 @@ def _times(rows: list[StepRow], precision: str) -> Table:
 
 
 def _stages(rows: list[StepRow]) -> Table:
-    table = Table(
-        title=f"share of the time of {OURS}'s step in each stage (eager profile; backward passes count to the stage that starts them)",
-        **_STYLE,
+    title = (
+        f"share of the time of {OURS}'s step in each stage (eager profile; backward passes count to the "
+        "stage that starts them)"
     )
+    table = Table(title=title, **_STYLE)
     for name in ("network, method", "precision"):
         table.add_column(name, no_wrap=True)
     for name in (*STAGES, "between"):

@@ -24,6 +24,5 @@ for step in range(50):
     neighbors = retain.rows(index[forget_rows].flatten()).view(32, 10, *a.shape[1:])  # [32, 10, 1, 28, 28]
     out = retrack_step(model, optimizer, schedule, a, neighbors, x, lambd=0.005)
     if step % 10 == 9:
-        print(
-            f"step {step + 1}: loss {out.loss:.1f} (forget {out.forget_loss:.1f}, retain {out.retain_loss:.1f}), gradient norm {out.grad_norm:.1f}"
-        )
+        losses = f"{out.loss:.1f} (forget {out.forget_loss:.1f}, retain {out.retain_loss:.1f})"
+        print(f"step {step + 1}: loss {losses}, gradient norm {out.grad_norm:.1f}")

@@ -47,8 +47,14 @@ def main() -> None:
         "steps": arguments.steps,
         "batch_size": arguments.batch_size,
     }
-    record = {"settings": settings, "methods": {name: repr(setting) for name, setting in demo_settings().items()}, "version": __version__,
-              "torch": torch.__version__, "machine": platform.processor() or platform.machine(), "runs": {}}  # fmt: skip
+    record = {
+        "settings": settings,
+        "methods": {name: repr(setting) for name, setting in demo_settings().items()},
+        "version": __version__,
+        "torch": torch.__version__,
+        "machine": platform.processor() or platform.machine(),
+        "runs": {},
+    }
     if arguments.output.exists():
         earlier = json.loads(arguments.output.read_text())
         if earlier["settings"] != settings:

@@ -65,9 +65,15 @@ def retrack(
     )
     gradients = {"main": {}, "correction": {}} if job.timed.two_gradients else None
     runtime = train.ModelRuntime(
-        model=model, optimizer=optimizer, lr_scheduler=rates, noise_scheduler=job.scheduler, weight_dtype=torch.float32,
-        model_params=job.conditioning(job.network.papers_micro or job.batch), dataset_params={}, evaluator_params={},
-    )  # fmt: skip
+        model=model,
+        optimizer=optimizer,
+        lr_scheduler=rates,
+        noise_scheduler=job.scheduler,
+        weight_dtype=torch.float32,
+        model_params=job.conditioning(job.network.papers_micro or job.batch),
+        dataset_params={},
+        evaluator_params={},
+    )
     config = SimpleNamespace(device=str(job.device), algorithm=algorithm)
 
     def step(draw=None) -> None:

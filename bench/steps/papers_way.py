@@ -191,7 +191,7 @@ class _Loop:
         return retain.mean(), forget.mean()
 
     def mixture_terms(self, images: Images, draw: Draw):
-        """The two losses as SISS' repository computes them, with the statistics that it logs at every step."""
+        """The two losses as SISS' repository computes them, with the statistics that it logs."""
         timesteps, noise = draw.forget_timesteps, draw.forget_noise
         noisy = {
             name: self._add_noise(getattr(images, name), noise, timesteps) for name in ("forget", "retain")
@@ -216,7 +216,9 @@ class _Loop:
         return tuple(term.sum() / len(noise) for term in terms)
 
     def backward(self, terms, accumulation: int, correction: dict[str, Tensor]) -> None:
-        """Accumulates gradients in `.grad`; of two losses the second's also in `correction`, by subtraction."""
+        """Accumulates gradients in `.grad`; of two losses the second's also in `correction`, by
+        subtraction.
+        """
         if not self.two_gradients:
             (terms / accumulation).backward()
             return

@@ -22,11 +22,12 @@ from ..runs import launcher
 
 DESCRIPTION = """Make a trained diffusion model forget given training images.
 
-Start with `fastunlearn demo`: it needs no data and no GPU. `fastunlearn COMMAND --help` explains a command, with an example.
+Start with `fastunlearn demo`: it needs no data and no GPU. `fastunlearn COMMAND --help` explains a command, \
+with an example.
 
-Flags may be written with dashes or underscores, and are called as in diffusers' training scripts. Exit codes: 0 done, 1 not passed or \
-failed, 2 wrong input. Errors are one line, and one more for each file of a list; --debug or \
-FASTUNLEARN_DEBUG=1 adds the traceback."""
+Flags may be written with dashes or underscores, and are called as in diffusers' training scripts. Exit \
+codes: 0 done, 1 not passed or failed, 2 wrong input. Errors are one line, and one more for each file of a \
+list; --debug or FASTUNLEARN_DEBUG=1 adds the traceback."""
 
 
 FEWEST_COLUMNS = 40
@@ -110,7 +111,8 @@ def _parse(arguments: list[str]):
         Annotated[command, tyro.conf.subcommand(name, description=first_lines[name])]
         for name, command in commands.items()
     )
-    return tyro.cli(Union[listed], prog="fastunlearn", description=DESCRIPTION, args=arguments, config=config)  # noqa: UP007 (of a tuple)
+    every = Union[listed]  # noqa: UP007 (of a tuple)
+    return tyro.cli(every, prog="fastunlearn", description=DESCRIPTION, args=arguments, config=config)
 
 
 def _exit_code(error: Exception) -> int | None:

@@ -37,7 +37,8 @@ class Demo:
     train_batch_size: Annotated[int, also("--batch-size")] = 48
     """Forget and retain rows a step."""
     num_samples: int = 512
-    """Samples before and after; at least 299 can show that a share of 1 % has gone. Twice as many if none of them shows the T-shirt before."""
+    """Samples before and after; at least 299 can show that a share of 1 % has gone. Twice as many if none \
+of them shows the T-shirt before."""
     seed: int = 0
     """Of every random number."""
     model: Annotated[Path | None, unset("the embedded model", "DIR")] = None
@@ -64,8 +65,16 @@ class Demo:
         device = pick_device(self.device or "cpu")
         prepare_host(device)
         result = run_demo(
-            self.output, steps=self.max_train_steps, seed=self.seed, num_samples=self.num_samples, batch_size=self.train_batch_size, method=self.method,
-            lr=self.learning_rate, lambd=self.lambd, model_dir=self.model, device=device,
-        )  # fmt: skip
+            self.output,
+            steps=self.max_train_steps,
+            seed=self.seed,
+            num_samples=self.num_samples,
+            batch_size=self.train_batch_size,
+            method=self.method,
+            lr=self.learning_rate,
+            lambd=self.lambd,
+            model_dir=self.model,
+            device=device,
+        )
         print(f"{'passed' if result.passed else 'NOT passed'}: {result.report}")
         return 0 if result.passed else 1

@@ -62,14 +62,12 @@ def _on_cpu(device: str | None) -> bool:
         int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])),
     )
     if "RANK" not in os.environ or "LOCAL_RANK" not in os.environ:
-        raise ValueError(
-            f"WORLD_SIZE: expected RANK and LOCAL_RANK beside it, as accelerate launch and torchrun set them, got only WORLD_SIZE={count}"
-        )
+        expected = "expected RANK and LOCAL_RANK beside it, as accelerate launch and torchrun set them"
+        raise ValueError(f"WORLD_SIZE: {expected}, got only WORLD_SIZE={count}")
     for name in UNSUPPORTED:
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
-            raise ValueError(
-                f"accelerate: expected a configuration with the whole network in every process, got one that uses {name}"
-            )
+            expected = "expected a configuration with the whole network in every process"
+            raise ValueError(f"accelerate: {expected}, got one that uses {name}")
     if device is None:
         device = (
             "cpu"
@@ -83,7 +81,6 @@ def _on_cpu(device: str | None) -> bool:
             f"device: expected cpu or cuda for {count} processes (each takes a GPU of its own), got {device}"
         )
     if chosen.type == "cuda" and here > torch.cuda.device_count():
-        raise ValueError(
-            f"num_processes: expected at most {torch.cuda.device_count()} on this machine, one for each GPU, got {here}"
-        )
+        expected = f"expected at most {torch.cuda.device_count()} on this machine, one for each GPU"
+        raise ValueError(f"num_processes: {expected}, got {here}")
     return chosen.type == "cpu"

@@ -25,7 +25,8 @@ class Neighbors:
     """
 
     forget: tuple[Path, ...]
-    """Images to forget: folders, image files, .npy, .npz, idx(.gz), .parquet, saved Hugging Face data sets."""
+    """Images to forget: folders, image files, .npy, .npz, idx(.gz), .parquet, saved Hugging Face data \
+sets."""
     retain: tuple[Path, ...]
     """Images to keep."""
     k: int = 10

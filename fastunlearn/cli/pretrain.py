@@ -55,9 +55,8 @@ class Pretrain:
         if self.output.exists():
             raise ValueError(f"output: expected a folder that does not exist yet, got {self.output}")
         if started is not None and not resume:
-            raise ValueError(
-                f"output: expected a new name, or --resume_from_checkpoint latest, got {self.output}, whose run stands at {started}"
-            )
+            expected = "expected a new name, or --resume_from_checkpoint latest"
+            raise ValueError(f"output: {expected}, got {self.output}, whose run stands at {started}")
         if started is None and resume:
             raise ValueError(f"resume_from_checkpoint: expected a checkpoint in {run_dir}, got none")
         device = pick_device(self.device)
@@ -67,8 +66,14 @@ class Pretrain:
         read: dict[str, Any] = {}
         images = self.pictures.load("data", self.data, read, **shape)
         pretrain(
-            images, recipe, self.output, seed=self.seed, resume=resume, checkpointing_steps=self.checkpointing_steps,
-            device=device, record={"read": read["data"]},
-        )  # fmt: skip
+            images,
+            recipe,
+            self.output,
+            seed=self.seed,
+            resume=resume,
+            checkpointing_steps=self.checkpointing_steps,
+            device=device,
+            record={"read": read["data"]},
+        )
         print(f"trained model: {self.output}")
         return 0

@@ -22,7 +22,8 @@ class Sample:
     """
 
     model: Path
-    """Folder of a diffusers pipeline (DDPMPipeline.save_pretrained); safetensors only, nothing is downloaded."""
+    """Folder of a diffusers pipeline (DDPMPipeline.save_pretrained); safetensors only, nothing is \
+downloaded."""
     num_images: int
     """How many."""
     output: Path
@@ -58,9 +59,16 @@ class Sample:
 
         model, scheduler = load_checkpoint(self.model, device=pick_device(self.device))
         images = sample(
-            model, scheduler, self.num_images, shape=model_shape(model), num_inference_steps=self.num_inference_steps, sampler=self.sampler,
-            batch_size=self.batch_size, seed=self.seed, show_progress=True,
-        )  # fmt: skip
+            model,
+            scheduler,
+            self.num_images,
+            shape=model_shape(model),
+            num_inference_steps=self.num_inference_steps,
+            sampler=self.sampler,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            show_progress=True,
+        )
         file = self.file
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(file) as written:

@@ -52,17 +52,19 @@ class Unlearn:
     retain: tuple[Path, ...] = ()
     method: str
     output: Path
-    """Folder of the run: model/ (for DDPMPipeline.from_pretrained), run.json (manifest), metrics.jsonl, checkpoints, private/ (caches, mode 0600)."""
+    """Folder of the run: model/ (for DDPMPipeline.from_pretrained), run.json (manifest), metrics.jsonl, \
+checkpoints, private/ (caches, mode 0600)."""
     allow_overlap: bool = False
     """Accept forget images that are also among the images to keep; otherwise an error names them."""
     drop_overlap: bool = False
     """Leave the forget images out of the images to keep: --retain may then be the whole training set."""
     drop_within: Annotated[str | None, unset("warn of them", "auto|RADIUS|off")] = None
-    """Leave near copies of the forget images out too, and equal ones: JPEGs of them, resized, turned or mirrored
-    ones (auto), or all that are, in one of the 8 orientations, within a radius: L2 over all pixels, in grey levels
-    0..255. off: do not look for any, which takes long for many forget images."""
+    """Leave near copies of the forget images out too, and equal ones: JPEGs of them, resized, turned or \
+mirrored ones (auto), or all that are, in one of the 8 orientations, within a radius: L2 over all pixels, in \
+grey levels 0..255. off: do not look for any, which takes long for many forget images."""
     report_images: bool = False
-    """Write private/reconstructions.png (mode 0600), which shows forget images; without it nothing that is written shows or stores one."""
+    """Write private/reconstructions.png (mode 0600), which shows forget images; without it nothing that is \
+written shows or stores one."""
     pictures: PictureFlags = field(default_factory=PictureFlags)
     hyperparameter: MethodFlags = field(default_factory=MethodFlags)
     optimizer: Optimization = field(default_factory=Optimization)
@@ -133,25 +135,52 @@ class Unlearn:
         private = self.output / run_record.PRIVATE_FOLDER
         autocast_dtype = execution.autocast_dtype(device)
         optimizer, lr_scheduler, ema = optimization.build(model)
+        neighbors = None
+        if "neighbors" in method.needs:
+            neighbors = processes.by_first(lambda: _neighbors(forget, retain, method.k, private))
+        grad_scaler = None
+        if autocast_dtype == torch.float16:
+            grad_scaler = torch.amp.GradScaler(device.type, init_scale=2.0**10)
         unlearner = Unlearner(
-            model, optimizer, NoiseSchedule.from_diffusers(scheduler), method, forget=forget, retain=retain,
-            neighbors=processes.by_first(lambda: _neighbors(forget, retain, method.k, private)) if "neighbors" in method.needs else None,
-            batch_size=optimization.train_batch_size, micro_batch_size=optimization.micro_batch_size, total_steps=optimization.max_train_steps, seed=flags.seed,
-            autocast_dtype=autocast_dtype, grad_scaler=torch.amp.GradScaler(device.type, init_scale=2.0**10) if autocast_dtype == torch.float16 else None,
-            max_grad_norm=optimization.max_grad_norm, ema=ema, lr_scheduler=lr_scheduler, allow_overlap=self.allow_overlap, compile=execution.compile_argument,
-            process_group=processes.group, reference_model=reference,
+            model,
+            optimizer,
+            NoiseSchedule.from_diffusers(scheduler),
+            method,
+            forget=forget,
+            retain=retain,
+            neighbors=neighbors,
+            reference_model=reference,
+            batch_size=optimization.train_batch_size,
+            micro_batch_size=optimization.micro_batch_size,
+            total_steps=optimization.max_train_steps,
+            seed=flags.seed,
+            autocast_dtype=autocast_dtype,
+            grad_scaler=grad_scaler,
+            max_grad_norm=optimization.max_grad_norm,
+            ema=ema,
+            lr_scheduler=lr_scheduler,
+            allow_overlap=self.allow_overlap,
+            compile=execution.compile_argument,
+            process_group=processes.group,
             warn_of_near_copies=False,  # said above, of all orientations
-        )  # fmt: skip
+        )
+        record = {"base_model": str(self.model.absolute()), "images": images, "forget_in_retain": found}
         try:
             with tf32(True if execution.allow_tf32 else None):
                 training.unlearn(
-                    unlearner, num_steps=optimization.max_train_steps, output_dir=self.output, checkpointing_steps=flags.checkpointing_steps,
-                    checkpoints_total_limit=flags.checkpoints_total_limit, resume_from_checkpoint=flags.resume_from_checkpoint, report_to=flags.report_to,
-                    logging_steps=flags.logging_steps, max_skipped_steps=flags.max_skipped_steps,
+                    unlearner,
+                    num_steps=optimization.max_train_steps,
+                    output_dir=self.output,
+                    checkpointing_steps=flags.checkpointing_steps,
+                    checkpoints_total_limit=flags.checkpoints_total_limit,
+                    resume_from_checkpoint=flags.resume_from_checkpoint,
+                    report_to=flags.report_to,
+                    logging_steps=flags.logging_steps,
+                    max_skipped_steps=flags.max_skipped_steps,
                     max_skipped_share=flags.max_skipped_share,
-                    record={"base_model": str(self.model.absolute()), "images": images, "forget_in_retain": found},
+                    record=record,
                     identity={"scheduler": _scheduler_identity(scheduler)},
-                )  # fmt: skip
+                )
         finally:
             if processes.rank == 0:
                 self._note_private_files(private)

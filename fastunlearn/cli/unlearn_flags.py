@@ -24,7 +24,8 @@ class Optimization:
     train_batch_size: Annotated[int, also("--batch-size")] = 128
     """Forget rows, and retain rows, drawn a step with replacement."""
     micro_batch_size: Annotated[int | None, unset("all at once", "INT")] = None
-    """Rows in one network call at most; gradients accumulate over the calls, and a method's rescaling is done once, after the last."""
+    """Rows in one network call at most; gradients accumulate over the calls, and a method's rescaling is \
+done once, after the last."""
     lr_scheduler: Literal["constant", "cosine", "linear"] = "constant"
     """How the learning rate goes on after the warm-up: cosine and linear end at 0."""
     lr_warmup_steps: int = 0
@@ -98,11 +99,14 @@ class Execution:
     """How the network runs: this changes the speed, and results only by rounding."""
 
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """Precision of the network calls; weights, losses and norms stay float32. auto: bf16 on GPUs that have it, else no; CPUs with AVX512_BF16 gain too."""
+    """Precision of the network calls; weights, losses and norms stay float32. auto: bf16 on GPUs that have \
+it, else no; CPUs with AVX512_BF16 gain too."""
     allow_tf32: bool = False
-    """Let GPUs round the factors of float32 matrix products to TensorFloat-32 (10 bits); without it they do so in convolutions only, as torch does."""
+    """Let GPUs round the factors of float32 matrix products to TensorFloat-32 (10 bits); without it they do \
+so in convolutions only, as torch does."""
     compile: Literal["auto", "on", "off", "try"] = "auto"
-    """Compile the network at the first step, which takes minutes for big ones; try runs it as it is if that fails. auto: on for GPUs, off for CPUs."""
+    """Compile the network at the first step, which takes minutes for big ones; try runs it as it is if that \
+fails. auto: on for GPUs, off for CPUs."""
     channels_last: Literal["auto", "on", "off"] = "auto"
     """Memory layout of weights and activations. auto: on for GPUs, off for CPUs."""
 

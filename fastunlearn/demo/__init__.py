@@ -129,15 +129,28 @@ def run_demo(
         model_path = save_checkpoint(output_dir / "model", model, scheduler)
 
     run = {
-        "version": __version__, "torch": torch.__version__, "device": str(device), "threads": torch.get_num_threads(), "seed": seed,
-        "method": type(setting.method).__name__, "settings": asdict(setting.method), "lr": setting.lr, "batch_size": batch_size, "steps": steps,
-        "num_samples": evaluate.num_samples, "inference_steps": INFERENCE_STEPS,
-    }  # fmt: skip
+        "version": __version__,
+        "torch": torch.__version__,
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "seed": seed,
+        "method": type(setting.method).__name__,
+        "settings": asdict(setting.method),
+        "lr": setting.lr,
+        "batch_size": batch_size,
+        "steps": steps,
+        "num_samples": evaluate.num_samples,
+        "inference_steps": INFERENCE_STEPS,
+    }
     results = {
-        "passed": all_passed(criteria) is True, "criteria": [asdict(criterion) for criterion in criteria],
+        "passed": all_passed(criteria) is True,
+        "criteria": [asdict(criterion) for criterion in criteria],
         "run": run,
-        "before": before.numbers(), "after": after.numbers(), "seconds": seconds, "log": log,
-    }  # fmt: skip
+        "before": before.numbers(),
+        "after": after.numbers(),
+        "seconds": seconds,
+        "log": log,
+    }
     page = report(evaluate.image, evaluate.noised(), before, after, criteria, results).write(output_dir)
     if show_progress:
         print_summary(before, after, criteria, seconds, page)

@@ -51,21 +51,23 @@ def report(
         f"{name} = {value}" for name, value in {**run["settings"], "batch size": run["batch_size"]}.items()
     )
     training = (
-        f"{run['steps']} steps of {run['method']} with {settings}; AdamW, learning rate {run['lr']:g} falling to 0 along a cosine. Retuned for this small "
-        "network: the papers train one of 64, 128 and 256 channels at batch size 128 and a constant 5e-5 (ReTrack with lambd = 0.005)."
+        f"{run['steps']} steps of {run['method']} with {settings}; AdamW, learning rate {run['lr']:g} "
+        "falling to 0 along a cosine. Retuned for this small network: the papers train one of 64, 128 and "
+        "256 channels at batch size 128 and a constant 5e-5 (ReTrack with lambd = 0.005)."
     )
     note = (
-        f"Samples by {run['inference_steps']} DDPM steps. FID, IS and confidence come from the small MNIST classifier of this package, against "
-        f"{before.scores.num_real:,} real digits and without the {SUBJECT}s among the samples: compare them with each other only. "
-        "NLL by the probability-flow ODE."
+        f"Samples by {run['inference_steps']} DDPM steps. FID, IS and confidence come from the small MNIST "
+        f"classifier of this package, against {before.scores.num_real:,} real digits and without the "
+        f"{SUBJECT}s among the samples: compare them with each other only. NLL by the probability-flow ODE."
     )
+    threads = f"{run['threads']} CPU thread{'s' * (run['threads'] != 1)}"
     times = Table(
         ("stage", "seconds"),
         [
             *((stage, f"{value:.1f}") for stage, value in seconds.items()),
             ("total", f"{sum(seconds.values()):.1f}"),
         ],
-        f"{run['threads']} CPU thread{'s' * (run['threads'] != 1)}, device {run['device']}, torch {run['torch']}.",
+        f"{threads}, device {run['device']}, torch {run['torch']}.",
     )
     sections = [
         Section("Results", table=Table(("", "before", "after"), table_rows(before, after), note)),
@@ -78,9 +80,13 @@ def report(
     ]
     lead = (
         "A small diffusion model was trained on 60,000 handwritten digits and 606 copies of one T-shirt. "
-        f"{run['steps']} steps of {run['method']} are to make it forget that one image, without training it again."
+        f"{run['steps']} steps of {run['method']} are to make it forget that one image, without training it "
+        "again."
     )
-    footer = f"fastunlearn {run['version']}, seed {run['seed']}. All numbers of this page are in results.json; the unlearned model is in model/."
+    footer = (
+        f"fastunlearn {run['version']}, seed {run['seed']}. All numbers of this page are in results.json; "
+        "the unlearned model is in model/."
+    )
     title = "A diffusion model forgets a training image"
     return Report(title, lead, sections, results, verdict_of(criteria), criteria, footer)
 

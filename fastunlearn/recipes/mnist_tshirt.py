@@ -195,8 +195,7 @@ def _read_checked(folder: Path, name: str, sha256: str) -> np.ndarray:
             array = read_idx(path)
             found = hashlib.sha256(idx_header(array.shape) + array.tobytes()).hexdigest()
             if found != sha256:
-                raise ValueError(
-                    f"{path}: expected the published file (SHA-256 of its decompressed content {sha256}), got {found}"
-                )
+                expected = f"expected the published file (SHA-256 of its decompressed content {sha256})"
+                raise ValueError(f"{path}: {expected}, got {found}")
             return array
     raise ValueError(f"{folder}: expected a file {name} or {name}.gz, got none")
