@@ -33,7 +33,7 @@ def public_api() -> dict[str, Any]:
     for name in METHODS:
         api[name]["methods"] = {}
     return api | {
-        f"training.{name}": _described(found(name, "fastunlearn.runs.training", "fastunlearn.training"))
+        f"training.{name}": _described(found(name, "fastunlearn.training", "fastunlearn.runs.training"))
         for name in RUNS
     }
 

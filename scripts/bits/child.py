@@ -18,6 +18,7 @@ import fastunlearn
 
 from . import all_cases
 from .api import public_api
+from .parts import check_origin
 from .registry import Case, Place, hashed
 
 
@@ -65,6 +66,7 @@ def main() -> None:
             if case.mode == options.mode and case.title in titles
         }
     api = public_api() if options.mode == "plain" else {}
+    check_origin(options.tree)
     options.output.write_text(json.dumps({"cases": cases, "api": api}))
 
 

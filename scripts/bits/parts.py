@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,18 @@ from torch import Tensor, nn
 from fastunlearn import NoiseSchedule
 
 SHAPE = (1, 8, 8)
+
+
+def check_origin(tree: Path) -> None:
+    """Whether all of the package that is loaded comes from `tree`.
+
+    An editable installation answers for every module that a tree does not have, with another tree's.
+    """
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        ours = name.partition(".")[0] == "fastunlearn" and file is not None
+        if ours and not Path(file).resolve().is_relative_to(tree.resolve()):
+            raise SystemExit(f"{name}: expected it from {tree}, got it from {file}")
 
 
 def found(name: str, *modules: str) -> Any:

@@ -24,8 +24,8 @@ from . import parts, unlearners
 from .registry import Place, add
 from .unlearners import METHODS, Setting
 
-unlearn = parts.found("unlearn", "fastunlearn.runs.training", "fastunlearn.training")
-RunInterrupted = parts.found("RunInterrupted", "fastunlearn.runs.training", "fastunlearn.training")
+unlearn = parts.found("unlearn", "fastunlearn.training", "fastunlearn.runs.training")
+RunInterrupted = parts.found("RunInterrupted", "fastunlearn.training", "fastunlearn.runs.training")
 STEPS, STOPPED_AT, SAVED_EVERY = 5, 3, 2
 SETTINGS = {
     "average and scheduler": Setting(average=True, decaying=True, network={"dropout": 0.2}),
