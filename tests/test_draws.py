@@ -3,7 +3,15 @@ import torch
 
 from fastunlearn.host.philox import philox
 from fastunlearn.methods import SISS, EraseDiff, ReTrack
-from fastunlearn.objective.draws import CounterSource, Draws, GeneratorSource, Purpose, complete
+from fastunlearn.objective.draws import (
+    CounterSource,
+    Draws,
+    GeneratorSource,
+    Normal,
+    Purpose,
+    Same,
+    complete,
+)
 
 CPU = torch.device("cpu")
 
@@ -90,6 +98,15 @@ def test_a_siss_pair_shares_noise_and_timestep(variant):
     assert draws.forget_noise is draws.retain_noise
     assert torch.equal(draws.forget_timesteps, draws.retain_timesteps)
     assert (draws.from_forget is None) == (variant == "no_is")
+
+
+def test_what_is_the_same_comes_after_what_it_is_the_same_as():
+    batch = torch.zeros(6, 1, 4, 4)
+    wanted = {"forget_noise": Same("retain_noise"), "retain_noise": Normal("retain")}
+    with pytest.raises(ValueError, match=r"^draws: expected retain_noise before forget_noise"):
+        complete(Draws(), wanted, counted(0, 0), batch, batch, 1000)
+    given = complete(Draws(forget_noise=batch), wanted, counted(0, 0), batch, batch, 1000)
+    assert given.retain_noise is batch
 
 
 def test_erasediff_branches_are_drawn_apart():

@@ -178,15 +178,16 @@ def complete(
     """
     batches = {"forget": forget, "retain": retain}
     known = {name: getattr(draws, name) for name in wanted}
+    twins = {how.name: name for name, how in wanted.items() if type(how) is Same}
     for name, how in wanted.items():
         if known[name] is not None:
             continue
         # Where two are the same, the one that is given or drawn serves the other.
-        twins = [twin for twin, other in wanted.items() if other == Same(name) and known[twin] is not None]
-        if twins:
-            known[name] = known[twins[0]]
-        elif isinstance(how, Same):
-            known[name] = known[how.name]
+        twin = how.name if type(how) is Same else twins.get(name)
+        if twin is not None and known[twin] is not None:
+            known[name] = known[twin]
+        elif type(how) is Same:
+            raise ValueError(f"draws: expected {how.name} before {name}, which is the same, got it after")
         else:
             known[name] = how.draw(source, Purpose[name.upper()], batches[how.branch], num_timesteps)
     return replace(draws, **known)
