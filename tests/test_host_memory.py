@@ -27,8 +27,8 @@ PROGRAM = """
 import ctypes, importlib.util, json, sys
 
 how, file = sys.argv[1:]
-spec = importlib.util.spec_from_file_location("host_memory", file)
-host_memory = importlib.util.module_from_spec(spec)
+spec = importlib.util.spec_from_file_location("memory", file)
+memory = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(memory)
 libc = ctypes.CDLL(None)
 libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p

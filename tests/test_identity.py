@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import runs
 import torch
+from small_methods import Pairs
 from torch import nn
 
 from fastunlearn import ImageStore, NoiseSchedule, Unlearner
 from fastunlearn.host.precision import tf32
 from fastunlearn.methods import SISS, ReTrack
+from fastunlearn.objective.parameters import ParameterRule
 from fastunlearn.runs.identity import described, identity
 from fastunlearn.runs.run_record import read_run
 from fastunlearn.runs.training import unlearn
@@ -55,6 +57,19 @@ def changed_table() -> NoiseSchedule:
     alpha = schedule.alpha.clone()
     alpha[500] = alpha[500].nextafter(torch.tensor(1.0).double())
     return NoiseSchedule(alpha, schedule.sigma)
+
+
+class Shrink(ParameterRule):
+    def __init__(self, factor: float):
+        self.factor = factor
+
+    def restrict(self, parameters, gradients):
+        for gradient in gradients:
+            if gradient is not None:
+                gradient.mul_(self.factor)
+
+    def state_dict(self):
+        return {"factor": self.factor}
 
 
 # The run that is saved, the one that would go on, and what the message says of both.
@@ -119,6 +134,17 @@ REFUSED: dict[str, tuple[dict, dict, tuple[str, ...]]] = {
     "average": ({}, {"ema": 0.99}, ("ema", "0.99", "0.9")),
     "no average": ({}, {"ema": None}, ("expected the state of ['lr_scheduler'] beside", "['ema', "
                                                                                         "'lr_scheduler']")),
+    "rules": ({}, {"rules": [Shrink(0.9)]}, ("rules", "Shrink")),
+    "setting of a rule": (
+        {"rules": [Shrink(0.9)]},
+        {"rules": [Shrink(0.8)]},
+        ("rules", "0.state.factor (0.8 here, 0.9 there)"),
+    ),
+    "reference": (
+        {"method": Pairs(), "reference_model": TinyDenoiser(seed=4)},
+        {"method": Pairs(), "reference_model": TinyDenoiser(seed=5)},
+        ("reference_model", "weights"),
+    ),
     "images to forget": ({}, {"forget": ImageStore(runs.images(4, 9))}, ("data", "forget.sha256")),
     "images to keep": ({}, {"retain": ImageStore(runs.images(21, 2))}, ("retain.rows (21 here, 20 there)",)),
 }  # fmt: skip
@@ -214,7 +240,7 @@ ALLOWED: dict[str, tuple[dict, dict, bool]] = {
 # Arguments that are part of a run: of each a change is refused above.
 COMPARED = {
     "model", "optimizer", "schedule", "method", "forget", "retain", "neighbors", "batch_size", "seed",
-    "autocast_dtype", "grad_scaler", "max_grad_norm", "ema", "lr_scheduler", "identity",
+    "autocast_dtype", "grad_scaler", "max_grad_norm", "ema", "lr_scheduler", "identity", "rules", "reference_model",
 }  # fmt: skip
 # What a run is given that is neither: itself, where it is written, what its record says beside; how long it
 # is and how many processes take it have tests of their own; of the last two only None is taken.

@@ -55,6 +55,12 @@ def identity(unlearner, more: Mapping[str, Any] | None = None) -> dict[str, Any]
         "precision": _precision(unlearner),
         "ema": _part(unlearner, "ema"),
     }
+    # Only where there are some: older runs knew of none, and can be resumed.
+    rules, reference = getattr(unlearner, "rules", ()), getattr(unlearner, "reference_model", None)
+    if rules:
+        description["rules"] = [{"kind": described(type(rule)), "state": rule.state_dict()} for rule in rules]
+    if reference is not None:
+        description["reference_model"] = _reference(reference)
     if more is None:
         more = {}
     taken = sorted((description.keys() | {"start_weights"}) & more.keys())
@@ -72,13 +78,29 @@ def start_weights(unlearner) -> str:
     """
     if unlearner.step_index != 0:
         return UNKNOWN
-    # By hashes of the tensors, so that names and values cannot run into each other.
+    return _weights("model", unlearner.model)
+
+
+def _reference(network: Any) -> Any:
+    """Of the network that a method compares with; of one that is no module, its name."""
+    if not isinstance(network, nn.Module):
+        return described(network)
+    return {"network": _network(network), "weights": _weights("reference_model", network)}
+
+
+def _weights(argument: str, model: Any) -> str:
+    """SHA-256 over a state dict.
+
+    By hashes of the tensors, so that names and values cannot run into each other.
+
+    Raises:
+        TypeError: the state holds something that is no tensor.
+    """
     digest = hashlib.sha256()
-    for name, value in sorted(plain_state(unlearner.model).items()):
+    for name, value in sorted(plain_state(model).items()):
         if not isinstance(value, Tensor):
-            raise TypeError(
-                f"model: expected a state dict of tensors, got {check.describe(value)} for {name}"
-            )
+            got = f"{check.describe(value)} for {name}"
+            raise TypeError(f"{argument}: expected a state dict of tensors, got {got}")
         digest.update(f"{name} {_hash(value)}\n".encode())
     return digest.hexdigest()
 
