@@ -2,10 +2,10 @@
 
     python scripts/draw_before_after.py
 
-The demo's own pictures and numbers are kept in `bench/results/demo`: `samples.png` and `reconstruction_250.png` as
-the demo wrote them, `results.json` without times and log. In `samples.png` the samples that show the T-shirt come
-first. Here they stand in a row of their own, which says how many samples there were, so that nobody takes the share
-in the picture for the share among the samples.
+The demo's own pictures and numbers are kept in `bench/results/demo`: `samples.png` and
+`reconstruction_250.png` as the demo wrote them, `results.json` without times and log. In `samples.png` the
+samples that show the T-shirt come first. Here they stand in a row of their own, which says how many samples
+there were, so that nobody takes the share in the picture for the share among the samples.
 """
 
 from __future__ import annotations

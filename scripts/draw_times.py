@@ -3,8 +3,8 @@
     python scripts/draw_times.py            # draws it anew
     python scripts/draw_times.py --check    # fails if docs has another chart
 
-A bar is our time over that of the repository in the same run, so that runs of seconds and of milliseconds fit into
-one chart. The times themselves stand beside it.
+A bar is our time over that of the repository in the same run, so that runs of seconds and of milliseconds fit
+into one chart. The times themselves stand beside it.
 """
 
 from __future__ import annotations

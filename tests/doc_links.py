@@ -1,7 +1,7 @@
 """What README.md and docs/*.md point to: files, headings, and lines of code by the name that begins there.
 
-A link to code has the name in its text and the line in its address: [`Rescale.factor`](../PATH.py#L41). Lines move;
-this writes the right numbers into all pages:
+A link to code has the name in its text and the line in its address: [`Rescale.factor`](../PATH.py#L41). Lines
+move; this writes the right numbers into all pages:
 
     python tests/doc_links.py
 """

@@ -1,4 +1,6 @@
-"""README.md and docs/*.md are true where a test can say so: links, names, paths, pictures, and the README's loop."""
+"""README.md and docs/*.md are true where a test can say so: links, names, paths, pictures, and the README's
+loop.
+"""
 
 import importlib
 import importlib.util
