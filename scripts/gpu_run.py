@@ -264,7 +264,7 @@ def ended_from_outside(process: subprocess.Popen, ending: Ending, deadline: floa
 
 
 def tell_where(process: subprocess.Popen, output) -> None:
-    """Which processes there are still, and where the threads of those are that can tell (`gpu_outcomes.py`)."""
+    """Which processes there are still, and where the threads of those are that can tell."""
     print("\n=== still there: process, state, command", file=output, flush=True)
     for pid in members(process.pid):
         with contextlib.suppress(OSError):

@@ -77,7 +77,7 @@ def _parsed(line: str) -> dict | None:
 
 
 def _ops(rows: list[dict]) -> list[str]:
-    """The kernel of each op alone: time, share of a copy's bandwidth, times faster than papers and inductor."""
+    """Each op's kernel alone: time, share of a copy's bandwidth, times faster than papers and inductor."""
     heads = f"{'us':>8} {'of copy':>8} {'x papers':>9} {'x inductor':>10}"
     lines = [f"{'op':<18} {'shape':<18} {'job':<14} {heads}"]
     for row in rows:
