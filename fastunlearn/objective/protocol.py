@@ -81,6 +81,10 @@ class Term:
     gradient: str | None = None
     band: LowPass | None = None
 
+    def __post_init__(self) -> None:
+        if self.rows is None and isinstance(self.target, Tensor):
+            object.__setattr__(self, "rows", range(len(self.target)))
+
     def at(self, rows: range, own: Tensor | slice) -> Term:
         """The term on its rows `own` alone, which are `rows` of another pass."""
         return replace(
@@ -121,8 +125,10 @@ class Pass:
 
     def __post_init__(self) -> None:
         if any(term.rows is None for term in self.terms):
-            terms = tuple(_with_rows(term, len(self.x_t)) for term in self.terms)
-            object.__setattr__(self, "terms", terms)
+            # Those whose target is predicted.
+            everything = range(len(self.x_t))
+            terms = (replace(term, rows=everything) if term.rows is None else term for term in self.terms)
+            object.__setattr__(self, "terms", tuple(terms))
 
     @property
     def gradients(self) -> set[str]:
@@ -185,6 +191,8 @@ class Pass:
                 for row in range(len(self.x_t))
                 if {role for role in needed if row in needed[role]} == wanted
             ]
+            if len(rows) == len(self.x_t) and len(wanted) == len(roles):
+                return [self]
             if rows:
                 parts.append(self._rows_of(rows, wanted))
         return parts or [self]
@@ -209,13 +217,6 @@ class Pass:
     def _select(self, at: Tensor | slice, terms: tuple[Term, ...]) -> Pass:
         kwargs = map_tensors(lambda value: value[at], self.kwargs)
         return Pass(self.x_t[at], self.timesteps[at], terms, kwargs, self.coupled)
-
-
-def _with_rows(term: Term, rows_of_pass: int) -> Term:
-    if term.rows is not None:
-        return term
-    count = len(term.target) if isinstance(term.target, Tensor) else rows_of_pass
-    return replace(term, rows=range(count))
 
 
 class Method:
