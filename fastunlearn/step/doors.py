@@ -59,8 +59,9 @@ def method_step(
     time_window: None = None,
     lowpass: None = None,
 ) -> StepOutput:
-    """One step of any method on batches that the caller's loop already has: the door behind `retrack_step`
-    and the others, which describe its arguments.
+    """One step of any method on batches that the caller's loop already has.
+
+    The door behind `retrack_step` and the others, which describe its arguments.
 
     Args:
         method: `ReTrack(...)`, or one of the caller's own.
@@ -91,46 +92,22 @@ def method_step(
     _check_needs(method, neighbors)
     without_graph("neighbors", neighbors)
     without_graph("sqdist", sqdist)
-    conditioning = {"forget": {}, "retain": {}}
-    for name, images, kwargs in (("forget", forget, forget_kwargs), ("retain", retain, retain_kwargs)):
-        given = keyword_arguments(f"{name}_kwargs", kwargs)
-        if name in method.needs:
-            check.images(name, images)
-            without_graph(name, images)
-            warn_of_bytes(name, images)
-            conditioning[name] = conditioning_of(f"{name}_kwargs", given, len(images), trained.parameters)
-            if check.values_enabled():
-                check.finite(name, images)
-        elif given:
-            raise ValueError(
-                f"{name}_kwargs: expected none ({type(method).__name__} reads no {name} images), "
-                f"got {', '.join(given)}"
-            )
+    parameters = trained.parameters
+    forget_conditioning = _check_images(method, "forget", forget, forget_kwargs, parameters)
+    retain_conditioning = _check_images(method, "retain", retain, retain_kwargs, parameters)
     if forget is not None and retain is not None and "retain" in method.needs:
-        if forget.shape[1:] != retain.shape[1:]:
-            raise ValueError(
-                f"forget: expected images of the shape of retain, {tuple(retain.shape[1:])}, "
-                f"got {tuple(forget.shape[1:])}"
-            )
-        check.same_device("forget", forget, "retain", retain)
-        if forget.dtype != retain.dtype:
-            raise TypeError(f"forget: expected the dtype of retain, {retain.dtype}, got {forget.dtype}")
+        _check_same_kind(forget, retain)
     if neighbors is not None:
         check_distances(forget, neighbors, sqdist)
     draws = Draws() if draws is None else draws
-    if not isinstance(draws, Draws):
-        raise TypeError(f"draws: expected Draws or None, got {check.describe(draws)}")
     wanted = method.draws()
-    draw.validate(draws, wanted, forget, retain, schedule)
-    for field in sorted(draws.given()):
-        without_graph(f"draws.{field}", getattr(draws, field))
-    if any(field.endswith("timesteps") for field in wanted.keys() - draws.given()):
-        schedule.check_usable()
+    _check_draws(draws, wanted, forget, retain, schedule)
 
     with stage("draw"):
-        source = draw.GeneratorSource((retain if forget is None else forget).device, generator)
+        device = retain.device if forget is None else forget.device
+        source = draw.GeneratorSource(device, generator)
         draws = draw.complete(draws, wanted, source, forget, retain, len(schedule))
-    batch = Batch(forget, retain, neighbors, sqdist, conditioning["forget"], conditioning["retain"])
+    batch = Batch(forget, retain, neighbors, sqdist, forget_conditioning, retain_conditioning)
     return take_step(trained, method, schedule, batch, draws, settings)
 
 
@@ -285,6 +262,71 @@ def _check_needs(method: Method, neighbors: Tensor | None) -> None:
             f"{type(method).__name__}, which reads the whole sets ({', '.join(whole)}): an Unlearner has them"
         )
         raise ValueError(f"method: {expected}, got {which}")
+
+
+def _check_images(
+    method: Method, name: str, images: Tensor | None, kwargs: dict[str, Any] | None, trained: Sequence[Tensor]
+) -> dict[str, Any]:
+    """The conditioning of a batch, `name`, with a row for each image; `{}` where the method reads no images.
+
+    Args:
+        trained: parameters that a tensor of `kwargs` may be.
+
+    Raises:
+        TypeError, ValueError: the method reads the batch, and it is none; or it does not, and is conditioned.
+    """
+    given = keyword_arguments(f"{name}_kwargs", kwargs)
+    if name not in method.needs:
+        if given:
+            raise ValueError(
+                f"{name}_kwargs: expected none ({type(method).__name__} reads no {name} images), "
+                f"got {', '.join(given)}"
+            )
+        return {}
+    check.images(name, images)
+    without_graph(name, images)
+    warn_of_bytes(name, images)
+    conditioning = conditioning_of(f"{name}_kwargs", given, len(images), trained)
+    if check.values_enabled():
+        check.finite(name, images)
+    return conditioning
+
+
+def _check_same_kind(forget: Tensor, retain: Tensor) -> None:
+    """
+    Raises:
+        TypeError, ValueError: rows of the two batches could not share a call of the network.
+    """
+    if forget.shape[1:] != retain.shape[1:]:
+        raise ValueError(
+            f"forget: expected images of the shape of retain, {tuple(retain.shape[1:])}, "
+            f"got {tuple(forget.shape[1:])}"
+        )
+    check.same_device("forget", forget, "retain", retain)
+    if forget.dtype != retain.dtype:
+        raise TypeError(f"forget: expected the dtype of retain, {retain.dtype}, got {forget.dtype}")
+
+
+def _check_draws(
+    draws: Draws,
+    wanted: dict[str, draw.Draw],
+    forget: Tensor | None,
+    retain: Tensor | None,
+    schedule: NoiseSchedule,
+) -> None:
+    """
+    Raises:
+        TypeError, ValueError: the caller's draws do not fit, or the schedule has timesteps that the step must
+            not draw.
+    """
+    if not isinstance(draws, Draws):
+        raise TypeError(f"draws: expected Draws or None, got {check.describe(draws)}")
+    draw.validate(draws, wanted, forget, retain, schedule)
+    given = draws.given()
+    for field in sorted(given):
+        without_graph(f"draws.{field}", getattr(draws, field))
+    if any(field.endswith("timesteps") for field in wanted.keys() - given):
+        schedule.check_usable()
 
 
 def _count_neighbors(neighbors) -> int:

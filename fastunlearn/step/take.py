@@ -1,6 +1,7 @@
 """The step: draw, compose, predict, residual, combine, update. Read it top to bottom.
 
-`take_step` is the one loop behind every method. Nothing here asks which method it runs.
+`take_step` is the one loop behind every method. Nothing here asks which method it runs. Draw comes before it:
+a `*_step` function has drawn from a generator, an `Unlearner` for the number of the step.
 """
 
 from __future__ import annotations
@@ -37,15 +38,21 @@ class StepOutput(NamedTuple):
 
     # What the step descends: with two gradients `retain_loss - scaling_factor * forget_loss`.
     loss: Tensor
-    # Mean over the forget rows, with importance weights and spread, without lambd; None if the method has no
+
+    # Means over the rows of a set, with importance weights and spread, without lambd. None: the method has no
     # such term.
     forget_loss: Tensor | None
-    retain_loss: Tensor | None  # the same over the retain rows
-    grad_norm: Tensor  # L2 norm of the combined gradient, before clipping
-    # L2 norm of the forget gradient, for methods that keep it apart.
+    retain_loss: Tensor | None
+
+    # L2 norm of the combined gradient, before clipping.
+    grad_norm: Tensor
+
+    # For methods that keep the forget gradient apart: its L2 norm, and f in `g_retain - f g_forget`.
     correction_norm: Tensor | None
-    scaling_factor: Tensor | None  # f in `g_retain - f g_forget`
-    skipped: Tensor  # bool: loss or norm was not finite, and the update was not made
+    scaling_factor: Tensor | None
+
+    # Bool: loss or norm was not finite, and the update was not made.
+    skipped: Tensor
 
 
 def take_step(
@@ -66,13 +73,16 @@ def take_step(
         step = _Step(trained, method, schedule, settings)
         with stage("compose"):
             step.compose(batch, draws)
+
         # Predict, residual, combine: graphs that share no rows never live together.
         for part in step.calls:
             step.learn_from(part)
         with stage("combine"):
             combined = step.gradients.finish()
         check_reached(trained.model, trained.parameters)
-        add_kept(trained.parameters, kept)  # not earlier: what combine measures is the step's own
+
+        # What the caller left in `.grad` comes after combine, whose norms are those of the step's own.
+        add_kept(trained.parameters, kept)
         with stage("update"):
             output = step.update(combined)
     tell_skipped(trained.wrappers, output.skipped)
@@ -95,22 +105,25 @@ class _Step:
     def compose(self, batch: Batch, draws: Draws) -> None:
         """Compose: the calls of the network, where their losses are summed, where their gradients go."""
         passes = self.method.compose(batch, draws, self.schedule)
-        combination, scaler = self.method.combine, self.trained.grad_scaler
-        self.loss_scale = 1.0 if scaler is None else scaler.scale(torch.ones((), device=self.device))
+        self.combination = self.method.combine
         self.own_objective = has_own_objective(self.method)
         if self.own_objective:
-            unit, in_place = Unit(), False
-            self._ask_objective(passes)
+            unit, in_place = self._weigh_by_objective(passes)
         else:
-            passes, unit = finish(passes, combination, self.group)
-            self.losses = Losses(passes, combination, unit, self.group)
-            self.calls, in_place = self._in_calls(passes)
-        self.factors = dict.fromkeys(combination.gradients, self.loss_scale)
-        if unit.ratio is not None:  # the weights of the correction are in units of this process
-            self.factors[combination.gradients[0]] = self.loss_scale * unit.ratio
+            unit, in_place = self._weigh_by_terms(passes)
+
+        # All gradients are multiplied by the loss scale. Those of the correction are in units of this
+        # process, which `unit.ratio` turns into the unit of all.
+        scaler = self.trained.grad_scaler
+        self.loss_scale = 1.0
+        if scaler is not None:
+            self.loss_scale = scaler.scale(torch.ones((), device=self.device))
+        self.factors = dict.fromkeys(self.combination.gradients, self.loss_scale)
+        if unit.ratio is not None:
+            self.factors[self.combination.gradients[0]] = self.loss_scale * unit.ratio
         self.gradients = Accumulator(
             self.trained.parameters,
-            combination,
+            self.combination,
             in_place=in_place,
             unit=unit.everyones,
             loss_scale=self.loss_scale,
@@ -118,19 +131,25 @@ class _Step:
             rules=self.settings.rules,
         )
 
-    def _in_calls(self, passes: list[Pass]) -> tuple[list[Pass], bool]:
+    def _weigh_by_terms(self, passes: list[Pass]) -> tuple[Unit, bool]:
+        """The calls for a weighted sum of losses: the terms say what each row counts."""
+        passes, unit = finish(passes, self.combination, self.group)
+        self.losses = Losses(passes, self.combination, unit, self.group)
+        self.weighted = True
         # Which rows a term needs is data: on an accelerator, reading it would be a wait, and under
         # torch.compile every number of rows a compilation.
         by_role = self.device.type == "cpu" and not self.networks.compile
-        rows = self.settings.micro_batch_size
-        return in_calls(passes, self.method.combine, rows, by_role=by_role, alone=self.group is None)
+        rows, alone = self.settings.micro_batch_size, self.group is None
+        self.calls, in_place = in_calls(passes, self.combination, rows, by_role=by_role, alone=alone)
+        return unit, in_place
 
-    def _ask_objective(self, passes: list[Pass]) -> None:
+    def _weigh_by_objective(self, passes: list[Pass]) -> tuple[Unit, bool]:
         """The calls for a method that makes more of its losses than a sum with known weights."""
         objective.check_roles(passes)
         rows = self.settings.micro_batch_size
         self.rows = objective.rows_of(passes)
-        self.losses = ObjectiveLosses(self.method.combine, self.rows, self.group)
+        self.losses = ObjectiveLosses(self.combination, self.rows, self.group)
+        # Weights are derived in the call that learns from the rows, or before, from the losses of all rows.
         self.weighted = not objective.fits_one_call(passes, rows, alone=self.group is None)
         if self.weighted:
             found = objective.weigh_all(self.method, self.networks, passes, self.schedule, rows, self.group)
@@ -138,41 +157,43 @@ class _Step:
             self.losses.add(losses, derivative.values)
         else:
             self.calls = objective.split(passes, rows)
+        return Unit(), False
 
     def learn_from(self, part: Pass) -> None:
         """Predict, residual and combine for one call of the network."""
-        if self.own_objective and not self.weighted:
-            regression, losses, derivative = objective.regress_by_objective(
-                self.method, self.networks, part, self.schedule, self.rows, self.factors
-            )
-            self.losses.add(losses, derivative.values)
-        else:
+        if self.weighted:
             part = with_targets(self.networks, part, self.schedule)
             regression = regress(self.networks, part, self.schedule, self.factors)
             if not self.own_objective:
                 self.losses.add(part, regression.losses)
+        else:
+            regression, losses, derivative = objective.regress_by_objective(
+                self.method, self.networks, part, self.schedule, self.rows, self.factors
+            )
+            self.losses.add(losses, derivative.values)
         with stage("combine"):
             self.gradients.backward(regression.prediction, regression.gradients)
 
     def update(self, combined: Combined) -> StepOutput:
         """Update: what is reported, the rules on parameters, and the optimizer's step unless it is ruined."""
-        parameters, optimizer, scaler = (
-            self.trained.parameters,
-            self.trained.optimizer,
-            self.trained.grad_scaler,
-        )
+        optimizer, scaler = self.trained.optimizer, self.trained.grad_scaler
+        parameters = self.trained.parameters
         loss, means = self.losses.result(combined)
+
+        # Without an optimizer the gradients stay scaled, for the caller's scaler to unscale.
         if optimizer is not None and scaler is not None:
             scaler.unscale_(optimizer)
-        # Without an optimizer the gradients stay scaled, for the caller's scaler to unscale.
         left = self.loss_scale if optimizer is None else 1.0
         for rule in self.settings.rules:
             added = rule.add(parameters, left)
-            loss = loss if added is None else loss + added
+            if added is not None:
+                loss = loss + added
         present = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norm = total_norm(present, self.device)
         if optimizer is None:
             norm = norm / self.loss_scale
+
+        # One number that is not finite would be in all weights after the update.
         finite = torch.isfinite(loss) & torch.isfinite(norm)
         if optimizer is not None:
             update(optimizer, clipping(norm, self.settings.max_grad_norm), finite, present, scaler)
@@ -180,12 +201,5 @@ class _Step:
                 parameter.grad = None
             for rule in self.settings.rules:
                 rule.after_update(parameters)
-        return StepOutput(
-            loss,
-            means.get("forget"),
-            means.get("retain"),
-            norm,
-            combined.correction_norm,
-            combined.scaling_factor,
-            ~finite,
-        )
+        apart = combined.correction_norm, combined.scaling_factor
+        return StepOutput(loss, means.get("forget"), means.get("retain"), norm, *apart, ~finite)
