@@ -18,7 +18,7 @@ MISSING = (
     "another process; requires_grad_(False) avoids it"
 )
 SUM = Sum()
-REDUCED_AT_ONCE = 64 << 20  # bytes of gradients in one all-reduce
+REDUCED_AT_ONCE = 64 << 20  # Bytes of gradients in one all-reduce.
 
 # What torch says of a network whose backward pass is not the step's to take, and what that means here.
 REFUSED_BACKWARD = {
@@ -30,8 +30,7 @@ REFUSED_BACKWARD = {
     "backward through the graph a second time": (
         "model: expected an output whose graph is that of its own call, got one that shares a part with "
         "another call of the step (something with a graph that was computed before, such as a text "
-        "embedding: "
-        "detach() it, or compute it inside of the model)"
+        "embedding: detach() it, or compute it inside of the model)"
     ),
 }
 
@@ -68,14 +67,20 @@ class Accumulator:
         for parameter in self.parameters:
             parameter.grad = None
         self._restricting = [rule for rule in rules if overrides(rule, "restrict")]
+
+        # Buffers of the gradient that is not in `.grad` now.
         self._parked: list[Tensor | None] = [None] * len(self.parameters)
+        # The report, once there is nothing left to combine.
         self._combined: Combined | None = None
         if len(combination.gradients) == 1:
             self._correction, self._main = None, combination.gradients[0]
             self._in_place, self._combined = False, Combined()
         else:
             self._correction, self._main = combination.gradients
+            # A projection needs both gradients at once, and a mask each of them alone.
             self._in_place = in_place and not combination.needs_main and not self._restricting
+
+        # The gradient that backward passes add to `.grad`.
         self._current = self._correction if self._in_place else self._main
 
     def backward(self, prediction: Tensor, gradients: dict[str, Tensor]) -> None:
@@ -107,28 +112,35 @@ class Accumulator:
         return self._combined
 
     def _merge(self) -> Combined:
-        """Adds the parked correction to the main gradient in `.grad`."""
+        """Adds the parked correction to the main gradient: `main - f correction` is left in `.grad`."""
+        # The correction comes into `.grad`, the main gradient into the parked buffers.
         self._swap()
         self._reduce()
         self._restrict()
         norm = total_norm(self._present(), self._device)
-        both = [
-            (main, parameter.grad)
-            for main, parameter in zip(self._parked, self.parameters, strict=True)
-            if parameter.grad is not None
-        ]
-        mains = [main for main, _ in both if main is not None]
-        corrections = [own for main, own in both if main is not None]
+
+        # A parameter may have one of the two gradients alone.
+        mains, corrections, alone = [], [], []
+        for main, parameter in zip(self._parked, self.parameters, strict=True):
+            if parameter.grad is None:
+                continue
+            if main is None:
+                alone.append(parameter.grad)
+            else:
+                mains.append(main)
+                corrections.append(parameter.grad)
         factor = self.combination.factor(norm, mains, corrections, self.loss_scale)
-        multiply([own for main, own in both if main is None], -factor)
-        # One pass over both; on GPUs foreach has a fast way for tensors of equal shapes only
+        multiply(alone, -factor)
+
+        # One pass over both; on GPUs foreach has a fast way for tensors of equal shapes only.
         if mains and self._device.type == "cpu":
             torch._foreach_addcmul_(mains, corrections, [(-factor).to(main.dtype) for main in mains])
         elif mains:
             multiply(corrections, -factor)
             torch._foreach_add_(mains, corrections)
         for parameter, main in zip(self.parameters, self._parked, strict=True):
-            parameter.grad = parameter.grad if main is None else main
+            if main is not None:
+                parameter.grad = main
         self._parked = [None] * len(self.parameters)
         return self._report(norm, factor)
 
@@ -145,7 +157,7 @@ class Accumulator:
         self._current = name
 
     def _settle(self) -> None:
-        """Makes the complete correction in `.grad`, g_a, to -f g_a, on which the main gradient comes."""
+        """Makes the complete correction in `.grad`, g_a, to -f g_a, to which the main gradient is added."""
         self._reduce()
         correction = self._present()
         norm = total_norm(correction, self._device)
@@ -154,6 +166,7 @@ class Accumulator:
         self._combined = self._report(norm, factor)
 
     def _report(self, norm: Tensor, factor: Tensor) -> Combined:
+        # The correction was computed as `g_a loss_scale / unit`: f holds for `g_a / unit`.
         return Combined(norm * self.unit / self.loss_scale, factor / self.unit, factor)
 
     def _swap(self) -> None:
@@ -171,6 +184,7 @@ class Accumulator:
         """
         if self.group is None:
             return
+        # All processes reduce the same tensors: zeros where a gradient is missing, and a count of who has it.
         missing = [index for index, parameter in enumerate(self.parameters) if parameter.grad is None]
         present = torch.ones(len(self.parameters), device=self._device)
         for index in missing:
@@ -195,17 +209,14 @@ class Accumulator:
 
 
 def reduce_mean(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
-    """The mean of `tensors` over the processes of `group`, in place; every process brings the same shapes in
-    the same order.
+    """The mean of `tensors` over the processes of `group`, in place.
+
+    Every process brings the same shapes in the same order.
     """
     for some in portions(tensors, REDUCED_AT_ONCE):
         flat = torch.cat([tensor.flatten() for tensor in some])
         dist.all_reduce(flat, group=group)
         flat /= dist.get_world_size(group)
-        torch._foreach_copy_(
-            some,
-            [
-                part.view_as(tensor)
-                for part, tensor in zip(flat.split([t.numel() for t in some]), some, strict=True)
-            ],
-        )
+        parts = flat.split([tensor.numel() for tensor in some])
+        shaped = [part.view_as(tensor) for part, tensor in zip(parts, some, strict=True)]
+        torch._foreach_copy_(some, shaped)

@@ -1,5 +1,6 @@
-"""Whether the processes that take a step together begin with the same: averaged gradients of different
-weights train nothing.
+"""Whether the processes that take a step together begin with the same.
+
+Averaged gradients of different weights train nothing.
 """
 
 from __future__ import annotations
@@ -8,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of an element
-SUMMED_AT_ONCE = 1 << 20  # elements
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # By the bytes of an element.
+SUMMED_AT_ONCE = 1 << 20  # Elements.
 
 
 def check_agreement(weights: list[Tensor], numbers: dict[str, int], group: dist.ProcessGroup) -> None:
@@ -22,6 +23,7 @@ def check_agreement(weights: list[Tensor], numbers: dict[str, int], group: dist.
     """
     named = {"the weights of model": _bits(weights), **numbers}
     device = weights[0].device
+    # Where the smallest number of all processes is the largest, they have the same.
     lowest = torch.tensor([int(number) for number in named.values()], dtype=torch.int64).to(device)
     highest = lowest.clone()
     dist.all_reduce(lowest, op=dist.ReduceOp.MIN, group=group)

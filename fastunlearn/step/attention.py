@@ -19,19 +19,19 @@ from ..ops.attention import attention
 # against torch 2.13, forward and backward: 4.5 times faster with D = 8, 1.1 to 1.6 times with 64. Beyond,
 # matrix products are nearly all of the time, and how fast torch's are is the processor's affair.
 LARGEST_DEPTH = {"AVX512": 64, "AVX2": 16}
-# of a call, B H Sq Sk: below, the way of an op through Python takes longer than the attention
+# Of a call, B H Sq Sk: below, the way of an op through Python takes longer than the attention.
 FEWEST_SCORES = 1 << 14
 
 
 class fast_attention(TorchFunctionMode):
-    """Within this context `torch.nn.functional.scaled_dot_product_attention` runs the op
-    `fastunlearn::attention` where that was measured faster.
+    """Within this context torch's attention runs as the op `fastunlearn::attention` where that is faster.
 
-    That is for float32 and bfloat16 `[B, H, S, D]` on a CPU with D up to `LARGEST_DEPTH` and as many heads as
-    threads, without mask, dropout, causality, grouped heads and `torch.compile`, with the C++ extension,
-    unless `FASTUNLEARN_BACKEND` says `eager` or `reference`. All other calls, and all other functions, are
-    torch's own. The backward pass may run outside the context. There is no second derivative: asking for one
-    raises NotImplementedError.
+    torch's attention is `torch.nn.functional.scaled_dot_product_attention`. The op was measured faster for
+    float32 and bfloat16 `[B, H, S, D]` on a CPU with D up to `LARGEST_DEPTH` and as many heads as threads,
+    without mask, dropout, causality, grouped heads and `torch.compile`, with the C++ extension, unless
+    `FASTUNLEARN_BACKEND` says `eager` or `reference`. All other calls, and all other functions, are torch's
+    own. The backward pass may run outside the context. There is no second derivative: asking for one raises
+    NotImplementedError.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -46,7 +46,9 @@ def _attention(
     """With the arguments of torch's function."""
     plain = attn_mask is None and dropout_p == 0 and not is_causal and not enable_gqa
     if plain and _is_faster(query, key, value):
-        return attention(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale)[0]
+        if scale is None:
+            scale = query.shape[-1] ** -0.5
+        return attention(query, key, value, scale)[0]
     return scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
@@ -56,17 +58,15 @@ def _is_faster(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether the op takes these tensors, and was measured faster than torch for their shapes."""
     if torch.compiler.is_compiling() or _is_transformed():
         return False
-    if any(
-        type(heads) is not Tensor
-        or heads.device.type != "cpu"
-        or heads.ndim != 4
-        or heads.dtype != query.dtype
-        for heads in (query, key, value)
-    ):
+    for heads in (query, key, value):
+        if type(heads) is not Tensor or heads.device.type != "cpu" or heads.ndim != 4:
+            return False
+        if heads.dtype != query.dtype:
+            return False
+    if query.dtype not in (torch.float32, torch.bfloat16):
         return False
-    if query.dtype not in (torch.float32, torch.bfloat16) or (
-        torch.is_autocast_enabled("cpu") and query.dtype != torch.get_autocast_dtype("cpu")
-    ):
+    # Autocast would convert the tensors for torch's function, and does not for the op.
+    if torch.is_autocast_enabled("cpu") and query.dtype != torch.get_autocast_dtype("cpu"):
         return False
     batch, heads, queries, depth = query.shape
     keys = key.shape[2]
@@ -74,15 +74,17 @@ def _is_faster(query: Tensor, key: Tensor, value: Tensor) -> bool:
         return False
     if depth > LARGEST_DEPTH.get(torch.backends.cpu.get_cpu_capability(), 0):
         return False
-    # a head is one thread's work
+    # A head is one thread's work.
     if batch * heads * queries * keys < FEWEST_SCORES or batch * heads < torch.get_num_threads():
         return False
     return backend() in ("auto", "kernels") and extension("_C")
 
 
 def _is_transformed() -> bool:
-    """Under `torch.func` the op has no rules; under saved-tensor hooks a second forward pass outside the
-    context may follow (activation checkpointing), which must save the same tensors as the first.
+    """Whether something looks into the attention: `torch.func`, or hooks on saved tensors.
+
+    Under `torch.func` the op has no rules; under saved-tensor hooks a second forward pass outside the context
+    may follow (activation checkpointing), which must save the same tensors as the first.
     """
     return (
         torch._C._are_functorch_transforms_active()

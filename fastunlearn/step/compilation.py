@@ -16,24 +16,30 @@ from torch.utils import _pytree
 
 log = logging.getLogger("fastunlearn")
 
-# True: a failure is an error; "try": it is logged, and the network runs eagerly
+# True: a failure is an error. "try": it is logged, and the network runs eagerly. "regional": blocks alone.
 Compile = bool | Literal["try", "regional"]
-BACKEND = "inductor"  # of torch.compile
-# sets of shapes, dtypes and terms that one network is compiled for; torch gives up after 8, micro-batches and
-# several methods need more
+# Of torch.compile.
+BACKEND = "inductor"
+# Sets of shapes, dtypes and terms that one network is compiled for. torch gives up after 8; micro-batches and
+# several methods need more.
 VARIANTS = 64
-REGIONAL_FROM = 300_000_000  # parameters
+# Parameters from which compile=None takes the blocks alone.
+REGIONAL_FROM = 300_000_000
 
 
 class _Network:
     """What is compiled for one network."""
 
     def __init__(self):
-        self.automatic: Compile | None = None  # what compile=None means for it
+        # What compile=None means for it.
+        self.automatic: Compile | None = None
+        # The functions that `whole` compiled, by what they were; the blocks with their compiled calls.
         self.functions: dict[Callable, Callable] = {}
-        self.blocks: list[tuple[nn.Module, Callable]] | None = None  # with their compiled calls
+        self.blocks: list[tuple[nn.Module, Callable]] | None = None
+        # To compile, where that was not required.
         self.failed = False
-        self.seconds: dict[Any, float] = {}  # of first calls
+        # What first calls took, by their shapes and constants.
+        self.seconds: dict[Any, float] = {}
 
 
 _NETWORKS: weakref.WeakKeyDictionary[nn.Module, _Network] = weakref.WeakKeyDictionary()
@@ -44,30 +50,35 @@ def _of(model: nn.Module) -> _Network:
 
 
 def resolve_compile(requested: Compile | None, model: Callable, device: torch.device) -> Compile:
-    """What `compile=None` means for `model`: on for GPUs (blocks only, where a network is big and names those
-    that it repeats), off for CPUs.
+    """What `compile=None` means for `model`: on for GPUs, off for CPUs.
+
+    On is blocks only, where a network is big and names those that it repeats.
 
     Raises:
         TypeError: compiling was asked for, and the model is no `torch.nn.Module`.
     """
-    if requested is None:
-        if device.type == "cpu" or not isinstance(model, nn.Module):
-            return False
-        network = _of(model)
-        if network.automatic is None:
-            big = sum(parameter.numel() for parameter in model.parameters()) >= REGIONAL_FROM
-            network.automatic = "regional" if big and getattr(model, "_repeated_blocks", None) else True
-        return network.automatic
-    if requested and not isinstance(model, nn.Module):
-        raise TypeError(f"compile: expected a torch.nn.Module as model, got {type(model).__name__}")
-    return requested
+    if requested is not None:
+        if requested and not isinstance(model, nn.Module):
+            raise TypeError(f"compile: expected a torch.nn.Module as model, got {type(model).__name__}")
+        return requested
+    if device.type == "cpu" or not isinstance(model, nn.Module):
+        return False
+
+    # Asked at every step; parameters are counted once.
+    network = _of(model)
+    if network.automatic is None:
+        network.automatic = True
+        big = sum(parameter.numel() for parameter in model.parameters()) >= REGIONAL_FROM
+        if big and getattr(model, "_repeated_blocks", None):
+            network.automatic = "regional"
+    return network.automatic
 
 
 def whole(model: nn.Module, function: Callable, arguments: tuple, *, required: bool) -> Any | None:
-    """`function(model, *arguments)`, compiled as one graph at its first call for each set of shapes and
-    dtypes.
+    """`function(model, *arguments)`, compiled as one graph.
 
-    None where compilation failed and is not `required`: then, and at all later calls.
+    It is compiled at the first call for each set of shapes and dtypes. None where that failed and is not
+    `required`: then, and at all later calls.
 
     Raises:
         RuntimeError: compilation failed, and is required.
@@ -76,8 +87,9 @@ def whole(model: nn.Module, function: Callable, arguments: tuple, *, required: b
     if network.failed and not required:
         return None
     if function not in network.functions:
-        # TorchDynamo keeps what it compiled, and counts how often it did, by code object: a copy of the code
-        # for each network, which goes with it.
+        # TorchDynamo keeps what it compiled, and counts how often it did, by code object: one for all
+        # networks would keep their graphs for ever, and count them together. So each network gets a function
+        # with a copy of the code, which goes with it.
         copied = types.FunctionType(function.__code__.replace(), function.__globals__)
         network.functions[function] = torch.compile(
             copied, fullgraph=True, dynamic=False, backend=BACKEND, options=_options(model)
@@ -98,9 +110,10 @@ def whole(model: nn.Module, function: Callable, arguments: tuple, *, required: b
 
 
 def by_blocks(model: nn.Module, function: Callable, arguments: tuple) -> Any:
-    """`function(model, *arguments)`, with those blocks compiled that a diffusers network repeats: once for
-    all of them, minutes less than a whole network of hundreds of millions of weights takes. Outside of this
-    call the network is as it was.
+    """`function(model, *arguments)`, with those blocks compiled that a diffusers network repeats.
+
+    Compiled once for all of them, which takes minutes less than a whole network of hundreds of millions of
+    weights does. Outside of this call the network is as it was.
 
     Raises:
         ValueError: the network does not say which blocks it repeats.
@@ -108,19 +121,8 @@ def by_blocks(model: nn.Module, function: Callable, arguments: tuple) -> Any:
     """
     network = _of(model)
     if network.blocks is None:
-        if not getattr(model, "_repeated_blocks", None):
-            raise ValueError(
-                "compile: expected a diffusers network that names its repeated blocks for 'regional', "
-                f"got {type(model).__name__}"
-            )
-        before = {module for module in model.modules() if module._compiled_call_impl is not None}
-        model.compile_repeated_blocks(fullgraph=True, dynamic=False, backend=BACKEND, options=_options(model))
-        compiled = [
-            module
-            for module in model.modules()
-            if module._compiled_call_impl is not None and module not in before
-        ]
-        network.blocks = [(module, module._compiled_call_impl) for module in compiled]
+        network.blocks = _compile_blocks(model)
+    # torch's own mark of a compiled module: where it is set, calling the module calls it.
     try:
         for module, call in network.blocks:
             module._compiled_call_impl = call
@@ -134,6 +136,26 @@ def by_blocks(model: nn.Module, function: Callable, arguments: tuple) -> Any:
     finally:
         for module, _ in network.blocks:
             module._compiled_call_impl = None
+
+
+def _compile_blocks(model: nn.Module) -> list[tuple[nn.Module, Callable]]:
+    """The blocks that `model` repeats, each with its compiled call; those that the caller compiled are not.
+
+    Raises:
+        ValueError: the network does not say which blocks it repeats.
+    """
+    if not getattr(model, "_repeated_blocks", None):
+        raise ValueError(
+            "compile: expected a diffusers network that names its repeated blocks for 'regional', "
+            f"got {type(model).__name__}"
+        )
+    before = {module for module in model.modules() if module._compiled_call_impl is not None}
+    model.compile_repeated_blocks(fullgraph=True, dynamic=False, backend=BACKEND, options=_options(model))
+    blocks = []
+    for module in model.modules():
+        if module._compiled_call_impl is not None and module not in before:
+            blocks.append((module, module._compiled_call_impl))
+    return blocks
 
 
 def _options(model: nn.Module) -> dict[str, Any] | None:
@@ -155,9 +177,8 @@ def _options(model: nn.Module) -> dict[str, Any] | None:
 
 @contextmanager
 def _limits() -> Iterator[None]:
-    """Graphs whose buffers a second backward pass over them finds (functorch would hand them to the first one
-    for reuse), for as many shapes as needed.
-    """
+    """Within the block, graphs allow a second backward pass, and are made for as many shapes as needed."""
+    # Buffers of a graph are not donated: functorch would hand them to the first backward pass for reuse.
     with (
         torch._functorch.config.patch(donated_buffer=False),
         torch._dynamo.config.patch(recompile_limit=VARIANTS),
@@ -168,10 +189,7 @@ def _limits() -> Iterator[None]:
 @contextmanager
 def _timed(network: _Network, model: nn.Module, arguments: tuple) -> Iterator[None]:
     """Notes what the first call for these shapes and constants takes."""
-    key = tuple(
-        (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else leaf
-        for leaf in _pytree.tree_leaves(arguments)
-    )
+    key = tuple(map(_constant, _pytree.tree_leaves(arguments)))
     if key in network.seconds:
         yield
         return
@@ -181,9 +199,18 @@ def _timed(network: _Network, model: nn.Module, arguments: tuple) -> Iterator[No
     log.info("compiled %s: the first forward pass took %.1f s", type(model).__name__, network.seconds[key])
 
 
+def _constant(leaf: Any) -> Any:
+    """What a compiled graph holds of an argument: shape and dtype of a tensor, the value of anything else."""
+    if isinstance(leaf, Tensor):
+        return tuple(leaf.shape), leaf.dtype
+    return leaf
+
+
 def compile_seconds(model: Callable) -> float:
-    """What the first calls of the compiled `model` took, together; what the first backward pass adds is not
-    in it.
+    """What the first calls of the compiled `model` took, together.
+
+    What the first backward pass adds is not in it.
     """
-    network = _NETWORKS.get(model) if isinstance(model, nn.Module) else None
-    return sum(network.seconds.values()) if network else 0.0
+    if not isinstance(model, nn.Module) or model not in _NETWORKS:
+        return 0.0
+    return sum(_NETWORKS[model].seconds.values())

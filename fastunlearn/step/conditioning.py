@@ -12,7 +12,8 @@ from ..host import check, say
 from ..objective.conditioning import CONSTANTS
 
 BYTES = "%s: values above %d; networks are trained on images in [-1, 1]: x / 127.5 - 1?"
-LARGEST_USUAL = 32  # images lie in [-1, 1], latents that are scaled within 10 or so; pictures of bytes do not
+# Images lie in [-1, 1], latents that are scaled within 10 or so; pictures of bytes do not.
+LARGEST_USUAL = 32
 
 # Of a given distance: it may come from images of more bits than these, as uint8 rows are beside half
 # precision.
@@ -68,7 +69,9 @@ def _entry(name: str, path: str, value: Any, batch: int, trained: Sequence[Tenso
         raise ValueError(
             f"{name}: {expected}, got shape {tuple(value.shape)} for {path!r} (1 row would stand for all)"
         )
-    return value if len(value) == batch else value.expand(batch, *value.shape[1:])
+    if len(value) == batch:
+        return value
+    return value.expand(batch, *value.shape[1:])
 
 
 def _refuse_graph(name: str, path: str, value: Tensor, trained: Sequence[Tensor]) -> None:
@@ -116,10 +119,11 @@ def check_distances(forget: Tensor, neighbors: Tensor, sqdist: Tensor | None) ->
     """
     if not isinstance(sqdist, Tensor) or not check.readable(sqdist) or not sqdist.is_floating_point():
         return
+    # Where shapes or devices do not fit, `functional.redirect` says so.
     if sqdist.shape != neighbors.shape[:2] or neighbors[:, 0].shape != forget.shape:
-        return  # refused with the other shapes
+        return
     if {sqdist.device, neighbors.device} != {forget.device}:
-        return  # the same
+        return
     if bool((sqdist < 0).any()):
         raise ValueError(f"sqdist: expected squared distances >= 0, got {float(sqdist.min()):.6g}")
     measured = (forget.double() - neighbors[:, 0].double()).flatten(1).square().sum(1)

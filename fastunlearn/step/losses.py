@@ -1,5 +1,6 @@
-"""What a step reports of its losses: the mean of each role over the rows of all processes, and the loss that
-the step descends.
+"""What a step reports of its losses: the mean of each role, and the loss that the step descends.
+
+Means are those over the rows of all processes.
 """
 
 from __future__ import annotations
@@ -35,26 +36,36 @@ class Losses:
         self._combination, self._unit, self._group = combination, unit, group
         self._scales = {term.role: term.scale for term in terms}
         self._gradients = {term.role: term.gradient for term in terms}
-        self._rows = {role: sum(len(t.rows) for t in terms if t.role == role) for role in self._scales}
+        self._rows = dict.fromkeys(self._scales, 0)
+        for term in terms:
+            self._rows[term.role] += len(term.rows)
         self._sums: dict[str, Tensor] = {}
 
     def add(self, part: Pass, losses: list[Tensor]) -> None:
-        """`losses`: `[B]` for each term of `part`, the weighted squared errors of its rows, without its scale
-        and unit.
+        """Adds the losses of one call.
+
+        Args:
+            losses: `[B]` for each term of `part`, the weighted squared errors of its rows, without its scale
+                and unit.
         """
         for term, loss in zip(part.terms, losses, strict=True):
             total = loss.sum()
             if term.spread is not None:
                 total = total + (term.weight * term.spread).sum()
-            self._sums[term.role] = self._sums[term.role] + total if term.role in self._sums else total
+            if term.role in self._sums:
+                total = self._sums[term.role] + total
+            self._sums[term.role] = total
 
     def result(self, combined: Combined) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and the mean of each role.
 
         The loss is the sum of the scaled means; with two gradients `main - factor * correction`.
         """
+        # No call has rows of a role whose weights are all 0: its mean is 0.
         nothing = torch.zeros_like(next(iter(self._sums.values())))
         means = {role: self._sums.get(role, nothing) for role in self._scales}
+
+        # The weights of the correction are in the unit of this process: `ratio` leads to that of all.
         in_units = self._roles_of_correction()
         if self._unit.ratio is not None:
             for role in in_units:
@@ -63,7 +74,7 @@ class Losses:
             means = everyones(means, self._rows, self._group)
         if combined.applied_factor is None:
             return sum(self._scales[role] * mean for role, mean in means.items()), means
-        # In units of the correction, which may be too small to divide by.
+        # The correction stays in its unit, which may be too small to divide by; so does the factor here.
         main = self._sum_of(means, set(means) - set(in_units))
         correction = self._sum_of(means, in_units)
         loss = main - combined.applied_factor * correction
@@ -78,12 +89,16 @@ class Losses:
         return [role for role, gradient in self._gradients.items() if gradient == names[0]]
 
     def _sum_of(self, means: dict[str, Tensor], roles: Sequence[str] | set[str]) -> Tensor:
-        scaled = [
-            means[role] if self._scales[role] == 1 else self._scales[role] * means[role]
-            for role in means
-            if role in roles
-        ]
-        return sum(scaled[1:], scaled[0]) if scaled else torch.zeros(())
+        """The sum of the scaled means of `roles`; 0 where there are none."""
+        scaled = []
+        for role in means:
+            if role in roles and self._scales[role] == 1:
+                scaled.append(means[role])
+            elif role in roles:
+                scaled.append(self._scales[role] * means[role])
+        if not scaled:
+            return torch.zeros(())
+        return sum(scaled[1:], scaled[0])
 
 
 class ObjectiveLosses:
@@ -104,12 +119,12 @@ class ObjectiveLosses:
             losses: of rows of each role.
             values: what they add to the objective of each gradient.
         """
-        for sums, found in (
-            (self._sums, {role: loss.sum() / self._rows[role] for role, loss in losses.items()}),
-            (self._values, values),
-        ):
+        means = {role: loss.sum() / self._rows[role] for role, loss in losses.items()}
+        for sums, found in ((self._sums, means), (self._values, values)):
             for name, value in found.items():
-                sums[name] = sums[name] + value if name in sums else value
+                if name in sums:
+                    value = sums[name] + value
+                sums[name] = value
 
     def result(self, combined: Combined) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and the mean of each role."""
@@ -126,20 +141,22 @@ class ObjectiveLosses:
 
 
 def everyones(means: dict[str, Tensor], rows: dict[str, int], group: dist.ProcessGroup) -> dict[str, Tensor]:
-    """The mean of `means` over the processes, which is that over all rows only where each process has as many
-    as the others.
+    """The mean of `means` over the processes.
 
-    NaN where they have not, so that the step is skipped.
+    It is that over all rows only where each process has as many as the others. NaN where they have not, so
+    that the step is skipped.
 
     Raises:
         ValueError: they have not, and reading it costs nothing: on CPUs.
     """
-    own = torch.stack(list(means.values())).double()  # of one dtype in all processes
+    # Float64: of one dtype in all processes.
+    own = torch.stack(list(means.values())).double()
     counts = torch.stack([torch.full_like(own[0], rows[role]) for role in means])
     told = torch.stack([own, counts, counts.square()])
     reduce_mean([told], group)
     mean, rows_mean, square_mean = told.unbind()
-    # Integers: exact, and no spread about their mean.
+    # The processes have equal counts where those do not spread about their mean: E[n^2] = E[n]^2. These are
+    # integers in float64, and exact.
     alike = (square_mean == rows_mean.square()).all()
     if mean.device.type == "cpu" and not alike:
         found = ", ".join(f"{rows[role]} for {role}" for role in means)

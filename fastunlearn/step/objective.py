@@ -20,18 +20,19 @@ from ..objective.protocol import Method, Pass
 from ..objective.schedule import NoiseSchedule
 from .regress import Networks, Regression, losses_without_graph, regress, with_targets
 
-Losses = dict[str, Tensor]  # for each role, [rows]
+Losses = dict[str, Tensor]  # For each role, [rows].
 
 
 class Derivative(NamedTuple):
     """Of an objective with respect to the losses of rows."""
 
-    values: dict[str, Tensor]  # for each gradient, 0-d: what these rows add to it
-    weights: dict[str, Losses]  # for each gradient, for each role: [rows]
+    values: dict[str, Tensor]  # For each gradient, 0-d: what these rows add to it.
+    weights: dict[str, Losses]  # For each gradient, for each role: [rows].
 
 
 def derive(method: Method, losses: Losses, reference: Losses, rows: dict[str, int]) -> Derivative:
-    """
+    """What the objective of `method` makes of `losses`, and its derivative: the weights of the rows.
+
     Args:
         losses, reference: of the rows that the objective is asked for.
         rows: of each role in all calls, which its contributions are averaged over.
@@ -41,11 +42,11 @@ def derive(method: Method, losses: Losses, reference: Losses, rows: dict[str, in
     with torch.enable_grad():
         for gradient, contributions in method.objective(leaves, reference).items():
             value = sum(_mean(method, role, each, leaves, rows) for role, each in contributions.items())
+            # weight_b = d value / d loss_b. The objectives of two gradients may share a part of their graph.
             found = torch.autograd.grad(value, list(leaves.values()), retain_graph=True, allow_unused=True)
             values[gradient] = value.detach()
-            weights[gradient] = {
-                role: weight for role, weight in zip(leaves, found, strict=True) if weight is not None
-            }
+            by_role = zip(leaves, found, strict=True)
+            weights[gradient] = {role: weight for role, weight in by_role if weight is not None}
     return Derivative(values, weights)
 
 
@@ -94,13 +95,13 @@ def check_roles(passes: Sequence[Pass]) -> None:
 
 def split(passes: Sequence[Pass], micro_batch_size: int | None) -> list[Pass]:
     """Calls that hold all that is tied together, where `fits_one_call`."""
-    return [
-        part
-        for each in passes
-        for part in (
-            each.split_pairs(micro_batch_size) if each.coupled == "pair" else each.split(micro_batch_size)
-        )
-    ]
+    parts = []
+    for each in passes:
+        if each.coupled == "pair":
+            parts += each.split_pairs(micro_batch_size)
+        else:
+            parts += each.split(micro_batch_size)
+    return parts
 
 
 def regress_by_objective(
@@ -118,19 +119,25 @@ def regress_by_objective(
     """
     part = with_targets(networks, part, schedule)
     reference = _by_role(part, _reference_losses(method, networks, part, schedule))
+
+    # The regression without weights: each term as a gradient of its own, named by its number.
     plain = replace(part, terms=tuple(_plain(term, number) for number, term in enumerate(part.terms)))
     ones = {str(number): 1.0 for number in range(len(part.terms))}
     found = regress(networks, plain, schedule, ones, rounded=False)
     losses = _by_role(part, [_with_spread(*each) for each in zip(part.terms, found.losses, strict=True)])
     derivative = derive(method, losses, reference, rows)
+
+    # The chain rule: d value / d prediction = sum_b d value / d loss_b * d loss_b / d prediction.
     gradients: dict[str, Tensor] = {}
     for name, weights in derivative.weights.items():
         for number, term in enumerate(part.terms):
-            if term.role in weights:
-                weighted = found.gradients[str(number)] * _per_row(
-                    weights[term.role], term, part, factors[name]
-                )
-                gradients[name] = gradients[name] + weighted if name in gradients else weighted
+            if term.role not in weights:
+                continue
+            per_row = _per_row(weights[term.role], term, part, factors[name])
+            weighted = found.gradients[str(number)] * per_row
+            if name in gradients:
+                weighted = gradients[name] + weighted
+            gradients[name] = weighted
     dtype = found.prediction.dtype
     gradients = {name: gradient.to(dtype) for name, gradient in gradients.items()}
     return Regression(found.prediction, found.losses, gradients), losses, derivative
@@ -154,35 +161,60 @@ def weigh_all(
     """
     for network in (networks.model, networks.reference):
         _refuse_dropout(network)
-    parts = [part for each in passes for part in each.split(micro_batch_size)]
-    parts = [with_targets(networks, part, schedule) for part in parts]
+
+    # The first phase: the losses of all rows.
+    parts = []
+    for each in passes:
+        for part in each.split(micro_batch_size):
+            parts.append(with_targets(networks, part, schedule))
     reference = _joined(parts, [_reference_losses(method, networks, part, schedule) for part in parts])
-    losses = _joined(
-        parts, [losses_without_graph(networks.model, networks, part, schedule) for part in parts]
-    )
+    found = [losses_without_graph(networks.model, networks, part, schedule) for part in parts]
+    losses = _joined(parts, found)
+
+    # Their weights. An objective that ties a batch together is asked for the rows of all processes.
     gathered = group is not None and any(each.coupled == "batch" for each in passes)
-    everyones = _gather(losses, group) if gathered else losses
+    everyones = losses
+    if gathered:
+        everyones = _gather(losses, group)
+        reference = _gather(reference, group)
     rows = {role: len(loss) for role, loss in everyones.items()}
-    derivative = derive(method, everyones, _gather(reference, group) if gathered else reference, rows)
+    derivative = derive(method, everyones, reference, rows)
     weights = derivative.weights
-    if gathered:  # gradients are averaged over the processes, and these weights are shares of all rows
-        count, rank = dist.get_world_size(group), dist.get_rank(group)
-        weights = {
-            gradient: {role: weight.chunk(count)[rank] * count for role, weight in own.items()}
-            for gradient, own in weights.items()
-        }
-    weighted, begun = [], dict.fromkeys(rows, 0)
+    if gathered:
+        weights = _own_share(weights, group)
+    return _with_weights(parts, weights), losses, derivative
+
+
+def _own_share(weights: dict[str, Losses], group: dist.ProcessGroup) -> dict[str, Losses]:
+    """The weights of this process's rows, from those of all processes in the order of their ranks.
+
+    Gradients are averaged over the processes afterwards, and these weights are shares of all rows: so they
+    are multiplied by the number of processes.
+    """
+    count, rank = dist.get_world_size(group), dist.get_rank(group)
+    return {
+        gradient: {role: weight.chunk(count)[rank] * count for role, weight in own.items()}
+        for gradient, own in weights.items()
+    }
+
+
+def _with_weights(parts: Sequence[Pass], weights: dict[str, Losses]) -> list[Pass]:
+    """`parts` with a term for each gradient that gives weights to the rows of its role.
+
+    The rows of a role lie in `weights` in the order of the calls.
+    """
+    weighted, begun = [], {}
     for part in parts:
         terms = []
         for term in part.terms:
-            start = begun[term.role]
-            begun[term.role] = start + len(term.rows)
+            start = begun.get(term.role, 0)
+            stop = begun[term.role] = start + len(term.rows)
             for gradient, own in weights.items():
                 if term.role in own:
-                    weight = own[term.role][start : begun[term.role]]
+                    weight = own[term.role][start:stop]
                     terms.append(replace(term, gradient=gradient, weight=weight, over=1.0, scale=1.0))
         weighted.append(replace(part, terms=tuple(terms), coupled="row"))
-    return weighted, losses, derivative
+    return weighted
 
 
 def _reference_losses(
@@ -200,7 +232,9 @@ def _plain(term, number: int):
 
 
 def _with_spread(term, loss: Tensor) -> Tensor:
-    return loss if term.spread is None else loss + term.spread
+    if term.spread is None:
+        return loss
+    return loss + term.spread
 
 
 def _per_row(weight: Tensor, term, part: Pass, factor: Tensor | float) -> Tensor:
@@ -241,8 +275,8 @@ def _refuse_dropout(network: Callable | None) -> None:
     for name, module in network.named_modules():
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
             expected = (
-                "a network without active dropout, since rows that an objective ties together go through it "
-                "twice"
+                "a network without active dropout, "
+                "since rows that an objective ties together go through it twice"
             )
             fitting = "eval() stops it, and a micro_batch_size that holds all of them needs one pass"
             raise ValueError(f"model: expected {expected} ({fitting}), got {type(module).__name__} ({name})")

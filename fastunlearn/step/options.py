@@ -41,9 +41,9 @@ class StepOptions(TypedDict, total=False):
 class Settings:
     """What a step needs to know beside its method, its networks and its numbers."""
 
-    max_grad_norm: float | None = 1.0  # None: gradients are not clipped
+    max_grad_norm: float | None = 1.0  # None: gradients are not clipped.
     autocast_dtype: torch.dtype | None = None
-    micro_batch_size: int | None = None  # rows in one call of the network; None: all
+    micro_batch_size: int | None = None  # Rows in one call of the network. None: all.
     compile: Compile | None = None
     rules: tuple[ParameterRule, ...] = ()
 
@@ -66,11 +66,14 @@ def checked(
     Raises:
         TypeError, ValueError: naming the argument.
     """
+    # What a step works on.
     if not isinstance(schedule, NoiseSchedule):
         how = "NoiseSchedule.from_diffusers(scheduler) makes one"
         raise TypeError(f"schedule: expected a NoiseSchedule ({how}), got {check.describe(schedule)}")
     if not callable(model):
         raise TypeError(f"model: expected a callable (x_t, t, **kwargs), got {check.describe(model)}")
+
+    # How it is taken.
     if max_grad_norm is not None:
         max_grad_norm = check.number("max_grad_norm", max_grad_norm, low=0, low_open=True)
     if micro_batch_size is not None:

@@ -18,19 +18,18 @@ def predict(
     if autocast_dtype is None:
         output = _call(model, x_t, t, kwargs)
     else:
-        # a `with` of its own: TorchDynamo cannot trace one in an ExitStack
+        # A `with` of its own: TorchDynamo cannot trace one in an ExitStack.
         with torch.autocast(x_t.device.type, dtype=autocast_dtype):
             output = _call(model, x_t, t, kwargs)
     prediction = check.network_output(output)
     rows, channels, *plane = x_t.shape
-    if not isinstance(prediction, Tensor) or list(prediction.shape) not in (
-        [rows, channels, *plane],
-        [rows, 2 * channels, *plane],
-    ):
+    fitting = [rows, channels, *plane], [rows, 2 * channels, *plane]
+    if not isinstance(prediction, Tensor) or list(prediction.shape) not in fitting:
         shapes = f"of shape {(rows, channels, *plane)}, or with {2 * channels} channels"
         expected = f"an output (or its .sample, or the first of a tuple) {shapes}"
         raise ValueError(f"model: expected {expected}, got {check.describe(prediction)}")
-    return prediction[:, :channels]  # a learned variance, if there is one, is left alone
+    # A learned variance, if there is one, is left alone.
+    return prediction[:, :channels]
 
 
 def _call(model: Callable, x_t: Tensor, t: Tensor, kwargs: dict):

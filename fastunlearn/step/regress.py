@@ -26,7 +26,7 @@ class Span(NamedTuple):
     """What a compiled graph holds of a term as a constant."""
 
     gradient: str
-    start: int  # of its rows in the pass
+    start: int  # Of its rows in the pass.
     stop: int
     scale: float
     band: LowPass | None
@@ -35,10 +35,9 @@ class Span(NamedTuple):
 class Regression(NamedTuple):
     """What a call of the network brings."""
 
-    prediction: Tensor  # [R, C, H, W], with its graph
-    losses: list[Tensor]  # for each term: [B], weighted squared errors, without its scale
-    # For each gradient: d loss / d prediction, [R, C, H, W].
-    gradients: dict[str, Tensor]
+    prediction: Tensor  # [R, C, H, W], with its graph.
+    losses: list[Tensor]  # For each term: [B], weighted squared errors, without its scale.
+    gradients: dict[str, Tensor]  # For each gradient: d loss / d prediction, [R, C, H, W].
 
 
 class Networks(NamedTuple):
@@ -67,15 +66,16 @@ def regress(
     """
     inputs = part.x_t, schedule.model_input(part.timesteps), part.kwargs
     regression = (
-        tuple(
-            Span(term.gradient, term.rows.start, term.rows.stop, term.scale, term.band) for term in part.terms
-        ),
+        tuple(_span(term) for term in part.terms),
         [term.target for term in part.terms],
         [term.weight for term in part.terms],
         [factors[term.gradient] for term in part.terms],
         rounded,
     )
     compile, autocast_dtype = networks.compile, networks.autocast_dtype
+
+    # Compiled as a whole, prediction and residual are one graph. There are no outputs where that failed and
+    # is not required.
     if compile and compile != "regional":
         with stage("predict+residual"):
             outputs = compilation.whole(
@@ -87,6 +87,7 @@ def regress(
         if outputs is not None:
             check_prediction(outputs[0])
             return Regression(*outputs)
+
     with stage("predict"):
         if compile == "regional":
             prediction = compilation.by_blocks(networks.model, predict, (*inputs, autocast_dtype))
@@ -95,6 +96,10 @@ def regress(
         check_prediction(prediction)
     with stage("residual"):
         return Regression(prediction, *residuals(prediction.detach(), *regression))
+
+
+def _span(term: Term) -> Span:
+    return Span(term.gradient, term.rows.start, term.rows.stop, term.scale, term.band)
 
 
 def _forward_and_residual(
@@ -123,9 +128,11 @@ def residuals(
         rows = slice(span.start, span.stop)
         loss, gradient = F.weighted_residual(prediction[rows], target, weight, span.band)
         losses.append(loss)
+        # A tensor is a factor that nobody has read; a 1 is no work.
         for number in (span.scale, factor):
-            if not (isinstance(number, float) and number == 1):
+            if not isinstance(number, float) or number != 1:
                 gradient = gradient * number
+        # A term on all rows is the gradient, unless another came before; else it is added at its rows.
         if span.stop - span.start == len(prediction) and span.gradient not in gradients:
             gradients[span.gradient] = gradient
         else:
@@ -145,7 +152,9 @@ def losses_without_graph(
     for term in part.terms:
         rows = slice(term.rows.start, term.rows.stop)
         loss, _ = F.weighted_residual(prediction[rows], term.target, None, term.band)
-        losses.append(loss if term.spread is None else loss + term.spread)
+        if term.spread is not None:
+            loss = loss + term.spread
+        losses.append(loss)
     return losses
 
 
@@ -160,7 +169,9 @@ def _with_target(networks: Networks, term: Term, part: Pass, schedule: NoiseSche
     if not isinstance(term.target, Predicted):
         return term
     rows = slice(term.rows.start, term.rows.stop)
-    kwargs = part.only(term.rows).kwargs if term.target.kwargs is None else term.target.kwargs
+    kwargs = term.target.kwargs
+    if kwargs is None:
+        kwargs = part.only(term.rows).kwargs
     own = Pass(part.x_t[rows], part.timesteps[rows], (), kwargs)
     network = networks.model if term.target.by == "model" else networks.reference
     return replace(term, target=_prediction_without_graph(network, networks, own, schedule))

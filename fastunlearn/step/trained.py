@@ -57,8 +57,8 @@ class Trained(NamedTuple):
     optimizer: torch.optim.Optimizer | None
     grad_scaler: torch.amp.GradScaler | None
     process_group: dist.ProcessGroup | None
-    wrappers: list[Any]  # accelerate's, around the optimizer
-    reference: Callable | None = None  # the network that a method compares with
+    wrappers: list[Any]  # Those of accelerate around the optimizer.
+    reference: Callable | None = None  # The network that a method compares with.
 
 
 def look_at(
@@ -88,15 +88,18 @@ def look_at(
     if optimizer is not None and not wrappers:
         warn_if_accumulating()
     check_wrappers(wrappers, reduced=process_group is not None or network is not model)
+    # The step() of a scaler that is not enabled would make the update unconditionally.
     if grad_scaler is not None and not grad_scaler.is_enabled():
-        grad_scaler = None  # its step would make the update unconditionally
+        grad_scaler = None
     if optimizer is not None and process_group is None and network is model and _count_processes() > 1:
         say.once(ALONE, _count_processes())
     return Trained(network, parameters, optimizer, grad_scaler, processes(model, process_group), wrappers)
 
 
 def _count_processes() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size()
+    return 1
 
 
 def check_reached(model: Callable, parameters: list[nn.Parameter]) -> None:
@@ -125,14 +128,18 @@ def unwrapped(model: Callable) -> Callable:
     DistributedDataParallel reduces neither a second backward pass nor one with given inputs: the step calls
     what it wraps, and reduces itself.
     """
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return model.module
+    return model
 
 
 def processes(model: Callable, process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
     """The processes that train `model` together; None: this one alone."""
     if process_group is None and isinstance(model, nn.parallel.DistributedDataParallel):
         process_group = model.process_group
-    return None if process_group is None or dist.get_world_size(process_group) == 1 else process_group
+    if process_group is None or dist.get_world_size(process_group) == 1:
+        return None
+    return process_group
 
 
 def trainable(model: Callable, optimizer: torch.optim.Optimizer | None) -> list[nn.Parameter]:
@@ -141,22 +148,10 @@ def trainable(model: Callable, optimizer: torch.optim.Optimizer | None) -> list[
     Raises:
         TypeError, ValueError: there are none, or some that are not whole, or that a step could not update.
     """
-    if optimizer is None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(
-                f"model: expected a torch.nn.Module where optimizer is None, got {type(model).__name__}"
-            )
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    else:
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(
-                f"optimizer: expected a torch.optim.Optimizer or None, got {type(optimizer).__name__}"
-            )
-        if isinstance(optimizer, torch.optim.LBFGS):
-            raise TypeError("optimizer: expected one whose step() needs no closure, got LBFGS")
-        parameters = [parameter for parameter in _of(optimizer) if parameter.requires_grad]
+    parameters = _requiring_grad(model, optimizer)
+    # torch only warns; norm, clipping and update would count its gradient twice.
     twice = len(parameters) - len({id(parameter) for parameter in parameters})
-    if twice:  # torch only warns; norm, clipping and update would count its gradient twice
+    if twice:
         raise ValueError(f"optimizer: expected every parameter once, got {twice} a second time")
     if any(parameter.dtype == torch.bfloat16 for parameter in parameters):
         say.once(BFLOAT16)
@@ -172,10 +167,32 @@ def trainable(model: Callable, optimizer: torch.optim.Optimizer | None) -> list[
             "model: expected float32 (or bfloat16) parameters, got float16, in which norms overflow; "
             "autocast_dtype runs the network in float16"
         )
+    # Few have attributes of their own.
     for parameter in parameters:
-        if parameter.__dict__:  # few have attributes of their own
+        if parameter.__dict__:
             _refuse_marked(parameter)
     return parameters
+
+
+def _requiring_grad(model: Callable, optimizer: torch.optim.Optimizer | None) -> list[nn.Parameter]:
+    """The parameters of `optimizer`, or else of `model`, that require a gradient.
+
+    Raises:
+        TypeError: the optimizer is none that a step can call, or there is none, and the model is no module.
+    """
+    if optimizer is None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"model: expected a torch.nn.Module where optimizer is None, got {type(model).__name__}"
+            )
+        return [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            f"optimizer: expected a torch.optim.Optimizer or None, got {type(optimizer).__name__}"
+        )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise TypeError("optimizer: expected one whose step() needs no closure, got LBFGS")
+    return [parameter for parameter in _of(optimizer) if parameter.requires_grad]
 
 
 def _refuse_marked(parameter: nn.Parameter) -> None:
@@ -213,6 +230,7 @@ def check_gradients(
             which the optimizer would move.
     """
     check_keep_grad(keep_grad)
+    # A private table of torch's; None where there is no such hook.
     hooked = [parameter for parameter in parameters if parameter._post_accumulate_grad_hooks]
     if hooked:
         expected = (
@@ -220,6 +238,8 @@ def check_gradients(
         )
         text = "a step accumulates its gradients in several backward passes"
         raise TypeError(f"model: {expected}, since {text}, got them on {_names(model, hooked)}")
+
+    # The optimizer would also move a frozen parameter that has a gradient.
     everything = parameters if optimizer is None else list(_of(optimizer))
     standing = [parameter for parameter in everything if parameter.grad is not None]
     if not standing:
@@ -240,16 +260,15 @@ def check_gradients(
 
 def _names(model: Callable, parameters: list[Tensor]) -> str:
     """`parameters` by their names in `model`, or by their shapes; the first few."""
-    named = (
-        {parameter: name for name, parameter in model.named_parameters()}
-        if isinstance(model, nn.Module)
-        else {}
-    )
-    shown = [
-        named.get(parameter, f"a parameter of shape {tuple(parameter.shape)}") for parameter in parameters
-    ]
-    more = len(shown) - NAMES_SHOWN
-    return ", ".join(shown[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+    named = {}
+    if isinstance(model, nn.Module):
+        named = {parameter: name for name, parameter in model.named_parameters()}
+    shown = []
+    for parameter in parameters[:NAMES_SHOWN]:
+        shown.append(named.get(parameter, f"a parameter of shape {tuple(parameter.shape)}"))
+    text = ", ".join(shown)
+    more = len(parameters) - NAMES_SHOWN
+    return f"{text} and {more} more" if more > 0 else text
 
 
 @contextmanager

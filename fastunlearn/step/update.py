@@ -17,10 +17,13 @@ HOST_CHECK = (
 
 
 def clipping(norm: Tensor, max_norm: float | None) -> Tensor | None:
-    """What gradients of L2 norm `norm` are divided by so that it becomes `max_norm` at most, >= 1 (as
-    `clip_grad_norm_` does); None: nothing.
+    """What gradients of L2 norm `norm` are divided by, >= 1, so that it becomes `max_norm` at most.
+
+    As `clip_grad_norm_` does. None: nothing.
     """
-    return None if max_norm is None else ((norm + 1e-6) / max_norm).clamp(min=1)
+    if max_norm is None:
+        return None
+    return ((norm + 1e-6) / max_norm).clamp(min=1)
 
 
 def update(
@@ -38,18 +41,20 @@ def update(
     """
     fused = _skips_on_device(optimizer)
     if grad_scaler is not None:
+        # The scaler has seen the gradients, but not the loss. What it found is in a private table of tensors.
         for found_inf in grad_scaler._found_inf_per_device(optimizer).values():
-            # it has seen the gradients, but not the loss
             found_inf.copy_(torch.maximum(found_inf, (~finite).to(found_inf)))
         divide(gradients, divisor)
-        if fused or not getattr(optimizer, "_step_supports_amp_scaling", False) or bool(finite):
+        # Where torch's mark is set, the scaler leaves it to the optimizer to skip a step: one that would not
+        # is not called.
+        leaves_skipping = getattr(optimizer, "_step_supports_amp_scaling", False)
+        if fused or not leaves_skipping or bool(finite):
             grad_scaler.step(optimizer)
         grad_scaler.update()
     elif fused:
-        optimizer.grad_scale, optimizer.found_inf = (
-            None if divisor is None else divisor.float(),
-            (~finite).float(),
-        )
+        # The two attributes by which a scaler hands its numbers to a fused optimizer.
+        optimizer.grad_scale = None if divisor is None else divisor.float()
+        optimizer.found_inf = (~finite).float()
         try:
             optimizer.step()
         finally:
@@ -73,18 +78,18 @@ def _skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
         return False
     if any(isinstance(value, torch.optim.Optimizer) for value in vars(optimizer).values()):
         return False
-    if not getattr(optimizer, "_step_supports_amp_scaling", False) or not all(
-        group.get("fused", True) for group in optimizer.param_groups
-    ):
+    # torch's mark of an optimizer that reads `found_inf`. A group that is not fused does not read it.
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return False
+    if not all(group.get("fused", True) for group in optimizer.param_groups):
         return False
     return bool(optimizer.state) or not any(group.get("momentum") for group in optimizer.param_groups)
 
 
-@functools.lru_cache(maxsize=256)  # asked at every step
+# Kept, since it is asked at every step.
+@functools.lru_cache(maxsize=256)
 def _replaces_step(kind: type) -> bool:
-    """Whether `kind` inherits "takes `found_inf`" from one of torch's optimizers, but not the step() that
-    does.
-    """
+    """Whether `kind` inherits "takes `found_inf`" from one of torch's optimizers, but not its step()."""
     own, *replaced = [base for base in kind.__mro__ if "step" in vars(base)]
     inherited = any(_of_torch(base) for base in replaced if base is not torch.optim.Optimizer)
     return inherited and not _of_torch(own) and "_step_supports_amp_scaling" not in vars(own)

@@ -38,7 +38,8 @@ ELSEWHERE = {
     "megatron": "Megatron-LM",
     "torch.distributed.fsdp": "FSDP",
 }
-PLAIN = "deepspeed.ops"  # optimizers that update from .grad, as any other does where no engine has them
+# Optimizers that update from .grad, as any other does where no engine has them.
+PLAIN = "deepspeed.ops"
 WHOLE = "whole parameters in every process, updated from .grad"
 
 
@@ -52,7 +53,8 @@ def refuse_elsewhere(name: str, value: Any, expected: str = WHOLE) -> None:
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__} of {library}")
 
 
-@functools.lru_cache(maxsize=256)  # asked at every step
+# Kept, since it is asked at every step.
+@functools.lru_cache(maxsize=256)
 def _library(kind: type) -> str | None:
     """The library in `ELSEWHERE` that `kind` or a class that it inherits from is of."""
     for base in kind.__mro__:
@@ -98,13 +100,16 @@ def _updates_elsewhere(optimizer: torch.optim.Optimizer) -> TypeError:
 
 def _leaves_parameters_alone(optimizer: torch.optim.Optimizer) -> bool:
     """Whether step() is empty, or left to DistributedDataParallel: updates come with the backward pass."""
-    if getattr(optimizer, "_overlap_with_ddp", False):  # of ZeroRedundancyOptimizer
+    # A private mark of ZeroRedundancyOptimizer.
+    if getattr(optimizer, "_overlap_with_ddp", False):
         return True
+    # An empty step() has the instructions of an empty function.
     function = inspect.unwrap(type(optimizer).step)
     return inspect.isfunction(function) and _is_empty(function.__code__)
 
 
-@functools.lru_cache(maxsize=256)  # asked at every step
+# Kept, since it is asked at every step.
+@functools.lru_cache(maxsize=256)
 def _is_empty(code: types.CodeType) -> bool:
     """Whether `code` does nothing but return None."""
     return _work(code) == _work(_nothing.__code__)
@@ -115,11 +120,12 @@ def _nothing() -> None:
 
 
 def _work(code: types.CodeType) -> list[tuple[str, Any]]:
-    return [
-        (step.opname, step.argval)
-        for step in dis.get_instructions(code)
-        if step.opname not in ("RESUME", "NOP")
-    ]
+    """The instructions of `code`, but for those that do nothing."""
+    work = []
+    for step in dis.get_instructions(code):
+        if step.opname not in ("RESUME", "NOP"):
+            work.append((step.opname, step.argval))
+    return work
 
 
 def device_of(optimizer: torch.optim.Optimizer) -> torch.device:
@@ -202,6 +208,7 @@ def tell_skipped(wrappers: list[Any], skipped: Tensor) -> None:
     `skipped` (0-d bool) stays on the device; who asks for `step_was_skipped` waits for it. It holds until the
     next step, of whomever: without a scaler accelerate itself never takes it back.
     """
+    # `_is_overflow` is what accelerate's `step_was_skipped` returns; there is no public way to set it.
     for wrapper in wrappers:
         _forget_at_next_step(wrapper)
         wrapper._is_overflow = skipped
