@@ -1,3 +1,4 @@
-"""What a step is made of: the noise schedule, draws, bands of frequencies, terms and passes, and how two
-gradients become one.
+"""What a step is made of.
+
+The noise schedule, draws, bands of frequencies, terms and passes, and how two gradients become one.
 """

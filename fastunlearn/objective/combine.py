@@ -21,8 +21,10 @@ from ..host.tensor_lists import inner_product
 class Combined:
     """What a combination reports. All are None where there is no correction."""
 
-    correction_norm: Tensor | None = None  # 0-d, L2 norm of the correction
-    scaling_factor: Tensor | None = None  # 0-d, f in `main - f correction`
+    # 0-d, L2 norm of the correction.
+    correction_norm: Tensor | None = None
+    # 0-d, f in `main - f correction`.
+    scaling_factor: Tensor | None = None
     # The same for the correction as it was computed, divided by its unit: in float range, however small the
     # unit is.
     applied_factor: Tensor | None = None
@@ -44,7 +46,8 @@ class Rescale:
 
     scaling_norm: float
     gradients: ClassVar[tuple[str, ...]] = ("forget", "retain")
-    needs_main: ClassVar[bool] = False  # the factor can be had before there is a main gradient
+    # The factor can be had before there is a main gradient.
+    needs_main: ClassVar[bool] = False
 
     def unit(self, weights: Sequence[Tensor]) -> Tensor | None:
         """0-d: the largest of the correction's `weights` (each `[B]`, >= 0); None where there are none.
@@ -54,13 +57,14 @@ class Rescale:
         """
         if not weights:
             return None
-        return (
-            weights[0].amax() if len(weights) == 1 else torch.stack([each.amax() for each in weights]).amax()
-        )
+        if len(weights) == 1:
+            return weights[0].amax()
+        return torch.stack([each.amax() for each in weights]).amax()
 
     def factor(
         self, norm: Tensor, main: list[Tensor], correction: list[Tensor], loss_scale: Tensor | float
     ) -> Tensor:
+        # f = scaling_norm / ||g_forget||. `norm` and the main gradient are multiplied by the loss scale.
         factor = self.scaling_norm * loss_scale / norm
         return torch.where(torch.isinf(factor), torch.zeros_like(factor), factor)
 
@@ -83,6 +87,8 @@ class Project:
     def factor(
         self, norm: Tensor, main: list[Tensor], correction: list[Tensor], loss_scale: Tensor | float
     ) -> Tensor:
+        # f = -max(eta - <g_retain, g_forget> / ||g_forget||^2, 0), in which a loss scale cancels. The norm is
+        # not squared: that of a small gradient would leave float32.
         factor = -torch.clamp(self.eta - inner_product(main, correction, norm.device) / norm / norm, min=0)
         # A gradient of zero has nothing to project on.
         return torch.where(norm == 0, torch.zeros_like(factor), factor)

@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CONSTANTS = (str, Number, np.bool_, type(None))  # what conditioning has beside tensors; bool is a Number
+# What conditioning has beside tensors; bool is a Number.
+CONSTANTS = (str, Number, np.bool_, type(None))
+NAMES = "forget_kwargs, retain_kwargs"
 
 
 def map_tensors(function, first: dict[str, Any], *others: dict[str, Any]) -> dict[str, Any]:
@@ -24,35 +26,51 @@ def map_tensors(function, first: dict[str, Any], *others: dict[str, Any]) -> dic
 
 
 def _map_tensors(function, given: tuple[dict[str, Any], ...], path: str) -> dict[str, Any]:
-    names = "forget_kwargs, retain_kwargs"
-    within = f" in {path[:-1]!r}" if path else ""
+    """`map_tensors` of the dicts that stand at `path` in those of the caller."""
     for other in given[1:]:
         if given[0].keys() != other.keys():
+            within = f" in {path[:-1]!r}" if path else ""
             shown = f"{sorted(given[0])} and {sorted(other)}"
-            raise ValueError(f"{names}: expected the same keys{within}, got {shown}")
+            raise ValueError(f"{NAMES}: expected the same keys{within}, got {shown}")
     result = {}
     for key in given[0]:
         values = tuple(each[key] for each in given)
         if all(isinstance(value, dict) for value in values):
             result[key] = _map_tensors(function, values, f"{path}{key}.")
         elif all(isinstance(value, Tensor) for value in values):
-            if len({value.shape[1:] for value in values}) > 1:
-                expected = "expected the same shape but for the rows, to share a call of the network"
-                shapes = " and ".join(str(tuple(value.shape)) for value in values)
-                raise ValueError(f"{names}: {expected}, got {shapes} for {path + key!r}")
+            _check_shapes(values, path + key)
             result[key] = function(*values)
         elif all(isinstance(value, CONSTANTS) for value in values):
-            if any(type(value) is not type(values[0]) or value != values[0] for value in values):
-                expected = "expected the same in both, to share a call of the network"
-                shown = " and ".join(map(repr, values))
-                raise ValueError(f"{names}: {expected}, got {shown} for {path + key!r}")
+            _check_equal(values, path + key)
             result[key] = values[0]
         else:
             kinds = "numbers, strings, booleans, None, or dicts of them"
             expected = f"expected tensors (batch first), {kinds}, the same kind in both"
             kinds = " and ".join(type(value).__name__ for value in values)
-            raise TypeError(f"{names}: {expected}, got {kinds} for {path + key!r}")
+            raise TypeError(f"{NAMES}: {expected}, got {kinds} for {path + key!r}")
     return result
+
+
+def _check_shapes(values: tuple[Tensor, ...], path: str) -> None:
+    """
+    Raises:
+        ValueError: the tensors at `path` differ by more than their rows.
+    """
+    if len({value.shape[1:] for value in values}) > 1:
+        expected = "expected the same shape but for the rows, to share a call of the network"
+        shapes = " and ".join(str(tuple(value.shape)) for value in values)
+        raise ValueError(f"{NAMES}: {expected}, got {shapes} for {path!r}")
+
+
+def _check_equal(values: tuple, path: str) -> None:
+    """
+    Raises:
+        ValueError: the constants at `path` differ; True is not 1.
+    """
+    if any(type(value) is not type(values[0]) or value != values[0] for value in values):
+        expected = "expected the same in both, to share a call of the network"
+        shown = " and ".join(map(repr, values))
+        raise ValueError(f"{NAMES}: {expected}, got {shown} for {path!r}")
 
 
 def concatenate(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:

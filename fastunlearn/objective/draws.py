@@ -1,9 +1,8 @@
-"""Every random number of a step: given by the caller, from a torch generator, or counter-based
-(Philox4x32-10).
+"""Every random number of a step: given by the caller, from a torch generator, or counter-based.
 
-A counter-based draw is a pure function of (seed, step, purpose, position in the global batch, element): a run
-can be restarted at any step, does not depend on the number of processes, and gives every row its own noise
-even where the forget set is one image.
+A counter-based (Philox4x32-10) draw is a pure function of (seed, step, purpose, position in the global batch,
+element): a run can be restarted at any step, does not depend on the number of processes, and gives every row
+its own noise even where the forget set is one image.
 """
 
 from __future__ import annotations
@@ -136,8 +135,9 @@ class GeneratorSource:
 
 
 class CounterSource:
-    """Numbers that are a function of `counter`: int64 `[3]`, seed, step, and the position of row 0 in the
-    global batch; see `philox.py`.
+    """Numbers that are a function of `counter`.
+
+    It is int64 `[3]`: seed, step, and the position of row 0 in the global batch; see `philox.py`.
     """
 
     def __init__(self, counter: Tensor):
@@ -195,6 +195,7 @@ def complete(
 
 def without_timesteps(draws: Draws, wanted: Tensor) -> Draws:
     """`draws` whose step is skipped where `wanted` (0-d bool, on the device): its timesteps are nowhere."""
+    # -1 is outside of every schedule: its coefficients are NaN, and so is the loss.
     nowhere = {}
     for name in ("forget_timesteps", "retain_timesteps"):
         timesteps = getattr(draws, name)
@@ -222,15 +223,8 @@ def validate(
             f"got {', '.join(sorted(unused))} too"
         )
     for branch, batch in (("forget", forget), ("retain", retain)):
-        noise, timesteps = getattr(draws, f"{branch}_noise"), getattr(draws, f"{branch}_timesteps")
-        if isinstance(noise, Noise):
-            check.same_shape(f"draws.{branch}_noise", noise, branch, batch)
-        elif noise is not None:
-            check.like(f"draws.{branch}_noise", noise, branch, batch)
-            if noise.dtype != batch.dtype:
-                raise TypeError(
-                    f"draws.{branch}_noise: expected the dtype of {branch}, {batch.dtype}, got {noise.dtype}"
-                )
+        _check_noise(f"draws.{branch}_noise", getattr(draws, f"{branch}_noise"), branch, batch)
+        timesteps = getattr(draws, f"{branch}_timesteps")
         if timesteps is not None:
             name = f"draws.{branch}_timesteps"
             check.vector(name, timesteps, len(batch), batch.device, floating=False)
@@ -238,10 +232,25 @@ def validate(
                 schedule.check_timesteps(name, timesteps)
     if draws.uniform_target is not None:
         check.like("draws.uniform_target", draws.uniform_target, "forget", forget)
-    chosen = draws.from_forget
-    if chosen is not None and (
-        not isinstance(chosen, Tensor) or chosen.dtype != torch.bool or chosen.shape != forget.shape[:1]
-    ):
+    if draws.from_forget is not None:
+        _check_chosen(draws.from_forget, forget)
+
+
+def _check_noise(name: str, noise: Tensor | Noise | None, branch: str, batch: Tensor | Rows | None) -> None:
+    if noise is None:
+        return
+    # Noise that is not numbers yet takes dtype and device where it is made.
+    if isinstance(noise, Noise):
+        check.same_shape(name, noise, branch, batch)
+        return
+    check.like(name, noise, branch, batch)
+    if noise.dtype != batch.dtype:
+        raise TypeError(f"{name}: expected the dtype of {branch}, {batch.dtype}, got {noise.dtype}")
+
+
+def _check_chosen(chosen: Tensor, forget: Tensor | Rows) -> None:
+    fits = isinstance(chosen, Tensor) and chosen.dtype == torch.bool
+    if not fits or chosen.shape != forget.shape[:1]:
         raise ValueError(
             f"draws.from_forget: expected bool of shape ({len(forget)},), got {check.describe(chosen)}"
         )

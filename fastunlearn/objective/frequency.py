@@ -14,8 +14,9 @@ from ..host import check
 
 @dataclass(frozen=True)
 class LowPass:
-    """A mask M of spatial frequencies: 1 on a band, `high_frequency_weight` elsewhere; the loss is `||F^-1(M
-    o F(prediction - target))||^2`.
+    """A mask M of spatial frequencies: 1 on a band, `high_frequency_weight` elsewhere.
+
+    The loss is `||F^-1(M o F(prediction - target))||^2`.
 
     F is the DFT of each channel, `u` and `v` the integer frequencies of its rows and columns, at most half
     the size. Frequencies are compared with the radius exactly, in integers: 0.3 means 3/10, not the float
@@ -55,10 +56,9 @@ class LowPass:
         check.number("high_frequency_weight", self.high_frequency_weight, low=0)
         _radius("radius", self.radius)
         if (self.inner is not None) != (self.band == "mid"):
-            raise ValueError(
-                f"inner: expected {'a number' if self.band == 'mid' else 'None'} with band={self.band!r}, "
-                f"got {check.describe(self.inner)}"
-            )
+            expected = "a number" if self.band == "mid" else "None"
+            got = check.describe(self.inner)
+            raise ValueError(f"inner: expected {expected} with band={self.band!r}, got {got}")
         if self.inner is not None and not _radius("inner", self.inner) < _radius("radius", self.radius):
             raise ValueError(f"inner: expected a number below radius, {self.radius}, got {self.inner}")
 
@@ -67,8 +67,7 @@ class LowPass:
 
         Returns:
             `table, inside, outside`: M is `inside` where the float32 `table[u, v]` is 1 and `outside`
-                elsewhere, also at frequencies beyond the
-            table, which is no larger than its ones.
+                elsewhere, also at frequencies beyond the table, which is no larger than its ones.
 
         Raises:
             TypeError, ValueError: for a size that is no positive integer, or one where M is 0 at every
@@ -79,10 +78,14 @@ class LowPass:
         table = self._within(self.radius, height, width)
         if self.inner is not None:
             table = table - self._within(self.inner, height, width)
-        inside, outside = (
-            (self.high_frequency_weight, 1.0) if self.band == "high" else (1.0, self.high_frequency_weight)
-        )
-        nothing = not table.any() if self.band == "mid" else self.band == "high" and bool(table.all())
+
+        # The table of a high band is 1 outside of the band, within the radius. A low band is never empty: it
+        # has the frequency 0.
+        inside, outside = 1.0, self.high_frequency_weight
+        nothing = self.band == "mid" and not table.any()
+        if self.band == "high":
+            inside, outside = outside, inside
+            nothing = bool(table.all())
         if nothing and self.high_frequency_weight == 0:
             raise ValueError(
                 f"LowPass: expected a band with frequencies of images of {height} x {width}, "
@@ -93,27 +96,29 @@ class LowPass:
     def _within(self, radius: float | Fraction, height: int, width: int) -> Tensor:
         """1 at the frequencies within `radius`: float32 `[H // 2 + 1, W // 2 + 1]`."""
         radius = _exact(radius)
-        row_unit, column_unit = (
-            (Fraction(height, 2), Fraction(width, 2))
-            if self.unit == "nyquist"
-            else (Fraction(1), Fraction(1))
-        )
+        row_unit = column_unit = Fraction(1)
+        if self.unit == "nyquist":
+            row_unit, column_unit = Fraction(height, 2), Fraction(width, 2)
         table = torch.zeros(height // 2 + 1, width // 2 + 1)
         for u in range(height // 2 + 1):
-            left = radius**2 - (u / row_unit) ** 2  # what is left of the squared radius for v
-            if left >= 0:
-                last = (
-                    math.floor(radius * column_unit)
-                    if self.kind == "box"
-                    else math.isqrt(math.floor(left * column_unit**2))
-                )
-                table[u, : last + 1] = 1
+            # What is left of the squared radius for v.
+            left = radius**2 - (u / row_unit) ** 2
+            if left < 0:
+                continue
+            # box: v / column_unit <= radius. disc: (v / column_unit)^2 <= left.
+            if self.kind == "box":
+                last = math.floor(radius * column_unit)
+            else:
+                last = math.isqrt(math.floor(left * column_unit**2))
+            table[u, : last + 1] = 1
         return table
 
 
 def _exact(radius: float | Fraction) -> Fraction:
     """A float as it is written in decimals."""
-    return radius if isinstance(radius, Fraction) else Fraction(repr(float(radius)))
+    if isinstance(radius, Fraction):
+        return radius
+    return Fraction(repr(float(radius)))
 
 
 def _radius(name: str, value) -> Fraction:
@@ -123,5 +128,8 @@ def _radius(name: str, value) -> Fraction:
 
 def _trimmed(table: Tensor) -> Tensor:
     """Without the rows and columns beyond the last 1; at least one of each."""
-    rows, columns = (int(table.any(dim).nonzero().max()) + 1 if table.any() else 1 for dim in (1, 0))
+    rows = columns = 1
+    if table.any():
+        rows = int(table.any(1).nonzero().max()) + 1
+        columns = int(table.any(0).nonzero().max()) + 1
     return table[:rows, :columns].contiguous()

@@ -33,8 +33,8 @@ class Batch:
     sqdist: Tensor | None = None  # [B, K] float64
     forget_kwargs: dict[str, Any] = field(default_factory=dict)
     retain_kwargs: dict[str, Any] = field(default_factory=dict)
-    stores: Mapping[str, ImageStore] = field(default_factory=dict)  # whole sets, for methods that need them
-    sizes: Mapping[str, int] = field(default_factory=dict)  # rows of the whole forget and retain set
+    stores: Mapping[str, ImageStore] = field(default_factory=dict)  # Whole sets, for methods that need them.
+    sizes: Mapping[str, int] = field(default_factory=dict)  # Rows of the whole forget and retain set.
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,7 @@ class Pass:
     coupled: Coupling = "row"
 
     def __post_init__(self) -> None:
+        # The dataclass is frozen: its own attributes are set past it.
         if any(term.rows is None for term in self.terms):
             # Those whose target is predicted.
             everything = range(len(self.x_t))
@@ -147,50 +148,44 @@ class Pass:
         return [self._slice(start, min(start + rows, len(self.x_t))) for start in starts]
 
     def split_pairs(self, rows: int | None) -> list[Pass]:
-        """The same work in calls of at most `rows` rows, each with whole pairs: the terms, which share no
-        rows, are split at the same places.
+        """The same work in calls of at most `rows` rows, each with whole pairs.
+
+        The terms, which share no rows, are split at the same places.
         """
         pairs = len(self.terms[0].rows)
         if rows is None or rows >= len(self.x_t):
             return [self]
         step = rows // len(self.terms)
-        parts = []
-        for start in range(0, pairs, step):
-            own = range(start, min(start + step, pairs))
-            at = torch.cat(
-                [torch.arange(term.rows[own.start], term.rows[own.stop - 1] + 1) for term in self.terms]
-            ).to(self.x_t.device)
-            terms = tuple(
-                term.at(range(number * len(own), (number + 1) * len(own)), slice(own.start, own.stop))
-                for number, term in enumerate(self.terms)
-            )
-            parts.append(self._select(at, terms))
-        return parts
+        return [self._pairs(start, min(start + step, pairs)) for start in range(0, pairs, step)]
+
+    def _pairs(self, start: int, stop: int) -> Pass:
+        """The pairs from `start` to `stop`: those rows of the first term, then of the second, and so on."""
+        at, terms = [], []
+        count = stop - start
+        for number, term in enumerate(self.terms):
+            at.append(torch.arange(term.rows[start], term.rows[stop - 1] + 1))
+            terms.append(term.at(range(number * count, (number + 1) * count), slice(start, stop)))
+        return self._select(torch.cat(at).to(self.x_t.device), tuple(terms))
 
     def by_role(self) -> list[Pass]:
-        """The same work in up to three calls: rows that only the forget terms need, rows that both need, rows
-        that only the retain terms need.
+        """The same work in up to three calls, by the roles that need a row.
 
-        A row outside of a term, or of weight zero in it, takes no backward pass for it; and several small
-        calls hold fewer activations than a large one. How many rows there are of each kind is data, so this
-        is for CPUs, where reading it is no wait. A pass with two terms of a role comes back as it is.
+        Rows that only the forget terms need, rows that both need, rows that only the retain terms need. A row
+        outside of a term, or of weight zero in it, takes no backward pass for it; and several small calls
+        hold fewer activations than a large one. How many rows there are of each kind is data, so this is for
+        CPUs, where reading it is no wait. A pass with two terms of a role comes back as it is.
         """
         roles = [term.role for term in self.terms]
         if len(set(roles)) < len(roles) or not set(roles) <= set(ROLES):
             return [self]
-        needed = {
-            term.role: {
-                row for row, weight in zip(term.rows, term.weight.tolist(), strict=True) if weight != 0
-            }
-            for term in self.terms
-        }
+        needed_by = [set() for _ in range(len(self.x_t))]
+        for term in self.terms:
+            for row, weight in zip(term.rows, term.weight.tolist(), strict=True):
+                if weight != 0:
+                    needed_by[row].add(term.role)
         parts = []
         for wanted in ({"forget"}, {"forget", "retain"}, {"retain"}):
-            rows = [
-                row
-                for row in range(len(self.x_t))
-                if {role for role in needed if row in needed[role]} == wanted
-            ]
+            rows = [row for row, own in enumerate(needed_by) if own == wanted]
             if len(rows) == len(self.x_t) and len(wanted) == len(roles):
                 return [self]
             if rows:
@@ -227,7 +222,7 @@ class Method:
     """
 
     name: ClassVar[str]
-    needs: ClassVar[frozenset[str]]  # of `NEEDS`: what `compose` and `objective` read
+    needs: ClassVar[frozenset[str]]  # Of `NEEDS`: what `compose` and `objective` read.
 
     def __init_subclass__(cls, **options) -> None:
         """Numbers that numpy or torch made become Python's before `__post_init__` checks them.
@@ -235,6 +230,7 @@ class Method:
         No method has to think of it.
         """
         super().__init_subclass__(**options)
+        # The class's own checks, or those that it inherits, run after, on Python's numbers.
         check_own = cls.__post_init__
 
         def check_plain_numbers(self, *given) -> None:
@@ -285,9 +281,9 @@ def has_own_objective(method: Method) -> bool:
 
 
 def without_negligible(weight: Tensor) -> Tensor:
-    """`weight` `[B]` with zero where a row counts for less than 1e-12 of the heaviest: at most timesteps one
-    of a row's two SISS weights does.
+    """`weight` `[B]` with zero where a row counts for less than 1e-12 of the heaviest.
 
-    Subnormal gradients would slow a CPU down threefold, and a row of weight zero needs no backward pass.
+    At most timesteps one of a row's two SISS weights does. Subnormal gradients would slow a CPU down
+    threefold, and a row of weight zero needs no backward pass.
     """
     return torch.where(weight < SMALLEST_RELATIVE_WEIGHT * weight.amax(), torch.zeros_like(weight), weight)

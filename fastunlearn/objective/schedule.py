@@ -53,15 +53,25 @@ class NoiseSchedule:
             )
         self.alpha, self.sigma = alpha, sigma
         self.model_timesteps, self.prediction_type = model_timesteps.cpu(), prediction_type
-        needs_signal = prediction_type == "epsilon"
-        self._usable = (self.sigma > 0) & (self.alpha > 0) if needs_signal else self.sigma > 0
-        self._all_usable = bool(self._usable.all())
-        nowhere = torch.nan if self.model_timesteps.is_floating_point() else int(self.model_timesteps[0])
+
+        # Where the loss is defined: with sigma = 0 the noise cannot be told from the image, and a network
+        # that predicts eps says nothing of the image where alpha = 0.
+        usable = self.sigma > 0
+        if prediction_type == "epsilon":
+            usable = usable & (self.alpha > 0)
+        self._usable, self._all_usable = usable, bool(usable.all())
+
+        # What is looked up for a timestep, and what is found for one outside the schedule: NaN, or the first
+        # model timestep where those are integers.
+        nowhere = torch.nan
+        if not self.model_timesteps.is_floating_point():
+            nowhere = int(self.model_timesteps[0])
         coefficients = self._coefficient_table()
         self._on_host = _with_ends(coefficients, torch.nan), _with_ends(self.model_timesteps, nowhere)
         self._on_device: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def __setattr__(self, name: str, value) -> None:
+        """Attributes are set once: the tables of `coefficients` are made of them, and would not follow."""
         if name in self.__dict__:
             expected = "a NoiseSchedule of its own (tables are made once)"
             raise AttributeError(f"{name}: expected {expected}, got an assignment")
@@ -69,15 +79,17 @@ class NoiseSchedule:
 
     @classmethod
     def from_alphas_cumprod(cls, alphas_cumprod: Tensor, **kwargs) -> NoiseSchedule:
-        """A variance-preserving schedule from `alphas_cumprod` `[T]`: `alpha = sqrt(abar)`, `sigma = sqrt(1 -
-        abar)`, in float64.
+        """A variance-preserving schedule from `alphas_cumprod` `[T]`.
+
+        `alpha = sqrt(abar)`, `sigma = sqrt(1 - abar)`, in float64.
         """
         alphas_cumprod = _table("alphas_cumprod", alphas_cumprod)
         if alphas_cumprod.max() > 1:
             raise ValueError(
                 f"alphas_cumprod: expected values in [0, 1], got a maximum of {alphas_cumprod.max():.6g}"
             )
-        if (alphas_cumprod.diff() > 0).any():  # betas, or a table turned round
+        # Values that rise are betas, or a table turned round.
+        if (alphas_cumprod.diff() > 0).any():
             first = int((alphas_cumprod.diff() > 0).nonzero()[0]) + 1
             raise ValueError(
                 f"alphas_cumprod: expected values that fall with t, got one that rises at t = {first}"
@@ -86,8 +98,9 @@ class NoiseSchedule:
 
     @classmethod
     def from_diffusers(cls, scheduler) -> NoiseSchedule:
-        """The schedule a diffusers scheduler trains with; its float32 `alphas_cumprod` is what the checkpoint
-        has seen, so it is the source.
+        """The schedule a diffusers scheduler trains with.
+
+        Its float32 `alphas_cumprod` is what the checkpoint has seen, so it is the source.
 
         Flow matching: diffusers' FlowMatch schedulers. One with `use_dynamic_shifting` shifts its noise
         levels when it samples, by the size of the image; diffusers' scripts train with those that are not
@@ -101,16 +114,16 @@ class NoiseSchedule:
             config = scheduler.config
             if config.get("invert_sigmas"):
                 raise ValueError("scheduler: expected noise levels that rise with t, got invert_sigmas=True")
-            return cls.flow(
-                config.num_train_timesteps, shift=1.0 if config.get("use_dynamic_shifting") else config.shift
-            )
+            shift = 1.0 if config.get("use_dynamic_shifting") else config.shift
+            return cls.flow(config.num_train_timesteps, shift=shift)
         expected = f"a diffusers scheduler with alphas_cumprod, or one of {', '.join(FLOW_MATCHING)}"
         raise TypeError(f"scheduler: expected {expected}, got {type(scheduler).__name__}")
 
     @classmethod
     def flow(cls, num_timesteps: int = 1000, shift: float = 1.0) -> NoiseSchedule:
-        """Flow matching, `x_t = (1 - sigma_t) x_0 + sigma_t eps`, with diffusers' shift of the noise levels;
-        index t is noise level (t + 1) / T.
+        """Flow matching, `x_t = (1 - sigma_t) x_0 + sigma_t eps`.
+
+        Index t is noise level (t + 1) / T, before diffusers' shift of the noise levels.
         """
         sigma = torch.arange(1, num_timesteps + 1, dtype=torch.float64) / num_timesteps
         sigma = shift * sigma / (1 + (shift - 1) * sigma)
@@ -123,12 +136,11 @@ class NoiseSchedule:
         return f"NoiseSchedule({len(self)} timesteps, prediction_type={self.prediction_type!r})"
 
     def coefficients(self, timesteps: Tensor) -> Tensor:
-        """What the ops need to know of `timesteps` `[B]`: float64 `[B, 5]` on their device, columns `alpha,
-        sigma, a, b, c`.
+        """What the ops need to know of `timesteps` `[B]`: float64 `[B, 5]` on their device.
 
-        In the model's prediction space the target of a clean image `x` seen through `x_t = alpha x_0 + sigma
-        eps` is `a eps + b x_0 + c (x_0 - x)`: a network that predicts eps, v, x_0 or the flow differs in
-        these three numbers only.
+        The columns are `alpha, sigma, a, b, c`. In the model's prediction space the target of a clean image
+        `x` seen through `x_t = alpha x_0 + sigma eps` is `a eps + b x_0 + c (x_0 - x)`: a network that
+        predicts eps, v, x_0 or the flow differs in these three numbers only.
 
         On a GPU nothing is read: the row of a timestep outside the schedule, or where the loss is not
         defined, is NaN, so that no update can come of it.
@@ -203,14 +215,17 @@ class NoiseSchedule:
         """Coefficients and model timesteps, with a row more at each end (`_row_of`)."""
         if device not in self._on_device:
             tables = tuple(table.to(device) for table in self._on_host)
+            # Those of a trace hold no numbers: they are not kept.
             if any(type(table) is not Tensor for table in tables):
-                return tables  # of a trace: they hold no numbers
+                return tables
             self._on_device[device] = tables
         return self._on_device[device]
 
     def _coefficient_table(self) -> Tensor:
         """`coefficients` of all timesteps, float64 `[T, 5]`; NaN where the loss is not defined."""
         alpha, sigma = self.alpha, self.sigma
+        # The target of an image x seen through x_t is that of x_0 with x in place of x_0, and the noise
+        # (x_t - alpha x) / sigma = eps + rho (x_0 - x) in place of eps: `a eps + b x_0 + c (x_0 - x)`.
         rho, one, zero = alpha / sigma, torch.ones_like(alpha), torch.zeros_like(alpha)
         a, b, c = {
             "epsilon": (one, zero, rho),
@@ -252,8 +267,6 @@ def _table(name: str, values) -> Tensor:
 
 
 def _describe(value) -> str:
-    return (
-        f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
-        if isinstance(value, Tensor)
-        else type(value).__name__
-    )
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
