@@ -1,5 +1,6 @@
-"""The methods: frozen dataclasses of hyperparameters that say what a step composes and how it combines the
-gradients.
+"""The methods: frozen dataclasses of hyperparameters.
+
+They say what a step composes and how it combines the gradients.
 """
 
 from ..objective.draws import FORGET, RETAIN

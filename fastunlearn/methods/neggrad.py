@@ -25,8 +25,9 @@ from .registry import register
 )
 @dataclass(frozen=True)
 class NegGrad(Method):
-    """Gradient ascent on the forget set: `-superfactor E ||eps - eps_theta(a_t, t)||^2` (methods.md C; SISS
-    `simple_neg_del`).
+    """Gradient ascent on the forget set: `-superfactor E ||eps - eps_theta(a_t, t)||^2`.
+
+    methods.md C; SISS `simple_neg_del`.
 
     Args:
         superfactor: factor of the ascent; clipping to max_grad_norm leaves little of it.
@@ -44,5 +45,6 @@ class NegGrad(Method):
 
     def compose(self, batch: Batch, draws: Draws, schedule: NoiseSchedule) -> list[Pass]:
         x_t, target = F.noised(batch.forget, draws.forget_noise, draws.forget_timesteps, schedule)
+        # Descent on the negative loss.
         forget = Term("forget", target, scale=-self.superfactor)
         return [Pass(x_t, draws.forget_timesteps, (forget,), batch.forget_kwargs)]

@@ -29,8 +29,7 @@ from .registry import register
 )
 @dataclass(frozen=True)
 class ReTrack(Method):
-    """ReTrack (arXiv 2509.13007): redirect the denoising trajectory of a forget image to its k nearest retain
-    neighbours.
+    """ReTrack (arXiv 2509.13007): forget images are denoised towards their k nearest retain neighbours.
 
     `L = lambd * mean_b sum_j p_j ||eps_theta(x_t) - v_j||^2 + (1 - lambd) * L_vanilla(retain)` (section 3.4),
     with one target in place of k. Forget and retain rows go through the network together, one forward and one
@@ -52,15 +51,19 @@ class ReTrack(Method):
 
     @property
     def needs(self) -> frozenset[str]:
-        sets = {"forget", "neighbors"}
-        return frozenset(sets if self.lambd == 1 else sets | {"retain"})
+        # With lambd = 1 the retain term counts 0, and has no rows.
+        if self.lambd == 1:
+            return frozenset({"forget", "neighbors"})
+        return frozenset({"forget", "neighbors", "retain"})
 
     def draws(self) -> dict[str, Draw]:
-        return FORGET if self.lambd == 1 else FORGET | RETAIN
+        if self.lambd == 1:
+            return FORGET
+        return FORGET | RETAIN
 
     def compose(self, batch: Batch, draws: Draws, schedule: NoiseSchedule) -> list[Pass]:
-        # Section 3.4 with one target in place of k:
-        # sum_j p_j ||e - v_j||^2 = ||e - sum_j p_j v_j||^2 + spread
+        # The forget term of section 3.4 with one target in place of k: with v = sum_j p_j v_j,
+        # `sum_j p_j ||e - v_j||^2 = ||e - v||^2 + spread`, and the spread does not depend on the network.
         redirected = F.redirect(
             batch.forget,
             batch.neighbors,
@@ -72,6 +75,8 @@ class ReTrack(Method):
         forget = Term("forget", redirected.target, spread=redirected.spread, scale=self.lambd)
         if self.lambd == 1:
             return [Pass(redirected.x_t, draws.forget_timesteps, (forget,), batch.forget_kwargs)]
+
+        # The retain term, L_vanilla: its rows follow those to forget in one call of the network.
         x_t, target = F.noised(batch.retain, draws.retain_noise, draws.retain_timesteps, schedule)
         first, last = len(batch.forget), len(batch.forget) + len(batch.retain)
         retain = Term("retain", target, rows=range(first, last), scale=1 - self.lambd)

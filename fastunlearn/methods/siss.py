@@ -38,14 +38,13 @@ PAIR = FORGET | {"retain_timesteps": Same("forget_timesteps"), "retain_noise": S
 )
 @dataclass(frozen=True)
 class SISS(Method):
-    """SISS (arXiv 2503.01034): subtracted importance-sampled scores, with the forget gradient rescaled to a
-    fixed norm.
+    """SISS (arXiv 2503.01034): subtracted importance-sampled scores.
 
-    Variants: `"mixture"` (the method: one noisy image from the defensive mixture, two importance-weighted
-    targets, one forward), `"no_is"` (two forwards without importance sampling, SISS
-    `double_forward_with_neg_del`) and `"bernoulli"` (the mixture without weights, SISS `subscore_bernoulli`:
-    the retain term divided by `1 - lambd`). `lambd` lies in [0, 1], in (0, 1) for `"bernoulli"`. The forget
-    gradient is scaled up or down to `scaling_norm`.
+    The forget gradient is rescaled to a fixed norm. Variants: `"mixture"` (the method: one noisy image from
+    the defensive mixture, two importance-weighted targets, one forward), `"no_is"` (two forwards without
+    importance sampling, SISS `double_forward_with_neg_del`) and `"bernoulli"` (the mixture without weights,
+    SISS `subscore_bernoulli`: the retain term divided by `1 - lambd`). `lambd` lies in [0, 1], in (0, 1) for
+    `"bernoulli"`. The forget gradient is scaled up or down to `scaling_norm`.
 
     The importance weights compare two images as makers of one noisy image under one condition. Where the
     images of a pair have different ones (labels, captions: any number of `forget_kwargs` and
@@ -101,6 +100,10 @@ class SISS(Method):
         return self._two_forwards(batch, draws, schedule)
 
     def _mixture(self, batch: Batch, draws: Draws, schedule: NoiseSchedule) -> list[Pass]:
+        # m = x_t is drawn from the defensive mixture q_lambd = (1 - lambd) q(m|x) + lambd q(m|a), with
+        # weights w_x = q(m|x) / q_lambd and w_a = q(m|a) / q_lambd (Eq. 6). The terms of Eq. 8 on one call of
+        # the network: E [w_a ||e - target_a||^2] and E [w_x ||e - target_x||^2]; x is to be kept, a
+        # forgotten.
         noise, timesteps, kwargs = _picked(batch, draws)
         ratio = _condition_log_ratio(batch, draws.from_forget)
         if ratio is not None:
@@ -118,20 +121,23 @@ class SISS(Method):
 
         Off the CPU nobody looks: such a row has an infinite weight, and the step is skipped.
         """
-        if self.lambd in (0, 1) and check.readable(ratio):
-            never = float("inf") if self.lambd == 0 else -float("inf")
-            if (ratio == never).any():
-                branch = "retain" if self.lambd == 0 else "forget"
-                expected = f"rows of the {branch} branch alone for lambd {self.lambd:g}"
-                raise ValueError(f"draws.from_forget: expected {expected}, got others, of another condition")
+        if self.lambd not in (0, 1) or not check.readable(ratio):
+            return
+        # An infinite ratio says that the row is of the branch that is never drawn, and of a condition that
+        # the other image of the pair does not have.
+        branch, never = "forget", -float("inf")
+        if self.lambd == 0:
+            branch, never = "retain", float("inf")
+        if (ratio == never).any():
+            expected = f"rows of the {branch} branch alone for lambd {self.lambd:g}"
+            raise ValueError(f"draws.from_forget: expected {expected}, got others, of another condition")
 
     def _bernoulli(self, batch: Batch, draws: Draws, schedule: NoiseSchedule) -> list[Pass]:
         noise, timesteps, kwargs = _picked(batch, draws)
-        forget, retain = (
-            images.gather() if isinstance(images, Rows) else images for images in (batch.forget, batch.retain)
-        )
+        forget, retain = _gathered(batch.forget), _gathered(batch.retain)
         x_t, target = F.noised(_where(draws.from_forget, forget, retain), noise, timesteps, schedule)
-        # The papers divide the retain term by the expected share of its rows, and the forget term by 1.
+        # Each row counts for the branch that made it. The papers divide the retain term by the expected share
+        # of its rows, `1 - lambd`, and leave the factor `1 / lambd` of the forget term to the rescaling.
         terms = (
             Term("forget", target, draws.from_forget),
             Term("retain", target, ~draws.from_forget, over=len(x_t) * (1 - self.lambd)),
@@ -139,31 +145,34 @@ class SISS(Method):
         return [Pass(x_t, timesteps, terms, kwargs)]
 
     def _two_forwards(self, batch: Batch, draws: Draws, schedule: NoiseSchedule) -> list[Pass]:
-        forget_x_t, forget_target = F.noised(
-            batch.forget, draws.forget_noise, draws.forget_timesteps, schedule
-        )
-        retain_x_t, retain_target = F.noised(
-            batch.retain, draws.retain_noise, draws.retain_timesteps, schedule
-        )
-        forget, retain = Term("forget", forget_target), Term("retain", retain_target)
-        return [
-            Pass(forget_x_t, draws.forget_timesteps, (forget,), batch.forget_kwargs),
-            Pass(retain_x_t, draws.retain_timesteps, (retain,), batch.retain_kwargs),
-        ]
+        # Without importance sampling: E ||e - eps||^2 on noisy images of either set, a network call each.
+        x_t, target = F.noised(batch.forget, draws.forget_noise, draws.forget_timesteps, schedule)
+        terms = (Term("forget", target),)
+        forget = Pass(x_t, draws.forget_timesteps, terms, batch.forget_kwargs)
+        x_t, target = F.noised(batch.retain, draws.retain_noise, draws.retain_timesteps, schedule)
+        terms = (Term("retain", target),)
+        retain = Pass(x_t, draws.retain_timesteps, terms, batch.retain_kwargs)
+        return [forget, retain]
 
 
 def _picked(batch: Batch, draws: Draws) -> tuple[Tensor | Noise, Tensor, dict]:
     """Noise, timesteps and conditioning of the branch that each row is made from."""
+    # A pair has one noise, unless a caller gives two: rows of either have to be numbers, to be chosen from.
     noise = draws.forget_noise
     if draws.retain_noise is not noise:
-        noises = (
-            noise.numbers() if isinstance(noise, Noise) else noise
-            for noise in (draws.forget_noise, draws.retain_noise)
-        )
-        noise = _where(draws.from_forget, *noises)
+        noise = _where(draws.from_forget, _numbers(draws.forget_noise), _numbers(draws.retain_noise))
     timesteps = _where(draws.from_forget, draws.forget_timesteps, draws.retain_timesteps)
     kwargs = map_tensors(partial(_where, draws.from_forget), batch.forget_kwargs, batch.retain_kwargs)
     return noise, timesteps, kwargs
+
+
+def _numbers(noise: Tensor | Noise) -> Tensor:
+    """`noise`, made if it is yet to be."""
+    return noise.numbers() if isinstance(noise, Noise) else noise
+
+
+def _gathered(images: Tensor | Rows) -> Tensor:
+    return images.gather() if isinstance(images, Rows) else images
 
 
 def _condition_log_ratio(batch: Batch, from_forget: Tensor) -> Tensor | None:
@@ -189,9 +198,12 @@ def _condition_log_ratio(batch: Batch, from_forget: Tensor) -> Tensor | None:
 
 def _rows_that_differ(forget: Tensor, retain: Tensor) -> Tensor:
     """Bool `[B]`, of two tensors of one shape with the batch first."""
+    # NaN alone differs from itself.
     both_nan = (forget != forget) & (retain != retain)
     unequal = (forget != retain) & ~both_nan
-    return unequal if unequal.ndim == 1 else unequal.flatten(1).any(1)
+    if unequal.ndim == 1:
+        return unequal
+    return unequal.flatten(1).any(1)
 
 
 def _where(from_forget: Tensor, forget: Tensor, retain: Tensor) -> Tensor:
