@@ -3,14 +3,68 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..host import check, philox
 from ..host.plain_names import plain
 from ..host.store import ImageStore, overlap
 from ..objective.protocol import Method
+from ..step.trained import trainable, unwrapped
+from ..step.wrappers import refuse_elsewhere
+
+
+def check_network(model: Callable, optimizer: torch.optim.Optimizer) -> None:
+    """Whether steps can be taken on `model`, perhaps in DistributedDataParallel, with `optimizer`.
+
+    Raises:
+        TypeError, ValueError: naming what of the network or its parameters a step could not answer for.
+    """
+    network = unwrapped(model)
+    for around in (model, network):
+        refuse_elsewhere("model", around)
+    trainable(network, optimizer)
+    check_unconditional(network)
+
+
+def check_precision(parameters: Sequence[Tensor], autocast_dtype: torch.dtype | None) -> None:
+    """
+    Raises:
+        TypeError: the network could not take float32 rows.
+    """
+    if parameters[0].dtype != torch.float32 and autocast_dtype is None:
+        raise TypeError(
+            "model: expected float32 parameters, or autocast_dtype (stores serve float32 rows), "
+            f"got {parameters[0].dtype}"
+        )
+
+
+def check_ema(ema: Any) -> None:
+    """
+    Raises:
+        TypeError: it has no step().
+    """
+    if ema is not None and not callable(getattr(ema, "step", None)):
+        expected = "expected an object with .step(parameters) or None"
+        raise TypeError(f"ema: {expected}, got {check.describe(ema)}")
+
+
+def check_total_steps(total_steps: Any) -> int | None:
+    """`total_steps` as an integer.
+
+    Raises:
+        TypeError, ValueError: it is none, or so large that random numbers would repeat.
+    """
+    if total_steps is None:
+        return None
+    total_steps = check.integer("total_steps", total_steps, low=0)
+    if total_steps > philox.STEPS:
+        expected = "at most 2^32 (then random numbers repeat)"
+        raise ValueError(f"total_steps: expected {expected}, got {total_steps}")
+    return total_steps
 
 
 def check_unconditional(model: Callable) -> None:
@@ -22,16 +76,17 @@ def check_unconditional(model: Callable) -> None:
     if not isinstance(model, torch.nn.Module):
         return
     network = plain(model)
-    required = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    # Of compiled code, TorchScript's, say, nothing is known.
     try:
         parameters = inspect.signature(network.forward).parameters.values()
-    except (TypeError, ValueError):  # of compiled code, TorchScript's, say: nothing is known
+    except (TypeError, ValueError):
         parameters = ()
+    # What has no default, but for the first two: images and timesteps.
+    required = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     asked = [each.name for each in parameters if each.default is each.empty and each.kind in required][2:]
-    if (
-        type(network).__module__.startswith("diffusers.")
-        and getattr(network, "class_embedding", None) is not None
-    ):
+    # Networks of diffusers have defaults for all, and complain in their forward pass.
+    of_diffusers = type(network).__module__.startswith("diffusers.")
+    if of_diffusers and getattr(network, "class_embedding", None) is not None:
         asked.append("class_labels")
     if asked:
         expected = (
@@ -50,29 +105,38 @@ def check_stores(
         TypeError, ValueError: a set that the method reads is missing, the two do not match, or forget rows
             also stand in `retain`.
     """
-    for name, store, needed in (
-        ("forget", forget, "forget" in method.needs),
-        ("retain", retain, bool({"retain", "neighbors"} & method.needs)),
-    ):
-        if needed and not isinstance(store, ImageStore):
-            raise TypeError(
-                f"{name}: expected an ImageStore ({type(method).__name__} reads it), "
-                f"got {check.describe(store)}"
-            )
-        if needed and len(store) > philox.LARGEST_RANGE:
-            expected = "at most 2^31 rows (they are drawn with 32 random bits)"
-            raise ValueError(f"{name}: expected {expected}, got {len(store)}")
+    if "forget" in method.needs:
+        _check_store(method, "forget", forget)
+    if {"retain", "neighbors"} & method.needs:
+        _check_store(method, "retain", retain)
     if forget is None or retain is None:
         return
     check_same_kind(forget, retain)
     if not allow_overlap:
-        rows, _ = overlap(forget, retain)
-        if len(rows):
-            shown = ", ".join(str(int(row)) for row in rows[:10]) + (", ..." if len(rows) > 10 else "")
-            raise ValueError(
-                "forget: expected images that are not in retain, "
-                f"got {len(rows)} that are (rows {shown}); allow_overlap=True accepts them"
-            )
+        _check_disjoint(forget, retain)
+
+
+def _check_store(method: Method, name: str, store: ImageStore | None) -> None:
+    if not isinstance(store, ImageStore):
+        raise TypeError(
+            f"{name}: expected an ImageStore ({type(method).__name__} reads it), got {check.describe(store)}"
+        )
+    if len(store) > philox.LARGEST_RANGE:
+        expected = "at most 2^31 rows (they are drawn with 32 random bits)"
+        raise ValueError(f"{name}: expected {expected}, got {len(store)}")
+
+
+def _check_disjoint(forget: ImageStore, retain: ImageStore) -> None:
+    rows, _ = overlap(forget, retain)
+    if len(rows) == 0:
+        return
+    shown = ", ".join(str(int(row)) for row in rows[:10])
+    if len(rows) > 10:
+        shown += ", ..."
+    raise ValueError(
+        "forget: expected images that are not in retain, "
+        f"got {len(rows)} that are (rows {shown}); allow_overlap=True accepts them"
+    )
 
 
 def check_same_kind(forget: ImageStore, retain: ImageStore) -> None:
@@ -87,9 +151,7 @@ def check_same_kind(forget: ImageStore, retain: ImageStore) -> None:
             f"got {tuple(forget.shape)}"
         )
     if forget.latents != retain.latents:
-        raise ValueError(
-            f"forget: expected {'latents' if retain.latents else 'images'}, as in retain, "
-            f"got {'latents' if forget.latents else 'images'}"
-        )
+        expected, got = ("latents", "images") if retain.latents else ("images", "latents")
+        raise ValueError(f"forget: expected {expected}, as in retain, got {got}")
     if forget.is_uint8 != retain.is_uint8:
         raise TypeError(f"forget: expected the dtype of retain, {retain.dtype}, got {forget.dtype}")

@@ -124,7 +124,8 @@ class HostFeed:
         self._draw_rows = draw_rows
         stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._buffers = tuple(_Staging(store, batch_size, device, stream) for _ in range(2))
-        self._in_use: _Staging | None = None  # what the latest take returned
+        # What the latest take returned, and what the thread gathers for which step.
+        self._in_use: _Staging | None = None
         self._next: tuple[int, Future[_Staging]] | None = None
         self._worker: ThreadPoolExecutor | None = ThreadPoolExecutor(1, thread_name_prefix="fastunlearn-feed")
 

@@ -12,7 +12,8 @@ from ..host.store import ImageStore
 from ..neighbors.copies import NearCopyWarning, copies_among_neighbors
 from ..neighbors.nearest import check_neighbors, nearest_neighbors
 
-UINT8_SCALE = (2 / 255) ** 2  # from integer squared distances to those of images in [-1, 1]
+# From integer squared distances to those of images in [-1, 1].
+UINT8_SCALE = (2 / 255) ** 2
 
 
 def find_neighbors(
@@ -39,25 +40,38 @@ def find_neighbors(
         TypeError, ValueError: naming what of `k` or `neighbors` does not fit.
     """
     k = check.integer("k", k, low=1, high=len(retain), of="the rows of retain")
-    if given is not None and (not isinstance(given, (tuple, list)) or len(given) != 2):
+    if given is None:
+        index, sqdist = nearest_neighbors(forget, searched, k)
+    elif isinstance(given, (tuple, list)) and len(given) == 2:
+        index, sqdist = given
+    else:
         expected = "expected a pair (index, sqdist) as nearest_neighbors returns it"
         raise TypeError(f"neighbors: {expected}, got {check.describe(given)}")
-    index, sqdist = nearest_neighbors(forget, searched, k) if given is None else given
-    check.tensor("neighbors[0]", index, ndim=2, floating=False)
-    # Of uint8 rows: the integer distance, scaled below.
-    check.tensor("neighbors[1]", sqdist, ndim=2, floating=not retain.is_uint8)
-    if index.shape != (len(forget), k) or sqdist.shape != index.shape:
-        expected = f"expected index and sqdist of shape ({len(forget)}, {k})"
-        raise ValueError(f"neighbors: {expected}, got {tuple(index.shape)} and {tuple(sqdist.shape)}")
-    if int(index.min()) < 0 or int(index.max()) >= len(retain):
-        got = f"[{int(index.min())}, {int(index.max())}]"
-        raise ValueError(f"neighbors: expected rows of retain, [0, {len(retain) - 1}], got {got}")
+    _check_pair(index, sqdist, (len(forget), k), retain)
     if given is not None:
         check_neighbors(forget, searched, index, sqdist)
     if warn and not retain.latents:
         _warn_of_near_copies(forget, retain, index, sqdist)
-    sqdist = sqdist.double() * UINT8_SCALE if retain.is_uint8 else sqdist.double()
+    sqdist = sqdist.double()
+    if retain.is_uint8:
+        sqdist = sqdist * UINT8_SCALE
     return index.long().to(device), sqdist.to(device)
+
+
+def _check_pair(index: Tensor, sqdist: Tensor, shape: tuple[int, int], retain: ImageStore) -> None:
+    """
+    Raises:
+        TypeError, ValueError: they are not rows of `retain` and distances, each of `shape`.
+    """
+    check.tensor("neighbors[0]", index, ndim=2, floating=False)
+    # Of uint8 rows: the integer distance, scaled later.
+    check.tensor("neighbors[1]", sqdist, ndim=2, floating=not retain.is_uint8)
+    if index.shape != shape or sqdist.shape != index.shape:
+        expected = f"expected index and sqdist of shape {shape}"
+        raise ValueError(f"neighbors: {expected}, got {tuple(index.shape)} and {tuple(sqdist.shape)}")
+    if int(index.min()) < 0 or int(index.max()) >= len(retain):
+        got = f"[{int(index.min())}, {int(index.max())}]"
+        raise ValueError(f"neighbors: expected rows of retain, [0, {len(retain) - 1}], got {got}")
 
 
 def _warn_of_near_copies(forget: ImageStore, retain: ImageStore, index: Tensor, sqdist: Tensor) -> None:
@@ -65,4 +79,5 @@ def _warn_of_near_copies(forget: ImageStore, retain: ImageStore, index: Tensor, 
     if len(found):
         hint = "near_copies(forget, retain) finds all of them, retain.select(rows) leaves them out"
         text = f"neighbors: expected images that do not show the image to forget, got {found}. {hint}"
-        warnings.warn(text, NearCopyWarning, stacklevel=4)  # where the Unlearner is made
+        # Said of the line that makes the Unlearner: above `find_neighbors`, `_find_neighbors` and `__init__`.
+        warnings.warn(text, NearCopyWarning, stacklevel=5)

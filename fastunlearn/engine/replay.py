@@ -31,7 +31,8 @@ WARM_UP_STEPS = 3
 # Exactly these: a subclass may do on the host what a graph would not repeat.
 CAPTURABLE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 _REQUIRES_GRAD = attrgetter("requires_grad")
-_NOT_CONSTANT = ("params", "lr", "initial_lr")  # of a parameter group; parameters are compared by address
+# Of a parameter group: parameters are compared by address, and learning rates are read from memory.
+_NOT_CONSTANT = ("params", "lr", "initial_lr")
 
 
 class Graphs(Protocol):
@@ -95,13 +96,14 @@ def _recording(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> Iterat
     torch.cuda.empty_cache()
     try:
         with torch.cuda.device(device), torch.cuda.stream(stream):
-            # thread_local: what the user's other threads do meanwhile (a DataLoader that pins memory)
+            # Of this thread alone: what the user's other threads do meanwhile (a DataLoader that pins memory)
             # is none of the graph's business.
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 yield
             except BaseException:
-                with suppress(RuntimeError):  # what CUDA says of a capture that the error has ended already
+                # CUDA complains where the error has ended the capture already.
+                with suppress(RuntimeError):
                     graph.capture_end()
                 raise
             graph.capture_end()
@@ -112,10 +114,11 @@ def _recording(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> Iterat
 
 def _leave_capture(graph: torch.cuda.CUDAGraph, device: torch.device, pool: tuple[int, int]) -> None:
     """What torch leaves undone where a capture could not be begun or ended."""
+    # "Not currently recording" says that torch came as far as that: then the pool goes with the graph.
     try:
         torch._C._cuda_endAllocateToPool(device.index, pool)
     except RuntimeError:
-        pass  # "not currently recording": torch came as far as that, and the pool goes with the graph
+        pass
     else:
         torch._C._cuda_releasePool(device.index, pool)
         _UNFINISHED.append(graph)
@@ -124,7 +127,7 @@ def _leave_capture(graph: torch.cuda.CUDAGraph, device: torch.device, pool: tupl
     generator.graphsafe_set_state(generator.clone_state())
 
 
-# by type of device; rehearsals add tapes for CPUs
+# By type of device; rehearsals add tapes for CPUs.
 RECORDERS: dict[str, Callable[[torch.device], Graphs]] = {"cuda": CudaGraphs}
 
 
@@ -155,14 +158,19 @@ class Replay:
         # The learning rates, in float32: what fused optimizers read.
         count, device = len(optimizer.param_groups), self.tensors[0].device
         self._rates = torch.zeros(count, dtype=torch.float32, device=device)
-        self._on_device: list[float | None] = [None] * len(self._rates)  # what `_rates` holds
+        # What `_rates` holds.
+        self._on_device: list[float | None] = [None] * len(self._rates)
+
+        # What the graph holds as constants, and the graph; its outputs are overwritten by every replay.
         self._constants: tuple | None = None
         self._warm_up_left = WARM_UP_STEPS
         self._run: Callable[[], None] | None = None
-        self._outputs: Packed | None = None  # of the graph: every replay overwrites it
+        self._outputs: Packed | None = None
+        # To capture: every step is eager.
+        self.failed = False
         self._said: set[str] = set()
-        self.failed = False  # to capture; every step is eager
-        # The optimizer would warn of warm-up steps: they set `capturable` and capture nothing, as is right.
+        # torch's mark that the optimizer has warned. It would warn of warm-up steps, which set `capturable`
+        # and capture nothing, as is right.
         optimizer._warned_capturable_if_run_uncaptured = True
 
     @property
@@ -188,7 +196,8 @@ class Replay:
                 changed = "settings of the step, its parameters or its optimizer have changed"
                 log.info("replay: %s: the step is captured anew", changed)
             self._constants, self._warm_up_left = constants, WARM_UP_STEPS
-            self._run = self._outputs = None  # first of all: the memory of the old graph
+            # The memory of the old graph is given back before the steps that need it.
+            self._run = self._outputs = None
         self._fill_rates()
         if self._warm_up_left > 0:
             self._warm_up_left -= 1
@@ -217,17 +226,19 @@ class Replay:
         def record() -> None:
             self._outputs = _pack(take())
 
+        # Errors are of many kinds: a model that reads a tensor, memory that does not suffice.
         try:
             with self._rates_on_device():
                 self._run = self.graphs.capture(record)
-        except Exception as error:  # of many kinds: a model that reads a tensor, memory that does not suffice
+        except Exception as error:
             what = f"the step could not be captured in a CUDA graph ({type(error).__name__}: {error})"
             if self.required:
                 raise RuntimeError(f"replay: {what}; replay=None or False runs it eagerly") from error
             log.warning("replay: %s: it runs eagerly from now on", what)
             self._outputs, self.failed = None, True
+        # What the error kept of the graph's memory.
         if self.failed:
-            gc.collect()  # what the error kept of the graph's memory
+            gc.collect()
         return not self.failed
 
     def _read_constants(self, settings: tuple) -> tuple:
@@ -237,18 +248,20 @@ class Replay:
         for group in self.optimizer.param_groups:
             options.append({name: value for name, value in group.items() if name not in _NOT_CONSTANT})
             rate = group["lr"]
-            places.append((len(group["params"]), rate.data_ptr() if self._is_ours(rate) else None))
+            place = rate.data_ptr() if self._is_ours(rate) else None
+            places.append((len(group["params"]), place))
+        # The optimizer's state by identity: load_state_dict makes another.
         return (
             settings,
             options,
             places,
-            _Same(self.optimizer.state),  # load_state_dict makes another
+            _Same(self.optimizer.state),
             list(map(Tensor.data_ptr, self.tensors)),
             list(map(_REQUIRES_GRAD, self.tensors)),
         )
 
     def _is_ours(self, rate: float | Tensor) -> bool:
-        """Whether a learning rate lies on the device already: whoever put it there fills it."""
+        """Whether a learning rate lies on our device already: whoever put it there fills it."""
         return isinstance(rate, Tensor) and rate.device == self._rates.device
 
     def _fill_rates(self) -> None:

@@ -1,5 +1,6 @@
-"""Unlearner: owns the stores and draws every row, timestep and noise itself, so that a run is a function of
-its seed.
+"""Unlearner: owns the stores and draws every row, timestep and noise itself.
+
+So a run is a function of its seed.
 """
 
 from __future__ import annotations
@@ -7,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -26,18 +27,17 @@ from ..step.agreement import check_agreement
 from ..step.compilation import Compile, compile_seconds, resolve_compile
 from ..step.options import Settings, check_reference, checked
 from ..step.take import StepOutput, take_step
-from ..step.trained import check_gradients, check_keep_grad, look_at, processes, trainable, unwrapped
+from ..step.trained import check_gradients, check_keep_grad, look_at, processes, unwrapped
 from ..step.wrappers import (
     check_update_is_due,
     check_wrappers,
     device_of,
     grad_scaler_of,
-    refuse_elsewhere,
     tell_skipped,
     unwrap_optimizer,
     unwrap_scheduler,
 )
-from .checks import check_stores, check_unconditional
+from .checks import check_ema, check_network, check_precision, check_stores, check_total_steps
 from .feeds import HostFeed, open_feed
 from .neighborhood import find_neighbors
 from .replay import make_replay
@@ -125,6 +125,7 @@ class Unlearner:
         time_window: None = None,
         lowpass: None = None,
     ):
+        # The method and what is trained.
         if not isinstance(method, Method):
             raise TypeError(f"method: expected a method such as ReTrack(), got {check.describe(method)}")
         optimizer, self._wrappers = unwrap_optimizer(optimizer)
@@ -146,30 +147,21 @@ class Unlearner:
             lowpass=lowpass,
         )
         check_reference(method, model, reference_model)
-        for around in (model, unwrapped(model)):
-            refuse_elsewhere("model", around)
-        trainable(unwrapped(model), optimizer)
-        check_unconditional(unwrapped(model))
-        reduced = process_group is not None or unwrapped(model) is not model
+        check_network(model, optimizer)
         check_keep_grad(keep_grad)
-        if ema is not None and not callable(getattr(ema, "step", None)):
-            expected = "expected an object with .step(parameters) or None"
-            raise TypeError(f"ema: {expected}, got {check.describe(ema)}")
+        check_ema(ema)
+
+        # The run, and its sets last: looking for images in both reads all of them.
         schedule.check_usable()
         batch_size = check.integer("batch_size", batch_size, low=1)
         seed = check.integer("seed", seed, low=0, high=2**63 - 1)
-        if total_steps is not None:
-            total_steps = check.integer("total_steps", total_steps, low=0)
-            if total_steps > philox.STEPS:
-                expected = "at most 2^32 (then random numbers repeat)"
-                raise ValueError(f"total_steps: expected {expected}, got {total_steps}")
+        total_steps = check_total_steps(total_steps)
+        reduced = process_group is not None or unwrapped(model) is not model
         check_wrappers(self._wrappers, reduced=reduced)
-        self._prepared_scheduler = None
-        if lr_scheduler is not None:
-            lr_scheduler, self._prepared_scheduler, asked = unwrap_scheduler(lr_scheduler, optimizer)
-            self._wrappers += [wrapper for wrapper in asked if wrapper not in self._wrappers]
+        lr_scheduler = self._unwrapped_scheduler(lr_scheduler, optimizer)
         check_stores(method, forget, retain, allow_overlap=allow_overlap)
 
+        # What a caller can read, and partly change between steps.
         self.model, self.optimizer, self.schedule, self.method = model, optimizer, schedule, method
         self.reference_model, self.rules = reference_model, settings.rules
         self.batch_size, self.micro_batch_size = batch_size, settings.micro_batch_size
@@ -179,63 +171,92 @@ class Unlearner:
         self.ema, self.lr_scheduler = ema, lr_scheduler
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.device = device
-        self.compile = resolve_compile(compile, unwrapped(model), self.device)
-        self.process_group = processes(model, process_group)
+        self.compile = resolve_compile(compile, unwrapped(model), device)
+        self._share_batch(process_group)
+        check_precision(self.parameters, autocast_dtype)
+
+        # The sets, on their way to the device.
+        self._keep_sets(forget, retain)
+        self._open_feeds(residency)
+        self._find_neighbors(neighbors, warn=warn_of_near_copies and self.rank == 0)
+
+        # Counts of steps. On the device: seed, step, position of this process's first row in the batch.
+        self._counter = torch.zeros(3, dtype=torch.int64, device=device)
+        self._count_from(0)
+        self.skipped_steps = torch.zeros((), dtype=torch.int64, device=device)
+        # Of the latest step, of the first parameter group; a tensor where it lies on the device.
+        self.lr_of_step: float | Tensor | None = None
+        self._agreed = self.process_group is None
+        self._replay = make_replay(
+            replay, unwrapped(model), optimizer, device, forbidden=self._not_replayable()
+        )
+
+    def _unwrapped_scheduler(self, lr_scheduler: Any, optimizer: torch.optim.Optimizer) -> Any:
+        """The scheduler in accelerate's wrapper, whose optimizers are told, too, when a step is skipped."""
+        self._prepared_scheduler = None
+        if lr_scheduler is None:
+            return None
+        lr_scheduler, self._prepared_scheduler, asked = unwrap_scheduler(lr_scheduler, optimizer)
+        self._wrappers += [wrapper for wrapper in asked if wrapper not in self._wrappers]
+        return lr_scheduler
+
+    def _share_batch(self, process_group: dist.ProcessGroup | None) -> None:
+        """Which rows of every batch are those of this process: `rows_here`, from `rank * rows_here` on."""
+        self.process_group = processes(self.model, process_group)
         self.rank, self.num_processes = 0, 1
         if self.process_group is not None:
             self.rank = dist.get_rank(self.process_group)
             self.num_processes = dist.get_world_size(self.process_group)
-        if batch_size % self.num_processes:
+        if self.batch_size % self.num_processes:
             raise ValueError(
-                f"batch_size: expected a multiple of the {self.num_processes} processes, got {batch_size}"
+                f"batch_size: expected a multiple of the {self.num_processes} processes, "
+                f"got {self.batch_size}"
             )
-        self.rows_here = batch_size // self.num_processes
-        if self.parameters[0].dtype != torch.float32 and autocast_dtype is None:
-            raise TypeError(
-                "model: expected float32 parameters, or autocast_dtype (stores serve float32 rows), "
-                f"got {self.parameters[0].dtype}"
-            )
-        self.forget = forget if "forget" in method.needs else None
-        self.retain = retain if {"retain", "neighbors"} & method.needs else None
+        self.rows_here = self.batch_size // self.num_processes
+
+    def _keep_sets(self, forget: ImageStore | None, retain: ImageStore | None) -> None:
+        """The sets that the method reads; others are not kept."""
+        needs = self.method.needs
+        self.forget = forget if "forget" in needs else None
+        self.retain = retain if {"retain", "neighbors"} & needs else None
+        # Its distances to the neighbours are computed once: its rows are not drawn anew at every step.
+        if "neighbors" in needs:
+            self.forget = self.forget.freeze()
         stores = {"forget": self.forget, "retain": self.retain}
         self._stores = {branch: store for branch, store in stores.items() if store is not None}
         self._sizes = {branch: len(store) for branch, store in self._stores.items()}
-        self._feeds, self.neighbors = {}, None
-        self.neighbor_rows: Tensor | None = None  # [N, k], in `retain`
-        if "neighbors" in method.needs:
-            self.forget = self.forget.freeze()  # its distances to the neighbours are computed once
-        if self.forget is not None:
-            self._stores["forget"] = self.forget
+
+    def _open_feeds(self, residency: str) -> None:
+        self._feeds = {}
+        first_row = self.rank * self.rows_here
         for branch, store in self._stores.items():
             purpose = Purpose[f"{branch.upper()}_ROWS"]
-            first_row = self.rank * self.rows_here
-            rows_of_step = partial(draw.rows_of_step, self.rows_here, len(store), seed, first_row, purpose)
+            # A feed keeps the function that draws rows: one that held this object would keep it alive.
+            draw_rows = partial(draw.rows_of_step, self.rows_here, len(store), self.seed, first_row, purpose)
             self._feeds[branch] = open_feed(
-                store, self.device, rows_of_step, batch_size=self.rows_here, residency=residency
+                store, self.device, draw_rows, batch_size=self.rows_here, residency=residency
             )
-        if "neighbors" in method.needs:
-            index, sqdist = find_neighbors(
-                self.forget,
-                self.retain,
-                method.k,
-                neighbors,
-                device,
-                searched=self._feeds["retain"].store,
-                warn=warn_of_near_copies and self.rank == 0,
-            )
-            self.neighbor_rows = index
-            self._neighbor_store, index = self._feeds["retain"].neighbors(index)
-            self.neighbors = index, sqdist
-        # Seed, step, position of this process's first row in the batch.
-        self._counter = torch.zeros(3, dtype=torch.int64, device=self.device)
-        self._count_from(0)
-        # Of the latest step, of the first parameter group; a tensor where it lies on the device.
-        self.lr_of_step: float | Tensor | None = None
-        self.skipped_steps = torch.zeros((), dtype=torch.int64, device=self.device)
-        self._agreed = self.process_group is None
-        self._replay = make_replay(
-            replay, unwrapped(model), optimizer, self.device, forbidden=self._not_replayable()
+
+    def _find_neighbors(self, given: tuple[Tensor, Tensor] | None, *, warn: bool) -> None:
+        """Searches the neighbours, or takes those given, and brings their rows to the device."""
+        # Index into the store on the device, and squared distances; the rows of `retain`, `[N, k]`.
+        self.neighbors: tuple[Tensor, Tensor] | None = None
+        self.neighbor_rows: Tensor | None = None
+        if "neighbors" not in self.method.needs:
+            return
+        feed = self._feeds["retain"]
+        index, sqdist = find_neighbors(
+            self.forget,
+            self.retain,
+            self.method.k,
+            given,
+            self.device,
+            searched=feed.store,
+            warn=warn,
         )
+        self.neighbor_rows = index
+        self._neighbor_store, index = feed.neighbors(index)
+        self.neighbors = index, sqdist
 
     def step(self, draws: Draws | None = None) -> StepOutput:
         """Takes one step. `draws` may give rows, noise or timesteps; the rest is drawn for (seed, step).
@@ -251,36 +272,43 @@ class Unlearner:
         # Here, since a replayed step runs no more Python.
         trained = [parameter for parameter in self.parameters if parameter.requires_grad]
         check_gradients(unwrapped(self.model), self.optimizer, trained, keep_grad=self.keep_grad)
-        if not self._agreed:  # not before: unlearn() shares the weights first
+        # At the first step, not before: unlearn() shares the weights first.
+        if not self._agreed:
             self._check_agreement()
-        obstacle = None if self._replay is None else self._not_replayable_now(draws)
-        if self._replay is not None and obstacle is None:
-            output = self._replay.step(self._step_on_device, self._settings())
-        else:
-            if obstacle is not None:
-                self._replay.set_aside(obstacle)
-            output = self._step_on_device(draws)
-        self.step_index += 1  # at once: the counter has advanced, whatever a scheduler or an EMA may raise
+        output = self._replayed_or_eager(draws)
+
+        # At once: the counter on the device has advanced, whatever a scheduler or an EMA may raise.
+        self.step_index += 1
+        # A scheduler fills a tensor in place: the copy is what this step used.
         lr = self.optimizer.param_groups[0]["lr"]
-        on_device = isinstance(lr, Tensor) and lr.device == self.device
-        self.lr_of_step = lr.clone() if on_device else float(lr)  # a scheduler fills a tensor in place
+        if isinstance(lr, Tensor) and lr.device == self.device:
+            self.lr_of_step = lr.clone()
+        else:
+            self.lr_of_step = float(lr)
         tell_skipped(self._wrappers, output.skipped)
         if self.lr_scheduler is not None:
             self._scheduler().step()
-        if self.ema is not None:
-            self.ema.step(
-                self.model.parameters() if isinstance(self.model, torch.nn.Module) else self.parameters
-            )
+        if self.ema is not None and isinstance(self.model, torch.nn.Module):
+            self.ema.step(self.model.parameters())
+        elif self.ema is not None:
+            self.ema.step(self.parameters)
         return output
 
+    def _replayed_or_eager(self, draws: Draws | None) -> StepOutput:
+        if self._replay is None:
+            return self._step_on_device(draws)
+        obstacle = self._not_replayable_now(draws)
+        if obstacle is None:
+            return self._replay.step(self._step_on_device, self._settings())
+        self._replay.set_aside(obstacle)
+        return self._step_on_device(draws)
+
     def _check_agreement(self) -> None:
-        rows = {
-            f"number of {name} rows": 0 if store is None else len(store)
-            for name, store in (("forget", self.forget), ("retain", self.retain))
-        }
-        check_agreement(
-            self.parameters, {"seed": self.seed, "step": self.step_index, **rows}, self.process_group
-        )
+        """Whether all processes take the same steps; once, since it waits for the device."""
+        numbers = {"seed": self.seed, "step": self.step_index}
+        for name, store in (("forget", self.forget), ("retain", self.retain)):
+            numbers[f"number of {name} rows"] = 0 if store is None else len(store)
+        check_agreement(self.parameters, numbers, self.process_group)
         self._agreed = True
 
     def _scheduler(self):
@@ -314,11 +342,9 @@ class Unlearner:
 
     def _settings(self) -> tuple:
         """What `_step_on_device` reads on the host, and a caller could change."""
-        training = (
-            [module.training for module in self.model.modules()]
-            if isinstance(self.model, torch.nn.Module)
-            else None
-        )
+        training = None
+        if isinstance(self.model, torch.nn.Module):
+            training = [module.training for module in self.model.modules()]
         return (
             self.method,
             id(self.schedule),
@@ -335,22 +361,28 @@ class Unlearner:
         if self.grad_scaler is not None and self.grad_scaler.is_enabled():
             return "a grad_scaler, which decides on the host"
         hosted = [branch for branch, feed in self._feeds.items() if isinstance(feed, HostFeed)]
-        return f"rows that are brought from the host ({', '.join(hosted)})" if hosted else None
+        if hosted:
+            return f"rows that are brought from the host ({', '.join(hosted)})"
+        return None
 
     def _not_replayable_now(self, draws: Draws | None) -> str | None:
         """What of this one step a graph cannot hold."""
         if draws is not None:
             return "draws that the caller gives"
-        if any(parameter.grad is not None for parameter in self.parameters):  # each time in other memory
+        # Each time they lie in other memory.
+        if any(parameter.grad is not None for parameter in self.parameters):
             return "gradients that the caller left in .grad"
-        if torch.is_autocast_enabled(self.device.type):  # it keeps converted weights: a graph would read them
+        # It keeps converted weights: a graph would go on reading them.
+        if torch.is_autocast_enabled(self.device.type):
             return "an autocast context around the step (autocast_dtype has one within)"
         return None
 
     @property
     def last_lr(self) -> float | None:
         """`lr_of_step` as a number. Reads the device where it lies there."""
-        return None if self.lr_of_step is None else float(self.lr_of_step)
+        if self.lr_of_step is None:
+            return None
+        return float(self.lr_of_step)
 
     @property
     def replayed(self) -> bool:
@@ -390,10 +422,12 @@ class Unlearner:
 
     def _count_from(self, step: int) -> None:
         self.step_index = check.integer("step_index", step, low=0, high=philox.STEPS)
+        # Number by number: a copy of a tensor from the host would wait for the device.
         for index, value in enumerate((self.seed, step, self.rank * self.rows_here)):
-            self._counter[index].fill_(value)  # a copy from the host would wait for the device
+            self._counter[index].fill_(value)
 
     def _draw(self, draws: Draws) -> tuple[Batch, Draws]:
+        """Draw: the rows of this step, and all other numbers of it."""
         source = CounterSource(self._counter)
         method = self.method
         forget = retain = neighbors = sqdist = None
@@ -404,10 +438,11 @@ class Unlearner:
                 neighbors, sqdist = self._neighbor_store.lazy(index[rows]), distances[rows]
         if "retain" in method.needs:
             retain, _ = self._take("retain", draws.retain_rows, source)
+
+        # Rows have done their part; those of a set that the method does not read are refused with the rest.
         outside = self._outside(draws)
-        draws = replace(
-            draws, **{f"{branch}_rows": None for branch in ("forget", "retain") if branch in method.needs}
-        )
+        taken = {f"{branch}_rows": None for branch in ("forget", "retain") if branch in method.needs}
+        draws = replace(draws, **taken)
         wanted = method.draws()
         draw.validate(draws, wanted, forget, retain, self.schedule)
         draws = draw.complete(draws, wanted, source, forget, retain, len(self.schedule))
@@ -428,11 +463,11 @@ class Unlearner:
     def _take(self, branch: str, given: Tensor | None, source: CounterSource) -> tuple[Rows | Tensor, Tensor]:
         """This step's images of `branch`, and which rows of its store `[B]` they are."""
         store = getattr(self, branch)
-        index = self._rows(
-            f"draws.{branch}_rows", given, store, source, Purpose[f"{branch.upper()}_ROWS"]
-        ).to(self.device)
+        purpose = Purpose[f"{branch.upper()}_ROWS"]
+        index = self._rows(f"draws.{branch}_rows", given, store, source, purpose).to(self.device)
+        # No kernel reads beside the store; the step is skipped (`_outside`).
         if given is not None and not check.readable(given):
-            index = index.clamp(0, len(store) - 1)  # no kernel reads beside the store; see `_outside`
+            index = index.clamp(0, len(store) - 1)
         served, places = self._feeds[branch].take(self.step_index, index, drawn=given is None)
         return served.draw(places, source.counter, Purpose[f"{branch.upper()}_POSTERIOR"]), index
 
