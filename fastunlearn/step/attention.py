@@ -86,6 +86,7 @@ def _is_transformed() -> bool:
     Under `torch.func` the op has no rules; under saved-tensor hooks a second forward pass outside the context
     may follow (activation checkpointing), which must save the same tensors as the first.
     """
+    # torch has no public way to ask for either.
     return (
         torch._C._are_functorch_transforms_active()
         or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None

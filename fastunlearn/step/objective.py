@@ -67,6 +67,7 @@ def fits_one_call(passes: Sequence[Pass], micro_batch_size: int | None, *, alone
     if len(passes) > 1:
         return False
     whole = passes[0]
+    # A pair has one row of each term. A whole batch has rows of all processes.
     if whole.coupled == "pair":
         return micro_batch_size is None or micro_batch_size >= len(whole.terms)
     return alone and (micro_batch_size is None or micro_batch_size >= len(whole.x_t))

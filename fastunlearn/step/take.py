@@ -161,6 +161,8 @@ class _Step:
 
     def learn_from(self, part: Pass) -> None:
         """Predict, residual and combine for one call of the network."""
+        # Both ways predict and take residuals. Where an objective has given the weights before, it has
+        # reported the losses, too.
         if self.weighted:
             part = with_targets(self.networks, part, self.schedule)
             regression = regress(self.networks, part, self.schedule, self.factors)

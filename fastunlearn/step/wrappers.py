@@ -173,6 +173,7 @@ def check_update_is_due(wrappers: list[Any]) -> None:
 
 def warn_if_accumulating() -> None:
     """Says, once, that an optimizer unknown to accelerate makes an update where accelerate would not."""
+    # accelerate has one state of accumulation for a process, in a private dict of the class.
     state = _of_accelerate("state", "GradientState")
     if state is not None and state._shared_state.get("sync_gradients", True) is False:
         say.once(UPDATE_BETWEEN_UPDATES)
