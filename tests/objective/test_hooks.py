@@ -55,8 +55,7 @@ class World:
         self.noise = numbers(PAIRS, 1, 8, 8), numbers(PAIRS, 1, 8, 8)
         self.shared = Draws(forget_noise=self.noise[0], forget_timesteps=times[0])
         self.own = Draws(*self.noise, *times)
-        torch.manual_seed(1)
-        self.model, self.reference = Shifted().double(), Shifted().double()
+        self.model, self.reference = Shifted().double(), Shifted(seed=1).double()
 
     def losses(self, model, draws, other=None):
         """`{role: [B]}` by plain torch."""
