@@ -5,16 +5,34 @@ Means are those over the rows of all processes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..objective.combine import Combination, Combined
-from ..objective.protocol import Pass
+from ..objective.protocol import Pass, Term
 from .accumulate import reduce_mean
 from .arrange import Unit
+
+Name = TypeVar("Name", bound=Hashable)  # of a mean: its role, say
+
+
+class _Kind(NamedTuple):
+    """Terms whose losses are summed: a role may have several, each with a scale and a gradient of its own."""
+
+    role: str
+    gradient: str
+    scale: float
+
+    @classmethod
+    def of(cls, term: Term) -> _Kind:
+        return cls(term.role, term.gradient, term.scale)
+
+    def __str__(self) -> str:
+        return self.role
 
 
 class Losses:
@@ -34,12 +52,11 @@ class Losses:
     ):
         terms = [term for part in passes for term in part.terms]
         self._combination, self._unit, self._group = combination, unit, group
-        self._scales = {term.role: term.scale for term in terms}
-        self._gradients = {term.role: term.gradient for term in terms}
-        self._rows = dict.fromkeys(self._scales, 0)
+        self._rows: dict[_Kind, int] = {}
         for term in terms:
-            self._rows[term.role] += len(term.rows)
-        self._sums: dict[str, Tensor] = {}
+            kind = _Kind.of(term)
+            self._rows[kind] = self._rows.get(kind, 0) + len(term.rows)
+        self._sums: dict[_Kind, Tensor] = {}
 
     def add(self, part: Pass, losses: list[Tensor]) -> None:
         """Adds the losses of one call.
@@ -52,9 +69,8 @@ class Losses:
             total = loss.sum()
             if term.spread is not None:
                 total = total + (term.weight * term.spread).sum()
-            if term.role in self._sums:
-                total = self._sums[term.role] + total
-            self._sums[term.role] = total
+            kind = _Kind.of(term)
+            self._sums[kind] = self._sums[kind] + total if kind in self._sums else total
 
     def result(self, combined: Combined) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and the mean of each role.
@@ -63,42 +79,43 @@ class Losses:
         """
         # No call has rows of a role whose weights are all 0: its mean is 0.
         nothing = torch.zeros_like(next(iter(self._sums.values())))
-        means = {role: self._sums.get(role, nothing) for role in self._scales}
-
-        # The weights of the correction are in the unit of this process: `ratio` leads to that of all.
-        in_units = self._roles_of_correction()
+        means = {kind: self._sums.get(kind, nothing) for kind in self._rows}
+        in_units = self._in_correction()
         if self._unit.ratio is not None:
-            for role in in_units:
-                means[role] = means[role] * self._unit.ratio
+            for kind in in_units:
+                means[kind] = means[kind] * self._unit.ratio
         if self._group is not None:
             means = everyones(means, self._rows, self._group)
         if combined.applied_factor is None:
-            return sum(self._scales[role] * mean for role, mean in means.items()), means
-        # The correction stays in its unit, which may be too small to divide by; so does the factor here.
+            return sum(kind.scale * mean for kind, mean in means.items()), _by_role(means)
+        # In units of the correction, which may be too small to divide by.
         main = self._sum_of(means, set(means) - set(in_units))
         correction = self._sum_of(means, in_units)
         loss = main - combined.applied_factor * correction
-        for role in in_units:
-            means[role] = means[role] * self._unit.everyones
-        return loss, means
+        for kind in in_units:
+            means[kind] = means[kind] * self._unit.everyones
+        return loss, _by_role(means)
 
-    def _roles_of_correction(self) -> list[str]:
+    def _in_correction(self) -> list[_Kind]:
         names = self._combination.gradients
         if len(names) == 1:
             return []
-        return [role for role, gradient in self._gradients.items() if gradient == names[0]]
+        return [kind for kind in self._rows if kind.gradient == names[0]]
 
-    def _sum_of(self, means: dict[str, Tensor], roles: Sequence[str] | set[str]) -> Tensor:
-        """The sum of the scaled means of `roles`; 0 where there are none."""
-        scaled = []
-        for role in means:
-            if role in roles and self._scales[role] == 1:
-                scaled.append(means[role])
-            elif role in roles:
-                scaled.append(self._scales[role] * means[role])
-        if not scaled:
-            return torch.zeros(())
-        return sum(scaled[1:], scaled[0])
+    @staticmethod
+    def _sum_of(means: dict[_Kind, Tensor], kinds: Sequence[_Kind] | set[_Kind]) -> Tensor:
+        scaled = [
+            mean if kind.scale == 1 else kind.scale * mean for kind, mean in means.items() if kind in kinds
+        ]
+        return sum(scaled[1:], scaled[0]) if scaled else torch.zeros(())
+
+
+def _by_role(means: dict[_Kind, Tensor]) -> dict[str, Tensor]:
+    """What is reported: the sum of the means of a role's terms."""
+    found: dict[str, Tensor] = {}
+    for kind, mean in means.items():
+        found[kind.role] = found[kind.role] + mean if kind.role in found else mean
+    return found
 
 
 class ObjectiveLosses:
@@ -128,7 +145,9 @@ class ObjectiveLosses:
 
     def result(self, combined: Combined) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and the mean of each role."""
-        means, values = self._sums, self._values
+        means = self._sums
+        # In one order in all processes, whatever rows each of them asked for first.
+        values = {name: self._values[name] for name in self._named()}
         if self._group is not None:
             means = everyones(means, self._rows, self._group)
             stacked = torch.stack(list(values.values()))
@@ -139,9 +158,25 @@ class ObjectiveLosses:
         correction, main = self._combination.gradients
         return values[main] - combined.applied_factor * values[correction], means
 
+    def _named(self) -> tuple[str, ...]:
+        """The gradients, each of which the objective has added to.
 
-def everyones(means: dict[str, Tensor], rows: dict[str, int], group: dist.ProcessGroup) -> dict[str, Tensor]:
-    """The mean of `means` over the processes.
+        Raises:
+            ValueError: there is one that no row counted for.
+        """
+        names = self._combination.gradients
+        missing = [name for name in names if name not in self._values]
+        if missing:
+            expected = f"expected contributions to {', '.join(names)} ({type(self._combination).__name__})"
+            raise ValueError(f"objective: {expected}, got none to {', '.join(missing)}")
+        return names
+
+
+def everyones(
+    means: Mapping[Name, Tensor], rows: Mapping[Name, int], group: dist.ProcessGroup
+) -> dict[Name, Tensor]:
+    """The mean of `means` over the processes, which is that over all rows only where each process has as many
+    as the others.
 
     It is that over all rows only where each process has as many as the others. NaN where they have not, so
     that the step is skipped.
@@ -149,9 +184,8 @@ def everyones(means: dict[str, Tensor], rows: dict[str, int], group: dist.Proces
     Raises:
         ValueError: they have not, and reading it costs nothing: on CPUs.
     """
-    # Float64: of one dtype in all processes.
-    own = torch.stack(list(means.values())).double()
-    counts = torch.stack([torch.full_like(own[0], rows[role]) for role in means])
+    own = torch.stack(list(means.values())).double()  # of one dtype in all processes
+    counts = torch.stack([torch.full_like(own[0], rows[name]) for name in means])
     told = torch.stack([own, counts, counts.square()])
     reduce_mean([told], group)
     mean, rows_mean, square_mean = told.unbind()
@@ -159,7 +193,7 @@ def everyones(means: dict[str, Tensor], rows: dict[str, int], group: dist.Proces
     # integers in float64, and exact.
     alike = (square_mean == rows_mean.square()).all()
     if mean.device.type == "cpu" and not alike:
-        found = ", ".join(f"{rows[role]} for {role}" for role in means)
+        found = ", ".join(f"{rows[name]} for {name}" for name in means)
         expected = "as many rows in every process"
         raise ValueError(
             f"process_group: expected {expected}, got {found} here and {rows_mean.tolist()} on average"

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..host import check
 from ..objective.protocol import Method, Pass
 from ..objective.schedule import NoiseSchedule
 from .regress import Networks, Regression, losses_without_graph, regress, with_targets
@@ -40,22 +41,47 @@ def derive(method: Method, losses: Losses, reference: Losses, rows: dict[str, in
     leaves = {role: loss.detach().requires_grad_() for role, loss in losses.items()}
     values, weights = {}, {}
     with torch.enable_grad():
-        for gradient, contributions in method.objective(leaves, reference).items():
+        for gradient, contributions in _asked(method, leaves, reference).items():
+            if not contributions:  # of these rows none count for it
+                continue
             value = sum(_mean(method, role, each, leaves, rows) for role, each in contributions.items())
-            # weight_b = d value / d loss_b. The objectives of two gradients may share a part of their graph.
-            found = torch.autograd.grad(value, list(leaves.values()), retain_graph=True, allow_unused=True)
-            values[gradient] = value.detach()
-            by_role = zip(leaves, found, strict=True)
-            weights[gradient] = {role: weight for role, weight in by_role if weight is not None}
+            values[gradient], weights[gradient] = value.detach(), {}
+            if value.requires_grad:  # else it is a constant
+                found = torch.autograd.grad(
+                    value, list(leaves.values()), retain_graph=True, allow_unused=True
+                )
+                weights[gradient] = {
+                    role: weight for role, weight in zip(leaves, found, strict=True) if weight is not None
+                }
     return Derivative(values, weights)
 
 
+def _asked(method: Method, losses: Losses, reference: Losses) -> dict[str, Losses]:
+    """What the objective answers, whose gradients are those of the combination."""
+    name = f"{type(method).__name__}.objective"
+    found = method.objective(losses, reference)
+    if not isinstance(found, dict) or not all(isinstance(own, dict) for own in found.values()):
+        raise TypeError(
+            f"{name}: expected {{gradient: {{role: contributions}}}}, got {check.describe(found)}"
+        )
+    names = method.combine.gradients
+    unknown = [gradient for gradient in found if gradient not in names]
+    if unknown:
+        expected = f"expected gradients of {type(method.combine).__name__}, {', '.join(names)}"
+        raise ValueError(f"{name}: {expected}, got {unknown[0]!r}")
+    return found
+
+
 def _mean(method: Method, role: str, contributions: Tensor, losses: Losses, rows: dict[str, int]) -> Tensor:
-    if role not in losses or contributions.shape != losses[role].shape:
+    given = contributions if isinstance(contributions, Tensor) else None
+    if role not in losses or given is None or given.shape != losses[role].shape:
         expected = f"one contribution for each row of {', '.join(losses)}"
-        raise ValueError(
-            f"{type(method).__name__}.objective: expected {expected}, "
-            f"got {tuple(contributions.shape)} for {role!r}"
+        shown = check.describe(contributions) if given is None else tuple(given.shape)
+        raise ValueError(f"{type(method).__name__}.objective: expected {expected}, got {shown} for {role!r}")
+    if torch.promote_types(given.dtype, torch.float32) != given.dtype:
+        raise TypeError(
+            f"{type(method).__name__}.objective: expected contributions in float32 or better, "
+            f"got {given.dtype} for {role!r}"
         )
     return contributions.sum() / rows[role]
 
