@@ -49,6 +49,9 @@ class Predicted:
     by: Literal["model", "reference"]
     kwargs: dict[str, Any] | None = None
 
+    def __post_init__(self) -> None:
+        check.one_of("Predicted.by", self.by, ("model", "reference"))
+
 
 @dataclass(frozen=True)
 class Term:
@@ -105,6 +108,7 @@ def _at(target: Tensor | Predicted, own: Tensor | slice) -> Tensor | Predicted:
 
 
 Coupling = Literal["row", "pair", "batch"]
+COUPLINGS = ("row", "pair", "batch")
 
 
 @dataclass(frozen=True)

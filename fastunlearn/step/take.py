@@ -22,6 +22,7 @@ from . import objective
 from .accumulate import Accumulator
 from .arrange import Unit, finish, in_calls
 from .compilation import resolve_compile
+from .composed import check_composed
 from .losses import Losses, ObjectiveLosses
 from .options import Settings
 from .regress import Networks, regress, with_targets
@@ -105,7 +106,9 @@ class _Step:
     def compose(self, batch: Batch, draws: Draws) -> None:
         """Compose: the calls of the network, where their losses are summed, where their gradients go."""
         passes = self.method.compose(batch, draws, self.schedule)
-        self.combination = self.method.combine
+        check_composed(self.method, passes, with_reference=self.networks.reference is not None)
+        combination, scaler = self.method.combine, self.trained.grad_scaler
+        self.loss_scale = 1.0 if scaler is None else scaler.scale(torch.ones((), device=self.device))
         self.own_objective = has_own_objective(self.method)
         if self.own_objective:
             unit, in_place = self._weigh_by_objective(passes)
