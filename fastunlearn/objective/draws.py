@@ -42,6 +42,9 @@ class Draws:
         return {field.name for field in fields(self) if getattr(self, field.name) is not None}
 
 
+DRAWN = tuple(field.name for field in fields(Draws) if not field.name.endswith("_rows"))
+
+
 class Purpose(IntEnum):
     """What a counter-based number is for: the last word of its counter, so that no two draws share one."""
 
@@ -190,7 +193,27 @@ def complete(
             raise ValueError(f"draws: expected {how.name} before {name}, which is the same, got it after")
         else:
             known[name] = how.draw(source, Purpose[name.upper()], batches[how.branch], num_timesteps)
-    return replace(draws, **known)
+    # What was drawn after a field that is to be the same.
+    late = {name: known[how.name] for name, how in wanted.items() if known[name] is None}
+    return replace(draws, **known | late)
+
+
+def _check_wanted(wanted: dict[str, Draw], batches: dict[str, Tensor | Rows | None]) -> None:
+    """
+    Raises:
+        ValueError: a method draws what there is no field for, or for a branch that it does not read.
+    """
+    for name, how in wanted.items():
+        if name not in DRAWN:
+            raise ValueError(f"Method.draws: expected fields of Draws, got {name!r}")
+        if isinstance(how, Same):
+            other = wanted.get(how.name)
+            if other is None or isinstance(other, Same):
+                expected = f"for {name!r} the same as another field that is drawn"
+                raise ValueError(f"Method.draws: expected {expected}, got Same({how.name!r})")
+        elif batches.get(how.branch) is None:
+            expected = "numbers for branches that the method needs"
+            raise ValueError(f"Method.draws: expected {expected}, got {name!r} for {how.branch!r}")
 
 
 def without_timesteps(draws: Draws, wanted: Tensor) -> Draws:
@@ -216,6 +239,7 @@ def validate(
     Timesteps that `schedule` cannot train at are refused where they can be read; elsewhere their step is not
     finite, and skipped.
     """
+    _check_wanted(wanted, {"forget": forget, "retain": retain})
     unused = draws.given() - wanted.keys()
     if unused:
         raise ValueError(
