@@ -1,0 +1,305 @@
+"""Hooks used in ways that nobody planned: refused by name before any work, or right."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from small_methods import Pairs, Whole, both, gradient_of
+from test_hooks import PAIRS, SCHEDULE, World
+
+from fastunlearn import Draws
+from fastunlearn import functional as F
+from fastunlearn.objective.combine import Project, Rescale
+from fastunlearn.objective.draws import FORGET, RETAIN, Normal, Same
+from fastunlearn.objective.protocol import Method, Pass, Predicted, Term
+from fastunlearn.testing.budgets import relative_l2
+
+
+@pytest.fixture
+def world():
+    return World()
+
+
+class Both(Method):
+    """Forget and retain rows in one call; what else it is stands in the arguments."""
+
+    name, needs = "both", frozenset({"forget", "retain"})
+
+    def __init__(self, coupled="row", changed=None, drawn=None):
+        self.coupled, self.changed = coupled, changed
+        self.drawn = FORGET | RETAIN if drawn is None else drawn
+
+    def draws(self):
+        return self.drawn
+
+    def compose(self, batch, draws, schedule):
+        whole = both(batch, draws, schedule, self.coupled)[0]
+        if self.changed is None:
+            return [whole]
+        return [replace(whole, terms=tuple(replace(term, **self.changed) for term in whole.terms))]
+
+
+class Objective(Both):
+    """`Both` with an objective."""
+
+    def __init__(self, function, combination=None, **arguments):
+        super().__init__(**arguments)
+        self.function, self.combination = function, combination
+
+    @property
+    def combine(self):
+        return super().combine if self.combination is None else self.combination
+
+    def objective(self, losses, reference):
+        return self.function(losses)
+
+
+class Several(Method):
+    """Terms on the retain rows."""
+
+    name, needs = "several", frozenset({"retain"})
+
+    def __init__(self, *terms):
+        self.terms = terms
+
+    def draws(self):
+        return RETAIN
+
+    def compose(self, batch, draws, schedule):
+        x_t, target = F.noised(batch.retain, draws.retain_noise, draws.retain_timesteps, schedule)
+        terms = tuple(Term(**{"role": "retain", "target": target} | given) for given in self.terms)
+        return [Pass(x_t, draws.retain_timesteps, terms)]
+
+
+def every_loss(losses):
+    return {"total": dict(losses)}
+
+
+def of_role(losses, role):
+    return {name: loss for name, loss in losses.items() if name == role}
+
+
+def take(world, method, **options):
+    return gradient_of(method, world.model, SCHEDULE, **{**world.images, "draws": world.own, **options})
+
+
+def take_retain(world, method, **options):
+    draws = Draws(None, world.own.retain_noise, None, world.own.retain_timesteps)
+    return gradient_of(method, world.model, SCHEDULE, retain=world.retain, draws=draws, **options)
+
+
+@pytest.mark.parametrize("rows", [None, 2])
+def test_terms_of_one_role_are_all_in_the_loss(world, rows):
+    """Each with its own scale: the last one's counted for all of them."""
+    out, ours = take_retain(world, Several({"scale": 1.0}, {"scale": 0.5}), micro_batch_size=rows)
+    loss = world.losses(world.model, world.own)["retain"].mean()
+    assert relative_l2([ours], [world.literal(1.5 * loss)]) <= 1e-12
+    torch.testing.assert_close(out.loss, 1.5 * loss.detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(out.retain_loss, 2 * loss.detach(), rtol=1e-12, atol=0)
+
+
+class Divided(Several):
+    """Terms of one role that belong to two gradients."""
+
+    combine = Rescale(2.0)
+
+
+def test_terms_of_one_role_in_two_gradients_are_all_in_the_loss(world):
+    method = Divided({"gradient": "retain"}, {"gradient": "forget", "scale": 0.25})
+    out, ours = take_retain(world, method)
+    loss = world.losses(world.model, world.own)["retain"].mean()
+    gradient = world.literal(loss)
+    factor = 2.0 / (0.25 * gradient).norm()
+    assert relative_l2([ours], [gradient - factor * 0.25 * gradient]) <= 1e-12
+    expected = (loss - factor * 0.25 * loss).detach()
+    torch.testing.assert_close(out.loss, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"role": "forgot"}, r"^Term.role: expected one of forget, retain, got 'forgot'"),
+        ({"weight": torch.tensor([-1.0, 1, 1, 1, 1])}, r"^Term.weight: expected none below 0 .*, got -1$"),
+        ({"weight": torch.ones(3)}, r"^Term.weight: expected a tensor of 5, one for each row"),
+        ({"weight": [1.0] * PAIRS}, r"^Term.weight: expected a tensor of 5, .* got list"),
+        ({"spread": torch.ones(1)}, r"^Term.spread: expected a tensor of 5, one for each row"),
+        ({"rows": range(0, 6)}, r"^Term.rows: expected neighbouring rows of the 5 of the pass, got range"),
+        ({"rows": range(0, 5, 2)}, r"^Term.rows: expected neighbouring rows"),
+        ({"rows": range(0, 3)}, r"^Term.target: expected the shape \(3, 1, 8, 8\), got float64 of shape \(5"),
+        ({"band": 0.5}, r"^Term.band: expected a LowPass or None, got 0.5"),
+        ({"target": None, "rows": range(5)}, r"^Term.target: expected a tensor or Predicted, got None"),
+        ({"target": Predicted("reference")}, r"^Predicted.by: expected 'model' where the method does not"),
+        (
+            {"target": Predicted("model", {"shift": torch.ones(1)})},
+            r"^Predicted.kwargs: expected tensors of the 5 rows of the term, got .* for 'shift'",
+        ),
+    ],
+)
+def test_a_term_that_makes_no_sense_is_refused(world, changed, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        take_retain(world, Several(changed))
+
+
+def test_who_predicts_is_one_of_two():
+    with pytest.raises(ValueError, match=r"^Predicted.by: expected one of model, reference, got 'refrence'"):
+        Predicted("refrence")
+
+
+@pytest.mark.parametrize(
+    "changed", [{"weight": torch.ones(PAIRS)}, {"over": 7.0}, {"scale": 3.0}, {"gradient": "total"}]
+)
+def test_what_an_objective_does_not_read_is_refused(world, changed):
+    (name,) = changed
+    with pytest.raises(ValueError, match=rf"^Term.{name}: expected .* where the method has an objective of"):
+        take(world, Objective(every_loss, changed=changed))
+
+
+class Composes(Both):
+    """Returns what it is given."""
+
+    def __init__(self, made):
+        super().__init__()
+        self.made = made
+
+    def compose(self, batch, draws, schedule):
+        return self.made(super().compose(batch, draws, schedule)[0])
+
+
+@pytest.mark.parametrize(
+    "made, message",
+    [
+        (lambda whole: whole, r"^Composes.compose: expected a list of Pass, got Pass"),
+        (lambda whole: [], r"^Composes.compose: expected at least one Pass, got none"),
+        (lambda whole: [replace(whole, terms=())], r"^Pass.terms: expected at least one Term"),
+        (lambda whole: [replace(whole, coupled="pairs")], r"^Pass.coupled: expected one of row, pair, batch"),
+        (
+            lambda whole: [replace(whole, timesteps=whole.timesteps[:1])],
+            r"^Pass.timesteps: expected one for each of the 10 rows of x_t",
+        ),
+    ],
+)
+def test_a_composition_that_makes_no_sense_is_refused(world, made, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        take(world, Composes(made))
+
+
+@pytest.mark.parametrize("rows", [None, 2, 4])
+@pytest.mark.parametrize("count", [1, 3])
+def test_pairs_are_equally_many(world, rows, count):
+    """One row would be broadcast to all, and of three pairs the last two retain rows would be left out."""
+    draws = Draws(
+        world.noise[0][:count], world.noise[1], world.own.forget_timesteps[:count], world.own.retain_timesteps
+    )
+
+    def preferred(losses):
+        return {"total": {"retain": losses["retain"] - losses["forget"]}}
+
+    with pytest.raises(
+        ValueError, match=rf"^Pass.terms: expected as many rows of each role in pairs, got {count} f"
+    ):
+        take(
+            world,
+            Objective(preferred, coupled="pair"),
+            forget=world.forget[:count],
+            draws=draws,
+            micro_batch_size=rows,
+        )
+
+
+@pytest.mark.parametrize("rows", [None, 1, 3])
+def test_an_objective_may_ignore_a_role(world, rows):
+    """In a call that has rows of that role alone, it has nothing to say."""
+    out, ours = take(
+        world, Objective(lambda losses: {"total": of_role(losses, "forget")}), micro_batch_size=rows
+    )
+    loss = world.losses(world.model, world.own)["forget"].mean()
+    assert relative_l2([ours], [world.literal(loss)]) <= 1e-12
+    torch.testing.assert_close(out.loss, loss.detach(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("rows", [None, 1, 3])
+def test_an_objective_may_count_a_role_as_a_constant(world, rows):
+    def half(losses):
+        return {"total": {role: loss if role == "forget" else loss.detach() for role, loss in losses.items()}}
+
+    out, ours = take(world, Objective(half), micro_batch_size=rows)
+    losses = world.losses(world.model, world.own)
+    assert relative_l2([ours], [world.literal(losses["forget"].mean())]) <= 1e-12
+    both_means = (losses["forget"].mean() + losses["retain"].mean()).detach()
+    torch.testing.assert_close(out.loss, both_means, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("rows", [None, 1, 3])
+def test_projection_of_an_objective_split_at_will(world, rows):
+    def apart(losses):
+        return {role: of_role(losses, role) for role in ("forget", "retain")}
+
+    out, ours = take(world, Objective(apart, Project(0.5)), micro_batch_size=rows)
+    gradients = {
+        role: world.literal(world.losses(world.model, world.own)[role].mean())
+        for role in ("forget", "retain")
+    }
+    share = gradients["retain"] @ gradients["forget"] / gradients["forget"].square().sum()
+    expected = gradients["retain"] + (0.5 - share).clamp(min=0) * gradients["forget"]
+    assert relative_l2([ours], [expected]) <= 1e-12
+
+
+@pytest.mark.parametrize("rows", [None, 3])
+@pytest.mark.parametrize(
+    "answer, combination, message",
+    [
+        (lambda losses: {"forget": losses}, None, r"expected gradients of Sum, total, got 'forget'"),
+        (lambda losses: {"retain": losses}, Rescale(1.0), r"expected contributions to forget, retain .* none to f"),
+        (lambda losses: {"forget": losses}, Project(1.0), r"expected contributions to forget, retain .* none to r"),
+        (lambda losses: None, None, r"expected {gradient: {role: contributions}}, got None"),
+        (lambda losses: {"total": 1.0}, None, r"expected {gradient: {role: contributions}}, got dict"),
+        (lambda losses: {"total": dict.fromkeys(losses, 1.0)}, None, r"one contribution for each row .*got 1.0"),
+        (
+            lambda losses: {"total": {role: loss.half() for role, loss in losses.items()}},
+            None,
+            r"expected contributions in float32 or better, got torch.float16",
+        ),
+    ],
+)  # fmt: skip
+def test_an_answer_that_makes_no_sense_is_refused(world, answer, combination, message, rows):
+    with pytest.raises((TypeError, ValueError), match=message):
+        take(world, Objective(answer, combination), micro_batch_size=rows)
+    assert all(parameter.grad is None for parameter in world.model.parameters())
+
+
+def test_the_same_numbers_in_any_order(world):
+    """A field that is to be the same as a later one had nothing."""
+    drawn = {"retain_noise": Same("forget_noise")} | FORGET | {"retain_timesteps": Same("forget_timesteps")}
+    seen = []
+
+    class Looks(Both):
+        def compose(self, batch, draws, schedule):
+            seen.append(draws)
+            return super().compose(batch, draws, schedule)
+
+    take(world, Looks(drawn=drawn), draws=None)
+    assert torch.equal(seen[0].retain_noise, seen[0].forget_noise)
+    assert torch.equal(seen[0].retain_timesteps, seen[0].forget_timesteps)
+
+
+@pytest.mark.parametrize(
+    "drawn, message",
+    [
+        ({"extra": Normal("forget")}, r"^Method.draws: expected fields of Draws, got 'extra'"),
+        ({"forget_noise": Same("nothing")}, r"expected .* the same as another field .*Same\('nothing'\)"),
+        ({"uniform_target": Normal("both")}, r"branches that the method needs, got 'uniform_target' for 'both'"),
+    ],
+)  # fmt: skip
+def test_draws_that_make_no_sense_are_refused(world, drawn, message):
+    with pytest.raises(ValueError, match=message):
+        take(world, Both(drawn=FORGET | RETAIN | drawn), draws=None)
+
+
+def test_draws_for_a_set_that_is_not_needed_are_refused(world):
+    class Retains(Both):
+        needs = frozenset({"retain"})
+
+    with pytest.raises(
+        ValueError, match=r"^Method.draws: expected numbers for branches that the method needs"
+    ):
+        gradient_of(Retains(), world.model, SCHEDULE, retain=world.retain)
