@@ -160,16 +160,21 @@ class Pass:
         if rows is None or rows >= len(self.x_t):
             return [self]
         step = rows // len(self.terms)
-        return [self._pairs(start, min(start + step, pairs)) for start in range(0, pairs, step)]
-
-    def _pairs(self, start: int, stop: int) -> Pass:
-        """The pairs from `start` to `stop`: those rows of the first term, then of the second, and so on."""
-        at, terms = [], []
-        count = stop - start
-        for number, term in enumerate(self.terms):
-            at.append(torch.arange(term.rows[start], term.rows[stop - 1] + 1))
-            terms.append(term.at(range(number * count, (number + 1) * count), slice(start, stop)))
-        return self._select(torch.cat(at).to(self.x_t.device), tuple(terms))
+        parts = []
+        for start in range(0, pairs, step):
+            own = range(start, min(start + step, pairs))
+            at = torch.cat(
+                [
+                    torch.arange(term.rows[own.start], term.rows[own.stop - 1] + 1, device=self.x_t.device)
+                    for term in self.terms
+                ]
+            )
+            terms = tuple(
+                term.at(range(number * len(own), (number + 1) * len(own)), slice(own.start, own.stop))
+                for number, term in enumerate(self.terms)
+            )
+            parts.append(self._select(at, terms))
+        return parts
 
     def by_role(self) -> list[Pass]:
         """The same work in up to three calls, by the roles that need a row.
