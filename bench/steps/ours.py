@@ -108,4 +108,4 @@ def _reference(job: Job, model: nn.Module) -> nn.Module | None:
     """The network that the method compares with, if it does."""
     if "reference" not in job.instance.needs:
         return None
-    return copy.deepcopy(model).requires_grad_(False)
+    return copy.deepcopy(model).requires_grad_(False).eval()

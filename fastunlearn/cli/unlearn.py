@@ -121,7 +121,7 @@ written shows or stores one."""
         model = model.to(memory_format=execution.memory_format(device)).train()
         reference = None
         if "reference" in method.needs:  # the checkpoint as it is, also where a run is resumed
-            reference = copy.deepcopy(model).requires_grad_(False)
+            reference = copy.deepcopy(model).requires_grad_(False).eval()
         images: dict[str, Any] = {}  # what was read, for run.json
         forget, retain = self._load(method, model, images)
         dropping.check_sets(forget, retain)

@@ -191,7 +191,7 @@ def forget_tshirt(
     schedule = NoiseSchedule.from_diffusers(scheduler)
     reference = None
     if "reference" in setting.method.needs:
-        reference = copy.deepcopy(model.train()).requires_grad_(False)
+        reference = copy.deepcopy(model.train()).requires_grad_(False).eval()
     lr_scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
     unlearner = Unlearner(
         model,

@@ -23,9 +23,9 @@ from ..objective import draws as draw
 from ..objective.draws import CounterSource, Draws, Purpose
 from ..objective.parameters import ParameterRule
 from ..objective.schedule import NoiseSchedule
-from ..step.agreement import check_agreement
+from ..step.agreement import bits_of, check_agreement
 from ..step.compilation import Compile, compile_seconds, resolve_compile
-from ..step.options import Settings, check_reference, checked
+from ..step.options import Settings, check_needs, check_reference, checked
 from ..step.take import StepOutput, take_step
 from ..step.trained import check_gradients, check_keep_grad, look_at, processes, unwrapped
 from ..step.wrappers import (
@@ -146,8 +146,15 @@ class Unlearner:
             time_window=time_window,
             lowpass=lowpass,
         )
+        check_needs(method)
         check_reference(method, model, reference_model)
-        check_network(model, optimizer)
+        if "neighbors" in method.needs:
+            check.integer("k", getattr(method, "k", None), low=1)
+        for around in (model, unwrapped(model)):
+            refuse_elsewhere("model", around)
+        trainable(unwrapped(model), optimizer)
+        check_unconditional(unwrapped(model))
+        reduced = process_group is not None or unwrapped(model) is not model
         check_keep_grad(keep_grad)
         check_ema(ema)
 
@@ -304,10 +311,14 @@ class Unlearner:
         return self._step_on_device(draws)
 
     def _check_agreement(self) -> None:
-        """Whether all processes take the same steps; once, since it waits for the device."""
-        numbers = {"seed": self.seed, "step": self.step_index}
-        for name, store in (("forget", self.forget), ("retain", self.retain)):
-            numbers[f"number of {name} rows"] = 0 if store is None else len(store)
+        rows = {
+            f"number of {name} rows": 0 if store is None else len(store)
+            for name, store in (("forget", self.forget), ("retain", self.retain))
+        }
+        compared = {}
+        if isinstance(self.reference_model, torch.nn.Module):
+            compared["weights of reference_model"] = bits_of(list(self.reference_model.parameters()))
+        numbers = {"seed": self.seed, "step": self.step_index, **rows, **compared}
         check_agreement(self.parameters, numbers, self.process_group)
         self._agreed = True
 
@@ -328,7 +339,7 @@ class Unlearner:
         trained = look_at(
             self.model, self.optimizer, self.grad_scaler, self.process_group, keep_grad=self.keep_grad
         )
-        trained = trained._replace(reference=self.reference_model)
+        trained = trained._replace(reference=unwrapped(self.reference_model))
         output = take_step(trained, self.method, self.schedule, batch, draws, self._step_settings())
         self.skipped_steps += output.skipped
         self._counter[1].add_(1)
@@ -358,6 +369,8 @@ class Unlearner:
         """What stands against replay, beside model and optimizer."""
         if self.process_group is not None or unwrapped(self.model) is not self.model:
             return "several processes, or DistributedDataParallel around the model"
+        if not isinstance(unwrapped(self.reference_model), (torch.nn.Module, type(None))):
+            return "a reference_model that is no torch.nn.Module"
         if self.grad_scaler is not None and self.grad_scaler.is_enabled():
             return "a grad_scaler, which decides on the host"
         hosted = [branch for branch, feed in self._feeds.items() if isinstance(feed, HostFeed)]

@@ -21,7 +21,7 @@ def check_agreement(weights: list[Tensor], numbers: dict[str, int], group: dist.
     Raises:
         ValueError: in every process, naming what differs.
     """
-    named = {"the weights of model": _bits(weights), **numbers}
+    named = {"the weights of model": bits_of(weights), **numbers}
     device = weights[0].device
     # Where the smallest number of all processes is the largest, they have the same.
     lowest = torch.tensor([int(number) for number in named.values()], dtype=torch.int64).to(device)
@@ -36,7 +36,7 @@ def check_agreement(weights: list[Tensor], numbers: dict[str, int], group: dist.
         )
 
 
-def _bits(tensors: list[Tensor]) -> Tensor:
+def bits_of(tensors: list[Tensor]) -> Tensor:
     """A sum over the bits of all `tensors` in which every element's place counts; it may wrap around."""
     total = torch.zeros((), dtype=torch.int64, device=tensors[0].device)
     first = 1

@@ -25,9 +25,9 @@ from .conditioning import (
     warn_of_bytes,
     without_graph,
 )
-from .options import StepOptions, check_reference, check_rules, checked
+from .options import StepOptions, check_needs, check_reference, check_rules, checked
 from .take import StepOutput, take_step
-from .trained import look_at
+from .trained import look_at, unwrapped
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -84,11 +84,12 @@ def method_step(
         time_window=time_window,
         lowpass=lowpass,
     )
+    check_needs(method)
     trained = look_at(model, optimizer, grad_scaler, process_group, keep_grad=keep_grad)
     check_rules(settings.rules, trained.optimizer)
     if reference_model is not None or "reference" in method.needs:
         check_reference(method, trained.model, reference_model)
-        trained = trained._replace(reference=reference_model)
+        trained = trained._replace(reference=unwrapped(reference_model))
     _check_needs(method, neighbors)
     without_graph("neighbors", neighbors)
     without_graph("sqdist", sqdist)

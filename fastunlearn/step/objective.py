@@ -14,11 +14,13 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..host import check
 from ..objective.protocol import Method, Pass
 from ..objective.schedule import NoiseSchedule
+from .losses import everyones as everyones_means
+from .predict import unsteady
 from .regress import Networks, Regression, losses_without_graph, regress, with_targets
 
 Losses = dict[str, Tensor]  # For each role, [rows].
@@ -184,26 +186,22 @@ def weigh_all(
     then, in the caller's hands, the calls that learn.
 
     Raises:
-        ValueError: the network has active dropout, and would not repeat its losses.
+        ValueError: the network has active dropout, and would not repeat its losses, or counts its calls.
     """
-    for network in (networks.model, networks.reference):
-        _refuse_dropout(network)
-
-    # The first phase: the losses of all rows.
-    parts = []
-    for each in passes:
-        for part in each.split(micro_batch_size):
-            parts.append(with_targets(networks, part, schedule))
+    _refuse_unsteady(networks.model)
+    parts = [part for each in passes for part in each.split(micro_batch_size)]
+    parts = [with_targets(networks, part, schedule) for part in parts]
     reference = _joined(parts, [_reference_losses(method, networks, part, schedule) for part in parts])
     found = [losses_without_graph(networks.model, networks, part, schedule) for part in parts]
     losses = _joined(parts, found)
 
     # Their weights. An objective that ties a batch together is asked for the rows of all processes.
     gathered = group is not None and any(each.coupled == "batch" for each in passes)
-    everyones = losses
-    if gathered:
-        everyones = _gather(losses, group)
-        reference = _gather(reference, group)
+    if gathered and passes[0].x_t.device.type == "cpu":
+        # gloo ends the process where it is handed other sizes.
+        own = {role: len(loss) for role, loss in losses.items()}
+        everyones_means({role: loss.mean() for role, loss in losses.items()}, own, group)
+    everyones = _gather(losses, group) if gathered else losses
     rows = {role: len(loss) for role, loss in everyones.items()}
     derivative = derive(method, everyones, reference, rows)
     weights = derivative.weights
@@ -296,14 +294,11 @@ def _gather(losses: Losses, group: dist.ProcessGroup) -> Losses:
     return gathered
 
 
-def _refuse_dropout(network: Callable | None) -> None:
-    if not isinstance(network, nn.Module):
-        return
-    for name, module in network.named_modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
-            expected = (
-                "a network without active dropout, "
-                "since rows that an objective ties together go through it twice"
-            )
-            fitting = "eval() stops it, and a micro_batch_size that holds all of them needs one pass"
-            raise ValueError(f"model: expected {expected} ({fitting}), got {type(module).__name__} ({name})")
+def _refuse_unsteady(network: Callable) -> None:
+    found = unsteady(network)
+    if found is not None:
+        expected = (
+            f"a network without {found[0]}, since rows that an objective ties together go through it twice"
+        )
+        fitting = "eval() stops it, and a micro_batch_size that holds all of them needs one pass"
+        raise ValueError(f"model: expected {expected} ({fitting}), got {found[1]}")

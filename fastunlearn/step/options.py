@@ -8,14 +8,17 @@ from typing import Any, TypedDict
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from ..host import check
 from ..host.precision import AUTOCAST_DTYPES
 from ..objective.draws import Draws
 from ..objective.parameters import ParameterRule, overrides
-from ..objective.protocol import Method
+from ..objective.protocol import NEEDS, Method
 from ..objective.schedule import NoiseSchedule
 from .compilation import Compile
+from .predict import unsteady
+from .trained import unwrapped
 
 
 class StepOptions(TypedDict, total=False):
@@ -107,10 +110,29 @@ def check_rules(rules: Sequence[ParameterRule], optimizer: torch.optim.Optimizer
         raise ValueError(f"rules: {expected}, got {', '.join(late)}")
 
 
+def check_needs(method: Method) -> None:
+    """
+    Raises:
+        TypeError, ValueError: the method needs what there is no word for, or neighbours of nothing.
+    """
+    if not isinstance(method, Method):
+        raise TypeError(f"method: expected a method such as ReTrack(), got {check.describe(method)}")
+    name, needs = f"{type(method).__name__}.needs", getattr(method, "needs", None)
+    if not isinstance(needs, (set, frozenset)):
+        raise TypeError(f"{name}: expected a frozenset of {', '.join(NEEDS)}, got {check.describe(needs)}")
+    unknown = sorted(needs.difference(NEEDS))
+    if unknown:
+        raise ValueError(f"{name}: expected some of {', '.join(NEEDS)}, got {unknown[0]!r}")
+    if not {"forget", "retain"} & needs or ("neighbors" in needs and "forget" not in needs):
+        expected = "expected 'forget' or 'retain', and 'forget' where there is 'neighbors'"
+        raise ValueError(f"{name}: {expected}, got {', '.join(sorted(needs)) or 'none'}")
+
+
 def check_reference(method: Method, model: Callable, reference_model: Callable | None) -> None:
     """
     Raises:
-        TypeError, ValueError: the method needs a reference network that there is not, or the other way round.
+        TypeError, ValueError: the method needs a reference network that there is not, or the other way round;
+            or the reference would change with the model, or with each call.
     """
     needed = "reference" in method.needs
     if needed and not callable(reference_model):
@@ -119,6 +141,31 @@ def check_reference(method: Method, model: Callable, reference_model: Callable |
     if not needed and reference_model is not None:
         expected = f"expected None ({type(method).__name__} compares with no other network)"
         raise ValueError(f"reference_model: {expected}, got {check.describe(reference_model)}")
-    if needed and reference_model is model:
+    if not needed:
+        return
+    model, reference = unwrapped(model), unwrapped(reference_model)
+    if reference is model:
         expected = "expected another network than model, such as a frozen copy of it"
         raise ValueError(f"reference_model: {expected}, got the same")
+    if isinstance(model, nn.Module) and isinstance(reference, nn.Module):
+        _check_apart(model, reference)
+    found = unsteady(reference)
+    if found is not None:
+        raise ValueError(
+            f"reference_model: expected a network without {found[0]} (eval() stops it), got {found[1]}"
+        )
+
+
+def _check_apart(model: nn.Module, reference: nn.Module) -> None:
+    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    shared = [name for name, own in reference.named_parameters() if id(own) in trained]
+    if shared:
+        expected = (
+            "expected weights of its own (a plain function that switches adapters off is taken at its word)"
+        )
+        raise ValueError(f"reference_model: {expected}, got {shared[0]}, which is trained")
+    if hasattr(reference, "_hf_hook"):  # accelerate's, which moves weights at each call
+        return
+    here, there = (next(network.parameters(), None) for network in (model, reference))
+    if here is not None and there is not None and here.device != there.device:
+        raise ValueError(f"reference_model: expected weights on {here.device}, got {there.device}")

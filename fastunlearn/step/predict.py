@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..host import check
 from .attention import fast_attention
@@ -37,6 +37,21 @@ def _call(model: Callable, x_t: Tensor, t: Tensor, kwargs: dict):
         with fast_attention():
             return model(x_t, t, **kwargs)
     return model(x_t, t, **kwargs)
+
+
+def unsteady(network: Callable) -> tuple[str, str] | None:
+    """What makes a call of `network` change it, or differ from the next one, and where; None: nothing does."""
+    if not isinstance(network, nn.Module):
+        return None
+    for name, module in network.named_modules():
+        if not module.training:
+            continue
+        where = f"{type(module).__name__} ({name})"
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+            return "active dropout", where
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
+            return "averages that each call moves", where
+    return None
 
 
 def check_prediction(prediction: Tensor) -> None:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import functional as F
 from ..host.profiling import stage
@@ -182,11 +182,13 @@ def _prediction_without_graph(
 ) -> Tensor:
     """By the path that the step's own call takes: equal networks predict equal bits."""
     arguments = part.x_t, schedule.model_input(part.timesteps), part.kwargs, networks.autocast_dtype
+    # Any callable may be compared with, and what is compiled is a network.
+    compile = networks.compile if isinstance(network, nn.Module) else False
     with torch.no_grad(), stage("predict"):
-        if networks.compile == "regional":
+        if compile == "regional":
             return compilation.by_blocks(network, predict, arguments)
-        if networks.compile:
-            required = networks.compile != "try"
+        if compile:
+            required = compile != "try"
             prediction = compilation.whole(network, _forward, arguments, required=required)
             if prediction is not None:
                 return prediction

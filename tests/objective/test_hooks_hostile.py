@@ -1,18 +1,23 @@
 """Hooks used in ways that nobody planned: refused by name before any work, or right."""
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
 from small_methods import Pairs, Whole, both, gradient_of
 from test_hooks import PAIRS, SCHEDULE, World
+from torch import nn
 
-from fastunlearn import Draws
+from fastunlearn import Draws, ImageStore, Unlearner, method_step
 from fastunlearn import functional as F
 from fastunlearn.objective.combine import Project, Rescale
 from fastunlearn.objective.draws import FORGET, RETAIN, Normal, Same
 from fastunlearn.objective.protocol import Method, Pass, Predicted, Term
+from fastunlearn.step import compilation
 from fastunlearn.testing.budgets import relative_l2
+from fastunlearn.testing.factories import TinyDenoiser
+from fastunlearn.testing.host_sync import no_host_sync
 
 
 @pytest.fixture
@@ -116,7 +121,7 @@ def test_terms_of_one_role_in_two_gradients_are_all_in_the_loss(world):
 
 
 @pytest.mark.parametrize(
-    "changed, message",
+    ("changed", "message"),
     [
         ({"role": "forgot"}, r"^Term.role: expected one of forget, retain, got 'forgot'"),
         ({"weight": torch.tensor([-1.0, 1, 1, 1, 1])}, r"^Term.weight: expected none below 0 .*, got -1$"),
@@ -166,7 +171,7 @@ class Composes(Both):
 
 
 @pytest.mark.parametrize(
-    "made, message",
+    ("made", "message"),
     [
         (lambda whole: whole, r"^Composes.compose: expected a list of Pass, got Pass"),
         (lambda whole: [], r"^Composes.compose: expected at least one Pass, got none"),
@@ -234,7 +239,7 @@ def test_projection_of_an_objective_split_at_will(world, rows):
     def apart(losses):
         return {role: of_role(losses, role) for role in ("forget", "retain")}
 
-    out, ours = take(world, Objective(apart, Project(0.5)), micro_batch_size=rows)
+    _, ours = take(world, Objective(apart, Project(0.5)), micro_batch_size=rows)
     gradients = {
         role: world.literal(world.losses(world.model, world.own)[role].mean())
         for role in ("forget", "retain")
@@ -246,7 +251,7 @@ def test_projection_of_an_objective_split_at_will(world, rows):
 
 @pytest.mark.parametrize("rows", [None, 3])
 @pytest.mark.parametrize(
-    "answer, combination, message",
+    ("answer", "combination", "message"),
     [
         (lambda losses: {"forget": losses}, None, r"expected gradients of Sum, total, got 'forget'"),
         (lambda losses: {"retain": losses}, Rescale(1.0), r"expected contributions to forget, retain .* none to f"),
@@ -283,7 +288,7 @@ def test_the_same_numbers_in_any_order(world):
 
 
 @pytest.mark.parametrize(
-    "drawn, message",
+    ("drawn", "message"),
     [
         ({"extra": Normal("forget")}, r"^Method.draws: expected fields of Draws, got 'extra'"),
         ({"forget_noise": Same("nothing")}, r"expected .* the same as another field .*Same\('nothing'\)"),
@@ -303,3 +308,136 @@ def test_draws_for_a_set_that_is_not_needed_are_refused(world):
         ValueError, match=r"^Method.draws: expected numbers for branches that the method needs"
     ):
         gradient_of(Retains(), world.model, SCHEDULE, retain=world.retain)
+
+
+@pytest.mark.parametrize(
+    ("needs", "message"),
+    [
+        (
+            frozenset({"forget", "retain", "refrence"}),
+            r"^Both.needs: expected some of forget, .*got 'refrence'",
+        ),
+        (("forget", "retain"), r"^Both.needs: expected a frozenset of forget, retain, .* got tuple"),
+        (frozenset(), r"^Both.needs: expected 'forget' or 'retain', .* got none"),
+        (frozenset({"retain", "neighbors"}), r"^Both.needs: expected .*'forget' where there is 'neighbors'"),
+    ],
+)
+def test_needs_that_there_is_no_word_for_are_refused(world, monkeypatch, needs, message):
+    monkeypatch.setattr(Both, "needs", needs)
+    with pytest.raises((TypeError, ValueError), match=message):
+        take(world, Both())
+    with pytest.raises((TypeError, ValueError), match=message):
+        run_of(Both())
+
+
+def test_a_method_with_neighbors_says_how_many(monkeypatch):
+    monkeypatch.setattr(Both, "needs", frozenset({"forget", "retain", "neighbors"}))
+    with pytest.raises(TypeError, match=r"^k: expected"):
+        run_of(Both())
+
+
+def stores():
+    images = torch.randint(
+        0, 256, (12, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
+    return {"forget": ImageStore(images[:4]), "retain": ImageStore(images[4:])}
+
+
+def run_of(method, model=None, optimizer=None, **options):
+    """An `Unlearner` on a small network."""
+    model = TinyDenoiser() if model is None else model
+    if optimizer is None:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    return Unlearner(model, optimizer, SCHEDULE, method, **stores(), **{"batch_size": 4, **options})
+
+
+class Around(nn.Module):
+    """Another network in it."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x_t, t):
+        return self.network(x_t, t)
+
+
+def test_a_reference_that_is_trained_along_is_refused(world):
+    given = {**world.images, "draws": world.shared, "reference_model": Around(world.model)}
+    expected = r"^reference_model: expected weights of its own .*got network.enter.weight, which is trained"
+    with pytest.raises(ValueError, match=expected):
+        method_step(Pairs(), world.model, None, SCHEDULE, **given)
+    model = TinyDenoiser()
+    with pytest.raises(ValueError, match=expected):
+        run_of(Pairs(), model, reference_model=Around(model))
+
+
+class Counts(nn.Module):
+    """With batch norm, whose averages each call moves, or dropout."""
+
+    def __init__(self, *more):
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), *more)
+
+    def forward(self, x_t, t):
+        return self.net(x_t)
+
+
+@pytest.mark.parametrize("more", [nn.BatchNorm2d(1), nn.Dropout(0.5)], ids=str)
+def test_a_reference_that_changes_is_refused(world, more):
+    reference = Counts(more).double()
+    given = {**world.images, "draws": world.shared, "reference_model": reference}
+    with pytest.raises(ValueError, match=r"^reference_model: expected a network without .*\(net.1\)"):
+        method_step(Pairs(), world.model, None, SCHEDULE, **given)
+    reference.eval()
+    method_step(Pairs(), world.model, None, SCHEDULE, **given)
+
+
+def test_rows_that_go_through_a_network_twice_refuse_batch_norm(world):
+    given = {**world.images, "draws": world.own, "micro_batch_size": 3}
+    model = Counts(nn.BatchNorm2d(1)).double()
+    with pytest.raises(ValueError, match=r"^model: expected a network without averages that each call moves"):
+        method_step(Whole(), model, None, SCHEDULE, **given)
+
+
+def test_a_reference_elsewhere_is_refused(world):
+    given = {**world.images, "draws": world.shared, "reference_model": TinyDenoiser().to("meta")}
+    with pytest.raises(ValueError, match=r"^reference_model: expected weights on cpu, got meta"):
+        method_step(Pairs(), world.model, None, SCHEDULE, **given)
+
+
+def test_a_reference_may_be_any_callable_beside_a_compiled_network(world, monkeypatch):
+    """A function has no parameters, and is not compiled."""
+    monkeypatch.setattr(compilation, "BACKEND", "eager")
+    compiled, whole = [], compilation.whole
+
+    def remembered(network, *arguments, **options):
+        compiled.append(network)
+        return whole(network, *arguments, **options)
+
+    monkeypatch.setattr(compilation, "whole", remembered)
+    given = {"draws": world.shared, "compile": True}
+    _, ours = take(world, Pairs(), reference_model=lambda x_t, t: world.reference(x_t, t), **given)
+    assert set(compiled) == {world.model}
+    _, expected = take(world, Pairs(), reference_model=world.reference, draws=world.shared)
+    assert relative_l2([ours], [expected]) <= 1e-12
+    replayed = Unlearner._not_replayable
+    assert replayed(run_of(Pairs(), reference_model=lambda x_t, t: x_t)) is not None
+    assert replayed(run_of(Pairs(), reference_model=TinyDenoiser(seed=1))) is None
+
+
+@pytest.mark.parametrize("rows", [2, 4])
+def test_pairs_are_split_on_the_device(world, rows):
+    """Indices that were made on the host would be copied, which a device waits for and a graph cannot hold."""
+    with torch.device("meta"):
+        model, images = TinyDenoiser(), torch.zeros(PAIRS, 1, 8, 8)
+    options = {"forget": images, "retain": images, "micro_batch_size": rows, "compile": False}
+    options["draws"] = Draws(images, None, torch.zeros(PAIRS, dtype=torch.long, device="meta"))
+    reference = copy.deepcopy(model)
+
+    def step():
+        method_step(Pairs(), model, None, SCHEDULE, reference_model=reference, keep_grad=True, **options)
+
+    step()  # what is copied once and kept: tables of the schedule
+    with no_host_sync("meta"):
+        step()
