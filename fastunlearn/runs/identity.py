@@ -55,12 +55,11 @@ def identity(unlearner, more: Mapping[str, Any] | None = None) -> dict[str, Any]
         "precision": _precision(unlearner),
         "ema": _part(unlearner, "ema"),
     }
-    # Only where there are some: older runs knew of none, and can be resumed.
-    rules, reference = getattr(unlearner, "rules", ()), getattr(unlearner, "reference_model", None)
-    if rules:
-        description["rules"] = [{"kind": described(type(rule)), "state": rule.state_dict()} for rule in rules]
-    if reference is not None:
-        description["reference_model"] = _reference(reference)
+    # Only where there are any: a run without them is the same run as one of before there were rules.
+    if getattr(unlearner, "rules", ()):
+        description["rules"] = [type(rule).__name__ for rule in unlearner.rules]
+    if isinstance(getattr(unlearner, "reference_model", None), nn.Module):
+        description["reference_model"] = weights_of(unlearner.reference_model)
     if more is None:
         more = {}
     taken = sorted((description.keys() | {"start_weights"}) & more.keys())
@@ -78,24 +77,16 @@ def start_weights(unlearner) -> str:
     """
     if unlearner.step_index != 0:
         return UNKNOWN
-    return _weights("model", unlearner.model)
+    return weights_of(unlearner.model)
 
 
-def _reference(network: Any) -> Any:
-    """Of the network that a method compares with; of one that is no module, its name."""
-    if not isinstance(network, nn.Module):
-        return described(network)
-    return {"network": _network(network), "weights": _weights("reference_model", network)}
-
-
-def _weights(argument: str, model: Any) -> str:
-    """SHA-256 over a state dict.
-
-    By hashes of the tensors, so that names and values cannot run into each other.
+def weights_of(model: nn.Module) -> str:
+    """SHA-256 over the model's state, by plain name.
 
     Raises:
-        TypeError: the state holds something that is no tensor.
+        TypeError: as in `start_weights`.
     """
+    # By hashes of the tensors, so that names and values cannot run into each other.
     digest = hashlib.sha256()
     for name, value in sorted(plain_state(model).items()):
         if not isinstance(value, Tensor):

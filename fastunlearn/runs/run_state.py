@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..host.plain_names import load_plain_state, plain_parameters, plain_state
+from ..objective.parameters import overrides
 from . import optimizer_state
 from .checkpoint import Checkpoint
 from .state_checks import Entry, check_keys, check_state, check_tensor, like
@@ -39,8 +40,11 @@ BY_PARAMETER = "by_parameter"  # the only key of what stands for a list of one t
 
 
 def parts_of(unlearner) -> dict[str, Any]:
-    """Scheduler, EMA and scaler, where the unlearner has them."""
+    """Scheduler, EMA and scaler, where the unlearner has them, and the rules that have a state."""
     parts = {name: getattr(unlearner, name, None) for name in PARTS}
+    for number, rule in enumerate(getattr(unlearner, "rules", ())):
+        if overrides(rule, "state_dict"):
+            parts[f"rule_{number}"] = rule
     return {name: part for name, part in parts.items() if part is not None}
 
 
