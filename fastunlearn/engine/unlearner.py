@@ -360,6 +360,7 @@ class Unlearner:
             self.method,
             id(self.schedule),
             id(self.reference_model),
+            _places(unwrapped(self.reference_model)),
             self._step_settings(),
             self.rows_here,
             training,
@@ -495,3 +496,11 @@ class Unlearner:
             raise ValueError(f"{name}: expected at least one row, got none")
         check.rows_within(name, given, len(store))
         return given.long()
+
+
+def _places(reference: Callable | None) -> tuple | None:
+    """What a graph holds of a reference as constants: where its weights lie, and its mode."""
+    if not isinstance(reference, torch.nn.Module):
+        return None
+    tensors = (*reference.parameters(), *reference.buffers())
+    return [tensor.data_ptr() for tensor in tensors], [module.training for module in reference.modules()]
