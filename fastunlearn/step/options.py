@@ -110,6 +110,18 @@ def check_rules(rules: Sequence[ParameterRule], optimizer: torch.optim.Optimizer
         raise ValueError(f"rules: {expected}, got {', '.join(late)}")
 
 
+def check_added(rule: ParameterRule, added: Any) -> torch.Tensor:
+    """What `rule.add` returned, for the reported loss.
+
+    Raises:
+        TypeError: it is no number on the device.
+    """
+    if not isinstance(added, torch.Tensor) or added.ndim != 0:
+        name = f"{type(rule).__name__}.add"
+        raise TypeError(f"{name}: expected a 0-d tensor or None, got {check.describe(added)}")
+    return added.detach()
+
+
 def check_needs(method: Method) -> None:
     """
     Raises:

@@ -24,7 +24,7 @@ from .arrange import Unit, finish, in_calls
 from .compilation import resolve_compile
 from .composed import check_composed
 from .losses import Losses, ObjectiveLosses
-from .options import Settings
+from .options import Settings, check_added
 from .regress import Networks, regress, with_targets
 from .trained import UNSCALED, Trained, add_kept, check_reached, set_aside
 from .update import clipping, update
@@ -191,8 +191,7 @@ class _Step:
         left = self.loss_scale if optimizer is None else 1.0
         for rule in self.settings.rules:
             added = rule.add(parameters, left)
-            if added is not None:
-                loss = loss + added
+            loss = loss if added is None else loss + check_added(rule, added)
         present = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norm = total_norm(present, self.device)
         if optimizer is None:

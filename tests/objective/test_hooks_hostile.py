@@ -5,15 +5,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_methods import Pairs, Whole, both, gradient_of
+from small_methods import Mask, Pairs, Whole, both, gradient_of
 from test_hooks import PAIRS, SCHEDULE, World
 from torch import nn
 
-from fastunlearn import Draws, ImageStore, Unlearner, method_step
+from fastunlearn import Draws, ImageStore, Unlearner, Vanilla, method_step
 from fastunlearn import functional as F
 from fastunlearn.objective.combine import Project, Rescale
 from fastunlearn.objective.draws import FORGET, RETAIN, Normal, Same
+from fastunlearn.objective.parameters import ParameterRule
 from fastunlearn.objective.protocol import Method, Pass, Predicted, Term
+from fastunlearn.runs.training import unlearn
 from fastunlearn.step import compilation
 from fastunlearn.testing.budgets import relative_l2
 from fastunlearn.testing.factories import TinyDenoiser
@@ -441,3 +443,89 @@ def test_pairs_are_split_on_the_device(world, rows):
     step()  # what is copied once and kept: tables of the schedule
     with no_host_sync("meta"):
         step()
+
+
+class Counting(ParameterRule):
+    """An anchor at zero whose strength grows with the steps: it has a state."""
+
+    def __init__(self):
+        self.steps = torch.zeros(())
+
+    def add(self, parameters, loss_scale):
+        self.steps += 1
+        for parameter in parameters:
+            parameter.grad += self.steps * parameter.detach()
+        return self.steps
+
+    def state_dict(self):
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state):
+        self.steps = state["steps"].clone()
+
+
+def test_a_run_goes_on_with_the_state_of_its_rules(tmp_path):
+    whole, first, second = (run_of(Vanilla(), rules=[Counting()]) for _ in range(3))
+    unlearn(whole, num_steps=5, output_dir=tmp_path / "whole")
+    unlearn(first, num_steps=3, output_dir=tmp_path / "run", checkpointing_steps=3)
+    unlearn(second, num_steps=5, output_dir=tmp_path / "run", resume_from_checkpoint="latest")
+    assert second.rules[0].steps == 5
+    for own, expected in zip(second.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(own, expected)
+
+
+def test_a_run_is_not_resumed_with_other_rules_or_another_reference(tmp_path):
+    weights = [parameter.detach() for parameter in TinyDenoiser().parameters()]
+    frozen = Mask(weights, weights)
+    options = {"output_dir": tmp_path, "resume_from_checkpoint": "latest"}
+    reference = TinyDenoiser(seed=1)
+    run = run_of(Pairs(), reference_model=reference, rules=[frozen])
+    unlearn(run, num_steps=2, output_dir=tmp_path, checkpointing_steps=2)
+    with pytest.raises(ValueError, match=r"a run with rules nothing of this name, got \['Mask'\]"):
+        unlearn(run_of(Pairs(), reference_model=reference), num_steps=3, **options)
+    with pytest.raises(ValueError, match=r"^resume_from_checkpoint: expected .* with reference_model"):
+        unlearn(run_of(Pairs(), reference_model=TinyDenoiser(seed=2), rules=[frozen]), num_steps=3, **options)
+
+
+class Returns(ParameterRule):
+    """Adds what it is given to the loss."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def add(self, parameters, loss_scale):
+        return self.value
+
+
+def test_what_a_rule_adds_to_the_loss_is_a_number(world):
+    out, _ = take(world, Both(), rules=[Returns(torch.ones((), requires_grad=True))])
+    assert not out.loss.requires_grad
+    for value in (torch.zeros(1), 1.0):
+        with pytest.raises(TypeError, match=r"^Returns.add: expected a 0-d tensor or None, got"):
+            take(world, Both(), rules=[Returns(value)])
+    assert all(parameter.grad is None for parameter in world.model.parameters())
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_rule_that_adds_nan_is_a_skipped_step(fused, scaled):
+    model = TinyDenoiser()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused)
+    scaler = torch.amp.GradScaler("cpu") if scaled else None
+    rules = [Returns(torch.tensor(float("nan")))]
+    out = run_of(Vanilla(), model, optimizer, rules=rules, grad_scaler=scaler).step()
+    assert out.skipped
+    assert all(map(torch.equal, model.parameters(), before))
+
+
+def test_a_graph_is_captured_anew_where_the_reference_has_moved():
+    run = run_of(Pairs(), reference_model=TinyDenoiser(seed=1))
+    before = run._settings()
+    assert run._settings() == before
+    for parameter in run.reference_model.parameters():
+        parameter.data = parameter.data.clone()
+    assert run._settings() != before
+    before = run._settings()
+    run.reference_model.eval()
+    assert run._settings() != before
