@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from small_methods import Anchor, Mask, Pairs
 from torch import Tensor, nn
 
-from fastunlearn import SISS, ImageStore, Unlearner, erasediff_step, retrack_step, siss_step
+from fastunlearn import SISS, ImageStore, Unlearner, erasediff_step, method_step, retrack_step, siss_step
 from fastunlearn.host.precision import tf32
 from fastunlearn.objective.draws import Draws
 from fastunlearn.step.take import StepOutput
@@ -82,6 +83,41 @@ def take_steps(method, alone: bool, options: dict[str, Any]) -> tuple[Tensor, li
     unlearner = build(method, alone, **options)
     reports = [numbers(unlearner.step()) for _ in range(STEPS)]
     return weights(unlearner.model), reports
+
+
+def take_steps_with_rules(method, alone: bool) -> tuple[Tensor, list[dict[str, float]]]:
+    """`take_steps` with a mask and an anchor."""
+    unlearner = build(method, alone)
+    parameters = unlearner.parameters
+    generator = torch.Generator().manual_seed(5)
+    masks = [(torch.rand(each.shape, generator=generator) < 0.5).float() for each in parameters]
+    anchor = Anchor([each.detach() + 0.1 for each in parameters], 0.5)
+    unlearner.rules = (Mask(parameters, masks), anchor)
+    reports = [numbers(unlearner.step()) for _ in range(STEPS)]
+    return weights(unlearner.model), reports
+
+
+def objective_of_other_rows(method) -> str:
+    """What a step with an objective says of a batch that is larger in the second process."""
+    rows = 3 + dist.get_rank()
+    forget, retain = (images(rows, seed).float() / 127.5 - 1 for seed in (1, 2))
+    reference = TinyDenoiser(seed=1) if "reference" in method.needs else None
+    given = {"forget": forget, "retain": retain, "reference_model": reference}
+    try:
+        method_step(method, TinyDenoiser(), None, SCHEDULE, **given, process_group=dist.group.WORLD)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+def step_with_references_apart() -> str:
+    """What the first step says of references that have other weights in the second process."""
+    unlearner = build(Pairs(), False, reference_model=TinyDenoiser(seed=1 + dist.get_rank()))
+    try:
+        unlearner.step()
+    except ValueError as error:
+        return str(error)
+    return "nothing"
 
 
 def take_steps_on(

@@ -9,19 +9,22 @@ import torch
 from small_methods import Pairs, Rows, Whole
 from step_cases import (
     BATCH,
-    Denoiser,
     begin_apart,
     begin_with_other_seeds,
     drawn_rows,
+    objective_of_other_rows,
     own_loop,
     step_with_a_nan,
     step_with_other_rows,
+    step_with_references_apart,
     take_steps,
     take_steps_on,
+    take_steps_with_rules,
 )
 from team import Team
 
 from fastunlearn import SISS, EraseDiff, ReTrack, Vanilla
+from fastunlearn.testing.factories import TinyDenoiser
 from fastunlearn.testing.methods import every_variant
 
 METHODS = [
@@ -77,9 +80,26 @@ def test_objectives_that_tie_rows_together(pair: Team, method, rows: int | None)
     """Pairs are in one process, a batch in both; 1 and 4 rows make two phases of some, 4 pairs of others."""
     options = {"micro_batch_size": rows}
     if "reference" in method.needs:
-        torch.manual_seed(0)
-        options["reference_model"] = Denoiser()
+        options["reference_model"] = TinyDenoiser(seed=1)
     assert_same(pair.run(take_steps, method, False, options), take_steps(method, True, options))
+
+
+@pytest.mark.parametrize("method", [Vanilla(), *TWO_GRADIENTS], ids=str)
+def test_rules_see_the_gradients_of_all_processes(pair: Team, method):
+    """Restricted before its norm is taken, added to once; a layer has no gradient anywhere."""
+    assert_same(pair.run(take_steps_with_rules, method, False), take_steps_with_rules(method, True))
+
+
+@pytest.mark.parametrize("method", [Whole(), Pairs()], ids=str)
+def test_objectives_of_unequal_batches_are_refused(pair: Team, method):
+    """gloo would end a process that is handed the losses of more rows than its own."""
+    for refusal in pair.run(objective_of_other_rows, method):
+        assert refusal.startswith("process_group: expected as many rows in every process, got")
+
+
+def test_references_that_differ_are_refused(pair: Team):
+    for refusal in pair.run(step_with_references_apart):
+        assert "got different weights of reference_model" in refusal
 
 
 def test_three_processes():
