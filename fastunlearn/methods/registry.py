@@ -161,6 +161,12 @@ def _name_of(method: type[Method]) -> str:
         raise TypeError(
             f"register: expected to stand above the @dataclass of a Method, got {check.describe(method)}"
         )
+    # A subclass inherits the fields, and would lose those that it adds; what is not frozen may change under a
+    # captured step.
+    own = vars(method).get("__dataclass_params__")
+    if own is None or not own.frozen:
+        got = "none of its own" if own is None else "one that is not frozen"
+        raise TypeError(f"{method.__name__}: expected @dataclass(frozen=True) below register, got {got}")
     name = getattr(method, "name", None)
     if not isinstance(name, str) or not name:
         raise TypeError(f"{method.__name__}.name: expected the method's name, got {check.describe(name)}")

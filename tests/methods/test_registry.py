@@ -262,3 +262,29 @@ class TestFlags:
 
         for command in (Demo, Unlearn):
             assert "flagged" in get_args(get_type_hints(command.with_methods())["method"])
+
+
+class Inherits(Vanilla):
+    """Adds a field, which only a dataclass of its own would have."""
+
+    strength: float = 2.0
+    name = "inherits"
+
+
+@dataclass
+class Changeable(Method):
+    """Not frozen."""
+
+    strength: float = 2.0
+    name = "changeable"
+    needs = frozenset({"retain"})
+
+
+@pytest.mark.parametrize(
+    ("method", "got"), [(Inherits, "none of its own"), (Changeable, "one that is not frozen")]
+)
+def test_a_method_is_a_frozen_dataclass_of_its_own(methods_go_again, method, got):
+    with pytest.raises(
+        TypeError, match=rf"^{method.__name__}: expected @dataclass\(frozen=True\) .*got {got}"
+    ):
+        register(help="does something.")(method)
