@@ -37,7 +37,8 @@ class ParameterRule:
     def after_update(self, parameters: Sequence[nn.Parameter]) -> None:
         """Changes the weights after the optimizer's update, which decay and momentum move without gradient.
 
-        A step with `optimizer=None` makes no update, and refuses a rule that has this.
+        It is called after a skipped step, too, of which the host does not know: where nothing was moved, it
+        should move nothing. A step with `optimizer=None` makes no update, and refuses a rule that has this.
         """
 
     def state_dict(self) -> dict[str, Any]:
