@@ -241,7 +241,7 @@ ALLOWED: dict[str, tuple[dict, dict, bool]] = {
 COMPARED = {
     "model", "optimizer", "schedule", "method", "forget", "retain", "neighbors", "batch_size", "seed",
     "autocast_dtype", "grad_scaler", "max_grad_norm", "ema", "lr_scheduler", "identity",
-    "rules", "reference_model",
+    "rules", "reference_model",  # in objective/test_hooks_hostile.py
 }  # fmt: skip
 # What a run is given that is neither: itself, where it is written, what its record says beside; how long it
 # is and how many processes take it have tests of their own; of the last two only None is taken.
