@@ -110,6 +110,27 @@ def objective_of_other_rows(method) -> str:
     return "nothing"
 
 
+def references_that_are_the_model() -> list[str]:
+    """What is said of the network inside of DistributedDataParallel as reference, from both sides."""
+    network = TinyDenoiser()
+    wrapped = nn.parallel.DistributedDataParallel(network)
+    refusals = []
+    for model, reference in ((wrapped, network), (network, wrapped)):
+        pictures = images(2, 1).float() / 127.5 - 1
+        given = {"forget": pictures, "retain": pictures, "process_group": dist.group.WORLD}
+        optimizer = torch.optim.AdamW(network.parameters(), fused=True)
+        stores = {"forget": ImageStore(images(2, 1)), "retain": ImageStore(images(4, 2)), "batch_size": 2}
+        try:
+            method_step(Pairs(), model, optimizer, SCHEDULE, reference_model=reference, **given)
+        except ValueError as error:
+            refusals.append(str(error))
+        try:
+            Unlearner(model, optimizer, SCHEDULE, Pairs(), reference_model=reference, **stores)
+        except ValueError as error:
+            refusals.append(str(error))
+    return refusals
+
+
 def step_with_references_apart() -> str:
     """What the first step says of references that have other weights in the second process."""
     unlearner = build(Pairs(), False, reference_model=TinyDenoiser(seed=1 + dist.get_rank()))

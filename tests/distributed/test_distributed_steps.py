@@ -14,6 +14,7 @@ from step_cases import (
     drawn_rows,
     objective_of_other_rows,
     own_loop,
+    references_that_are_the_model,
     step_with_a_nan,
     step_with_other_rows,
     step_with_references_apart,
@@ -95,6 +96,14 @@ def test_objectives_of_unequal_batches_are_refused(pair: Team, method):
     """gloo would end a process that is handed the losses of more rows than its own."""
     for refusal in pair.run(objective_of_other_rows, method):
         assert refusal.startswith("process_group: expected as many rows in every process, got")
+
+
+def test_a_reference_that_is_the_model_in_a_wrapper_is_refused(pair: Team):
+    """Every difference of losses would be 0, without a word."""
+    for refusals in pair.run(references_that_are_the_model):
+        assert len(refusals) == 4
+        for refusal in refusals:
+            assert refusal.startswith("reference_model: expected another network than model")
 
 
 def test_references_that_differ_are_refused(pair: Team):
