@@ -27,7 +27,7 @@ from .losses import Losses, ObjectiveLosses
 from .options import Settings, check_added
 from .regress import Networks, regress, with_targets
 from .trained import UNSCALED, Trained, add_kept, check_reached, set_aside
-from .update import clipping, update
+from .update import clipping, forget_unscaling, update
 from .wrappers import tell_skipped
 
 
@@ -189,9 +189,13 @@ class _Step:
         if optimizer is not None and scaler is not None:
             scaler.unscale_(optimizer)
         left = self.loss_scale if optimizer is None else 1.0
-        for rule in self.settings.rules:
-            added = rule.add(parameters, left)
-            loss = loss if added is None else loss + check_added(rule, added)
+        try:
+            for rule in self.settings.rules:
+                added = rule.add(parameters, left)
+                loss = loss if added is None else loss + check_added(rule, added)
+        except BaseException:
+            forget_unscaling(scaler, optimizer)
+            raise
         present = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norm = total_norm(present, self.device)
         if optimizer is None:

@@ -26,6 +26,14 @@ def clipping(norm: Tensor, max_norm: float | None) -> Tensor | None:
     return ((norm + 1e-6) / max_norm).clamp(min=1)
 
 
+def forget_unscaling(
+    grad_scaler: torch.amp.GradScaler | None, optimizer: torch.optim.Optimizer | None
+) -> None:
+    """After an error between `unscale_` and the update: the scaler would refuse to unscale the next step."""
+    if grad_scaler is not None and optimizer is not None:
+        grad_scaler._per_optimizer_states.pop(id(optimizer), None)
+
+
 def update(
     optimizer: torch.optim.Optimizer,
     divisor: Tensor | None,

@@ -529,3 +529,25 @@ def test_a_graph_is_captured_anew_where_the_reference_has_moved():
     before = run._settings()
     run.reference_model.eval()
     assert run._settings() != before
+
+
+class FailsOnce(ParameterRule):
+    """Raises at its first step."""
+
+    failed = False
+
+    def add(self, parameters, loss_scale):
+        if not self.failed:
+            self.failed = True
+            raise RuntimeError("once")
+
+
+def test_a_step_may_be_taken_again_after_a_rule_has_failed():
+    """With a scaler, which had unscaled the gradients of the step that failed."""
+    run = run_of(Vanilla(), rules=[FailsOnce()], grad_scaler=torch.amp.GradScaler("cpu"))
+    with pytest.raises(RuntimeError, match="once"):
+        run.step()
+    plain = run_of(Vanilla(), grad_scaler=torch.amp.GradScaler("cpu"))
+    assert torch.equal(run.step().loss, plain.step().loss)
+    for own, expected in zip(run.model.parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(own, expected)
