@@ -150,11 +150,7 @@ class Unlearner:
         check_reference(method, model, reference_model)
         if "neighbors" in method.needs:
             check.integer("k", getattr(method, "k", None), low=1)
-        for around in (model, unwrapped(model)):
-            refuse_elsewhere("model", around)
-        trainable(unwrapped(model), optimizer)
-        check_unconditional(unwrapped(model))
-        reduced = process_group is not None or unwrapped(model) is not model
+        check_network(model, optimizer)
         check_keep_grad(keep_grad)
         check_ema(ema)
 

@@ -189,13 +189,12 @@ def complete(
         twin = how.name if type(how) is Same else twins.get(name)
         if twin is not None and known[twin] is not None:
             known[name] = known[twin]
-        elif type(how) is Same:
-            raise ValueError(f"draws: expected {how.name} before {name}, which is the same, got it after")
-        else:
+        elif type(how) is not Same:
             known[name] = how.draw(source, Purpose[name.upper()], batches[how.branch], num_timesteps)
-    # What was drawn after a field that is to be the same.
-    late = {name: known[how.name] for name, how in wanted.items() if known[name] is None}
-    return replace(draws, **known | late)
+    for name, how in wanted.items():
+        if known[name] is None:  # the same as what stood after it
+            known[name] = known[how.name]
+    return replace(draws, **known)
 
 
 def _check_wanted(wanted: dict[str, Draw], batches: dict[str, Tensor | Rows | None]) -> None:

@@ -57,9 +57,14 @@ def identity(unlearner, more: Mapping[str, Any] | None = None) -> dict[str, Any]
     }
     # Only where there are any: a run without them is the same run as one of before there were rules.
     if getattr(unlearner, "rules", ()):
-        description["rules"] = [type(rule).__name__ for rule in unlearner.rules]
-    if isinstance(getattr(unlearner, "reference_model", None), nn.Module):
-        description["reference_model"] = weights_of(unlearner.reference_model)
+        rules = unlearner.rules
+        description["rules"] = [{"kind": described(type(rule)), "state": rule.state_dict()} for rule in rules]
+    reference = getattr(unlearner, "reference_model", None)
+    if isinstance(reference, nn.Module):
+        weights = weights_of("reference_model", reference)
+        description["reference_model"] = {"network": _network(reference), "weights": weights}
+    elif reference is not None:
+        description["reference_model"] = described(reference)
     if more is None:
         more = {}
     taken = sorted((description.keys() | {"start_weights"}) & more.keys())
@@ -77,14 +82,14 @@ def start_weights(unlearner) -> str:
     """
     if unlearner.step_index != 0:
         return UNKNOWN
-    return weights_of(unlearner.model)
+    return weights_of("model", unlearner.model)
 
 
-def weights_of(model: nn.Module) -> str:
+def weights_of(argument: str, model: Any) -> str:
     """SHA-256 over the model's state, by plain name.
 
     Raises:
-        TypeError: as in `start_weights`.
+        TypeError: naming `argument`, as in `start_weights`.
     """
     # By hashes of the tensors, so that names and values cannot run into each other.
     digest = hashlib.sha256()

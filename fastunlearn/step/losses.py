@@ -175,8 +175,7 @@ class ObjectiveLosses:
 def everyones(
     means: Mapping[Name, Tensor], rows: Mapping[Name, int], group: dist.ProcessGroup
 ) -> dict[Name, Tensor]:
-    """The mean of `means` over the processes, which is that over all rows only where each process has as many
-    as the others.
+    """The mean of `means` over the processes.
 
     It is that over all rows only where each process has as many as the others. NaN where they have not, so
     that the step is skipped.
@@ -184,7 +183,8 @@ def everyones(
     Raises:
         ValueError: they have not, and reading it costs nothing: on CPUs.
     """
-    own = torch.stack(list(means.values())).double()  # of one dtype in all processes
+    # Float64: of one dtype in all processes.
+    own = torch.stack(list(means.values())).double()
     counts = torch.stack([torch.full_like(own[0], rows[name]) for name in means])
     told = torch.stack([own, counts, counts.square()])
     reduce_mean([told], group)

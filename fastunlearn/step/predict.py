@@ -40,7 +40,7 @@ def _call(model: Callable, x_t: Tensor, t: Tensor, kwargs: dict):
 
 
 def unsteady(network: Callable) -> tuple[str, str] | None:
-    """What makes a call of `network` change it, or differ from the next one, and where; None: nothing does."""
+    """What makes a call of `network` change it, or differ from the next one, and where; None: nothing."""
     if not isinstance(network, nn.Module):
         return None
     for name, module in network.named_modules():

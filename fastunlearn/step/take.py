@@ -107,8 +107,7 @@ class _Step:
         """Compose: the calls of the network, where their losses are summed, where their gradients go."""
         passes = self.method.compose(batch, draws, self.schedule)
         check_composed(self.method, passes, with_reference=self.networks.reference is not None)
-        combination, scaler = self.method.combine, self.trained.grad_scaler
-        self.loss_scale = 1.0 if scaler is None else scaler.scale(torch.ones((), device=self.device))
+        self.combination = self.method.combine
         self.own_objective = has_own_objective(self.method)
         if self.own_objective:
             unit, in_place = self._weigh_by_objective(passes)
