@@ -481,7 +481,7 @@ def test_a_run_is_not_resumed_with_other_rules_or_another_reference(tmp_path):
     reference = TinyDenoiser(seed=1)
     run = run_of(Pairs(), reference_model=reference, rules=[frozen])
     unlearn(run, num_steps=2, output_dir=tmp_path, checkpointing_steps=2)
-    with pytest.raises(ValueError, match=r"a run with rules nothing of this name, got \['Mask'\]"):
+    with pytest.raises(ValueError, match=r"a run with rules nothing of this name, got .*Mask'"):
         unlearn(run_of(Pairs(), reference_model=reference), num_steps=3, **options)
     with pytest.raises(ValueError, match=r"^resume_from_checkpoint: expected .* with reference_model"):
         unlearn(run_of(Pairs(), reference_model=TinyDenoiser(seed=2), rules=[frozen]), num_steps=3, **options)
