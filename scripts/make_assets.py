@@ -114,7 +114,7 @@ def normalised(classifier: MnistClassifier) -> dict[str, nn.BatchNorm2d | nn.Bat
 
 
 def fold(classifier: MnistClassifier, norms: dict[str, nn.Module]) -> MnistClassifier:
-    """The same function in evaluation mode, without normalisation layers."""
+    """The same function in eval mode, without normalisation layers."""
     folded = MnistClassifier()
     folded.load_state_dict(classifier.state_dict())
     with torch.no_grad():

@@ -14,7 +14,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from fastunlearn.metrics import inception
-from fastunlearn.models.sampling import evaluation_mode
+from fastunlearn.models.sampling import eval_mode
 from fastunlearn.neighbors import uint8
 from fastunlearn.neighbors.nearest import nearest_neighbors
 
@@ -177,7 +177,7 @@ def test_a_model_that_two_threads_evaluate_is_in_training_mode_again(first):
     modes = [module.training for module in model.modules()]
 
     def evaluate(pause):
-        with evaluation_mode(model):
+        with eval_mode(model):
             pause()
 
     threads = [Held(evaluate), Held(evaluate)]
@@ -191,10 +191,10 @@ def test_a_part_of_a_model_that_is_evaluated_longer_keeps_its_mode():
     model = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
 
     def evaluate_part(pause):
-        with evaluation_mode(model[1]):
+        with eval_mode(model[1]):
             pause()
 
-    with evaluation_mode(model):
+    with eval_mode(model):
         part = Held(evaluate_part)
     assert [module.training for module in model.modules()] == [True, True, False]
     part.finish()

@@ -49,7 +49,7 @@ class MnistClassifier(nn.Module):
 
 
 def load_mnist_classifier() -> MnistClassifier:
-    """The shipped classifier, float32, on the CPU, in evaluation mode, without gradients."""
+    """The shipped classifier, float32, on the CPU, in eval mode, without gradients."""
     classifier = MnistClassifier()
     classifier.load_state_dict(load_file(assets.path(ASSET)))
     return classifier.eval().requires_grad_(False)

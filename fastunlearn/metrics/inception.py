@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..host import check, finite
-from ..models.sampling import evaluation_mode
+from ..models.sampling import eval_mode
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def _run(classifier: nn.Module, images: Tensor, batch_size: int) -> tuple[Tensor
     """Features `[N, F]` and logits `[N, K]`, float64 on the CPU."""
     device = next(classifier.parameters()).device
     features, logits = [], []
-    with evaluation_mode(classifier):
+    with eval_mode(classifier):
         for batch in images.split(batch_size):
             batch = batch.to(device, torch.float32)
             features.append(classifier.features(batch).double().cpu())

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..host import check, finite
-from ..models.sampling import evaluation_mode, sample_seed
+from ..models.sampling import eval_mode, sample_seed
 from ..objective.schedule import NoiseSchedule
 
 START = 1e-5  # the lower end of the papers' ODE, as in Song et al.'s code
@@ -95,7 +95,7 @@ def check_likelihood(model: nn.Module | Callable, schedule: NoiseSchedule, image
     finite.weights(model)
     device, dtype = _home(model, image)
     x = image.to(device, dtype)
-    with evaluation_mode(model), torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         output = model(x, torch.zeros(len(x), device=device))
     finite.rows("predictions", _prediction(output, x))
     return ode
@@ -155,7 +155,7 @@ def bits_per_dim(
     pixels = flow.scale_at_start * images.to(device, torch.float64).flatten(1)
     start = torch.cat([pixels, torch.zeros(len(images), 1, dtype=torch.float64, device=device)], dim=1)
     span = torch.tensor(flow.span, dtype=torch.float64, device=device)
-    with evaluation_mode(model), torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         # `step_t`: the last step ends there, as SciPy's does; torchdiffeq would step past it, where there is
         # no schedule, and interpolate.
         solver = {"rtol": rtol, "atol": atol, "method": "dopri5", "options": {"step_t": span[1:]}}

@@ -1,4 +1,4 @@
-"""Sampling for evaluation by diffusers' own schedulers: from noise, or from an image noised to some timestep.
+"""Sampling by diffusers' own schedulers: from noise, or from an image noised to some timestep.
 
 The noise of sample i is a function of `(seed, i)` alone. So two models are compared on the same noise, and
 the images do not depend on the batch size (up to the rounding of the network's own batched arithmetic).
@@ -198,7 +198,7 @@ def noised(scheduler, images: Tensor, timestep: int, *, seed: int = 0) -> Tensor
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module | Callable) -> Iterator[None]:
+def eval_mode(model: nn.Module | Callable) -> Iterator[None]:
     """Puts a module in eval mode; afterwards every submodule is in the mode it had.
 
     Several threads may be inside with one module: the last to leave puts its mode back.
@@ -264,7 +264,7 @@ def _denoise(
     done = []
     firsts = range(0, num_images, batch_size)
     batches = [range(first, min(first + batch_size, num_images)) for first in firsts]
-    with torch.inference_mode(), evaluation_mode(model), Progress(disable=not show_progress) as progress:
+    with torch.inference_mode(), eval_mode(model), Progress(disable=not show_progress) as progress:
         task = progress.add_task(description, total=len(batches) * len(timesteps))
         for rows in batches:
             generators = _generators(seed, rows)

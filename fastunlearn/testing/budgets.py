@@ -4,9 +4,9 @@ The yardstick is never a hand-made tolerance: a low-precision result may err at 
 plain formula errs in the same precision, plus one rounding of its largest entry.
 
 Where all the error sits in one number (a sum over an image, the one weight of a batch that is neither 0 nor
-1), a single evaluation of the plain formula may be right by luck: on the processor whose vectors and
+1), a single run of the plain formula may be right by luck: on the processor whose vectors and
 libraries add in one order, and not on the next. There the yardstick is the largest error of several
-evaluations that differ in nothing but the order of the elements (`in_several_orders`).
+runs that differ in nothing but the order of the elements (`in_several_orders`).
 """
 
 from __future__ import annotations
@@ -64,12 +64,12 @@ def budget(plain: Tensor | Sequence[Tensor], truth: Tensor) -> float:
     """The error allowed beside a plain implementation in the same dtype: twice its error plus one rounding of
     the largest entry of the truth.
 
-    plain: what it computes, or several evaluations of it, of which the one farthest from the truth counts.
+    plain: what it computes, or the results of several runs, of which the one farthest from the truth counts.
     """
-    evaluations = [plain] if isinstance(plain, Tensor) else plain
+    results = [plain] if isinstance(plain, Tensor) else plain
     return max(
         2 * largest_error(value, truth) + torch.finfo(value.dtype).eps * largest_entry(truth)
-        for value in evaluations
+        for value in results
     )
 
 
@@ -88,7 +88,7 @@ def assert_within_budget(name: str, actual: Tensor, plain: Tensor | Sequence[Ten
 def in_several_orders(
     formula: Callable[..., Sequence[Tensor]], images: Sequence[Tensor], orders: Iterable[Tensor] | None = None
 ) -> list[tuple[Tensor, ...]]:
-    """Evaluations of `formula(*images)` that add the elements of an image in different orders; a tuple of
+    """Results of `formula(*images)` that add the elements of an image in different orders; a tuple of
     them for each of its results.
 
     Args:
@@ -98,14 +98,14 @@ def in_several_orders(
         orders: permutations of the `C * H * W` elements, by default `shuffles` of them.
     """
     shape = images[0].shape[-3:]
-    evaluations = []
+    found = []
     for order in shuffles(shape.numel()) if orders is None else orders:
         results = formula(*(reordered(image, order) for image in images))
         back = order.argsort()
-        evaluations.append(
+        found.append(
             [reordered(result, back) if result.shape[-3:] == shape else result for result in results]
         )
-    return list(zip(*evaluations, strict=True))
+    return list(zip(*found, strict=True))
 
 
 def shuffles(elements: int, count: int = 16) -> list[Tensor]:
