@@ -97,11 +97,16 @@ class Evaluate:
         check_outside(self.output, forget=self.forget, retain=self.retain)
         wanted = parse_metrics(self.metrics)
         settings = Settings(
-            num_images=self.num_images, timestep=self.timestep, chains=self.chains,
-            nll_tolerance=self.nll_tolerance, sampler=self.sampler,
-            num_inference_steps=self.num_inference_steps, batch_size=self.batch_size, seed=self.seed,
+            num_images=self.num_images,
+            timestep=self.timestep,
+            chains=self.chains,
+            nll_tolerance=self.nll_tolerance,
+            sampler=self.sampler,
+            num_inference_steps=self.num_inference_steps,
+            batch_size=self.batch_size,
+            seed=self.seed,
             show_progress=True,
-        )  # fmt: skip
+        )
         check.integer("max_forget_images", self.max_forget_images, low=1)
         if self.threshold is not None:
             check.number("threshold", self.threshold, low=0, low_open=True)
@@ -115,7 +120,9 @@ class Evaluate:
             for name, subject in subjects.items():
                 _measure(name, subject, wanted, refused[name], images, settings, record)
             counts = {"looked_at": len(images.few), "given": len(images.forget)}
-            before, after = (None, *record.measured.values())[-2:]
+            # A model that is measured alone has nothing before it.
+            before = record.measured.get("before")
+            after = record.measured["model" if before is None else "after"]
             verdict = decide(before, after, **counts)
             record.finish(verdict=asdict(verdict))
         except BaseException as error:
@@ -212,9 +219,14 @@ def _plan(
 
 
 def _measure(
-    name: str, subject: Subject, wanted: tuple[str, ...], refused: dict[str, str], images: Images,
-    settings: Settings, record: Record,
-) -> None:  # fmt: skip
+    name: str,
+    subject: Subject,
+    wanted: tuple[str, ...],
+    refused: dict[str, str],
+    images: Images,
+    settings: Settings,
+    record: Record,
+) -> None:
     """Measures one checkpoint, and writes each metric down as it comes."""
     from ..measuring import Measurement, measure
     from . import _exit_code
