@@ -17,23 +17,23 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..host import check
-from ..objective.protocol import Method, Pass
+from ..objective.protocol import Method, Pass, Term
 from ..objective.schedule import NoiseSchedule
 from .losses import everyones as everyones_means
 from .predict import unsteady
 from .regress import Networks, Regression, losses_without_graph, regress, with_targets
 
-Losses = dict[str, Tensor]  # For each role, [rows].
+ByRole = dict[str, Tensor]  # For each role a number for each of its rows, [rows].
 
 
 class Derivative(NamedTuple):
     """Of an objective with respect to the losses of rows."""
 
     values: dict[str, Tensor]  # For each gradient, 0-d: what these rows add to it.
-    weights: dict[str, Losses]  # For each gradient, for each role: [rows].
+    weights: dict[str, ByRole]  # For each gradient, for each role: [rows].
 
 
-def derive(method: Method, losses: Losses, reference: Losses, rows: dict[str, int]) -> Derivative:
+def derive(method: Method, losses: ByRole, reference: ByRole, rows: dict[str, int]) -> Derivative:
     """What the objective of `method` makes of `losses`, and its derivative: the weights of the rows.
 
     Args:
@@ -58,7 +58,7 @@ def derive(method: Method, losses: Losses, reference: Losses, rows: dict[str, in
     return Derivative(values, weights)
 
 
-def _asked(method: Method, losses: Losses, reference: Losses) -> dict[str, Losses]:
+def _asked(method: Method, losses: ByRole, reference: ByRole) -> dict[str, ByRole]:
     """What the objective answers, whose gradients are those of the combination."""
     name = f"{type(method).__name__}.objective"
     found = method.objective(losses, reference)
@@ -74,7 +74,7 @@ def _asked(method: Method, losses: Losses, reference: Losses) -> dict[str, Losse
     return found
 
 
-def _mean(method: Method, role: str, contributions: Tensor, losses: Losses, rows: dict[str, int]) -> Tensor:
+def _mean(method: Method, role: str, contributions: Tensor, losses: ByRole, rows: dict[str, int]) -> Tensor:
     given = contributions if isinstance(contributions, Tensor) else None
     if role not in losses or given is None or given.shape != losses[role].shape:
         expected = f"one contribution for each row of {', '.join(losses)}"
@@ -140,7 +140,7 @@ def regress_by_objective(
     schedule: NoiseSchedule,
     rows: dict[str, int],
     factors: dict[str, Tensor | float],
-) -> tuple[Regression, Losses, Derivative]:
+) -> tuple[Regression, ByRole, Derivative]:
     """A call of the network whose rows are weighted by the derivative of the objective on them.
 
     The reference runs before: it holds no graph. Nothing is differentiated within compiled code, which
@@ -179,7 +179,7 @@ def weigh_all(
     schedule: NoiseSchedule,
     micro_batch_size: int | None,
     group: dist.ProcessGroup | None,
-) -> tuple[list[Pass], Losses, Derivative]:
+) -> tuple[list[Pass], ByRole, Derivative]:
     """`passes` with final weights, for an objective that ties rows of several calls together.
 
     Two phases: the losses of all rows without a graph (of all processes, where the batch is tied together),
@@ -210,7 +210,7 @@ def weigh_all(
     return _with_weights(parts, weights), losses, derivative
 
 
-def _own_share(weights: dict[str, Losses], group: dist.ProcessGroup) -> dict[str, Losses]:
+def _own_share(weights: dict[str, ByRole], group: dist.ProcessGroup) -> dict[str, ByRole]:
     """The weights of this process's rows, from those of all processes in the order of their ranks.
 
     Gradients are averaged over the processes afterwards, and these weights are shares of all rows: so they
@@ -223,7 +223,7 @@ def _own_share(weights: dict[str, Losses], group: dist.ProcessGroup) -> dict[str
     }
 
 
-def _with_weights(parts: Sequence[Pass], weights: dict[str, Losses]) -> list[Pass]:
+def _with_weights(parts: Sequence[Pass], weights: dict[str, ByRole]) -> list[Pass]:
     """`parts` with a term for each gradient that gives weights to the rows of its role.
 
     The rows of a role lie in `weights` in the order of the calls.
@@ -250,32 +250,32 @@ def _reference_losses(
     return losses_without_graph(networks.reference, networks, part, schedule)
 
 
-def _plain(term, number: int):
+def _plain(term: Term, number: int) -> Term:
     """`term` as a gradient of its own, in which each row counts 1."""
     ones = torch.ones(len(term.rows), device=term.target.device)
     return replace(term, gradient=str(number), weight=ones, over=1.0, scale=1.0)
 
 
-def _with_spread(term, loss: Tensor) -> Tensor:
+def _with_spread(term: Term, loss: Tensor) -> Tensor:
     if term.spread is None:
         return loss
     return loss + term.spread
 
 
-def _per_row(weight: Tensor, term, part: Pass, factor: Tensor | float) -> Tensor:
+def _per_row(weight: Tensor, term: Term, part: Pass, factor: Tensor | float) -> Tensor:
     """`[R, 1, 1, 1]`: the weights of a term's rows, and 0 at the others, where its residual is 0."""
     whole = weight.new_zeros(len(part.x_t))
     whole[term.rows.start : term.rows.stop] = weight
     return (whole * factor).view(-1, *[1] * (part.x_t.ndim - 1))
 
 
-def _by_role(part: Pass, losses: list[Tensor] | None) -> Losses:
+def _by_role(part: Pass, losses: list[Tensor] | None) -> ByRole:
     if losses is None:
         return {}
     return {term.role: loss for term, loss in zip(part.terms, losses, strict=True)}
 
 
-def _joined(parts: list[Pass], losses: list[list[Tensor] | None]) -> Losses:
+def _joined(parts: list[Pass], losses: list[list[Tensor] | None]) -> ByRole:
     """The losses of all rows of a role in the order of the calls."""
     found: dict[str, list[Tensor]] = {}
     for part, own in zip(parts, losses, strict=True):
@@ -284,7 +284,7 @@ def _joined(parts: list[Pass], losses: list[list[Tensor] | None]) -> Losses:
     return {role: torch.cat(own) for role, own in found.items()}
 
 
-def _gather(losses: Losses, group: dist.ProcessGroup) -> Losses:
+def _gather(losses: ByRole, group: dist.ProcessGroup) -> ByRole:
     """Those of all processes, in the order of their ranks; each has as many rows."""
     gathered = {}
     for role, loss in losses.items():
