@@ -67,7 +67,6 @@ def method_step(
         method: `ReTrack(...)`, or one of the caller's own.
         forget, retain, neighbors, sqdist: those that the method needs.
         reference_model: the network that the method compares with, called as `model` is; without a graph.
-        rules: what else is done to gradients and weights (`objective.parameters.ParameterRule`).
 
     Raises:
         TypeError, ValueError: before any work, naming the argument, what was expected and what was given.
@@ -170,6 +169,7 @@ def retrack_step(
         process_group: processes that take this step together, each on its own batch of the same size:
             gradients, losses and norms are their mean, so all of them make the same update. None: those of a
             model wrapped in DistributedDataParallel.
+        rules: what else is done to gradients and weights (`objective.parameters.ParameterRule`).
         time_window, lowpass: not in this version; None.
 
     Returns:
