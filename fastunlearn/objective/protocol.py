@@ -231,7 +231,8 @@ class Method:
     """
 
     name: ClassVar[str]
-    needs: ClassVar[frozenset[str]]  # Of `NEEDS`: what `compose` and `objective` read.
+    # Of `NEEDS`: what `compose` and `objective` read. A method with "neighbors" says how many in a field `k`.
+    needs: ClassVar[frozenset[str]]
 
     def __init_subclass__(cls, **options) -> None:
         """Numbers that numpy or torch made become Python's before `__post_init__` checks them.
