@@ -29,12 +29,12 @@ LAYERS = [
 HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}
 
 
-def unit(path: Path) -> str:
+def room_of(path: Path) -> str:
     """The module or subpackage of the package that a file belongs to."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imported_units(path: Path):
+def imported_rooms(path: Path):
     depth = len(path.relative_to(PACKAGE).parts)  # 1: directly in the package
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.level == depth:
@@ -52,27 +52,34 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__in
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_run_one_way(path):
-    own = unit(path)
+    own = room_of(path)
     assert own in HEIGHT, (
         f"{own} has no line: give it one in tests/test_imports.py and in docs/architecture.md"
     )
     upward = {
         name
-        for name in imported_units(path)
+        for name in imported_rooms(path)
         if name in HEIGHT and name != own and HEIGHT[name] >= HEIGHT[own]
     }
     beside = {name for name in upward if HEIGHT[name] == HEIGHT[own]}
     assert not upward - beside, f"{own} imports from above: {sorted(upward - beside)}"
 
 
+def test_no_two_rooms_import_each_other():
+    """Nor do those on one line, which the test above lets import from one another."""
+    arrows = {(room_of(path), name) for path in FILES for name in imported_rooms(path) if name in HEIGHT}
+    both_ways = {(one, other) for one, other in arrows if one < other and (other, one) in arrows}
+    assert not both_ways, f"import each other: {sorted(both_ways)}"
+
+
 def test_reference_stands_at_the_bottom():
     for path in (PACKAGE / "reference").glob("*.py"):
-        assert set(imported_units(path)) <= {"objective"}, path.name
+        assert set(imported_rooms(path)) <= {"objective"}, path.name
 
 
 def test_ops_do_not_know_the_reference():
     for path in (PACKAGE / "ops").glob("*.py"):
-        assert "reference" not in set(imported_units(path)), path.name
+        assert "reference" not in set(imported_rooms(path)), path.name
 
 
 def test_import_is_light():
