@@ -31,7 +31,7 @@ _COMPILED_SHAPES, _COMPILED_JOBS = ("cifar", "celeba"), ("tensors", "float32", "
 class Row:
     """What one contestant took.
 
-    Bandwidths count `floor`, the bytes of design.md section 6 below which no implementation gets.
+    Bandwidths count `floor`, the bytes below which no implementation gets.
     """
 
     op: str

@@ -1,5 +1,5 @@
 """Bad input, case by case: the right exception, and a text that names the argument, what was expected and
-what was given (design.md section 8).
+what was given.
 """
 
 from __future__ import annotations

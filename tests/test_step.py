@@ -227,7 +227,7 @@ def test_other_prediction_types(name, kind):
 @settings(max_examples=6, deadline=None, derandomize=True)
 @given(size=st.integers(1, 2 * BATCH + 1))
 def test_micro_batches_equal_one_batch(name, size):
-    """methods.md B4: norms, rescaling and projection are those of the whole batch, however it is split."""
+    """Norms, rescaling and projection are those of the whole batch, however it is split."""
     whole, parts = World(3), World(3)
     expected, output = STEPS[name](whole), STEPS[name](parts, micro_batch_size=size)
     assert relative_l2(parts.taken(), whole.taken()) <= EXACT

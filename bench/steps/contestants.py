@@ -34,7 +34,7 @@ PAPERS = (RETRACK_REPO, SISS_REPO, OFFICIAL_RETRACK, OFFICIAL_SISS)
 GATE = 1e-3  # relative L2 distance of the updates, float32
 MOST_ALLOWED = 0.1  # whatever the precision
 GATE_ROWS = 4  # on a CPU
-# of the gate: below, the papers' float32 weights are rounding (methods.md, golden/README)
+# of the gate: below, the papers' float32 weights are rounding (docs/trust.md)
 _LEAST_TIMESTEP = 100
 
 

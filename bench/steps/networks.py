@@ -1,9 +1,9 @@
 """The networks that are timed, with the batches that the papers use on them, and the recipe that the methods'
 records have hyperparameters for; weights are random.
 
-Sources: ReTrack's experiment configs (methods.md A6) and the configs of the checkpoints named there. `small`
-and `tiny` are this project's own: a network of about 3 million parameters at the shape of CIFAR-10 for CPUs,
-and one for smoke runs, whose step is mostly what surrounds the network.
+Sources: ReTrack's experiment configs and the configs of the checkpoints named there. `small` and `tiny` are
+this project's own: a network of about 3 million parameters at the shape of CIFAR-10 for CPUs, and one for
+smoke runs, whose step is mostly what surrounds the network.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The losses as the papers' training code computes them: with autograd, from the predictions of the branches.
 
-Written from the formulas of methods.md (A2, B1-B6, C), in the form that the public code has: the [B, K, C, H,
-W] tensors of ReTrack, two `exp` for the weights of SISS. Sums over elements, means over the batch. `alpha`,
-`sigma` `[B, 1, 1, 1]`.
+Written from the formulas of the papers, in the form that the public code has: the [B, K, C, H, W] tensors of
+ReTrack, two `exp` for the weights of SISS. Sums over elements, means over the batch. `alpha`, `sigma` `[B, 1,
+1, 1]`.
 """
 
 from __future__ import annotations

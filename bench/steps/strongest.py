@@ -1,7 +1,7 @@
 """The strongest step without this package's kernels: fewest network calls, closed-form gradients, no buffer
 that is not needed, a fused optimizer.
 
-The algebra is that of design.md section 3: one target in place of K, weights by `sigmoid`, the gradient of a
+The algebra is that of docs/decisions.md: one target in place of K, weights by `sigmoid`, the gradient of a
 squared error written down. Forget weights are divided by their largest, so that tiny ones do not become
 subnormal numbers: the rescaling of SISS cancels a common factor.
 """

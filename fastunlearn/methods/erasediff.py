@@ -30,8 +30,8 @@ class EraseDiff(Method):
     """EraseDiff as compared by SISS and ReTrack: forget images are trained to predict uniform noise.
 
     The gradients are combined by projection: `g = g_retain + max(eta - <g_retain, g_forget> / ||g_forget||^2,
-    0) g_forget` (methods.md C). Each term is a mean over its own batch; the papers' code divides both by the
-    forget batch, which differs only where the batches do.
+    0) g_forget`. Each term is a mean over its own batch; the papers' code divides both by the forget batch,
+    which differs only where the batches do.
 
     Args:
         eta: the combined gradient descends on the forget term at least this share of that term's own

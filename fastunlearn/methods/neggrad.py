@@ -27,7 +27,7 @@ from .registry import register
 class NegGrad(Method):
     """Gradient ascent on the forget set: `-superfactor E ||eps - eps_theta(a_t, t)||^2`.
 
-    methods.md C; SISS `simple_neg_del`.
+    SISS' code calls it `simple_neg_del`.
 
     Args:
         superfactor: factor of the ascent; clipping to max_grad_norm leaves little of it.

@@ -24,7 +24,7 @@ from .registry import register
 )
 @dataclass(frozen=True)
 class Vanilla(Method):
-    """Naive deletion: go on training on the retain set, `E ||eps - eps_theta(x_t, t)||^2` (methods.md C)."""
+    """Naive deletion: go on training on the retain set, `E ||eps - eps_theta(x_t, t)||^2`."""
 
     name: ClassVar[str] = "vanilla"
     needs: ClassVar[frozenset[str]] = frozenset({"retain"})

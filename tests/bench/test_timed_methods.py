@@ -39,7 +39,7 @@ def test_calls_are_those_of_the_method(method):
     assert sum(call.rows for call in calls_of(job, joined=False)) == job.rows
 
 
-# The papers' hyperparameters on the networks of their experiments (methods.md A6).
+# The papers' hyperparameters on the networks of their experiments.
 HYPERPARAMETERS = {
     ("mnist", "retrack"): {"k": 10, "lambd": 0.005},
     ("cifar", "retrack"): {"k": 10, "lambd": 0.02},

@@ -15,7 +15,7 @@ from fastunlearn.methods import Method, registry
 from fastunlearn.methods.registry import Setting, register
 from fastunlearn.testing.methods import every_method, every_variant
 
-# methods.md A6, in the order MNIST T-Shirt, CelebA-HQ, CIFAR-10, Stable Diffusion 1.4
+# Of the papers, in the order MNIST T-Shirt, CelebA-HQ, CIFAR-10, Stable Diffusion 1.4
 RECIPES = ("mnist-tshirt", "celeba-hq", "cifar-10", "sd-1.4")
 RATES = (5e-5, 5e-6, 2e-5, 1e-5)
 PAPERS = {

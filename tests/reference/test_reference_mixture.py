@@ -18,8 +18,8 @@ from fastunlearn.testing.factories import linear_schedule, mixture_inputs
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(gap=st.floats(-600, 600), base=st.floats(0, 1000), lambd=st.floats(0.01, 0.99))
 def test_weights_are_two_halves_of_one_sigmoid(gap, base, lambd):
-    """methods.md B2: `w_x = sigmoid(-(u+L)) / (1-lambd)`, `w_a = sigmoid(u+L) / lambd`, hence `(1-lambd) w_x
-    + lambd w_a = 1`, and the bounds of B1.
+    """`w_x = sigmoid(-(u+L)) / (1-lambd)`, `w_a = sigmoid(u+L) / lambd`, hence `(1-lambd) w_x
+    + lambd w_a = 1`, and no weight is above 1 over its share.
     """
     dist_a = torch.tensor([base], dtype=torch.float64)
     w_x, w_a = mixture_weights(dist_a + gap, dist_a, lambd)

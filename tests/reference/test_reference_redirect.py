@@ -23,7 +23,7 @@ few = settings(max_examples=25, deadline=None, derandomize=True)
     kind=st.sampled_from(PREDICTION_TYPES),
 )
 def test_k_targets_become_one(k, t, seed, kind):
-    """methods.md A3: `sum_j p_j ||e - target_j||^2 = ||e - target||^2 + spread`."""
+    """`sum_j p_j ||e - target_j||^2 = ||e - target||^2 + spread`."""
     schedule = linear_schedule(prediction_type=kind)
     inputs = redirect_inputs(batch=2, num_neighbors=k, timesteps=t, dtype=torch.float64, seed=seed)
     draw = redirect(*inputs, schedule)
@@ -73,8 +73,8 @@ def test_neighbors_equal_to_the_forget_image_give_back_the_noise():
 
 
 def test_target_is_the_posterior_mean_of_the_noise():
-    """With the whole retain set as neighbours the target is `E[eps | x_t]` under the retain set (methods.md
-    A1), here from densities in one dimension.
+    """With the whole retain set as neighbours the target is `E[eps | x_t]` under the retain set,
+    here from densities in one dimension.
     """
     schedule, t = linear_schedule(), torch.tensor([300])
     alpha, sigma = schedule.coefficients(t)[0, :2]
