@@ -11,6 +11,7 @@ from torch import Tensor
 from ..host import check
 from ..objective.frequency import LowPass
 from ..objective.protocol import COUPLINGS, ROLES, Method, Pass, Predicted, Term, has_own_objective
+from .objective import rows_of
 
 # What an objective of the method's own does not read: fields of a term that have to be as they are made.
 UNREAD = {"weight": None, "over": None, "scale": 1.0, "gradient": None}
@@ -112,10 +113,7 @@ def _check_for_objective(whole: Pass) -> None:
 
 def _check_pairs(passes: Sequence[Pass]) -> None:
     """The b-th rows of the roles belong together: torch would broadcast one row to many."""
-    rows: dict[str, int] = {}
-    for each in passes:
-        for term in each.terms:
-            rows[term.role] = rows.get(term.role, 0) + len(term.rows)
+    rows = rows_of(passes)
     if len(set(rows.values())) > 1:
         found = ", ".join(f"{count} for {role}" for role, count in rows.items())
         raise ValueError(f"Pass.terms: expected as many rows of each role in pairs, got {found}")

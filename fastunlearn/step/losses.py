@@ -70,7 +70,9 @@ class Losses:
             if term.spread is not None:
                 total = total + (term.weight * term.spread).sum()
             kind = _Kind.of(term)
-            self._sums[kind] = self._sums[kind] + total if kind in self._sums else total
+            if kind in self._sums:
+                total = self._sums[kind] + total
+            self._sums[kind] = total
 
     def result(self, combined: Combined) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and the mean of each role.
@@ -104,17 +106,22 @@ class Losses:
 
     @staticmethod
     def _sum_of(means: dict[_Kind, Tensor], kinds: Sequence[_Kind] | set[_Kind]) -> Tensor:
-        scaled = [
-            mean if kind.scale == 1 else kind.scale * mean for kind, mean in means.items() if kind in kinds
-        ]
-        return sum(scaled[1:], scaled[0]) if scaled else torch.zeros(())
+        scaled = []
+        for kind, mean in means.items():
+            if kind in kinds:
+                scaled.append(mean if kind.scale == 1 else kind.scale * mean)
+        if not scaled:
+            return torch.zeros(())
+        return sum(scaled[1:], scaled[0])
 
 
 def _by_role(means: dict[_Kind, Tensor]) -> dict[str, Tensor]:
     """What is reported: the sum of the means of a role's terms."""
     found: dict[str, Tensor] = {}
     for kind, mean in means.items():
-        found[kind.role] = found[kind.role] + mean if kind.role in found else mean
+        if kind.role in found:
+            mean = found[kind.role] + mean
+        found[kind.role] = mean
     return found
 
 
