@@ -8,7 +8,7 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from .method_flags import method_choices
+from .method_flags import help_of, method_choices
 from .options import also, unset
 
 METHOD_HELP = "What to forget with; `fastunlearn unlearn --help` says what each does."
@@ -32,8 +32,7 @@ class Demo:
     """Unlearning steps; 0 must report that nothing was forgotten."""
     learning_rate: Annotated[float | None, unset("the demo's own for the method", "FLOAT", "--lr")] = None
     """Step size of AdamW."""
-    lambd: Annotated[float | None, unset("the method's", "FLOAT", "--lambda")] = None
-    """ReTrack: weight of the forget term. SISS: share of forget images in the mixture."""
+    lambd: float | None = None  # `with_methods` describes it
     train_batch_size: Annotated[int, also("--batch-size")] = 48
     """Forget and retain rows a step."""
     num_samples: int = 512
@@ -48,13 +47,13 @@ of them shows the T-shirt before."""
 
     @classmethod
     def with_methods(cls) -> type[Demo]:
-        """The command as it is parsed: with the names of the methods that there are now."""
-        made = make_dataclass(
-            cls.__name__,
-            [("method", Annotated[method_choices(), arg(help=METHOD_HELP)], "retrack")],
-            bases=(cls,),
-            kw_only=True,
-        )
+        """The command as it is parsed: with the methods that there are now, and what `lambd` is to them."""
+        lambd = unset("the method's", "FLOAT", "--lambda", help=help_of("lambd"))
+        filled_in = [
+            ("method", Annotated[method_choices(), arg(help=METHOD_HELP)], "retrack"),
+            ("lambd", Annotated[float | None, lambd], None),
+        ]
+        made = make_dataclass(cls.__name__, filled_in, bases=(cls,), kw_only=True)
         made.__doc__ = cls.__doc__
         return made
 

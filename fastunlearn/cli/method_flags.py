@@ -92,6 +92,16 @@ def methods_in_a_line_each() -> str:
     return " ".join(f"{name}: {record.help}" for name, record in registry.methods().items())
 
 
+def help_of(name: str) -> str:
+    """What the hyperparameter `name` is to each method that has it."""
+    from ..methods import registry
+
+    helps = []
+    for record in registry.methods().values():
+        helps += [_Owned(record, each).help for each in flagged(record) if each.name == name]
+    return " ".join(helps)
+
+
 def flagged(record: Record) -> list[Hyperparameter]:
     """The hyperparameters of a method that the command line can give."""
     return [
