@@ -3,8 +3,10 @@
 They say what a step composes and how it combines the gradients.
 """
 
-from ..objective.draws import FORGET, RETAIN
-from ..objective.protocol import Batch, Method, Pass, Term
+from ..objective.combine import Project, Rescale, Sum
+from ..objective.draws import FORGET, RETAIN, Bernoulli, Normal, Same, Time, Uniform
+from ..objective.parameters import ParameterRule
+from ..objective.protocol import Batch, Method, Pass, Predicted, Term
 from .erasediff import EraseDiff
 from .neggrad import NegGrad
 from .registry import register
@@ -17,12 +19,22 @@ __all__ = [
     "RETAIN",
     "SISS",
     "Batch",
+    "Bernoulli",
     "EraseDiff",
     "Method",
     "NegGrad",
+    "Normal",
+    "ParameterRule",
     "Pass",
+    "Predicted",
+    "Project",
     "ReTrack",
+    "Rescale",
+    "Same",
+    "Sum",
     "Term",
+    "Time",
+    "Uniform",
     "Vanilla",
     "register",
 ]

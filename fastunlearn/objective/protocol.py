@@ -63,7 +63,7 @@ class Term:
     Args:
         role: what its loss is reported as, `"forget"` or `"retain"`.
         target: `[B, C, H, W]`, or who predicts it.
-        weight: `[B]`, what each row counts: bool, or a float >= 0, of which one below 1e-12 of the largest
+        weight: `[B]`, what each row counts: bool, or floats, of which one below 1e-12 of the largest
             counts as 0. None: all count 1.
         over: what the weighted sum is divided by; None: B, the rows of the term in the whole batch.
         rows: of the pass; None: as many as the target has, from the first on.
@@ -296,4 +296,5 @@ def without_negligible(weight: Tensor) -> Tensor:
     At most timesteps one of a row's two SISS weights does. Subnormal gradients would slow a CPU down
     threefold, and a row of weight zero needs no backward pass.
     """
-    return torch.where(weight < SMALLEST_RELATIVE_WEIGHT * weight.amax(), torch.zeros_like(weight), weight)
+    size = weight.abs()
+    return torch.where(size < SMALLEST_RELATIVE_WEIGHT * size.amax(), torch.zeros_like(weight), weight)

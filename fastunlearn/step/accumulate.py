@@ -200,8 +200,12 @@ class Accumulator:
                     self.parameters[index].grad = None
 
     def _restrict(self) -> None:
+        # A tuple, and nothing is taken back: what a rule does not do in place would be lost without a word.
+        gradients = tuple(parameter.grad for parameter in self.parameters)
         for rule in self._restricting:
-            rule.restrict(self.parameters, [parameter.grad for parameter in self.parameters])
+            if rule.restrict(self.parameters, gradients) is not None:
+                expected = "expected gradients changed in place and None returned"
+                raise TypeError(f"{type(rule).__name__}.restrict: {expected}, got something returned")
 
     @property
     def _device(self) -> torch.device:

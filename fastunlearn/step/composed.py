@@ -71,9 +71,6 @@ def _check_term(term: Term, whole: Pass, with_reference: bool) -> None:
         if not isinstance(value, Tensor) or value.shape != (len(rows),):
             expected = f"a tensor of {len(rows)}, one for each row of the term"
             raise ValueError(f"Term.{name}: expected {expected}, got {check.describe(value)}")
-    if term.weight is not None and check.readable(term.weight) and bool((term.weight < 0).any()):
-        expected = "none below 0 (a scale below 0 pushes predictions away)"
-        raise ValueError(f"Term.weight: expected {expected}, got {float(term.weight.min()):.6g}")
     if term.band is not None and not isinstance(term.band, LowPass):
         raise TypeError(f"Term.band: expected a LowPass or None, got {check.describe(term.band)}")
 

@@ -153,24 +153,21 @@ def trainable(model: Callable, optimizer: torch.optim.Optimizer | None) -> list[
     twice = len(parameters) - len({id(parameter) for parameter in parameters})
     if twice:
         raise ValueError(f"optimizer: expected every parameter once, got {twice} a second time")
-    if any(parameter.dtype == torch.bfloat16 for parameter in parameters):
-        say.once(BFLOAT16)
     if not parameters:
         raise ValueError("model: expected at least one trainable parameter, got none with requires_grad=True")
-    if any(hasattr(parameter, "device_mesh") for parameter in parameters):
-        raise TypeError(
-            "model: expected whole parameters in every process, got DTensor shards (FSDP, tensor "
-            "parallelism), whose norms are partial"
-        )
-    if any(parameter.dtype == torch.float16 for parameter in parameters):
+    dtypes = {parameter.dtype for parameter in parameters}
+    if torch.bfloat16 in dtypes:
+        say.once(BFLOAT16)
+    # Few have a type or attributes of their own, and asking the others for them is what takes time here.
+    for parameter in parameters:
+        if type(parameter) is not nn.Parameter or parameter.__dict__:
+            _refuse_parts(parameter)
+            _refuse_marked(parameter)
+    if torch.float16 in dtypes:
         raise TypeError(
             "model: expected float32 (or bfloat16) parameters, got float16, in which norms overflow; "
             "autocast_dtype runs the network in float16"
         )
-    # Few have attributes of their own.
-    for parameter in parameters:
-        if parameter.__dict__:
-            _refuse_marked(parameter)
     return parameters
 
 
@@ -193,6 +190,14 @@ def _requiring_grad(model: Callable, optimizer: torch.optim.Optimizer | None) ->
     if isinstance(optimizer, torch.optim.LBFGS):
         raise TypeError("optimizer: expected one whose step() needs no closure, got LBFGS")
     return [parameter for parameter in _of(optimizer) if parameter.requires_grad]
+
+
+def _refuse_parts(parameter: nn.Parameter) -> None:
+    if hasattr(parameter, "device_mesh"):
+        raise TypeError(
+            "model: expected whole parameters in every process, got DTensor shards (FSDP, tensor "
+            "parallelism), whose norms are partial"
+        )
 
 
 def _refuse_marked(parameter: nn.Parameter) -> None:
