@@ -296,7 +296,14 @@ def start(command: Sequence[str], output, env: dict[str, str] | None = None) -> 
     """In a process group of its own, so that all of it can be ended."""
     streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
     more = os.environ | (env or {})
-    return subprocess.Popen(command, cwd=ROOT, env=more, start_new_session=True, **streams)
+    return subprocess.Popen(
+        command, cwd=ROOT, env=more, start_new_session=True, preexec_fn=_take_interrupts, **streams
+    )
+
+
+def _take_interrupts() -> None:
+    """A shell lets what it starts in the background ignore SIGINT, which would then ask nobody to end."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def end(process: subprocess.Popen, grace: float) -> None:
