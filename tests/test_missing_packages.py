@@ -18,12 +18,12 @@ WHOLE_MODULES = {
     "tests/golden/test_steps.py",
     "tests/metrics/test_reconstruction.py",
     "tests/models/test_pipeline.py",
+    "tests/objective/test_schedules_of_diffusers.py",
     "tests/test_cli.py",
     "tests/test_demo.py",
     "tests/test_evaluate.py",
     "tests/test_pretraining.py",
     "tests/test_sampling.py",
-    "tests/test_schedule.py",
 }
 
 
