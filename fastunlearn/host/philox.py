@@ -21,6 +21,7 @@ STEPS = 2**32
 ROWS = 2**32  # of the global batch
 ELEMENTS = 2**34  # of a row: four share a counter
 LARGEST_RANGE = 2**31  # of integers: a 32-bit word times it is an int64
+FRACTION_BITS = 53  # of a fraction: as many as a float64 holds
 _MASK = 0xFFFFFFFF
 
 
@@ -65,6 +66,28 @@ def integers(count: int, high: int, counter: Tensor, purpose: int) -> Tensor:
     check.integer("high", high, low=1, high=LARGEST_RANGE, of="they are made of 32 random bits")
     # The upper 32 bits of word * high: the word as a fraction of 2^32, times high.
     return (words((count,), counter, purpose)[:, 0, 0] * high) >> 32
+
+
+def fractions(count: int, counter: Tensor, purpose: int) -> Tensor:
+    """Uniform int64 `[count]` in [0, 2^53): the numerators of fractions of 2^53, each equally likely."""
+    return _numerator(words((count,), counter, purpose)[:, 0, 0:2])
+
+
+def permutation(count: int, counter: Tensor, purpose: int) -> Tensor:
+    """A random order of `count` things, int64 `[count]`: a function of seed, step and purpose alone.
+
+    The first row of `counter` does not count, so that all processes know one order. It shares no bit with the
+    `fractions` of the same purpose.
+    """
+    of_all = torch.cat([counter[:2], torch.zeros_like(counter[2:])])
+    keys = _numerator(words((count,), of_all, purpose)[:, 0, 2:4])
+    # Two keys are equal once in 2^53; stable, so that this is the same order on every device.
+    return torch.argsort(keys, stable=True)
+
+
+def _numerator(pairs: Tensor) -> Tensor:
+    """53 bits of each pair of 32-bit words `[count, 2]`: all of the first, the upper 21 of the second."""
+    return (pairs[:, 0] << 21) | (pairs[:, 1] >> 11)
 
 
 def words(shape: Sequence[int], counter: Tensor, purpose: int) -> Tensor:

@@ -136,15 +136,29 @@ class GeneratorSource:
     def integers(self, count: int, high: int, purpose: Purpose) -> Tensor:
         return torch.randint(high, (count,), generator=self.generator, device=self.device)
 
+    def fractions(self, count: int, purpose: Purpose) -> Tensor:
+        """Int64 `[count]`, uniform in [0, 2^53)."""
+        return self.integers(count, 2**philox.FRACTION_BITS, purpose)
+
+    def strata(self, count: int, purpose: Purpose) -> tuple[Tensor, int]:
+        """A stratum for each row, in random order, `[count]` int64, and how many there are: one for each row.
+
+        They are those of this process: generators of several ones agree on nothing.
+        """
+        return torch.argsort(self.fractions(count, purpose), stable=True), count
+
 
 class CounterSource:
     """Numbers that are a function of `counter`.
 
     It is int64 `[3]`: seed, step, and the position of row 0 in the global batch; see `philox.py`.
+
+    Args:
+        rank, num_processes: which part of the global batch this process has, and of how many equal parts.
     """
 
-    def __init__(self, counter: Tensor):
-        self.counter = counter
+    def __init__(self, counter: Tensor, rank: int = 0, num_processes: int = 1):
+        self.counter, self.rank, self.num_processes = counter, rank, num_processes
 
     def noise(self, shape: Sequence[int], purpose: Purpose, dtype: torch.dtype = torch.float32) -> Noise:
         """Not numbers yet: the op that reads the noise makes it."""
@@ -155,6 +169,19 @@ class CounterSource:
 
     def integers(self, count: int, high: int, purpose: Purpose) -> Tensor:
         return philox.integers(count, high, self.counter, purpose)
+
+    def fractions(self, count: int, purpose: Purpose) -> Tensor:
+        """Int64 `[count]`, uniform in [0, 2^53)."""
+        return philox.fractions(count, self.counter, purpose)
+
+    def strata(self, count: int, purpose: Purpose) -> tuple[Tensor, int]:
+        """A stratum for each row, in random order, `[count]` int64, and how many there are.
+
+        There is one for each row of the global batch. All processes know one order, and take their parts.
+        """
+        total = count * self.num_processes
+        order = philox.permutation(total, self.counter, purpose)
+        return order[self.rank * count : (self.rank + 1) * count], total
 
 
 def rows_of_step(count: int, high: int, seed: int, first_row: int, purpose: Purpose, step: int) -> Tensor:
