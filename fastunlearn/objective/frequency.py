@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import KW_ONLY, dataclass
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass, replace
 from fractions import Fraction
 
 import torch
 from torch import Tensor
 
 from ..host import check
+from ..host.tables import on_device
+
+SCHEDULES = ("fixed", "linear_increase", "linear_decay", "step_increase", "step_decay")
+STAGES = 4  # of a stepwise schedule
+MOST_STEPS = 2**31 - 1  # of a schedule: the tables of steps are int32
 
 
 @dataclass(frozen=True)
@@ -25,6 +32,11 @@ class LowPass:
     The paper prints neither its radii nor their unit. Fractions of the Nyquist frequency carry over from
     images to latents, bins do not.
 
+    A `schedule` moves the radius while a run trains. Of S = `total_steps` steps, the first has `start`, the
+    last `stop`; step s has `start + (stop - start) s / (S - 1)` if it is linear, and
+    `start + (stop - start) floor(s n / S) / (n - 1)` if it is stepwise, in n stages of equal length. Later
+    steps keep `stop`.
+
     Args:
         radius: where the band ends. In units of `"nyquist"` a frequency lies within it if `(u / (H/2))^2 + (v
             / (W/2))^2 <= radius^2`, so 1 reaches the highest frequency of each axis; in `"bins"` if `u^2 +
@@ -34,26 +46,37 @@ class LowPass:
         inner: where a mid band begins, in the unit of `radius`.
         high_frequency_weight: `s`, M outside the band, whatever the band is; 0 leaves those frequencies out.
         unit: `"nyquist"` or `"bins"`.
+        schedule: `"fixed"`, `"linear_increase"`, `"linear_decay"`, `"step_increase"` or `"step_decay"`: what
+            becomes of the radius.
+        start, stop: the radii of a schedule that is not fixed. `radius` is the larger one: it may be left out
+            where both are given, and stands for the larger one where that is not.
+        stages: n of a stepwise schedule, 4 if it is None.
 
     Raises:
         TypeError, ValueError: for values that make no mask.
     """
 
-    radius: float | Fraction
+    radius: float | Fraction | None = None
     _: KW_ONLY
     kind: str = "disc"
     band: str = "low"
     inner: float | Fraction | None = None
     high_frequency_weight: float = 0.0
     unit: str = "nyquist"
+    schedule: str = "fixed"
+    start: float | Fraction | None = None
+    stop: float | Fraction | None = None
+    stages: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("radius", "inner", "high_frequency_weight"):
+        for name in ("radius", "inner", "high_frequency_weight", "start", "stop", "stages"):
             object.__setattr__(self, name, check.scalar(name, getattr(self, name)))
         check.one_of("kind", self.kind, ("disc", "box"))
         check.one_of("band", self.band, ("low", "mid", "high"))
         check.one_of("unit", self.unit, ("nyquist", "bins"))
         check.number("high_frequency_weight", self.high_frequency_weight, low=0)
+        check.one_of("schedule", self.schedule, SCHEDULES)
+        self._check_schedule()
         _radius("radius", self.radius)
         if (self.inner is not None) != (self.band == "mid"):
             expected = "a number" if self.band == "mid" else "None"
@@ -61,6 +84,124 @@ class LowPass:
             raise ValueError(f"inner: expected {expected} with band={self.band!r}, got {got}")
         if self.inner is not None and not _radius("inner", self.inner) < _radius("radius", self.radius):
             raise ValueError(f"inner: expected a number below radius, {self.radius}, got {self.inner}")
+        if self.inner is not None and self.scheduled:
+            smallest = min(self.start, self.stop, key=_exact)
+            if not _exact(self.inner) < _exact(smallest):
+                expected = f"expected a number below every radius of the schedule, {smallest}"
+                raise ValueError(f"inner: {expected}, got {self.inner}")
+
+    def _check_schedule(self) -> None:
+        """Fills in `start`, `stop`, `radius` and `stages` where one follows from the others."""
+        if not self.scheduled:
+            for name in ("start", "stop", "stages"):
+                if getattr(self, name) is not None:
+                    got = check.describe(getattr(self, name))
+                    raise ValueError(f"{name}: expected None with schedule='fixed', got {got}")
+            return
+        larger, smaller = ("stop", "start") if self.grows else ("start", "stop")
+        if getattr(self, larger) is None:
+            object.__setattr__(self, larger, self.radius)
+        low, high = (_radius(name, getattr(self, name)) for name in (smaller, larger))
+        if not low < high:
+            expected = f"expected a radius above {smaller}, {getattr(self, smaller)}, with {self.schedule}"
+            raise ValueError(f"{larger}: {expected}, got {getattr(self, larger)}")
+        if self.radius is None:
+            object.__setattr__(self, "radius", getattr(self, larger))
+        if _radius("radius", self.radius) != high:
+            expected = f"expected None, or {larger}, {getattr(self, larger)}, with {self.schedule}"
+            raise ValueError(f"radius: {expected}, got {self.radius}")
+        if self.schedule.startswith("step"):
+            stages = STAGES if self.stages is None else self.stages
+            object.__setattr__(self, "stages", check.integer("stages", stages, low=2))
+        elif self.stages is not None:
+            got = check.describe(self.stages)
+            raise ValueError(f"stages: expected None with schedule={self.schedule!r}, got {got}")
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether the radius depends on the step."""
+        return self.schedule != "fixed"
+
+    @property
+    def grows(self) -> bool:
+        """Whether the schedule is one whose radius increases."""
+        return self.schedule.endswith("increase")
+
+    def at(self, step: int, total_steps: int) -> LowPass:
+        """The band of one step, with a fixed radius: a fraction, exactly what the schedule says.
+
+        Raises:
+            TypeError, ValueError: for a step below 0, or fewer steps than stages.
+        """
+        if not self.scheduled:
+            return self
+        total_steps = self._check_steps(total_steps)
+        step = min(check.integer("step", step, low=0), total_steps - 1)
+        numerator, denominator = self._radii(total_steps)
+        radius = Fraction(numerator(step), denominator)
+        return replace(self, radius=radius, schedule="fixed", start=None, stop=None, stages=None)
+
+    def steps(self, height: int, width: int, total_steps: int) -> Tensor:
+        """When each frequency of images of that size comes into the band, or leaves it.
+
+        Returns:
+            int32 `[U, V]` with values in [0, `total_steps`], as large as the table of the largest radius.
+            Where the radius grows, it is the first step with that frequency, `total_steps` if there is none;
+            where it shrinks, the first step without it, `total_steps` if it stays. A mid band's inner
+            frequencies are in at no step.
+
+        Raises:
+            TypeError, ValueError: for a size that is no positive integer, a fixed radius, fewer steps than
+                stages, or M = 0 at every frequency at some step.
+        """
+        if not self.scheduled:
+            raise ValueError("schedule: expected one that moves the radius, got 'fixed' (mask has its table)")
+        total_steps = self._check_steps(total_steps)
+        smallest, largest = (self.at(step, total_steps) for step in self._smallest_first(total_steps))
+        smallest.mask(height, width)  # refuses a band of nothing
+        ever, _, _ = largest.mask(height, width)
+
+        # A frequency is in where the numerator of the step's radius is at least as large as its own.
+        numerator, denominator = self._radii(total_steps)
+        all_steps = range(total_steps)
+        steps = torch.full(ever.shape, total_steps if self.grows else 0, dtype=torch.int32)
+        for u, v in ever.nonzero().tolist():
+            own = _root(denominator**2 * self._squared_radius(u, v, height, width))
+            if self.grows:
+                steps[u, v] = bisect_left(all_steps, own, key=numerator)
+            else:
+                steps[u, v] = bisect_right(all_steps, -own, key=lambda step: -numerator(step))
+        return steps
+
+    def mask_at(
+        self,
+        height: int,
+        width: int,
+        step: int | Tensor,
+        total_steps: int,
+        device: torch.device | None = None,
+    ) -> tuple[Tensor, float, float]:
+        """`mask` of one step, as large at every step, made on the device.
+
+        Nothing waits for it but the first call, which copies `steps` there.
+
+        Args:
+            step: a number, or a 0-d integer tensor on the device; from `total_steps` on the last step's mask.
+            device: of the table; None: that of `step`, the CPU for a number.
+        """
+        if device is None:
+            device = step.device if isinstance(step, Tensor) else torch.device("cpu")
+
+        # A fixed radius needs no step.
+        if not self.scheduled:
+            return on_device(_table, (self, height, width), device), *self._values()
+        steps = on_device(LowPass.steps, (self, height, width, total_steps), device)
+        if isinstance(step, Tensor):
+            step = check.tensor("step", step, ndim=0, floating=False).clamp(max=total_steps - 1)
+        else:
+            step = min(check.integer("step", step, low=0), total_steps - 1)
+        within = steps <= step if self.grows else steps > step
+        return within.float(), *self._values()
 
     def mask(self, height: int, width: int) -> tuple[Tensor, float, float]:
         """The mask for images of that size, as `ops.lowpass_residual` takes it.
@@ -71,8 +212,11 @@ class LowPass:
 
         Raises:
             TypeError, ValueError: for a size that is no positive integer, or one where M is 0 at every
-                frequency.
+                frequency, or a radius that depends on the step.
         """
+        if self.scheduled:
+            expected = f"expected a step and total_steps with {self.schedule} (see mask_at)"
+            raise ValueError(f"schedule: {expected}, got neither")
         height = check.integer("height", height, low=1)
         width = check.integer("width", width, low=1)
         table = self._within(self.radius, height, width)
@@ -81,17 +225,61 @@ class LowPass:
 
         # The table of a high band is 1 outside of the band, within the radius. A low band is never empty: it
         # has the frequency 0.
-        inside, outside = 1.0, self.high_frequency_weight
         nothing = self.band == "mid" and not table.any()
         if self.band == "high":
-            inside, outside = outside, inside
             nothing = bool(table.all())
         if nothing and self.high_frequency_weight == 0:
             raise ValueError(
                 f"LowPass: expected a band with frequencies of images of {height} x {width}, "
                 f"got none in {self}"
             )
-        return _trimmed(table), float(inside), float(outside)
+        return _trimmed(table), *self._values()
+
+    def _values(self) -> tuple[float, float]:
+        """M where the table is 1, and elsewhere."""
+        weight = float(self.high_frequency_weight)
+        if self.band == "high":
+            return weight, 1.0
+        return 1.0, weight
+
+    def _check_steps(self, total_steps: int) -> int:
+        least, of = 1, ""
+        if self.stages is not None:
+            least, of = self.stages, "one for each stage"
+        return check.integer("total_steps", total_steps, low=least, high=MOST_STEPS, of=of)
+
+    def _smallest_first(self, total_steps: int) -> tuple[int, int]:
+        """The steps with the smallest and the largest radius."""
+        if self.grows:
+            return 0, total_steps - 1
+        return total_steps - 1, 0
+
+    def _radii(self, total_steps: int) -> tuple[Callable[[int], int], int]:
+        """The radius of every step as a fraction: the numerator of a step, and the denominator of all."""
+        start, stop = _exact(self.start), _exact(self.stop)
+        common = math.lcm(start.denominator, stop.denominator)
+        first, last = int(start * common), int(stop * common)
+        # The way from start to stop has as many parts as there are steps, or stages, after the first.
+        parts = max(total_steps - 1, 1)
+        if self.stages is not None:
+            parts = self.stages - 1
+
+        def numerator(step: int) -> int:
+            done = step
+            if self.stages is not None:
+                done = step * self.stages // total_steps
+            return first * (parts - done) + last * done
+
+        return numerator, common * parts
+
+    def _squared_radius(self, u: int, v: int, height: int, width: int) -> Fraction:
+        """Of the smallest disc or box that holds frequency `(u, v)`."""
+        row, column = Fraction(u), Fraction(v)
+        if self.unit == "nyquist":
+            row, column = row / Fraction(height, 2), column / Fraction(width, 2)
+        if self.kind == "box":
+            return max(row, column) ** 2
+        return row**2 + column**2
 
     def _within(self, radius: float | Fraction, height: int, width: int) -> Tensor:
         """1 at the frequencies within `radius`: float32 `[H // 2 + 1, W // 2 + 1]`."""
@@ -124,6 +312,18 @@ def _exact(radius: float | Fraction) -> Fraction:
 def _radius(name: str, value) -> Fraction:
     check.number(name, float(value) if isinstance(value, Fraction) else value, low=0)
     return _exact(value)
+
+
+def _table(lowpass: LowPass, height: int, width: int) -> Tensor:
+    return lowpass.mask(height, width)[0]
+
+
+def _root(square: Fraction) -> int:
+    """The smallest integer whose square is at least `square`."""
+    whole = math.ceil(square)
+    if whole <= 0:
+        return 0
+    return math.isqrt(whole - 1) + 1
 
 
 def _trimmed(table: Tensor) -> Tensor:
