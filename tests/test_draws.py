@@ -10,8 +10,10 @@ from fastunlearn.objective.draws import (
     Normal,
     Purpose,
     Same,
+    Time,
     complete,
 )
+from fastunlearn.objective.time import TimeWindow
 
 CPU = torch.device("cpu")
 
@@ -89,6 +91,24 @@ def test_complete_draws_what_the_method_needs_and_keeps_what_is_given(dtype):
     assert draws.retain_noise.shape == retain.shape
     assert draws.retain_noise.dtype == dtype
     assert draws.retain_timesteps.shape == (5,)
+
+
+def test_a_branch_may_draw_its_timesteps_from_a_density_of_its_own():
+    batch = torch.zeros(64, 1, 4, 4)
+    window = TimeWindow(990, 1000)
+    wanted = {"forget_timesteps": Time("forget", window), "retain_timesteps": Time("retain")}
+    for source in (lambda: counted(0, 7), lambda: GeneratorSource(CPU, torch.Generator().manual_seed(0))):
+        draws = complete(Draws(), wanted, source(), batch, batch, 1000)
+        assert draws.forget_timesteps.min() >= 990
+        assert draws.retain_timesteps.min() < 500
+        own = source()
+        expected = (
+            own.fractions(64, Purpose.FORGET_TIMESTEPS),
+            own.integers(64, 1000, Purpose.RETAIN_TIMESTEPS),
+        )
+        # A tenth of the 2^53 numbers for each of ten indices.
+        assert torch.equal(draws.forget_timesteps, 990 + expected[0] * 10 // 2**53)
+        assert torch.equal(draws.retain_timesteps, expected[1])
 
 
 @pytest.mark.parametrize("variant", ["mixture", "no_is", "bernoulli"])

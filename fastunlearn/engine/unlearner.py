@@ -438,7 +438,7 @@ class Unlearner:
 
     def _draw(self, draws: Draws) -> tuple[Batch, Draws]:
         """Draw: the rows of this step, and all other numbers of it."""
-        source = CounterSource(self._counter)
+        source = CounterSource(self._counter, self.rank, self.num_processes)
         method = self.method
         forget = retain = neighbors = sqdist = None
         if "forget" in method.needs:

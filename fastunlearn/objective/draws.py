@@ -17,6 +17,7 @@ from torch import Tensor
 from ..host import check, philox
 from ..host.philox import Noise
 from ..host.store import Rows
+from . import time
 from .schedule import NoiseSchedule
 
 
@@ -62,12 +63,13 @@ class Purpose(IntEnum):
 
 @dataclass(frozen=True)
 class Time:
-    """Timesteps `[B]` of a branch, uniform over the schedule."""
+    """Timesteps `[B]` of a branch, from a density over the schedule."""
 
     branch: str  # "forget" or "retain"
+    density: time.Density = time.UNIFORM
 
     def draw(self, source, purpose: Purpose, batch: Tensor | Rows, num_timesteps: int) -> Tensor:
-        return source.integers(len(batch), num_timesteps, purpose)
+        return self.density.draw(source, purpose, len(batch), num_timesteps)
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,7 @@ def complete(
 ) -> Draws:
     """`draws` with every number that is `wanted`, drawn in that order.
 
-    Noise has the shape and dtype of the batches `[B, C, H, W]`; timesteps are uniform over the schedule.
+    Noise has the shape and dtype of the batches `[B, C, H, W]`; timesteps are indices of the schedule.
     """
     batches = {"forget": forget, "retain": retain}
     known = {name: getattr(draws, name) for name in wanted}

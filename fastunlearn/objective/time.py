@@ -71,6 +71,9 @@ class Uniform(Density):
         return source.integers(count, num_timesteps, purpose)
 
 
+UNIFORM = Uniform()
+
+
 @dataclass(frozen=True)
 class TimeWindow(Density):
     """Indices in [start, stop), and the others less often, or never (arXiv 2510.17917, Eq. 7).

@@ -18,7 +18,7 @@ from fastunlearn.objective import time
 from fastunlearn.objective.draws import CounterSource, GeneratorSource, Purpose
 from fastunlearn.objective.time import LogitNormal, Product, Stratified, TimeWindow, Uniform, log_ratio
 from fastunlearn.testing.factories import linear_schedule
-from fastunlearn.testing.host_sync import no_host_sync
+from fastunlearn.testing.host_sync import Tape, no_host_sync
 
 T = 1000
 CPU = torch.device("cpu")
@@ -424,6 +424,20 @@ def test_nothing_is_read(density, device):
             ratio, weights = look_up(timesteps)
             assert ratio.shape == (4,)
             assert weights is None or weights.shape == (4,)
+
+
+@pytest.mark.parametrize("density", (DENSITIES | STRATIFIED).values(), ids=DENSITIES | STRATIFIED)
+def test_a_graph_draws_what_its_counter_says(density):
+    """Recorded once, and run again without Python: as another step draws."""
+    counter, drawn = torch.tensor([3, 0, 0]), torch.zeros(32, dtype=torch.int64)
+    density.draw(CounterSource(counter), PURPOSE, 32, T)
+    tape = Tape()
+    with tape:
+        drawn.copy_(density.draw(CounterSource(counter), PURPOSE, 32, T))
+    for step in (5, 6):
+        counter[1] = step
+        tape.replay()
+        assert torch.equal(drawn, density.draw(counted(step), PURPOSE, 32, T))
 
 
 def test_tables_are_made_once(monkeypatch):
