@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .engine.unlearner import Unlearner
     from .host.store import ImageStore
     from .methods import SISS, EraseDiff, NegGrad, ReTrack, Vanilla
+    from .models.transition import find_transition
     from .neighbors import near_copies, nearest_neighbors
     from .objective.draws import Draws
     from .objective.frequency import LowPass
@@ -45,6 +46,7 @@ __all__ = [
     "Unlearner",
     "Vanilla",
     "erasediff_step",
+    "find_transition",
     "functional",
     "method_step",
     "near_copies",
@@ -60,6 +62,7 @@ _HOMES = {
     "engine.unlearner": ["Unlearner"],
     "host.store": ["ImageStore"],
     "methods": ["SISS", "EraseDiff", "NegGrad", "ReTrack", "Vanilla"],
+    "models.transition": ["find_transition"],
     "neighbors": ["near_copies", "nearest_neighbors"],
     "objective.draws": ["Draws"],
     "objective.frequency": ["LowPass"],

@@ -18,6 +18,7 @@ WHOLE_MODULES = {
     "tests/golden/test_steps.py",
     "tests/metrics/test_reconstruction.py",
     "tests/models/test_pipeline.py",
+    "tests/models/test_transition.py",
     "tests/objective/test_schedules_of_diffusers.py",
     "tests/test_cli.py",
     "tests/test_demo.py",
