@@ -95,7 +95,7 @@ class StandIn:
         output_type: str = "pil",
         callback_on_step_end=None,
     ) -> Tensor:
-        network = getattr(self, "unet", None) or self.transformer
+        network = self.unet if hasattr(self, "unet") else self.transformer
         texts = self.encode([*(negative_prompt or [""] * len(prompt)), *prompt])
         self._guidance_scale, self._interrupt = guidance_scale, False
         self.scheduler.set_timesteps(num_inference_steps)

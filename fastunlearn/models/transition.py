@@ -200,7 +200,7 @@ def find_transition(
 
 
 def first_minimum(magnitudes: Sequence[float]) -> int | None:
-    """The first index whose value is below both its neighbours'; None: there is none, or an end is lowest."""
+    """The first index whose value is below both its neighbours'; None: there is none."""
     for index in range(1, len(magnitudes) - 1):
         if magnitudes[index - 1] > magnitudes[index] < magnitudes[index + 1]:
             return index
@@ -259,9 +259,7 @@ class _Run:
     def end_of_step(self, pipeline, step: int, timestep: Tensor, tensors: dict) -> dict:
         """The pipeline's callback: keeps what was measured, and ends the sampling once it is enough."""
         if self.calls != self._calls_before_step + 1:
-            got = (
-                f"{self.calls - self._calls_before_step} that a hook sees (compile() of a network hides them)"
-            )
+            got = f"{self.calls - self._calls_before_step} that its hooks see"
             raise ValueError(f"pipeline: expected one call of its network a step, got {got}")
         self._calls_before_step = self.calls
 

@@ -56,7 +56,7 @@ class Planted:
 
 
 def network_of(pipe) -> nn.Module:
-    return getattr(pipe, "unet", None) or pipe.transformer
+    return pipe.unet if hasattr(pipe, "unet") else pipe.transformer
 
 
 def timesteps_of(pipe, count: int = STEPS) -> list[float]:
@@ -315,8 +315,7 @@ def test_the_pipeline_is_as_before(kind, tmp_path):
     pipe.scheduler.set_timesteps(7)
     network_of(pipe).train()
     pipe.text_encoder.eval()
-    if hasattr(pipe, "set_progress_bar_config"):
-        pipe.set_progress_bar_config(desc="mine")
+    pipe._progress_bar_config = {"desc": "mine"}
     before = state_of(pipe)
     find_transition(pipe, "a cat", seeds=2)
     assert state_of(pipe) == before
@@ -354,6 +353,24 @@ def test_dropout_does_not_reach_the_magnitudes(kind, tmp_path):
     network_of(pipe).train()
     assert find_transition(pipe, "a cat", **options).magnitudes == still.magnitudes
     assert network_of(pipe).training
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_compiled_network_is_measured_too(in_place, tmp_path):
+    """Also one that was compiled, and called, before there was a hook."""
+    pipe = pipeline(STAND_INS[0], tmp_path)
+    options = {"seeds": 2, "num_inference_steps": 4, "stop_early": False}
+    expected = find_transition(pipe, "a cat", **options)
+    if in_place:
+        pipe.unet.compile(backend="eager")
+    else:
+        pipe.unet = torch.compile(pipe.unet, backend="eager")
+    generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
+    pipe(["a cat"] * 2, num_inference_steps=2, generator=generators, callback_on_step_end=lambda *step: None)
+    found = find_transition(pipe, "a cat", **options)
+    assert found.calls == 4
+    for curve, like in zip(found.magnitudes[0], expected.magnitudes[0], strict=True):
+        assert curve == pytest.approx(like, rel=1e-9)
 
 
 # --- the window ------------------------------------------------------------------------------------------
@@ -545,8 +562,8 @@ def test_a_pipeline_without_both_halves_in_one_call_is_refused():
 
 def test_a_network_whose_calls_no_hook_sees_is_refused(tmp_path):
     pipe = pipeline(STAND_INS[0], tmp_path)
-    pipe.unet._compiled_call_impl = pipe.unet.forward  # as `compile()` of a network replaces its call
-    with pytest.raises(ValueError, match="expected one call of its network a step, got 0 that a hook sees"):
+    pipe.unet._compiled_call_impl = pipe.unet.forward  # torch calls this instead, without hooks
+    with pytest.raises(ValueError, match="expected one call of its network a step, got 0 that its hooks see"):
         find_transition(pipe, "a cat", seeds=1)
 
 
