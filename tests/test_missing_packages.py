@@ -20,6 +20,7 @@ WHOLE_MODULES = {
     "tests/models/test_pipeline.py",
     "tests/models/test_transition.py",
     "tests/objective/test_schedules_of_diffusers.py",
+    "tests/objective/test_time.py",
     "tests/test_cli.py",
     "tests/test_demo.py",
     "tests/test_evaluate.py",

@@ -7,8 +7,6 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
-from diffusers.training_utils import compute_density_for_timestep_sampling
 from scipy import stats
 
 from fastunlearn import NoiseSchedule
@@ -19,6 +17,10 @@ from fastunlearn.objective.draws import CounterSource, GeneratorSource, Purpose
 from fastunlearn.objective.time import LogitNormal, Product, Stratified, TimeWindow, Uniform, log_ratio
 from fastunlearn.testing.factories import linear_schedule
 from fastunlearn.testing.host_sync import Tape, no_host_sync
+
+diffusers = pytest.importorskip("diffusers")
+training_utils = pytest.importorskip("diffusers.training_utils")
+
 
 T = 1000
 CPU = torch.device("cpu")
@@ -95,7 +97,7 @@ def test_logit_normal_is_the_normal_distribution_between_logits(mean, std, num_t
 
 def test_logit_normal_is_what_diffusers_draws():
     mean, std, count, bins = 0.4, 0.8, 200_000, 20
-    u = compute_density_for_timestep_sampling(
+    u = training_utils.compute_density_for_timestep_sampling(
         "logit_normal", count, mean, std, generator=torch.Generator().manual_seed(0)
     )
     # diffusers' scripts index scheduler.timesteps, which begins with the noisiest.
@@ -339,7 +341,7 @@ def test_a_weight_times_what_is_drawn_is_the_density():
 
 
 def of_diffusers(**config):
-    return NoiseSchedule.from_diffusers(DDPMScheduler(**config))
+    return NoiseSchedule.from_diffusers(diffusers.DDPMScheduler(**config))
 
 
 SD_BETAS = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
@@ -347,8 +349,8 @@ LINEAR = of_diffusers()
 SD = of_diffusers(**SD_BETAS)
 COSINE = of_diffusers(beta_schedule="squaredcos_cap_v2")
 ZERO_SNR = of_diffusers(**SD_BETAS, rescale_betas_zero_snr=True, prediction_type="v_prediction")
-FLOW = NoiseSchedule.from_diffusers(FlowMatchEulerDiscreteScheduler())
-SHIFTED = NoiseSchedule.from_diffusers(FlowMatchEulerDiscreteScheduler(shift=3.0))
+FLOW = NoiseSchedule.from_diffusers(diffusers.FlowMatchEulerDiscreteScheduler())
+SHIFTED = NoiseSchedule.from_diffusers(diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
 
 
 @pytest.mark.parametrize(
