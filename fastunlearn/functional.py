@@ -12,7 +12,6 @@ looked at, unless `FASTUNLEARN_CHECK=1` asks for it: what is made of them is NaN
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -269,16 +268,8 @@ def weighted_residual(
 
 
 def _mask(lowpass: LowPass, height: int, width: int, device: torch.device) -> tuple[Tensor, float, float]:
-    """`LowPass.mask` on `device`; a constant of a compiled graph."""
-    return _cached_mask(lowpass, height, width, device)
-
-
-@functools.lru_cache(maxsize=64)
-def _cached_mask(
-    lowpass: LowPass, height: int, width: int, device: torch.device
-) -> tuple[Tensor, float, float]:
-    band, inside, outside = lowpass.mask(height, width)
-    return band.to(device), inside, outside
+    """A constant of a compiled graph."""
+    return lowpass.mask_on(height, width, device)
 
 
 # The mask is made of numbers that a trace knows, so the compiler may run this and keep the result. That is

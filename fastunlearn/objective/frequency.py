@@ -194,7 +194,7 @@ class LowPass:
 
         # A fixed radius needs no step.
         if not self.scheduled:
-            return on_device(_table, (self, height, width), device), *self._values()
+            return self.mask_on(height, width, device)
         steps = on_device(LowPass.steps, (self, height, width, total_steps), device)
         if isinstance(step, Tensor):
             step = check.tensor("step", step, ndim=0, floating=False).clamp(max=total_steps - 1)
@@ -202,6 +202,10 @@ class LowPass:
             step = min(check.integer("step", step, low=0), total_steps - 1)
         within = steps <= step if self.grows else steps > step
         return within.float(), *self._values()
+
+    def mask_on(self, height: int, width: int, device: torch.device) -> tuple[Tensor, float, float]:
+        """`mask`, whose table is made once and kept on `device`."""
+        return on_device(_table, (self, height, width), device), *self._values()
 
     def mask(self, height: int, width: int) -> tuple[Tensor, float, float]:
         """The mask for images of that size, as `ops.lowpass_residual` takes it.
