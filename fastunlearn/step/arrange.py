@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -133,11 +134,11 @@ def in_calls(
         whole = []
         for each in passes:
             whole += each.by_role()
-    calls = _split(whole, micro_batch_size)
+    calls = split(whole, micro_batch_size)
 
     # Several processes reduce their gradients in the same order: what decides it must not depend on the rows
     # that one of them has.
-    decisive = calls if alone else _split(passes, micro_batch_size)
+    decisive = calls if alone else split(passes, micro_batch_size)
     in_place = sum(len(part.gradients) > 1 for part in decisive) <= 1
     if len(combination.gradients) == 2:
         correction, main = combination.gradients
@@ -148,7 +149,8 @@ def in_calls(
     return calls, in_place
 
 
-def _split(passes: list[Pass], micro_batch_size: int | None) -> list[Pass]:
+def split(passes: Sequence[Pass], micro_batch_size: int | None) -> list[Pass]:
+    """Calls of at most `micro_batch_size` rows, wherever those lie."""
     calls = []
     for each in passes:
         calls += each.split(micro_batch_size)

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..host import check
 from ..objective.protocol import Method, Pass, Term
 from ..objective.schedule import NoiseSchedule
+from . import arrange
 from .losses import everyones as everyones_means
 from .predict import unsteady
 from .regress import Networks, Regression, losses_without_graph, regress, with_targets
@@ -189,8 +190,7 @@ def weigh_all(
         ValueError: the network has active dropout, and would not repeat its losses, or counts its calls.
     """
     _refuse_unsteady(networks.model)
-    parts = [part for each in passes for part in each.split(micro_batch_size)]
-    parts = [with_targets(networks, part, schedule) for part in parts]
+    parts = [with_targets(networks, part, schedule) for part in arrange.split(passes, micro_batch_size)]
     reference = _joined(parts, [_reference_losses(method, networks, part, schedule) for part in parts])
     found = [losses_without_graph(networks.model, networks, part, schedule) for part in parts]
     losses = _joined(parts, found)
