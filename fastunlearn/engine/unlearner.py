@@ -126,27 +126,17 @@ class Unlearner:
         lowpass: None = None,
     ):
         # The method and what is trained.
-        if not isinstance(method, Method):
-            raise TypeError(f"method: expected a method such as ReTrack(), got {check.describe(method)}")
+        check_needs(method)
         optimizer, self._wrappers = unwrap_optimizer(optimizer)
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {check.describe(optimizer)}")
         grad_scaler = grad_scaler_of(self._wrappers, grad_scaler)
         device = device_of(optimizer)
         autocast_dtype = resolve_autocast(autocast_dtype, device)
+        given = Settings(max_grad_norm, autocast_dtype, micro_batch_size, compile, rules)
         settings = checked(
-            model,
-            schedule,
-            max_grad_norm=max_grad_norm,
-            autocast_dtype=autocast_dtype,
-            micro_batch_size=micro_batch_size,
-            compile=compile,
-            rules=rules,
-            process_group=process_group,
-            time_window=time_window,
-            lowpass=lowpass,
+            model, schedule, given, process_group=process_group, time_window=time_window, lowpass=lowpass
         )
-        check_needs(method)
         check_reference(method, model, reference_model)
         if "neighbors" in method.needs:
             check.integer("k", getattr(method, "k", None), low=1)

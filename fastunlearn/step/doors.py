@@ -25,7 +25,7 @@ from .conditioning import (
     warn_of_bytes,
     without_graph,
 )
-from .options import StepOptions, check_needs, check_reference, check_rules, checked
+from .options import Settings, StepOptions, check_needs, check_reference, check_rules, checked
 from .take import StepOutput, take_step
 from .trained import look_at, unwrapped
 
@@ -71,17 +71,9 @@ def method_step(
     Raises:
         TypeError, ValueError: before any work, naming the argument, what was expected and what was given.
     """
+    given = Settings(max_grad_norm, autocast_dtype, micro_batch_size, compile, rules)
     settings = checked(
-        model,
-        schedule,
-        max_grad_norm=max_grad_norm,
-        autocast_dtype=autocast_dtype,
-        micro_batch_size=micro_batch_size,
-        compile=compile,
-        rules=rules,
-        process_group=process_group,
-        time_window=time_window,
-        lowpass=lowpass,
+        model, schedule, given, process_group=process_group, time_window=time_window, lowpass=lowpass
     )
     check_needs(method)
     trained = look_at(model, optimizer, grad_scaler, process_group, keep_grad=keep_grad)
@@ -89,7 +81,7 @@ def method_step(
     if reference_model is not None or "reference" in method.needs:
         check_reference(method, trained.model, reference_model)
         trained = trained._replace(reference=unwrapped(reference_model))
-    _check_needs(method, neighbors)
+    _check_at_hand(method, neighbors)
     without_graph("neighbors", neighbors)
     without_graph("sqdist", sqdist)
     parameters = trained.parameters
@@ -248,7 +240,7 @@ def vanilla_step(
     return method_step(Vanilla(), model, optimizer, schedule, retain=retain, **options)
 
 
-def _check_needs(method: Method, neighbors: Tensor | None) -> None:
+def _check_at_hand(method: Method, neighbors: Tensor | None) -> None:
     """
     Raises:
         TypeError: there are no neighbours where the method reads them.

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 import torch.distributed as dist
@@ -40,8 +39,7 @@ class StepOptions(TypedDict, total=False):
     lowpass: None
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     """What a step needs to know beside its method, its networks and its numbers."""
 
     max_grad_norm: float | None = 1.0  # None: gradients are not clipped.
@@ -52,19 +50,12 @@ class Settings:
 
 
 def checked(
-    model: Any,
-    schedule: Any,
-    *,
-    max_grad_norm: Any,
-    autocast_dtype: Any,
-    micro_batch_size: Any,
-    compile: Any,
-    rules: Any,
-    process_group: Any,
-    time_window: Any,
-    lowpass: Any,
+    model: Any, schedule: Any, given: Settings, *, process_group: Any, time_window: Any, lowpass: Any
 ) -> Settings:
     """The checks that a `*_step` and an `Unlearner` share; none of them reads the device.
+
+    Returns:
+        `given` with Python's numbers and a tuple of rules.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -77,6 +68,7 @@ def checked(
         raise TypeError(f"model: expected a callable (x_t, t, **kwargs), got {check.describe(model)}")
 
     # How it is taken.
+    max_grad_norm, autocast_dtype, micro_batch_size, compile, rules = given
     if max_grad_norm is not None:
         max_grad_norm = check.number("max_grad_norm", max_grad_norm, low=0, low_open=True)
     if micro_batch_size is not None:
