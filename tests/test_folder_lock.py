@@ -211,10 +211,11 @@ def started(target, folder: Path):
 
 
 def test_what_a_killed_owner_leaves_stops_nobody(tmp_path: Path):
-    process, _, _, pid = started(hold_until_killed, tmp_path)
+    process, pipe, _, pid = started(hold_until_killed, tmp_path)  # without our end of the pipe the owner leaves
     assert f"held by process {pid} on " in str(refused(locked, tmp_path))
     process.kill()
     process.join()
+    pipe.close()
     assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == pid
     with locked(tmp_path, "test"):
         assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == os.getpid()
