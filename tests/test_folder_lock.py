@@ -77,6 +77,27 @@ def test_a_lock_that_changes_hands_never_has_two_owners(tmp_path: Path):
     assert at_one_instant(3, take_turns, str(tmp_path / "run"), 40) == [0, 0, 0]
 
 
+def test_a_folder_that_goes_while_it_is_looked_at_is_made_again(tmp_path: Path, monkeypatch):
+    """`mkdir` finds it there; its owner leaves, and removes it, before it is found to be a folder."""
+    folder = tmp_path / "run"
+    moments = iter(["leaves"])
+
+    def mkdir(self: Path, *arguments, **options) -> None:
+        if next(moments, None) == "leaves":
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(self))
+        os.mkdir(self)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    with locked(folder, "test"):
+        assert (folder / LOCK_FILE).exists()
+
+
+def test_a_file_at_the_place_of_the_folder_is_named(tmp_path: Path):
+    (tmp_path / "run").write_text("x")
+    assert not_writable(tmp_path / "run") in (os.strerror(errno.EEXIST), os.strerror(errno.ENOTDIR))
+    assert (tmp_path / "run").read_text() == "x"
+
+
 def test_who_opened_the_file_of_one_that_then_leaves_takes_the_new_file(tmp_path: Path, monkeypatch):
     """The race itself: between opening and locking the owner removes its file, and a third one comes in."""
     entered, leave = threading.Event(), threading.Event()
@@ -211,7 +232,7 @@ def started(target, folder: Path):
 
 
 def test_what_a_killed_owner_leaves_stops_nobody(tmp_path: Path):
-    process, pipe, _, pid = started(hold_until_killed, tmp_path)  # without our end of the pipe the owner leaves
+    process, pipe, _, pid = started(hold_until_killed, tmp_path)  # without our end of `pipe` it would leave
     assert f"held by process {pid} on " in str(refused(locked, tmp_path))
     process.kill()
     process.join()

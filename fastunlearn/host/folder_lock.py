@@ -121,7 +121,9 @@ def _take(file: Path, target: Path, work: str) -> _Lock:
         try:
             made += _make_folders(file.parent)
             descriptor, created = _open(file)
-        except FileNotFoundError:  # who left has just removed its file, or its empty folder
+        except (FileNotFoundError, FileExistsError):
+            # Who left has just removed its file, or its empty folder: before `mkdir`, or between the two
+            # halves of `exist_ok` (the folder was there, and then no longer is).
             if attempt == ATTEMPTS - 1:
                 raise
             continue
