@@ -20,7 +20,7 @@ from torch import Tensor
 from .host import check
 from .host.philox import Noise, check_noise
 from .host.store import Rows
-from .objective.frequency import LowPass
+from .objective.frequency import LowPass, Mask
 from .objective.schedule import NoiseSchedule
 from .ops._library import backend
 from .ops.lowpass_residual import lowpass_residual as _lowpass_residual
@@ -215,7 +215,10 @@ def mixture(
 
 
 def denoising_loss(
-    prediction: Tensor, target: Tensor, weight: Tensor | None = None, lowpass: LowPass | None = None
+    prediction: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    lowpass: LowPass | Mask | None = None,
 ) -> Tensor:
     """`weight ||prediction - target||^2` per sample, `[B]`, summed over elements.
 
@@ -225,7 +228,8 @@ def denoising_loss(
         prediction: `[B, C, H, W]`, any floating dtype; sums are float32 or better.
         target: `[B, C, H, W]`.
         weight: `[B]`; None is 1.
-        lowpass: the band of spatial frequencies that counts (arXiv 2510.17917, Eq. 8); None: all.
+        lowpass: the band of spatial frequencies that counts (arXiv 2510.17917, Eq. 8), or the mask that it
+            has for images of this size; None: all.
 
     Raises:
         TypeError, ValueError: for arguments of another rank, shape or device.
@@ -235,7 +239,10 @@ def denoising_loss(
 
 
 def weighted_residual(
-    prediction: Tensor, target: Tensor, weight: Tensor | None = None, lowpass: LowPass | None = None
+    prediction: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    lowpass: LowPass | Mask | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`denoising_loss` and, from the same pass, its gradient `[B, C, H, W]` in the dtype of `prediction`."""
     check.images("prediction", prediction)
@@ -259,15 +266,17 @@ def weighted_residual(
         return _residual(prediction, target, weight)
 
     # A band of them: the same of the residual's part within it (arXiv 2510.17917, Eq. 8).
-    if not isinstance(lowpass, LowPass):
-        raise TypeError(f"lowpass: expected a LowPass or None, got {check.describe(lowpass)}")
-    band, inside, outside = _mask(lowpass, *prediction.shape[-2:], prediction.device)
+    if isinstance(lowpass, LowPass):
+        lowpass = _mask(lowpass, *prediction.shape[-2:], prediction.device)
+    elif not isinstance(lowpass, Mask):
+        raise TypeError(f"lowpass: expected a LowPass, a Mask or None, got {check.describe(lowpass)}")
+    band, inside, outside = lowpass
     if backend() == "reference":
         return _literal_lowpass(prediction, target, weight, band, inside, outside)
     return _lowpass_residual(prediction, target, weight, band, inside, outside)
 
 
-def _mask(lowpass: LowPass, height: int, width: int, device: torch.device) -> tuple[Tensor, float, float]:
+def _mask(lowpass: LowPass, height: int, width: int, device: torch.device) -> Mask:
     """A constant of a compiled graph."""
     return lowpass.mask_on(height, width, device)
 

@@ -247,7 +247,7 @@ COMPARED = {
 # is and how many processes take it have tests of their own; of the last two only None is taken.
 NEITHER = {
     "self", "unlearner", "output_dir", "resume_from_checkpoint", "record", "num_steps", "process_group",
-    "time_window", "lowpass",
+    "time_window", "retain_density", "lowpass", "loss_weight", "snr_gamma",
 }  # fmt: skip
 
 

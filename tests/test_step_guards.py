@@ -400,7 +400,6 @@ def test_a_learned_variance_is_left_alone():
             lambda *a: vanilla_step(*a, images(0), retain_kwargs=conditions(0), compile="regional"),
             r"names its repeated blocks for 'regional', got Conditioned",
         ),
-        (lambda *a: vanilla_step(*a, images(0), lowpass=3), r"lowpass: expected None in this version, got 3"),
     ],
 )
 def test_refused(call, text):
@@ -416,6 +415,7 @@ def test_refused(call, text):
             lambda *a: vanilla_step(*a, images(0), draws=Draws(retain_noise=images(0, torch.float64))),
             r"draws.retain_noise: expected the dtype of retain",
         ),
+        (lambda *a: neggrad_step(*a, images(0), lowpass=3), r"lowpass: expected a LowPass or None, got 3"),
         (
             lambda *a: siss_step(*a, images(0, torch.float64), images(0)),
             r"forget: expected the dtype of retain, torch.float32, got torch.float64",

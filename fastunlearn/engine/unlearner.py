@@ -21,11 +21,15 @@ from ..host.store import ImageStore, Rows
 from ..methods import Batch, Method
 from ..objective import draws as draw
 from ..objective.draws import CounterSource, Draws, Purpose
+from ..objective.frequency import LowPass
 from ..objective.parameters import ParameterRule
 from ..objective.schedule import NoiseSchedule
+from ..objective.selection import Selection, check_band, check_drawable
+from ..objective.time import Density
 from ..step.agreement import bits_of, check_agreement
 from ..step.compilation import Compile, compile_seconds, resolve_compile
 from ..step.options import Settings, check_needs, check_reference, checked
+from ..step.select import Moment
 from ..step.take import StepOutput, take_step
 from ..step.trained import check_gradients, check_keep_grad, look_at, processes, unwrapped
 from ..step.wrappers import (
@@ -61,7 +65,7 @@ class Unlearner:
         batch_size: rows drawn a step from each store, with replacement; of all processes together, so that a
             run does not depend on their number.
         micro_batch_size: at most this many rows in one network call of a process.
-        total_steps: how many steps the run will take (no method here has a schedule over them yet); None:
+        total_steps: how many steps the run will take, over which a `lowpass` may have a schedule; None:
             unknown.
         seed: every random number of step s is a function of (seed, s).
         autocast_dtype: dtype of the network call; `"auto"`: bfloat16 on GPUs that have it, elsewhere (as
@@ -88,7 +92,9 @@ class Unlearner:
             ReTrack would redirect it to itself. `near_copies` also finds those that are turned or mirrored.
         reference_model: the network that the method compares with (preferences), called as `model` is.
         rules: what else is done to gradients and weights (`objective.parameters.ParameterRule`).
-        time_window, lowpass: not in this version; None.
+        time_window, retain_density, lowpass, loss_weight, snr_gamma: which timesteps and frequencies count,
+            and how much, as in `retrack_step` (docs/selection.md). A `lowpass` with a schedule needs
+            `total_steps`. They are kept in `selection`, which may be replaced between steps.
 
     Raises:
         TypeError, ValueError: before any work, naming the argument, what was expected and what was given.
@@ -122,8 +128,11 @@ class Unlearner:
         warn_of_near_copies: bool = True,
         reference_model: Callable | None = None,
         rules: Sequence[ParameterRule] = (),
-        time_window: None = None,
-        lowpass: None = None,
+        time_window: Density | None = None,
+        retain_density: Density | None = None,
+        lowpass: LowPass | None = None,
+        loss_weight: str | None = None,
+        snr_gamma: float | None = None,
     ):
         # The method and what is trained.
         check_needs(method)
@@ -133,10 +142,9 @@ class Unlearner:
         grad_scaler = grad_scaler_of(self._wrappers, grad_scaler)
         device = device_of(optimizer)
         autocast_dtype = resolve_autocast(autocast_dtype, device)
-        given = Settings(max_grad_norm, autocast_dtype, micro_batch_size, compile, rules)
-        settings = checked(
-            model, schedule, given, process_group=process_group, time_window=time_window, lowpass=lowpass
-        )
+        selection = Selection(time_window, retain_density, lowpass, loss_weight, snr_gamma)
+        given = Settings(max_grad_norm, autocast_dtype, micro_batch_size, compile, rules, selection)
+        settings = checked(model, schedule, given, process_group=process_group)
         check_reference(method, model, reference_model)
         if "neighbors" in method.needs:
             check.integer("k", getattr(method, "k", None), low=1)
@@ -145,18 +153,21 @@ class Unlearner:
         check_ema(ema)
 
         # The run, and its sets last: looking for images in both reads all of them.
-        schedule.check_usable()
+        self._check_selection(method, schedule, selection)
         batch_size = check.integer("batch_size", batch_size, low=1)
         seed = check.integer("seed", seed, low=0, high=2**63 - 1)
         total_steps = check_total_steps(total_steps)
         reduced = process_group is not None or unwrapped(model) is not model
         check_wrappers(self._wrappers, reduced=reduced)
         lr_scheduler = self._unwrapped_scheduler(lr_scheduler, optimizer)
+        if lowpass is not None and isinstance(forget, ImageStore):
+            check_band(lowpass, *forget.shape[-2:], 0, total_steps)
         check_stores(method, forget, retain, allow_overlap=allow_overlap)
 
         # What a caller can read, and partly change between steps.
         self.model, self.optimizer, self.schedule, self.method = model, optimizer, schedule, method
         self.reference_model, self.rules = reference_model, settings.rules
+        self.selection = selection
         self.batch_size, self.micro_batch_size = batch_size, settings.micro_batch_size
         self.total_steps, self.seed = total_steps, seed
         self.max_grad_norm, self.keep_grad = settings.max_grad_norm, keep_grad
@@ -183,6 +194,17 @@ class Unlearner:
         self._replay = make_replay(
             replay, unwrapped(model), optimizer, device, forbidden=self._not_replayable()
         )
+
+    @staticmethod
+    def _check_selection(method: Method, schedule: NoiseSchedule, selection: Selection) -> None:
+        """
+        Raises:
+            ValueError: the selection does not fit, or draws timesteps at which the loss is not defined.
+        """
+        selection.check_fits(method, schedule)
+        for how in selection.draws_of(method, schedule).values():
+            if isinstance(how, draw.Time):
+                check_drawable(how.density, schedule)
 
     def _unwrapped_scheduler(self, lr_scheduler: Any, optimizer: torch.optim.Optimizer) -> Any:
         """The scheduler in accelerate's wrapper, whose optimizers are told, too, when a step is skipped."""
@@ -326,7 +348,8 @@ class Unlearner:
             self.model, self.optimizer, self.grad_scaler, self.process_group, keep_grad=self.keep_grad
         )
         trained = trained._replace(reference=unwrapped(self.reference_model))
-        output = take_step(trained, self.method, self.schedule, batch, draws, self._step_settings())
+        moment = Moment(self._counter[1], self.total_steps)
+        output = take_step(trained, self.method, self.schedule, batch, draws, self._step_settings(), moment)
         self.skipped_steps += output.skipped
         self._counter[1].add_(1)
         return output
@@ -334,7 +357,12 @@ class Unlearner:
     def _step_settings(self) -> Settings:
         """Of this moment: a caller may change them between steps."""
         return Settings(
-            self.max_grad_norm, self.autocast_dtype, self.micro_batch_size, self.compile, self.rules
+            self.max_grad_norm,
+            self.autocast_dtype,
+            self.micro_batch_size,
+            self.compile,
+            self.rules,
+            self.selection,
         )
 
     def _settings(self) -> tuple:
@@ -348,6 +376,8 @@ class Unlearner:
             id(self.reference_model),
             _places(unwrapped(self.reference_model)),
             self._step_settings(),
+            # A band with a schedule is a table of steps.
+            self.total_steps,
             self.rows_here,
             training,
         )
@@ -443,7 +473,7 @@ class Unlearner:
         outside = self._outside(draws)
         taken = {f"{branch}_rows": None for branch in ("forget", "retain") if branch in method.needs}
         draws = replace(draws, **taken)
-        wanted = method.draws()
+        wanted = self.selection.draws_of(method, self.schedule)
         draw.validate(draws, wanted, forget, retain, self.schedule)
         draws = draw.complete(draws, wanted, source, forget, retain, len(self.schedule))
         if outside is not None:

@@ -158,13 +158,6 @@ def package(name: str, needed_by: str) -> ModuleType:
         raise ImportError(f"{needed_by}: {expected}, got: {error}") from error
 
 
-def not_in_this_version(**arguments) -> None:
-    """Refuses arguments of the public API that a later version will take."""
-    for name, value in arguments.items():
-        if value is not None:
-            raise ValueError(f"{name}: expected None in this version, got {describe(value)}")
-
-
 def values_enabled() -> bool:
     """Whether `FASTUNLEARN_CHECK=1` asks for checks that read values: on a GPU each waits for the device."""
     return switched_on("FASTUNLEARN_CHECK")

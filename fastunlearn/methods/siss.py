@@ -13,7 +13,7 @@ from ..host.philox import Noise
 from ..host.store import Rows
 from ..objective.combine import Rescale
 from ..objective.conditioning import map_tensors
-from ..objective.draws import FORGET, Bernoulli, Draw, Draws, Same
+from ..objective.draws import FORGET, Bernoulli, Draw, Draws, Same, TimeLogRatio
 from ..objective.protocol import Batch, Method, Pass, Term
 from ..objective.schedule import NoiseSchedule
 from .registry import register
@@ -81,7 +81,10 @@ class SISS(Method):
     def draws(self) -> dict[str, Draw]:
         if self.variant == "no_is":
             return PAIR
-        return PAIR | {"from_forget": Bernoulli("forget", self.lambd)}
+        drawn = PAIR | {"from_forget": Bernoulli("forget", self.lambd)}
+        if self.variant == "bernoulli":
+            return drawn
+        return drawn | {"time_log_ratio": TimeLogRatio()}
 
     @property
     def combine(self) -> Rescale:
@@ -105,9 +108,12 @@ class SISS(Method):
         # the network: E [w_a ||e - target_a||^2] and E [w_x ||e - target_x||^2]; x is to be kept, a
         # forgotten.
         noise, timesteps, kwargs = _picked(batch, draws)
+        # Where the branches draw timesteps from different densities, or are told different conditions, x_t is
+        # a sample of (t, condition, m), and both weights have the ratio of those densities, too.
         ratio = _condition_log_ratio(batch, draws.from_forget)
         if ratio is not None:
             self._check_possible(ratio)
+        ratio = _log_ratio(ratio, draws.time_log_ratio)
         arguments = batch.retain, batch.forget, noise, timesteps, schedule, self.lambd, draws.from_forget
         sample = F.mixture(*arguments, time_log_ratio=ratio)
         terms = (
@@ -194,6 +200,16 @@ def _condition_log_ratio(batch: Batch, from_forget: Tensor) -> Tensor | None:
     zero = torch.zeros(len(from_forget), dtype=torch.float64, device=from_forget.device)
     drawn = torch.where(from_forget, zero + float("inf"), zero - float("inf"))
     return torch.where(torch.stack(different).any(0), drawn, zero)
+
+
+def _log_ratio(of_condition: Tensor | None, of_time: Tensor | None) -> Tensor | None:
+    """The log ratio of condition and timestep together: float64 `[B]`.
+
+    An infinite one of the condition decides a row alone: one of the timestep against it would be NaN.
+    """
+    if of_condition is None or of_time is None:
+        return of_time if of_condition is None else of_condition
+    return torch.where(of_condition.isinf(), of_condition, of_condition + of_time)
 
 
 def _rows_that_differ(forget: Tensor, retain: Tensor) -> Tensor:

@@ -38,11 +38,15 @@ class Draws:
     uniform_target: Tensor | None = None  # [B, C, H, W] in [0, 1): EraseDiff's target
     forget_rows: Tensor | None = None  # [B] int64, rows of the forget store (Unlearner only)
     retain_rows: Tensor | None = None  # [B] int64, rows of the retain store (Unlearner only)
+    # [B]: SISS' `log p_forget(t) - log p_retain(t)` at the timestep of each row, where the densities of both
+    # branches differ. Computed from those of the step, not drawn.
+    time_log_ratio: Tensor | None = None
 
     def given(self) -> set[str]:
         return {field.name for field in fields(self) if getattr(self, field.name) is not None}
 
 
+MIXED = ("from_forget", "forget_timesteps", "retain_timesteps")  # what a ratio of a mixture is made of
 DRAWN = tuple(field.name for field in fields(Draws) if not field.name.endswith("_rows"))
 
 
@@ -63,13 +67,17 @@ class Purpose(IntEnum):
 
 @dataclass(frozen=True)
 class Time:
-    """Timesteps `[B]` of a branch, from a density over the schedule."""
+    """Timesteps `[B]` of a branch, from a density over the schedule.
+
+    Without one it is that of the step, which fills it in (`Selection.draws_of`); uniform where nobody does.
+    """
 
     branch: str  # "forget" or "retain"
-    density: time.Density = time.UNIFORM
+    density: time.Density | None = None
 
     def draw(self, source, purpose: Purpose, batch: Tensor | Rows, num_timesteps: int) -> Tensor:
-        return self.density.draw(source, purpose, len(batch), num_timesteps)
+        density = time.UNIFORM if self.density is None else self.density
+        return density.draw(source, purpose, len(batch), num_timesteps)
 
 
 @dataclass(frozen=True)
@@ -111,7 +119,26 @@ class Same:
     name: str
 
 
-Draw = Time | Normal | Uniform | Bernoulli | Same
+@dataclass(frozen=True)
+class TimeLogRatio:
+    """`log p_forget(t) - log p_retain(t)` of the timestep that each row of a mixture has, float64 `[B]`.
+
+    Row by row that of the branch which `from_forget` picks. Nothing is drawn. The densities are filled in by
+    the step where they differ; without them there is no ratio.
+    """
+
+    forget: time.Density | None = None
+    retain: time.Density | None = None
+
+    def of(self, known: dict[str, Tensor | Noise | None], num_timesteps: int) -> Tensor | None:
+        """The ratio, from what else has been drawn."""
+        if self.forget is None or self.retain is None:
+            return None
+        picked = known["from_forget"], known["forget_timesteps"], known["retain_timesteps"]
+        return time.log_ratio_of(torch.where(*picked), self.forget, self.retain, num_timesteps)
+
+
+Draw = Time | Normal | Uniform | Bernoulli | Same | TimeLogRatio
 
 # What most methods draw for a branch. The order is that of the numbers that a generator gives.
 FORGET: dict[str, Draw] = {"forget_timesteps": Time("forget"), "forget_noise": Normal("forget")}
@@ -218,11 +245,15 @@ def complete(
         twin = how.name if type(how) is Same else twins.get(name)
         if twin is not None and known[twin] is not None:
             known[name] = known[twin]
-        elif type(how) is not Same:
+        elif not isinstance(how, Same | TimeLogRatio):
             known[name] = how.draw(source, Purpose[name.upper()], batches[how.branch], num_timesteps)
     for name, how in wanted.items():
-        if known[name] is None:  # the same as what stood after it
+        if known[name] is None and isinstance(how, Same):  # as what stood after it
             known[name] = known[how.name]
+    # What is computed from the numbers, now that they are there.
+    for name, how in wanted.items():
+        if known[name] is None and isinstance(how, TimeLogRatio):
+            known[name] = how.of(known, num_timesteps)
     return replace(draws, **known)
 
 
@@ -239,6 +270,12 @@ def _check_wanted(wanted: dict[str, Draw], batches: dict[str, Tensor | Rows | No
             if other is None or isinstance(other, Same):
                 expected = f"for {name!r} the same as another field that is drawn"
                 raise ValueError(f"Method.draws: expected {expected}, got Same({how.name!r})")
+        elif isinstance(how, TimeLogRatio):
+            missing = [each for each in MIXED if each not in wanted]
+            if missing:
+                raise ValueError(
+                    f"Method.draws: expected {', '.join(MIXED)} for {name!r}, got no {missing[0]}"
+                )
         elif batches.get(how.branch) is None:
             expected = "numbers for branches that the method needs"
             raise ValueError(f"Method.draws: expected {expected}, got {name!r} for {how.branch!r}")
@@ -286,6 +323,8 @@ def validate(
         check.like("draws.uniform_target", draws.uniform_target, "forget", forget)
     if draws.from_forget is not None:
         _check_chosen(draws.from_forget, forget)
+    if draws.time_log_ratio is not None:
+        check.vector("draws.time_log_ratio", draws.time_log_ratio, len(forget), forget.device)
 
 
 def _check_noise(name: str, noise: Tensor | Noise | None, branch: str, batch: Tensor | Rows | None) -> None:

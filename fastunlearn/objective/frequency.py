@@ -7,6 +7,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, replace
 from fractions import Fraction
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,14 @@ from ..host.tables import on_device
 SCHEDULES = ("fixed", "linear_increase", "linear_decay", "step_increase", "step_decay")
 STAGES = 4  # of a stepwise schedule
 MOST_STEPS = 2**31 - 1  # of a schedule: the tables of steps are int32
+
+
+class Mask(NamedTuple):
+    """M of one step for images of one size: `inside` where the table is 1, else `outside`, also beyond it."""
+
+    table: Tensor  # [U, V] float32, of the frequencies from 0 on
+    inside: float
+    outside: float
 
 
 @dataclass(frozen=True)
@@ -180,7 +189,7 @@ class LowPass:
         step: int | Tensor,
         total_steps: int,
         device: torch.device | None = None,
-    ) -> tuple[Tensor, float, float]:
+    ) -> Mask:
         """`mask` of one step, as large at every step, made on the device.
 
         Nothing waits for it but the first call, which copies `steps` there.
@@ -201,13 +210,13 @@ class LowPass:
         else:
             step = min(check.integer("step", step, low=0), total_steps - 1)
         within = steps <= step if self.grows else steps > step
-        return within.float(), *self._values()
+        return Mask(within.float(), *self._values())
 
-    def mask_on(self, height: int, width: int, device: torch.device) -> tuple[Tensor, float, float]:
+    def mask_on(self, height: int, width: int, device: torch.device) -> Mask:
         """`mask`, whose table is made once and kept on `device`."""
-        return on_device(_table, (self, height, width), device), *self._values()
+        return Mask(on_device(_table, (self, height, width), device), *self._values())
 
-    def mask(self, height: int, width: int) -> tuple[Tensor, float, float]:
+    def mask(self, height: int, width: int) -> Mask:
         """The mask for images of that size, as `ops.lowpass_residual` takes it.
 
         Returns:
@@ -237,7 +246,7 @@ class LowPass:
                 f"LowPass: expected a band with frequencies of images of {height} x {width}, "
                 f"got none in {self}"
             )
-        return _trimmed(table), *self._values()
+        return Mask(_trimmed(table), *self._values())
 
     def _values(self) -> tuple[float, float]:
         """M where the table is 1, and elsewhere."""

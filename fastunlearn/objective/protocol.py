@@ -14,7 +14,7 @@ from ..host.store import ImageStore, Rows
 from .combine import Combination, Sum
 from .conditioning import map_tensors
 from .draws import Draw, Draws
-from .frequency import LowPass
+from .frequency import LowPass, Mask
 from .schedule import NoiseSchedule
 
 # A weight below this share of the heaviest counts as 0.
@@ -71,7 +71,8 @@ class Term:
         scale: a constant factor of the term; below 0, predictions are pushed away from the target.
         gradient: to which of the combination's gradients the term belongs; None: `"total"`, or, where two are
             kept apart, that of its role.
-        band: the spatial frequencies of the residual that count; None: all.
+        band: the spatial frequencies of the residual that count; None: all, or, for the forget terms, those
+            of the step's `lowpass`.
     """
 
     role: str
@@ -82,7 +83,7 @@ class Term:
     spread: Tensor | None = None
     scale: float = 1.0
     gradient: str | None = None
-    band: LowPass | None = None
+    band: LowPass | Mask | None = None
 
     def __post_init__(self) -> None:
         if self.rows is None and isinstance(self.target, Tensor):

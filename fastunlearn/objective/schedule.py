@@ -85,6 +85,7 @@ class NoiseSchedule:
         coefficients = self._coefficient_table()
         self._on_host = _with_ends(coefficients, torch.nan), _with_ends(self.model_timesteps, nowhere)
         self._on_device: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._loss_weights: dict[tuple, Tensor] = {}  # by kind, gamma and device
 
     def __setattr__(self, name: str, value) -> None:
         """Attributes are set once: the tables of `coefficients` are made of them, and would not follow."""
@@ -317,6 +318,24 @@ class NoiseSchedule:
             of_flow = level**-2 if kind == "sigma_sqrt" else 2 / (math.pi * (1 - 2 * level + 2 * level**2))
             of_clean = of_flow / level.square()
         return of_clean / self._coefficient_table()[:, 4].square()
+
+    def loss_weights_of(self, timesteps: Tensor, kind: str, *, gamma: float | None = None) -> Tensor:
+        """`loss_weight(kind)` at `timesteps` `[B]`, float64 on their device; NaN outside the schedule.
+
+        The first call for a device copies the table there, which waits; later ones do not.
+        """
+        key = kind, gamma, timesteps.device
+        table = self._loss_weights.get(key)
+        if table is None:
+            table = _with_ends(self.loss_weight(kind, gamma=gamma), torch.nan).to(timesteps.device)
+            if type(table) is Tensor:  # that of a trace holds no numbers
+                self._loss_weights[key] = table
+        return _row_of(table, timesteps)
+
+    @property
+    def all_usable(self) -> bool:
+        """Whether the loss is defined at every timestep (`check_usable`)."""
+        return self._all_usable
 
     def check_timesteps(self, name: str, timesteps: Tensor) -> None:
         """Refuses `timesteps` `[B]` outside the schedule, or where the loss is not defined. Reads them.

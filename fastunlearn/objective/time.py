@@ -126,6 +126,16 @@ class TimeWindow(Density):
         num_timesteps = _length(of)
         return cls(num_timesteps * 3 // 4, num_timesteps, **options)
 
+    @classmethod
+    def last(cls, of: NoiseSchedule | int = 1000, **options) -> TimeWindow:
+        """The last index alone, 999 of 1000: where SISS' released code trains faces and Stable Diffusion.
+
+        Args:
+            of: a schedule, or how many timesteps it has.
+        """
+        num_timesteps = _length(of)
+        return cls(num_timesteps - 1, num_timesteps, **options)
+
     def transfer(self, source: NoiseSchedule, target: NoiseSchedule) -> TimeWindow:
         """The window of `target` with the signal-to-noise ratios that this one has in `source`.
 

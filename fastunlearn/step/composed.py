@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..host import check
-from ..objective.frequency import LowPass
+from ..objective.frequency import LowPass, Mask
 from ..objective.protocol import COUPLINGS, ROLES, Method, Pass, Predicted, Term, has_own_objective
 from .objective import rows_of
 
@@ -71,7 +71,7 @@ def _check_term(term: Term, whole: Pass, with_reference: bool) -> None:
         if not isinstance(value, Tensor) or value.shape != (len(rows),):
             expected = f"a tensor of {len(rows)}, one for each row of the term"
             raise ValueError(f"Term.{name}: expected {expected}, got {check.describe(value)}")
-    if term.band is not None and not isinstance(term.band, LowPass):
+    if not isinstance(term.band, (LowPass, Mask, type(None))):
         raise TypeError(f"Term.band: expected a LowPass or None, got {check.describe(term.band)}")
 
 

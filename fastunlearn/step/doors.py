@@ -14,9 +14,12 @@ from ..host.profiling import stage
 from ..methods import SISS, EraseDiff, NegGrad, ReTrack, Vanilla
 from ..objective import draws as draw
 from ..objective.draws import Draws
+from ..objective.frequency import LowPass
 from ..objective.parameters import ParameterRule
 from ..objective.protocol import Batch, Method
 from ..objective.schedule import NoiseSchedule
+from ..objective.selection import Selection, check_band, check_drawable
+from ..objective.time import Density
 from .compilation import Compile
 from .conditioning import (
     check_distances,
@@ -25,7 +28,15 @@ from .conditioning import (
     warn_of_bytes,
     without_graph,
 )
-from .options import Settings, StepOptions, check_needs, check_reference, check_rules, checked
+from .options import (
+    Settings,
+    StepOptions,
+    check_moment,
+    check_needs,
+    check_reference,
+    check_rules,
+    checked,
+)
 from .take import StepOutput, take_step
 from .trained import look_at, unwrapped
 
@@ -56,8 +67,13 @@ def method_step(
     compile: Compile | None = None,
     process_group: dist.ProcessGroup | None = None,
     rules: Sequence[ParameterRule] = (),
-    time_window: None = None,
-    lowpass: None = None,
+    time_window: Density | None = None,
+    retain_density: Density | None = None,
+    lowpass: LowPass | None = None,
+    loss_weight: str | None = None,
+    snr_gamma: float | None = None,
+    step: int | Tensor | None = None,
+    total_steps: int | None = None,
 ) -> StepOutput:
     """One step of any method on batches that the caller's loop already has.
 
@@ -71,10 +87,9 @@ def method_step(
     Raises:
         TypeError, ValueError: before any work, naming the argument, what was expected and what was given.
     """
-    given = Settings(max_grad_norm, autocast_dtype, micro_batch_size, compile, rules)
-    settings = checked(
-        model, schedule, given, process_group=process_group, time_window=time_window, lowpass=lowpass
-    )
+    selection = Selection(time_window, retain_density, lowpass, loss_weight, snr_gamma)
+    given = Settings(max_grad_norm, autocast_dtype, micro_batch_size, compile, rules, selection)
+    settings = checked(model, schedule, given, process_group=process_group)
     check_needs(method)
     trained = look_at(model, optimizer, grad_scaler, process_group, keep_grad=keep_grad)
     check_rules(settings.rules, trained.optimizer)
@@ -92,15 +107,19 @@ def method_step(
     if neighbors is not None:
         check_distances(forget, neighbors, sqdist)
     draws = Draws() if draws is None else draws
-    wanted = method.draws()
+    selection.check_fits(method, schedule)
+    wanted = selection.draws_of(method, schedule)
     _check_draws(draws, wanted, forget, retain, schedule)
+    device = retain.device if forget is None else forget.device
+    moment = check_moment(step, total_steps, device)
+    if lowpass is not None:
+        check_band(lowpass, *forget.shape[-2:], *moment)
 
     with stage("draw"):
-        device = retain.device if forget is None else forget.device
         source = draw.GeneratorSource(device, generator)
         draws = draw.complete(draws, wanted, source, forget, retain, len(schedule))
     batch = Batch(forget, retain, neighbors, sqdist, forget_conditioning, retain_conditioning)
-    return take_step(trained, method, schedule, batch, draws, settings)
+    return take_step(trained, method, schedule, batch, draws, settings, moment)
 
 
 def retrack_step(
@@ -162,7 +181,16 @@ def retrack_step(
             gradients, losses and norms are their mean, so all of them make the same update. None: those of a
             model wrapped in DistributedDataParallel.
         rules: what else is done to gradients and weights (`objective.parameters.ParameterRule`).
-        time_window, lowpass: not in this version; None.
+        time_window: the density that the forget branch's timesteps are drawn from (`TimeWindow(250, 750)`,
+            docs/selection.md); None: that of the schedule, uniform, or logit-normal for flow matching. Given
+            timesteps are taken to be drawn from it, too.
+        retain_density: the same of the retain branch.
+        lowpass: the spatial frequencies of the forget residual that count. ReTrack's spread, whose part in a
+            band would take another pass over all neighbours, is then left out of the reported loss.
+        loss_weight, snr_gamma: what every row's loss is multiplied by at its timestep
+            (`NoiseSchedule.loss_weight`), such as `"min_snr"` with its gamma; None: 1, and 5.
+        step, total_steps: where in the run this step is, for a `lowpass` with a schedule, which is refused
+            without them; the step is a number, or a 0-d tensor on the device, which nobody reads.
 
     Returns:
         StepOutput, detached 0-d tensors.
@@ -318,8 +346,9 @@ def _check_draws(
     given = draws.given()
     for field in sorted(given):
         without_graph(f"draws.{field}", getattr(draws, field))
-    if any(field.endswith("timesteps") for field in wanted.keys() - given):
-        schedule.check_usable()
+    for field, how in wanted.items():
+        if field not in given and isinstance(how, draw.Time):
+            check_drawable(how.density, schedule)
 
 
 def _count_neighbors(neighbors) -> int:

@@ -7,16 +7,20 @@ from typing import Any, NamedTuple, TypedDict
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from ..host import check
 from ..host.precision import AUTOCAST_DTYPES
 from ..objective.draws import Draws
+from ..objective.frequency import LowPass
 from ..objective.parameters import ParameterRule, overrides
 from ..objective.protocol import NEEDS, Method
 from ..objective.schedule import NoiseSchedule
+from ..objective.selection import Selection
+from ..objective.time import Density
 from .compilation import Compile
 from .predict import unsteady
+from .select import Moment
 from .trained import unwrapped
 
 
@@ -35,8 +39,13 @@ class StepOptions(TypedDict, total=False):
     compile: Compile | None
     process_group: dist.ProcessGroup | None
     rules: Sequence[ParameterRule]
-    time_window: None
-    lowpass: None
+    time_window: Density | None
+    retain_density: Density | None
+    lowpass: LowPass | None
+    loss_weight: str | None
+    snr_gamma: float | None
+    step: int | Tensor | None
+    total_steps: int | None
 
 
 class Settings(NamedTuple):
@@ -47,11 +56,10 @@ class Settings(NamedTuple):
     micro_batch_size: int | None = None  # Rows in one call of the network. None: all.
     compile: Compile | None = None
     rules: tuple[ParameterRule, ...] = ()
+    selection: Selection = Selection()
 
 
-def checked(
-    model: Any, schedule: Any, given: Settings, *, process_group: Any, time_window: Any, lowpass: Any
-) -> Settings:
+def checked(model: Any, schedule: Any, given: Settings, *, process_group: Any) -> Settings:
     """The checks that a `*_step` and an `Unlearner` share; none of them reads the device.
 
     Returns:
@@ -68,7 +76,7 @@ def checked(
         raise TypeError(f"model: expected a callable (x_t, t, **kwargs), got {check.describe(model)}")
 
     # How it is taken.
-    max_grad_norm, autocast_dtype, micro_batch_size, compile, rules = given
+    max_grad_norm, autocast_dtype, micro_batch_size, compile, rules, selection = given
     if max_grad_norm is not None:
         max_grad_norm = check.number("max_grad_norm", max_grad_norm, low=0, low_open=True)
     if micro_batch_size is not None:
@@ -81,14 +89,33 @@ def checked(
         raise TypeError(f"process_group: {expected}, got {check.describe(process_group)}")
     if compile not in (None, True, False, "try", "regional"):
         raise ValueError(f"compile: expected None, True, False, 'try' or 'regional', got {compile!r}")
-    check.not_in_this_version(time_window=time_window, lowpass=lowpass)
-    return Settings(max_grad_norm, autocast_dtype, micro_batch_size, compile, _rules(rules))
+    rules = _rules(rules)
+    return Settings(max_grad_norm, autocast_dtype, micro_batch_size, compile, rules, selection)
 
 
 def _rules(given: Any) -> tuple[ParameterRule, ...]:
     if not isinstance(given, (tuple, list)) or not all(isinstance(rule, ParameterRule) for rule in given):
         raise TypeError(f"rules: expected a sequence of ParameterRule, got {check.describe(given)}")
     return tuple(given)
+
+
+def check_moment(step: Any, total_steps: Any, device: torch.device) -> Moment:
+    """Where in a run a step is, as its caller says.
+
+    Raises:
+        TypeError, ValueError: no number of a step, or a tensor that lies elsewhere.
+    """
+    if isinstance(step, Tensor):
+        check.tensor("step", step, ndim=0, floating=False)
+        if step.device != device:
+            raise ValueError(
+                f"step: expected a tensor on the device of the images, {device}, got {step.device}"
+            )
+    elif step is not None:
+        step = check.integer("step", step, low=0)
+    if total_steps is not None:
+        total_steps = check.integer("total_steps", total_steps, low=1)
+    return Moment(step, total_steps)
 
 
 def check_rules(rules: Sequence[ParameterRule], optimizer: torch.optim.Optimizer | None) -> None:

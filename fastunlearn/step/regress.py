@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .. import functional as F
 from ..host.profiling import stage
-from ..objective.frequency import LowPass
+from ..objective.frequency import Mask
 from ..objective.protocol import Pass, Predicted, Term
 from ..objective.schedule import NoiseSchedule
 from . import compilation
@@ -29,7 +29,7 @@ class Span(NamedTuple):
     start: int  # Of its rows in the pass.
     stop: int
     scale: float
-    band: LowPass | None
+    band: tuple[float, float] | None  # Mask.inside and Mask.outside; its table is an input.
 
 
 class Regression(NamedTuple):
@@ -60,7 +60,7 @@ def regress(
     """The network's prediction for the rows of `part`, the losses of its terms, and their gradients.
 
     Args:
-        part: its targets are tensors, its weights final, its gradients named.
+        part: its targets are tensors, its weights final, its gradients named, its bands masks.
         factors: what a gradient is multiplied by, beside the scale of its terms.
         rounded: gradients have the dtype of the prediction; else float32 or better, for further factors.
     """
@@ -70,6 +70,7 @@ def regress(
         [term.target for term in part.terms],
         [term.weight for term in part.terms],
         [factors[term.gradient] for term in part.terms],
+        [None if term.band is None else term.band.table for term in part.terms],
         rounded,
     )
     compile, autocast_dtype = networks.compile, networks.autocast_dtype
@@ -99,7 +100,8 @@ def regress(
 
 
 def _span(term: Term) -> Span:
-    return Span(term.gradient, term.rows.start, term.rows.stop, term.scale, term.band)
+    band = None if term.band is None else (term.band.inside, term.band.outside)
+    return Span(term.gradient, term.rows.start, term.rows.stop, term.scale, band)
 
 
 def _forward_and_residual(
@@ -116,6 +118,7 @@ def residuals(
     targets: list[Tensor],
     weights: list[Tensor],
     factors: list[Tensor | float],
+    tables: list[Tensor | None],
     rounded: bool = True,
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """The losses of terms, and the gradients that they belong to.
@@ -124,9 +127,10 @@ def residuals(
     """
     dtype, losses, gradients = prediction.dtype, [], {}
     prediction = prediction.to(torch.promote_types(dtype, torch.float32))
-    for span, target, weight, factor in zip(spans, targets, weights, factors, strict=True):
+    for span, target, weight, factor, table in zip(spans, targets, weights, factors, tables, strict=True):
         rows = slice(span.start, span.stop)
-        loss, gradient = F.weighted_residual(prediction[rows], target, weight, span.band)
+        mask = None if span.band is None else Mask(table, *span.band)
+        loss, gradient = F.weighted_residual(prediction[rows], target, weight, mask)
         losses.append(loss)
         # A tensor is a factor that nobody has read; a 1 is no work.
         for number in (span.scale, factor):

@@ -26,6 +26,7 @@ from .composed import check_composed
 from .losses import Losses, ObjectiveLosses
 from .options import Settings, check_added
 from .regress import Networks, regress, with_targets
+from .select import UNKNOWN, Moment, select
 from .trained import UNSCALED, Trained, add_kept, check_reached, set_aside
 from .update import clipping, forget_unscaling, update
 from .wrappers import tell_skipped
@@ -63,15 +64,17 @@ def take_step(
     batch: Batch,
     draws: Draws,
     settings: Settings,
+    moment: Moment = UNKNOWN,
 ) -> StepOutput:
     """One unlearning step on a complete `batch` and complete `draws`. If it raises, `.grad` is as before.
 
     Args:
         trained: what `look_at` made of the caller's network, optimizer, scaler and processes.
         settings: checked (`options.checked`).
+        moment: where in a run the step is; needed where a band has a schedule.
     """
     with set_aside(trained.parameters) as kept:
-        step = _Step(trained, method, schedule, settings)
+        step = _Step(trained, method, schedule, settings, moment)
         with stage("compose"):
             step.compose(batch, draws)
 
@@ -93,8 +96,16 @@ def take_step(
 class _Step:
     """A step under way."""
 
-    def __init__(self, trained: Trained, method: Method, schedule: NoiseSchedule, settings: Settings):
-        self.trained, self.method, self.schedule, self.settings = trained, method, schedule, settings
+    def __init__(
+        self,
+        trained: Trained,
+        method: Method,
+        schedule: NoiseSchedule,
+        settings: Settings,
+        moment: Moment,
+    ):
+        self.trained, self.method, self.schedule = trained, method, schedule
+        self.settings, self.moment = settings, moment
         self.device = trained.parameters[0].device
         self.group = trained.process_group
         compile = resolve_compile(settings.compile, trained.model, self.device)
@@ -107,6 +118,7 @@ class _Step:
         """Compose: the calls of the network, where their losses are summed, where their gradients go."""
         passes = self.method.compose(batch, draws, self.schedule)
         check_composed(self.method, passes, with_reference=self.networks.reference is not None)
+        passes = select(passes, self.method, self.schedule, self.settings.selection, self.moment)
         self.combination = self.method.combine
         self.own_objective = has_own_objective(self.method)
         if self.own_objective:
