@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .objective.draws import Draws
     from .objective.frequency import LowPass
     from .objective.schedule import NoiseSchedule
+    from .objective.time import LogitNormal, Product, Stratified, TimeWindow, Uniform
     from .step.doors import (
         erasediff_step,
         method_step,
@@ -38,11 +39,16 @@ __all__ = [
     "Draws",
     "EraseDiff",
     "ImageStore",
+    "LogitNormal",
     "LowPass",
     "NegGrad",
     "NoiseSchedule",
+    "Product",
     "ReTrack",
     "StepOutput",
+    "Stratified",
+    "TimeWindow",
+    "Uniform",
     "Unlearner",
     "Vanilla",
     "erasediff_step",
@@ -67,6 +73,7 @@ _HOMES = {
     "objective.draws": ["Draws"],
     "objective.frequency": ["LowPass"],
     "objective.schedule": ["NoiseSchedule"],
+    "objective.time": ["LogitNormal", "Product", "Stratified", "TimeWindow", "Uniform"],
     "step.doors": [
         "erasediff_step",
         "method_step",
