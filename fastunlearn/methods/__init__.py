@@ -4,7 +4,7 @@ They say what a step composes and how it combines the gradients.
 """
 
 from ..objective.combine import Project, Rescale, Sum
-from ..objective.draws import FORGET, RETAIN, Bernoulli, Normal, Same, Time, Uniform
+from ..objective.draws import FORGET, RETAIN, Bernoulli, Normal, Same, Time, TimeLogRatio, Uniform
 from ..objective.parameters import ParameterRule
 from ..objective.protocol import Batch, Method, Pass, Predicted, Term
 from .erasediff import EraseDiff
@@ -34,6 +34,7 @@ __all__ = [
     "Sum",
     "Term",
     "Time",
+    "TimeLogRatio",
     "Uniform",
     "Vanilla",
     "register",
