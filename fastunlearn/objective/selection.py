@@ -7,7 +7,7 @@ has a density of timesteps and a band of its own, the retain term keeps what it 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -63,6 +63,12 @@ class Selection:
         gamma = check.number("snr_gamma", self.snr_gamma, low=0, low_open=True)
         object.__setattr__(self, "snr_gamma", gamma)
 
+    @property
+    def chosen(self) -> bool:
+        """Whether anything is selected."""
+        chosen = self.time_window, self.retain_density, self.lowpass, self.loss_weight
+        return chosen != (None, None, None, None)
+
     def densities(self, method: Method, schedule: NoiseSchedule) -> dict[str, Density]:
         """What the timesteps of each branch are drawn from."""
         found = {}
@@ -82,7 +88,7 @@ class Selection:
         wanted = dict(method.draws())
         for name, how in wanted.items():
             if isinstance(how, Time):
-                wanted[name] = replace(how, density=densities.get(how.branch))
+                wanted[name] = Time(how.branch, densities.get(how.branch))
             elif isinstance(how, Same) and name.endswith("_timesteps") and apart:
                 branch = name.removesuffix("_timesteps")
                 wanted[name] = Time(branch, densities[branch])
@@ -106,8 +112,11 @@ class Selection:
         Raises:
             ValueError: naming the argument that does not fit.
         """
-        self._check_branches(method)
+        # What nobody chose fits: most steps end here, in microseconds.
         own = _own_densities(method)
+        if not own and not self.chosen:
+            return
+        self._check_branches(method, own)
         densities = self.densities(method, schedule)
         for branch, density in densities.items():
             name = f"{type(method).__name__}.draws" if branch in own else ARGUMENTS[branch]
@@ -115,9 +124,8 @@ class Selection:
         if has_own_objective(method):
             self._check_unweighted(method, densities)
 
-    def _check_branches(self, method: Method) -> None:
+    def _check_branches(self, method: Method, own: dict[str, Density]) -> None:
         """Nothing may be selected of what the method does not read, or chooses by itself."""
-        own = _own_densities(method)
         read = {"time_window": "forget", "lowpass": "forget", "retain_density": "retain"}
         for name, branch in read.items():
             chosen = getattr(self, name)
