@@ -144,7 +144,8 @@ class Job:
 
     def given(self, draw: Draw, **rows: Tensor) -> fu.Draws:
         """The numbers of `draw` that the method uses, as the package takes them."""
-        return fu.Draws(**{name: getattr(draw, name) for name in self.instance.draws()}, **rows)
+        names = {each.name for each in fields(draw)}.intersection(self.instance.draws())
+        return fu.Draws(**{name: getattr(draw, name) for name in names}, **rows)
 
     @cached_property
     def scheduler(self):
