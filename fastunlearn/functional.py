@@ -270,6 +270,7 @@ def weighted_residual(
         lowpass = _mask(lowpass, *prediction.shape[-2:], prediction.device)
     elif not isinstance(lowpass, Mask):
         raise TypeError(f"lowpass: expected a LowPass, a Mask or None, got {check.describe(lowpass)}")
+    check.same_device("lowpass.table", lowpass.table, "prediction", prediction)
     band, inside, outside = lowpass
     if backend() == "reference":
         return _literal_lowpass(prediction, target, weight, band, inside, outside)

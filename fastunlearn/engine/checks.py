@@ -12,7 +12,10 @@ from torch import Tensor
 from ..host import check, philox
 from ..host.plain_names import plain
 from ..host.store import ImageStore, overlap
+from ..objective.draws import Time
 from ..objective.protocol import Method
+from ..objective.schedule import NoiseSchedule
+from ..objective.selection import Selection, check_drawable
 from ..step.trained import trainable, unwrapped
 from ..step.wrappers import refuse_elsewhere
 
@@ -65,6 +68,17 @@ def check_total_steps(total_steps: Any) -> int | None:
         expected = "at most 2^32 (then random numbers repeat)"
         raise ValueError(f"total_steps: expected {expected}, got {total_steps}")
     return total_steps
+
+
+def check_selection(method: Method, schedule: NoiseSchedule, selection: Selection) -> None:
+    """
+    Raises:
+        ValueError: the selection does not fit, or timesteps can be drawn at which the loss is not defined.
+    """
+    selection.check_fits(method, schedule)
+    for how in selection.draws_of(method, schedule).values():
+        if isinstance(how, Time):
+            check_drawable(how.density, schedule)
 
 
 def check_unconditional(model: Callable) -> None:

@@ -5,6 +5,7 @@ So a run is a function of its seed.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -24,7 +25,7 @@ from ..objective.draws import CounterSource, Draws, Purpose
 from ..objective.frequency import LowPass
 from ..objective.parameters import ParameterRule
 from ..objective.schedule import NoiseSchedule
-from ..objective.selection import Selection, check_band, check_drawable
+from ..objective.selection import Selection, check_band
 from ..objective.time import Density
 from ..step.agreement import bits_of, check_agreement
 from ..step.compilation import Compile, compile_seconds, resolve_compile
@@ -41,7 +42,14 @@ from ..step.wrappers import (
     unwrap_optimizer,
     unwrap_scheduler,
 )
-from .checks import check_ema, check_network, check_precision, check_stores, check_total_steps
+from .checks import (
+    check_ema,
+    check_network,
+    check_precision,
+    check_selection,
+    check_stores,
+    check_total_steps,
+)
 from .feeds import HostFeed, open_feed
 from .neighborhood import find_neighbors
 from .replay import make_replay
@@ -153,7 +161,7 @@ class Unlearner:
         check_ema(ema)
 
         # The run, and its sets last: looking for images in both reads all of them.
-        self._check_selection(method, schedule, selection)
+        check_selection(method, schedule, selection)
         batch_size = check.integer("batch_size", batch_size, low=1)
         seed = check.integer("seed", seed, low=0, high=2**63 - 1)
         total_steps = check_total_steps(total_steps)
@@ -167,7 +175,7 @@ class Unlearner:
         # What a caller can read, and partly change between steps.
         self.model, self.optimizer, self.schedule, self.method = model, optimizer, schedule, method
         self.reference_model, self.rules = reference_model, settings.rules
-        self.selection = selection
+        self._selection = selection
         self.batch_size, self.micro_batch_size = batch_size, settings.micro_batch_size
         self.total_steps, self.seed = total_steps, seed
         self.max_grad_norm, self.keep_grad = settings.max_grad_norm, keep_grad
@@ -194,17 +202,6 @@ class Unlearner:
         self._replay = make_replay(
             replay, unwrapped(model), optimizer, device, forbidden=self._not_replayable()
         )
-
-    @staticmethod
-    def _check_selection(method: Method, schedule: NoiseSchedule, selection: Selection) -> None:
-        """
-        Raises:
-            ValueError: the selection does not fit, or draws timesteps at which the loss is not defined.
-        """
-        selection.check_fits(method, schedule)
-        for how in selection.draws_of(method, schedule).values():
-            if isinstance(how, draw.Time):
-                check_drawable(how.density, schedule)
 
     def _unwrapped_scheduler(self, lr_scheduler: Any, optimizer: torch.optim.Optimizer) -> Any:
         """The scheduler in accelerate's wrapper, whose optimizers are told, too, when a step is skipped."""
@@ -326,6 +323,12 @@ class Unlearner:
         compared = {}
         if isinstance(self.reference_model, torch.nn.Module):
             compared["weights of reference_model"] = bits_of(list(self.reference_model.parameters()))
+        densities = self.selection.densities(self.method, self.schedule).values()
+        compared["densities of timesteps"] = bits_of([each.table(len(self.schedule)) for each in densities])
+        others = self.selection.lowpass, self.selection.loss_weight, self.selection.snr_gamma
+        compared["lowpass or loss_weight"] = zlib.crc32(repr(others).encode())
+        if self.selection.lowpass is not None and self.selection.lowpass.scheduled:
+            compared["total_steps"] = self.total_steps
         numbers = {"seed": self.seed, "step": self.step_index, **rows, **compared}
         check_agreement(self.parameters, numbers, self.process_group)
         self._agreed = True
@@ -406,6 +409,24 @@ class Unlearner:
         if torch.is_autocast_enabled(self.device.type):
             return "an autocast context around the step (autocast_dtype has one within)"
         return None
+
+    @property
+    def selection(self) -> Selection:
+        """Which timesteps and frequencies count. Another one holds from the next step on.
+
+        Raises:
+            TypeError, ValueError: on assignment, for one that does not fit method, schedule or images.
+        """
+        return self._selection
+
+    @selection.setter
+    def selection(self, selection: Selection) -> None:
+        if not isinstance(selection, Selection):
+            raise TypeError(f"selection: expected a Selection, got {check.describe(selection)}")
+        check_selection(self.method, self.schedule, selection)
+        if self.forget is not None:
+            check_band(selection.lowpass, *self.forget.shape[-2:], 0, self.total_steps)
+        self._selection = selection
 
     @property
     def last_lr(self) -> float | None:

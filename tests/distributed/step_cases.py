@@ -285,6 +285,11 @@ def begin_with_other_seeds() -> None:
     build(SISS(), False, seed=dist.get_rank()).step()
 
 
+def begin_with_other_selections(*selections: dict) -> None:
+    """Each process has its own."""
+    build(SISS(), False, **selections[dist.get_rank()]).step()
+
+
 def step_with_other_rows(roles: tuple[str, ...]) -> None:
     """A step of which the second process has a row more."""
     model = Denoiser()

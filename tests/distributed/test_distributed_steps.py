@@ -11,6 +11,7 @@ from step_cases import (
     BATCH,
     begin_apart,
     begin_with_other_seeds,
+    begin_with_other_selections,
     drawn_rows,
     objective_of_other_rows,
     own_loop,
@@ -24,7 +25,7 @@ from step_cases import (
 )
 from team import Team
 
-from fastunlearn import SISS, EraseDiff, ReTrack, Vanilla
+from fastunlearn import SISS, EraseDiff, LowPass, ReTrack, TimeWindow, Vanilla
 from fastunlearn.testing.factories import TinyDenoiser
 from fastunlearn.testing.methods import every_variant
 
@@ -184,10 +185,19 @@ def test_the_batch_must_divide(pair: Team):
         assert "batch_size: expected a multiple of the 2 processes, got 13" in text
 
 
+LATE, NARROW = TimeWindow(750, 1000), LowPass(0.5)
+GROWING = LowPass(schedule="linear_increase", start=0.2, stop=0.5)
 APART = [
     (begin_apart, ("weights",), "got different the weights of model"),
     (begin_apart, ("step",), "got different step"),
     (begin_with_other_seeds, (), "got different seed"),
+    (begin_with_other_selections, ({"time_window": LATE}, {}), "got different densities of timesteps"),
+    (begin_with_other_selections, ({"lowpass": NARROW}, {}), "got different lowpass or loss_weight"),
+    (
+        begin_with_other_selections,
+        [{"lowpass": GROWING, "total_steps": 9 + n} for n in (0, 1)],
+        "total_steps",
+    ),
 ]
 
 

@@ -29,7 +29,9 @@ from fastunlearn import functional as F
 from fastunlearn.host import say
 from fastunlearn.objective import draws as draw
 from fastunlearn.objective.draws import Time
+from fastunlearn.objective.frequency import Mask
 from fastunlearn.objective.protocol import Pass, Term
+from fastunlearn.objective.selection import Selection
 from fastunlearn.reference.mixture import mixture
 from fastunlearn.reference.redirect import neighbor_noise
 from fastunlearn.testing.budgets import relative_l2
@@ -634,3 +636,34 @@ def test_a_method_that_chooses_its_timesteps_is_not_overruled():
     text = r"^time_window: expected None \(Late draws its forget timesteps from TimeWindow\(start=750"
     with pytest.raises(ValueError, match=text):
         drawn_in_a_step(Late(), time_window=WINDOW)
+
+
+def test_another_selection_is_looked_at_before_it_holds():
+    run = unlearner(NegGrad(), count=16)
+    run.step()
+    run.selection = Selection(time_window=WINDOW)
+    run.step()
+    assert within(run.model.seen[-1]).all()
+    for selection, text in (
+        (
+            Selection(time_window=TimeWindow(0, 1001)),
+            r"^time_window: stop: expected at most the 1000 timesteps",
+        ),
+        (
+            Selection(retain_density=WINDOW),
+            r"^retain_density: expected None \(NegGrad reads no retain images\)",
+        ),
+        (Selection(lowpass=GROWING), r"^total_steps: expected a number with the schedule"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            run.selection = selection
+    with pytest.raises(TypeError, match=r"^selection: expected a Selection, got TimeWindow"):
+        run.selection = WINDOW
+    assert run.selection == Selection(time_window=WINDOW)
+
+
+def test_a_mask_elsewhere_is_refused():
+    """A kernel would read it at an address of the host."""
+    mask = Mask(torch.ones(3, 3, device="meta"), 1.0, 0.0)
+    with pytest.raises(ValueError, match=r"^lowpass.table: expected the device of prediction, cpu, got meta"):
+        F.denoising_loss(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8), lowpass=mask)
