@@ -6,6 +6,8 @@ import inspect
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,9 @@ from torch import nn
 from fastunlearn import ImageStore, NoiseSchedule, Unlearner
 from fastunlearn.host.precision import tf32
 from fastunlearn.methods import SISS, ReTrack
+from fastunlearn.objective.frequency import LowPass
 from fastunlearn.objective.parameters import ParameterRule
+from fastunlearn.objective.time import Density, LogitNormal, Product, Stratified, TimeWindow, Uniform
 from fastunlearn.runs.identity import described, identity
 from fastunlearn.runs.run_record import read_run
 from fastunlearn.runs.training import unlearn
@@ -70,6 +74,20 @@ class Shrink(ParameterRule):
 
     def state_dict(self):
         return {"factor": self.factor}
+
+
+class Powers(Density):
+    """A density of the user's, of which nothing is known but its table."""
+
+    def __init__(self, power: int):
+        self.power = power
+
+    def table(self, num_timesteps: int) -> torch.Tensor:
+        table = torch.arange(1, num_timesteps + 1, dtype=torch.float64) ** self.power
+        return table / table.sum()
+
+
+GROWING = LowPass(schedule="linear_increase", start=0.2, stop=0.9)
 
 
 # The run that is saved, the one that would go on, and what the message says of both.
@@ -144,6 +162,57 @@ REFUSED: dict[str, tuple[dict, dict, tuple[str, ...]]] = {
         {"method": Pairs(), "reference_model": TinyDenoiser(seed=4)},
         {"method": Pairs(), "reference_model": TinyDenoiser(seed=5)},
         ("reference_model", "weights"),
+    ),
+    "window": (
+        {"time_window": TimeWindow(250, 750)},
+        {"time_window": TimeWindow(200, 750)},
+        ("timesteps", "forget.start (200 here, 250 there)"),
+    ),
+    "no window": (
+        {"time_window": TimeWindow(250, 750)},
+        {},
+        ("timesteps uniform, got {'forget': {'name': 'TimeWindow', 'start': 250",),
+    ),
+    "density of what is kept": (
+        {},
+        {"retain_density": LogitNormal()},
+        ("timesteps {'forget': {'name': 'Uniform'}, 'retain': {'name': 'LogitNormal'", "got uniform"),
+    ),
+    "strata": (
+        {"time_window": Product(TimeWindow(250, 750), LogitNormal())},
+        {"time_window": Stratified(Product(TimeWindow(250, 750), LogitNormal()))},
+        ("timesteps", "forget.name ('Stratified' here, 'Product' there)"),
+    ),
+    "density of the user's": (
+        {"time_window": Powers(1)},
+        {"time_window": Powers(2)},
+        ("timesteps", "forget.drawn.sha256"),
+    ),
+    "band": (
+        {"lowpass": LowPass(0.5)},
+        {"lowpass": LowPass(0.4)},
+        ("lowpass", "radius (0.4 here, 0.5 there)"),
+    ),
+    "fraction": (
+        {"lowpass": LowPass(0.3333)},
+        {"lowpass": LowPass(Fraction(1, 3))},
+        ("radius ('1/3' here, 0.3333 there)",),
+    ),
+    "no band": ({"lowpass": LowPass(0.5)}, {}, ("lowpass none, got {'name': 'LowPass', 'radius': 0.5",)),
+    "length of a schedule of the band": (
+        {"lowpass": GROWING, "total_steps": 4},
+        {"lowpass": GROWING, "total_steps": 5},
+        ("total_steps 5, got 4",),
+    ),
+    "weight of the loss": (
+        {"loss_weight": "cosmap"},
+        {"loss_weight": "sigma_sqrt"},
+        ("loss_weight", "name ('sigma_sqrt' here, 'cosmap' there)"),
+    ),
+    "gamma": (
+        {"loss_weight": "min_snr"},
+        {"loss_weight": "min_snr", "snr_gamma": 3},
+        ("loss_weight", "gamma (3.0 here, 5.0 there)"),
     ),
     "images to forget": ({}, {"forget": ImageStore(runs.images(4, 9))}, ("data", "forget.sha256")),
     "images to keep": ({}, {"retain": ImageStore(runs.images(21, 2))}, ("retain.rows (21 here, 20 there)",)),
@@ -242,12 +311,12 @@ COMPARED = {
     "model", "optimizer", "schedule", "method", "forget", "retain", "neighbors", "batch_size", "seed",
     "autocast_dtype", "grad_scaler", "max_grad_norm", "ema", "lr_scheduler", "identity",
     "rules", "reference_model",  # in objective/test_hooks_hostile.py
+    "time_window", "retain_density", "lowpass", "loss_weight", "snr_gamma",
 }  # fmt: skip
 # What a run is given that is neither: itself, where it is written, what its record says beside; how long it
-# is and how many processes take it have tests of their own; of the last two only None is taken.
+# is and how many processes take it have tests of their own.
 NEITHER = {
     "self", "unlearner", "output_dir", "resume_from_checkpoint", "record", "num_steps", "process_group",
-    "time_window", "retain_density", "lowpass", "loss_weight", "snr_gamma",
 }  # fmt: skip
 
 
@@ -307,6 +376,97 @@ def test_an_unknown_scheduler_may_depend_on_the_length(tmp_path: Path):
     runs.run(runs.make(total_steps=2, **own), tmp_path, 2)
     with pytest.raises(ValueError, match=r"total_steps \(6 here, 2 there\)"):
         runs.run(runs.make(total_steps=6, **own), tmp_path, 6, resume_from_checkpoint="latest")
+
+
+SELECTIONS: dict[str, dict[str, Any]] = {
+    "window": {"time_window": TimeWindow(250, 750, outside=0.1)},
+    "stratified window": {"time_window": Stratified(TimeWindow(250, 750))},
+    "weight": {"retain_density": TimeWindow(0, 500, as_weight=True), "loss_weight": "min_snr"},
+    "density of the user's": {"time_window": Powers(2)},
+    "mixture of two densities": {"method": SISS(), "time_window": TimeWindow(250, 750)},
+    "band": {"lowpass": LowPass(Fraction(1, 3), band="high")},
+    "band that grows": {"lowpass": GROWING, "total_steps": 4},
+    "band in stages": {
+        "lowpass": LowPass(schedule="step_decay", start=0.9, stop=0.2, stages=2),
+        "total_steps": 4,
+    },
+}
+
+
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_every_selection_goes_on_bit_by_bit(tmp_path: Path, name: str):
+    whole, resumed = runs.make(**SELECTIONS[name]), runs.make(**SELECTIONS[name])
+    runs.run(whole, tmp_path / "whole")
+    runs.run(runs.make(**SELECTIONS[name]), tmp_path / "run", 2)
+    runs.run(resumed, tmp_path / "run", resume_from_checkpoint="latest")
+    assert torch.equal(runs.weights(resumed), runs.weights(whole))
+    plain = runs.make(method=SELECTIONS[name].get("method"))
+    runs.run(plain, tmp_path / "plain")
+    assert not torch.equal(runs.weights(plain), runs.weights(whole))
+
+
+def test_what_a_run_without_a_choice_does_may_be_said(tmp_path: Path):
+    """Folders of before there was a choice say nothing of it."""
+    assert not {"timesteps", "lowpass", "loss_weight"} & identity(runs.make()).keys()
+    said = {"time_window": Uniform(), "retain_density": Uniform(), "loss_weight": "none"}
+    assert identity(runs.make(**said)) == identity(runs.make())
+
+
+def test_a_fraction_is_the_decimal_that_means_the_same():
+    third, tenths = (
+        identity(runs.make(lowpass=LowPass(Fraction(1, 3)))),
+        identity(runs.make(lowpass=LowPass(Fraction(3, 10)))),
+    )
+    assert third["lowpass"]["radius"] == "1/3"
+    assert tenths == identity(runs.make(lowpass=LowPass(0.3)))
+
+
+@dataclass(frozen=True)
+class Banded(ReTrack):
+    """A method with a band among its settings."""
+
+    band: LowPass = GROWING
+
+
+def test_the_length_counts_where_a_band_of_the_method_moves():
+    first, second = (identity(runs.make(method=Banded(k=2), total_steps=steps)) for steps in (4, 5))
+    assert (first.pop("total_steps"), second.pop("total_steps")) == (4, 5)
+    assert first == second
+    third = identity(runs.make(method=Banded(k=2, band=LowPass(Fraction(1, 3))), total_steps=4))
+    assert (third["method"]["band"]["radius"], "total_steps" in third) == ("1/3", False)
+
+
+def test_a_run_of_flow_matching_that_drew_uniformly_is_told_how_to_go_on(tmp_path: Path):
+    """Its default was uniform once."""
+    flow = {"schedule": NoiseSchedule.flow(1000)}
+    uniform = flow | {"time_window": Uniform(), "retain_density": Uniform()}
+    runs.run(runs.make(**uniform), tmp_path, 2)
+    assert "timesteps" not in read_run(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"timesteps \{.*'LogitNormal'.*, got uniform in .*; flow matching drew"
+    ):
+        runs.run(runs.make(**flow), tmp_path, resume_from_checkpoint="latest")
+    with pytest.raises(ValueError, match=r"got uniform in [^;]*$"):
+        runs.run(runs.make(**flow, time_window=TimeWindow(0, 9)), tmp_path, resume_from_checkpoint="latest")
+    runs.run(runs.make(**uniform), tmp_path, resume_from_checkpoint="latest")
+
+
+def test_the_record_says_which_timesteps_and_frequencies_were_used(tmp_path: Path):
+    band = {"band": "mid", "inner": 1, "kind": "box", "unit": "bins", "high_frequency_weight": 0.25}
+    selections = {
+        "time_window": Stratified(Product(TimeWindow(250, 750, outside=0.1), LogitNormal(0.5))),
+        "retain_density": TimeWindow(0, 500, as_weight=True),
+        "lowpass": LowPass(3, **band),
+    }
+    runs.run(runs.make(**selections), tmp_path, 2)
+    window = "250 <= t < 750 of 1000, the others 0.1 times as often"
+    frequencies = "mid band, box of radius 3, in bins, without the radius 1"
+    assert read_run(tmp_path)["selection"] == {
+        "forget timesteps": f"{window}, times logit-normal with mean 0.5 and deviation 1, in strata",
+        "retain timesteps": "0 <= t < 500 of 1000, as a weight of uniform draws",
+        "forget frequencies": f"{frequencies}, the others times 0.25",
+        "loss weight": "none",
+    }
 
 
 def test_the_record_keeps_where_the_run_began(tmp_path: Path):

@@ -12,6 +12,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, is_dataclass
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from ..host import check
 from ..host.arrays import tensor_bytes
 from ..host.plain_names import plain, plain_parameters, plain_state
+from .selections import WITHOUT, reason, selected
 
 SHOWN = 600  # characters of a value in a message; of longer ones only what differs is shown
 # Where a function of the step is asked what it gives: at each of the first steps, then ever more rarely.
@@ -48,6 +50,7 @@ def identity(unlearner, more: Mapping[str, Any] | None = None) -> dict[str, Any]
         "optimizer": _optimizer(unlearner.optimizer),
         "lr_scheduler": _lr_scheduler(unlearner),
         "method": {"name": type(method).__name__} | hyperparameters,
+        **selected(unlearner),
         "batch_size": unlearner.batch_size,
         "data": {name: _store(getattr(unlearner, name)) for name in ("forget", "retain")},
         "neighbors": _neighbors(getattr(unlearner, "neighbor_rows", None)),
@@ -108,7 +111,8 @@ def check_same(present: dict[str, Any], saved: Any, names: list[str], where: str
         ValueError: with both values of the first that does not.
     """
     for name in names:
-        first, second = present.get(name, ABSENT), saved.get(name, ABSENT)
+        absent = WITHOUT.get(name, ABSENT)
+        first, second = present.get(name, absent), saved.get(name, absent)
         differences = list(_differences(first, second))
         if not differences:
             continue
@@ -121,6 +125,7 @@ def check_same(present: dict[str, Any], saved: Any, names: list[str], where: str
         more = ""
         if differences[0][0]:
             more = f"; they differ in {listed}"
+        more += reason(name, present, saved)
         raise ValueError(f"{text} {name} {first}, got {second} in {where}{more}")
 
 
@@ -133,6 +138,8 @@ def described(value: Any) -> Any:
         if not math.isfinite(value):
             return repr(value)
         return value
+    if isinstance(value, Fraction):
+        return str(value)
     if isinstance(value, Mapping):
         return {str(key): described(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from ..host.atomic import atomic_file
 from ..host.folder_lock import locked
 from ..neighbors.nearest import CACHE_FORMAT
+from .selections import in_words
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
@@ -55,6 +56,7 @@ def describe_run(unlearner, arguments: dict[str, Any], run: dict[str, Any]) -> d
         "platform": platform.platform(),
         "arguments": {name: _plain(value) for name, value in arguments.items()},
         **run,
+        "selection": in_words(unlearner),
         "num_processes": unlearner.num_processes,
         "step": {name: _plain(getattr(unlearner, name, None)) for name in step},
         "private_files": [],
