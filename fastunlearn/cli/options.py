@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,22 @@ def unset(default: str, metavar: str | None = None, *aliases: str, help: str | N
 def also(*aliases: str):
     """Other names of a flag."""
     return arg(aliases=aliases)
+
+
+@contextmanager
+def called(**flags: str) -> Iterator[None]:
+    """In the block, errors of the library that name an argument name its flag.
+
+    Args:
+        flags: for each argument the flag that it comes from, without dashes.
+    """
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        argument, colon, text = str(error).partition(": ")
+        if not colon or argument not in flags:
+            raise
+        raise type(error)(f"--{flags[argument]}: {text}") from error
 
 
 def pick_device(name: str | None) -> torch.device:

@@ -19,12 +19,16 @@ from .method_flags import (
 )
 from .options import unset
 from .picture_flags import PictureFlags
+from .selection_flags import FrequencyFlags, TimestepFlags, selection
 from .unlearn_flags import Execution, Optimization, RunFlags
 
 if TYPE_CHECKING:
     import torch
 
     from ..host.store import ImageStore
+    from ..methods import Method
+    from ..objective.schedule import NoiseSchedule
+    from ..objective.selection import Selection
     from ..runs.processes import Processes
 
 FORGET_HELP = "Images to forget; image files are cropped and resized to the model's size."
@@ -67,6 +71,8 @@ grey levels 0..255. off: do not look for any, which takes long for many forget i
 written shows or stores one."""
     pictures: PictureFlags = field(default_factory=PictureFlags)
     hyperparameter: MethodFlags = field(default_factory=MethodFlags)
+    timesteps: TimestepFlags = field(default_factory=TimestepFlags)
+    frequencies: FrequencyFlags = field(default_factory=FrequencyFlags)
     optimizer: Optimization = field(default_factory=Optimization)
     execution: Execution = field(default_factory=Execution)
     bookkeeping: RunFlags = field(default_factory=RunFlags)
@@ -105,7 +111,9 @@ written shows or stores one."""
         from ..host.precision import tf32
         from ..models import check_replaceable, load_checkpoint
         from ..objective.schedule import NoiseSchedule
+        from ..objective.selection import Selection
         from ..runs import run_record, training
+        from ..runs.selections import in_words
         from .options import prepare_host
 
         dropping = Dropping.from_flags(self.drop_overlap, self.drop_within)
@@ -119,6 +127,8 @@ written shows or stores one."""
         prepare_host(device)
         model, scheduler = load_checkpoint(self.model, device=device)
         model = model.to(memory_format=execution.memory_format(device)).train()
+        schedule = NoiseSchedule.from_diffusers(scheduler)
+        chosen = self._selection(method, schedule, model)
         reference = None
         if "reference" in method.needs:  # the checkpoint as it is, also where a run is resumed
             reference = copy.deepcopy(model).requires_grad_(False).eval()
@@ -144,7 +154,7 @@ written shows or stores one."""
         unlearner = Unlearner(
             model,
             optimizer,
-            NoiseSchedule.from_diffusers(scheduler),
+            schedule,
             method,
             forget=forget,
             retain=retain,
@@ -163,7 +173,11 @@ written shows or stores one."""
             compile=execution.compile_argument,
             process_group=processes.group,
             warn_of_near_copies=False,  # said above, of all orientations
+            **vars(chosen),
         )
+        if chosen != Selection():
+            for name, words in in_words(unlearner).items():
+                print(f"{name}: {words}")
         record = {"base_model": str(self.model.absolute()), "images": images, "forget_in_retain": found}
         try:
             with tf32(True if execution.allow_tf32 else None):
@@ -187,6 +201,20 @@ written shows or stores one."""
         if ema is not None:
             ema.copy_to(model.parameters())
         processes.by_first(lambda: self._write_results(model.eval(), scheduler, forget, private))
+
+    def _selection(self, method: Method, schedule: NoiseSchedule, model) -> Selection:
+        from .options import model_shape
+
+        _, height, width = model_shape(model)
+        return selection(
+            self.timesteps,
+            self.frequencies,
+            self.method,
+            method,
+            schedule,
+            (height, width),
+            self.optimizer.max_train_steps,
+        )
 
     def _write_results(self, model, scheduler, forget: ImageStore | None, private: Path) -> None:
         from ..models import save_checkpoint
