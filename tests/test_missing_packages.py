@@ -24,6 +24,7 @@ WHOLE_MODULES = {
     "tests/test_cli.py",
     "tests/test_demo.py",
     "tests/test_evaluate.py",
+    "tests/test_half_moons.py",
     "tests/test_pretraining.py",
     "tests/test_sampling.py",
     "tests/test_selection_flags.py",
