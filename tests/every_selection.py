@@ -1,0 +1,54 @@
+"""Selections of timesteps and frequencies, of every kind, for tests of whole steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastunlearn import LowPass
+from fastunlearn.methods import Method
+from fastunlearn.objective.time import LogitNormal, Stratified, TimeWindow
+
+TOTAL_STEPS = 8  # over which a band moves
+SCHEDULED = {
+    "linear_increase": LowPass(schedule="linear_increase", start=0.1, stop=0.9),
+    "linear_decay": LowPass(schedule="linear_decay", start=0.9, stop=0.1),
+    "step_increase": LowPass(schedule="step_increase", start=0.1, stop=0.9, stages=3),
+    "step_decay": LowPass(schedule="step_decay", start=0.9, stop=0.1, kind="box"),
+}
+WINDOW = TimeWindow(250, 750)
+WEIGHTS = {
+    "time_window": TimeWindow(250, 750, as_weight=True),
+    "retain_density": TimeWindow(0, 500, outside=0.5, as_weight=True),
+}
+STRATA = {
+    "time_window": Stratified(TimeWindow(250, 750, outside=0.1)),
+    "retain_density": Stratified(LogitNormal()),
+}
+EVERYTHING = {
+    "time_window": Stratified(TimeWindow(250, 1000, as_weight=True)),
+    "retain_density": Stratified(TimeWindow(0, 500, outside=0.5)),
+    "lowpass": SCHEDULED["linear_decay"],
+    "total_steps": TOTAL_STEPS,
+    "loss_weight": "min_snr",
+    "snr_gamma": 0.05,  # half of the window has a higher ratio
+}
+SELECTIONS: dict[str, dict[str, Any]] = {
+    "window": {"time_window": WINDOW},
+    "both ends": {"time_window": TimeWindow.last(), "retain_density": TimeWindow(0, 1)},
+    "weights": WEIGHTS,
+    "strata": STRATA,
+    "low": {"lowpass": LowPass(0.5)},
+    "mid": {"lowpass": LowPass(0.8, band="mid", inner=0.3, kind="box")},
+    "high": {"lowpass": LowPass(0.4, band="high", high_frequency_weight=0.25)},
+    **{name: {"lowpass": band, "total_steps": TOTAL_STEPS} for name, band in SCHEDULED.items()},
+    "min_snr": {"loss_weight": "min_snr", "snr_gamma": 2.0},
+    "sigma_squared": {"loss_weight": "sigma_squared"},
+    "sigma_sqrt": {"loss_weight": "sigma_sqrt"},
+    "everything": EVERYTHING,
+}
+
+
+def fitting(method: Method, selection: dict[str, Any]) -> dict[str, Any]:
+    """`selection` without what is refused for `method`: it reads no images of that branch."""
+    reads = {"time_window": "forget", "lowpass": "forget", "retain_density": "retain"}
+    return {name: value for name, value in selection.items() if reads.get(name) in {None, *method.needs}}

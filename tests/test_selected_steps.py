@@ -1,0 +1,436 @@
+"""Windows of time, bands of frequencies and weights of the loss in whole steps of every method: those of
+plain torch, however the rows are split, scaled, stored or resumed.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any
+
+import pytest
+import torch
+from every_selection import EVERYTHING, SELECTIONS, STRATA, TOTAL_STEPS, fitting
+from test_step import EXACT, STEPS, World
+from torch import Tensor
+
+import fastunlearn as fu
+from fastunlearn import ImageStore, LowPass, Unlearner, method_step
+from fastunlearn.host.philox import Noise
+from fastunlearn.host.store import Rows
+from fastunlearn.methods import SISS, Batch, EraseDiff, Method, NegGrad, ReTrack, Term, Vanilla
+from fastunlearn.objective.combine import Project, Rescale
+from fastunlearn.objective.draws import Draws, GeneratorSource, complete
+from fastunlearn.objective.parameters import ParameterRule
+from fastunlearn.objective.schedule import NoiseSchedule
+from fastunlearn.objective.selection import Selection
+from fastunlearn.objective.time import LogitNormal, Stratified, TimeWindow
+from fastunlearn.reference import combine
+from fastunlearn.testing.budgets import relative_l2
+from fastunlearn.testing.factories import TinyDenoiser, linear_schedule
+from fastunlearn.testing.methods import every_variant
+
+SCHEDULE = linear_schedule()
+# Where the forget term counts: EraseDiff's projection leaves it out while the retain gradient serves it.
+METHODS = [
+    ReTrack(k=2, lambd=1.0),
+    *every_variant(k=2, lambd=0.3, eta=3.0),
+]
+ROWS = 5
+# A mean alone would be a small difference of large numbers: float32 says little of it.
+GROWING = {"lowpass": LowPass(schedule="linear_increase", start=0.3, stop=0.9), "total_steps": 2}
+
+
+def selection_of(given: dict[str, Any]) -> Selection:
+    return Selection(**{name: value for name, value in given.items() if name != "total_steps"})
+
+
+# --- the literal step ---------------------------------------------------------------------------------------
+
+
+class Literal:
+    """A batch with all of its random numbers, and the step that a method takes on it by plain torch.
+
+    Args:
+        given: as far as it fits the method.
+        model: in the dtype that the step is computed in.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        given: dict[str, Any],
+        model: TinyDenoiser,
+        batch: Batch,
+        draws: Draws,
+        schedule: NoiseSchedule = SCHEDULE,
+        *,
+        autocast_dtype: torch.dtype | None = None,
+        loss_scale: float = 1.0,
+    ):
+        self.method, self.model, self.schedule = method, model, schedule
+        self.autocast_dtype, self.loss_scale = autocast_dtype, loss_scale
+        self.given = fitting(method, given)
+        dtype = next(model.parameters()).dtype
+        images = {name: getattr(batch, name) for name in ("forget", "retain", "neighbors")}
+        self.images = {name: numbers(each, dtype) for name, each in images.items() if each is not None}
+        self.batch = Batch(**self.images, sqdist=batch.sqdist)
+        self.draws = Draws(**{name: numbers(value, dtype) for name, value in vars(draws).items()})
+
+    def taken(self, step: int, **options) -> tuple[fu.StepOutput, list[Tensor]]:
+        """What the package's step reports and leaves in `.grad`."""
+        given = self.images | self.given | {"draws": self.draws, "step": step} | options
+        output = method_step(self.method, self.model, None, self.schedule, **given)
+        gradient = [parameter.grad for parameter in self.model.parameters()]
+        self.model.zero_grad()
+        return output, gradient
+
+    def expected(self, step: int) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """The means of the roles, and the combined gradient."""
+        means, terms = self.terms(step)
+        how = self.method.combine
+        if not isinstance(how, Project | Rescale):
+            return means, self.gradient(sum(terms.values()))
+        pair = self.gradient(terms["retain"]), self.gradient(terms["forget"])
+        if isinstance(how, Project):
+            return means, combine.project(*pair, how.eta).gradients
+        return means, combine.rescale(*pair, how.scaling_norm).gradients
+
+    def terms(self, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The mean of each role, and what is descended of it."""
+        means, terms = {}, {}
+        for each in self.method.compose(self.batch, self.draws, self.schedule):
+            predicted = self._predicted(each.x_t, self.schedule.model_input(each.timesteps))
+            for term in each.terms:
+                rows = slice(term.rows.start, term.rows.stop)
+                loss = self._losses(term, predicted[rows] - term.target, step)
+                weight = self._weights(term.role)[each.timesteps[rows]]
+                weight = weight if term.weight is None else weight * term.weight
+                mean = (weight * loss).sum() / (len(term.rows) if term.over is None else term.over)
+                means[term.role], terms[term.role] = mean.detach(), term.scale * mean
+        return means, terms
+
+    def _predicted(self, x_t: Tensor, t: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
+            predicted = self.model(x_t, t)
+        return predicted.to(x_t.dtype)
+
+    def _losses(self, term: Term, residual: Tensor, step: int) -> Tensor:
+        """`[B]`: Eq. 8 of arXiv 2510.17917, with Fourier transforms of whole images."""
+        band = self.given.get("lowpass") if term.role == "forget" else None
+        if band is None:
+            spread = 0 if term.spread is None else term.spread
+            return residual.square().flatten(1).sum(1) + spread
+        if band.scheduled:
+            band = band.at(step, self.given["total_steps"])
+        mask = every_frequency(band, *residual.shape[-2:]).to(residual.dtype)
+        return torch.fft.ifft2(mask * torch.fft.fft2(residual)).real.square().flatten(1).sum(1)
+
+    def _weights(self, role: str) -> Tensor:
+        """`[T]`: Eq. 7 as a weight, times the weight of the loss."""
+        density = self.given.get({"forget": "time_window", "retain": "retain_density"}[role])
+        weights = torch.ones(len(self.schedule), dtype=torch.float64)
+        if density is not None and density.weighted:
+            weights = density.table(len(self.schedule)) * len(self.schedule)
+        if "loss_weight" in self.given:
+            gamma = self.given.get("snr_gamma")
+            weights = weights * self.schedule.loss_weight(self.given["loss_weight"], gamma=gamma)
+        return weights
+
+    def gradient(self, loss: Tensor) -> list[Tensor]:
+        parameters = list(self.model.parameters())
+        found = torch.autograd.grad(self.loss_scale * loss, parameters, retain_graph=True)
+        return [gradient / self.loss_scale for gradient in found]
+
+
+def numbers(value: Tensor | Noise | Rows | None, dtype: torch.dtype) -> Tensor | None:
+    """What is yet to be made or gathered, in `dtype`; what is no float as it is."""
+    if isinstance(value, Rows):
+        value = value.gather()
+    if isinstance(value, Noise):
+        value = value.numbers()
+    if value is None or not value.is_floating_point():
+        return value
+    return value.to(dtype)
+
+
+def literal_in_float64(
+    method: Method,
+    given: dict[str, Any],
+    *,
+    schedule: NoiseSchedule = SCHEDULE,
+    shape: tuple[int, ...] = (1, 8, 8),
+    rows: int = ROWS,
+    layout: torch.memory_format = torch.contiguous_format,
+) -> Literal:
+    """With numbers drawn for what is `given`."""
+    generator = torch.Generator().manual_seed(7)
+    forget = torch.rand(rows, *shape, generator=generator, dtype=torch.float64) * 2 - 1
+    # Near the forget images: both of SISS' weights matter.
+    near = forget[:, None] + 0.02 * torch.randn(rows, 3, *shape, generator=generator, dtype=torch.float64)
+    forget, retain = forget.to(memory_format=layout), near[:, 2].to(memory_format=layout)
+    images = {"forget": forget, "neighbors": near[:, :2], "retain": retain}
+    batch = Batch(**{name: value for name, value in images.items() if name in method.needs})
+    selection = selection_of(fitting(method, given))
+    source = GeneratorSource(torch.device("cpu"), generator)
+    wanted = selection.draws_of(method, schedule)
+    draws = complete(Draws(), wanted, source, batch.forget, batch.retain, len(schedule))
+    return Literal(method, given, TinyDenoiser(shape[0]).double(), batch, draws, schedule)
+
+
+def every_frequency(band: LowPass, height: int, width: int) -> Tensor:
+    """M of a fixed band, `[H, W]`, from its definition, in fractions."""
+    mask = torch.full((height, width), band.high_frequency_weight, dtype=torch.float64)
+    for i in range(height):
+        for j in range(width):
+            row, column = Fraction(2 * min(i, height - i), height), Fraction(2 * min(j, width - j), width)
+            size = max(row, column) ** 2 if band.kind == "box" else row**2 + column**2
+            within = size <= exact(band.radius) ** 2
+            if band.band == "mid":
+                within = within and size > exact(band.inner) ** 2
+            if within != (band.band == "high"):
+                mask[i, j] = 1
+    return mask
+
+
+def exact(radius: float | Fraction) -> Fraction:
+    return radius if isinstance(radius, Fraction) else Fraction(str(radius))
+
+
+def assert_literal(literal: Literal, step: int) -> None:
+    output, gradient = literal.taken(step)
+    means, expected = literal.expected(step)
+    assert relative_l2(gradient, expected) <= EXACT
+    for role, mean in means.items():
+        torch.testing.assert_close(getattr(output, f"{role}_loss").double(), mean, rtol=EXACT, atol=EXACT)
+    assert not output.skipped
+
+
+@pytest.mark.parametrize("given", SELECTIONS.values(), ids=SELECTIONS)
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_a_step_is_that_of_plain_torch(method, given):
+    literal = literal_in_float64(method, given)
+    for step in (0, 3, 20) if "total_steps" in given else (0,):
+        assert_literal(literal, step)
+
+
+@pytest.mark.parametrize("backend", ["reference", "eager"])
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_other_backends_take_the_same_step(monkeypatch, method, backend):
+    monkeypatch.setenv("FASTUNLEARN_BACKEND", backend)
+    assert_literal(literal_in_float64(method, EVERYTHING), 3)
+
+
+HOSTILE = {
+    "odd": {"shape": (1, 7, 5)},
+    "one pixel": {"shape": (3, 1, 1)},
+    "a line": {"shape": (1, 1, 6)},
+    "channels-last": {"shape": (3, 7, 5), "layout": torch.channels_last},
+    "one row": {"rows": 1},
+    "flow": {"schedule": linear_schedule(prediction_type="flow")},
+    "v": {"schedule": linear_schedule(prediction_type="v_prediction")},
+    "one timestep": {"schedule": NoiseSchedule.from_alphas_cumprod(torch.tensor([0.5]))},
+}
+
+
+@pytest.mark.parametrize("world", HOSTILE.values(), ids=HOSTILE)
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_a_step_on_what_nobody_planned(method, world):
+    last = len(world.get("schedule", SCHEDULE))
+    window = TimeWindow(last // 4, last, outside=0.5, as_weight=True)
+    given = EVERYTHING | {"time_window": Stratified(window), "retain_density": Stratified(LogitNormal())}
+    # The one row of this variant is of either branch: the other's gradient is 0, and rescaled it is NaN.
+    if isinstance(method, SISS) and method.variant == "bernoulli" and world == HOSTILE["one row"]:
+        pytest.skip("a batch of one has one of the two gradients")
+    assert_literal(literal_in_float64(method, given, **world), 2)
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method != Vanilla()], ids=str)
+def test_weights_that_are_all_zero_leave_what_the_other_branch_learns(method):
+    """No row is in the window: the step is that of the retain term, or moves nothing. None is skipped."""
+    literal = literal_in_float64(method, {"time_window": TimeWindow(0, 1, as_weight=True)})
+    names = [name for name in literal.draws.given() if name.endswith("_timesteps")]
+    literal.draws = replace(literal.draws, **dict.fromkeys(names, torch.arange(ROWS) + 300))
+    output, gradient = literal.taken(0)
+    assert (output.forget_loss, output.skipped) == (0, False)
+    _, terms = literal.terms(0)
+    if "retain" in method.needs:
+        assert relative_l2(gradient, literal.gradient(terms["retain"])) <= EXACT
+    else:
+        assert not any(each.any() for each in gradient)
+
+
+# --- rows in several calls ----------------------------------------------------------------------------------
+
+OF_STEP = {"vanilla": Vanilla(), "neggrad": NegGrad(), "erasediff": EraseDiff(), "retrack": ReTrack()}
+
+
+def drawn_step(name: str, given: dict[str, Any], **options) -> tuple[fu.StepOutput, list[Tensor]]:
+    """A `*_step` in float64 that draws everything itself: its report and its gradient."""
+    world = World(3)
+    world.draws = lambda *names: Draws()
+    given = fitting(OF_STEP.get(name, SISS()), given)
+    output = STEPS[name](world, generator=torch.Generator().manual_seed(5), step=5, **given, **options)
+    return output, world.taken()
+
+
+@pytest.mark.parametrize("given", SELECTIONS.values(), ids=SELECTIONS)
+@pytest.mark.parametrize("name", STEPS)
+def test_micro_batches_equal_one_batch(name, given):
+    whole, expected = drawn_step(name, given)
+    for size in (1, 3, 6):
+        parts, gradient = drawn_step(name, given, micro_batch_size=size)
+        assert relative_l2(gradient, expected) <= EXACT
+        for key, value in whole._asdict().items():
+            if value is not None:
+                torch.testing.assert_close(getattr(parts, key), value, rtol=EXACT, atol=EXACT, msg=key)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_every_argument_reaches_the_step(name):
+    """What is left out changes the gradient."""
+    everything = EVERYTHING | {"snr_gamma": 0.01}
+    changes = [{"time_window": None}, {"retain_density": None}, {"lowpass": None}, {"snr_gamma": None}]
+    changes.append({"loss_weight": None, "snr_gamma": None})
+    _, whole = drawn_step(name, everything)
+    for change in changes:
+        if change == fitting(OF_STEP.get(name, SISS()), change):
+            _, without = drawn_step(name, everything | change)
+            assert relative_l2(without, whole) > 1e-3, change
+
+
+# --- an Unlearner -------------------------------------------------------------------------------------------
+
+
+def make(method: Method, given: dict[str, Any], *, dtype=torch.uint8, shape=(1, 8, 8), **options):
+    """An Unlearner on a CPU; `given` as far as it fits the method."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (24, *shape), generator=generator, dtype=torch.uint8)
+    latents = options.pop("latents", False)
+    if dtype != torch.uint8:
+        images = images.to(dtype) * 2 / 255 - 1
+    layout = options.pop("layout", torch.contiguous_format)
+    model = TinyDenoiser(shape[0]).to(memory_format=layout)
+    stores = {
+        "forget": ImageStore(images[:4], latents=latents),
+        "retain": ImageStore(images[4:], latents=latents),
+    }
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    options = {"batch_size": 6} | options | fitting(method, given)
+    return Unlearner(model, optimizer, SCHEDULE, method, **stores, **options)
+
+
+def weights_of(run: Unlearner) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in run.model.parameters()])
+
+
+class Seen(ParameterRule):
+    """Keeps the combined gradient of a step, before it is clipped."""
+
+    def add(self, parameters, loss_scale):
+        self.gradient = [parameter.grad / loss_scale for parameter in parameters]
+
+
+def assert_as_accurate(run: Unlearner, given: dict[str, Any], steps: int = 2) -> None:
+    """Steps of `run` have the gradients of plain torch at the numbers of these steps.
+
+    They are as far from float64 as those of plain torch in the same precision, within a factor of two and a
+    rounding.
+    """
+    scale = 1.0 if run.grad_scaler is None else run.grad_scaler.get_scale()
+    precision = {"autocast_dtype": run.autocast_dtype, "loss_scale": scale}
+    seen, errors, plain_errors = Seen(), [], []
+    run.rules = (seen,)
+    for step in range(steps):
+        batch, draws = run._draw(Draws())
+        plain = Literal(run.method, given, copy.deepcopy(run.model), batch, draws, **precision)
+        exact = Literal(run.method, given, copy.deepcopy(run.model).double(), batch, draws)
+        truth = exact.expected(step)[1]
+        assert not run.step().skipped
+        errors.append(relative_l2(seen.gradient, truth))
+        plain_errors.append(relative_l2(plain.expected(step)[1], truth))
+    rounding = torch.finfo(run.autocast_dtype or torch.float32).eps
+    assert max(errors) <= 2 * max(plain_errors) + rounding
+
+
+def scaler() -> torch.amp.GradScaler:
+    return torch.amp.GradScaler("cpu", init_scale=2.0**8)
+
+
+UNLEARNERS = {
+    "whole": {},
+    "rows alone": {"micro_batch_size": 1},
+    "three rows": {"micro_batch_size": 3, "shape": (1, 7, 5)},
+    "as many as there are": {"micro_batch_size": 6, "dtype": torch.float32},
+    "on the host": {"residency": "host"},
+    "latents": {"latents": True, "dtype": torch.float32, "shape": (4, 4, 4)},
+    "channels-last": {"shape": (3, 7, 5), "layout": torch.channels_last},
+    "bfloat16": {"autocast_dtype": torch.bfloat16},
+    "loss scale": {"grad_scaler": scaler(), "micro_batch_size": 3},
+    "float16": {"grad_scaler": scaler(), "autocast_dtype": torch.float16},
+}
+
+
+@pytest.mark.parametrize("options", UNLEARNERS.values(), ids=UNLEARNERS)
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_steps_of_an_unlearner_are_those_of_plain_torch(method, options):
+    assert_as_accurate(make(method, EVERYTHING, **copy.deepcopy(options)), EVERYTHING)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_steps_of_an_unlearner_with_a_growing_band_are_those_of_plain_torch(method):
+    given = STRATA | GROWING
+    assert_as_accurate(make(method, given), given)
+
+
+def continued(method: Method, given: dict[str, Any], steps: int, **options) -> list[Unlearner]:
+    """Two runs of twice as many steps: whole, and resumed in the middle from what a checkpoint has."""
+    whole, first, second = (make(method, given, **options) for _ in range(3))
+    for _ in range(2 * steps):
+        whole.step()
+    for _ in range(steps):
+        first.step()
+    second.model.load_state_dict(first.model.state_dict())
+    second.optimizer.load_state_dict(copy.deepcopy(first.optimizer.state_dict()))
+    second.load_state_dict(first.state_dict())
+    for _ in range(steps):
+        second.step()
+    return [whole, second]
+
+
+ON_THE_HOST = {"residency": "host", "micro_batch_size": 4}
+
+
+@pytest.mark.parametrize(
+    ("method", "options"), [*((method, {}) for method in METHODS), (SISS(), ON_THE_HOST)], ids=str
+)
+def test_a_resumed_run_has_the_bits_of_one_that_was_not_stopped(method, options):
+    """In the middle of a band's way, and of windows in strata."""
+    whole, resumed = continued(method, EVERYTHING, TOTAL_STEPS // 2, **options)
+    assert torch.equal(weights_of(resumed), weights_of(whole))
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method != Vanilla()], ids=str)
+def test_a_band_follows_the_counter(method):
+    """A run that goes on with its weights but not with its counter is another one, and so is a longer one."""
+    whole, _ = continued(method, EVERYTHING, 2)
+    longer, _ = continued(method, EVERYTHING | {"total_steps": 2 * TOTAL_STEPS}, 2)
+    assert not torch.equal(weights_of(longer), weights_of(whole))
+
+
+# --- a selection that is replaced between steps -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_a_selection_may_be_replaced(method):
+    """From then on the run is one that had it from the beginning, at the same weights."""
+    run, other = make(method, STRATA), make(method, EVERYTHING)
+    run.step()
+    other.step()
+    other.model.load_state_dict(run.model.state_dict())
+    other.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
+    run.total_steps, run.selection = other.total_steps, other.selection
+    for _ in range(2):
+        assert torch.equal(run.step().loss, other.step().loss)
+    assert torch.equal(weights_of(run), weights_of(other))
