@@ -300,6 +300,18 @@ def test_every_argument_reaches_the_step(name):
             assert relative_l2(without, whole) > 1e-3, change
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
+def test_a_step_is_a_number_or_a_tensor(dtype):
+    """Of any integer dtype, also where the run has more steps than it can count."""
+    lowpass = LowPass(schedule="linear_increase", start=0.1, stop=0.9)
+    for total_steps in (TOTAL_STEPS, 1000):
+        gradients = []
+        for step in (5, torch.tensor(5, dtype=dtype)):
+            literal = literal_in_float64(NegGrad(), {"lowpass": lowpass, "total_steps": total_steps})
+            gradients.append(literal.taken(step)[1])
+        assert relative_l2(*gradients) == 0
+
+
 # --- an Unlearner -------------------------------------------------------------------------------------------
 
 
