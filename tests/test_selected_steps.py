@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from every_selection import EVERYTHING, SELECTIONS, STRATA, TOTAL_STEPS, fitting
+from every_selection import EVERYTHING, SELECTIONS, STRATA, TOTAL_STEPS, WEIGHTS, fitting
+from small_methods import Whole
 from test_step import EXACT, STEPS, World
 from torch import Tensor
 
@@ -446,3 +447,26 @@ def test_a_selection_may_be_replaced(method):
     for _ in range(2):
         assert torch.equal(run.step().loss, other.step().loss)
     assert torch.equal(weights_of(run), weights_of(other))
+
+
+@pytest.mark.parametrize(
+    ("method", "schedule", "message"),
+    [
+        (Whole(), SCHEDULE, r"^time_window: expected a density that is drawn from \(Whole makes more of"),
+        (Vanilla(), SCHEDULE, r"^time_window: expected None \(Vanilla reads no forget images\)"),
+        (SISS(), linear_schedule(100), r"^time_window: stop: expected at most the 100 timesteps"),
+    ],
+)
+def test_a_method_or_schedule_that_is_replaced_has_to_fit_the_selection(method, schedule, message):
+    """Whole has no use for weights, and would learn from all timesteps alike."""
+    run = make(SISS(), WEIGHTS)
+    run.step()
+    before = weights_of(run).clone()
+    first = run.method, run.schedule
+    run.method, run.schedule = method, schedule
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            run.step()
+    assert torch.equal(weights_of(run), before)
+    run.method, run.schedule = first
+    assert not run.step().skipped

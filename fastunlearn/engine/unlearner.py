@@ -175,7 +175,7 @@ class Unlearner:
         # What a caller can read, and partly change between steps.
         self.model, self.optimizer, self.schedule, self.method = model, optimizer, schedule, method
         self.reference_model, self.rules = reference_model, settings.rules
-        self._selection = selection
+        self._selection, self._selected_for = selection, (method, schedule)
         self.batch_size, self.micro_batch_size = batch_size, settings.micro_batch_size
         self.total_steps, self.seed = total_steps, seed
         self.max_grad_norm, self.keep_grad = settings.max_grad_norm, keep_grad
@@ -284,6 +284,7 @@ class Unlearner:
         # Here, since a replayed step runs no more Python.
         trained = [parameter for parameter in self.parameters if parameter.requires_grad]
         check_gradients(unwrapped(self.model), self.optimizer, trained, keep_grad=self.keep_grad)
+        self._check_replaced()
         # At the first step, not before: unlearn() shares the weights first.
         if not self._agreed:
             self._check_agreement()
@@ -305,6 +306,17 @@ class Unlearner:
         elif self.ema is not None:
             self.ema.step(self.parameters)
         return output
+
+    def _check_replaced(self) -> None:
+        """A method or a schedule in place of another has to fit the selection, too.
+
+        Raises:
+            ValueError: it does not.
+        """
+        method, schedule = self._selected_for
+        if self.method is not method or self.schedule is not schedule:
+            check_selection(self.method, self.schedule, self.selection)
+            self._selected_for = self.method, self.schedule
 
     def _replayed_or_eager(self, draws: Draws | None) -> StepOutput:
         if self._replay is None:
