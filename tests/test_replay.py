@@ -7,12 +7,15 @@ import logging
 
 import pytest
 import torch
+from every_selection import EVERYTHING, SCHEDULED, STRATA, TOTAL_STEPS, WINDOW, fitting
 from torch import nn
 
 from fastunlearn import SISS, Draws, EraseDiff, ImageStore, ReTrack, Unlearner, Vanilla
 from fastunlearn.engine import replay
 from fastunlearn.engine.replay import WARM_UP_STEPS, Replay, make_replay
 from fastunlearn.methods import Pass
+from fastunlearn.objective.selection import Selection
+from fastunlearn.objective.time import TimeWindow
 from fastunlearn.runs.identity import identity
 from fastunlearn.testing.budgets import relative_l2
 from fastunlearn.testing.factories import TinyDenoiser, linear_schedule
@@ -283,6 +286,8 @@ CHANGES = {
     "eval() of a part": lambda run: next(run.model.children()).eval(),
     "weight_decay": lambda run: run.optimizer.param_groups[0].update(weight_decay=0.5),
     "requires_grad": lambda run: next(run.model.parameters()).requires_grad_(False),
+    "selection": lambda run: setattr(run, "selection", Selection(TimeWindow(0, 100))),
+    "total_steps": lambda run: setattr(run, "total_steps", 3),
     "memory of a parameter": swap_memory,
     "state of the optimizer": load_optimizer,
 }
@@ -372,6 +377,59 @@ def test_given_draws_are_an_error_where_replay_is_required():
         ValueError, match="replay: expected a step that can be replayed, got draws that the caller gives"
     ):
         other.step(Draws(retain_timesteps=torch.full((6,), 300)))
+
+
+# --- windows of time and bands of frequency
+
+
+@pytest.mark.parametrize(
+    ("method", "given"),
+    [(SISS(), {"time_window": WINDOW}), (SISS(), STRATA), *((method, EVERYTHING) for method in METHODS)],
+    ids=str,
+)
+def test_replayed_steps_with_a_selection_are_the_eager_ones(method, given):
+    """Before, at and after the last step of a band's schedule."""
+    eager, other = captured(method, **fitting(method, given))
+    assert_same_steps(eager, other, TOTAL_STEPS)
+    assert (other._replay.graphs.captures, other._replay.graphs.replays) == (1, TOTAL_STEPS + 2)
+
+
+@pytest.mark.parametrize("lowpass", SCHEDULED.values(), ids=SCHEDULED)
+def test_the_band_of_a_replayed_step_is_that_of_its_number(lowpass):
+    """Weights stand still, and the band of the captured step, which a graph could have kept, is another."""
+    total_steps = 2 * TOTAL_STEPS
+    other = make(ReTrack(k=2), replayed=True, lr=0.0, lowpass=lowpass, total_steps=total_steps)
+    fixed, kept = (make(ReTrack(k=2), replayed=False, lr=0.0) for _ in range(2))
+    moved = []
+    for step in range(total_steps + 2):
+        fixed.selection = Selection(lowpass=lowpass.at(step, total_steps))
+        kept.selection = Selection(lowpass=lowpass.at(min(step, WARM_UP_STEPS), total_steps))
+        loss, expected, stale = (run.step().forget_loss for run in (other, fixed, kept))
+        torch.testing.assert_close(loss, expected)
+        moved.append(not torch.isclose(loss, stale))
+    assert other._replay.graphs.replays == total_steps + 2 - WARM_UP_STEPS
+    assert not any(moved[: WARM_UP_STEPS + 1])
+    assert all(moved[-total_steps // 2 :])
+
+
+def test_a_band_of_another_length_is_captured_anew_and_followed():
+    eager, other = captured(SISS(), **EVERYTHING)
+    for run in (eager, other):
+        run.total_steps = 3 * TOTAL_STEPS
+    assert_same_steps(eager, other, WARM_UP_STEPS + 6)
+    assert (other._replay.graphs.captures, other.replayed) == (2, True)
+    for run in (eager, other):
+        run.selection = Selection(lowpass=SCHEDULED["step_increase"], loss_weight="sigma_squared")
+    assert_same_steps(eager, other, WARM_UP_STEPS + 6)
+    assert (other._replay.graphs.captures, other.replayed) == (3, True)
+
+
+def test_a_run_resumed_in_the_middle_of_a_band_is_replayed_from_there():
+    eager, other = captured(ReTrack(k=2), **EVERYTHING)
+    for run in (eager, other):
+        run.load_state_dict({"seed": 0, "step_index": 2, "skipped_steps": 0})
+    assert_same_steps(eager, other, 3)
+    assert other._replay.graphs.captures == 1
 
 
 # --- a capture that fails
@@ -534,6 +592,7 @@ CASES = [
     *((method, {}) for method in reversed(METHODS)),  # the cheapest first: it is rehearsed on CPUs
     *((method, options) for method in (ReTrack(k=2), SISS()) for options in ALSO),
     (EraseDiff(), {"micro_batch_size": 2, "autocast_dtype": torch.bfloat16}),
+    *((method, EVERYTHING) for method in (ReTrack(k=2), SISS(), EraseDiff())),
 ]
 
 
