@@ -6,10 +6,14 @@ import copy
 
 import pytest
 import torch
+from every_selection import EVERYTHING, SELECTIONS, fitting
 
 from fastunlearn import (
     SISS,
+    EraseDiff,
     ImageStore,
+    LowPass,
+    NegGrad,
     NoiseSchedule,
     ReTrack,
     Unlearner,
@@ -48,6 +52,8 @@ STEPS = {
     "neggrad": lambda *args, images, **options: neggrad_step(*args, images[0], **options),
     "vanilla": lambda *args, images, **options: vanilla_step(*args, images[0], **options),
 }
+
+OF_STEP = {"retrack": ReTrack(), "erasediff": EraseDiff(), "neggrad": NegGrad(), "vanilla": Vanilla()}
 
 
 class DeviceSGD(torch.optim.Optimizer):
@@ -171,6 +177,65 @@ def test_functional_steps_on_a_device_without_values(step):
     step(model, optimizer, SCHEDULE, images=images, compile=False)
     with no_host_sync("meta"):
         assert step(model, optimizer, SCHEDULE, images=images, compile=False).loss.device.type == "meta"
+
+
+# --- windows of time and bands of frequency
+
+
+@pytest.mark.parametrize(
+    ("method", "given"),
+    [
+        *((SISS(), given) for given in SELECTIONS.values()),
+        *((method, EVERYTHING) for method in METHODS if method != SISS()),
+    ],
+    ids=[*SELECTIONS, *(str(method) for method in METHODS if method != SISS())],
+)
+@pytest.mark.usefixtures("as_on_an_accelerator")
+def test_a_selection_of_an_unlearner(method, given):
+    run = unlearner(method, **fitting(method, given))
+    run.step()  # tables of densities and bands are made
+    with no_host_sync():
+        outputs = [run.step() for _ in range(2)]
+    assert not any(output.skipped for output in outputs)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_a_selection_on_a_device_without_values(method):
+    run = unlearner(method, "meta", micro_batch_size=4, **fitting(method, EVERYTHING))
+    run.step()
+    with no_host_sync("meta"):
+        assert run.step().loss.device.type == "meta"
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.usefixtures("as_on_an_accelerator")
+def test_a_selection_of_a_functional_step(name, device):
+    """The number of the step lies on the device, and nobody reads it."""
+    method = OF_STEP.get(name.split()[0], SISS())
+    model = TinyDenoiser().to(device)
+    images = torch.rand(3, 6, 1, 8, 8, device=device) * 2 - 1
+    optimizer = DeviceSGD(model.parameters())
+    given = fitting(method, EVERYTHING) | {"compile": False, "step": torch.zeros((), device=device).long()}
+    STEPS[name](model, optimizer, SCHEDULE, images=images, **given)
+    with no_host_sync(device):
+        for _ in range(2):
+            given["step"] += 1
+            STEPS[name](model, optimizer, SCHEDULE, images=images, **given)
+
+
+def test_a_band_that_asks_for_the_number_of_the_step_is_found(monkeypatch):
+    """What the tests above would find."""
+    mask_at = LowPass.mask_at
+
+    def reads(self, height, width, step, *arguments):
+        return mask_at(self, height, width, int(step), *arguments)
+
+    monkeypatch.setattr(LowPass, "mask_at", reads)
+    run = unlearner(SISS(), **EVERYTHING)
+    run.step()
+    with pytest.raises(HostSync), no_host_sync():
+        run.step()
 
 
 # --- that the check can fail
@@ -303,6 +368,19 @@ def test_cuda_says_so_too(gpu, method, options, replay):
     run.ema = Average(run.model.parameters())
     run.lr_scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(run.optimizer, 10)
     for _ in range(5):  # with replay: warm-up and capture, which waits
+        run.step()
+    assert run.replayed == replay
+    with gpu.waiting_raises():
+        for _ in range(3):
+            run.step()
+    assert run.skipped_steps == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("replay", [True, False])
+def test_cuda_says_so_of_a_selection_too(gpu, replay):
+    run = unlearner(SISS(), gpu.device, replay=replay, **EVERYTHING)
+    for _ in range(5):
         run.step()
     assert run.replayed == replay
     with gpu.waiting_raises():
