@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+from every_selection import EVERYTHING, SCHEDULED, TOTAL_STEPS, WEIGHTS, fitting
 from torch import nn
 from torch._dynamo.backends.registry import lookup_backend
 
@@ -14,6 +15,7 @@ from fastunlearn import (
     SISS,
     EraseDiff,
     ImageStore,
+    LowPass,
     NegGrad,
     ReTrack,
     Unlearner,
@@ -25,6 +27,7 @@ from fastunlearn.host.philox import Noise
 from fastunlearn.host.precision import tf32
 from fastunlearn.methods import Batch
 from fastunlearn.objective.draws import CounterSource, Draws, complete
+from fastunlearn.objective.selection import Selection
 from fastunlearn.step import compilation
 from fastunlearn.step.options import Settings
 from fastunlearn.step.take import take_step
@@ -184,14 +187,58 @@ def test_steps_of_a_run_compile_once(backend):
     assert eager.compile_seconds == 0
 
 
-def unlearner(**options):
+def unlearner(method=None, **options):
     images = torch.randint(
         0, 256, (24, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
     )
     model = TinyDenoiser()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     stores = {"forget": ImageStore(images[:4]), "retain": ImageStore(images[4:])}
-    return Unlearner(model, optimizer, SCHEDULE, SISS(scaling_norm=0.1), **stores, batch_size=6, **options)
+    method = SISS(scaling_norm=0.1) if method is None else method
+    return Unlearner(model, optimizer, SCHEDULE, method, **stores, batch_size=6, **options)
+
+
+# --- windows of time and bands of frequency
+
+
+@pytest.mark.parametrize("method", [ReTrack(k=2), SISS(), NegGrad()], ids=str)
+def test_a_band_and_weights_are_part_of_the_graph(backend, method):
+    weights = fitting(method, WEIGHTS)
+    selection = Selection(**weights, lowpass=LowPass(0.5), loss_weight="min_snr")
+    assert_as_eager(method, TinyDenoiser(), selection=selection)
+    assert backend.graphs == METHODS[method]
+
+
+@pytest.mark.parametrize("method", [ReTrack(k=2), SISS(), EraseDiff(), NegGrad(), Vanilla()], ids=str)
+def test_a_band_that_moves_needs_no_other_graph(cheapest, method):
+    """Neither do windows and weights: what changes from step to step are numbers on the device."""
+    given = fitting(method, EVERYTHING)
+    eager, compiled = (unlearner(method, compile=compile, **given) for compile in (False, True))
+    for _ in range(TOTAL_STEPS + 2):
+        one, two = eager.step(), compiled.step()
+        torch.testing.assert_close(two.loss, one.loss, rtol=1e-5, atol=1e-6)
+    assert cheapest.graphs == METHODS[method]
+
+
+@pytest.mark.parametrize("lowpass", SCHEDULED.values(), ids=SCHEDULED)
+def test_no_number_of_a_step_is_compiled_again(cheapest, lowpass):
+    """A number and a tensor are one graph, and torch would raise where it began another."""
+    model, images = TinyDenoiser(), torch.rand(2, 3, 1, 8, 8)
+    given = {"lowpass": lowpass, "total_steps": TOTAL_STEPS}
+    losses = {}
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for step in range(TOTAL_STEPS + 1):
+            for number in (step, torch.tensor(step), torch.tensor(step, dtype=torch.int32)):
+                generator = torch.Generator().manual_seed(0)
+                out = siss_step(
+                    model, None, SCHEDULE, *images, generator=generator, step=number, compile=True, **given
+                )
+                losses.setdefault(step, set()).add(float(out.forget_loss))
+                model.zero_grad()
+    assert cheapest.graphs == 1
+    # All three of a step, and another one for another band.
+    assert all(len(found) == 1 for found in losses.values())
+    assert len(set.union(*losses.values())) >= 3
 
 
 def test_more_networks_and_shapes_than_torch_allows_a_function(cheapest):

@@ -200,6 +200,47 @@ def test_denoising_loss_compiles_in_one_graph_with_its_gradient():
     torch.testing.assert_close(gradient, prediction.grad)
 
 
+def test_a_band_of_the_loss_is_in_the_graph():
+    """A fixed one is a constant of it, the mask of a step an argument: the next step is the same graph."""
+    prediction, target, weight = arguments("residual")
+    graphs = []
+
+    def counted(module, inputs):
+        graphs.append(module)
+        return module.forward
+
+    @torch.compile(fullgraph=True, backend=counted)
+    def loss(prediction, lowpass):
+        return F.denoising_loss(prediction, target, weight, lowpass)
+
+    fixed = LowPass(0.5, high_frequency_weight=0.25)
+    torch.testing.assert_close(loss(prediction, fixed), F.denoising_loss(prediction, target, weight, fixed))
+    assert len(graphs) == 1
+    moving = LowPass(schedule="linear_decay", start=0.9, stop=0.1)
+    found = []
+    for step in range(4):
+        mask = moving.mask_at(*prediction.shape[-2:], torch.tensor(step, device=DEVICE), 4)
+        found.append(loss(prediction, mask))
+        torch.testing.assert_close(found[-1], F.denoising_loss(prediction, target, weight, mask))
+    assert len(graphs) == 2
+    assert not torch.equal(found[0], found[3])
+
+
+@pytest.mark.parametrize("kind", ["band", "mask"])
+def test_a_band_of_the_loss_compiles_in_one_graph_with_its_gradient(kind):
+    prediction, target, weight = arguments("residual")
+    lowpass = LowPass(0.5)
+    if kind == "mask":
+        lowpass = lowpass.mask_on(*prediction.shape[-2:], DEVICE)
+    compiled = torch.compile(
+        lambda p, mask: F.denoising_loss(p, target, weight, mask).mean(), fullgraph=True, backend="aot_eager"
+    )
+    compiled(prediction, lowpass).backward()
+    gradient, prediction.grad = prediction.grad, None
+    F.denoising_loss(prediction, target, weight, lowpass).mean().backward()
+    torch.testing.assert_close(gradient, prediction.grad)
+
+
 def test_residual_passes_gradcheck():
     prediction, target, weight = arguments("residual", torch.float64, shape=(2, 3, 2))
     assert torch.autograd.gradcheck(lambda p: F.denoising_loss(p, target, weight.double()), prediction)
