@@ -154,9 +154,9 @@ def take_steps_on(
     return found.cpu(), reports
 
 
-def drawn_rows(method, alone: bool) -> dict[str, Tensor]:
+def drawn_rows(method, alone: bool, options: dict[str, Any] | None = None) -> dict[str, Tensor]:
     """Rows, timesteps and noise of this process at step 2 of a run."""
-    unlearner = build(method, alone)
+    unlearner = build(method, alone, **options or {})
     unlearner._count_from(2)
     batch, draws = unlearner._draw(Draws())
     return {
@@ -185,7 +185,12 @@ def step_with_a_nan(rank_of_nan: int | None, fused: bool) -> tuple[Tensor, Tenso
 
 
 def own_loop(
-    name: str, alone: bool, prepared: str, micro_batch_size: int | None = None, keep_grad: bool = False
+    name: str,
+    alone: bool,
+    prepared: str,
+    micro_batch_size: int | None = None,
+    keep_grad: bool = False,
+    selection: dict[str, Any] | None = None,
 ) -> tuple[Tensor, list[dict[str, float]]]:
     """A caller's loop: each process hands its share of the global batch to a `*_step`, with the rows that it
     drew itself.
@@ -217,6 +222,8 @@ def own_loop(
         noise = torch.randn(2, BATCH, 1, 8, 8, generator=generator)
         timesteps = torch.randint(1000, (2, BATCH), generator=generator)
         options = {"process_group": group, "micro_batch_size": micro_batch_size, "keep_grad": keep_grad}
+        if selection is not None:
+            options |= selection | {"step": step}
         if keep_grad:
             penalty = sum((parameter - 1).square().sum() for parameter in model.parameters())
             penalty.backward()

@@ -6,9 +6,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from every_selection import EVERYTHING, WEIGHTS, fitting
 from small_methods import Pairs, Rows, Whole
 from step_cases import (
     BATCH,
+    SCHEDULE,
+    STEPS,
     begin_apart,
     begin_with_other_seeds,
     begin_with_other_selections,
@@ -26,6 +29,7 @@ from step_cases import (
 from team import Team
 
 from fastunlearn import SISS, EraseDiff, LowPass, ReTrack, TimeWindow, Vanilla
+from fastunlearn.objective.time import Stratified
 from fastunlearn.testing.factories import TinyDenoiser
 from fastunlearn.testing.methods import every_variant
 
@@ -183,6 +187,60 @@ def test_the_batch_must_divide(pair: Team):
     for succeeded, text in pair.answers(take_steps, Vanilla(), False, {"batch_size": 13}):
         assert not succeeded
         assert "batch_size: expected a multiple of the 2 processes, got 13" in text
+
+
+MOVING = {"lowpass": LowPass(schedule="step_decay", start=0.9, stop=0.2), "total_steps": STEPS}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"micro_batch_size": 2, "scaled": True}, {"wrapped": True, "fused": False}], ids=str
+)
+@pytest.mark.parametrize("method", [*METHODS, EraseDiff(eta=3.0)], ids=str)
+def test_a_selection(pair: Team, method, options: dict):
+    """Strata of the global batch, a band that moves at every step, weights of which some are 0."""
+    options = options | fitting(method, EVERYTHING | MOVING)
+    assert_same(pair.run(take_steps, method, False, options), take_steps(method, True, options))
+
+
+@pytest.mark.parametrize("method", [Pairs(), Whole(), Rows()], ids=str)
+def test_a_selection_under_objectives_that_tie_rows_together(pair: Team, method):
+    options = MOVING | {"time_window": Stratified(TimeWindow(250, 750)), "micro_batch_size": 4}
+    if "reference" in method.needs:
+        options["reference_model"] = TinyDenoiser(seed=1)
+    assert_same(pair.run(take_steps, method, False, options), take_steps(method, True, options))
+
+
+@pytest.mark.parametrize(("name", "prepared"), [("siss", "group"), ("erasediff", "ddp"), ("retrack", "ddp")])
+def test_a_selection_in_a_loop_of_the_callers_own(pair: Team, name: str, prepared: str):
+    """Every process tells the step's number; timesteps are given, and weights are those at them."""
+    window = {"time_window": TimeWindow(100, 750, as_weight=True)}
+    arguments = prepared, 4, False, MOVING | window | {"loss_weight": "min_snr"}
+    found, alone = pair.run(own_loop, name, False, *arguments), own_loop(name, True, *arguments)
+    assert_same(found, alone)
+    plain, _ = own_loop(name, True, prepared)
+    assert (plain - alone[0]).norm() > 1e-3
+
+
+@pytest.mark.parametrize("method", [*TWO_GRADIENTS, SISS(variant="no_is")], ids=str)
+def test_a_process_whose_rows_are_all_outside_of_the_window(pair: Team, method):
+    """Its share of the forget gradient is 0. Of two rows, with one index in ten, that is mostly so."""
+    options = {"time_window": TimeWindow(700, 800, as_weight=True), "batch_size": 4}
+    found, alone = pair.run(take_steps, method, False, options), take_steps(method, True, options)
+    assert_same(found, alone)
+    assert 0 < sum(report["forget_loss"] > 0 for report in alone[1]) < STEPS
+
+
+def test_processes_share_the_strata_of_the_global_batch(pair: Team):
+    """Each of the parts of the window has one row, in whatever process."""
+    given = {
+        "time_window": Stratified(TimeWindow(0, 60 * BATCH)),
+        "retain_density": WEIGHTS["retain_density"],
+    }
+    shares, whole = pair.run(drawn_rows, EraseDiff(), False, given), drawn_rows(EraseDiff(), True, given)
+    for name in ("forget_timesteps", "retain_timesteps"):
+        assert torch.equal(torch.cat([share[name] for share in shares]), whole[name])
+    assert sorted((whole["forget_timesteps"] // 60).tolist()) == list(range(BATCH))
+    assert len(SCHEDULE) >= 60 * BATCH
 
 
 LATE, NARROW = TimeWindow(750, 1000), LowPass(0.5)
