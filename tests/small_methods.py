@@ -49,7 +49,7 @@ class Pairs(Method):
     def compose(self, batch, draws, schedule):
         return both(batch, draws, schedule, "pair")
 
-    def objective(self, losses, reference):
+    def objective(self, losses, reference, elements):
         change = {role: losses[role] - reference[role] for role in losses}
         margin = self.beta * (change["retain"] - change["forget"])
         return {"total": {"retain": functional.softplus(margin)}}
@@ -68,7 +68,7 @@ class Whole(Method):
     def compose(self, batch, draws, schedule):
         return both(batch, draws, schedule, "batch")
 
-    def objective(self, losses, reference):
+    def objective(self, losses, reference, elements):
         middle = torch.cat([losses["forget"], losses["retain"]]).mean()
         return {
             "total": {
@@ -96,7 +96,7 @@ class Rows(Method):
     def compose(self, batch, draws, schedule):
         return both(batch, draws, schedule, "row")
 
-    def objective(self, losses, reference):
+    def objective(self, losses, reference, elements):
         found = {}
         if "forget" in losses:
             change = losses["forget"] - reference["forget"]

@@ -196,6 +196,7 @@ class LowPass:
 
         Args:
             step: a number, or a 0-d integer tensor on the device; from `total_steps` on the last step's mask.
+                A tensor below 0, which nobody reads off the CPU, has a mask of NaN.
             device: of the table; None: that of `step`, the CPU for a number.
         """
         if device is None:
@@ -205,12 +206,17 @@ class LowPass:
         if not self.scheduled:
             return self.mask_on(height, width, device)
         steps = on_device(LowPass.steps, (self, height, width, total_steps), device)
+        if isinstance(step, Tensor) and check.readable(step):
+            check.integer("step", int(step), low=0)
         if isinstance(step, Tensor):
-            step = check.tensor("step", step, ndim=0, floating=False).clamp(max=total_steps - 1)
+            # In int64: a small integer dtype holds the step, but maybe not the number of all steps.
+            step = check.tensor("step", step, ndim=0, floating=False).long().clamp(max=total_steps - 1)
         else:
             step = min(check.integer("step", step, low=0), total_steps - 1)
-        within = steps <= step if self.grows else steps > step
-        return Mask(within.float(), *self._values())
+        within = (steps <= step if self.grows else steps > step).float()
+        if isinstance(step, Tensor):
+            within = torch.where(step < 0, torch.nan, within)
+        return Mask(within, *self._values())
 
     def mask_on(self, height: int, width: int, device: torch.device) -> Mask:
         """`mask`, whose table is made once and kept on `device`."""

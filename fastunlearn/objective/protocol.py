@@ -234,6 +234,8 @@ class Method:
     name: ClassVar[str]
     # Of `NEEDS`: what `compose` and `objective` read. A method with "neighbors" says how many in a field `k`.
     needs: ClassVar[frozenset[str]]
+    # Of `ROLES`: whose losses `objective` compares with those of the reference, which sees no other pass.
+    compared: ClassVar[frozenset[str]] = frozenset(ROLES)
 
     def __init_subclass__(cls, **options) -> None:
         """Numbers that numpy or torch made become Python's before `__post_init__` checks them.
@@ -269,14 +271,16 @@ class Method:
         raise NotImplementedError
 
     def objective(
-        self, losses: dict[str, Tensor], reference: dict[str, Tensor]
+        self, losses: dict[str, Tensor], reference: dict[str, Tensor], elements: int
     ) -> dict[str, dict[str, Tensor]]:
         """What is descended, where it is more than a weighted sum of the losses.
 
         Args:
             losses: for each role the losses of its rows, `||prediction - target||^2 + spread`, `[B]` float32
                 or better, differentiable. `weight`, `over` and `scale` of the terms are not in them.
-            reference: the same of the reference network, constants; `{}` where the method needs none.
+            reference: the same of the reference network, constants; `{}` where the method needs none, or
+                compares none of these rows.
+            elements: C H W, those of one image: what a loss is divided by to be a mean over them.
 
         Returns:
             For each gradient, for each role its contributions, one a row: each role's are averaged over its

@@ -19,6 +19,7 @@ from .protocol import Method, has_own_objective
 from .schedule import LOSS_WEIGHTS, NoiseSchedule
 from .time import Density
 
+TIMESTEPS = ("forget_timesteps", "retain_timesteps")  # fields of `Draws`
 ARGUMENTS = {"forget": "time_window", "retain": "retain_density"}  # the density of each branch
 
 
@@ -86,10 +87,14 @@ class Selection:
         densities = self.densities(method, schedule)
         apart = not time.draw_alike(densities["forget"], densities["retain"], len(schedule))
         wanted = dict(method.draws())
+        shared = [how.name for name, how in wanted.items() if isinstance(how, Same) and name in TIMESTEPS]
         for name, how in wanted.items():
             if isinstance(how, Time):
                 wanted[name] = Time(how.branch, densities.get(how.branch))
-            elif isinstance(how, Same) and name.endswith("_timesteps") and apart:
+                # A pair draws once: in strata, where either branch has them.
+                if name in shared and not apart and isinstance(densities["retain"], time.Stratified):
+                    wanted[name] = Time(how.branch, densities["retain"])
+            elif isinstance(how, Same) and name in TIMESTEPS and apart:
                 branch = name.removesuffix("_timesteps")
                 wanted[name] = Time(branch, densities[branch])
             elif isinstance(how, TimeLogRatio) and apart:

@@ -133,7 +133,7 @@ class TimeWindow(Density):
         Args:
             of: a schedule, or how many timesteps it has.
         """
-        num_timesteps = _length(of)
+        num_timesteps = _length(of, least=1)
         return cls(num_timesteps - 1, num_timesteps, **options)
 
     def transfer(self, source: NoiseSchedule, target: NoiseSchedule) -> TimeWindow:
@@ -372,8 +372,9 @@ def _beyond(number: float) -> float:
     return math.erfc(number / math.sqrt(2)) / 2
 
 
-def _length(of: NoiseSchedule | int) -> int:
-    return len(of) if isinstance(of, NoiseSchedule) else check.integer("of", of, low=4)
+def _length(of: NoiseSchedule | int, least: int = 4) -> int:
+    """How many timesteps there are; a window of a quarter needs four."""
+    return check.integer("of", len(of) if isinstance(of, NoiseSchedule) else of, low=least)
 
 
 def _index_of_equal_snr(bound: int, source: NoiseSchedule, target: NoiseSchedule) -> int:

@@ -34,17 +34,20 @@ class Derivative(NamedTuple):
     weights: dict[str, ByRole]  # For each gradient, for each role: [rows].
 
 
-def derive(method: Method, losses: ByRole, reference: ByRole, rows: dict[str, int]) -> Derivative:
+def derive(
+    method: Method, losses: ByRole, reference: ByRole, rows: dict[str, int], elements: int
+) -> Derivative:
     """What the objective of `method` makes of `losses`, and its derivative: the weights of the rows.
 
     Args:
         losses, reference: of the rows that the objective is asked for.
         rows: of each role in all calls, which its contributions are averaged over.
+        elements: of one image.
     """
     leaves = {role: loss.detach().requires_grad_() for role, loss in losses.items()}
     values, weights = {}, {}
     with torch.enable_grad():
-        for gradient, contributions in _asked(method, leaves, reference).items():
+        for gradient, contributions in _asked(method, leaves, reference, elements).items():
             if not contributions:  # of these rows none count for it
                 continue
             value = sum(_mean(method, role, each, leaves, rows) for role, each in contributions.items())
@@ -59,10 +62,10 @@ def derive(method: Method, losses: ByRole, reference: ByRole, rows: dict[str, in
     return Derivative(values, weights)
 
 
-def _asked(method: Method, losses: ByRole, reference: ByRole) -> dict[str, ByRole]:
+def _asked(method: Method, losses: ByRole, reference: ByRole, elements: int) -> dict[str, ByRole]:
     """What the objective answers, whose gradients are those of the combination."""
     name = f"{type(method).__name__}.objective"
-    found = method.objective(losses, reference)
+    found = method.objective(losses, reference, elements)
     if not isinstance(found, dict) or not all(isinstance(own, dict) for own in found.values()):
         raise TypeError(
             f"{name}: expected {{gradient: {{role: contributions}}}}, got {check.describe(found)}"
@@ -155,7 +158,7 @@ def regress_by_objective(
     ones = {str(number): 1.0 for number in range(len(part.terms))}
     found = regress(networks, plain, schedule, ones, rounded=False)
     losses = _by_role(part, [_with_spread(*each) for each in zip(part.terms, found.losses, strict=True)])
-    derivative = derive(method, losses, reference, rows)
+    derivative = derive(method, losses, reference, rows, _elements(part))
 
     # The chain rule: d value / d prediction = sum_b d value / d loss_b * d loss_b / d prediction.
     gradients: dict[str, Tensor] = {}
@@ -203,7 +206,7 @@ def weigh_all(
         everyones_means({role: loss.mean() for role, loss in losses.items()}, own, group)
     everyones = _gather(losses, group) if gathered else losses
     rows = {role: len(loss) for role, loss in everyones.items()}
-    derivative = derive(method, everyones, reference, rows)
+    derivative = derive(method, everyones, reference, rows, _elements(passes[0]))
     weights = derivative.weights
     if gathered:
         weights = _own_share(weights, group)
@@ -245,9 +248,15 @@ def _with_weights(parts: Sequence[Pass], weights: dict[str, ByRole]) -> list[Pas
 def _reference_losses(
     method: Method, networks: Networks, part: Pass, schedule: NoiseSchedule
 ) -> list[Tensor] | None:
-    if "reference" not in method.needs:
+    compared = any(term.role in method.compared for term in part.terms)
+    if "reference" not in method.needs or not compared:
         return None
     return losses_without_graph(networks.reference, networks, part, schedule)
+
+
+def _elements(part: Pass) -> int:
+    """Of one image: C H W."""
+    return part.x_t.shape[1:].numel()
 
 
 def _plain(term: Term, number: int) -> Term:

@@ -104,6 +104,4 @@ def _banded(
 def _mask(band: LowPass, height: int, width: int, moment: Moment, device: torch.device) -> Mask:
     if not band.scheduled:
         return band.mask_on(height, width, device)
-    # A small integer dtype holds the step, but not the number of all steps that it is compared with.
-    step = moment.step.long() if isinstance(moment.step, Tensor) else moment.step
-    return band.mask_at(height, width, step, moment.total_steps, device)
+    return band.mask_at(height, width, moment.step, moment.total_steps, device)

@@ -314,3 +314,20 @@ def test_a_mask_of_nothing_at_any_step_is_refused():
         soft = LowPass(schedule=schedule, start=start, stop=stop, band="high", high_frequency_weight=0.1)
         assert soft.steps(8, 8, 10).shape == (5, 5)
     assert math.isclose(soft.mask_at(8, 8, 0, 10)[1], 0.1)
+
+
+def test_a_step_below_zero_is_refused_or_makes_a_mask_of_nan(monkeypatch):
+    """Off the CPU nobody reads it: a loss of NaN skips the step, and one of an empty band would not."""
+    lowpass = LowPass(schedule="linear_increase", start=0.2, stop=0.9)
+    with pytest.raises(ValueError, match=r"^step: expected an integer >= 0, got -1"):
+        lowpass.mask_at(8, 8, torch.tensor(-1), 10)
+    monkeypatch.setattr("fastunlearn.host.check.readable", lambda tensor: False)
+    assert lowpass.mask_at(8, 8, torch.tensor(-1), 10).table.isnan().all()
+    assert not lowpass.mask_at(8, 8, torch.tensor(0), 10).table.isnan().any()
+
+
+def test_a_step_of_a_small_dtype_in_a_long_run():
+    lowpass = LowPass(schedule="linear_increase", start=0.2, stop=0.9)
+    for dtype in (torch.uint8, torch.int8):
+        table = lowpass.mask_at(8, 8, torch.tensor(100, dtype=dtype), 1000).table
+        assert torch.equal(table, lowpass.mask_at(8, 8, 100, 1000).table)

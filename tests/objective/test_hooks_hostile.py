@@ -57,7 +57,7 @@ class Objective(Both):
     def combine(self):
         return super().combine if self.combination is None else self.combination
 
-    def objective(self, losses, reference):
+    def objective(self, losses, reference, elements):
         return self.function(losses)
 
 

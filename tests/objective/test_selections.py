@@ -667,3 +667,12 @@ def test_a_mask_elsewhere_is_refused():
     mask = Mask(torch.ones(3, 3, device="meta"), 1.0, 0.0)
     with pytest.raises(ValueError, match=r"^lowpass.table: expected the device of prediction, cpu, got meta"):
         F.denoising_loss(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8), lowpass=mask)
+
+
+@pytest.mark.parametrize("branch", ["time_window", "retain_density"])
+def test_a_pair_is_drawn_in_strata_where_either_branch_has_them(branch):
+    timesteps = drawn_in_a_step(SISS(), 50, **{branch: Stratified(Uniform())})
+    assert sorted((timesteps // 20).tolist()) == list(range(50))
+    timesteps = drawn_in_a_step(SISS(variant="no_is"), 50, **{branch: Stratified(Uniform())})
+    assert torch.equal(timesteps[:50], timesteps[50:])
+    assert sorted((timesteps[:50] // 20).tolist()) == list(range(50))

@@ -675,3 +675,9 @@ def test_a_schedule_has_timesteps(length):
     for density in (Uniform(), TimeWindow(0, 1), LogitNormal()):
         with pytest.raises((TypeError, ValueError), match=r"^num_timesteps: expected an integer"):
             density.table(length)
+
+
+def test_a_schedule_too_short_for_quarters_is_refused():
+    with pytest.raises(ValueError, match=r"^of: expected an integer >= 4, got 3"):
+        TimeWindow.middle(linear_schedule(3))
+    assert TimeWindow.last(linear_schedule(1)) == TimeWindow(0, 1)
