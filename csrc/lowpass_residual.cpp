@@ -15,6 +15,9 @@ namespace {
 // save.
 constexpr int64_t kWorthFolding = 5;
 
+// A leaf is split while it has so many coefficients.
+constexpr int64_t kWorthSplitting = 12;
+
 // Columns of narrow planes that are transformed side by side: enough to fill the vectors, and they stay in
 // the cache.
 constexpr int64_t kNarrow = 128, kColumns = 512;
@@ -27,13 +30,14 @@ constexpr int64_t kStreamBytes = 4 << 20;
 template <class Real>
 class AxisTables {
  public:
-  // `basis` [size, coefficients]: constant, cosine and sine of u = 1, 2, ..., `(-1)^n` at size / 2.
-  AxisTables(const Real* basis, int64_t size, int64_t coefficients)
-      : basis_(basis), coefficients_(coefficients) {
+  // `basis` [size, coefficients or more]: constant, cosine and sine of u = 1, 2, ..., `(-1)^n` at size / 2.
+  AxisTables(const Tensor& basis, int64_t coefficients)
+      : basis_(basis.const_data_ptr<Real>()), basis_stride_(basis.size(1)), coefficients_(coefficients) {
+    const int64_t size = basis.size(0);
     axis.size = size;
     axis.coefficients = coefficients;
     place.resize(coefficients);
-    tables_.resize(kMaxLeaves);
+    tables_.resize(kMaxLeaves * kMaxParts);
     // Left to fold, for the multiples of `step`: rows 0 to period / 2 (cosines), the last (period - 1) / 2
     // (sines).
     int64_t period = size, step = 1;
@@ -52,14 +56,14 @@ class AxisTables {
         add_mirror(0, half, pairs);
         add_mirror(size - half + 1, size - 1, pairs - 1);
       }
-      add_leaf(half / 2 + 1, pairs, step, 2 * step, 1);
-      add_leaf(size - half + 1, half / 2, step, 2 * step, 0);
+      const int64_t symmetric = period % 4 == 0 ? period / 4 : 0;
+      add_leaf(half / 2 + 1, pairs, step, 2 * step, 1, symmetric);
+      add_leaf(size - half + 1, half / 2, step, 2 * step, 0, symmetric);
       period = half;
       step *= 2;
     }
-    add_leaf(0, period / 2 + 1, 0, step, 1);
-    add_leaf(size - (period - 1) / 2, (period - 1) / 2, step, step, 0);
-    for (int64_t l = 0; l < axis.num_leaves; ++l) axis.leaves[l].table = tables_[l].data();
+    add_leaf(0, period / 2 + 1, 0, step, 1, 0);
+    add_leaf(size - (period - 1) / 2, (period - 1) / 2, step, step, 0, 0);
   }
   AxisTables(const AxisTables&) = delete;
 
@@ -71,33 +75,81 @@ class AxisTables {
     axis.mirrors[axis.num_mirrors++] = {first, last, count};
   }
 
-  // The cosines or sines of the frequencies first, first + step, ...
-  void add_leaf(int64_t first_row, int64_t rows, int64_t first, int64_t step, int64_t cosine) {
+  // The cosines or sines of the frequencies first, first + step, ... Where they are odd multiples of `first`,
+  // there are `symmetric` of them in all, and number symmetric - 1 - k is number k with signs that alternate
+  // from row to row.
+  void add_leaf(int64_t first_row, int64_t rows, int64_t first, int64_t step, int64_t cosine,
+                int64_t symmetric) {
     std::vector<int64_t> columns;
     for (int64_t u = first; 2 * u - cosine < coefficients_; u += step)
       columns.push_back(u == 0 ? 0 : 2 * u - cosine);
-    const int64_t count = columns.size();
-    std::vector<Real>& table = tables_[axis.num_leaves];
+    const int64_t count = columns.size(), end = first_row + rows;
+    Leaf& leaf = axis.leaves[axis.num_leaves++];
+    leaf.first = axis.room;
+    leaf.count = count;
+
+    // How many coefficients all rows tell apart, every second row, every fourth, and so on.
+    std::vector<int64_t> sizes = {symmetric};
+    while (symmetric >= kWorthSplitting && sizes.size() < kMaxParts) {
+      const int64_t size = sizes.back();
+      sizes.push_back(size - size / 2);
+      if (size % 2 != 0 || size / 2 < kWorthSplitting) break;
+    }
+    if (count <= sizes.back()) sizes.resize(1);  // nothing that a split would save
+    const int64_t splits = sizes.size() - 1;
+    const int64_t smallest = splits > 0 ? sizes.back() : count, coarsest = int64_t{1} << splits;
+    // A difference is that of the rows between less that of the others: minus cosine number K - 1 - k. A
+    // coefficient may have any sign, as long as the way back has the same.
+    std::vector<Real> sign(std::max(count, symmetric), 1);
+    add_part(leaf, columns, sign, first_row, end, coarsest, 0, smallest, smallest);
+    for (int64_t split = splits - 1; split >= 0; --split) {
+      const int64_t size = sizes[split];
+      // The one in the middle is 0 in the rows between for cosines, and in the others for sines.
+      add_part(leaf, columns, sign, first_row, end, int64_t{2} << split, int64_t{1} << split, size,
+               cosine ? size / 2 : size - size / 2);
+      for (int64_t k = 0; k < size / 2 && cosine; ++k) sign[size - 1 - k] = -sign[k];
+    }
+
+    for (int64_t j = 0; j < count; ++j) place[columns[j]] = axis.room + j;
+    int64_t p = 0;
+    while (leaf.parts[p].size < count) ++p;
+    axis.room += p == 0 ? count : leaf.parts[p].size;
+  }
+
+  // The rows in [first_row, end) whose numbers are `rest` modulo `step`.
+  void add_part(Leaf& leaf, const std::vector<int64_t>& columns, const std::vector<Real>& sign,
+                int64_t first_row, int64_t end, int64_t step, int64_t rest, int64_t size, int64_t count) {
+    const int64_t first = first_row + ((rest - first_row) % step + step) % step;
+    count = std::min<int64_t>(count, columns.size());
+    const int64_t rows = first < end ? (end - first + step - 1) / step : 0;
+    std::vector<Real>& table = tables_[(axis.num_leaves - 1) * kMaxParts + leaf.num_parts];
     table.resize(rows * count);
     for (int64_t row = 0; row < rows; ++row)
       for (int64_t j = 0; j < count; ++j)
-        table[row * count + j] = basis_[(first_row + row) * coefficients_ + columns[j]];
-    for (int64_t j = 0; j < count; ++j) place[columns[j]] = used_ + j;
-    axis.leaves[axis.num_leaves++] = {first_row, rows, used_, count, nullptr};
-    used_ += count;
+        table[row * count + j] = sign[j] * basis_[(first + row * step) * basis_stride_ + columns[j]];
+    leaf.parts[leaf.num_parts++] = {first, step, rows, size, count, table.data()};
   }
 
   const Real* basis_;
-  int64_t coefficients_, used_ = 0;
+  int64_t basis_stride_, coefficients_;
   std::vector<std::vector<Real>> tables_;
 };
 
 template <class Real>
 void run(LowpassResidualArgs& args, int64_t batch, const Tensor& band, const Tensor& row_basis,
          const Tensor& column_basis) {
-  const AxisTables<Real> height(row_basis.const_data_ptr<Real>(), row_basis.size(0), row_basis.size(1));
-  const AxisTables<Real> width(column_basis.const_data_ptr<Real>(), column_basis.size(0),
-                               column_basis.size(1));
+  // A scheduled band has a table for its largest radius; frequencies beyond the last 1 need no transform.
+  const float* table = band.const_data_ptr<float>();
+  const int64_t table_rows = band.size(0), table_columns = band.size(1);
+  int64_t rows = 1, columns = 1;
+  for (int64_t u = 0; u < table_rows; ++u) {
+    int64_t v = table_columns;
+    while (v > 0 && table[u * table_columns + v - 1] == 0) --v;
+    if (v > 0) rows = u + 1;
+    columns = std::max(columns, v);
+  }
+  const AxisTables<Real> height(row_basis, std::min(2 * rows - 1, row_basis.size(1)));
+  const AxisTables<Real> width(column_basis, std::min(2 * columns - 1, column_basis.size(1)));
   args.height = height.axis;
   args.width = width.axis;
   args.lane_place = height.place.data();
@@ -108,13 +160,12 @@ void run(LowpassResidualArgs& args, int64_t batch, const Tensor& band, const Ten
   args.column_stride = row_stride(args.planes * (args.width.size + 15));
   args.lane_stride = row_stride(args.planes * lanes);
 
-  const float* table = band.const_data_ptr<float>();
-  std::vector<Real> mask(args.width.coefficients * args.lane_stride);
-  std::vector<int64_t> reach(args.width.coefficients);
+  std::vector<Real> mask(args.width.room * args.lane_stride);
+  std::vector<int64_t> reach(args.width.room);
   for (int64_t column = 0; column < args.width.coefficients; ++column) {
     Real* row = mask.data() + width.place[column] * args.lane_stride;
     for (int64_t lane = 0; lane < lanes; ++lane) {
-      row[lane] = table[(lane + 1) / 2 * band.size(1) + (column + 1) / 2];
+      row[lane] = table[(lane + 1) / 2 * table_columns + (column + 1) / 2];
       if (row[lane] != 0) reach[width.place[column]] = lane + 1;
     }
     for (int64_t plane = 1; plane < args.planes; ++plane) std::copy(row, row + lanes, row + plane * lanes);

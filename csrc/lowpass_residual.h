@@ -10,10 +10,6 @@
 
 #include "folded_axis.h"
 
-#if defined(FASTUNLEARN_ISA) && defined(__SSE2__)
-#include <immintrin.h>
-#endif
-
 namespace fastunlearn {
 
 struct LowpassResidualArgs {
@@ -28,8 +24,8 @@ struct LowpassResidualArgs {
   double inside, outside;
   FoldedAxis height, width;
   const int64_t* lane_place;           // [height.coefficients]: lane, by frequency -> place among the leaves
-  const void* mask;                    // [width.coefficients, lane_stride]: 0 or 1, once for each plane
-  const int64_t* reach;                // [width.coefficients]: lanes of a plane up to the last 1 of the mask
+  const void* mask;                    // [width.room, lane_stride]: 0 or 1, once for each plane
+  const int64_t* reach;                // [width.room]: lanes of a plane up to the last 1 of the mask
   int64_t planes;                      // that are transformed side by side
   int64_t column_stride, lane_stride;  // `row_stride` of their columns and lanes
   double* energy;                      // [B, C], without the weight
@@ -42,8 +38,8 @@ constexpr int64_t row_stride(int64_t columns) { return ((columns + 31) / 16 | 1)
 
 constexpr int64_t lowpass_scratch(const LowpassResidualArgs& args) {
   const int64_t longest = args.height.size > args.width.size ? args.height.size : args.width.size;
-  return (longest + args.width.coefficients + 3 * args.height.size) * kMaxBlock +
-         args.height.coefficients * args.column_stride + args.lane_stride;
+  return (longest + args.width.room + 3 * args.height.size) * kMaxBlock +
+         args.height.room * args.column_stride + args.lane_stride;
 }
 
 }  // namespace fastunlearn
@@ -79,11 +75,10 @@ class Planes {
   Planes(const LowpassResidualArgs& args, int64_t first, int64_t count, int64_t next)
       : args_(args), first_(first), count_(count) {
     const int64_t longest = larger(args.height.size, args.width.size);
-    block_ = static_cast<Real*>(args.scratch);     // [H or W, lanes of the block]
-    coefficients_ = block_ + longest * kMaxBlock;  // [height.coefficients, column_stride]
-    spectrum_ =
-        coefficients_ + args.height.coefficients * args.column_stride;  // [width.coefficients, kMaxBlock]
-    converted_ = spectrum_ + args.width.coefficients * kMaxBlock;       // [3, H, kMaxBlock]
+    block_ = static_cast<Real*>(args.scratch);                          // [H or W, lanes of the block]
+    coefficients_ = block_ + longest * kMaxBlock;                       // [height.room, column_stride]
+    spectrum_ = coefficients_ + args.height.room * args.column_stride;  // [width.room, kMaxBlock]
+    converted_ = spectrum_ + args.width.room * kMaxBlock;               // [3, H, kMaxBlock]
     energy_ = converted_ + 3 * args.height.size * kMaxBlock;            // [lanes]
     for (int64_t l = 0; l < args.height.num_leaves; ++l) all_[l] = args.height.leaves[l].count;
     if (next > 0) {
@@ -191,8 +186,8 @@ class Planes {
       for (int64_t n = 0; n < args_.height.size; ++n) {
         const Real *xn = x.row(n), *yn = y.row(n);
         Real* r = block_ + n * stride + (p - block.plane) * block.columns;
-#pragma omp simd
-        for (int64_t w = 0; w < block.columns; ++w) r[w] = xn[w] - yn[w];
+        for_row<Real>(block.columns,
+                      [&](int64_t w, auto load, auto store) { store(r + w, load(xn + w) - load(yn + w)); });
       }
     }
   }
@@ -287,20 +282,31 @@ class Planes {
       for (int64_t w = 0; w < columns; w += kLanes<Real>)
         stream_vector<Real>(out + w, of_band * load_vector(projected + w));
     } else {
-#pragma omp simd
-      for (int64_t w = 0; w < columns; ++w) out[w] = of_band * projected[w];
+      for_row<Real>(columns,
+                    [&](int64_t w, auto load, auto store) { store(out + w, of_band * load(projected + w)); });
     }
   }
 
   Real write_all(const Real* x, const Real* y, const Real* projected, int64_t columns, Real of_band,
                  Real of_rest, Real* out) {
     Real energy = 0;
+#ifdef __AVX512F__
+    // A reduction by the compiler adds up the end of a row, less than a vector, number by number.
+    Vector<Real> energies = {};
+    for_row<Real>(columns, [&](int64_t w, auto load, auto store) {
+      const Vector<Real> kept = load(projected + w), rest = load(x + w) - load(y + w) - kept;
+      store(out + w, of_band * kept + of_rest * rest);
+      energies += rest * rest;
+    });
+    for (int64_t lane = 0; lane < kLanes<Real>; ++lane) energy += energies[lane];
+#else
 #pragma omp simd reduction(+ : energy)
     for (int64_t w = 0; w < columns; ++w) {
       const Real rest = x[w] - y[w] - projected[w];
       out[w] = of_band * projected[w] + of_rest * rest;
       energy += rest * rest;
     }
+#endif
     return energy;
   }
 
