@@ -35,7 +35,7 @@ MASKS = {
     "soft high": LowPass(0.5, band="high", high_frequency_weight=0.3),
 }
 # Even and odd sizes, powers of two and primes, narrow and wide, one block of columns and several, planes side
-# by side and planes split.
+# by side and planes split; odd multiples of a frequency split once (52), twice (96) and not at all (28).
 SHAPES = [
     (16, 1, 8, 8),
     (9, 2, 28, 28),
@@ -46,6 +46,7 @@ SHAPES = [
     (8, 1, 12, 130),
     (8, 1, 67, 40),
     (3, 3, 64, 64),
+    (4, 2, 96, 52),
 ]
 
 
@@ -198,6 +199,20 @@ def test_a_sample_does_not_depend_on_its_neighbours(name, isa):
     assert spoilt[1][11].isnan().all()
     assert torch.equal(spoilt[0][others], energy[others])
     assert torch.equal(spoilt[1][others], gradient[others])
+
+
+@needs_extension
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("shape", [(9, 2, 28, 28), (3, 3, 64, 64), (4, 2, 96, 52)])
+def test_a_table_may_be_larger_than_its_band(shape, isa):
+    """As a scheduled band's is: zeros beyond the last 1 change no bit."""
+    (small, *values), images = MASKS["soft"].mask(*shape[2:]), inputs(shape)
+    large = torch.zeros(shape[2] // 2 + 1, shape[3] // 2 + 1)
+    large[: small.shape[0], : small.shape[1]] = small
+    with kernel(isa):
+        expected = lowpass_residual(*images, small, *values)
+        actual = lowpass_residual(*images, large, *values)
+    assert all(torch.equal(one, two) for one, two in zip(expected, actual, strict=True))
 
 
 @needs_extension
