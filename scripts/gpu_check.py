@@ -123,7 +123,7 @@ class Compilations:
         self._running = []
 
 
-KERNELS, RETRACK, MORE_STEPS = 70, 75, 90  # limits, in seconds, of what is timed
+KERNELS, RETRACK, BANDED, MORE_STEPS = 70, 75, 30, 90  # limits, in seconds, of what is timed
 # The faster one on both GPUs that were measured (bench/results/ladder.md). Where a run finds the other one
 # faster, it times nothing compiled.
 COMPILED_LAYOUT = "contiguous"
@@ -242,7 +242,7 @@ def take_stages(check: Check, wanted: list[str], scratch: Path, cache: Path) -> 
         if "e" in wanted:
             sanitize(check, "memcheck", 60)
             sanitize(check, "racecheck", 30)
-        timed = KERNELS * ("c" in wanted) + RETRACK * len(precisions()) * ("d" in wanted)
+        timed = KERNELS * ("c" in wanted) + (RETRACK * len(precisions()) + BANDED) * ("d" in wanted)
         compilations.finish("e", min(check.share(120), check.spare(timed)))
         if "c" in wanted:
             command = [*bench, *KERNEL_BENCHMARKS, "--seconds", "0.4"]
@@ -256,6 +256,10 @@ def take_stages(check: Check, wanted: list[str], scratch: Path, cache: Path) -> 
                 name = f"ReTrack step, {precision}"
                 check.stage("d", name, RETRACK, command, measures="steps", clears=clears)
                 clears = []
+            name = f"lowpass_step_{check.device}.json"
+            command = [sys.executable, "-m", "bench.lowpass_step", "--gpu", "--json", str(check.out / name)]
+            command += ["--case", "tiny" if DRY else "mnist", "retrack", "--seconds", "0.1" if DRY else "8"]
+            check.stage("d", "a band in a step, bfloat16", BANDED, command, clears=[name])
         if "f" in wanted and check.spare(3 * MORE_STEPS) > LEAST:
             compilations.begin("siss", ("bfloat16",))
             compilations.finish("f", min(check.share(60), check.spare(3 * MORE_STEPS)))
