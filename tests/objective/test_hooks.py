@@ -362,3 +362,42 @@ def test_rescale_takes_a_unit_out_of_importance_weights_alone():
     assert Rescale(1.0).unit(weights) == 3e-300
     assert Rescale(1.0).unit([*weights, torch.tensor([2.0], dtype=torch.float64)]) == 2
     assert Rescale(1.0).unit([]) is None
+
+
+@pytest.mark.parametrize("rows", [None, 1])
+def test_an_objective_is_told_the_elements_of_an_image(world, rows):
+    """In the call that learns from the rows, and where rows of several calls are tied together."""
+    told = []
+
+    class Told(Whole):
+        def objective(self, losses, reference, elements):
+            told.append(elements)
+            return super().objective(losses, reference, elements)
+
+    method_step(Told(), world.model, None, SCHEDULE, **world.images, draws=world.own, micro_batch_size=rows)
+    assert told == [1 * 8 * 8]
+
+
+@pytest.mark.parametrize("rows", [None, 2])
+def test_a_reference_sees_the_passes_that_are_compared_alone(world, rows):
+    seen = []
+
+    class ForgetAlone(Rows):
+        compared = frozenset({"forget"})
+
+        def compose(self, batch, draws, schedule):
+            (whole,) = super().compose(batch, draws, schedule)
+            return [whole.only(term.rows) for term in whole.terms]
+
+        def objective(self, losses, reference, elements):
+            seen.append((set(losses), set(reference)))
+            return super().objective(losses, reference, elements)
+
+    options = {"draws": world.own, "reference_model": world.reference}
+    _, ours = gradient_of(
+        ForgetAlone(), world.model, SCHEDULE, **world.images, **options, micro_batch_size=rows
+    )
+    parts = 1 if rows is None else 3
+    assert seen == parts * [({"forget"}, {"forget"})] + parts * [({"retain"}, set())]
+    _, expected = gradient_of(Rows(), world.model, SCHEDULE, **world.images, **options)
+    assert relative_l2([ours], [expected]) <= 1e-12
