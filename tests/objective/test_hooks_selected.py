@@ -64,7 +64,7 @@ def test_an_objective_sees_the_losses_of_the_band_in_the_window(world, method, r
     losses = losses_in_the_band(world, world.model, draws)
     with torch.no_grad():
         reference = losses_in_the_band(world, world.reference, draws)
-    found = method.objective(losses, reference if options else {})
+    found = method.objective(losses, reference if options else {}, 8 * 8)
     values = {name: sum(each.mean() for each in own.values()) for name, own in found.items()}
     if isinstance(method.combine, Rescale):
         expected = world_rescaled(world, values, method.combine.scaling_norm)
