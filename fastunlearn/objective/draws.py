@@ -134,8 +134,14 @@ class TimeLogRatio:
         """The ratio, from what else has been drawn."""
         if self.forget is None or self.retain is None:
             return None
-        picked = known["from_forget"], known["forget_timesteps"], known["retain_timesteps"]
-        return time.log_ratio_of(torch.where(*picked), self.forget, self.retain, num_timesteps)
+        timesteps = torch.where(known["from_forget"], known["forget_timesteps"], known["retain_timesteps"])
+        ratio = time.log_ratio_of(timesteps, self.forget, self.retain, num_timesteps)
+        # Given ones: elsewhere than on a CPU their step is not finite, and skipped.
+        if ratio is not None and check.readable(ratio) and ratio.isnan().any():
+            never = int(timesteps[ratio.isnan()][0])
+            expected = f"expected timesteps that a branch draws ({self.forget}, {self.retain})"
+            raise ValueError(f"draws: {expected}, got t = {never}")
+        return ratio
 
 
 Draw = Time | Normal | Uniform | Bernoulli | Same | TimeLogRatio
@@ -319,12 +325,24 @@ def validate(
             check.vector(name, timesteps, len(batch), batch.device, floating=False)
             if check.readable(timesteps):
                 schedule.check_timesteps(name, timesteps)
+                _check_drawn(name, timesteps, wanted, len(schedule))
     if draws.uniform_target is not None:
         check.like("draws.uniform_target", draws.uniform_target, "forget", forget)
     if draws.from_forget is not None:
         _check_chosen(draws.from_forget, forget)
     if draws.time_log_ratio is not None:
         check.vector("draws.time_log_ratio", draws.time_log_ratio, len(forget), forget.device)
+
+
+def _check_drawn(name: str, timesteps: Tensor, wanted: dict[str, Draw], num_timesteps: int) -> None:
+    """Refuses given timesteps that their branch never draws. In a mixture a row may be the other branch's."""
+    how = wanted.get(name.removeprefix("draws."))
+    mixed = any(isinstance(each, Bernoulli) for each in wanted.values())
+    if mixed or not isinstance(how, Time) or how.density is None or how.density == time.UNIFORM:
+        return
+    never = timesteps[how.density.drawn(num_timesteps)[timesteps.cpu().long()] == 0]
+    if len(never):
+        raise ValueError(f"{name}: expected timesteps of {how.density}, got t = {int(never[0])}")
 
 
 def _check_noise(name: str, noise: Tensor | Noise | None, branch: str, batch: Tensor | Rows | None) -> None:

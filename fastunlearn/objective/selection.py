@@ -76,7 +76,13 @@ class Selection:
         for branch, name in ARGUMENTS.items():
             chosen = getattr(self, name)
             found[branch] = default_density(schedule) if chosen is None else chosen
-        return found | _own_densities(method)
+        own = _own_densities(method)
+        # Two images that share a timestep share what the method itself draws it from, too.
+        for name, how in method.draws().items():
+            branch = name.removesuffix("_timesteps")
+            if isinstance(how, Same) and name in TIMESTEPS and getattr(self, ARGUMENTS[branch]) is None:
+                found[branch] = own.get(how.name.removesuffix("_timesteps"), found[branch])
+        return found | own
 
     def draws_of(self, method: Method, schedule: NoiseSchedule) -> dict[str, Draw]:
         """What `method` draws, with the densities of its timesteps.
@@ -92,8 +98,9 @@ class Selection:
             if isinstance(how, Time):
                 wanted[name] = Time(how.branch, densities.get(how.branch))
                 # A pair draws once: in strata, where either branch has them.
-                if name in shared and not apart and isinstance(densities["retain"], time.Stratified):
-                    wanted[name] = Time(how.branch, densities["retain"])
+                if name in shared and not apart:
+                    in_strata = [each for each in densities.values() if isinstance(each, time.Stratified)]
+                    wanted[name] = Time(how.branch, next(iter(in_strata), densities[how.branch]))
             elif isinstance(how, Same) and name in TIMESTEPS and apart:
                 branch = name.removesuffix("_timesteps")
                 wanted[name] = Time(branch, densities[branch])
@@ -125,7 +132,10 @@ class Selection:
         densities = self.densities(method, schedule)
         for branch, density in densities.items():
             name = f"{type(method).__name__}.draws" if branch in own else ARGUMENTS[branch]
-            _check_fits(name, density, len(schedule))
+            _check_tables(name, density, len(schedule))
+            if self.loss_weight is not None and branch in method.needs:
+                self._check_counted(name, density, schedule)
+        _check_covered(self.draws_of(method, schedule), len(schedule))
         if has_own_objective(method):
             self._check_unweighted(method, densities)
 
@@ -143,6 +153,13 @@ class Selection:
                 expected = f"{type(method).__name__} draws its {branch} timesteps from {own[branch]}"
             if expected is not None:
                 raise ValueError(f"{name}: expected None ({expected}), got {chosen}")
+
+    def _check_counted(self, name: str, density: Density, schedule: NoiseSchedule) -> None:
+        """A weight of 0 at every timestep that is drawn would be a run of zeros."""
+        weights = schedule.loss_weight(self.loss_weight, gamma=self.snr_gamma).nan_to_num(nan=0.0)
+        if not (density.drawn(len(schedule)) * weights).any():
+            expected = f"expected one that is above 0 at a timestep of {name}, {density}"
+            raise ValueError(f"loss_weight: {expected}, got {self.loss_weight!r}, which is 0 at all of them")
 
     def _check_unweighted(self, method: Method, densities: dict[str, Density]) -> None:
         why = f"{type(method).__name__} makes more of its losses than a weighted sum"
@@ -204,10 +221,9 @@ def _check_mask(lowpass: LowPass, height: int, width: int, total_steps: int | No
         raise ValueError(f"lowpass: {error}") from None
 
 
-@functools.lru_cache(maxsize=64)
-def _check_fits(name: str, density: Density, num_timesteps: int) -> None:
+def _check_tables(name: str, density: Density, num_timesteps: int) -> None:
     try:
-        density.table(num_timesteps)
+        time.check_tables(density, num_timesteps)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 
@@ -217,5 +233,23 @@ def _own_densities(method: Method) -> dict[str, Density]:
     own = {}
     for how in method.draws().values():
         if isinstance(how, Time) and how.density is not None:
-            own[how.branch] = how.density
+            own[how.branch] = time.check_density(f"{type(method).__name__}.draws", how.density)
     return own
+
+
+def _check_covered(wanted: dict[str, Draw], num_timesteps: int) -> None:
+    """Where a mixture draws one branch alone, no weight can make up for timesteps that only the other has.
+
+    Raises:
+        ValueError: naming the density of the other branch.
+    """
+    for how in wanted.values():
+        chance = getattr(wanted.get("from_forget"), "probability", None)
+        if not isinstance(how, TimeLogRatio) or how.forget is None or chance not in (0, 1):
+            continue
+        alone, other = ("forget", "retain") if chance == 1 else ("retain", "forget")
+        tables = {branch: getattr(how, branch).drawn(num_timesteps) for branch in (alone, other)}
+        if ((tables[other] > 0) & (tables[alone] == 0)).any():
+            expected = f"expected timesteps of {ARGUMENTS[alone]}, from whose branch alone x_t is drawn"
+            got = f"{getattr(how, other)} beside {getattr(how, alone)}"
+            raise ValueError(f"{ARGUMENTS[other]}: {expected}, got {got}")

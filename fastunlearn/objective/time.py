@@ -21,6 +21,8 @@ from ..host.philox import FRACTION_BITS
 from ..host.tables import on_device
 from .schedule import NoiseSchedule
 
+LARGEST_ERROR = 1e-9  # of the sum of probabilities: what float64 loses over 10^6 of them
+
 
 class Density:
     """Base of the densities: frozen dataclasses, equal where their numbers are."""
@@ -287,12 +289,37 @@ class Stratified(Density):
 def check_density(name: str, value) -> Density:
     """
     Raises:
-        TypeError: naming `name`, for what is no density.
+        TypeError: naming `name`, for what is no density, or cannot be told from others by its numbers.
     """
     if not isinstance(value, Density):
         expected = "expected a density of timesteps (Uniform(), TimeWindow(...), LogitNormal(...), ...)"
         raise TypeError(f"{name}: {expected}, got {check.describe(value)}")
+    try:
+        hash(value)
+    except TypeError:
+        expected = "expected a density that is hashable (a frozen dataclass of numbers)"
+        raise TypeError(f"{name}: {expected}, got {check.describe(value)}") from None
     return value
+
+
+@functools.lru_cache(maxsize=64)
+def check_tables(density: Density, num_timesteps: int) -> None:
+    """Whether `density` has probabilities for a schedule of that length. Read once for each of both.
+
+    Raises:
+        TypeError, ValueError: naming the table of a density that has none.
+    """
+    for name in ("table", "drawn", "weights"):
+        table = getattr(density, name)(num_timesteps)
+        if not isinstance(table, Tensor) or table.dtype != torch.float64 or table.shape != (num_timesteps,):
+            expected = f"expected float64 of shape ({num_timesteps},)"
+            raise ValueError(f"{name}: {expected}, got {check.describe(table)} of {type(density).__name__}")
+        if not torch.isfinite(table).all() or (table < 0).any():
+            expected = "expected finite numbers >= 0"
+            raise ValueError(f"{name}: {expected}, got others in that of {density}")
+        total = float(table.sum())
+        if name != "weights" and abs(total - 1) > LARGEST_ERROR:
+            raise ValueError(f"{name}: expected probabilities that add up to 1, got {total:.6g} of {density}")
 
 
 def log_ratio(forget: Density, retain: Density, num_timesteps: int) -> Tensor:

@@ -32,6 +32,7 @@ from fastunlearn.objective.draws import Time
 from fastunlearn.objective.frequency import Mask
 from fastunlearn.objective.protocol import Pass, Term
 from fastunlearn.objective.selection import Selection
+from fastunlearn.objective.time import Density
 from fastunlearn.reference.mixture import mixture
 from fastunlearn.reference.redirect import neighbor_noise
 from fastunlearn.testing.budgets import relative_l2
@@ -676,3 +677,126 @@ def test_a_pair_is_drawn_in_strata_where_either_branch_has_them(branch):
     timesteps = drawn_in_a_step(SISS(variant="no_is"), 50, **{branch: Stratified(Uniform())})
     assert torch.equal(timesteps[:50], timesteps[50:])
     assert sorted((timesteps[:50] // 20).tolist()) == list(range(50))
+
+
+# --- densities that cannot be right -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lambd", [0, 1])
+def test_a_mixture_of_one_branch_alone_covers_the_timesteps_of_the_other(lambd):
+    """No weight makes up for what is never drawn."""
+    alone, other = ("retain_density", "time_window") if lambd == 0 else ("time_window", "retain_density")
+    method, text = (
+        SISS(lambd),
+        rf"^{other}: expected timesteps of {alone}, from whose branch alone x_t is drawn",
+    )
+    for options in ({alone: WINDOW}, {alone: WINDOW, other: TimeWindow(0, 100)}):
+        with pytest.raises(ValueError, match=text):
+            drawn_in_a_step(method, **options)
+        with pytest.raises(ValueError, match=text):
+            unlearner(method, **options)
+    drawn_in_a_step(method, **{other: WINDOW})
+    drawn_in_a_step(method, **{alone: TimeWindow(0, T, 0.5), other: WINDOW})
+
+
+@pytest.mark.parametrize("lambd", [0.0, 1.0])
+def test_a_mixture_of_one_branch_alone_is_unbiased_where_it_covers_both(lambd, monkeypatch):
+    monkeypatch.setattr(f"{__name__}.LAMBD", lambd)
+    covered, covering = TimeWindow(4, 8), Uniform()
+    assert deviations((covered, covering) if lambd == 0 else (covering, covered)).abs().max() < 5
+
+
+@dataclass(frozen=True)
+class Own(Density):
+    """A density of a user's."""
+
+    numbers: tuple[float, ...]
+
+    def table(self, num_timesteps):
+        return torch.tensor(self.numbers, dtype=torch.float64)
+
+
+EVEN = (1 / T,) * T
+BAD_TABLES = {
+    "too large": ((1.0,) * T, r"table: expected probabilities that add up to 1, got 1000 of Own"),
+    "too short": (EVEN[:10], r"table: expected float64 of shape \(1000,\), got .* of Own"),
+    "below zero": ((-1 / T, 2 / T, *EVEN[2:]), r"table: expected finite numbers >= 0"),
+    "nothing": ((0.0,) * T, r"table: expected probabilities that add up to 1, got 0 of Own"),
+    "no numbers": ((math.nan, *EVEN[1:]), r"table: expected finite numbers >= 0"),
+}
+
+
+@pytest.mark.parametrize(("numbers", "text"), BAD_TABLES.values(), ids=BAD_TABLES)
+def test_tables_that_are_no_probabilities_are_refused(numbers, text):
+    for make in (drawn_in_a_step, unlearner):
+        with pytest.raises(ValueError, match=f"^time_window: {text}"):
+            make(NegGrad(), time_window=Own(numbers))
+    assert len(drawn_in_a_step(NegGrad(), time_window=Own(EVEN))) == 64
+
+
+def test_a_window_whose_numbers_overflow_is_refused():
+    with pytest.raises(ValueError, match=r"^time_window: table: expected "):
+        drawn_in_a_step(NegGrad(), time_window=TimeWindow(0, 10, outside=1e308))
+
+
+def test_what_cannot_be_told_apart_by_its_numbers_is_no_density():
+    @dataclass
+    class Changing(Density):
+        numbers: list
+
+    with pytest.raises(TypeError, match=r"^time_window: expected a density that is hashable"):
+        drawn_in_a_step(NegGrad(), time_window=Changing([1]))
+
+    class Wrong(NegGrad):
+        def draws(self):
+            return draw.FORGET | {"forget_timesteps": Time("forget", (750, 1000))}
+
+    with pytest.raises(TypeError, match=r"^Wrong.draws: expected a density of timesteps .*, got tuple"):
+        drawn_in_a_step(Wrong())
+
+
+def test_a_pair_shares_what_its_method_draws_a_timestep_from():
+    class Late(SISS):
+        def draws(self):
+            return super().draws() | {"forget_timesteps": Time("forget", TimeWindow(750, 1000))}
+
+    assert (drawn_in_a_step(Late()) >= 750).all()
+    timesteps = drawn_in_a_step(Late(variant="no_is"))
+    assert torch.equal(timesteps[:64], timesteps[64:])
+    apart = drawn_in_a_step(Late(variant="no_is"), retain_density=Uniform())
+    assert (apart < 750).any()
+
+
+@pytest.mark.parametrize("branch", ["time_window", "retain_density"])
+def test_a_pair_that_is_tied_the_other_way_round_has_its_strata(branch):
+    class Turned(SISS):
+        def draws(self):
+            tied = {"forget_timesteps": draw.Same("retain_timesteps"), "retain_timesteps": Time("retain")}
+            return super().draws() | tied
+
+    timesteps = drawn_in_a_step(Turned(), 50, **{branch: Stratified(Uniform())})
+    assert sorted((timesteps // 20).tolist()) == list(range(50))
+
+
+def test_given_timesteps_that_are_never_drawn_are_refused(world):
+    for method, options, text in (
+        (NegGrad(), {"time_window": WINDOW}, r"^draws.forget_timesteps: expected timesteps of TimeWindow"),
+        (Vanilla(), {"retain_density": WINDOW}, r"^draws.retain_timesteps: expected timesteps of TimeWindow"),
+        (
+            SISS(), {"time_window": WINDOW, "retain_density": TimeWindow(300, 700)},
+            r"^draws: expected timesteps that a branch draws .*, got t = 40",
+        ),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=text):
+            world.step(method, **options)
+
+
+def test_a_weight_that_is_nothing_at_every_timestep_is_refused():
+    """Zero terminal SNR, at the last timestep alone."""
+    levels = torch.linspace(1, 0, T + 1, dtype=torch.float64)[1:]
+    schedule = NoiseSchedule.from_alphas_cumprod(levels, prediction_type="v_prediction")
+    text = r"^loss_weight: expected one that is above 0 at a timestep of time_window, TimeWindow\(start=999"
+    options = {"schedule": schedule, "loss_weight": "min_snr", "time_window": TimeWindow.last(schedule)}
+    for make in (drawn_in_a_step, unlearner):
+        with pytest.raises(ValueError, match=text):
+            make(NegGrad(), **options)
