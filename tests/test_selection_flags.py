@@ -307,6 +307,16 @@ def test_what_does_not_fit_names_its_flag(name: str):
     assert str(refusal.value).startswith(message)
 
 
+@pytest.mark.parametrize("name", ["middle", "late"])
+@pytest.mark.parametrize("branch", ["forget", "retain"])
+def test_quarters_of_a_schedule_without_any_name_their_flag(branch: str, name: str):
+    flag = f"--{branch}_timesteps"
+    message = rf"^{flag}: expected an integer >= 4 \(the timesteps of a schedule\), got 3$"
+    with pytest.raises(ValueError, match=message):
+        chosen(flag, name, schedule=linear_schedule(3))
+    assert chosen(flag, "last", schedule=linear_schedule(3)) != Selection()
+
+
 def test_weights_of_a_method_with_an_objective_of_its_own_name_their_flag():
     """What the library refuses of such a method, by the names of its arguments."""
     for flags, named in (

@@ -135,7 +135,7 @@ variance lower."""
         if chosen is None:
             return None
         options = {"outside": getattr(self, f"{flag}_outside"), "as_weight": self.timesteps_as_weight}
-        with called(start=flag, stop=flag, outside=f"{flag}_outside"):
+        with called(start=flag, stop=flag, of=flag, outside=f"{flag}_outside"):
             if isinstance(chosen, str):
                 return getattr(TimeWindow, chosen)(schedule, **options)
             return TimeWindow(*chosen, **options)

@@ -401,7 +401,8 @@ def _beyond(number: float) -> float:
 
 def _length(of: NoiseSchedule | int, least: int = 4) -> int:
     """How many timesteps there are; a window of a quarter needs four."""
-    return check.integer("of", len(of) if isinstance(of, NoiseSchedule) else of, low=least)
+    length = len(of) if isinstance(of, NoiseSchedule) else of
+    return check.integer("of", length, low=least, of="the timesteps of a schedule")
 
 
 def _index_of_equal_snr(bound: int, source: NoiseSchedule, target: NoiseSchedule) -> int:

@@ -624,7 +624,11 @@ def test_without_the_ratio_they_are_biased_by_a_known_amount(pair, parameters):
         (lambda: TimeWindow(0, 5, math.nan), ValueError, r"^outside: expected a finite number"),
         (lambda: TimeWindow(0, 5, "0"), TypeError, r"^outside: expected a number, got '0'"),
         (lambda: TimeWindow(0, 5, as_weight=1), TypeError, r"^as_weight: expected a bool, got 1"),
-        (lambda: TimeWindow.middle(3), ValueError, r"^of: expected an integer >= 4, got 3"),
+        (
+            lambda: TimeWindow.middle(3),
+            ValueError,
+            r"^of: expected an integer >= 4 \(the timesteps of a schedule\), got 3",
+        ),
         (lambda: TimeWindow.late("SD"), TypeError, r"^of: expected an integer, got 'SD'"),
         (lambda: LogitNormal(std=0), ValueError, r"^std: expected a finite number in \(0, inf\), got 0"),
         (lambda: LogitNormal(math.inf), ValueError, r"^mean: expected a finite number"),
@@ -678,6 +682,8 @@ def test_a_schedule_has_timesteps(length):
 
 
 def test_a_schedule_too_short_for_quarters_is_refused():
-    with pytest.raises(ValueError, match=r"^of: expected an integer >= 4, got 3"):
+    with pytest.raises(
+        ValueError, match=r"^of: expected an integer >= 4 \(the timesteps of a schedule\), got 3"
+    ):
         TimeWindow.middle(linear_schedule(3))
     assert TimeWindow.last(linear_schedule(1)) == TimeWindow(0, 1)
