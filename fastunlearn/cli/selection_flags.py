@@ -143,7 +143,7 @@ variance lower."""
 
 @dataclass(kw_only=True)
 class FrequencyFlags:
-    """Which spatial frequencies of its residual the forget term sees; radii are fractions of the highest."""
+    """Which spatial frequencies of its residual the forget term sees; radii are in --lowpass_unit."""
 
     lowpass: Annotated[tuple[float] | tuple[float, float] | None, unset("all", "RADIUS|FIRST LAST")] = None
     """Those within RADIUS, or, with --lowpass_schedule, within one that moves from FIRST to LAST."""
@@ -160,7 +160,7 @@ class FrequencyFlags:
     lowpass_kind: Literal["disc", "box"] = "disc"
     """disc: a frequency's length is compared with the radius. box: each of its two parts is."""
     lowpass_unit: Literal["nyquist", "bins"] = "nyquist"
-    """Of radii. bins: periods in an image."""
+    """Of radii. nyquist: fractions of the highest frequency. bins: periods in an image."""
     high_frequency_weight: float = 0.0
     """Factor of the residual's frequencies outside of the band."""
 
