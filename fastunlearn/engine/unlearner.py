@@ -26,7 +26,7 @@ from ..objective.frequency import LowPass
 from ..objective.parameters import ParameterRule
 from ..objective.schedule import NoiseSchedule
 from ..objective.selection import Selection, check_band
-from ..objective.time import Density
+from ..objective.time import Density, Stratified
 from ..step.agreement import bits_of, check_agreement
 from ..step.compilation import Compile, compile_seconds, resolve_compile
 from ..step.options import Settings, check_needs, check_reference, checked
@@ -102,7 +102,8 @@ class Unlearner:
         rules: what else is done to gradients and weights (`objective.parameters.ParameterRule`).
         time_window, retain_density, lowpass, loss_weight, snr_gamma: which timesteps and frequencies count,
             and how much, as in `retrack_step` (docs/selection.md). A `lowpass` with a schedule needs
-            `total_steps`. They are kept in `selection`, which may be replaced between steps.
+            `total_steps`. They are kept in `selection`, which may be replaced between steps, in every process
+            by the same.
 
     Raises:
         TypeError, ValueError: before any work, naming the argument, what was expected and what was given.
@@ -335,8 +336,7 @@ class Unlearner:
         compared = {}
         if isinstance(self.reference_model, torch.nn.Module):
             compared["weights of reference_model"] = bits_of(list(self.reference_model.parameters()))
-        densities = self.selection.densities(self.method, self.schedule).values()
-        compared["densities of timesteps"] = bits_of([each.table(len(self.schedule)) for each in densities])
+        compared["densities of timesteps"] = self._bits_of_densities()
         others = self.selection.lowpass, self.selection.loss_weight, self.selection.snr_gamma
         compared["lowpass or loss_weight"] = zlib.crc32(repr(others).encode())
         if self.selection.lowpass is not None and self.selection.lowpass.scheduled:
@@ -344,6 +344,14 @@ class Unlearner:
         numbers = {"seed": self.seed, "step": self.step_index, **rows, **compared}
         check_agreement(self.parameters, numbers, self.process_group)
         self._agreed = True
+
+    def _bits_of_densities(self) -> Tensor:
+        """Of what timesteps are drawn from, in strata or not, and of what their losses are multiplied by."""
+        length, tables = len(self.schedule), []
+        for density in self.selection.densities(self.method, self.schedule).values():
+            in_strata = torch.tensor([isinstance(density, Stratified)])
+            tables += [density.drawn(length), density.weights(length), in_strata]
+        return bits_of(tables)
 
     def _scheduler(self):
         """The learning-rate scheduler, in accelerate's wrapper if it came in one."""
@@ -425,6 +433,9 @@ class Unlearner:
     @property
     def selection(self) -> Selection:
         """Which timesteps and frequencies count. Another one holds from the next step on.
+
+        Processes that take steps together have to be given the same one between the same steps. The first
+        step compares what they begin with; later ones do not, since a comparison waits for all processes.
 
         Raises:
             TypeError, ValueError: on assignment, for one that does not fit method, schedule or images.

@@ -4,6 +4,8 @@ bit-equal.
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import pytest
 import torch
 from every_selection import EVERYTHING, WEIGHTS, fitting
@@ -29,7 +31,7 @@ from step_cases import (
 from team import Team
 
 from fastunlearn import SISS, EraseDiff, LowPass, ReTrack, TimeWindow, Vanilla
-from fastunlearn.objective.time import Stratified
+from fastunlearn.objective.time import Stratified, Uniform
 from fastunlearn.testing.factories import TinyDenoiser
 from fastunlearn.testing.methods import every_variant
 
@@ -244,12 +246,19 @@ def test_processes_share_the_strata_of_the_global_batch(pair: Team):
 
 
 LATE, NARROW = TimeWindow(750, 1000), LowPass(0.5)
+# Of one table: what is drawn, what it weighs and whether it is in strata tell them apart.
+SAME_TABLE = [LATE, TimeWindow(750, 1000, as_weight=True), Stratified(LATE)]
 GROWING = LowPass(schedule="linear_increase", start=0.2, stop=0.5)
 APART = [
     (begin_apart, ("weights",), "got different the weights of model"),
     (begin_apart, ("step",), "got different step"),
     (begin_with_other_seeds, (), "got different seed"),
     (begin_with_other_selections, ({"time_window": LATE}, {}), "got different densities of timesteps"),
+    *(
+        (begin_with_other_selections, [{"time_window": each} for each in both], "densities of timesteps")
+        for both in combinations(SAME_TABLE, 2)
+    ),
+    (begin_with_other_selections, ({"retain_density": Stratified(Uniform())}, {}), "densities of timesteps"),
     (begin_with_other_selections, ({"lowpass": NARROW}, {}), "got different lowpass or loss_weight"),
     (
         begin_with_other_selections,
