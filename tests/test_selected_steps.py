@@ -5,7 +5,7 @@ plain torch, however the rows are split, scaled, stored or resumed.
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+from dataclasses import fields, replace
 from fractions import Fraction
 from typing import Any
 
@@ -433,6 +433,20 @@ def test_a_band_follows_the_counter(method):
 
 
 # --- a selection that is replaced between steps -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [each.name for each in fields(Selection)])
+def test_a_part_of_a_selection_is_read_and_not_set(name):
+    """Set, it would be an attribute that nobody asks for."""
+    run = make(SISS(), EVERYTHING)
+    assert getattr(run, name) == EVERYTHING[name]
+    with pytest.raises(
+        AttributeError, match=rf"^{name}: expected another selection \(unlearner.selection = "
+    ):
+        setattr(run, name, None)
+    assert run.selection == selection_of(EVERYTHING)
+    run.selection = Selection()
+    assert getattr(run, name) is None
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)

@@ -55,6 +55,21 @@ from .neighborhood import find_neighbors
 from .replay import make_replay
 
 
+def _selected(name: str) -> property:
+    """What the selection of an Unlearner has of that name: to be read, and replaced with the selection."""
+
+    def read(self: Unlearner) -> Any:
+        return getattr(self.selection, name)
+
+    def refuse(self: Unlearner, value: Any) -> None:
+        instead = f"dataclasses.replace(unlearner.selection, {name}=...)"
+        raise AttributeError(
+            f"{name}: expected another selection (unlearner.selection = {instead}), got {value}"
+        )
+
+    return property(read, refuse, doc=f"`selection.{name}`. Read-only: set `selection`.")
+
+
 class Unlearner:
     """Takes unlearning steps on a model, from a store of images to forget and a store of images to keep.
 
@@ -450,6 +465,12 @@ class Unlearner:
         if self.forget is not None:
             check_band(selection.lowpass, *self.forget.shape[-2:], 0, self.total_steps)
         self._selection = selection
+
+    time_window = _selected("time_window")
+    retain_density = _selected("retain_density")
+    lowpass = _selected("lowpass")
+    loss_weight = _selected("loss_weight")
+    snr_gamma = _selected("snr_gamma")
 
     @property
     def last_lr(self) -> float | None:
