@@ -425,8 +425,8 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_not_stopped(method, options)
 
 
 @pytest.mark.parametrize("method", [method for method in METHODS if method != Vanilla()], ids=str)
-def test_a_band_follows_the_counter(method):
-    """A run that goes on with its weights but not with its counter is another one, and so is a longer one."""
+def test_a_band_moves_over_the_length_of_the_run(method):
+    """At the same steps a run of twice the length has other radii, and comes to other weights."""
     whole, _ = continued(method, EVERYTHING, 2)
     longer, _ = continued(method, EVERYTHING | {"total_steps": 2 * TOTAL_STEPS}, 2)
     assert not torch.equal(weights_of(longer), weights_of(whole))
