@@ -22,7 +22,7 @@ from fastunlearn.host.philox import Noise
 from fastunlearn.host.store import Rows
 from fastunlearn.methods import SISS, Batch, EraseDiff, Method, NegGrad, ReTrack, Term, Vanilla
 from fastunlearn.objective.combine import Project, Rescale
-from fastunlearn.objective.draws import Draws, GeneratorSource, complete
+from fastunlearn.objective.draws import CounterSource, Draws, GeneratorSource, Purpose, complete
 from fastunlearn.objective.parameters import ParameterRule
 from fastunlearn.objective.schedule import NoiseSchedule
 from fastunlearn.objective.selection import Selection
@@ -395,6 +395,90 @@ def test_steps_of_an_unlearner_are_those_of_plain_torch(method, options):
 def test_steps_of_an_unlearner_with_a_growing_band_are_those_of_plain_torch(method):
     given = STRATA | GROWING
     assert_as_accurate(make(method, given), given)
+
+
+# Of SISS' branches: the density of the one, relative to within its window, outside of it.
+UNLIKE = {"now and then": (0.5, 0.2), "never": (0.0, 0.0), "one never": (0.5, 0.0)}
+
+
+@pytest.mark.parametrize("step", [0, 2])
+@pytest.mark.parametrize("outside", UNLIKE.values(), ids=UNLIKE)
+def test_siss_mixes_times_as_its_densities_do(outside, step):
+    """A step of an Unlearner, from counters and tables alone: nothing that it draws or computes is asked for.
+
+    Eq. 6 of arXiv 2503.01034 for samples (t, x_t): `w_a = q_a / ((1 - lambd) q_x + lambd q_a)`, `q = p(t)
+    q(x_t | t, image)`, and `w_x` alike.
+    """
+    method, rows = SISS(lambd=0.4, scaling_norm=2.0), 32
+    windows = TimeWindow(100, 600, outside[0]), TimeWindow(400, 900, outside[1])
+    images = close_images()
+    run, seen = unlearner_of(method, images, *windows, rows=rows), Seen()
+    run.rules = (seen,)
+    for _ in range(step):
+        run.step()
+    model = copy.deepcopy(run.model).double()
+    output = run.step()
+
+    # What is drawn.
+    source = CounterSource(torch.tensor([0, step, 0]))
+    a, x = (
+        images[name][source.integers(rows, len(images[name]), Purpose[f"{name.upper()}_ROWS"])].double()
+        for name in ("forget", "retain")
+    )
+    picked = source.uniform((rows,), Purpose.FROM_FORGET) <= method.lambd
+    forget_t = windows[0].draw(source, Purpose.FORGET_TIMESTEPS, rows, len(SCHEDULE))
+    retain_t = windows[1].draw(source, Purpose.RETAIN_TIMESTEPS, rows, len(SCHEDULE))
+    t = torch.where(picked, forget_t, retain_t)
+    noise = source.noise(a.shape, Purpose.FORGET_NOISE).numbers().double()
+
+    # What it is made to, and by which image it may have been made.
+    alpha, sigma = (table[t].double().view(-1, 1, 1, 1) for table in (SCHEDULE.alpha, SCHEDULE.sigma))
+    x_t = alpha * torch.where(picked.view(-1, 1, 1, 1), a, x) + sigma * noise
+    targets = [(x_t - alpha * image) / sigma for image in (a, x)]
+    # Both likelihoods over the larger of the two, which would vanish by themselves.
+    logs = torch.stack([-target.square().flatten(1).sum(1) / 2 for target in targets])
+    q_a, q_x = (logs - logs.max(0).values).exp()
+    q_a, q_x = literal_table(windows[0])[t] * q_a, literal_table(windows[1])[t] * q_x
+    mixture = (1 - method.lambd) * q_x + method.lambd * q_a
+    predicted = model(x_t, t)
+    terms = [
+        (weight * (predicted - target).square().flatten(1).sum(1)).mean()
+        for weight, target in zip((q_a / mixture, q_x / mixture), targets, strict=True)
+    ]
+    gradients = [torch.autograd.grad(term, list(model.parameters()), retain_graph=True) for term in terms]
+    expected = combine.rescale(gradients[1], gradients[0], method.scaling_norm).gradients
+    found = torch.stack([output.forget_loss, output.retain_loss]).double()
+    torch.testing.assert_close(found, torch.stack(terms).detach(), rtol=ROUNDED, atol=0)
+    assert relative_l2(seen.gradient, expected) <= ROUNDED
+
+
+# float32 against float64. Without the ratio of the densities they are apart by more than a hundredth.
+ROUNDED = 1e-4
+
+
+def close_images() -> dict[str, Tensor]:
+    """Of either set; so near each other that every one of them may have made a noisy image."""
+    generator = torch.Generator().manual_seed(0)
+    images = 0.5 * torch.rand(1, 1, 4, 4, generator=generator)
+    images = images + 0.02 * torch.randn(24, 1, 4, 4, generator=generator)
+    return {"forget": images[:4], "retain": images[4:]}
+
+
+def unlearner_of(
+    method: Method, images: dict[str, Tensor], time_window: TimeWindow, retain_density: TimeWindow, rows: int
+) -> Unlearner:
+    model = TinyDenoiser(1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    stores = {name: ImageStore(each) for name, each in images.items()}
+    options = {"time_window": time_window, "retain_density": retain_density, "batch_size": rows}
+    return Unlearner(model, optimizer, SCHEDULE, method, **stores, **options)
+
+
+def literal_table(window: TimeWindow) -> Tensor:
+    """Eq. 7 of arXiv 2510.17917, `[T]`."""
+    table = torch.full((len(SCHEDULE),), window.outside, dtype=torch.float64)
+    table[window.start : window.stop] = 1
+    return table / table.sum()
 
 
 def continued(method: Method, given: dict[str, Any], steps: int, **options) -> list[Unlearner]:

@@ -20,6 +20,7 @@ from fastunlearn.objective.frequency import SCHEDULES, LowPass
 from fastunlearn.objective.schedule import LOSS_WEIGHTS, NoiseSchedule
 from fastunlearn.objective.selection import Selection
 from fastunlearn.objective.time import LogitNormal, Product, Stratified, TimeWindow, Uniform
+from fastunlearn.step.take import take_step
 from fastunlearn.testing.checkpoints import save_tiny_checkpoint
 from fastunlearn.testing.factories import linear_schedule
 
@@ -481,6 +482,26 @@ def test_what_was_used_is_said_and_recorded(world, tmp_path, capsys):
     assert unlearn(world, tmp_path / "plain", method="neggrad") == 0
     plain = {"forget timesteps": "all 20", "forget frequencies": "all", "loss weight": "none"}
     assert record(tmp_path / "plain")["selection"] == plain
+
+
+def test_siss_is_told_how_far_its_densities_are_apart(world, tmp_path, monkeypatch):
+    """Every step of the command gets `log p_forget(t) - log p_retain(t)` of what the flags say."""
+    seen = []
+
+    def watched(trained, method, schedule, batch, draws, *rest):
+        seen.append((draws, schedule))
+        return take_step(trained, method, schedule, batch, draws, *rest)
+
+    monkeypatch.setattr("fastunlearn.engine.unlearner.take_step", watched)
+    to_forget = ("--forget_timesteps", "5", "15", "--forget_timesteps_outside", "0.5")
+    assert unlearn(world, tmp_path / "run", *to_forget, method="siss") == 0
+    assert len(seen) == 4
+    for draws, schedule in seen:
+        t = torch.where(draws.from_forget, draws.forget_timesteps, draws.retain_timesteps)
+        # Each of the 10 in the window has 2 of 30 parts, each of the others 1; of uniform draws, 1 of 20.
+        assert len(schedule) == 20
+        parts = 1 + ((t >= 5) & (t < 15)).double()
+        torch.testing.assert_close(draws.time_log_ratio, (parts / 30 * 20).log())
 
 
 @pytest.mark.parametrize(
