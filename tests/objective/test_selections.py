@@ -369,11 +369,18 @@ def unlearner(method, schedule=SCHEDULE, count=8, model=None, **options):
 
 @that_forget
 def test_an_unlearner_draws_in_the_window(method):
+    """The forget rows do, the retain rows need not; and the network is called at what is drawn."""
     run = unlearner(method, count=64, time_window=WINDOW)
+    _, draws = run._draw(Draws())
     run.step()
-    timesteps = torch.cat(run.model.seen)
-    assert within(timesteps).sum() > len(timesteps) / 2
-    assert within(timesteps).all() == isinstance(method, NegGrad)
+    drawn = [draws.forget_timesteps]
+    if "retain" in method.needs:
+        drawn.append(draws.retain_timesteps)
+    assert [within(timesteps).all().item() for timesteps in drawn] == [True, False][: len(drawn)]
+    # A row of a mixture is made from one of its two images.
+    if draws.from_forget is not None:
+        drawn = [torch.where(draws.from_forget, *drawn)]
+    assert torch.equal(torch.cat(run.model.seen).sort().values, torch.cat(drawn).sort().values)
 
 
 @methods
