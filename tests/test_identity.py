@@ -22,9 +22,11 @@ from fastunlearn.host.precision import tf32
 from fastunlearn.methods import SISS, ReTrack
 from fastunlearn.objective.frequency import LowPass
 from fastunlearn.objective.parameters import ParameterRule
+from fastunlearn.objective.selection import Selection
 from fastunlearn.objective.time import Density, LogitNormal, Product, Stratified, TimeWindow, Uniform
 from fastunlearn.runs.identity import described, identity
 from fastunlearn.runs.run_record import read_run
+from fastunlearn.runs.selections import in_words
 from fastunlearn.runs.training import unlearn
 from fastunlearn.testing.factories import TinyDenoiser, linear_schedule
 
@@ -467,6 +469,20 @@ def test_the_record_says_which_timesteps_and_frequencies_were_used(tmp_path: Pat
         "forget frequencies": f"{frequencies}, the others times 0.25",
         "loss weight": "none",
     }
+
+
+def test_the_record_says_which_band_the_method_has(tmp_path: Path):
+    unlearner = runs.make(method=Banded(k=2, band=LowPass(Fraction(1, 3))))
+    runs.run(unlearner, tmp_path, 2)
+    found = read_run(tmp_path)["selection"]
+    assert found["forget frequencies"] == "as the method has them"
+    assert found["the method's band"] == "low band, disc of radius 1/3, in nyquist"
+
+    # That of the step is of the forget terms; the method's is then of others.
+    unlearner.selection = Selection(lowpass=LowPass(0.5))
+    found = in_words(unlearner)
+    assert found["forget frequencies"] == "low band, disc of radius 0.5, in nyquist"
+    assert found["the method's band"] == "low band, disc of radius 1/3, in nyquist"
 
 
 def test_the_record_keeps_where_the_run_began(tmp_path: Path):

@@ -8,6 +8,7 @@ from fractions import Fraction
 from typing import Any
 
 from ..objective.frequency import LowPass
+from ..objective.protocol import Method
 from ..objective.schedule import MIN_SNR_GAMMA
 from ..objective.selection import LOGIT_NORMAL, Selection
 from ..objective.time import UNIFORM, Density, LogitNormal, Product, Stratified, TimeWindow, Uniform
@@ -29,8 +30,8 @@ def selected(unlearner) -> dict[str, Any]:
     if selection.lowpass is not None:
         entries["lowpass"] = _entry(selection.lowpass)
     # The radius of a step depends on how many there are; a method may have a band of its own.
-    bands = [selection.lowpass, *vars(unlearner.method).values()]
-    if any(isinstance(band, LowPass) and band.scheduled for band in bands):
+    bands = [selection.lowpass, *_own_bands(unlearner.method).values()]
+    if any(band is not None and band.scheduled for band in bands):
         entries["total_steps"] = unlearner.total_steps
     if selection.loss_weight is not None:
         entries["loss_weight"] = {"name": selection.loss_weight}
@@ -61,6 +62,12 @@ def in_words(unlearner) -> dict[str, str]:
     words = {f"{branch} timesteps": _of(each, length) for branch, each in _densities(unlearner).items()}
     if "forget" in unlearner.method.needs:
         words["forget frequencies"] = _of_band(selection.lowpass, unlearner.total_steps)
+    # Of which terms it is, the method alone knows.
+    own = _own_bands(unlearner.method)
+    if own and selection.lowpass is None:
+        words["forget frequencies"] = "as the method has them"
+    for name, band in own.items():
+        words[f"the method's {name}"] = _of_band(band, unlearner.total_steps)
     weight = selection.loss_weight or "none"
     if weight == "min_snr":
         weight += f", gamma {_gamma(selection):g}"
@@ -71,6 +78,11 @@ def _densities(unlearner) -> dict[str, Density]:
     """What is drawn from, for each branch that the method reads."""
     densities = unlearner.selection.densities(unlearner.method, unlearner.schedule)
     return {branch: each for branch, each in densities.items() if branch in unlearner.method.needs}
+
+
+def _own_bands(method: Method) -> dict[str, LowPass]:
+    """Those that are settings of the method, by their names."""
+    return {name: value for name, value in vars(method).items() if isinstance(value, LowPass)}
 
 
 def _gamma(selection: Selection) -> float:
