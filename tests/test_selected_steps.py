@@ -452,7 +452,7 @@ def test_siss_mixes_times_as_its_densities_do(outside, step):
     assert relative_l2(seen.gradient, expected) <= ROUNDED
 
 
-# float32 against float64. Without the ratio of the densities they are apart by more than a hundredth.
+# float32 against float64. Without the ratio of the densities they are apart by more than 0.005.
 ROUNDED = 1e-4
 
 
