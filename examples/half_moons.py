@@ -2,7 +2,7 @@
 
 A network is trained on two half moons and made to forget the tip of one: by ascent on the loss of the tip at
 the timesteps of a window, and descent on that of all else at every timestep. Every point is an image of two
-channels and one pixel, so that the steps are the library's own. In half a minute on a CPU:
+channels and one pixel, so that the steps are the library's own. In some 20 s of one thread:
 
     python examples/half_moons.py --output half_moons.png
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -33,9 +34,16 @@ def toy():
 
 
 @pytest.fixture(scope="module")
-def result(toy):
-    """That of the picture: some 15 s of one thread."""
-    return toy.experiment(seed=0)
+def timed(toy):
+    """The result of the picture, and how long a processor worked on it: some 20 s."""
+    before = time.process_time()
+    result = toy.experiment(seed=0)
+    return result, time.process_time() - before
+
+
+@pytest.fixture(scope="module")
+def result(timed):
+    return timed[0]
 
 
 def share(which: torch.Tensor) -> float:
@@ -90,6 +98,11 @@ def test_the_gradient_is_that_of_descent_and_ascent(toy):
     )
     method_step(toy.Difference(weight=0.3), model, None, toy.SCHEDULE, forget=a, retain=x, draws=draws)
     assert relative_l2([parameter.grad for parameter in model.parameters()], list(expected)) < 1e-10
+
+
+def test_the_toy_takes_less_than_a_minute_of_one_processor(timed):
+    """Not of the clock: other processes do not count."""
+    assert timed[1] < 60
 
 
 def test_the_network_has_learned_both_moons(result):
