@@ -20,6 +20,7 @@ TIMESTEP_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64, torch.flo
 LOSS_WEIGHTS = ("none", "min_snr", "sigma_squared", "sigma_sqrt", "cosmap")
 MIN_SNR_GAMMA = 5.0  # of the paper (arXiv 2303.09556)
 FLOW_MATCHING = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
+INSTEAD_OF_ZERO = 2.0**-24  # of the last alphas_cumprod of some schedulers with rescale_betas_zero_snr
 
 
 class NoiseSchedule:
@@ -105,12 +106,7 @@ class NoiseSchedule:
             raise ValueError(
                 f"alphas_cumprod: expected values in [0, 1], got a maximum of {alphas_cumprod.max():.6g}"
             )
-        # Values that rise are betas, or a table turned round.
-        if (alphas_cumprod.diff() > 0).any():
-            first = int((alphas_cumprod.diff() > 0).nonzero()[0]) + 1
-            raise ValueError(
-                f"alphas_cumprod: expected values that fall with t, got one that rises at t = {first}"
-            )
+        _check_falls(alphas_cumprod)
         return cls(alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt(), **kwargs)
 
     @classmethod
@@ -121,11 +117,16 @@ class NoiseSchedule:
         seen, so they are the source. What a scheduler does when it samples only is left out: karras,
         exponential or beta sigmas, `shift_terminal`, a call of `set_timesteps` or `set_shift`.
 
-        Flow matching: diffusers' FlowMatch schedulers, and solvers (DPMSolverMultistep, UniPCMultistep) with
-        `prediction_type="flow_prediction"` and `use_flow_sigmas=True`, which have `flow` with their
-        `flow_shift`. One with `use_dynamic_shifting` shifts its noise levels by the size of the image when
-        it samples; diffusers' scripts train with those that are not shifted, and so does this schedule. The
-        levels of one size are `flow(T, math.exp(mu))`, or `flow(T, mu)` with `time_shift_type="linear"`.
+        Flow matching: diffusers' FlowMatch schedulers and their subclasses, and solvers (DPMSolverMultistep,
+        UniPCMultistep) with `prediction_type="flow_prediction"` and `use_flow_sigmas=True`, which have `flow`
+        with their `flow_shift`. One with `use_dynamic_shifting` shifts its noise levels by the size of the
+        image when it samples; diffusers' scripts train with those that are not shifted, and so does this
+        schedule. The levels of one size are `flow(T, math.exp(mu))`, or `flow(T, mu)` with
+        `time_shift_type="linear"`.
+
+        Zero terminal SNR (`rescale_betas_zero_snr`): the Euler schedulers, DPMSolverMultistep and UniPC write
+        2^-24 in place of the last 0, which may be more than the value before it. It is kept as it is: the
+        last index then has a little signal, and no other value may rise.
 
         Args:
             scheduler: a diffusers scheduler with `alphas_cumprod`, or one of flow matching.
@@ -140,7 +141,7 @@ class NoiseSchedule:
         config = getattr(scheduler, "config", {})
         if config.get("invert_sigmas"):
             raise ValueError("scheduler: expected noise levels that rise with t, got invert_sigmas=True")
-        if type(scheduler).__name__ in FLOW_MATCHING:
+        if any(kind.__name__ in FLOW_MATCHING for kind in type(scheduler).__mro__):
             return cls._from_flow_matching(scheduler, model_input)
         if not hasattr(scheduler, "alphas_cumprod"):
             expected = f"a diffusers scheduler with alphas_cumprod, or one of {', '.join(FLOW_MATCHING)}"
@@ -159,15 +160,18 @@ class NoiseSchedule:
         if config.get("timestep_type") == "continuous" and prediction_type == "v_prediction":
             expected = "timestep_type='discrete' with v_prediction"
             raise ValueError(f"scheduler: expected {expected}, got 'continuous'")
-        return cls.from_alphas_cumprod(
-            scheduler.alphas_cumprod, prediction_type=prediction_type, model_input=model_input
-        )
+        alphas_cumprod = _table("alphas_cumprod", scheduler.alphas_cumprod)
+        kinds = {"prediction_type": prediction_type, "model_input": model_input}
+        if config.get("rescale_betas_zero_snr") and alphas_cumprod[-1] == INSTEAD_OF_ZERO:
+            _check_falls(alphas_cumprod[:-1])
+            return cls(alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt(), **kinds)
+        return cls.from_alphas_cumprod(alphas_cumprod, **kinds)
 
     @classmethod
     def _from_flow_matching(cls, scheduler, model_input: str) -> NoiseSchedule:
         """The levels and timesteps of a scheduler of its class and config that has not sampled yet."""
         # A config that was another class's may hold settings that this class does not take.
-        known = inspect.signature(type(scheduler)).parameters
+        known = _init_names(type(scheduler))
         config = {name: value for name, value in scheduler.config.items() if name in known}
         fresh = type(scheduler)(**config)
 
@@ -416,6 +420,27 @@ class NoiseSchedule:
         table = torch.stack([alpha, sigma, a, b, c], dim=1)
         table[~self._usable] = torch.nan
         return table
+
+
+def _check_falls(alphas_cumprod: Tensor) -> None:
+    """Values that rise are betas, or a table turned round."""
+    rises = alphas_cumprod.diff() > 0
+    if rises.any():
+        first = int(rises.nonzero()[0]) + 1
+        raise ValueError(
+            f"alphas_cumprod: expected values that fall with t, got one that rises at t = {first}"
+        )
+
+
+def _init_names(kind: type) -> set[str]:
+    """What its `__init__` takes, and its base's where it passes on `**kwargs`."""
+    names = set()
+    for each in kind.__mro__:
+        parameters = inspect.signature(each.__init__).parameters.values()
+        names.update(parameter.name for parameter in parameters)
+        if all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters):
+            break
+    return names
 
 
 def _with_ends(table: Tensor, value: float) -> Tensor:

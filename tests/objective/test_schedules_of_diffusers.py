@@ -8,6 +8,7 @@ import torch
 from fastunlearn import NoiseSchedule
 
 diffusers = pytest.importorskip("diffusers")
+from diffusers.configuration_utils import register_to_config  # noqa: E402
 from diffusers.training_utils import compute_loss_weighting_for_sd3, compute_snr  # noqa: E402
 
 Euler = diffusers.FlowMatchEulerDiscreteScheduler
@@ -99,6 +100,29 @@ def test_flow_is_the_same_to_rounding():
     # float32 rounds five times on the way to a level, once more to a timestep, and ours once.
     torch.testing.assert_close(schedule.sigma, theirs.sigma, rtol=5 * 2**-24, atol=0)
     torch.testing.assert_close(schedule.model_timesteps, theirs.model_timesteps, rtol=7 * 2**-24, atol=0)
+
+
+class Plain(Euler):
+    """As a project that changes sampling only has it."""
+
+
+class Passing(Euler):
+    def __init__(self, *args, own=1.0, **kwargs):
+        super().__init__(*args, **kwargs)
+
+
+class Named(Heun):
+    @register_to_config
+    def __init__(self, num_train_timesteps=1000, shift=1.0, own=2.0):
+        super().__init__(num_train_timesteps, shift)
+
+
+@pytest.mark.parametrize("scheduler", [Plain, Passing, Named])
+def test_a_subclass_has_the_levels_of_its_config(scheduler):
+    used = scheduler(num_train_timesteps=200, shift=3.0)
+    used.set_timesteps(7)
+    assert_levels_of(NoiseSchedule.from_diffusers(used), scheduler(num_train_timesteps=200, shift=3.0))
+    assert not torch.equal(scheduler(num_train_timesteps=200).sigmas, scheduler(200, shift=3.0).sigmas)
 
 
 # --- solvers with flow prediction ---------------------------------------------------------------------------
@@ -290,6 +314,51 @@ def test_other_families_are_refused(name):
     expected = rf"scheduler: expected .*FlowMatchEulerDiscreteScheduler.*, got {name}"
     with pytest.raises(TypeError, match=expected):
         NoiseSchedule.from_diffusers(getattr(diffusers, name)())
+
+
+WITH_A_LITTLE_SIGNAL = [
+    diffusers.EulerDiscreteScheduler,
+    diffusers.EulerAncestralDiscreteScheduler,
+    diffusers.DPMSolverMultistepScheduler,
+    diffusers.UniPCMultistepScheduler,
+]
+ZERO_SNR = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+
+
+@pytest.mark.parametrize("scheduler", WITH_A_LITTLE_SIGNAL)
+@pytest.mark.parametrize("betas", [{}, {"beta_schedule": "scaled_linear"}])
+def test_zero_terminal_snr_is_what_the_scheduler_writes(scheduler, betas):
+    """With default betas its last value lies above the one before."""
+    made = scheduler(**ZERO_SNR, **betas)
+    assert made.alphas_cumprod[-1] == 2**-24
+    schedule = NoiseSchedule.from_diffusers(made)
+    assert torch.equal(schedule.alpha, made.alphas_cumprod.double().sqrt())
+    assert torch.equal(schedule.sigma, (1 - made.alphas_cumprod.double()).sqrt())
+    schedule.check_usable()
+
+
+def test_a_last_value_that_rises_is_accepted_of_such_a_scheduler_only():
+    def refused(made, at):
+        with pytest.raises(ValueError, match=rf"alphas_cumprod: .*, got one that rises at t = {at}$"):
+            NoiseSchedule.from_diffusers(made)
+
+    made = diffusers.EulerDiscreteScheduler(**ZERO_SNR)
+    assert made.alphas_cumprod[-1] > made.alphas_cumprod[-2]
+    with pytest.raises(ValueError, match=r"got one that rises at t = 999$"):
+        NoiseSchedule.from_alphas_cumprod(made.alphas_cumprod)
+    # Nor are another last value, one that rises before it, and betas before it.
+    table = made.alphas_cumprod
+    made.alphas_cumprod = torch.cat([table[:-1], table.new_tensor([2**-23])])
+    refused(made, 999)
+    made.alphas_cumprod = torch.cat([table[:500], table[499:-1]])
+    made.alphas_cumprod[-1] = 2**-24
+    made.alphas_cumprod[500] *= 1.01
+    refused(made, 500)
+    made.alphas_cumprod = torch.cat([made.betas[:-1], table[-1:]])
+    refused(made, 1)
+    plain = diffusers.EulerDiscreteScheduler(prediction_type="v_prediction")
+    plain.alphas_cumprod = table
+    refused(plain, 999)
 
 
 def test_zero_terminal_snr_is_refused_of_epsilon_only():
