@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable
@@ -170,17 +171,42 @@ class LowPass:
         smallest.mask(height, width)  # refuses a band of nothing
         ever, _, _ = largest.mask(height, width)
 
-        # A frequency is in where the numerator of the step's radius is at least as large as its own.
-        numerator, denominator = self._radii(total_steps)
-        all_steps = range(total_steps)
+        # Frequencies of equal radius change at the same step: each radius is looked up once.
+        ever = ever.bool()
+        squares, unit = self._squares(*ever.shape, height, width)
+        distinct, which = squares[ever].unique(return_inverse=True)
+        changes = self._changes(distinct.tolist(), unit, total_steps)
         steps = torch.full(ever.shape, total_steps if self.grows else 0, dtype=torch.int32)
-        for u, v in ever.nonzero().tolist():
-            own = _root(denominator**2 * self._squared_radius(u, v, height, width))
-            if self.grows:
-                steps[u, v] = bisect_left(all_steps, own, key=numerator)
-            else:
-                steps[u, v] = bisect_right(all_steps, -own, key=lambda step: -numerator(step))
+        steps[ever] = torch.tensor(changes, dtype=torch.int32)[which]
         return steps
+
+    def _changes(self, squares: list[int], unit: int, total_steps: int) -> list[int]:
+        """The steps at which radii come into the band, or leave it; they are the roots of `squares / unit^2`.
+
+        A radius is in where the numerator of the step's is at least as large as its own.
+        """
+        numerator, denominator = self._radii(total_steps)
+        all_steps, found = range(total_steps), []
+        for square in squares:
+            own = _root(denominator**2 * square, unit**2)
+            if self.grows:
+                found.append(bisect_left(all_steps, own, key=numerator))
+            else:
+                found.append(bisect_right(all_steps, -own, key=lambda step: -numerator(step)))
+        return found
+
+    def check_fits(self, height: int, width: int, total_steps: int | None) -> None:
+        """Whether there is a mask for images of that size at every step.
+
+        What is computed for it is kept, and is what `mask_at` and `mask_on` need.
+
+        Raises:
+            TypeError, ValueError: as `steps`, or for a fixed radius `mask`.
+        """
+        if self.scheduled:
+            _steps(self, height, width, total_steps)
+        else:
+            _table(self, height, width)
 
     def mask_at(
         self,
@@ -205,7 +231,7 @@ class LowPass:
         # A fixed radius needs no step.
         if not self.scheduled:
             return self.mask_on(height, width, device)
-        steps = on_device(LowPass.steps, (self, height, width, total_steps), device)
+        steps = on_device(_steps, (self, height, width, total_steps), device)
         if isinstance(step, Tensor) and check.readable(step):
             check.integer("step", int(step), low=0)
         if isinstance(step, Tensor):
@@ -291,14 +317,18 @@ class LowPass:
 
         return numerator, common * parts
 
-    def _squared_radius(self, u: int, v: int, height: int, width: int) -> Fraction:
-        """Of the smallest disc or box that holds frequency `(u, v)`."""
-        row, column = Fraction(u), Fraction(v)
+    def _squares(self, rows: int, columns: int, height: int, width: int) -> tuple[Tensor, int]:
+        """The squared radius of the smallest disc or box that holds each frequency, in integers.
+
+        They are `squares / unit^2`: int64 `[rows, columns]`, and the unit.
+        """
+        u, v, unit = torch.arange(rows)[:, None], torch.arange(columns), 1
         if self.unit == "nyquist":
-            row, column = row / Fraction(height, 2), column / Fraction(width, 2)
+            # u / (H/2) = 2 u W / (H W).
+            u, v, unit = 2 * u * width, 2 * v * height, height * width
         if self.kind == "box":
-            return max(row, column) ** 2
-        return row**2 + column**2
+            return torch.maximum(u, v) ** 2, unit
+        return u**2 + v**2, unit
 
     def _within(self, radius: float | Fraction, height: int, width: int) -> Tensor:
         """1 at the frequencies within `radius`: float32 `[H // 2 + 1, W // 2 + 1]`."""
@@ -333,13 +363,19 @@ def _radius(name: str, value) -> Fraction:
     return _exact(value)
 
 
+@functools.lru_cache(maxsize=64)
 def _table(lowpass: LowPass, height: int, width: int) -> Tensor:
     return lowpass.mask(height, width)[0]
 
 
-def _root(square: Fraction) -> int:
-    """The smallest integer whose square is at least `square`."""
-    whole = math.ceil(square)
+@functools.lru_cache(maxsize=64)
+def _steps(lowpass: LowPass, height: int, width: int, total_steps: int) -> Tensor:
+    return lowpass.steps(height, width, total_steps)
+
+
+def _root(numerator: int, denominator: int) -> int:
+    """The smallest integer whose square is at least `numerator / denominator`."""
+    whole = -(-numerator // denominator)
     if whole <= 0:
         return 0
     return math.isqrt(whole - 1) + 1

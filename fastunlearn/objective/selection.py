@@ -207,16 +207,8 @@ def check_band(
             if value is None:
                 expected = f"expected a number with the schedule {lowpass.schedule!r} of lowpass"
                 raise ValueError(f"{name}: {expected}, got None")
-    _check_mask(lowpass, height, width, total_steps)
-
-
-@functools.lru_cache(maxsize=64)
-def _check_mask(lowpass: LowPass, height: int, width: int, total_steps: int | None) -> None:
     try:
-        if lowpass.scheduled:
-            lowpass.steps(height, width, total_steps)
-        else:
-            lowpass.mask(height, width)
+        lowpass.check_fits(height, width, total_steps)
     except ValueError as error:
         raise ValueError(f"lowpass: {error}") from None
 

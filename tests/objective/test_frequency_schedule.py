@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from fastunlearn import LowPass
 from fastunlearn import functional as F
+from fastunlearn.objective import frequency
+from fastunlearn.objective.selection import check_band
 from fastunlearn.ops.lowpass_residual import lowpass_residual
 from fastunlearn.testing.host_sync import no_host_sync
 
@@ -20,6 +22,7 @@ SCHEDULES = {
     "step_increase": dict(start=0.1, stop=0.7),
     "step_decay": dict(start=0.7, stop=0.1),
 }
+RADII_TO_2 = {name: (0.1, 2) if name.endswith("increase") else (2, 0.1) for name in SCHEDULES}
 schedules = pytest.mark.parametrize("schedule", SCHEDULES)
 
 
@@ -151,6 +154,29 @@ def test_a_fixed_radius_is_as_it_was():
     assert lowpass.at(3, 10) is lowpass
     for found, expected in zip(lowpass.mask_at(12, 9, 3, 10), lowpass.mask(12, 9), strict=True):
         assert torch.equal(torch.as_tensor(found), torch.as_tensor(expected))
+
+
+@schedules
+def test_each_radius_is_looked_up_once(schedule, monkeypatch):
+    """Of 33 x 33 frequencies many have one radius."""
+    looked_up = []
+    root = frequency._root
+    monkeypatch.setattr(frequency, "_root", lambda *square: looked_up.append(square) or root(*square))
+    scheduled(schedule, **dict(zip(("start", "stop"), RADII_TO_2[schedule], strict=True))).steps(64, 64, 9)
+    assert len(looked_up) == len({u**2 + v**2 for u in range(33) for v in range(33)}) < 33 * 33 / 2
+
+
+@schedules
+def test_a_check_and_its_masks_share_one_table(schedule, monkeypatch):
+    made = []
+    steps = LowPass.steps
+    monkeypatch.setattr(LowPass, "steps", lambda self, *size: made.append(size) or steps(self, *size))
+    lowpass = scheduled(schedule, high_frequency_weight=0.0625)  # of no other test
+    check_band(lowpass, 18, 14, 0, 9)
+    for device in ("cpu", "meta"):
+        for step in range(3):
+            lowpass.mask_at(18, 14, step, 9, torch.device(device))
+    assert made == [(18, 14, 9)]
 
 
 # --- on the device ------------------------------------------------------------------------------------------
