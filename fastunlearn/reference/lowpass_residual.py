@@ -21,7 +21,7 @@ def lowpass_residual(
         prediction, target: `[B, C, H, W]`, float32 or float64.
         weight: `[B]`.
         band: `[U, V]` of 0 and 1 over the frequencies `0 <= u < U`, `0 <= v < V`; those that it does not hold
-            are outside.
+            are outside. NaN makes the results NaN.
         inside, outside: M on the band, and elsewhere.
     """
     # M, F(r), then F^-1(M o F(r)) for the energy and F^-1(M^2 o F(r)) for its gradient.
@@ -34,14 +34,15 @@ def lowpass_residual(
 
 
 def full_mask(band: Tensor, height: int, width: int, inside: float, outside: float) -> Tensor:
-    """M over all frequencies in the order of `torch.fft.fft2`, `[H, W]` float64."""
+    """M over all frequencies in the order of `torch.fft.fft2`, `[H, W]` float64; NaN where `band` is."""
     u, v = _frequencies(height, band.device), _frequencies(width, band.device)
     held = (u < band.shape[0])[:, None] & (v < band.shape[1])
     # Frequencies beyond the band read its last entry, and are masked out.
     entries = band[u.clamp(max=band.shape[0] - 1)][:, v.clamp(max=band.shape[1] - 1)]
     in_band = held & (entries != 0)
     within, beyond = torch.tensor([inside, outside], dtype=torch.float64)
-    return torch.where(in_band, within, beyond)
+    mask = torch.where(in_band, within, beyond)
+    return torch.where(held & entries.isnan(), torch.nan, mask)
 
 
 def _frequencies(size: int, device: torch.device) -> Tensor:

@@ -10,7 +10,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fastunlearn.objective.frequency import LowPass
+from fastunlearn import functional as F
+from fastunlearn.objective.frequency import LowPass, Mask
 from fastunlearn.ops._backends import ISAS, build_command, extension
 from fastunlearn.ops.lowpass_residual import lowpass_residual
 from fastunlearn.reference.lowpass_residual import full_mask
@@ -290,6 +291,23 @@ def test_reference_mask_counts_frequencies_in_both_directions(size):
     for row, u in enumerate(torch.fft.fftfreq(size[0], 1 / size[0]).abs().round().int().tolist()):
         for column, v in enumerate(torch.fft.fftfreq(size[1], 1 / size[1]).abs().round().int().tolist()):
             assert mask[row, column] == (1.0 if table[u, v] else 0.25)
+
+
+@pytest.mark.parametrize("backend", ["reference", "eager", pytest.param("kernels", marks=needs_extension)])
+def test_a_table_of_nan_gives_nan(backend):
+    """As that of a step below zero: no band may be made of it."""
+    table, (prediction, target, _) = torch.full((5, 5), torch.nan), inputs((2, 1, 8, 8))
+    with mock.patch.dict(os.environ, FASTUNLEARN_BACKEND=backend):
+        results = F.weighted_residual(prediction, target, None, Mask(table, 1.0, 0.0))
+    assert all(result.isnan().all() for result in results)
+
+
+def test_reference_mask_is_nan_where_its_table_is():
+    """At the frequencies of that entry, in both directions, and not beyond the table."""
+    table = torch.ones(2, 3)
+    table[1, 2] = torch.nan
+    found = full_mask(table, 6, 7, 1.0, 0.25).isnan().nonzero().tolist()
+    assert found == [[1, 2], [1, 5], [5, 2], [5, 5]]
 
 
 @needs_extension
