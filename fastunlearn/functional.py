@@ -20,7 +20,7 @@ from torch import Tensor
 from .host import check
 from .host.philox import Noise, check_noise
 from .host.store import Rows
-from .objective.frequency import LowPass, Mask
+from .objective.frequency import LowPass, Mask, check_mask
 from .objective.schedule import NoiseSchedule
 from .ops._library import backend
 from .ops.lowpass_residual import lowpass_residual as _lowpass_residual
@@ -233,7 +233,8 @@ def denoising_loss(
 
     Raises:
         TypeError, ValueError: for arguments of another rank, shape or device.
-        ValueError: if target or weight require a gradient, which this loss does not give them.
+        ValueError: for a target or weight that requires a gradient, which this loss does not give them, or a
+            mask for images of another size.
     """
     return weighted_residual(prediction, target, weight, lowpass)[0]
 
@@ -270,6 +271,7 @@ def weighted_residual(
         lowpass = _mask(lowpass, *prediction.shape[-2:], prediction.device)
     elif not isinstance(lowpass, Mask):
         raise TypeError(f"lowpass: expected a LowPass, a Mask or None, got {check.describe(lowpass)}")
+    check_mask("lowpass", lowpass, *prediction.shape[-2:])
     check.same_device("lowpass.table", lowpass.table, "prediction", prediction)
     band, inside, outside = lowpass
     if backend() == "reference":
@@ -278,8 +280,8 @@ def weighted_residual(
 
 
 def _mask(lowpass: LowPass, height: int, width: int, device: torch.device) -> Mask:
-    """A constant of a compiled graph."""
-    return lowpass.mask_on(height, width, device)
+    """A constant of a compiled graph: a plain tuple, made for the images that it is used on."""
+    return Mask(*lowpass.mask_on(height, width, device))
 
 
 # The mask is made of numbers that a trace knows, so the compiler may run this and keep the result. That is

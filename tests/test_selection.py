@@ -1,5 +1,7 @@
 """LowPass: which frequencies a mask holds, exactly, and what is refused."""
 
+import copy
+import pickle
 from fractions import Fraction
 
 import pytest
@@ -7,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastunlearn.objective.frequency import LowPass
+from fastunlearn import functional as F
+from fastunlearn.objective.frequency import LowPass, Mask
 
 
 def held(lowpass, height, width):
@@ -90,9 +93,58 @@ def test_table_is_no_larger_than_its_ones():
     assert LowPass(2).mask(7, 4)[0].shape == (4, 3)
 
 
+def test_a_mask_is_for_one_size_of_images():
+    """Those of 16 and of 8 pixels have other frequencies; a mask without a size is taken at its word."""
+    lowpass = LowPass(0.5)
+    moving = LowPass(schedule="linear_increase", start=0.2, stop=0.9)
+    small, large = torch.ones(1, 1, 8, 8), torch.zeros(1, 1, 8, 16)
+    for mask in (lowpass.mask(8, 16), lowpass.mask_on(8, 16, small.device), moving.mask_at(8, 16, 3, 10)):
+        assert mask.size == (8, 16)
+        assert copy.deepcopy(mask).size == pickle.loads(pickle.dumps(mask)).size == (8, 16)
+        assert len(mask) == 3
+        table, inside, outside = mask
+        assert (inside, outside) == (1, 0)
+        F.denoising_loss(large, large, lowpass=mask)
+        message = r"^lowpass: expected a mask for images of 8 x 8, got one for 8 x 16$"
+        with pytest.raises(ValueError, match=message):
+            F.denoising_loss(small, small, lowpass=mask)
+        # The same table for these images.
+        F.denoising_loss(small, small, lowpass=Mask(table[:2, :2], inside, outside))
+
+
 def test_is_a_key():
     assert LowPass(0.5) == LowPass(0.5)
     assert len({LowPass(0.5), LowPass(0.5), LowPass(0.25)}) == 2
+
+
+@pytest.mark.parametrize(
+    "of", [LowPass, lambda radius: LowPass(1, band="mid", inner=radius), lambda radius: growing(radius)]
+)
+def test_equal_bands_have_equal_masks(of):
+    """0.3 is read as 3/10; the float itself, as a fraction, lies below, and has one frequency less of 20."""
+    decimal, tenths, binary = of(0.3), of(Fraction(3, 10)), of(Fraction(0.3))
+    assert decimal == tenths
+    assert hash(decimal) == hash(tenths)
+    assert decimal != binary
+    assert len({decimal, tenths, binary}) == 2
+    # In this order: tables are kept by the band.
+    tables = [each.mask_at(20, 20, 0, 2).table for each in (decimal, tenths, binary)]
+    assert torch.equal(tables[0], tables[1])
+    assert not torch.equal(tables[0], tables[2])
+
+
+def growing(start):
+    return LowPass(schedule="linear_increase", start=start, stop=0.9)
+
+
+def test_bands_of_other_kinds_are_not_equal():
+    several = [
+        LowPass(0.5, **options) for options in (dict(kind="box"), dict(unit="bins"), dict(band="high"))
+    ]
+    several += [LowPass(0.5), LowPass(0.5, high_frequency_weight=0.5), LowPass(0.5, band="mid", inner=0.1)]
+    several += [growing(0.5), LowPass(0.9, schedule="step_increase", start=0.5)]
+    assert len(set(several)) == len(several)
+    assert LowPass(0.5) != 0.5
 
 
 @pytest.mark.parametrize(

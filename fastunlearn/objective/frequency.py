@@ -6,7 +6,7 @@ import functools
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass, fields, replace
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from ..host import check
 from ..host.tables import on_device
 
 SCHEDULES = ("fixed", "linear_increase", "linear_decay", "step_increase", "step_decay")
+RADII = ("radius", "inner", "start", "stop")  # fields of a `LowPass`
 STAGES = 4  # of a stepwise schedule
 MOST_STEPS = 2**31 - 1  # of a schedule: the tables of steps are int32
 
@@ -27,6 +28,18 @@ class Mask(NamedTuple):
     table: Tensor  # [U, V] float32, of the frequencies from 0 on
     inside: float
     outside: float
+    size = None  # no field: (height, width) of the images that it is for; None: it does not say
+
+
+class SizedMask(Mask):
+    """A `Mask` that says which size of images it is for. It unpacks alike, into three."""
+
+    def __new__(
+        cls, table: Tensor, inside: float, outside: float, size: tuple[int, int] | None = None
+    ) -> SizedMask:
+        mask = super().__new__(cls, table, inside, outside)
+        mask.size = size
+        return mask
 
 
 @dataclass(frozen=True)
@@ -37,7 +50,7 @@ class LowPass:
 
     F is the DFT of each channel, `u` and `v` the integer frequencies of its rows and columns, at most half
     the size. Frequencies are compared with the radius exactly, in integers: 0.3 means 3/10, not the float
-    nearest to it.
+    nearest to it. Bands are equal where their exact radii are: `LowPass(0.3) == LowPass(Fraction(3, 10))`.
 
     The paper prints neither its radii nor their unit. Fractions of the Nyquist frequency carry over from
     images to latents, bins do not.
@@ -126,6 +139,28 @@ class LowPass:
         elif self.stages is not None:
             got = check.describe(self.stages)
             raise ValueError(f"stages: expected None with schedule={self.schedule!r}, got {got}")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, LowPass):
+            return NotImplemented
+        return self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
+
+    def _identity(self) -> tuple:
+        """Its fields, with radii as they are compared with frequencies.
+
+        In Python 0.3 and Fraction(0.3) are equal, as radii they are not: 3/10 and a number below it.
+        """
+        if not hasattr(self, "_known_identity"):
+            values = [getattr(self, field.name) for field in fields(self)]
+            for index, field in enumerate(fields(self)):
+                if field.name in RADII and values[index] is not None:
+                    values[index] = _exact(values[index])
+            # It is a key at every step, and its fields are set once.
+            object.__setattr__(self, "_known_identity", tuple(values))
+        return self._known_identity
 
     @property
     def scheduled(self) -> bool:
@@ -242,11 +277,12 @@ class LowPass:
         within = (steps <= step if self.grows else steps > step).float()
         if isinstance(step, Tensor):
             within = torch.where(step < 0, torch.nan, within)
-        return Mask(within, *self._values())
+        return SizedMask(within, *self._values(), (height, width))
 
     def mask_on(self, height: int, width: int, device: torch.device) -> Mask:
         """`mask`, whose table is made once and kept on `device`."""
-        return Mask(on_device(_table, (self, height, width), device), *self._values())
+        table = on_device(_table, (self, height, width), device)
+        return SizedMask(table, *self._values(), (height, width))
 
     def mask(self, height: int, width: int) -> Mask:
         """The mask for images of that size, as `ops.lowpass_residual` takes it.
@@ -278,7 +314,7 @@ class LowPass:
                 f"LowPass: expected a band with frequencies of images of {height} x {width}, "
                 f"got none in {self}"
             )
-        return Mask(_trimmed(table), *self._values())
+        return SizedMask(_trimmed(table), *self._values(), (height, width))
 
     def _values(self) -> tuple[float, float]:
         """M where the table is 1, and elsewhere."""
@@ -349,6 +385,16 @@ class LowPass:
                 last = math.isqrt(math.floor(left * column_unit**2))
             table[u, : last + 1] = 1
         return table
+
+
+def check_mask(name: str, mask: Mask, height: int, width: int) -> None:
+    """
+    Raises:
+        ValueError: naming `name`, for a mask that is for images of another size.
+    """
+    if mask.size is not None and mask.size != (height, width):
+        of_mask = "{} x {}".format(*mask.size)
+        raise ValueError(f"{name}: expected a mask for images of {height} x {width}, got one for {of_mask}")
 
 
 def _exact(radius: float | Fraction) -> Fraction:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..host import check
-from ..objective.frequency import LowPass, Mask
+from ..objective.frequency import LowPass, Mask, check_mask
 from ..objective.protocol import COUPLINGS, ROLES, Method, Pass, Predicted, Term, has_own_objective
 from .objective import rows_of
 
@@ -73,6 +73,8 @@ def _check_term(term: Term, whole: Pass, with_reference: bool) -> None:
             raise ValueError(f"Term.{name}: expected {expected}, got {check.describe(value)}")
     if not isinstance(term.band, (LowPass, Mask, type(None))):
         raise TypeError(f"Term.band: expected a LowPass or None, got {check.describe(term.band)}")
+    if isinstance(term.band, Mask):
+        check_mask("Term.band", term.band, *whole.x_t.shape[-2:])
 
 
 def _check_target(term: Term, whole: Pass, with_reference: bool) -> None:

@@ -137,6 +137,9 @@ def test_a_band_of_a_method_may_have_a_schedule(world, step):
     assert relative_l2([ours], [expected]) <= 1e-13
     _, masked = take_retain(world, Several({"band": fixed.mask(8, 8)}, {"scale": 0.5}))
     assert relative_l2([masked], [expected]) == 0
+    message = r"^Term.band: expected a mask for images of 8 x 8, got one for 16 x 16$"
+    with pytest.raises(ValueError, match=message):
+        take_retain(world, Several({"band": fixed.mask(16, 16)}, {"scale": 0.5}))
 
 
 def test_a_band_of_a_method_moves_with_an_unlearner():
