@@ -145,8 +145,13 @@ class TimeWindow(Density):
         bound after the last index stays after the last index.
 
         Raises:
+            TypeError: a schedule is something else, such as its length.
             ValueError: the window ends beyond `source`, or `target` has no such ratios.
         """
+        for name, schedule in (("source", source), ("target", target)):
+            if not isinstance(schedule, NoiseSchedule):
+                expected = "a NoiseSchedule, whose noise levels are compared"
+                raise TypeError(f"{name}: expected {expected}, got {check.describe(schedule)}")
         self._check_within(len(source))
         start, stop = (_index_of_equal_snr(bound, source, target) for bound in (self.start, self.stop))
         if start >= stop:

@@ -398,6 +398,11 @@ def test_a_schedule_without_the_windows_noise_is_refused():
         ValueError, match=r"stop: expected at most the 200 timesteps of the schedule, got 750"
     ):
         WINDOW.transfer(calm, LINEAR)
+    expected = "expected a NoiseSchedule, whose noise levels are compared, got 1000"
+    with pytest.raises(TypeError, match=rf"^target: {expected}"):
+        WINDOW.transfer(LINEAR, 1000)
+    with pytest.raises(TypeError, match=rf"^source: {expected}"):
+        WINDOW.transfer(1000, LINEAR)
 
 
 # --- nothing waits ------------------------------------------------------------------------------------------
