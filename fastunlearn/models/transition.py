@@ -71,23 +71,26 @@ class Transition:
         """For each prompt and seed, whether it has no minimum, so that `fallback` stands for it."""
         return tuple(tuple(minimum is None for minimum in row) for row in self.minima)
 
-    def window(self, schedule: NoiseSchedule | None = None) -> tuple[float, int]:
-        """`[t*, T)`: its first timestep, and the one after its last.
+    def window(self, schedule: NoiseSchedule | None = None) -> tuple[int, int]:
+        """`[t*, T)`: its first timestep and the one after its last, as `TimeWindow(*found.window())` has it.
+
+        Samplers such as Euler's stop between whole timesteps: the first one at or after t* counts.
 
         Args:
             schedule: the one that the model is trained with; then both are indices into it, which for flow
-                matching differ from the network's timesteps.
+                matching differ from the network's timesteps, and are what a `TimeWindow` needs.
 
         Raises:
             ValueError: a schedule of another length, or without a timestep from t* on.
         """
+        # Samplers hold their timesteps in float32, which may lie a little above the schedule's own.
+        least = self.timestep - 1e-6 * self.num_train_timesteps
         if schedule is None:
-            return self.timestep, self.num_train_timesteps
+            # The last level of flow matching has timestep T.
+            return min(math.ceil(least), self.num_train_timesteps - 1), self.num_train_timesteps
         if len(schedule) != self.num_train_timesteps:
             expected = f"the pipeline's {self.num_train_timesteps} timesteps"
             raise ValueError(f"schedule: expected {expected}, got {len(schedule)}")
-        # Samplers hold their timesteps in float32, which may lie a little above the schedule's own.
-        least = self.timestep - 1e-6 * len(schedule)
         inside = (schedule.model_timesteps >= least).nonzero()
         if len(inside) == 0:
             last = float(schedule.model_timesteps[-1])

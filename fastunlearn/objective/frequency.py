@@ -58,7 +58,8 @@ class LowPass:
     A `schedule` moves the radius while a run trains. Of S = `total_steps` steps, the first has `start`, the
     last `stop`; step s has `start + (stop - start) s / (S - 1)` if it is linear, and
     `start + (stop - start) floor(s n / S) / (n - 1)` if it is stepwise, in n stages of equal length. Later
-    steps keep `stop`.
+    steps keep `stop`. A linear schedule of a single step is at its first: it has `start`, and so do steps
+    after it. A stepwise one has as many steps as stages, at least two.
 
     Args:
         radius: where the band ends. In units of `"nyquist"` a frequency lies within it if `(u / (H/2))^2 + (v

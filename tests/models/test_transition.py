@@ -11,6 +11,7 @@ import logging
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -22,9 +23,10 @@ diffusers = pytest.importorskip("diffusers")
 from tiny_pipelines import KINDS, PIXELS, StandIn, pipeline, scheduler, unet  # noqa: E402
 
 import fastunlearn  # noqa: E402
-from fastunlearn import NoiseSchedule, find_transition  # noqa: E402
+from fastunlearn import NoiseSchedule, TimeWindow, find_transition, neggrad_step  # noqa: E402
 from fastunlearn.host.finite import NotFiniteError  # noqa: E402
 from fastunlearn.models.transition import first_minimum  # noqa: E402
+from fastunlearn.testing.factories import TinyDenoiser  # noqa: E402
 
 STAND_INS = KINDS[:2]
 STEPS, FEW_STEPS = 50, 16
@@ -386,7 +388,7 @@ def test_the_window_of_noise_prediction_begins_at_the_timestep(tmp_path):
 def test_the_window_of_flow_begins_at_the_index_of_the_noise_level(tmp_path):
     pipe, timesteps = planted(STAND_INS[1], tmp_path, [11])
     found = find_transition(pipe, "a cat", seeds=1)
-    assert found.window() == (timesteps[12], 1000)
+    assert found.window() == (math.ceil(timesteps[12]), 1000)
     schedule = NoiseSchedule.from_diffusers(pipe.scheduler)
     start, stop = found.window(schedule)
     assert stop == 1000
@@ -394,6 +396,46 @@ def test_the_window_of_flow_begins_at_the_index_of_the_noise_level(tmp_path):
     assert start < timesteps[12] - 50
     levels = schedule.model_timesteps / 1000
     assert levels[start - 1] < timesteps[12] / 1000 - 1e-6 < levels[start]
+
+
+@pytest.mark.parametrize("sampler", ["Euler", "LMS", "Heun", "KDPM2"])
+def test_a_transition_between_two_timesteps_becomes_the_window_of_a_step(sampler, tmp_path):
+    """These samplers stop at fractions: the window begins with the first timestep of training after them."""
+    pipe, _ = planted(STAND_INS[0], tmp_path, [11])
+    cls = getattr(diffusers, f"{sampler}DiscreteScheduler")
+    own, fresh = (cls.from_config(pipe.scheduler.config, timestep_spacing="linspace") for _ in range(2))
+    fresh.set_timesteps(STEPS)
+    visited = list(dict.fromkeys(fresh.timesteps.tolist()))
+    network_of(pipe).plant([visited[11]])
+    found = find_transition(pipe, "a cat", seeds=1, scheduler=own)
+    assert found.timestep == visited[12] != int(visited[12])
+
+    schedule = NoiseSchedule.from_diffusers(pipe.scheduler)
+    assert found.window() == found.window(schedule) == (math.ceil(visited[12]), 1000)
+    window, seen = TimeWindow(*found.window()), []
+
+    class Denoiser(TinyDenoiser):
+        def forward(self, x_t, timesteps):
+            seen.extend(timesteps.tolist())
+            return super().forward(x_t, timesteps)
+
+    generator = torch.Generator().manual_seed(0)
+    neggrad_step(
+        Denoiser(), None, schedule, torch.zeros(64, 1, 8, 8), time_window=window, generator=generator
+    )
+    assert len(seen) == 64
+    assert visited[12] < min(seen) < max(seen) < 1000
+
+
+def test_a_whole_timestep_begins_the_window_itself(tmp_path):
+    """Also one that float32 holds a little above it; and the last one, T of flow matching, is index T - 1."""
+    pipe, _ = planted(STAND_INS[0], tmp_path, [11])
+    found = find_transition(pipe, "a cat", seeds=1)
+    starts = {741.0: 741, 741.00006: 741, 741.01: 742, 740.5: 741, 0.0: 0, 999.0: 999, 1000.0: 999}
+    for timestep, start in starts.items():
+        window = replace(found, timestep=timestep).window()
+        assert window == (start, 1000)
+        assert isinstance(window[0], int)
 
 
 def test_a_schedule_of_another_length_is_refused(tmp_path):

@@ -137,6 +137,12 @@ def test_a_frequency_on_the_radius_is_in_at_that_step():
 def test_a_schedule_of_one_step_has_its_start():
     assert LowPass(schedule="linear_increase", start=0.2, stop=0.5).at(0, 1).radius == Fraction(1, 5)
     assert LowPass(schedule="linear_decay", start=0.5, stop=0.2).at(0, 1).radius == Fraction(1, 2)
+    for schedule in ("linear_increase", "linear_decay"):
+        lowpass = scheduled(schedule)
+        first = LowPass(lowpass.start).mask(20, 20).table
+        for step in (0, 1, 10):  # and later ones
+            table = lowpass.mask_at(20, 20, step, 1).table
+            assert torch.equal(table, padded(first, table.shape))
 
 
 def test_the_radius_stands_for_the_larger_one():
