@@ -6,7 +6,6 @@ has a density of timesteps and a band of its own, the retain term keeps what it 
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 from torch import Tensor
