@@ -304,20 +304,25 @@ def write(record: dict, path: Path) -> None:
 def run_all(record: dict, path: Path, settings: Settings, only: list[str]) -> None:
     """Everything of the groups `only` that `record` does not hold yet, written run by run."""
     forget, retain = load_demo()
-    for name, group in GROUPS.items():
-        # All arms of a seed before the next seed: a table that is not full compares like with like.
-        runs = [(arm, seed) for seed in range(group.seeds) for arm in group.arms] if name in only else []
-        for arm, seed in runs:
-            done = record["runs"].setdefault(arm, {})
-            if str(seed) in done:
-                continue
-            done[str(seed)] = run(ARMS[arm], seed, settings, forget, retain)
-            write(record, path)
-            print(f"{time.strftime('%H:%M:%S')} {arm}, seed {seed}: {done[str(seed)]}", flush=True)
     if WEIGHTS in only and WEIGHTS not in record:
         schedule = NoiseSchedule.from_diffusers(load_model("cpu")[1])
         record[WEIGHTS] = compare_weights(schedule, forget, retain, settings.weight_draws)
         write(record, path)
+    for arm, seed in ordered([group for name, group in GROUPS.items() if name in only]):
+        done = record["runs"].setdefault(arm, {})
+        if str(seed) in done:
+            continue
+        done[str(seed)] = run(ARMS[arm], seed, settings, forget, retain)
+        write(record, path)
+        print(f"{time.strftime('%H:%M:%S')} {arm}, seed {seed}: {done[str(seed)]}", flush=True)
+
+
+def ordered(groups: list[Group]) -> list[tuple[str, int]]:
+    """Arms and seeds: all arms of a seed before the next, so that what is there compares like with like."""
+    most = max((group.seeds for group in groups), default=0)
+    return [
+        (arm, seed) for seed in range(most) for group in groups if seed < group.seeds for arm in group.arms
+    ]
 
 
 def run(arm: Arm, seed: int, settings: Settings, forget: ImageStore, retain: ImageStore) -> dict:
