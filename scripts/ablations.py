@@ -93,7 +93,7 @@ WINDOWS = {
     "late": TimeWindow.late(),
     "full": None,
 }
-LAST = TimeWindow(999, 1000)
+LAST = TimeWindow.last()
 CUTOFFS = {"radius .15": LowPass(0.15), "radius .3": LowPass(0.3), "radius .6": LowPass(0.6)}
 # The paper's own setting is a low band in the middle window.
 BANDS = {
@@ -132,6 +132,8 @@ ARMS = {
     "middle, stratified": Arm(ASCENT, Stratified(TimeWindow.middle())),
     "full, stratified": Arm(ASCENT, Stratified(Uniform())),
     "middle, box of radius .3": Arm(ASCENT, WINDOWS["middle"], LowPass(0.3, kind="box")),
+    "ReTrack, middle window": Arm(ReTrack(**REDIRECT), WINDOWS["middle"]),
+    "ReTrack, radius .3": Arm(ReTrack(**REDIRECT), lowpass=LowPass(0.3)),
     # What SISS' released code draws for faces and for Stable Diffusion, in both branches.
     "t = 999 alone": Arm(ASCENT, LAST, retain_density=LAST),
 }
@@ -215,6 +217,11 @@ GROUPS = {
             "middle, radius .3",
             "middle, box of radius .3",
         ),
+    ),
+    "selected": Group(
+        "ReTrack with a window and with a band, which no paper has",
+        2,
+        ("ReTrack, k = 10", "ReTrack, middle window", "ReTrack, radius .3"),
     ),
 }
 WEIGHTS = "weights"  # the comparison of ReTrack's weights: no runs

@@ -193,3 +193,12 @@ def test_the_retain_loss_is_that_of_all_timesteps(ablations):
 
 def test_the_chains_are_those_of_both_injection_times(ablations):
     assert {f"chains_{t}" for t in INJECTION_TIMESTEPS} <= set(ablations.COLUMNS)
+
+
+def test_the_docs_have_the_tables_of_the_results(ablations):
+    """`python scripts/ablations.py --output bench/results/selection_ablations.json --table` prints them."""
+    path = ROOT / "bench/results/selection_ablations.json"
+    record = ablations.open_record(path, ablations.Settings())
+    page = (ROOT / "docs/selection.md").read_text()
+    for name, text in ablations.tables(record, [*ablations.GROUPS, ablations.WEIGHTS]).items():
+        assert text in page, name
