@@ -69,7 +69,7 @@ def test_it_goes_on_where_it_was_stopped(two_arms, tmp_path, monkeypatch, capsys
     for more in ((), ("--table",)):
         capsys.readouterr()
         two_arms.main(command(path, *more))
-        assert "| ReTrack, k = 1 | 2 | " in capsys.readouterr().out
+        assert "and no regulariser** (2 seeds)" in capsys.readouterr().out
     assert len(done) == 1
     assert list(tmp_path.iterdir()) == [path]
 
@@ -128,22 +128,27 @@ def test_every_arm_is_in_a_table_and_none_is_there_twice(ablations):
 
 
 def test_a_table_has_means_deviations_and_runs_that_failed(ablations):
-    group = ablations.Group("Two", 2, ("a", "b", "c", "d"), "paper", {"b": "9.9"})
+    group = ablations.Group("Some", 3, ("a", "b", "c", "d"), "paper", {"b": "9.9"})
     numbers = dict.fromkeys(ablations.COLUMNS, 1.0)
     runs = {
-        # The third seed is another table's.
         "a": {"0": numbers, "1": numbers | {"nll": 2.0}, "2": numbers | {"nll": 50.0}},
         "b": {"0": numbers, "1": {"failed": "NaN"}},
-        "c": {"0": {"failed": "NaN"}},
+        "c": {"0": {"failed": "NaN"}, "1": {"failed": "NaN"}},
     }
-    heads, _, a, b, c = ablations.table(group, runs).splitlines()[2:]
+    title, _, heads, _, a, b, c = ablations.table(group, runs).splitlines()
+    # The third seed of the first arm has nothing to compare with.
+    assert title == "**Some** (2 seeds)"
     nll = heads.split(" | ").index("NLL")
     assert a.split(" | ")[nll] == "1.50 ± 0.71"
-    assert b.split(" | ")[:2] == ["| b", "1 (1 not finite)"]
+    assert b.split(" | ")[0] == "| b (1 of 2 not finite)"
     assert b.split(" | ")[nll] == "1.00"
     assert b.endswith("| 9.9 |")
-    assert c.split(" | ")[1] == "0 (1 not finite)"
+    assert c.startswith("| c (2 of 2 not finite) |  |")
+
     assert ablations.table(group, {}) == ""
+    one = ablations.table(group, {"a": {"0": numbers}})
+    assert one.startswith("**Some** (one seed)")
+    assert "±" not in one
 
 
 def test_weights_of_k_neighbours_are_compared_with_those_of_all_images(ablations, monkeypatch):
@@ -200,5 +205,8 @@ def test_the_docs_have_the_tables_of_the_results(ablations):
     path = ROOT / "bench/results/selection_ablations.json"
     record = ablations.open_record(path, ablations.Settings())
     page = (ROOT / "docs/selection.md").read_text()
-    for name, text in ablations.tables(record, [*ablations.GROUPS, ablations.WEIGHTS]).items():
+    names = [*ablations.GROUPS, ablations.WEIGHTS]
+    tables = ablations.tables(record, names)
+    assert list(tables) == names
+    for name, text in tables.items():
         assert text in page, name
