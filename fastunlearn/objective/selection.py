@@ -6,6 +6,7 @@ has a density of timesteps and a band of its own, the retain term keeps what it 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -155,8 +156,7 @@ class Selection:
 
     def _check_counted(self, name: str, density: Density, schedule: NoiseSchedule) -> None:
         """A weight of 0 at every timestep that is drawn would be a run of zeros."""
-        weights = schedule.loss_weight(self.loss_weight, gamma=self.snr_gamma).nan_to_num(nan=0.0)
-        if not (density.drawn(len(schedule)) * weights).any():
+        if not _counts(density, schedule, self.loss_weight, self.snr_gamma):
             expected = f"expected one that is above 0 at a timestep of {name}, {density}"
             raise ValueError(f"loss_weight: {expected}, got {self.loss_weight!r}, which is 0 at all of them")
 
@@ -219,6 +219,19 @@ def _check_tables(name: str, density: Density, num_timesteps: int) -> None:
         raise ValueError(f"{name}: {error}") from None
 
 
+@functools.lru_cache(maxsize=64)
+def _counts(density: Density, schedule: NoiseSchedule, loss_weight: str, gamma: float | None) -> bool:
+    """Whether a timestep that is drawn has a weight above 0. Looked at once, not at every step."""
+    weights = schedule.loss_weight(loss_weight, gamma=gamma).nan_to_num(nan=0.0)
+    return bool((density.drawn(len(schedule)) * weights).any())
+
+
+@functools.lru_cache(maxsize=64)
+def _covers(density: Density, other: Density, num_timesteps: int) -> bool:
+    """Whether `density` draws every timestep that `other` draws."""
+    return not ((other.drawn(num_timesteps) > 0) & (density.drawn(num_timesteps) == 0)).any()
+
+
 def _own_densities(method: Method) -> dict[str, Density]:
     """Those that the method itself chooses, by branch."""
     own = {}
@@ -239,8 +252,7 @@ def _check_covered(wanted: dict[str, Draw], num_timesteps: int) -> None:
         if not isinstance(how, TimeLogRatio) or how.forget is None or chance not in (0, 1):
             continue
         alone, other = ("forget", "retain") if chance == 1 else ("retain", "forget")
-        tables = {branch: getattr(how, branch).drawn(num_timesteps) for branch in (alone, other)}
-        if ((tables[other] > 0) & (tables[alone] == 0)).any():
+        if not _covers(getattr(how, alone), getattr(how, other), num_timesteps):
             expected = f"expected timesteps of {ARGUMENTS[alone]}, from whose branch alone x_t is drawn"
             got = f"{getattr(how, other)} beside {getattr(how, alone)}"
             raise ValueError(f"{ARGUMENTS[other]}: {expected}, got {got}")
