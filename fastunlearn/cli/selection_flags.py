@@ -160,7 +160,7 @@ class FrequencyFlags:
     lowpass_kind: Literal["disc", "box"] = "disc"
     """disc: a frequency's length is compared with the radius. box: each of its two parts is."""
     lowpass_unit: Literal["nyquist", "bins"] = "nyquist"
-    """Of radii. nyquist: fractions of the highest frequency. bins: periods in an image."""
+    """Of radii. nyquist: fractions of the highest frequency of an axis. bins: periods in an image."""
     high_frequency_weight: float = 0.0
     """Factor of the residual's frequencies outside of the band."""
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..host import check
+from ..host import check, say
 from . import time
 from .draws import Draw, Same, Time, TimeLogRatio
 from .frequency import LowPass
@@ -20,6 +20,9 @@ from .schedule import LOSS_WEIGHTS, NoiseSchedule
 from .time import Density
 
 TIMESTEPS = ("forget_timesteps", "retain_timesteps")  # fields of `Draws`
+NOTHING_FILTERED = (
+    "lowpass: %s keeps every frequency of images of %d x %d, as no band would (is its radius one in bins?)"
+)
 ARGUMENTS = {"forget": "time_window", "retain": "retain_density"}  # the density of each branch
 
 
@@ -210,6 +213,16 @@ def check_band(
         lowpass.check_fits(height, width, total_steps)
     except ValueError as error:
         raise ValueError(f"lowpass: {error}") from None
+    if not lowpass.scheduled and _keeps_all(lowpass, height, width):
+        say.once(NOTHING_FILTERED, lowpass, height, width)
+
+
+@functools.lru_cache(maxsize=64)
+def _keeps_all(lowpass: LowPass, height: int, width: int) -> bool:
+    """Whether a fixed band filters nothing of images of that size: M is 1 everywhere."""
+    table, inside, outside = lowpass.mask(height, width)
+    whole = table.shape == (height // 2 + 1, width // 2 + 1) and bool(table.all())
+    return (inside == 1 or not table.any()) and (outside == 1 or whole)
 
 
 def _check_tables(name: str, density: Density, num_timesteps: int) -> None:

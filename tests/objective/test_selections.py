@@ -807,3 +807,16 @@ def test_a_weight_that_is_nothing_at_every_timestep_is_refused():
     for make in (drawn_in_a_step, unlearner):
         with pytest.raises(ValueError, match=text):
             make(NegGrad(), **options)
+
+
+@pytest.mark.parametrize(
+    ("band", "said"),
+    [
+        (LowPass(4), True), (LowPass(400, unit="bins"), True), (LowPass(0.5, high_frequency_weight=1), True),
+        (LowPass(1.4), False), (LowPass(0.5), False), (LowPass(0.5, band="high"), False),
+    ],
+)  # fmt: skip
+def test_a_band_that_filters_nothing_is_said(band, said, caplog):
+    say.once.cache_clear()
+    drawn_in_a_step(NegGrad(), 3, lowpass=band)
+    assert ("keeps every frequency of images of 4 x 4" in caplog.text) == said
