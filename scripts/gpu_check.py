@@ -184,7 +184,8 @@ def main() -> int:
 
 def said_by_contestants(out: Path) -> list[str]:
     """Why some were not timed, or not measured in full."""
-    files = [json.loads(path.read_text()) for path in sorted(out.glob("*_stand_in.json"))]
+    paths = [out / f"{kind}_stand_in.json" for kind in ("ops", "steps")]
+    files = [json.loads(path.read_text()) for path in paths if path.exists()]
     rows = [row for file in files for row in file["rows"]]
     return [said for row in rows for said in (row["reason"], row.get("note")) if said]
 

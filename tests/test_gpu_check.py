@@ -644,3 +644,13 @@ def test_it_says_what_it_cannot_do(tmp_path):
         )
         assert said.returncode == 1
         assert message in said.stderr
+
+
+def test_what_contestants_say_is_read_from_their_own_files(gpu_check, tmp_path):
+    """Other files of results have other rows."""
+    row = {"reason": "", "note": None}
+    (tmp_path / "lowpass_step_stand_in.json").write_text(json.dumps({"rows": [{"share": {}}]}))
+    assert gpu_check.said_by_contestants(tmp_path) == []
+    rows = [row, row | {"reason": "not built"}, row | {"note": "not compiled"}]
+    (tmp_path / "steps_stand_in.json").write_text(json.dumps({"rows": rows}))
+    assert gpu_check.said_by_contestants(tmp_path) == ["not built", "not compiled"]
