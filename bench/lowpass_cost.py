@@ -20,7 +20,6 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -36,7 +35,7 @@ from fastunlearn.ops import lowpass_residual as lowpass_op
 from fastunlearn.ops import residual as residual_op
 from fastunlearn.reference.lowpass_residual import lowpass_residual as literal
 
-from .harness import Call, Yardstick, filling, take_turns
+from .harness import Call, HostClock, Yardstick, filling, take_turns
 
 SHAPES = {
     "mnist": (128, 1, 28, 28),
@@ -89,26 +88,9 @@ def _expect_right(actual: tuple[Tensor, Tensor], images: tuple[Tensor, ...], mas
         torch.testing.assert_close(got[:2], right.float())
 
 
-class Clock:
-    """Times one round: the calls in order, each with caches as asked for.
-
-    Args:
-        yardstick: whose memory flushes the caches, where they are to be cold.
-        threads: with one, only the CPU time of the calling thread counts.
-    """
-
-    def __init__(self, yardstick: Yardstick, threads: int):
-        self.yardstick, self.now = yardstick, time.thread_time if threads == 1 else time.perf_counter
-
-    def __call__(self, calls: dict[str, Callable]) -> dict[str, float]:
-        taken = {}
-        for name, call in calls.items():
-            self.yardstick.flush()
-            started = self.now()
-            result = call()
-            taken[name] = self.now() - started
-            del result  # freeing the outputs is not timed
-        return taken
+def clock_of(yardstick: Yardstick, threads: int) -> HostClock:
+    """With one thread only its CPU time counts."""
+    return HostClock(yardstick, time.thread_time if threads == 1 else time.perf_counter)
 
 
 def quantile(values: list[float], share: float) -> float:
@@ -121,7 +103,7 @@ def ratios(samples: dict[str, list[float]], name: str) -> list[float]:
     return [one / two for one, two in zip(samples[name], samples[RESIDUAL], strict=True)]
 
 
-def compare(calls: dict[str, Call], clock: Clock, seconds: float) -> tuple[dict[str, list[float]], float]:
+def compare(calls: dict[str, Call], clock: HostClock, seconds: float) -> tuple[dict[str, list[float]], float]:
     """The times of all rounds, and by how much the last batch of rounds moved a median ratio, at most."""
     samples = {name: [] for name in calls}
     clock(calls)  # warm-up: pages, tables
@@ -163,9 +145,9 @@ def measure(shape_name: str, threads: int, warm: bool, alone: bool, seconds: flo
     shape = SHAPES[shape_name]
     yardstick = Yardstick(None, COPY_BYTES, warm=warm)
     calls, square = contestants(shape, alone=alone), torch.rand(PRODUCT_SIZE, PRODUCT_SIZE)
-    samples, moved = compare(calls, Clock(yardstick, threads), seconds)
+    samples, moved = compare(calls, clock_of(yardstick, threads), seconds)
     measures = {COPY: yardstick.copy, PRODUCT: lambda: square @ square}
-    rate = rates(take_turns(measures, Clock(yardstick, threads), 1.0, least=5))
+    rate = rates(take_turns(measures, clock_of(yardstick, threads), 1.0, least=5))
     rows = {}
     for name in calls:
         ratio = ratios(samples, name)

@@ -29,7 +29,7 @@ from fastunlearn.host.memory import keep_freed_memory
 from fastunlearn.testing.accelerator import DRY, Accelerator, find_accelerator, rehearsal
 
 from .harness import Call, Yardstick, alternate, take_turns
-from .lowpass_cost import RESIDUAL, Clock, contestants, machine, quantile, rounded
+from .lowpass_cost import RESIDUAL, clock_of, contestants, machine, quantile, rounded
 from .steps import ours
 from .steps.job import Job
 from .steps.networks import NETWORKS
@@ -72,7 +72,7 @@ def of_the_op(job: Job, seconds: float) -> float:
     """Seconds that `lowpass_residual` takes beyond `residual` on the rows of the forget term."""
     calls = contestants((job.batch, *job.network.shape), alone=False)
     pair = {name: calls[name] for name in (RESIDUAL, str(RADIUS))}
-    clock = Clock(Yardstick(None, warm=False), threads=1)
+    clock = clock_of(Yardstick(None, warm=False), threads=1)
     clock(pair)
     samples = take_turns(pair, clock, seconds, least=20)
     pairs = zip(samples[str(RADIUS)], samples[RESIDUAL], strict=True)
@@ -82,7 +82,7 @@ def of_the_op(job: Job, seconds: float) -> float:
 def measure(network: str, method: str, seconds: float) -> dict:
     """One row: a method on a network."""
     job = Job(NETWORKS[network], method, torch.device("cpu"))
-    calls, clock = steps(job), Clock(Yardstick(None, 4 << 20, warm=True), threads=1)
+    calls, clock = steps(job), clock_of(Yardstick(None, 4 << 20, warm=True), threads=1)
     clock(calls)
     samples = take_turns(calls, clock, seconds, least=10)
     op = of_the_op(job, min(seconds, 5.0))
