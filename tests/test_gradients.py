@@ -62,6 +62,59 @@ def test_rescale_is_the_paper(pair, scale, in_place, passes):
     torch.testing.assert_close(report.correction_norm, expected.correction_norm, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("micro_batches", [1, 3])
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("unit", [1.0, 1e-3, 1e-250], ids="unit {}".format)
+@pytest.mark.parametrize(("scaling", "scaling_norm"), [
+    ("norm", 2.0), ("ratio", 0.1), ("ratio", 3.0), ("clip", 2.0), ("clip", 1e9),
+])  # fmt: skip
+def test_every_scaling_is_its_formula(pair, scaling, scaling_norm, unit, in_place, micro_batches):
+    """Whatever unit the correction is computed in, and however small it is; the loss scale cancels.
+
+    A ratio waits for the main gradient, even where a correction could be finished in place.
+    """
+    main, in_units = pair
+    expected = reference.rescale(main, [gradient * unit for gradient in in_units], scaling_norm, scaling)
+    scaled = [[gradient * 1024.0 for gradient in side] for side in pair]
+    combination = combine.Rescale(scaling_norm, scaling)
+    parameters, report = combined(
+        *scaled, combination, in_place=in_place, passes=micro_batches, loss_scale=1024.0,
+        unit=torch.tensor(unit, dtype=torch.float64),
+    )  # fmt: skip
+    # Squares of 1e-250, as the reference takes them, leave float64.
+    norm = torch.stack([gradient.square().sum() for gradient in in_units]).sum().sqrt()
+    factor = {"norm": scaling_norm / norm, "clip": (scaling_norm / norm).clamp(max=unit)}
+    factor["ratio"] = scaling_norm * torch.cat([g.flatten() for g in main]).norm() / norm
+    by_formula = [m - factor[scaling] * c for m, c in zip(main, in_units, strict=True)]
+    gradients = [parameter.grad / 1024.0 for parameter in parameters]
+    torch.testing.assert_close(gradients, by_formula, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(report.scaling_factor, factor[scaling] / unit, rtol=1e-12, atol=0)
+    torch.testing.assert_close(report.correction_norm, norm * unit, rtol=1e-12, atol=0)
+    if unit > 1e-100:
+        torch.testing.assert_close(gradients, expected.gradients, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(report.scaling_factor, expected.factor, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("scaling", ["ratio", "clip"])
+def test_a_ratio_is_of_all_of_the_main_gradient(pair, scaling):
+    """Parameters that have one gradient alone count in its norm; those of both are no more than these."""
+    main, correction = [pair[0][0], pair[0][1], None], [pair[1][0], None, pair[1][2]]
+    filled = [
+        [torch.zeros(3, 2, dtype=torch.float64) if g is None else g for g in side]
+        for side in (main, correction)
+    ]
+    expected = reference.rescale(*filled, 0.3, scaling)
+    copies = ([None if g is None else g.clone() for g in side] for side in (main, correction))
+    parameters, report = combined(*copies, combine.Rescale(0.3, scaling), in_place=False)
+    torch.testing.assert_close([p.grad for p in parameters], expected.gradients, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(report.scaling_factor, expected.factor, rtol=1e-12, atol=0)
+
+
+def test_an_unknown_scaling_is_refused():
+    with pytest.raises(ValueError, match=r"^scaling: expected one of norm, ratio, clip, got 'half'"):
+        combine.Rescale(1.0, "half")
+
+
 @pytest.mark.parametrize("eta", [0.0, 1e-3, 0.1, 10.0])
 def test_project_is_the_paper_and_does_what_it_promises(pair, eta):
     main, correction = pair
@@ -106,10 +159,15 @@ def test_rescale_reports_the_norm_with_its_unit_and_without_the_loss_scale(pair)
 
 @pytest.mark.parametrize("in_place", [True, False])
 @pytest.mark.parametrize("nothing", [torch.zeros_like, lambda g: None])
-@pytest.mark.parametrize("combination", [combine.Rescale(5.0), combine.Project(1e-3)])
-def test_a_zero_correction_changes_nothing(pair, combination, nothing, in_place):
+@pytest.mark.parametrize(("combination", "factor"), [
+    (combine.Rescale(5.0), 0),
+    (combine.Rescale(0.1, "ratio"), 0),
+    (combine.Rescale(5.0, "clip"), 1),  # it is not too long
+    (combine.Project(1e-3), 0),
+])  # fmt: skip
+def test_a_zero_correction_changes_nothing(pair, combination, factor, nothing, in_place):
     parameters, report = combined(pair[0], [nothing(g) for g in pair[0]], combination, in_place=in_place)
-    assert report.scaling_factor == 0
+    assert report.scaling_factor == factor
     torch.testing.assert_close([p.grad for p in parameters], pair[0], rtol=0, atol=0)
 
 

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from ..host.tensor_lists import inner_product
+from ..host import check
+from ..host.tensor_lists import inner_product, total_norm
+
+SCALINGS = ("norm", "ratio", "clip")
 
 
 @dataclass(frozen=True)
@@ -39,21 +42,36 @@ class Sum:
 
 @dataclass(frozen=True)
 class Rescale:
-    """`g = g_retain - f g_forget` with `f = scaling_norm / ||g_forget||`; an infinite f counts as 0.
+    """`g = g_retain - f g_forget`, where the norm of the correction `f g_forget` is what is asked for.
 
     SISS section 4.2; ReTrack's `backward_with_rescaling`.
+
+    Args:
+        scaling_norm: as `scaling` reads it.
+        scaling: `"norm"`, as in the papers' code: the correction is set to the norm `scaling_norm`, up or
+            down, `f = scaling_norm / ||g_forget||`. `"ratio"`: to `scaling_norm` times the norm of the main
+            gradient, `f = scaling_norm ||g_retain|| / ||g_forget||`. `"clip"`: it is only ever made smaller,
+            `f = min(1, scaling_norm / ||g_forget||)`. An infinite f of the first two counts as 0.
     """
 
     scaling_norm: float
+    scaling: Literal["norm", "ratio", "clip"] = "norm"
     gradients: ClassVar[tuple[str, ...]] = ("forget", "retain")
-    # The factor can be had before there is a main gradient.
-    needs_main: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check.one_of("scaling", self.scaling, SCALINGS)
+
+    @property
+    def needs_main(self) -> bool:
+        """Whether the factor can only be had once there is a main gradient."""
+        return self.scaling == "ratio"
 
     def unit(self, weights: Sequence[Tensor]) -> Tensor | None:
         """0-d: the largest of the correction's `weights` (each `[B]`, >= 0); None where there are none.
 
-        Rescaling cancels a common factor of them. Taken out, it keeps tiny weights, and the gradients that
-        they make, out of float32's subnormal numbers; the step puts it back into what it reports.
+        Rescaling cancels a common factor of them, or puts it back (`"clip"`). Taken out, it keeps tiny
+        weights, and the gradients that they make, out of float32's subnormal numbers; the step puts it back
+        into what it reports.
         """
         if not weights:
             return None
@@ -62,10 +80,29 @@ class Rescale:
         return torch.stack([each.amax() for each in weights]).amax()
 
     def factor(
-        self, norm: Tensor, main: list[Tensor], correction: list[Tensor], loss_scale: Tensor | float
+        self,
+        norm: Tensor,
+        main: Sequence[Tensor | None],
+        correction: Sequence[Tensor | None],
+        loss_scale: Tensor | float,
+        unit: Tensor | float,
     ) -> Tensor:
-        # f = scaling_norm / ||g_forget||. `norm` and the main gradient are multiplied by the loss scale.
-        factor = self.scaling_norm * loss_scale / norm
+        """f for the correction as it was computed: divided by `unit`, and so is its `norm`.
+
+        Both gradients are multiplied by the loss scale. Each has an entry for every parameter, None where it
+        is missing; without `needs_main` nobody reads them.
+        """
+        if self.scaling == "ratio":
+            # f = scaling_norm ||g_retain|| / ||g_forget||, in which the loss scale cancels; 0 / 0 is 0.
+            present = [gradient for gradient in main if gradient is not None]
+            wanted = self.scaling_norm * total_norm(present, norm.device)
+            factor = torch.where(norm == 0, norm, wanted / norm)
+        else:
+            # f = scaling_norm / ||g_forget||
+            factor = self.scaling_norm * loss_scale / norm
+        if self.scaling == "clip":
+            # f = min(1, scaling_norm / ||g_forget||): of the gradient divided by its unit, at most the unit.
+            return factor.clamp(max=unit)
         return torch.where(torch.isinf(factor), torch.zeros_like(factor), factor)
 
 
@@ -85,11 +122,21 @@ class Project:
         return None
 
     def factor(
-        self, norm: Tensor, main: list[Tensor], correction: list[Tensor], loss_scale: Tensor | float
+        self,
+        norm: Tensor,
+        main: Sequence[Tensor | None],
+        correction: Sequence[Tensor | None],
+        loss_scale: Tensor | float,
+        unit: Tensor | float,
     ) -> Tensor:
+        """As `Rescale.factor`."""
+        # A parameter that has one gradient alone adds nothing to the inner product.
+        pairs = zip(main, correction, strict=True)
+        both = [(one, other) for one, other in pairs if one is not None and other is not None]
+        mains, corrections = [one for one, _ in both], [other for _, other in both]
         # f = -max(eta - <g_retain, g_forget> / ||g_forget||^2, 0), in which a loss scale cancels. The norm is
         # not squared: that of a small gradient would leave float32.
-        factor = -torch.clamp(self.eta - inner_product(main, correction, norm.device) / norm / norm, min=0)
+        factor = -torch.clamp(self.eta - inner_product(mains, corrections, norm.device) / norm / norm, min=0)
         # A gradient of zero has nothing to project on.
         return torch.where(norm == 0, torch.zeros_like(factor), factor)
 

@@ -22,15 +22,28 @@ class Combined(NamedTuple):
     inner_product: Tensor  # <g_x, g_a> over all parameters, 0-d
 
 
-def rescale(main: Sequence[Tensor], correction: Sequence[Tensor], scaling_norm: float) -> Combined:
+def rescale(
+    main: Sequence[Tensor], correction: Sequence[Tensor], scaling_norm: float, scaling: str = "norm"
+) -> Combined:
     """`g_x - (scaling_norm / ||g_a||) g_a`: the forget gradient is set to the given norm, up or down.
 
     SISS, section 4, "gradient norm fixing". A vanishing `g_a` has an infinite factor, which counts as 0, as
     in SISS' training loop on MNIST.
+
+    Args:
+        scaling: `"norm"`. With `"ratio"` the norm is `scaling_norm ||g_x||`, which is how the authors choose
+            `scaling_norm` (about a tenth of `||g_x||`). With `"clip"` the factor is 1 at most.
     """
-    # f = scaling_norm / ||g_a||
     norm = _inner(correction, correction).sqrt()
-    factor = scaling_norm / norm
+    if scaling == "ratio":
+        # f = scaling_norm ||g_x|| / ||g_a||
+        factor = scaling_norm * _inner(main, main).sqrt() / norm
+    elif scaling == "clip":
+        # f = min(1, scaling_norm / ||g_a||)
+        factor = torch.clamp(scaling_norm / norm, max=1)
+    else:
+        # f = scaling_norm / ||g_a||
+        factor = scaling_norm / norm
     factor = torch.where(factor.isinf(), torch.zeros_like(factor), factor)
     return _combine(main, correction, factor, norm)
 

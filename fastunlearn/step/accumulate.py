@@ -77,7 +77,7 @@ class Accumulator:
             self._in_place, self._combined = False, Combined()
         else:
             self._correction, self._main = combination.gradients
-            # A projection needs both gradients at once, and a mask each of them alone.
+            # What needs both gradients at once cannot begin with one, and a mask acts on each of them alone.
             self._in_place = in_place and not combination.needs_main and not self._restricting
 
         # The gradient that backward passes add to `.grad`.
@@ -118,6 +118,8 @@ class Accumulator:
         self._reduce()
         self._restrict()
         norm = total_norm(self._present(), self._device)
+        present = [parameter.grad for parameter in self.parameters]
+        factor = self.combination.factor(norm, self._parked, present, self.loss_scale, self.unit)
 
         # A parameter may have one of the two gradients alone.
         mains, corrections, alone = [], [], []
@@ -129,7 +131,6 @@ class Accumulator:
             else:
                 mains.append(main)
                 corrections.append(parameter.grad)
-        factor = self.combination.factor(norm, mains, corrections, self.loss_scale)
         multiply(alone, -factor)
 
         # One pass over both; on GPUs foreach has a fast way for tensors of equal shapes only.
@@ -161,7 +162,7 @@ class Accumulator:
         self._reduce()
         correction = self._present()
         norm = total_norm(correction, self._device)
-        factor = self.combination.factor(norm, [], [], self.loss_scale)
+        factor = self.combination.factor(norm, [], [], self.loss_scale, self.unit)
         multiply(correction, -factor)
         self._combined = self._report(norm, factor)
 
