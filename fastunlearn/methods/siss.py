@@ -11,7 +11,7 @@ from .. import functional as F
 from ..host import check
 from ..host.philox import Noise
 from ..host.store import Rows
-from ..objective.combine import Rescale
+from ..objective.combine import SCALINGS, Rescale, Sum
 from ..objective.conditioning import map_tensors
 from ..objective.draws import FORGET, Bernoulli, Draw, Draws, Same, TimeLogRatio
 from ..objective.protocol import Batch, Method, Pass, Term
@@ -40,11 +40,20 @@ PAIR = FORGET | {"retain_timesteps": Same("forget_timesteps"), "retain_noise": S
 class SISS(Method):
     """SISS (arXiv 2503.01034): subtracted importance-sampled scores.
 
-    The forget gradient is rescaled to a fixed norm. Variants: `"mixture"` (the method: one noisy image from
-    the defensive mixture, two importance-weighted targets, one forward), `"no_is"` (two forwards without
-    importance sampling, SISS `double_forward_with_neg_del`) and `"bernoulli"` (the mixture without weights,
-    SISS `subscore_bernoulli`: the retain term divided by `1 - lambd`). `lambd` lies in [0, 1], in (0, 1) for
-    `"bernoulli"`. The forget gradient is scaled up or down to `scaling_norm`.
+    The forget gradient is rescaled to a fixed norm (section 4.2), up or down. Variants: `"mixture"` (the
+    method: one noisy image from the defensive mixture, two importance-weighted targets, one forward),
+    `"no_is"` (two forwards without importance sampling, SISS `double_forward_with_neg_del`) and `"bernoulli"`
+    (the mixture without weights, SISS `subscore_bernoulli`: the retain term divided by `1 - lambd`). `lambd`
+    lies in [0, 1], in (0, 1) for `"bernoulli"`.
+
+    With a `superfactor` s nothing is rescaled: the step descends on the printed objective (Eq. 8), for images
+    to keep that are drawn from the set to keep (appendix A.1): with k images to forget and n - k to keep
+
+        E_keep ||e - eps||^2 - s k / (n - k) E_forget ||e - eps||^2
+
+    in expectation, for every `lambd` and variant; one backward pass. At s = 0 that is naive deletion. Both
+    sets count as disjoint. What the papers' configurations call superfactor is the factor of NegGrad; their
+    SISS has neither s nor k / (n - k), and rescales.
 
     The importance weights compare two images as makers of one noisy image under one condition. Where the
     images of a pair have different ones (labels, captions: any number of `forget_kwargs` and
@@ -53,30 +62,58 @@ class SISS(Method):
     Conditions are compared bit for bit: one caption encoded in two batches may come out as two.
 
     Where every forget weight of a batch is below 1e-308 (small t, no row made from a forget image), it is 0:
-    the step is that of the retain term alone, and its `scaling_factor` 0, as in the papers' code.
+    the step is that of the retain term alone, as in the papers' code, and its `scaling_factor` is 0 (with
+    `scaling="clip"`, to which such a gradient is short enough, 1).
 
     Args:
         lambd: share of forget images in the mixture.
         scaling_norm: L2 norm that the forget gradient is set to at every step; about a tenth of the retain
-            gradient's (5 for MNIST, 500 for 256x256 faces).
+            gradient's (5 for MNIST, 500 for 256x256 faces). With the scaling ratio that share itself. Not
+            given: 5, or 0.1 for ratio.
         variant: mixture is the method; no_is has no importance sampling (two network calls); bernoulli has
             the mixture without weights.
+        scaling: norm is the papers' (the forget gradient is set to scaling_norm); ratio sets it to
+            scaling_norm times the norm of the retain gradient; clip scales it down to scaling_norm where it
+            is longer.
+        superfactor: s of the printed objective, which is then descended on as it is, without any scaling.
     """
 
     lambd: float = 0.5
-    scaling_norm: float = 5.0
+    scaling_norm: float | None = None
     variant: Literal["mixture", "no_is", "bernoulli"] = "mixture"
+    scaling: Literal["norm", "ratio", "clip"] = "norm"
+    superfactor: float | None = None
     name: ClassVar[str] = "siss"
-    needs: ClassVar[frozenset[str]] = frozenset({"forget", "retain"})
 
     def __post_init__(self):
         check.one_of("variant", self.variant, ("mixture", "no_is", "bernoulli"))
         check.number("lambd", self.lambd, low=0, high=1)
-        check.number("scaling_norm", self.scaling_norm, low=0, low_open=True)
         if self.variant == "bernoulli" and self.lambd in (0, 1):
             raise ValueError(
                 f"lambd: expected a number in (0, 1) for the variant 'bernoulli', got {self.lambd!r}"
             )
+        check.one_of("scaling", self.scaling, SCALINGS)
+        if self.superfactor is not None:
+            self._check_superfactor()
+            return
+        if self.scaling_norm is None:
+            # The dataclass is frozen: its own attributes are set past it.
+            object.__setattr__(self, "scaling_norm", 0.1 if self.scaling == "ratio" else 5.0)
+        check.number("scaling_norm", self.scaling_norm, low=0, low_open=True)
+
+    def _check_superfactor(self) -> None:
+        """What would be ignored is refused."""
+        check.number("superfactor", self.superfactor, low=0)
+        for name, unset in (("scaling_norm", None), ("scaling", "norm")):
+            if getattr(self, name) != unset:
+                expected = f"expected {unset!r} with a superfactor, which scales by itself"
+                raise ValueError(f"{name}: {expected}, got {check.describe(getattr(self, name))}")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        if self.superfactor is None:
+            return frozenset({"forget", "retain"})
+        return frozenset({"forget", "retain", "sizes"})
 
     def draws(self) -> dict[str, Draw]:
         if self.variant == "no_is":
@@ -87,8 +124,10 @@ class SISS(Method):
         return drawn | {"time_log_ratio": TimeLogRatio()}
 
     @property
-    def combine(self) -> Rescale:
-        return Rescale(self.scaling_norm)
+    def combine(self) -> Rescale | Sum:
+        if self.superfactor is not None:
+            return Sum()
+        return Rescale(self.scaling_norm, self.scaling)
 
     def compose(self, batch: Batch, draws: Draws, schedule: NoiseSchedule) -> list[Pass]:
         if batch.forget.shape != batch.retain.shape:
@@ -116,11 +155,19 @@ class SISS(Method):
         ratio = _log_ratio(ratio, draws.time_log_ratio)
         arguments = batch.retain, batch.forget, noise, timesteps, schedule, self.lambd, draws.from_forget
         sample = F.mixture(*arguments, time_log_ratio=ratio)
+        factor = self._forget_factor(batch)
         terms = (
-            Term("forget", sample.forget_target, sample.forget_weight),
+            Term("forget", sample.forget_target, sample.forget_weight, scale=factor),
             Term("retain", sample.retain_target, sample.retain_weight),
         )
         return [Pass(sample.x_t, timesteps, terms, kwargs)]
+
+    def _forget_factor(self, batch: Batch) -> float:
+        """What the forget term is multiplied by: `-s k / (n - k)`; 1 where its gradient is rescaled."""
+        if self.superfactor is None:
+            return 1.0
+        # Appendix A.1: of k images to forget and n - k to keep.
+        return -self.superfactor * batch.sizes["forget"] / batch.sizes["retain"]
 
     def _check_possible(self, ratio: Tensor) -> None:
         """Refuses rows of a branch that is never drawn, where the other image could not have made them.
@@ -144,8 +191,11 @@ class SISS(Method):
         x_t, target = F.noised(_where(draws.from_forget, forget, retain), noise, timesteps, schedule)
         # Each row counts for the branch that made it. The papers divide the retain term by the expected share
         # of its rows, `1 - lambd`, and leave the factor `1 / lambd` of the forget term to the rescaling.
+        # Without a rescaling both are divided by their shares.
+        over = None if self.superfactor is None else len(x_t) * self.lambd
+        factor = self._forget_factor(batch)
         terms = (
-            Term("forget", target, draws.from_forget),
+            Term("forget", target, draws.from_forget, over=over, scale=factor),
             Term("retain", target, ~draws.from_forget, over=len(x_t) * (1 - self.lambd)),
         )
         return [Pass(x_t, timesteps, terms, kwargs)]
@@ -153,7 +203,7 @@ class SISS(Method):
     def _two_forwards(self, batch: Batch, draws: Draws, schedule: NoiseSchedule) -> list[Pass]:
         # Without importance sampling: E ||e - eps||^2 on noisy images of either set, a network call each.
         x_t, target = F.noised(batch.forget, draws.forget_noise, draws.forget_timesteps, schedule)
-        terms = (Term("forget", target),)
+        terms = (Term("forget", target, scale=self._forget_factor(batch)),)
         forget = Pass(x_t, draws.forget_timesteps, terms, batch.forget_kwargs)
         x_t, target = F.noised(batch.retain, draws.retain_noise, draws.retain_timesteps, schedule)
         terms = (Term("retain", target),)

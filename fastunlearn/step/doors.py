@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,6 +35,7 @@ from .options import (
     check_needs,
     check_reference,
     check_rules,
+    check_sizes,
     checked,
 )
 from .take import StepOutput, take_step
@@ -54,6 +55,7 @@ def method_step(
     retain: Tensor | None = None,  # [B', C, H, W]
     neighbors: Tensor | None = None,  # [B, K, C, H, W]
     sqdist: Tensor | None = None,  # [B, K]
+    sizes: Mapping[str, int] | None = None,
     reference_model: Callable | None = None,
     draws: Draws | None = None,
     generator: torch.Generator | None = None,
@@ -82,6 +84,8 @@ def method_step(
     Args:
         method: `ReTrack(...)`, or one of the caller's own.
         forget, retain, neighbors, sqdist: those that the method needs.
+        sizes: how many images the whole sets have, `{"forget": 1, "retain": 29_999}`, for a method that asks
+            (SISS with a superfactor); else None.
         reference_model: the network that the method compares with, called as `model` is; without a graph.
 
     Raises:
@@ -97,6 +101,7 @@ def method_step(
         check_reference(method, trained.model, reference_model)
         trained = trained._replace(reference=unwrapped(reference_model))
     _check_at_hand(method, neighbors)
+    sizes = check_sizes(method, sizes)
     without_graph("neighbors", neighbors)
     without_graph("sqdist", sqdist)
     parameters = trained.parameters
@@ -118,7 +123,8 @@ def method_step(
     with stage("draw"):
         source = draw.GeneratorSource(device, generator)
         draws = draw.complete(draws, wanted, source, forget, retain, len(schedule))
-    batch = Batch(forget, retain, neighbors, sqdist, forget_conditioning, retain_conditioning)
+    conditioning = forget_conditioning, retain_conditioning
+    batch = Batch(forget, retain, neighbors, sqdist, *conditioning, sizes=sizes)
     return take_step(trained, method, schedule, batch, draws, settings, moment)
 
 
@@ -211,16 +217,21 @@ def siss_step(
     retain: Tensor,  # [B, C, H, W]
     *,
     lambd: float = 0.5,
-    scaling_norm: float = 5.0,
+    scaling_norm: float | None = None,
     variant: str = "mixture",
+    scaling: str = "norm",
+    superfactor: float | None = None,
+    sizes: Mapping[str, int] | None = None,
     **options: Unpack[StepOptions],
 ) -> StepOutput:
     """One SISS step (arXiv 2503.01034): `forget` and `retain` `[B, C, H, W]` are pairs.
 
-    Options as in `retrack_step`, hyperparameters as in `SISS`.
+    Options as in `retrack_step`, hyperparameters as in `SISS`. With a `superfactor`, `sizes` tells how many
+    images the whole sets have: `{"forget": 1, "retain": 29_999}`.
     """
-    method = SISS(lambd, scaling_norm, variant)
-    return method_step(method, model, optimizer, schedule, forget=forget, retain=retain, **options)
+    method = SISS(lambd, scaling_norm, variant, scaling, superfactor)
+    images = {"forget": forget, "retain": retain, "sizes": sizes}
+    return method_step(method, model, optimizer, schedule, **images, **options)
 
 
 def erasediff_step(
@@ -276,12 +287,9 @@ def _check_at_hand(method: Method, neighbors: Tensor | None) -> None:
     """
     if "neighbors" in method.needs:
         check.tensor("neighbors", neighbors, ndim=5)
-    whole = sorted(method.needs & {"stores", "sizes"})
-    if whole:
+    if "stores" in method.needs:
         expected = "expected one that works on batches alone"
-        which = (
-            f"{type(method).__name__}, which reads the whole sets ({', '.join(whole)}): an Unlearner has them"
-        )
+        which = f"{type(method).__name__}, which reads the whole sets (stores): an Unlearner has them"
         raise ValueError(f"method: {expected}, got {which}")
 
 

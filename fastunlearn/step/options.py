@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypedDict
 
 import torch
@@ -157,6 +157,29 @@ def check_needs(method: Method) -> None:
     if not {"forget", "retain"} & needs or ("neighbors" in needs and "forget" not in needs):
         expected = "expected 'forget' or 'retain', and 'forget' where there is 'neighbors'"
         raise ValueError(f"{name}: {expected}, got {', '.join(sorted(needs)) or 'none'}")
+
+
+def check_sizes(method: Method, sizes: Any) -> dict[str, int]:
+    """How many images there are in the sets that the method reads; `{}` where it does not ask.
+
+    Raises:
+        TypeError, ValueError: it asks and is not told, or the other way round.
+    """
+    name = type(method).__name__
+    if "sizes" not in method.needs:
+        if sizes is not None:
+            expected = f"expected None ({name} does not ask how large the sets are)"
+            raise ValueError(f"sizes: {expected}, got {check.describe(sizes)}")
+        return {}
+    # As an Unlearner has them: neighbours are rows of the retain set.
+    read = {"forget": {"forget"}, "retain": {"retain", "neighbors"}}
+    wanted = [branch for branch, words in read.items() if words & method.needs]
+    expected = f"expected how many images each whole set has, a dict of {', '.join(wanted)} ({name} asks)"
+    if not isinstance(sizes, Mapping):
+        raise TypeError(f"sizes: {expected}, got {check.describe(sizes)}")
+    if set(sizes) != set(wanted):
+        raise ValueError(f"sizes: {expected}, got one of {', '.join(map(str, sizes)) or 'nothing'}")
+    return {branch: check.integer(f"sizes[{branch!r}]", sizes[branch], low=1) for branch in wanted}
 
 
 def check_reference(method: Method, model: Callable, reference_model: Callable | None) -> None:
