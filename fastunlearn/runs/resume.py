@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from ..host.plain_names import plain_state
+from ..methods import Method
 from . import checkpoint, optimizer_state
-from .identity import check_same
+from .identity import check_same, described
 from .processes import Processes
 from .run_state import part_state, parts_of, random_state, restore
 from .state_checks import Entry, check_keys
@@ -68,6 +70,7 @@ def load_checkpoint(unlearner, path: Path, processes: Processes, run: dict[str, 
     saved = state.metadata["identity"]
     if not isinstance(saved, dict):
         raise metadata["identity"].error("what the run is", saved)
+    saved = saved | {"method": _with_later_hyperparameters(unlearner.method, saved.get("method"))}
     # The average is compared last: one that is missing is told more plainly by the names of the parts.
     names = [name for name in dict.fromkeys([*run, *saved]) if name != "ema"]
     check_same(run, saved, names, str(path))
@@ -86,6 +89,17 @@ def load_checkpoint(unlearner, path: Path, processes: Processes, run: dict[str, 
     if count != processes.count and processes.rank == 0:
         what = f"{path} was written by {count} processes, and {processes.count} resume it"
         warnings.warn(f"{what}: a network with dropout will not drop the same activations", stacklevel=2)
+
+
+def _with_later_hyperparameters(method: Method, saved: Any) -> Any:
+    """What a checkpoint says of its method, with the hyperparameters that there were not yet.
+
+    Their defaults are what the method did before: it goes on as it was.
+    """
+    if not isinstance(saved, dict) or saved.get("name") != type(method).__name__ or not is_dataclass(method):
+        return saved
+    known = {each.name: each.default for each in fields(method) if each.default is not MISSING}
+    return described(known) | saved
 
 
 def find_checkpoint(resume: str | Path | None, output_dir: Path) -> Path | None:

@@ -445,6 +445,25 @@ def test_a_run_that_is_resumed_takes_the_same_steps(tmp_path, setting):
     assert all(map(torch.equal, whole.parameters, resumed.parameters))
 
 
+@pytest.mark.parametrize("method", [SISS(0.4, 2.0), SISS(0.4, 0.1, scaling="ratio")], ids=str)
+def test_a_checkpoint_of_before_there_were_scalings_goes_on_as_it_was(tmp_path, method):
+    """Under the papers' scaling, which it had; under no other."""
+    runs.run(runs.make(method=SISS(0.4, 2.0)), tmp_path, num_steps=runs.SAVED_AT)
+
+    def forget_later_ones(metadata):
+        for name in ("scaling", "superfactor"):
+            del metadata["metadata"]["identity"]["method"][name]
+
+    runs.change_json(tmp_path / f"checkpoint-{runs.SAVED_AT}", forget_later_ones)
+    resumed = runs.make(method=method)
+    if method.scaling == "norm":
+        runs.run(resumed, tmp_path, resume_from_checkpoint="latest")
+        assert resumed.step_index == runs.STEPS
+    else:
+        with pytest.raises(ValueError, match=r"a run with method .*'scaling': 'ratio'"):
+            runs.run(resumed, tmp_path, resume_from_checkpoint="latest")
+
+
 # --- what is refused ----------------------------------------------------------------------------------------
 
 
