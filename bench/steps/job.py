@@ -122,6 +122,11 @@ class Job:
         return any(isinstance(draw, Same) for draw in self.instance.draws().values())
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """Of the whole sets."""
+        return {"forget": len(self.forget), "retain": len(self.retain)}
+
+    @property
     def rows(self) -> int:
         """Rows that the network learns from in one step: each set's batch where both are read, once where
         SISS mixes the two into one batch.
@@ -135,7 +140,9 @@ class Job:
             draw = self.draw()
         conditioning = [self.conditioning(self.batch)] * 2
         images = self.images
-        batch = Batch(images.forget, images.retain, images.neighbors, images.sqdist, *conditioning)
+        batch = Batch(
+            images.forget, images.retain, images.neighbors, images.sqdist, *conditioning, sizes=self.sizes
+        )
         composed = self.instance.compose(batch, self.given(draw), self.schedule)
         if has_own_objective(self.instance):  # each row may belong to every gradient
             return [Call(len(part.x_t), len(self.instance.combine.gradients)) for part in composed]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 from fastunlearn.methods.registry import Record, Setting, methods
@@ -18,7 +19,8 @@ class Timed(NamedTuple):
     @property
     def two_gradients(self) -> bool:
         """Whether a step keeps the forget gradient apart."""
-        return len(self.record.example.combine.gradients) == 2
+        method = replace(self.record.example, **self.record.variants[self.variant])
+        return len(method.combine.gradients) == 2
 
     @property
     def network(self) -> str:

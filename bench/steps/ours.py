@@ -34,6 +34,7 @@ def functional(
         "autocast_dtype": PRECISIONS[job.precision],
         "micro_batch_size": job.micro,
         "reference_model": _reference(job, model),
+        "sizes": job.sizes if "sizes" in method.needs else None,
         **options,
     }
 

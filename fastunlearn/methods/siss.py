@@ -32,7 +32,13 @@ PAIR = FORGET | {"retain_timesteps": Same("forget_timesteps"), "retain_noise": S
         "sd-1.4": {"lambd": 0.5, "scaling_norm": 750.0, "lr": 1e-5},
         "mnist-tshirt-small": {"lambd": 0.5, "scaling_norm": 5.0, "lr": 1.5e-4},
     },
-    variants={"no_is": {"variant": "no_is"}, "bernoulli": {"variant": "bernoulli"}},
+    variants={
+        "no_is": {"variant": "no_is"},
+        "bernoulli": {"variant": "bernoulli"},
+        "ratio": {"scaling_norm": 0.1, "scaling": "ratio"},
+        "clip": {"scaling": "clip"},
+        "superfactor": {"scaling_norm": None, "superfactor": 1.0},
+    },
     timed_on="mnist",
     place=2,
 )

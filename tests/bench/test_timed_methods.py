@@ -17,6 +17,9 @@ CALLS = {
     "siss": [(1, 2)],
     "siss no_is": [(1, 1), (1, 1)],
     "siss bernoulli": [(1, 2)],
+    "siss ratio": [(1, 2)],
+    "siss clip": [(1, 2)],
+    "siss superfactor": [(1, 1)],
     "erasediff": [(1, 1), (1, 1)],
     "neggrad": [(1, 1)],
     "vanilla": [(1, 1)],
@@ -39,13 +42,14 @@ def test_calls_are_those_of_the_method(method):
     assert sum(call.rows for call in calls_of(job, joined=False)) == job.rows
 
 
+AS_PUBLISHED = {"scaling": "norm", "superfactor": None}
 # The papers' hyperparameters on the networks of their experiments.
 HYPERPARAMETERS = {
     ("mnist", "retrack"): {"k": 10, "lambd": 0.005},
     ("cifar", "retrack"): {"k": 10, "lambd": 0.02},
-    ("celeba", "siss"): {"lambd": 0.5, "scaling_norm": 500.0, "variant": "mixture"},
-    ("celeba", "siss no_is"): {"lambd": 0.5, "scaling_norm": 500.0, "variant": "no_is"},
-    ("sd", "siss bernoulli"): {"lambd": 0.5, "scaling_norm": 750.0, "variant": "bernoulli"},
+    ("celeba", "siss"): {"lambd": 0.5, "scaling_norm": 500.0, "variant": "mixture"} | AS_PUBLISHED,
+    ("celeba", "siss no_is"): {"lambd": 0.5, "scaling_norm": 500.0, "variant": "no_is"} | AS_PUBLISHED,
+    ("sd", "siss bernoulli"): {"lambd": 0.5, "scaling_norm": 750.0, "variant": "bernoulli"} | AS_PUBLISHED,
     ("sd", "retrack"): {"k": 10, "lambd": 0.5},
     ("sd", "erasediff"): {"eta": 1e-2},
     ("small", "erasediff"): {"eta": 1e-3},
@@ -69,4 +73,6 @@ def test_every_method_of_the_papers_has_their_way_as_a_baseline():
         **dict.fromkeys(CALLS, "retrack repo"),
         "siss no_is": "siss repo",
         "siss bernoulli": "siss repo",
+        # What no paper has run.
+        **dict.fromkeys(("siss ratio", "siss clip", "siss superfactor")),
     }

@@ -65,11 +65,14 @@ def test_an_unknown_name_is_refused_with_those_that_there_are():
 
 def test_tests_run_all_methods_and_variants():
     assert every_method(k=2)[:5] == [ReTrack(k=2), SISS(), EraseDiff(), NegGrad(), Vanilla()]
-    assert every_variant(k=2)[:7] == [
+    assert every_variant(k=2)[:10] == [
         ReTrack(k=2),
         SISS(),
         SISS(variant="no_is"),
         SISS(variant="bernoulli"),
+        SISS(scaling="ratio"),
+        SISS(scaling="clip"),
+        SISS(superfactor=1.0),
         EraseDiff(),
         NegGrad(),
         Vanilla(),
