@@ -110,6 +110,26 @@ def test_every_method_writes_a_model_that_diffusers_opens(world, tmp_path, capsy
     )
 
 
+@pytest.mark.parametrize(
+    ("flags", "chosen"),
+    [
+        (("--superfactor", "30"), {"superfactor": 30.0, "scaling_norm": None}),
+        (("--scaling", "ratio"), {"scaling": "ratio", "scaling_norm": 0.1}),
+        (("--scaling", "clip", "--scaling-norm", "2"), {"scaling": "clip", "scaling_norm": 2.0}),
+    ],
+    ids=str,
+)
+def test_siss_is_scaled_as_it_is_told(world, tmp_path, flags, chosen):
+    assert unlearn(world, tmp_path / "run", *flags, method="siss") == 0
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert chosen.items() <= record["method"].items()
+
+
+def test_a_scaling_beside_a_superfactor_is_refused(world, tmp_path, capsys):
+    assert unlearn(world, tmp_path / "run", "--superfactor", "3", "--scaling-norm", "5", method="siss") == 2
+    assert "scaling_norm: expected None with a superfactor" in capsys.readouterr().err.replace("-", "_")
+
+
 def test_sets_that_a_method_does_not_read_may_be_left_out(world, tmp_path):
     assert (
         run(

@@ -191,6 +191,7 @@ def own_loop(
     micro_batch_size: int | None = None,
     keep_grad: bool = False,
     selection: dict[str, Any] | None = None,
+    **hyperparameters: Any,
 ) -> tuple[Tensor, list[dict[str, float]]]:
     """A caller's loop: each process hands its share of the global batch to a `*_step`, with the rows that it
     drew itself.
@@ -198,7 +199,8 @@ def own_loop(
     For SISS the rows of the first process are all one-sided toward the forget image, and those of the others
     need both gradients or the retain one. For "faint siss" all rows come from retain images: the forget
     weights of the first process are 0 in float64, those of the others about 1e-20. With `keep_grad` a
-    gradient that is the same in all processes stands in `.grad` before each step.
+    gradient that is the same in all processes stands in `.grad` before each step. `hyperparameters` are
+    SISS'.
     """
     rank, count = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
     model: nn.Module = Denoiser()
@@ -242,9 +244,8 @@ def own_loop(
                 timesteps[share],
                 from_forget=from_forget[share],
             )
-            output = siss_step(
-                model, optimizer, SCHEDULE, forget[share], retain[share], draws=draws, **options
-            )
+            pair = forget[share], retain[share]
+            output = siss_step(model, optimizer, SCHEDULE, *pair, draws=draws, **hyperparameters, **options)
         elif name == "erasediff":
             uniform = torch.rand(forget.shape, generator=generator)[share]
             draws = Draws(
@@ -273,6 +274,13 @@ def own_loop(
             )
         reports.append(numbers(output))
     return weights(model), reports
+
+
+def scaled_loop(
+    name: str, alone: bool, micro_batch_size: int | None, hyperparameters: dict[str, Any]
+) -> tuple[Tensor, list[dict[str, float]]]:
+    """`own_loop` of SISS."""
+    return own_loop(name, alone, "group", micro_batch_size, **hyperparameters)
 
 
 def begin_apart(what: str) -> None:

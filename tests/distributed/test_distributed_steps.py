@@ -21,6 +21,7 @@ from step_cases import (
     objective_of_other_rows,
     own_loop,
     references_that_are_the_model,
+    scaled_loop,
     step_with_a_nan,
     step_with_other_rows,
     step_with_references_apart,
@@ -39,7 +40,7 @@ METHODS = [
     ReTrack(k=2, lambd=0.3),
     *(method for method in every_variant() if not isinstance(method, ReTrack)),
 ]
-TWO_GRADIENTS = [SISS(), SISS(variant="bernoulli"), EraseDiff()]
+TWO_GRADIENTS = [SISS(), SISS(variant="bernoulli"), SISS(0.5, 0.3, scaling="ratio"), EraseDiff()]
 
 
 def assert_same(found: list, expected: tuple) -> None:
@@ -159,6 +160,37 @@ def test_a_process_without_a_forget_weight(pair: Team, micro_batch_size: int | N
     expected = own_loop("faint siss", True, "group", micro_batch_size)
     assert all(0 < report["correction_norm"] < 1e-16 for report in expected[1])
     assert_same(pair.run(own_loop, "faint siss", False, "group", micro_batch_size), expected)
+
+
+SCALED = {
+    "ratio": {"scaling": "ratio", "scaling_norm": 0.5},
+    "clip": {"scaling": "clip", "scaling_norm": 1.0},
+    "a clip that cuts off all but nothing": {"scaling": "clip", "scaling_norm": 1e-20},
+    "superfactor": {"superfactor": 0.3, "sizes": {"forget": 4, "retain": 20}},
+}
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 2])
+@pytest.mark.parametrize("name", ["siss", "faint siss"])
+@pytest.mark.parametrize("hyperparameters", SCALED.values(), ids=SCALED)
+def test_weights_of_other_sizes_in_each_process(pair: Team, hyperparameters, name, micro_batch_size):
+    """Each computes its correction in a unit of its own: 2 and about 1, or 1 (of nothing) and about 1e-20.
+
+    Norms, and what a clip leaves, are those of all rows in no unit.
+    """
+    arguments = micro_batch_size, hyperparameters
+    expected = scaled_loop(name, True, *arguments)
+    found = pair.run(scaled_loop, name, False, *arguments)
+    assert_same(found, expected)
+    # However small they are.
+    for own, single in zip(found[0][1], expected[1], strict=True):
+        for key in ("correction_norm", "scaling_factor"):
+            if key in single:
+                assert own[key] == pytest.approx(single[key], rel=1e-4, abs=0)
+        if hyperparameters.get("scaling") == "clip":
+            length = own["scaling_factor"] * own["correction_norm"]
+            wanted = min(own["correction_norm"], hyperparameters["scaling_norm"])
+            assert length == pytest.approx(wanted, rel=1e-5, abs=0)
 
 
 @pytest.mark.parametrize("method", [ReTrack(k=2, lambd=0.3), EraseDiff()], ids=str)

@@ -47,12 +47,16 @@ METHODS = {
     "siss": SISS(0.4, 2.0),
     "siss without sampling": SISS(0.4, 2.0, "no_is"),
     "siss by chance": SISS(0.4, 2.0, "bernoulli"),
+    "siss by ratio": SISS(0.4, 0.3, scaling="ratio"),
+    "siss clipped": SISS(0.4, 2.0, scaling="clip"),
+    "siss as printed": SISS(0.4, superfactor=1.5),
     "erasediff": EraseDiff(0.4),
     "neggrad": NegGrad(1.5),
     "vanilla": Vanilla(),
 }
 methods = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 that_forget = pytest.mark.parametrize("method", list(METHODS.values())[:-1], ids=list(METHODS)[:-1])
+SIZES = {"forget": 3, "retain": 20}
 GROWING = LowPass(schedule="linear_increase", start=0.2, stop=0.9)
 
 
@@ -84,6 +88,21 @@ def filtered(residual, band):
 
 def losses(prediction, target, band=None):
     return filtered(prediction - target, band).square().flatten(1).sum(1)
+
+
+def siss_factor(method, main, correction):
+    """f in `main - f correction`."""
+    if method.superfactor is not None:
+        return method.superfactor * SIZES["forget"] / SIZES["retain"]
+    factor = method.scaling_norm / correction.norm()
+    if method.scaling == "ratio":
+        return factor * main.norm()
+    return factor.clamp(max=1) if method.scaling == "clip" else factor
+
+
+def told(method):
+    """What a loop says of the whole sets."""
+    return {"sizes": SIZES} if "sizes" in method.needs else {}
 
 
 @dataclass
@@ -177,7 +196,7 @@ class World:
             return means, self.gradient(loss)
         main, correction = self.gradient(means["retain"]), self.gradient(means["forget"])
         if isinstance(method, SISS):
-            return means, main - method.scaling_norm / correction.norm() * correction
+            return means, main - siss_factor(method, main, correction) * correction
         factor = (method.eta - main @ correction / correction.square().sum()).clamp(min=0)
         return means, main + factor * correction
 
@@ -185,7 +204,7 @@ class World:
         """What a step reports, and the gradient that it leaves."""
         for parameter in self.model.parameters():
             parameter.grad = None
-        options = {"draws": self.given(method)} | options
+        options = {"draws": self.given(method)} | told(method) | options
         out = method_step(method, self.model, None, SCHEDULE, **self.batch(method), **options)
         return out, torch.cat([parameter.grad.flatten() for parameter in self.model.parameters()])
 
@@ -316,7 +335,8 @@ def drawn_in_a_step(method, count=64, schedule=SCHEDULE, **options):
     """The timesteps that the network was called with in one step."""
     model = Watched()
     generator = torch.Generator().manual_seed(0)
-    method_step(method, model, None, schedule, **batch_of(method, count), generator=generator, **options)
+    batch = batch_of(method, count) | told(method)
+    method_step(method, model, None, schedule, **batch, generator=generator, **options)
     return torch.cat(model.seen)
 
 
