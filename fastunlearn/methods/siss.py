@@ -78,10 +78,11 @@ class SISS(Method):
             given: 5, or 0.1 for ratio.
         variant: mixture is the method; no_is has no importance sampling (two network calls); bernoulli has
             the mixture without weights.
-        scaling: norm is the papers' (the forget gradient is set to scaling_norm); ratio sets it to
-            scaling_norm times the norm of the retain gradient; clip scales it down to scaling_norm where it
-            is longer.
-        superfactor: s of the printed objective, which is then descended on as it is, without any scaling.
+        scaling: norm, as in the papers, sets the forget gradient to scaling_norm; ratio sets it to
+            scaling_norm times the norm of the retain gradient; clip shortens it to scaling_norm where it is
+            longer.
+        superfactor: s of the printed objective, retain loss - s k / (n - k) forget loss with k of n images to
+            forget; nothing is rescaled then.
     """
 
     lambd: float = 0.5
@@ -112,7 +113,7 @@ class SISS(Method):
         check.number("superfactor", self.superfactor, low=0)
         for name, unset in (("scaling_norm", None), ("scaling", "norm")):
             if getattr(self, name) != unset:
-                expected = f"expected {unset!r} with a superfactor, which scales by itself"
+                expected = f"expected {unset!r} with a superfactor, where nothing is rescaled"
                 raise ValueError(f"{name}: {expected}, got {check.describe(getattr(self, name))}")
 
     @property

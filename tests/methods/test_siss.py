@@ -477,12 +477,12 @@ REFUSED = [
     (
         lambda: SISS(scaling_norm=5.0, superfactor=1.0),
         ValueError,
-        r"^scaling_norm: expected None with a superfactor, which scales by itself, got 5.0",
+        r"^scaling_norm: expected None with a superfactor, where nothing is rescaled, got 5.0",
     ),
     (
         lambda: SISS(scaling="clip", superfactor=1.0),
         ValueError,
-        r"^scaling: expected 'norm' with a superfactor, which scales by itself, got 'clip'",
+        r"^scaling: expected 'norm' with a superfactor, where nothing is rescaled, got 'clip'",
     ),
 ]
 
