@@ -127,6 +127,50 @@ def test_project_is_the_paper_and_does_what_it_promises(pair, eta):
     assert inner >= eta * report.correction_norm**2 * (1 - 1e-9)
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-12, 1e12])
+@pytest.mark.parametrize("loss_scale", [1.0, 1024.0])
+def test_balance_gives_both_gradients_one_norm(pair, scale, loss_scale):
+    main, correction = pair[0], [scale * g for g in pair[1]]
+    expected = reference.balance(main, correction)
+    scaled = ([loss_scale * g for g in side] for side in (main, correction))
+    parameters, report = combined(*scaled, combine.Balance(), in_place=True, loss_scale=loss_scale)
+    found = [p.grad / loss_scale for p in parameters]
+    torch.testing.assert_close(found, expected.gradients, rtol=1e-12, atol=1e-12 * min(scale, 1))
+    torch.testing.assert_close(report.scaling_factor, expected.factor, rtol=1e-12, atol=0)
+    torch.testing.assert_close(report.correction_norm, expected.correction_norm, rtol=1e-12, atol=0)
+    # 1 - lambd is off by a rounding of 1, which is a share of 1 / scale of it.
+    assert report.main_factor.item() == pytest.approx(1 + expected.factor.item(), rel=1e-12)
+    sizes = report.correction_norm * -report.scaling_factor, torch.cat(main).norm() * report.main_factor
+    torch.testing.assert_close(*sizes, rtol=max(1e-12, 1e-15 / scale), atol=0)
+
+
+def test_balance_of_nothing_leaves_the_other_gradient(pair):
+    """One that vanishes has no share, and takes none from the other."""
+    zeros = [torch.zeros_like(g) for g in pair[0]]
+    for main, correction, left in (
+        (pair[0], zeros, pair[0]),
+        (pair[0], [None] * 4, pair[0]),
+        (zeros, pair[1], pair[1]),
+        (zeros, zeros, zeros),
+    ):
+        parameters, _ = combined(main, correction, combine.Balance(), in_place=False)
+        torch.testing.assert_close([p.grad for p in parameters], left, rtol=0, atol=0)
+
+
+def test_balance_counts_parameters_that_have_one_gradient_alone(pair):
+    """Frozen layers: both norms are over all that there is, and what stands alone has its factor, too."""
+    main = [pair[0][0].clone(), pair[0][1].clone(), None, None]
+    correction = [pair[1][0].clone(), None, pair[1][2].clone(), None]
+    parameters, report = combined(main, correction, combine.Balance(), in_place=False)
+    norms = [torch.cat([g for g in side if g is not None]).norm() for side in (correction, main)]
+    lambd = norms[1] / (norms[0] + norms[1])
+    torch.testing.assert_close(report.scaling_factor, -lambd)
+    torch.testing.assert_close(parameters[0].grad, (1 - lambd) * pair[0][0] + lambd * pair[1][0])
+    torch.testing.assert_close(parameters[1].grad, (1 - lambd) * pair[0][1])
+    torch.testing.assert_close(parameters[2].grad, lambd * pair[1][2])
+    assert parameters[3].grad is None
+
+
 @pytest.mark.parametrize("limit", [1, 100, 1 << 20])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_inner_products_on_accelerators(pair, limit, dtype, monkeypatch):

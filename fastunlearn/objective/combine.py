@@ -1,8 +1,9 @@
-"""How the gradients of a step become one: added up, or a correction that is rescaled or projected.
+"""How the gradients of a step become one: added up, or a correction that is rescaled, projected or balanced.
 
 A combination names its gradients in the order in which a step completes them. `Sum` has one, `"total"`. The
 others keep the gradient of the forget terms, the correction, apart from that of the retain terms, the main
-one, and leave `main - factor * correction`.
+one, and leave `main - factor * correction`, or, where there is a `main_factor`, `main_factor * main - factor
+* correction`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ class Combined:
     # The same for the correction as it was computed, divided by its unit: in float range, however small the
     # unit is.
     applied_factor: Tensor | None = None
+    # 0-d, what the main gradient was multiplied by. None: 1.
+    main_factor: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,10 @@ class Rescale:
             return factor.clamp(max=unit)
         return torch.where(torch.isinf(factor), torch.zeros_like(factor), factor)
 
+    def main_factor(self, factor: Tensor) -> None:
+        """None: the main gradient is left as it is."""
+        return None
+
 
 @dataclass(frozen=True)
 class Project:
@@ -140,5 +147,45 @@ class Project:
         # A gradient of zero has nothing to project on.
         return torch.where(norm == 0, torch.zeros_like(factor), factor)
 
+    def main_factor(self, factor: Tensor) -> None:
+        """None: the main gradient is left as it is."""
+        return None
 
-Combination = Sum | Rescale | Project
+
+@dataclass(frozen=True)
+class Balance:
+    """`g = lambd g_forget + (1 - lambd) g_retain`, both of one norm at every step.
+
+    `lambd = ||g_retain|| / (||g_forget|| + ||g_retain||)`: ReTrack's rule for lambd (section 3.4), by
+    gradients. Where one of both vanishes, the other stands alone. The factor is reported as f = -lambd.
+    """
+
+    gradients: ClassVar[tuple[str, ...]] = ("forget", "retain")
+    needs_main: ClassVar[bool] = True
+
+    def unit(self, weights: Sequence[Tensor]) -> None:
+        """None: the factor depends on how large the correction is."""
+        return None
+
+    def factor(
+        self,
+        norm: Tensor,
+        main: Sequence[Tensor | None],
+        correction: Sequence[Tensor | None],
+        loss_scale: Tensor | float,
+        unit: Tensor | float,
+    ) -> Tensor:
+        """As `Rescale.factor`; there is no unit."""
+        # lambd = ||g_retain|| / (||g_forget|| + ||g_retain||), in which a loss scale cancels.
+        main_norm = total_norm([gradient for gradient in main if gradient is not None], norm.device)
+        lambd = main_norm / (norm + main_norm)
+        # The gradient that vanishes would take the other with it.
+        lambd = torch.where(main_norm == 0, torch.ones_like(lambd), lambd)
+        return -torch.where(norm == 0, torch.zeros_like(lambd), lambd)
+
+    def main_factor(self, factor: Tensor) -> Tensor:
+        """0-d: 1 - lambd."""
+        return 1 + factor
+
+
+Combination = Sum | Rescale | Project | Balance

@@ -1,7 +1,7 @@
-"""How two parameter gradients become one: SISS' rescaling and EraseDiff's projection.
+"""How two parameter gradients become one: SISS' rescaling, EraseDiff's projection, ReTrack's rule for lambda.
 
-Both work on one parameter at a time. Both papers write the update as `g_x - f g_a`, with a factor f that
-needs norms over all parameters together. `main` is g_x (keep), `correction` is g_a (forget).
+All work on one parameter at a time. The papers of the first two write the update as `g_x - f g_a`, with a
+factor f that needs norms over all parameters together. `main` is g_x (keep), `correction` is g_a (forget).
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from torch import Tensor
 
 
 class Combined(NamedTuple):
-    """What `rescale` and `project` return."""
+    """What `rescale`, `project` and `balance` return."""
 
-    gradients: list[Tensor]  # g_x - f g_a, one per parameter
+    gradients: list[Tensor]  # g_x - f g_a, one per parameter (`balance`: (1 + f) g_x - f g_a)
     factor: Tensor  # f, 0-d
     correction_norm: Tensor  # ||g_a||_2 over all parameters, 0-d
     inner_product: Tensor  # <g_x, g_a> over all parameters, 0-d
@@ -58,6 +58,17 @@ def project(main: Sequence[Tensor], correction: Sequence[Tensor], eta: float) ->
     # f = -max(eta - <g_x, g_a> / ||g_a||^2, 0)
     factor = -torch.clamp(eta - _inner(main, correction) / norm**2, min=0)
     return _combine(main, correction, factor, norm)
+
+
+def balance(main: Sequence[Tensor], correction: Sequence[Tensor]) -> Combined:
+    """`lambda g_a + (1 - lambda) g_x`, both summands of one norm: `lambda = ||g_x|| / (||g_a|| + ||g_x||)`.
+
+    ReTrack, section 3.4: lambda is to make both terms of similar size. The factor is returned with the sign
+    of `rescale`, so it is `-lambda`.
+    """
+    norm, main_norm = _inner(correction, correction).sqrt(), _inner(main, main).sqrt()
+    weight = main_norm / (norm + main_norm)
+    return _combine([(1 - weight) * m for m in main], correction, -weight, norm)
 
 
 def _inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:

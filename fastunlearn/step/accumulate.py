@@ -112,7 +112,10 @@ class Accumulator:
         return self._combined
 
     def _merge(self) -> Combined:
-        """Adds the parked correction to the main gradient: `main - f correction` is left in `.grad`."""
+        """Adds the parked correction to the main gradient: `main - f correction` is left in `.grad`.
+
+        The main gradient may have a factor, too.
+        """
         # The correction comes into `.grad`, the main gradient into the parked buffers.
         self._swap()
         self._reduce()
@@ -122,15 +125,19 @@ class Accumulator:
         factor = self.combination.factor(norm, self._parked, present, self.loss_scale, self.unit)
 
         # A parameter may have one of the two gradients alone.
-        mains, corrections, alone = [], [], []
+        mains, corrections, alone, main_alone = [], [], [], []
         for main, parameter in zip(self._parked, self.parameters, strict=True):
             if parameter.grad is None:
-                continue
-            if main is None:
+                if main is not None:
+                    main_alone.append(main)
+            elif main is None:
                 alone.append(parameter.grad)
             else:
                 mains.append(main)
                 corrections.append(parameter.grad)
+        main_factor = self.combination.main_factor(factor)
+        if main_factor is not None:
+            multiply(mains + main_alone, main_factor)
         multiply(alone, -factor)
 
         # One pass over both; on GPUs foreach has a fast way for tensors of equal shapes only.
@@ -143,7 +150,7 @@ class Accumulator:
             if main is not None:
                 parameter.grad = main
         self._parked = [None] * len(self.parameters)
-        return self._report(norm, factor)
+        return self._report(norm, factor, main_factor)
 
     def _select(self, name: str) -> None:
         """Lets backward passes accumulate the gradient `name`."""
@@ -166,9 +173,9 @@ class Accumulator:
         multiply(correction, -factor)
         self._combined = self._report(norm, factor)
 
-    def _report(self, norm: Tensor, factor: Tensor) -> Combined:
+    def _report(self, norm: Tensor, factor: Tensor, main_factor: Tensor | None = None) -> Combined:
         # The correction was computed as `g_a loss_scale / unit`: f holds for `g_a / unit`.
-        return Combined(norm * self.unit / self.loss_scale, factor / self.unit, factor)
+        return Combined(norm * self.unit / self.loss_scale, factor / self.unit, factor, main_factor)
 
     def _swap(self) -> None:
         for index, parameter in enumerate(self.parameters):

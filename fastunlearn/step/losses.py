@@ -77,7 +77,8 @@ class Losses:
     def result(self, combined: Combined) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and the mean of each role.
 
-        The loss is the sum of the scaled means; with two gradients `main - factor * correction`.
+        The loss is the sum of the scaled means; with two gradients `main - factor * correction`, the main one
+        with its factor.
         """
         # No call has rows of a role whose weights are all 0: its mean is 0.
         nothing = torch.zeros_like(next(iter(self._sums.values())))
@@ -93,7 +94,7 @@ class Losses:
         # In units of the correction, which may be too small to divide by.
         main = self._sum_of(means, set(means) - set(in_units))
         correction = self._sum_of(means, in_units)
-        loss = main - combined.applied_factor * correction
+        loss = _descended(main, correction, combined)
         for kind in in_units:
             means[kind] = means[kind] * self._unit.everyones
         return loss, _by_role(means)
@@ -113,6 +114,13 @@ class Losses:
         if not scaled:
             return torch.zeros(())
         return sum(scaled[1:], scaled[0])
+
+
+def _descended(main: Tensor, correction: Tensor, combined: Combined) -> Tensor:
+    """The loss of the combined gradient, from those of the two that it is made of."""
+    if combined.main_factor is not None:
+        main = combined.main_factor * main
+    return main - combined.applied_factor * correction
 
 
 def _by_role(means: dict[_Kind, Tensor]) -> dict[str, Tensor]:
@@ -163,7 +171,7 @@ class ObjectiveLosses:
         if combined.applied_factor is None:
             return values["total"], means
         correction, main = self._combination.gradients
-        return values[main] - combined.applied_factor * values[correction], means
+        return _descended(values[main], values[correction], combined), means
 
     def _named(self) -> tuple[str, ...]:
         """The gradients, each of which the objective has added to.

@@ -38,7 +38,8 @@ class StepOutput(NamedTuple):
     Reading one waits for the device, so the caller chooses when.
     """
 
-    # What the step descends: with two gradients `retain_loss - scaling_factor * forget_loss`.
+    # What the step descends: with two gradients `retain_loss - scaling_factor * forget_loss`; with ReTrack's
+    # lambd="auto" `(1 - lambd) retain_loss + lambd forget_loss`.
     loss: Tensor
 
     # Means over the rows of a set, with importance weights and spread, without lambd. None: the method has no
@@ -49,7 +50,8 @@ class StepOutput(NamedTuple):
     # L2 norm of the combined gradient, before clipping.
     grad_norm: Tensor
 
-    # For methods that keep the forget gradient apart: its L2 norm, and f in `g_retain - f g_forget`.
+    # For methods that keep the forget gradient apart: its L2 norm, and f in `g_retain - f g_forget`; with
+    # ReTrack's lambd="auto" -lambd.
     correction_norm: Tensor | None
     scaling_factor: Tensor | None
 
