@@ -22,11 +22,12 @@ from .host.philox import Noise, check_noise
 from .host.store import Rows
 from .objective.frequency import LowPass, Mask, check_mask
 from .objective.schedule import NoiseSchedule
-from .ops._library import backend
+from .ops._library import at_least_float32, backend, laid_out, served
 from .ops.lowpass_residual import lowpass_residual as _lowpass_residual
 from .ops.mixture import mixture as _mixture
 from .ops.noising import noising as _noising
 from .ops.redirect import redirect as _redirect
+from .ops.redirect_to_all import redirect_to_all as _redirect_to_all
 from .ops.residual import residual as _residual
 from .reference.lowpass_residual import lowpass_residual as _literal_lowpass
 from .reference.mixture import Mixture
@@ -35,6 +36,8 @@ from .reference.noising import noising as _literal_noising
 from .reference.noising import prediction_target as _literal_target
 from .reference.redirect import Redirect
 from .reference.redirect import redirect as _literal_redirect
+from .reference.redirect_to_all import RedirectToAll
+from .reference.redirect_to_all import redirect_to_all as _literal_redirect_to_all
 from .reference.residual import denoising_loss as _literal_loss
 
 
@@ -141,6 +144,57 @@ def redirect(
     rest = coefficients, sqdist, *_noise_arguments(noise), forget.dtype, _channels_last(forget)
     made, target, spread, weights = _redirect(*_source(forget), *_source(neighbors), *rest)
     return Redirect(made if x_t is None else x_t, target, spread, weights)
+
+
+def redirect_to_all(
+    forget: Tensor | Rows,
+    retain_set: Tensor,
+    noise: Tensor | Noise,
+    timesteps: Tensor,
+    schedule: NoiseSchedule,
+    *,
+    forget_set: Tensor | None = None,
+) -> RedirectToAll:
+    """ReTrack's single target before it is truncated: the weighted mean over all images to keep.
+
+    As `redirect` with all of them as neighbours, in any number: they are streamed, in float64. With a forget
+    set there is the rest of the exact importance weight of ReTrack's section 3.2, too: `weight` is
+    `p_retain(x_t) / p_forget(x_t)`, the densities of the two noised sets, 1 on average over x_t.
+
+    A step reads both sets as a whole and takes `4 B M D` operations in float64 for M images of D elements.
+
+    Args:
+        forget: `[B, C, H, W]`, the images to forget, or rows of a store.
+        retain_set: `[M, C, H, W]` as stored (`ImageStore.images`): uint8, or floating as network input.
+        noise: `[B, C, H, W]`, or a `Noise` to make it from.
+        timesteps: `[B]` int64, indices into `schedule`.
+        forget_set: `[N, C, H, W]` as stored; `forget` are some of its images.
+
+    Raises:
+        TypeError, ValueError: for arguments of another rank, shape, dtype or device.
+    """
+    _check_images("forget", forget)
+    for name, images in (("retain_set", retain_set), ("forget_set", forget_set)):
+        if images is not None or name == "retain_set":
+            _check_set(name, images, forget)
+    _check_data(forget=forget, noise=noise, retain_set=retain_set, forget_set=forget_set)
+    coefficients = _prepare("forget", forget, noise, timesteps, schedule)
+    noise = _numbers(noise, forget.dtype)
+    if backend() == "reference":
+        images, dtype = _gathered(forget), forget.dtype
+        retain_set = served(retain_set, dtype)
+        if forget_set is not None:
+            forget_set = served(forget_set, dtype)
+        return _literal_redirect_to_all(images, retain_set, noise, timesteps, schedule, forget_set=forget_set)
+
+    x_t, _ = noised(forget, noise, timesteps, schedule)
+    target, spread, weight = _redirect_to_all(
+        _in_float64(forget), retain_set, noise.double(), coefficients, forget_set
+    )
+    precision = at_least_float32(forget.dtype)
+    return RedirectToAll(
+        x_t, laid_out(target, precision, _channels_last(forget)), spread.to(precision), weight
+    )
 
 
 def mixture(
@@ -298,6 +352,17 @@ def _check_images(name: str, images: Tensor | Rows) -> None:
         check.images(name, images)
 
 
+def _check_set(name: str, images: Tensor, forget: Tensor | Rows) -> None:
+    """A whole set of images, as stored."""
+    is_stored = isinstance(images, Tensor) and (images.dtype == torch.uint8 or images.is_floating_point())
+    if not is_stored:
+        raise TypeError(f"{name}: expected uint8 or floating-point images, got {check.describe(images)}")
+    if images.ndim != 4 or len(images) == 0 or images.shape[1:] != tuple(forget.shape[1:]):
+        expected = f"images [M, C, H, W] of the shape of forget, {tuple(forget.shape[1:])}"
+        raise ValueError(f"{name}: expected {expected}, got {check.describe(images)}")
+    check.same_device(name, images, "forget", forget)
+
+
 def _check_data(**arguments: Tensor | Rows | Noise | None) -> None:
     """Refuses a gradient that would be lost: importance weights and targets are constants of a step."""
     for name, value in arguments.items():
@@ -316,6 +381,14 @@ def _source(images: Tensor | Rows) -> tuple[Tensor, Tensor | None]:
 def _gathered(images: Tensor | Rows) -> Tensor:
     """The images themselves."""
     return images.gather() if isinstance(images, Rows) else images
+
+
+def _in_float64(images: Tensor | Rows) -> Tensor:
+    """The images themselves in float64; of uint8 rows the quotients that float32 rounds."""
+    if not isinstance(images, Rows):
+        return images.double()
+    rows = images.images[images.index.long()].double()
+    return rows * (2 / 255) - 1 if images.images.dtype == torch.uint8 else rows
 
 
 def _noise_arguments(noise: Tensor | Noise) -> tuple[Tensor | None, Tensor | None, int]:

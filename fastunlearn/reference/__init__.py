@@ -14,6 +14,17 @@ from __future__ import annotations
 from .mixture import Mixture, mixture
 from .noising import noising, prediction_target
 from .redirect import Redirect, redirect
+from .redirect_to_all import RedirectToAll, redirect_to_all
 from .residual import denoising_loss
 
-__all__ = ["Mixture", "Redirect", "denoising_loss", "mixture", "noising", "prediction_target", "redirect"]
+__all__ = [
+    "Mixture",
+    "Redirect",
+    "RedirectToAll",
+    "denoising_loss",
+    "mixture",
+    "noising",
+    "prediction_target",
+    "redirect",
+    "redirect_to_all",
+]
