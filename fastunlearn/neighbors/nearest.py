@@ -45,6 +45,7 @@ def nearest_neighbors(
     cache_dir: str | Path | None = None,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
     show_progress: bool = False,
+    labels: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The k nearest retain rows of every forget row by Euclidean distance.
 
@@ -65,6 +66,8 @@ def nearest_neighbors(
         chunk_bytes: working memory of the search beside both sets; at least one tile of 64 rows is taken
             whatever it says.
         show_progress: a progress bar over the retain rows.
+        labels: integers `[N]` of the forget rows and `[M]` of the retain rows: neighbours of a forget row are
+            then among the retain rows of its label. The retain rows of one label are copied at a time.
 
     Returns:
         index int64 `[N, k]`, sqdist `[N, k]`, both on the device of `forget`. For uint8 rows sqdist is the
@@ -74,21 +77,27 @@ def nearest_neighbors(
     Raises:
         ImportError: faiss is asked for and not installed.
         TypeError, ValueError: for sets that are empty, of different kind or row shape, or not finite, and for
-            k outside [1, M].
+            k outside [1, M], or fewer than k retain rows with the label of a forget row.
     """
     forget_rows, retain_rows = _rows("forget", forget), _rows("retain", retain)
     _check_alike(forget_rows, retain_rows)
     k = check.integer("k", k, low=1, high=len(retain_rows), of="the rows of retain")
     chunk_bytes = check.integer("chunk_bytes", chunk_bytes, low=1)
     check.one_of("backend", backend, BACKENDS)
+    if labels is not None:
+        labels = _check_labels(labels, len(forget_rows), len(retain_rows), k)
 
     path = found = None
     if cache_dir is not None:
-        path = _cache_path(Path(cache_dir), forget, retain, k)
+        path = _cache_path(Path(cache_dir), forget, retain, k, labels)
         if path.exists():
             found = _read_cache(path, len(forget_rows), len(retain_rows), k)
     if found is None:
-        found = _search(forget_rows, retain_rows, k, backend, chunk_bytes, show_progress)
+        options = k, backend, chunk_bytes, show_progress
+        if labels is None:
+            found = _search(forget_rows, retain_rows, *options)
+        else:
+            found = _search_within_labels(forget_rows, retain_rows, labels, *options)
         if path is not None:
             _write_cache(path, *found)
     index, sqdist = found
@@ -180,6 +189,48 @@ def _search(
     return index.cpu()[inverse], sqdist.cpu()[inverse]
 
 
+def _search_within_labels(
+    forget: Tensor, retain: Tensor, labels: tuple[Tensor, Tensor], k: int, *options
+) -> tuple[Tensor, Tensor]:
+    """As `_search`, for each label of the forget rows among the retain rows that have it, too."""
+    index = torch.empty(len(forget), k, dtype=torch.int64)
+    sqdist = None
+    for label in labels[0].unique():
+        own, others = ((each == label).nonzero().squeeze(1) for each in labels)
+        subset = retain[others.to(retain.device)]
+        position, distances = _search(forget[own.to(forget.device)], subset, k, *options)
+        if sqdist is None:
+            sqdist = torch.empty(len(forget), k, dtype=distances.dtype)
+        # The rows of a label keep their order, so ties go to the lower index of the whole set, too.
+        index[own], sqdist[own] = others[position], distances
+    return index, sqdist
+
+
+def _check_labels(labels, num_forget: int, num_retain: int, k: int) -> tuple[Tensor, Tensor]:
+    """Labels of both sets on the CPU, where every forget row has k retain rows of its label.
+
+    Raises:
+        TypeError, ValueError: naming `labels`.
+    """
+    if not isinstance(labels, (tuple, list)) or len(labels) != 2:
+        expected = "expected a pair, labels of the forget rows and of the retain rows, or None"
+        raise TypeError(f"labels: {expected}, got {check.describe(labels)}")
+    kept = []
+    for name, own, count in zip(("labels[0]", "labels[1]"), labels, (num_forget, num_retain), strict=True):
+        check.tensor(name, own, ndim=1, floating=False)
+        if len(own) != count:
+            raise ValueError(f"{name}: expected one label a row, [{count}], got {tuple(own.shape)}")
+        kept.append(own.cpu().long())
+    forget, retain = kept
+    for label in forget.unique().tolist():
+        found = int((retain == label).sum())
+        if found < k:
+            row = int((forget == label).nonzero()[0])
+            expected = f"expected at least k = {k} retain rows with the label of every forget row"
+            raise ValueError(f"labels: {expected}, got {found} with label {label} (forget row {row})")
+    return forget, retain
+
+
 def _searcher(backend: str, retain: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
     """The search that `backend` means for rows of this kind, in this place."""
     integers = retain.dtype == torch.uint8
@@ -228,12 +279,21 @@ def _distinct(rows: Tensor) -> tuple[Tensor, Tensor]:
 # --- cache --------------------------------------------------------------------------------------------------
 
 
-def _cache_path(folder: Path, forget: ImageStore | Tensor, retain: ImageStore | Tensor, k: int) -> Path:
-    """The file whose name says by what the result is decided: the content of both sets, and k.
+def _cache_path(
+    folder: Path,
+    forget: ImageStore | Tensor,
+    retain: ImageStore | Tensor,
+    k: int,
+    labels: tuple[Tensor, Tensor] | None,
+) -> Path:
+    """The file whose name says by what the result is decided: the content of both sets, k, and their labels.
 
     The backend does not stand in it, since all of them give the same answer.
     """
-    key = json.dumps([CACHE_FORMAT, CACHE_VERSION, _content_hash(forget), _content_hash(retain), k])
+    decisive = [CACHE_FORMAT, CACHE_VERSION, _content_hash(forget), _content_hash(retain), k]
+    if labels is not None:
+        decisive += [_content_hash(own) for own in labels]
+    key = json.dumps(decisive)
     return folder / f"{CACHE_FORMAT}-{hashlib.sha256(key.encode()).hexdigest()[:40]}.safetensors"
 
 
