@@ -147,7 +147,7 @@ written shows or stores one."""
         optimizer, lr_scheduler, ema = optimization.build(model)
         neighbors = None
         if "neighbors" in method.needs:
-            neighbors = processes.by_first(lambda: _neighbors(forget, retain, method.k, private))
+            neighbors = processes.by_first(lambda: _neighbors(forget, retain, method, private))
         grad_scaler = None
         if autocast_dtype == torch.float16:
             grad_scaler = torch.amp.GradScaler(device.type, init_scale=2.0**10)
@@ -311,7 +311,10 @@ def _scheduler_identity(scheduler) -> dict:
     return {"name": type(scheduler).__name__} | settings
 
 
-def _neighbors(forget: ImageStore, retain: ImageStore, k: int, cache_dir: Path):
+def _neighbors(forget: ImageStore, retain: ImageStore, method, cache_dir: Path):
+    from ..engine.neighborhood import labels_of
     from ..neighbors.nearest import nearest_neighbors
 
-    return nearest_neighbors(forget, retain, k, cache_dir=cache_dir, show_progress=True)
+    labels = labels_of(forget, retain) if getattr(method, "within_condition", False) else None
+    options = {"cache_dir": cache_dir, "show_progress": True, "labels": labels}
+    return nearest_neighbors(forget, retain, method.k, **options)

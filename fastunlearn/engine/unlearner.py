@@ -264,6 +264,9 @@ class Unlearner:
             self._feeds[branch] = open_feed(
                 store, self.device, draw_rows, batch_size=self.rows_here, residency=residency
             )
+        # Whole sets are read where steps find them: on the device, unless they stay on the host.
+        self._stores = {branch: feed.store for branch, feed in self._feeds.items()}
+        self.method.check_sets(self._stores, self.device)
 
     def _find_neighbors(self, given: tuple[Tensor, Tensor] | None, *, warn: bool) -> None:
         """Searches the neighbours, or takes those given, and brings their rows to the device."""
@@ -281,6 +284,7 @@ class Unlearner:
             self.device,
             searched=feed.store,
             warn=warn,
+            within_condition=getattr(self.method, "within_condition", False),
         )
         self.neighbor_rows = index
         self._neighbor_store, index = feed.neighbors(index)

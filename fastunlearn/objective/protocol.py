@@ -257,6 +257,15 @@ class Method:
     def __post_init__(self) -> None:
         """Refuses hyperparameters that make no sense."""
 
+    def check_sets(self, stores: Mapping[str, ImageStore], device: torch.device) -> None:
+        """Refuses whole sets that `compose` could not read as `Batch.stores`.
+
+        Asked once, when the sets are where steps on `device` will find them.
+
+        Raises:
+            ValueError: naming the set.
+        """
+
     @property
     def combine(self) -> Combination:
         """How the gradients of a step become one."""

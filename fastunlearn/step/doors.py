@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -136,7 +136,7 @@ def retrack_step(
     neighbors: Tensor,  # [B, K, C, H, W]
     retain: Tensor | None = None,  # [B', C, H, W]
     *,
-    lambd: float = 0.005,
+    lambd: float | Literal["auto"] = 0.005,
     sqdist: Tensor | None = None,  # [B, K]
     **options: Unpack[StepOptions],
 ) -> StepOutput:
@@ -156,9 +156,9 @@ def retrack_step(
         schedule: the forward process and prediction type; `NoiseSchedule.from_diffusers(scheduler)`.
         forget: `[B, C, H, W]` floating point, images to forget, in the range the network was trained on.
         neighbors: `[B, K, C, H, W]`, their k nearest neighbours among the images to keep
-            (`nearest_neighbors`).
+            (`nearest_neighbors`); with all of these the weights are those of `weights="self_normalized"`.
         retain: `[B', C, H, W]`, images to keep; None only if `lambd` is 1.
-        lambd: weight of the forget term.
+        lambd: weight of the forget term; "auto": what gives the gradients of both terms one norm (`ReTrack`).
         sqdist: `[B, K]`, squared distances to the neighbours, between the images as they are given (of uint8
             rows: what `nearest_neighbors` returns, times `(2 / 255)^2`); computed if None.
         draws: a `Draws` with given noise or timesteps; what it lacks is drawn. A timestep outside the
