@@ -184,10 +184,15 @@ def names(job: Job, *, compiled: bool, replayed: bool, official: dict[str, str])
         *papers,
         *(name for name in real if name in official),
         *([EAGER, *(mode.of(STRONGEST) for mode in modes)] if papers else []),
-        # a function of the caller's loop cannot be replayed
-        *(mode.of(OURS) for mode in modes if not mode.replayed),
+        # a function of the caller's loop cannot be replayed, and has no whole sets
+        *(mode.of(OURS) for mode in modes if not mode.replayed and not _reads_stores(job)),
         *(mode.of(UNLEARNER) for mode in modes),
     ]
+
+
+def _reads_stores(job: Job) -> bool:
+    """Whether the method can be run by an `Unlearner` alone."""
+    return "stores" in job.instance.needs
 
 
 class Checked(NamedTuple):
@@ -216,7 +221,8 @@ class Gate:
         self.draw: Draw = replace(
             draw, from_forget=torch.arange(len(draw.from_forget), device=job.device) % 2 == 0
         )
-        self.reference = self._update(self.setting, papers_baseline(job.method) or OURS)[0]
+        own = UNLEARNER if _reads_stores(job) else OURS
+        self.reference = self._update(self.setting, papers_baseline(job.method) or own)[0]
         self._eager_errors: dict[str, float] = {}
         self._own_draws: list[Tensor] | None = None  # the update of an eager Unlearner that draws by itself
 

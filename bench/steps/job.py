@@ -141,7 +141,13 @@ class Job:
         conditioning = [self.conditioning(self.batch)] * 2
         images = self.images
         batch = Batch(
-            images.forget, images.retain, images.neighbors, images.sqdist, *conditioning, sizes=self.sizes
+            images.forget,
+            images.retain,
+            images.neighbors,
+            images.sqdist,
+            *conditioning,
+            stores={"forget": self.forget, "retain": self.retain},
+            sizes=self.sizes,
         )
         composed = self.instance.compose(batch, self.given(draw), self.schedule)
         if has_own_objective(self.instance):  # each row may belong to every gradient

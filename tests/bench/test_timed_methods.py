@@ -14,6 +14,9 @@ from bench.steps.networks import NETWORKS
 # rows of each network call in batches, and backward passes of each (the methods' papers)
 CALLS = {
     "retrack": [(2, 1)],
+    "retrack auto": [(1, 1), (1, 1)],
+    "retrack self_normalized": [(2, 1)],
+    "retrack importance": [(2, 1)],
     "siss": [(1, 2)],
     "siss no_is": [(1, 1), (1, 1)],
     "siss bernoulli": [(1, 2)],
@@ -44,13 +47,14 @@ def test_calls_are_those_of_the_method(method):
 
 AS_PUBLISHED = {"scaling": "norm", "superfactor": None}
 # The papers' hyperparameters on the networks of their experiments.
+RETRACK = {"k": 10, "weights": "truncated", "within_condition": False}
 HYPERPARAMETERS = {
-    ("mnist", "retrack"): {"k": 10, "lambd": 0.005},
-    ("cifar", "retrack"): {"k": 10, "lambd": 0.02},
+    ("mnist", "retrack"): RETRACK | {"lambd": 0.005},
+    ("cifar", "retrack"): RETRACK | {"lambd": 0.02},
     ("celeba", "siss"): {"lambd": 0.5, "scaling_norm": 500.0, "variant": "mixture"} | AS_PUBLISHED,
     ("celeba", "siss no_is"): {"lambd": 0.5, "scaling_norm": 500.0, "variant": "no_is"} | AS_PUBLISHED,
     ("sd", "siss bernoulli"): {"lambd": 0.5, "scaling_norm": 750.0, "variant": "bernoulli"} | AS_PUBLISHED,
-    ("sd", "retrack"): {"k": 10, "lambd": 0.5},
+    ("sd", "retrack"): RETRACK | {"lambd": 0.5},
     ("sd", "erasediff"): {"eta": 1e-2},
     ("small", "erasediff"): {"eta": 1e-3},
 }
@@ -71,6 +75,7 @@ def test_learning_rates_are_the_papers(network):
 def test_every_method_of_the_papers_has_their_way_as_a_baseline():
     assert {method: papers_baseline(method) for method in CALLS} == {
         **dict.fromkeys(CALLS, "retrack repo"),
+        **dict.fromkeys(("retrack auto", "retrack self_normalized", "retrack importance")),
         "siss no_is": "siss repo",
         "siss bernoulli": "siss repo",
         # What no paper has run.

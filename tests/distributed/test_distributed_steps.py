@@ -38,9 +38,18 @@ from fastunlearn.testing.methods import every_variant
 
 METHODS = [
     ReTrack(k=2, lambd=0.3),
+    ReTrack(k=2, lambd="auto"),
+    ReTrack(lambd=0.3, weights="self_normalized"),
+    ReTrack(lambd=0.3, weights="importance"),
     *(method for method in every_variant() if not isinstance(method, ReTrack)),
 ]
-TWO_GRADIENTS = [SISS(), SISS(variant="bernoulli"), SISS(0.5, 0.3, scaling="ratio"), EraseDiff()]
+TWO_GRADIENTS = [
+    SISS(),
+    ReTrack(k=2, lambd="auto"),
+    SISS(variant="bernoulli"),
+    SISS(0.5, 0.3, scaling="ratio"),
+    EraseDiff(),
+]
 
 
 def assert_same(found: list, expected: tuple) -> None:

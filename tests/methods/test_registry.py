@@ -67,6 +67,9 @@ def test_tests_run_all_methods_and_variants():
     assert every_method(k=2)[:5] == [ReTrack(k=2), SISS(), EraseDiff(), NegGrad(), Vanilla()]
     assert every_variant(k=2)[:10] == [
         ReTrack(k=2),
+        ReTrack(k=2, lambd="auto"),
+        ReTrack(k=2, weights="self_normalized"),
+        ReTrack(k=2, weights="importance"),
         SISS(),
         SISS(variant="no_is"),
         SISS(variant="bernoulli"),
@@ -240,9 +243,9 @@ class TestFlags:
     def test_a_flag_is_refused_by_name(self):
         with pytest.raises(ValueError, match=r"--count: expected a value with --method flagged, got none"):
             self.flags("--slow", "True").build("flagged")
-        with pytest.raises(
-            ValueError, match=r"--label: expected --k, --lambd with --method retrack, got --l"
-        ):
+        own = "--k, --lambd, --weights, --within_condition"
+        expected = f"--label: expected {own} with --method retrack, got --l"
+        with pytest.raises(ValueError, match=expected):
             self.flags("--label", "b").build("retrack")
         with pytest.raises(SystemExit):
             self.flags("--kind", "three")
