@@ -3,7 +3,7 @@
 They say what a step composes and how it combines the gradients.
 """
 
-from ..objective.combine import Project, Rescale, Sum
+from ..objective.combine import Balance, Project, Rescale, Sum
 from ..objective.draws import FORGET, RETAIN, Bernoulli, Normal, Same, Time, TimeLogRatio, Uniform
 from ..objective.parameters import ParameterRule
 from ..objective.protocol import Batch, Method, Pass, Predicted, Term
@@ -18,6 +18,7 @@ __all__ = [
     "FORGET",
     "RETAIN",
     "SISS",
+    "Balance",
     "Batch",
     "Bernoulli",
     "EraseDiff",
