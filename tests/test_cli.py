@@ -416,7 +416,8 @@ WRONG_UNLEARN = [
     (
         "a flag of another method",
         ["--eta", "0.1"],
-        r"--eta: expected --k, --lambd with --method retrack, got --eta 0.1, a flag of erasediff",
+        r"--eta: expected --k, --lambd, --weights, --within_condition with --method retrack, got --eta 0.1, "
+        "a flag of erasediff",
     ),
     (
         "a shared flag elsewhere",
