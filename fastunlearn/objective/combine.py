@@ -19,6 +19,8 @@ from ..host import check
 from ..host.tensor_lists import inner_product, total_norm
 
 SCALINGS = ("norm", "ratio", "clip")
+# What EraseDiff's code adds to the denominators of its multipliers.
+SMALL = 1e-8
 
 
 @dataclass(frozen=True)
@@ -115,12 +117,22 @@ class Rescale:
 
 @dataclass(frozen=True)
 class Project:
-    """`g = g_retain + max(eta - <g_retain, g_forget> / ||g_forget||^2, 0) g_forget`.
+    """`g = g_retain + max(eta - c, 0) g_forget`, in which `rule` says what c is.
 
-    EraseDiff, as used by SISS and ReTrack. The factor is reported as f in `g_retain - f g_forget`.
+    - `"projection"`: `<g_retain, g_forget> / ||g_forget||^2`. EraseDiff, as used by SISS and ReTrack:
+      afterwards `<g, g_forget> >= eta ||g_forget||^2`.
+    - `"norm"`: `<g_retain, g_forget> / (||g_forget|| + 1e-8)`, which EraseDiff's code names as BOME's.
+    - `"cosine"`: `<g_retain, g_forget> / (||g_retain|| ||g_forget|| + 1e-8)`, which EraseDiff's code runs.
+
+    Args:
+        multiplier: stands in place of `max(eta - c, 0)`; None: the rule holds.
+
+    The factor is reported as f in `g_retain - f g_forget`.
     """
 
     eta: float
+    rule: Literal["projection", "norm", "cosine"] = "projection"
+    multiplier: float | None = None
     gradients: ClassVar[tuple[str, ...]] = ("forget", "retain")
     needs_main: ClassVar[bool] = True
 
@@ -137,13 +149,25 @@ class Project:
         unit: Tensor | float,
     ) -> Tensor:
         """As `Rescale.factor`."""
+        if self.multiplier is not None:
+            return torch.full_like(norm, -self.multiplier)
         # A parameter that has one gradient alone adds nothing to the inner product.
         pairs = zip(main, correction, strict=True)
         both = [(one, other) for one, other in pairs if one is not None and other is not None]
-        mains, corrections = [one for one, _ in both], [other for _, other in both]
-        # f = -max(eta - <g_retain, g_forget> / ||g_forget||^2, 0), in which a loss scale cancels. The norm is
-        # not squared: that of a small gradient would leave float32.
-        factor = -torch.clamp(self.eta - inner_product(mains, corrections, norm.device) / norm / norm, min=0)
+        product = inner_product([one for one, _ in both], [other for _, other in both], norm.device)
+        if self.rule == "projection":
+            # f = -max(eta - <g_retain, g_forget> / ||g_forget||^2, 0), in which a loss scale cancels. The
+            # norm is not squared: that of a small gradient would leave float32.
+            share = product / norm / norm
+        elif self.rule == "norm":
+            # Of gradients that are multiplied by the loss scale: one of the two is divided by it.
+            share = product / loss_scale / (norm + SMALL * loss_scale)
+        else:
+            # The sum in the denominator is that of unscaled gradients.
+            present = [gradient for gradient in main if gradient is not None]
+            norms = (total_norm(present, norm.device) / loss_scale) * (norm / loss_scale)
+            share = product / loss_scale / loss_scale / (norms + SMALL)
+        factor = -torch.clamp(self.eta - share, min=0)
         # A gradient of zero has nothing to project on.
         return torch.where(norm == 0, torch.zeros_like(factor), factor)
 
