@@ -430,6 +430,8 @@ class Unlearner:
             return "several processes, or DistributedDataParallel around the model"
         if not isinstance(unwrapped(self.reference_model), (torch.nn.Module, type(None))):
             return "a reference_model that is no torch.nn.Module"
+        if self.method.inner_steps:
+            return "inner steps, which are taken back"
         if self.grad_scaler is not None and self.grad_scaler.is_enabled():
             return "a grad_scaler, which decides on the host"
         hosted = [branch for branch, feed in self._feeds.items() if isinstance(feed, HostFeed)]
@@ -439,6 +441,9 @@ class Unlearner:
 
     def _not_replayable_now(self, draws: Draws | None) -> str | None:
         """What of this one step a graph cannot hold."""
+        # They put back what is not on the device, too: the state of torch's random numbers.
+        if self.method.inner_steps:
+            return "inner steps, which are taken back"
         if draws is not None:
             return "draws that the caller gives"
         # Each time they lie in other memory.

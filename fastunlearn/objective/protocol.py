@@ -236,6 +236,9 @@ class Method:
     needs: ClassVar[frozenset[str]]
     # Of `ROLES`: whose losses `objective` compares with those of the reference, which sees no other pass.
     compared: ClassVar[frozenset[str]] = frozenset(ROLES)
+    # Updates on the forget gradient alone that are tried out before a step and taken back. The loss that they
+    # reach is taken off that of the forget terms in what the step reports; no gradient depends on it.
+    inner_steps: int = 0
 
     def __init_subclass__(cls, **options) -> None:
         """Numbers that numpy or torch made become Python's before `__post_init__` checks them.

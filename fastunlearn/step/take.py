@@ -23,6 +23,7 @@ from .accumulate import Accumulator
 from .arrange import Unit, finish, in_calls
 from .compilation import resolve_compile
 from .composed import check_composed
+from .inner import loss_of_inner_steps
 from .losses import Losses, ObjectiveLosses
 from .options import Settings, check_added
 from .regress import Networks, regress, with_targets
@@ -58,6 +59,10 @@ class StepOutput(NamedTuple):
     # Bool: loss or norm was not finite, and the update was not made.
     skipped: Tensor
 
+    # The forget loss that a method's inner steps reach, which `loss` counts `forget_loss` from. None: the
+    # method takes none.
+    inner_loss: Tensor | None = None
+
 
 def take_step(
     trained: Trained,
@@ -75,6 +80,11 @@ def take_step(
         settings: checked (`options.checked`).
         moment: where in a run the step is; needed where a band has a schedule.
     """
+    inner_loss = None
+    if method.inner_steps:
+        with stage("inner steps"):
+            arguments = schedule, batch, draws, settings, moment
+            inner_loss = loss_of_inner_steps(take_step, trained, method, *arguments)
     with set_aside(trained.parameters) as kept:
         step = _Step(trained, method, schedule, settings, moment)
         with stage("compose"):
@@ -92,7 +102,10 @@ def take_step(
         with stage("update"):
             output = step.update(combined)
     tell_skipped(trained.wrappers, output.skipped)
-    return output
+    if inner_loss is None:
+        return output
+    # `main - f correction`, in which the correction is counted from what the inner steps reach.
+    return output._replace(loss=output.loss + output.scaling_factor * inner_loss, inner_loss=inner_loss)
 
 
 class _Step:
