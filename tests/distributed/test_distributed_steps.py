@@ -32,6 +32,7 @@ from step_cases import (
 from team import Team
 
 from fastunlearn import SISS, EraseDiff, LowPass, ReTrack, TimeWindow, Vanilla
+from fastunlearn.methods.erasediff_bome import EraseDiffBome
 from fastunlearn.objective.time import Stratified, Uniform
 from fastunlearn.testing.factories import TinyDenoiser
 from fastunlearn.testing.methods import every_variant
@@ -73,6 +74,16 @@ def assert_same(found: list, expected: tuple) -> None:
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_every_method(pair: Team, method):
     assert_same(pair.run(take_steps, method, False, {}), take_steps(method, True, {}))
+
+
+@pytest.mark.parametrize("options", [{}, {"micro_batch_size": 2}, {"scaled": True}, {"sgd": True}], ids=str)
+@pytest.mark.parametrize("rule", ["cosine", "norm"])
+def test_inner_steps_and_their_rules(pair: Team, rule: str, options: dict):
+    """What they reach is that of all processes, and so is lambda; eta is above every c."""
+    method = EraseDiffBome({"cosine": 1.5, "norm": 400.0}[rule], rule, inner_steps=2)
+    weights, reports = take_steps(method, True, options)
+    assert all(report["scaling_factor"] < 0 for report in reports)
+    assert_same(pair.run(take_steps, method, False, options), (weights, reports))
 
 
 @pytest.mark.parametrize(
