@@ -95,7 +95,7 @@ class Literal:
             return means, self.gradient(sum(terms.values()))
         pair = self.gradient(terms["retain"]), self.gradient(terms["forget"])
         if isinstance(how, Project):
-            return means, combine.project(*pair, how.eta).gradients
+            return means, combine.project(*pair, how.eta, how.rule, how.multiplier).gradients
         return means, combine.rescale(*pair, how.scaling_norm).gradients
 
     def terms(self, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

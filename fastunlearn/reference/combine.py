@@ -48,15 +48,32 @@ def rescale(
     return _combine(main, correction, factor, norm)
 
 
-def project(main: Sequence[Tensor], correction: Sequence[Tensor], eta: float) -> Combined:
-    """`g_x + max(eta - <g_x, g_a> / ||g_a||^2, 0) g_a` (EraseDiff, as used by SISS and ReTrack).
+def project(
+    main: Sequence[Tensor],
+    correction: Sequence[Tensor],
+    eta: float,
+    rule: str = "projection",
+    multiplier: float | None = None,
+) -> Combined:
+    """`g_x + max(eta - c, 0) g_a`, or `g_x + multiplier g_a` where one is given (EraseDiff).
 
-    Afterwards `<g, g_a> >= eta ||g_a||^2`. The factor is returned with the sign of `rescale`, so it is
-    `-max(...)`.
+    `"projection"`, as used by SISS and ReTrack: `c = <g_x, g_a> / ||g_a||^2`. Afterwards
+    `<g, g_a> >= eta ||g_a||^2`. `"norm"` and `"cosine"`, as in EraseDiff's code:
+    `c = <g_x, g_a> / (||g_a|| + 1e-8)` and `c = <g_x, g_a> / (||g_x|| ||g_a|| + 1e-8)`.
+
+    The factor is returned with the sign of `rescale`, so it is `-max(...)`.
     """
-    norm = _inner(correction, correction).sqrt()
-    # f = -max(eta - <g_x, g_a> / ||g_a||^2, 0)
-    factor = -torch.clamp(eta - _inner(main, correction) / norm**2, min=0)
+    norm, product = _inner(correction, correction).sqrt(), _inner(main, correction)
+    if rule == "projection":
+        c = product / norm**2
+    elif rule == "norm":
+        c = product / (norm + 1e-8)
+    else:
+        c = product / (_inner(main, main).sqrt() * norm + 1e-8)
+    # f = -max(eta - c, 0)
+    factor = -torch.clamp(eta - c, min=0)
+    if multiplier is not None:
+        factor = torch.full_like(norm, -multiplier)
     return _combine(main, correction, factor, norm)
 
 
