@@ -204,7 +204,9 @@ def weigh_all(
         # gloo ends the process where it is handed other sizes.
         own = {role: len(loss) for role, loss in losses.items()}
         everyones_means({role: loss.mean() for role, loss in losses.items()}, own, group)
-    everyones = _gather(losses, group) if gathered else losses
+    everyones = losses
+    if gathered:
+        everyones, reference = _gather(losses, group), _gather(reference, group)
     rows = {role: len(loss) for role, loss in everyones.items()}
     derivative = derive(method, everyones, reference, rows, _elements(passes[0]))
     weights = derivative.weights
