@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from . import functional
     from .engine.unlearner import Unlearner
     from .host.store import ImageStore
-    from .methods import SISS, EraseDiff, NegGrad, ReTrack, Vanilla
+    from .methods import DPO, KTO, NPO, SISS, EraseDiff, NegGrad, ReTrack, Vanilla
     from .models.transition import find_transition
     from .neighbors import near_copies, nearest_neighbors
     from .objective.draws import Draws
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "DPO",
+    "KTO",
+    "NPO",
     "SISS",
     "Draws",
     "EraseDiff",
@@ -67,7 +70,7 @@ __all__ = [
 _HOMES = {
     "engine.unlearner": ["Unlearner"],
     "host.store": ["ImageStore"],
-    "methods": ["SISS", "EraseDiff", "NegGrad", "ReTrack", "Vanilla"],
+    "methods": ["DPO", "KTO", "NPO", "SISS", "EraseDiff", "NegGrad", "ReTrack", "Vanilla"],
     "models.transition": ["find_transition"],
     "neighbors": ["near_copies", "nearest_neighbors"],
     "objective.draws": ["Draws"],

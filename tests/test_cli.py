@@ -38,6 +38,9 @@ METHODS = {
     "erasediff": ["--eta", "0.01"],
     "neggrad": ["--superfactor", "2"],
     "vanilla": [],
+    "dpo": ["--beta", "500"],
+    "kto": ["--z0", "zero"],
+    "npo": ["--retain_weight", "0.5"],
 }
 
 

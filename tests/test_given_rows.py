@@ -11,7 +11,7 @@ from fastunlearn.host import check
 from fastunlearn.host.store import Rows
 from fastunlearn.methods import Pass
 from fastunlearn.testing.factories import TinyDenoiser, linear_schedule
-from fastunlearn.testing.methods import every_variant
+from fastunlearn.testing.methods import compared_with, every_variant
 
 SCHEDULE = linear_schedule()
 METHODS = every_variant(k=2)
@@ -24,6 +24,7 @@ def unlearner(method, **options):
     model = TinyDenoiser()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     stores = {"forget": ImageStore(IMAGES[:4]), "retain": ImageStore(IMAGES[4:])}
+    options |= compared_with(method, TinyDenoiser(seed=1))
     return Unlearner(model, optimizer, SCHEDULE, method, **stores, batch_size=3, **options)
 
 

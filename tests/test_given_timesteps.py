@@ -24,7 +24,7 @@ from fastunlearn.host import check
 from fastunlearn.methods import Pass
 from fastunlearn.testing.factories import TinyDenoiser, linear_schedule
 from fastunlearn.testing.host_sync import TapeGraphs, no_host_sync
-from fastunlearn.testing.methods import every_method
+from fastunlearn.testing.methods import compared_with, every_method
 
 T = 1000
 SHAPE = (4, 1, 8, 8)
@@ -362,7 +362,8 @@ def unlearner(method, *, replayed=False, residency="device"):
     model = TinyDenoiser()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2.0**-10, fused=True)
     stores = {"forget": ImageStore(rows[:4]), "retain": ImageStore(rows[4:])}
-    run = Unlearner(model, optimizer, SCHEDULE, method, **stores, batch_size=4, residency=residency)
+    options = {"batch_size": 4, "residency": residency, **compared_with(method, TinyDenoiser(seed=1))}
+    run = Unlearner(model, optimizer, SCHEDULE, method, **stores, **options)
     if replayed:
         run._replay = Replay(TapeGraphs(), optimizer, [*model.parameters(), *model.buffers()])
     return run

@@ -27,7 +27,7 @@ from fastunlearn import (
 from fastunlearn.methods import Pass
 from fastunlearn.testing.factories import Average, TinyDenoiser, linear_schedule
 from fastunlearn.testing.host_sync import HostSync, no_host_sync
-from fastunlearn.testing.methods import every_variant
+from fastunlearn.testing.methods import compared_with, every_variant
 
 SCHEDULE = linear_schedule()
 METHODS = [ReTrack(k=1, lambd=1.0), *every_variant(k=2)]
@@ -96,6 +96,7 @@ def unlearner(method, device="cpu", **options):
             torch.zeros(4, method.k, dtype=torch.int64),
             torch.ones(4, method.k, dtype=torch.int64),
         )
+    options |= compared_with(method, TinyDenoiser(seed=1).to(device))
     return Unlearner(
         model,
         optimizer,

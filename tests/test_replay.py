@@ -20,7 +20,7 @@ from fastunlearn.runs.identity import identity
 from fastunlearn.testing.budgets import relative_l2
 from fastunlearn.testing.factories import TinyDenoiser, linear_schedule
 from fastunlearn.testing.host_sync import TapeGraphs
-from fastunlearn.testing.methods import every_variant
+from fastunlearn.testing.methods import compared_with, every_variant
 
 METHODS = [ReTrack(k=1, lambd=1.0), *every_variant(k=2)]
 SCHEDULE = linear_schedule()
@@ -52,7 +52,7 @@ def make(method=None, *, replayed, model=None, optimizer=None, lr=LR, required=F
         method,
         forget=ImageStore(images[:4]),
         retain=ImageStore(images[4:]),
-        **{"batch_size": 6, **options},
+        **{"batch_size": 6, **compared_with(method, TinyDenoiser(seed=1)), **options},
     )
     if replayed:
         run._replay = Replay(

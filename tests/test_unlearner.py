@@ -15,7 +15,7 @@ from fastunlearn import (
     retrack_step,
 )
 from fastunlearn.testing.factories import TinyDenoiser, linear_schedule
-from fastunlearn.testing.methods import every_variant
+from fastunlearn.testing.methods import compared_with, every_variant
 
 METHODS = every_variant(k=2)
 SCHEDULE = linear_schedule()
@@ -34,9 +34,8 @@ def make(method, *, fused=False, **options):
     forget, retain = stores(options.pop("dtype", torch.uint8))
     model = TinyDenoiser()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused)
-    return Unlearner(
-        model, optimizer, SCHEDULE, method, forget=forget, retain=retain, **{"batch_size": 6, **options}
-    )
+    options = {"batch_size": 6, **compared_with(method, TinyDenoiser(seed=1)), **options}
+    return Unlearner(model, optimizer, SCHEDULE, method, forget=forget, retain=retain, **options)
 
 
 def state(unlearner):

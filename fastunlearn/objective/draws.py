@@ -149,6 +149,8 @@ Draw = Time | Normal | Uniform | Bernoulli | Same | TimeLogRatio
 # What most methods draw for a branch. The order is that of the numbers that a generator gives.
 FORGET: dict[str, Draw] = {"forget_timesteps": Time("forget"), "forget_noise": Normal("forget")}
 RETAIN: dict[str, Draw] = {"retain_timesteps": Time("retain"), "retain_noise": Normal("retain")}
+# One noise and one timestep for a pair of images.
+PAIR = FORGET | {"retain_timesteps": Same("forget_timesteps"), "retain_noise": Same("forget_noise")}
 
 
 class GeneratorSource:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields, replace
 
 from ..methods import Method, registry
@@ -19,6 +20,11 @@ def every_variant(**changes) -> list[Method]:
         for record in registry.methods().values()
         for hyperparameters in record.variants.values()
     ]
+
+
+def compared_with(method: Method, reference: Callable) -> dict[str, Callable]:
+    """`reference` as the argument of a step or an `Unlearner`, where `method` needs one."""
+    return {"reference_model": reference} if "reference" in method.needs else {}
 
 
 def _changed(method: Method, changes: dict) -> Method:

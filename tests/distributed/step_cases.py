@@ -16,6 +16,7 @@ from fastunlearn.host.precision import tf32
 from fastunlearn.objective.draws import Draws
 from fastunlearn.step.take import StepOutput
 from fastunlearn.testing.factories import TinyDenoiser, linear_schedule
+from fastunlearn.testing.methods import compared_with
 
 SCHEDULE = linear_schedule()
 BATCH, STEPS = 12, 4
@@ -67,6 +68,7 @@ def build(
     group = None if wrapped else world(alone)
     stores = {"forget": ImageStore(images(4, 1)), "retain": ImageStore(images(20, 2))}
     fixed = {"batch_size": BATCH, "seed": 5, "grad_scaler": scaler, "process_group": group}
+    fixed |= compared_with(method, TinyDenoiser(seed=1).to(device))
     return Unlearner(model, optimizer, SCHEDULE, method, **stores, **fixed | options)
 
 

@@ -31,7 +31,7 @@ from step_cases import (
 )
 from team import Team
 
-from fastunlearn import SISS, EraseDiff, LowPass, ReTrack, TimeWindow, Vanilla
+from fastunlearn import DPO, KTO, NPO, SISS, EraseDiff, LowPass, ReTrack, TimeWindow, Vanilla
 from fastunlearn.methods.erasediff_bome import EraseDiffBome
 from fastunlearn.objective.time import Stratified, Uniform
 from fastunlearn.testing.factories import TinyDenoiser
@@ -104,7 +104,9 @@ def test_what_a_step_can_meet(pair: Team, method, options: dict):
 
 
 @pytest.mark.parametrize("rows", [None, 1, 4])
-@pytest.mark.parametrize("method", [Pairs(), Whole(), Rows()], ids=str)
+@pytest.mark.parametrize(
+    "method", [Pairs(), Whole(), Rows(), DPO(2.0), KTO(2.0), KTO(2.0, z0="class"), NPO(2.0)], ids=str
+)
 def test_objectives_that_tie_rows_together(pair: Team, method, rows: int | None):
     """Pairs are in one process, a batch in both; 1 and 4 rows make two phases of some, 4 pairs of others."""
     options = {"micro_batch_size": rows}
