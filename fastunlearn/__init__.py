@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .engine.unlearner import Unlearner
     from .host.store import ImageStore
     from .methods import DPO, KTO, NPO, SISS, EraseDiff, NegGrad, ReTrack, Vanilla
+    from .models.adapters import without_adapters
     from .models.transition import find_transition
     from .neighbors import near_copies, nearest_neighbors
     from .objective.draws import Draws
@@ -64,6 +65,7 @@ __all__ = [
     "retrack_step",
     "siss_step",
     "vanilla_step",
+    "without_adapters",
 ]
 
 # Where the names above live.
@@ -71,6 +73,7 @@ _HOMES = {
     "engine.unlearner": ["Unlearner"],
     "host.store": ["ImageStore"],
     "methods": ["DPO", "KTO", "NPO", "SISS", "EraseDiff", "NegGrad", "ReTrack", "Vanilla"],
+    "models.adapters": ["without_adapters"],
     "models.transition": ["find_transition"],
     "neighbors": ["near_copies", "nearest_neighbors"],
     "objective.draws": ["Draws"],

@@ -86,7 +86,8 @@ def method_step(
         forget, retain, neighbors, sqdist: those that the method needs.
         sizes: how many images the whole sets have, `{"forget": 1, "retain": 29_999}`, for a method that asks
             (SISS with a superfactor); else None.
-        reference_model: the network that the method compares with, called as `model` is; without a graph.
+        reference_model: the network that the method compares with, called as `model` is, without a graph:
+            a frozen copy of the network as it was, or `without_adapters(model)`.
 
     Raises:
         TypeError, ValueError: before any work, naming the argument, what was expected and what was given.

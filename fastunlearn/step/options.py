@@ -215,7 +215,7 @@ def _check_apart(model: nn.Module, reference: nn.Module) -> None:
     shared = [name for name, own in reference.named_parameters() if id(own) in trained]
     if shared:
         expected = (
-            "expected weights of its own (a plain function that switches adapters off is taken at its word)"
+            "expected weights of its own (without_adapters(model), or a plain function, is taken at its word)"
         )
         raise ValueError(f"reference_model: {expected}, got {shared[0]}, which is trained")
     if hasattr(reference, "_hf_hook"):  # accelerate's, which moves weights at each call
