@@ -16,7 +16,7 @@ from .registry import register
 
 @register(
     help="gradient ascent that fades as the network falls behind what it was, beside vanilla.",
-    source="arXiv 2404.05868, Eq. 3, on the losses of arXiv 2510.17917, appendix B",
+    source="arXiv 2404.05868, on the losses of arXiv 2510.17917, appendix B",
     variants={"forget_only": {"retain_weight": 0.0}},
     place=8,
 )
