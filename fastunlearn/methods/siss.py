@@ -13,13 +13,10 @@ from ..host.philox import Noise
 from ..host.store import Rows
 from ..objective.combine import SCALINGS, Rescale, Sum
 from ..objective.conditioning import map_tensors
-from ..objective.draws import FORGET, Bernoulli, Draw, Draws, Same, TimeLogRatio
+from ..objective.draws import PAIR, Bernoulli, Draw, Draws, TimeLogRatio
 from ..objective.protocol import Batch, Method, Pass, Term
 from ..objective.schedule import NoiseSchedule
 from .registry import register
-
-# One noise and one timestep for a pair.
-PAIR = FORGET | {"retain_timesteps": Same("forget_timesteps"), "retain_noise": Same("forget_noise")}
 
 
 @register(
