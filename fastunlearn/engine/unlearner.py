@@ -27,9 +27,9 @@ from ..objective.parameters import ParameterRule
 from ..objective.schedule import NoiseSchedule
 from ..objective.selection import Selection, check_band
 from ..objective.time import Density, Stratified
-from ..step.agreement import bits_of, check_agreement
+from ..step.agreement import bits_of, bits_of_state, check_agreement
 from ..step.compilation import Compile, compile_seconds, resolve_compile
-from ..step.options import Settings, check_needs, check_reference, checked
+from ..step.options import Settings, check_needs, check_reference, check_rules, checked
 from ..step.select import Moment
 from ..step.take import StepOutput, take_step
 from ..step.trained import check_gradients, check_keep_grad, look_at, processes, unwrapped
@@ -199,6 +199,8 @@ class Unlearner:
         self.autocast_dtype, self.grad_scaler = autocast_dtype, grad_scaler
         self.ema, self.lr_scheduler = ema, lr_scheduler
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        trained = [parameter for parameter in self.parameters if parameter.requires_grad]
+        check_rules(self.rules, optimizer, trained)
         self.device = device
         self.compile = resolve_compile(compile, unwrapped(model), device)
         self._share_batch(process_group)
@@ -356,6 +358,8 @@ class Unlearner:
         compared = {}
         if isinstance(self.reference_model, torch.nn.Module):
             compared["weights of reference_model"] = bits_of(list(self.reference_model.parameters()))
+        if self.rules:
+            compared["rules"] = bits_of_state([rule.state_dict() for rule in self.rules])
         compared["densities of timesteps"] = self._bits_of_densities()
         others = self.selection.lowpass, self.selection.loss_weight, self.selection.snr_gamma
         compared["lowpass or loss_weight"] = zlib.crc32(repr(others).encode())

@@ -15,6 +15,18 @@ class ParameterRule:
     waits for nothing: under replay it runs once, when the step is captured.
     """
 
+    @property
+    def idle(self) -> bool:
+        """Whether it changes nothing as it is: such a step has the bits of one without the rule."""
+        return False
+
+    def check(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Before any work: refuses trained parameters that the rule was not made for.
+
+        Raises:
+            ValueError: naming what is missing.
+        """
+
     def restrict(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
         """Changes one of the step's gradients (there are two where a method keeps them apart).
 

@@ -60,8 +60,10 @@ def identity(unlearner, more: Mapping[str, Any] | None = None) -> dict[str, Any]
     }
     # Only where there are any: a run without them is the same run as one of before there were rules.
     if getattr(unlearner, "rules", ()):
-        rules = unlearner.rules
-        description["rules"] = [{"kind": described(type(rule)), "state": rule.state_dict()} for rule in rules]
+        description["rules"] = [
+            {"kind": described(type(rule)), "state": _rule_state(rule.state_dict())}
+            for rule in unlearner.rules
+        ]
     reference = getattr(unlearner, "reference_model", None)
     if isinstance(reference, nn.Module):
         weights = weights_of("reference_model", reference)
@@ -289,6 +291,17 @@ def _store(store) -> dict[str, Any] | None:
         "dtype": str(store.dtype),
         "sha256": store.content_hash(),
     }
+
+
+def _rule_state(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A rule's state, in which a tensor for each of many names (a mask, an anchor) is one hash."""
+    short = {}
+    for key, value in state.items():
+        if isinstance(value, Mapping) and value and all(isinstance(each, Tensor) for each in value.values()):
+            names = hashlib.sha256(" ".join(value).encode()).hexdigest()[:16]
+            value = {"tensors": f"{len(value)}, {names}", "sha256": _hash(*value.values())}
+        short[key] = value
+    return short
 
 
 def _neighbors(rows: Tensor | None) -> dict[str, Any] | None:

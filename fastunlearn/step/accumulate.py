@@ -66,7 +66,7 @@ class Accumulator:
         self.combination, self.unit, self.loss_scale, self.group = combination, unit, loss_scale, group
         for parameter in self.parameters:
             parameter.grad = None
-        self._restricting = [rule for rule in rules if overrides(rule, "restrict")]
+        self._restricting = [rule for rule in rules if overrides(rule, "restrict") and not rule.idle]
 
         # Buffers of the gradient that is not in `.grad` now.
         self._parked: list[Tensor | None] = [None] * len(self.parameters)

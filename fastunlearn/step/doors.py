@@ -97,7 +97,7 @@ def method_step(
     settings = checked(model, schedule, given, process_group=process_group)
     check_needs(method)
     trained = look_at(model, optimizer, grad_scaler, process_group, keep_grad=keep_grad)
-    check_rules(settings.rules, trained.optimizer)
+    check_rules(settings.rules, trained.optimizer, trained.parameters)
     if reference_model is not None or "reference" in method.needs:
         check_reference(method, trained.model, reference_model)
         trained = trained._replace(reference=unwrapped(reference_model))

@@ -118,15 +118,22 @@ def check_moment(step: Any, total_steps: Any, device: torch.device) -> Moment:
     return Moment(step, total_steps)
 
 
-def check_rules(rules: Sequence[ParameterRule], optimizer: torch.optim.Optimizer | None) -> None:
+def check_rules(
+    rules: Sequence[ParameterRule],
+    optimizer: torch.optim.Optimizer | None,
+    parameters: Sequence[nn.Parameter],
+) -> None:
     """
     Raises:
-        ValueError: a rule acts after the update, and the caller makes the update.
+        ValueError: a rule acts after the update, and the caller makes the update; or it was not made for the
+            trained `parameters`.
     """
     late = [type(rule).__name__ for rule in rules if overrides(rule, "after_update")]
     if late and optimizer is None:
         expected = "expected none that acts after the update where optimizer is None"
         raise ValueError(f"rules: {expected}, got {', '.join(late)}")
+    for rule in rules:
+        rule.check(parameters)
 
 
 def check_added(rule: ParameterRule, added: Any) -> torch.Tensor:
