@@ -3,8 +3,10 @@
 They say what a step composes and how it combines the gradients.
 """
 
+from ..objective.anchor import Anchor
 from ..objective.combine import Balance, Project, Rescale, Sum
 from ..objective.draws import FORGET, PAIR, RETAIN, Bernoulli, Normal, Same, Time, TimeLogRatio, Uniform
+from ..objective.mask import Mask
 from ..objective.parameters import ParameterRule
 from ..objective.protocol import Batch, Method, Pass, Predicted, Term
 from .dpo import DPO
@@ -25,10 +27,12 @@ __all__ = [
     "PAIR",
     "RETAIN",
     "SISS",
+    "Anchor",
     "Balance",
     "Batch",
     "Bernoulli",
     "EraseDiff",
+    "Mask",
     "Method",
     "NegGrad",
     "Normal",

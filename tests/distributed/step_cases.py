@@ -11,7 +11,16 @@ import torch.distributed as dist
 from small_methods import Anchor, Mask, Pairs
 from torch import Tensor, nn
 
-from fastunlearn import SISS, ImageStore, Unlearner, erasediff_step, method_step, retrack_step, siss_step
+from fastunlearn import (
+    SISS,
+    ImageStore,
+    Unlearner,
+    erasediff_step,
+    method_step,
+    methods,
+    retrack_step,
+    siss_step,
+)
 from fastunlearn.host.precision import tf32
 from fastunlearn.objective.draws import Draws
 from fastunlearn.step.take import StepOutput
@@ -96,6 +105,27 @@ def take_steps_with_rules(method, alone: bool) -> tuple[Tensor, list[dict[str, f
     anchor = Anchor([each.detach() + 0.1 for each in parameters], 0.5)
     unlearner.rules = (Mask(parameters, masks), anchor)
     reports = [numbers(unlearner.step()) for _ in range(STEPS)]
+    return weights(unlearner.model), reports
+
+
+def take_steps_with_mask_and_anchor(method, alone: bool, seed: int = 0) -> Any:
+    """`take_steps` under the library's rules; what an error says, if one is raised.
+
+    Args:
+        seed: of the mask, to which other processes than the first add their rank.
+    """
+    unlearner = build(method, alone)
+    rank = 0 if alone else seed * dist.get_rank()
+    generator = torch.Generator().manual_seed(5 + rank)
+    trained = {name: own for name, own in unlearner.model.named_parameters() if own.requires_grad}
+    gradients = {name: torch.randn(own.shape, generator=generator) for name, own in trained.items()}
+    mask = methods.Mask.from_gradients(gradients, 0.5, model=unlearner.model)
+    mean = {name: own + 0.1 for name, own in trained.items()}
+    unlearner.rules = (mask, methods.Anchor(mean, 2.0, 50.0, model=unlearner.model))
+    try:
+        reports = [numbers(unlearner.step()) for _ in range(STEPS)]
+    except ValueError as error:
+        return str(error)
     return weights(unlearner.model), reports
 
 

@@ -27,6 +27,7 @@ from step_cases import (
     step_with_references_apart,
     take_steps,
     take_steps_on,
+    take_steps_with_mask_and_anchor,
     take_steps_with_rules,
 )
 from team import Team
@@ -119,6 +120,17 @@ def test_objectives_that_tie_rows_together(pair: Team, method, rows: int | None)
 def test_rules_see_the_gradients_of_all_processes(pair: Team, method):
     """Restricted before its norm is taken, added to once; a layer has no gradient anywhere."""
     assert_same(pair.run(take_steps_with_rules, method, False), take_steps_with_rules(method, True))
+
+
+@pytest.mark.parametrize("method", [Vanilla(), *TWO_GRADIENTS], ids=str)
+def test_a_mask_and_an_anchor_in_all_processes(pair: Team, method):
+    team = pair.run(take_steps_with_mask_and_anchor, method, False)
+    assert_same(team, take_steps_with_mask_and_anchor(method, True))
+
+
+def test_masks_that_differ_are_refused(pair: Team):
+    for refusal in pair.run(take_steps_with_mask_and_anchor, Vanilla(), False, 1):
+        assert "got different rules" in refusal
 
 
 @pytest.mark.parametrize("method", [Whole(), Pairs()], ids=str)
