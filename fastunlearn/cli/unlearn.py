@@ -19,6 +19,7 @@ from .method_flags import (
 )
 from .options import unset
 from .picture_flags import PictureFlags
+from .rule_flags import RuleFlags, RuleWork
 from .selection_flags import FrequencyFlags, TimestepFlags, selection
 from .unlearn_flags import Execution, Optimization, RunFlags
 
@@ -73,6 +74,7 @@ written shows or stores one."""
     hyperparameter: MethodFlags = field(default_factory=MethodFlags)
     timesteps: TimestepFlags = field(default_factory=TimestepFlags)
     frequencies: FrequencyFlags = field(default_factory=FrequencyFlags)
+    rules: RuleFlags = field(default_factory=RuleFlags)
     optimizer: Optimization = field(default_factory=Optimization)
     execution: Execution = field(default_factory=Execution)
     bookkeeping: RunFlags = field(default_factory=RunFlags)
@@ -117,6 +119,7 @@ written shows or stores one."""
         from .options import prepare_host
 
         dropping = Dropping.from_flags(self.drop_overlap, self.drop_within)
+        self.rules.check(self.forget, self.retain)
         method, optimization, execution, flags = (
             self.hyperparameter.build(self.method),
             self.optimizer,
@@ -145,6 +148,21 @@ written shows or stores one."""
         private = self.output / run_record.PRIVATE_FOLDER
         autocast_dtype = execution.autocast_dtype(device)
         optimizer, lr_scheduler, ema = optimization.build(model)
+        rules = RuleWork(
+            self.rules,
+            model,
+            schedule,
+            forget,
+            retain,
+            time_window=chosen.time_window,
+            batch_size=optimization.train_batch_size,
+            micro_batch_size=optimization.micro_batch_size,
+            learning_rate=optimization.learning_rate,
+            autocast_dtype=autocast_dtype,
+            seed=flags.seed,
+            folder=private,
+            processes=processes,
+        ).rules()
         neighbors = None
         if "neighbors" in method.needs:
             neighbors = processes.by_first(lambda: _neighbors(forget, retain, method, private))
@@ -160,6 +178,7 @@ written shows or stores one."""
             retain=retain,
             neighbors=neighbors,
             reference_model=reference,
+            rules=rules,
             batch_size=optimization.train_batch_size,
             micro_batch_size=optimization.micro_batch_size,
             total_steps=optimization.max_train_steps,
