@@ -436,6 +436,21 @@ def test_rules_on_a_replayed_step(method, monkeypatch):
     assert_masked_stay(other.rules[0], dict(other.model.named_parameters()), start)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", [Vanilla(), SISS()], ids=str)
+def test_rules_in_a_cuda_graph(gpu, method):
+    """Masked weights stay as they are, and what moves goes where a strong anchor pulls it."""
+    model = TinyDenoiser().to(gpu.device)
+    mask, before = mask_of(model), copied(model.named_parameters())
+    mean = {name: value + 0.1 for name, value in before.items()}
+    anchor = Anchor(mean, 1.0, 1e6, model=model)
+    run = run_of(method, model, [mask, anchor], compile=False, autocast_dtype=None)
+    losses = [float(run.step().loss) for _ in range(WARM_UP_STEPS + 4)]
+    assert run.replayed
+    assert losses[-1] < losses[0]
+    assert_masked_stay(mask, dict(model.named_parameters()), before)
+
+
 def ruled(seed: int = 9, gamma: float = 30.0, **options) -> Unlearner:
     model = TinyDenoiser()
     mask = Mask.from_gradients(numbers_for(model, seed), 0.4, model=model)
