@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from fastunlearn import Draws, ImageStore, Unlearner, neggrad_step, vanilla_step
+from fastunlearn import Draws, ImageStore, Unlearner, neggrad_step, siss_step, vanilla_step
 from fastunlearn.engine.replay import WARM_UP_STEPS, Replay
 from fastunlearn.methods import SISS, EraseDiff, NegGrad, Pass, ReTrack, Vanilla
 from fastunlearn.objective.anchor import Anchor
@@ -325,6 +325,29 @@ def test_masked_weights_stay_bit_for_bit(method, fused):
         assert torch.equal(shadow[stays], before[name][stays])
 
 
+def test_norms_are_those_of_the_weights_that_move():
+    """The norm that is reported and clipped, SISS' rescaled one, and the momentum."""
+    model = TinyDenoiser().double()
+    mask, x = mask_of(model), torch.randn(4, 1, 8, 8, dtype=torch.float64)
+    draws = Draws(None, torch.ones_like(x), None, torch.arange(4) * 200)
+    vanilla_step(model, None, SCHEDULE, x, draws=draws)
+    masked = {name: value.grad * mask.masks[name] for name, value in model.named_parameters()}
+    model.zero_grad()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    out = vanilla_step(model, optimizer, SCHEDULE, x, draws=draws, rules=[mask], max_grad_norm=None)
+    norm = torch.cat([gradient.flatten() for gradient in masked.values()]).norm()
+    torch.testing.assert_close(out.grad_norm, norm, rtol=1e-13, atol=0)
+    momentum = [optimizer.state[parameter]["momentum_buffer"] for parameter in model.parameters()]
+    assert relative_l2(momentum, list(masked.values())) <= 1e-14
+
+    draws = Draws(torch.ones_like(x), None, torch.arange(4) * 200, None, torch.arange(4) % 2 == 0)
+    options = {"draws": draws, "scaling_norm": 3.0}
+    plain = siss_step(copy.deepcopy(model), None, SCHEDULE, x, x.flip(0), **options)
+    out = siss_step(model, optimizer, SCHEDULE, x, x.flip(0), **options, rules=[mask])
+    assert out.correction_norm < plain.correction_norm
+    torch.testing.assert_close(float(out.correction_norm * out.scaling_factor), 3.0, rtol=1e-13, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_masked_weights_of_other_dtypes_stay_bit_for_bit(dtype):
     model = TinyDenoiser().to(dtype)
@@ -374,13 +397,17 @@ def test_weights_that_somebody_loads_between_steps_are_the_ones_that_stay():
     assert_masked_stay(mask, dict(model.named_parameters()), before)
 
 
-def test_a_skipped_step_moves_nothing():
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_skipped_step_moves_nothing(scaled):
     model = TinyDenoiser()
     before = copied(model.named_parameters())
-    run = run_of(Vanilla(), model, [mask_of(model), anchor_of(model)])
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8) if scaled else None
+    run = run_of(Vanilla(), model, [mask_of(model), anchor_of(model)], grad_scaler=scaler)
     out = run.step(Draws(None, torch.full((4, 1, 8, 8), torch.inf)))
     assert out.skipped
     assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
+    assert not run.step().skipped
+    assert_masked_stay(run.rules[0], dict(model.named_parameters()), before)
 
 
 def test_rules_are_refused_before_any_work():
