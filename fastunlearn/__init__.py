@@ -14,14 +14,17 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from . import functional
+    from .engine.estimates import forget_gradients, vdu, vdu_l2, vdu_laplace, vdu_swag
     from .engine.unlearner import Unlearner
     from .host.store import ImageStore
     from .methods import DPO, KTO, NPO, SISS, EraseDiff, NegGrad, ReTrack, Vanilla
     from .models.adapters import without_adapters
     from .models.transition import find_transition
     from .neighbors import near_copies, nearest_neighbors
+    from .objective.anchor import Anchor
     from .objective.draws import Draws
     from .objective.frequency import LowPass
+    from .objective.mask import Mask
     from .objective.schedule import NoiseSchedule
     from .objective.time import LogitNormal, Product, Stratified, TimeWindow, Uniform
     from .step.doors import (
@@ -40,11 +43,13 @@ __all__ = [
     "KTO",
     "NPO",
     "SISS",
+    "Anchor",
     "Draws",
     "EraseDiff",
     "ImageStore",
     "LogitNormal",
     "LowPass",
+    "Mask",
     "NegGrad",
     "NoiseSchedule",
     "Product",
@@ -57,6 +62,7 @@ __all__ = [
     "Vanilla",
     "erasediff_step",
     "find_transition",
+    "forget_gradients",
     "functional",
     "method_step",
     "near_copies",
@@ -65,19 +71,26 @@ __all__ = [
     "retrack_step",
     "siss_step",
     "vanilla_step",
+    "vdu",
+    "vdu_l2",
+    "vdu_laplace",
+    "vdu_swag",
     "without_adapters",
 ]
 
 # Where the names above live.
 _HOMES = {
+    "engine.estimates": ["forget_gradients", "vdu", "vdu_l2", "vdu_laplace", "vdu_swag"],
     "engine.unlearner": ["Unlearner"],
     "host.store": ["ImageStore"],
     "methods": ["DPO", "KTO", "NPO", "SISS", "EraseDiff", "NegGrad", "ReTrack", "Vanilla"],
     "models.adapters": ["without_adapters"],
     "models.transition": ["find_transition"],
     "neighbors": ["near_copies", "nearest_neighbors"],
+    "objective.anchor": ["Anchor"],
     "objective.draws": ["Draws"],
     "objective.frequency": ["LowPass"],
+    "objective.mask": ["Mask"],
     "objective.schedule": ["NoiseSchedule"],
     "objective.time": ["LogitNormal", "Product", "Stratified", "TimeWindow", "Uniform"],
     "step.doors": [
