@@ -15,7 +15,7 @@ from .named_tensors import NamedTensors, read_tensors, write_tensors
 from .parameters import ParameterRule
 
 MAX_PRECISION = 1e10  # A standard deviation of 1e-5.
-ADDED_AT_ONCE = 256 << 20  # Bytes of weights.
+ADDED_AT_ONCE = 64 << 20  # Bytes of weights.
 
 
 class Anchor(ParameterRule):
@@ -32,7 +32,7 @@ class Anchor(ParameterRule):
 
     Mean and precision take as much memory as the trained weights each (a precision that is a number none),
     in float32 at least, and stand in every checkpoint; a step reads both, and holds two temporaries of at
-    most 256 MiB, or of the largest tensor.
+    most 64 MiB, or of the largest tensor.
 
     Args:
         mean: by plain name of the parameter, of its shape. Every parameter that is trained needs one.

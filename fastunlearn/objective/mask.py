@@ -26,7 +26,7 @@ class Mask(ParameterRule):
     the update, so an average of the weights sees them unchanged.
 
     It takes 2 bytes a trained weight, and a copy of the trained weights for the time of an update; a step
-    reads and writes the weights three times more. A mask of ones takes nothing, and changes no bit.
+    reads and writes the weights three times more, and its gradients once. A mask of ones changes no bit.
 
     Args:
         masks: bool, by plain name of the parameter, of its shape; True: the weight moves. Every parameter
@@ -123,16 +123,16 @@ class Mask(ParameterRule):
             if gradient is not None:
                 present.append(gradient)
                 masks.append(mask)
-        torch._foreach_mul_(present, masks)
-        # The update comes after: nothing has moved yet. Once a step would do; of two gradients the second
-        # finds the same weights.
+        # In integers, in which x * 1 + 0 and x * 0 + y are x and y whatever numbers their bits mean. On a CPU
+        # they are multiplied by booleans four times as fast as floats are.
         with torch.no_grad():
+            torch._foreach_mul_(_bits(present), masks)
+            # The update comes after: nothing has moved yet. Of two gradients the second finds the same.
             self._before = torch._foreach_mul(_bits(parameters), self._staying.of(parameters))
 
     def after_update(self, parameters: Sequence[nn.Parameter]) -> None:
         if self._before is None:
             return
-        # In integers, in which x * 1 + 0 and x * 0 + y are x and y whatever numbers their bits mean.
         weights = _bits(parameters)
         with torch.no_grad():
             torch._foreach_mul_(weights, self._moving.of(parameters))
@@ -163,6 +163,6 @@ def largest(values: Tensor, count: int) -> Tensor:
     return chosen | (equal & (equal.cumsum(0) <= count - chosen.sum()))
 
 
-def _bits(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    """Views of the weights as integers."""
-    return [parameter.detach().view(INTEGERS[parameter.element_size()]) for parameter in parameters]
+def _bits(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Views of them as integers."""
+    return [tensor.detach().view(INTEGERS[tensor.element_size()]) for tensor in tensors]
