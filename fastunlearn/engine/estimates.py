@@ -30,6 +30,7 @@ from ..step.trained import unwrapped
 from ..step.update import clipping
 
 SEEDS = 2**63 - 1
+CLIPPED_TO = 1.0  # L2 norm of a fine-tune's gradients, as in other steps.
 
 
 def forget_gradients(
@@ -159,7 +160,8 @@ def swag_variance(
     network, its optimizer's state, and two more copies of the trained weights.
 
     Args:
-        steps, lr: of the fine-tune of a copy of `model`, at a constant rate; at least 2 steps.
+        steps, lr: of the fine-tune of a copy of `model`, at a constant rate, without weight decay; at least 2
+            steps.
         batch_size: rows a step, in order.
         seed, micro_batch_size, autocast_dtype: as in `forget_gradients`.
 
@@ -184,7 +186,12 @@ def swag_variance(
         "compile": False,
     }
     for images in _batches("retain", retain, parameters, batch_size, steps):
-        method_step(Vanilla(), network, optimizer, schedule, retain=images, **options)
+        # The update is made here: of several processes one may estimate, which a step would warn of.
+        norm = method_step(Vanilla(), network, None, schedule, retain=images, **options).grad_norm
+        gradients = [own.grad for own in parameters.values() if own.grad is not None]
+        divide(gradients, clipping(norm, CLIPPED_TO))
+        optimizer.step()
+        optimizer.zero_grad()
         moments.add([parameter.detach() for parameter in parameters.values()])
     return dict(zip(parameters, moments.variance, strict=True))
 
