@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from fastunlearn import LowPass
 from fastunlearn.methods import Method
+from fastunlearn.objective.protocol import has_own_objective
 from fastunlearn.objective.time import LogitNormal, Stratified, TimeWindow
 
 TOTAL_STEPS = 8  # over which a band moves
@@ -49,6 +51,18 @@ SELECTIONS: dict[str, dict[str, Any]] = {
 
 
 def fitting(method: Method, selection: dict[str, Any]) -> dict[str, Any]:
-    """`selection` without what is refused for `method`: it reads no images of that branch."""
+    """`selection` without what `method` refuses: it reads no images of that branch, or weights none."""
+    if has_own_objective(method):
+        weights = ("loss_weight", "snr_gamma")
+        selection = {name: _drawn(value) for name, value in selection.items() if name not in weights}
     reads = {"time_window": "forget", "lowpass": "forget", "retain_density": "retain"}
     return {name: value for name, value in selection.items() if reads.get(name) in {None, *method.needs}}
+
+
+def _drawn(value: Any) -> Any:
+    """A density that is drawn from where it was weighted by; anything else as it is."""
+    if isinstance(value, Stratified):
+        return replace(value, density=_drawn(value.density))
+    if isinstance(value, TimeWindow):
+        return replace(value, as_weight=False)
+    return value
