@@ -15,7 +15,7 @@ import json
 import platform
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 
 import torch
@@ -290,7 +290,7 @@ def open_record(path: Path, settings: Settings) -> dict:
         "version": __version__,
         "torch": torch.__version__,
         "machine": platform.processor() or platform.machine(),
-        "arms": {name: repr(arm) for name, arm in ARMS.items()},
+        "arms": {name: told(arm) for name, arm in ARMS.items()},
         "runs": {},
     }
     if not path.exists():
@@ -303,6 +303,15 @@ def open_record(path: Path, settings: Settings) -> dict:
         if got != expected:
             raise SystemExit(f"{path}: expected runs of {name} with {expected}, got runs with {got}")
     return {**record, **{name: earlier[name] for name in ("runs", WEIGHTS) if name in earlier}}
+
+
+def told(value: object) -> str:
+    """`repr` without what has its default: a hyperparameter that comes later changes no arm of a file."""
+    if not is_dataclass(value):
+        return repr(value)
+    values = {field.name: getattr(value, field.name) for field in fields(value)}
+    changed = {each.name: values[each.name] for each in fields(value) if values[each.name] != each.default}
+    return f"{type(value).__name__}({', '.join(f'{name}={told(each)}' for name, each in changed.items())})"
 
 
 def write(record: dict, path: Path) -> None:

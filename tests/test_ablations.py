@@ -12,6 +12,7 @@ import torch
 
 from fastunlearn import ImageStore, NoiseSchedule
 from fastunlearn.demo.evaluation import INJECTION_TIMESTEPS
+from fastunlearn.methods import SISS, ReTrack
 
 ROOT = Path(__file__).parents[1]
 
@@ -115,8 +116,18 @@ def test_a_file_of_other_settings_is_refused(ablations, tmp_path):
         ablations.open_record(path, replace(settings, steps=41))
     record["arms"]["pretrained"] = "Arm(method=Vanilla())"
     ablations.write(record, path)
-    with pytest.raises(SystemExit, match=r"expected runs of pretrained with Arm\(method=None.*Vanilla"):
+    with pytest.raises(SystemExit, match=r"expected runs of pretrained with Arm\(\).*Vanilla"):
         ablations.open_record(path, settings)
+
+
+def test_an_arm_is_told_without_its_defaults(ablations):
+    """So that a method may get a hyperparameter, and the runs of before are still those of the arm."""
+    arm = ablations.Arm(ReTrack(k=20, lambd=0.005))
+    assert ablations.told(arm) == "Arm(method=ReTrack(k=20))"
+    assert ablations.told(ablations.Arm()) == "Arm()"
+    assert ablations.told(ablations.Arm(SISS(0.5, 30.0))) == "Arm(method=SISS(scaling_norm=30.0))"
+    told = [ablations.told(arm) for arm in ablations.ARMS.values()]
+    assert len(set(told)) == len(set(ablations.ARMS.values()))
 
 
 def test_every_arm_is_in_a_table_and_none_is_there_twice(ablations):

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fastunlearn.methods.registry import get
 from fastunlearn.runs.identity import described, identity, start_weights
 from fastunlearn.runs.processes import Processes
 from fastunlearn.runs.resume import load_checkpoint
@@ -113,6 +114,8 @@ def test_missing_and_added_keys_are_refused(copied: Path, resuming: Resuming, re
     for way in ways:
         if not removes and len(way) == 1:
             continue  # beside metadata and states: of a version to come
+        if removes and way[-1] in get("retrack").later and "method" in way:
+            continue  # of a version that had no such hyperparameter
         changed = json.loads(text)
         inside = changed
         for key in way[:-1]:

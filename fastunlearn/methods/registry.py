@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 import pkgutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, replace
 from importlib import import_module
 from typing import Any, NamedTuple, TypeVar, get_type_hints
@@ -51,6 +51,7 @@ class Record:
     ]  # hyperparameters by what stands behind the name; "": the plain one
     timed_on: str  # the network of bench/steps/networks.py that a CPU times it on by default
     place: float  # in lists
+    later: tuple[str, ...] = ()  # hyperparameters that older checkpoints do not name
 
     @property
     def example(self) -> Method:
@@ -82,6 +83,7 @@ def register(
     variants: Mapping[str, Mapping[str, Any]] | None = None,
     timed_on: str = "small",
     place: float = math.inf,
+    later: Sequence[str] = (),
 ) -> Callable[[MethodClass], MethodClass]:
     """Stands above `@dataclass(frozen=True)` of a method, and makes it known under its `name`.
 
@@ -94,6 +96,8 @@ def register(
             what stands behind its name there: `{"no_is": {"variant": "no_is"}}`.
         timed_on: the network of bench/ that a CPU times the method on by default.
         place: in lists, small numbers first; those without one follow in the order of their names.
+        later: hyperparameters that the method once had not. Their defaults are what it did then, so that a
+            checkpoint without them goes on with these; one without any other is refused.
 
     Raises:
         TypeError, ValueError: the class is no method with a name, a setting does not fit it, or another class
@@ -107,7 +111,11 @@ def register(
             recipe: _setting(method, recipe, hyperparameters)
             for recipe, hyperparameters in (recipes or {}).items()
         }
-        record = Record(name, method, help, source, settings, {"": {}, **(variants or {})}, timed_on, place)
+        _check_later(method, later)
+        variants_by_name = {"": {}, **(variants or {})}
+        record = Record(
+            name, method, help, source, settings, variants_by_name, timed_on, place, tuple(later)
+        )
         for hyperparameters in record.variants.values():
             replace(record.example, **hyperparameters)  # refused here and not where it is first run
         other = _records.get(name)
@@ -177,6 +185,12 @@ def _setting(method: type[Method], recipe: str, settings: Mapping[str, Any]) -> 
     hyperparameters = dict(settings)
     lr = check.number(f"recipes[{recipe!r}]['lr']", hyperparameters.pop("lr", None), low=0, low_open=True)
     return Setting(method(**hyperparameters), lr)
+
+
+def _check_later(method: type[Method], later: Sequence[str]) -> None:
+    with_default = [field.name for field in fields(method) if _default(field) is not MISSING]
+    for name in later:
+        check.one_of("later", name, tuple(with_default))
 
 
 def _example(method: type[Method], settings: Iterable[Setting]) -> Method:

@@ -36,6 +36,7 @@ WEIGHTS = ("truncated", "self_normalized", "importance")
     },
     timed_on="mnist",
     place=1,
+    later=("weights", "within_condition"),
 )
 @dataclass(frozen=True)
 class ReTrack(Method):

@@ -38,6 +38,7 @@ from .registry import register
     },
     timed_on="mnist",
     place=2,
+    later=("scaling", "superfactor"),
 )
 @dataclass(frozen=True)
 class SISS(Method):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from ..host.plain_names import plain_state
 from ..methods import Method
+from ..methods.registry import methods
 from . import checkpoint, optimizer_state
 from .identity import check_same, described
 from .processes import Processes
@@ -96,10 +96,13 @@ def _with_later_hyperparameters(method: Method, saved: Any) -> Any:
 
     Their defaults are what the method did before: it goes on as it was.
     """
-    if not isinstance(saved, dict) or saved.get("name") != type(method).__name__ or not is_dataclass(method):
+    if not isinstance(saved, dict) or saved.get("name") != type(method).__name__:
         return saved
-    known = {each.name: each.default for each in fields(method) if each.default is not MISSING}
-    return described(known) | saved
+    record = next((each for each in methods().values() if each.method is type(method)), None)
+    if record is None:
+        return saved
+    later = {each.name: each.default for each in record.hyperparameters() if each.name in record.later}
+    return described(later) | saved
 
 
 def find_checkpoint(resume: str | Path | None, output_dir: Path) -> Path | None:

@@ -65,7 +65,7 @@ def test_an_unknown_name_is_refused_with_those_that_there_are():
 
 def test_tests_run_all_methods_and_variants():
     assert every_method(k=2)[:5] == [ReTrack(k=2), SISS(), EraseDiff(), NegGrad(), Vanilla()]
-    assert every_variant(k=2)[:10] == [
+    assert every_variant(k=2)[:13] == [
         ReTrack(k=2),
         ReTrack(k=2, lambd="auto"),
         ReTrack(k=2, weights="self_normalized"),
@@ -164,6 +164,10 @@ class TestAdded:
             register(
                 help="adds.", recipes={"cifar-10": {"beta": 2.0, "lr": 1}}, variants={"x": {"gamma": 1}}
             )(Added)
+        settings = {"cifar-10": {"beta": 2.0, "lr": 1e-3}}
+        for later in ("gamma", "beta"):  # none of its hyperparameters; one without a default
+            with pytest.raises(ValueError, match=f"later: expected one of count, got '{later}'"):
+                register(help="adds.", recipes=settings, later=(later,))(Added)
         assert "added" not in registry.methods()
 
     def test_what_is_no_method_is_refused(self):
