@@ -20,15 +20,19 @@ import fastunlearn as fu
 from fastunlearn import ImageStore, LowPass, Unlearner, method_step
 from fastunlearn.host.philox import Noise
 from fastunlearn.host.store import Rows
-from fastunlearn.methods import SISS, Batch, EraseDiff, Method, NegGrad, ReTrack, Term, Vanilla
-from fastunlearn.objective.combine import Project, Rescale
+from fastunlearn.methods import SISS, Batch, EraseDiff, Method, NegGrad, Pass, ReTrack, Term, Vanilla
+from fastunlearn.objective.combine import Balance, Project, Rescale
 from fastunlearn.objective.draws import CounterSource, Draws, GeneratorSource, Purpose, complete
 from fastunlearn.objective.parameters import ParameterRule
 from fastunlearn.objective.protocol import has_own_objective
 from fastunlearn.objective.schedule import NoiseSchedule
 from fastunlearn.objective.selection import Selection
 from fastunlearn.objective.time import LogitNormal, Stratified, TimeWindow
-from fastunlearn.reference import combine
+from fastunlearn.reference import combine, noising, prediction_target, redirect_to_all
+from fastunlearn.step.options import Settings
+from fastunlearn.step.select import Moment
+from fastunlearn.step.take import take_step
+from fastunlearn.step.trained import look_at
 from fastunlearn.testing.budgets import relative_l2
 from fastunlearn.testing.factories import TinyDenoiser, linear_schedule
 from fastunlearn.testing.methods import every_variant
@@ -78,32 +82,48 @@ class Literal:
         dtype = next(model.parameters()).dtype
         images = {name: getattr(batch, name) for name in ("forget", "retain", "neighbors")}
         self.images = {name: numbers(each, dtype) for name, each in images.items() if each is not None}
-        self.batch = Batch(**self.images, sqdist=batch.sqdist)
+        self.sizes = dict(batch.sizes)
+        self.sets = {name: whole_set(store, dtype) for name, store in batch.stores.items()}
+        stores = {name: ImageStore(images, latents=True) for name, images in self.sets.items()}
+        self.batch = Batch(**self.images, sqdist=batch.sqdist, stores=stores, sizes=self.sizes)
         self.draws = Draws(**{name: numbers(value, dtype) for name, value in vars(draws).items()})
 
-    def taken(self, step: int, **options) -> tuple[fu.StepOutput, list[Tensor]]:
+    def taken(self, step: int) -> tuple[fu.StepOutput, list[Tensor]]:
         """What the package's step reports and leaves in `.grad`."""
-        given = self.images | self.given | {"draws": self.draws, "step": step} | options
-        output = method_step(self.method, self.model, None, self.schedule, **given)
+        if "stores" in self.method.needs:
+            output = self._taken_with_whole_sets(step)
+        else:
+            given = self.images | self.given | {"draws": self.draws, "step": step}
+            sizes = self.sizes if "sizes" in self.method.needs else None
+            output = method_step(self.method, self.model, None, self.schedule, sizes=sizes, **given)
         gradient = [parameter.grad for parameter in self.model.parameters()]
         self.model.zero_grad()
         return output, gradient
+
+    def _taken_with_whole_sets(self, step: int) -> fu.StepOutput:
+        """Past `method_step`, which has batches alone; a step of an Unlearner would draw its own rows."""
+        trained = look_at(self.model, None, None, None, keep_grad=False)
+        settings = Settings(selection=selection_of(self.given))
+        moment = Moment(step, self.given.get("total_steps"))
+        return take_step(trained, self.method, self.schedule, self.batch, self.draws, settings, moment)
 
     def expected(self, step: int) -> tuple[dict[str, Tensor], list[Tensor]]:
         """The means of the roles, and the combined gradient."""
         means, terms = self.terms(step)
         how = self.method.combine
-        if not isinstance(how, Project | Rescale):
+        if not isinstance(how, Balance | Project | Rescale):
             return means, self.gradient(sum(terms.values()))
         pair = self.gradient(terms["retain"]), self.gradient(terms["forget"])
+        if isinstance(how, Balance):
+            return means, combine.balance(*pair).gradients
         if isinstance(how, Project):
             return means, combine.project(*pair, how.eta, how.rule, how.multiplier).gradients
-        return means, combine.rescale(*pair, how.scaling_norm).gradients
+        return means, combine.rescale(*pair, how.scaling_norm, how.scaling).gradients
 
     def terms(self, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The mean of each role, and what is descended of it."""
         means, terms = {}, {}
-        for each in self.method.compose(self.batch, self.draws, self.schedule):
+        for each in self.passes():
             predicted = self._predicted(each.x_t, self.schedule.model_input(each.timesteps))
             for term in each.terms:
                 rows = slice(term.rows.start, term.rows.stop)
@@ -113,6 +133,41 @@ class Literal:
                 mean = (weight * loss).sum() / (len(term.rows) if term.over is None else term.over)
                 means[term.role], terms[term.role] = mean.detach(), term.scale * mean
         return means, terms
+
+    def passes(self) -> list[Pass]:
+        """The noisy images, targets and weights, before anything is selected."""
+        if isinstance(self.method, ReTrack) and self.method.weights != "truncated":
+            return self._redirected_to_all()
+        if isinstance(self.method, SISS) and self.method.superfactor is not None:
+            return self._with_superfactor()
+        return self.method.compose(self.batch, self.draws, self.schedule)
+
+    def _redirected_to_all(self) -> list[Pass]:
+        """ReTrack's weights of section 3.2, with the targets of all images to keep side by side."""
+        draws, method, schedule = self.draws, self.method, self.schedule
+        found = redirect_to_all(
+            self.images["forget"],
+            self.sets["retain"],
+            draws.forget_noise,
+            draws.forget_timesteps,
+            schedule,
+            forget_set=self.sets["forget"] if method.weights == "importance" else None,
+        )
+        terms = (Term("forget", found.target, found.weight, spread=found.spread, scale=method.lambd),)
+        forget = Pass(found.x_t, draws.forget_timesteps, terms)
+
+        retained = self.images["retain"], draws.retain_noise, draws.retain_timesteps, schedule
+        terms = (Term("retain", prediction_target(*retained), scale=1 - method.lambd),)
+        return [forget, Pass(noising(*retained), draws.retain_timesteps, terms)]
+
+    def _with_superfactor(self) -> list[Pass]:
+        """SISS' two terms as they are rescaled elsewhere; here the forget term counts `-s k / (n - k)`."""
+        method = self.method
+        factor = -method.superfactor * self.sizes["forget"] / self.sizes["retain"]
+        rescaled = replace(method, superfactor=None)
+        (mixture,) = rescaled.compose(self.batch, self.draws, self.schedule)
+        forget, retain = mixture.terms
+        return [replace(mixture, terms=(replace(forget, scale=factor), retain))]
 
     def _predicted(self, x_t: Tensor, t: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
@@ -158,6 +213,12 @@ def numbers(value: Tensor | Noise | Rows | None, dtype: torch.dtype) -> Tensor |
     return value.to(dtype)
 
 
+def whole_set(store: ImageStore, dtype: torch.dtype) -> Tensor:
+    """All images of a set, `[N, C, H, W]`, in `dtype`; bytes as numbers in [-1, 1]."""
+    images = store.images.to(dtype)
+    return images * 2 / 255 - 1 if store.images.dtype == torch.uint8 else images
+
+
 def literal_in_float64(
     method: Method,
     given: dict[str, Any],
@@ -174,7 +235,13 @@ def literal_in_float64(
     near = forget[:, None] + 0.02 * torch.randn(rows, 3, *shape, generator=generator, dtype=torch.float64)
     forget, retain = forget.to(memory_format=layout), near[:, 2].to(memory_format=layout)
     images = {"forget": forget, "neighbors": near[:, :2], "retain": retain}
-    batch = Batch(**{name: value for name, value in images.items() if name in method.needs})
+    # The whole sets: as many images to forget as there are rows, three times as many to keep.
+    sets = {"forget": forget, "retain": near.flatten(0, 1)}
+    batch = Batch(
+        **{name: value for name, value in images.items() if name in method.needs},
+        stores={name: ImageStore(images, latents=True) for name, images in sets.items()},
+        sizes={name: len(images) for name, images in sets.items()},
+    )
     selection = selection_of(fitting(method, given))
     source = GeneratorSource(torch.device("cpu"), generator)
     wanted = selection.draws_of(method, schedule)

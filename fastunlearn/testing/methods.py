@@ -14,9 +14,9 @@ def every_method(**changes) -> list[Method]:
 
 
 def every_variant(**changes) -> list[Method]:
-    """`every_method`, each followed by its variants."""
+    """`every_method`, each followed by its variants, which keep what makes them one (`lambd="auto"`)."""
     return [
-        _changed(replace(record.example, **hyperparameters), changes)
+        replace(_changed(record.example, changes), **hyperparameters)
         for record in registry.methods().values()
         for hyperparameters in record.variants.values()
     ]
