@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .engine.estimates import forget_gradients, vdu, vdu_l2, vdu_laplace, vdu_swag
     from .engine.unlearner import Unlearner
     from .host.store import ImageStore
-    from .methods import DPO, KTO, NPO, SISS, EraseDiff, NegGrad, ReTrack, Vanilla
+    from .methods import DPO, KTO, NPO, SISS, EraseDiff, EraseDiffBome, NegGrad, ReTrack, Vanilla
     from .models.adapters import without_adapters
     from .models.transition import find_transition
     from .neighbors import near_copies, nearest_neighbors
@@ -46,6 +46,7 @@ __all__ = [
     "Anchor",
     "Draws",
     "EraseDiff",
+    "EraseDiffBome",
     "ImageStore",
     "LogitNormal",
     "LowPass",
@@ -83,7 +84,7 @@ _HOMES = {
     "engine.estimates": ["forget_gradients", "vdu", "vdu_l2", "vdu_laplace", "vdu_swag"],
     "engine.unlearner": ["Unlearner"],
     "host.store": ["ImageStore"],
-    "methods": ["DPO", "KTO", "NPO", "SISS", "EraseDiff", "NegGrad", "ReTrack", "Vanilla"],
+    "methods": ["DPO", "KTO", "NPO", "SISS", "EraseDiff", "EraseDiffBome", "NegGrad", "ReTrack", "Vanilla"],
     "models.adapters": ["without_adapters"],
     "models.transition": ["find_transition"],
     "neighbors": ["near_copies", "nearest_neighbors"],

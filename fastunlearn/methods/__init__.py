@@ -11,6 +11,7 @@ from ..objective.parameters import ParameterRule
 from ..objective.protocol import Batch, Method, Pass, Predicted, Term
 from .dpo import DPO
 from .erasediff import EraseDiff
+from .erasediff_bome import EraseDiffBome
 from .kto import KTO
 from .neggrad import NegGrad
 from .npo import NPO
@@ -32,6 +33,7 @@ __all__ = [
     "Batch",
     "Bernoulli",
     "EraseDiff",
+    "EraseDiffBome",
     "Mask",
     "Method",
     "NegGrad",
