@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .pipeline import check_replaceable, load_checkpoint, save_checkpoint
+from .pipeline import check_replaceable, fresh_network, load_checkpoint, save_checkpoint
 
-__all__ = ["check_replaceable", "load_checkpoint", "save_checkpoint"]
+__all__ = ["check_replaceable", "fresh_network", "load_checkpoint", "save_checkpoint"]

@@ -92,6 +92,27 @@ def load_checkpoint(
     return model, scheduler
 
 
+def fresh_network(model: UNet2DModel, seed: int) -> UNet2DModel:
+    """A network of the class, configuration, dtype and device of `model`, with new weights.
+
+    They are drawn on the CPU as diffusers does, so that they are the same for every device.
+
+    Args:
+        seed: of the weights, in [0, 2^32 - 1]: torch's CPU generator reads 32 bits.
+
+    Raises:
+        TypeError, ValueError: for a seed outside its range.
+    """
+    seed = check.integer("seed", seed, low=0, high=2**32 - 1)
+    parameter = next(model.parameters())
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        fresh = type(model).from_config(model.config)
+    if parameter.dtype != torch.float32:
+        fresh = fresh.to(parameter.dtype)
+    return fresh.to(parameter.device).train(model.training)
+
+
 def save_checkpoint(output_dir: str | os.PathLike, model: UNet2DModel, scheduler: SchedulerMixin) -> Path:
     """Writes a folder that `diffusers.DDPMPipeline.from_pretrained` opens.
 
