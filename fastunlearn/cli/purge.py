@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tyro.conf import Positional
+
+if TYPE_CHECKING:
+    from ..runs.run_record import Purged
 
 
 @dataclass(kw_only=True)
@@ -20,12 +24,20 @@ class Purge:
     """
 
     run_dir: Positional[Path]
-    """The --output of `fastunlearn unlearn`."""
+    """The --output of `fastunlearn unlearn`; of a protocol, with all its requests."""
 
     def run(self) -> int:
+        from ..host.folder_lock import locked
+        from ..runs.protocols import folders
         from ..runs.training import purge
 
-        purged = purge(self.run_dir)
+        requests = folders(self.run_dir)
+        if not requests:
+            return self._say(self.run_dir, purge(self.run_dir))
+        with locked(self.run_dir, "purge"):
+            return max([self._say(folder, purge(folder)) for folder in requests])
+
+    def _say(self, run_dir: Path, purged: Purged) -> int:
         print(purged)
-        print(f"{len(purged.removed)} files removed: {self.run_dir}")
+        print(f"{len(purged.removed)} files removed: {run_dir}")
         return 1 if purged.refused else 0

@@ -19,13 +19,15 @@ from .method_flags import (
 )
 from .options import unset
 from .picture_flags import PictureFlags
+from .protocol_flags import ProtocolFlags
 from .rule_flags import RuleFlags, RuleWork
-from .selection_flags import FrequencyFlags, TimestepFlags, selection
+from .selection_flags import FrequencyFlags, TimestepFlags, given_flags, selection
 from .unlearn_flags import Execution, Optimization, RunFlags
 
 if TYPE_CHECKING:
     import torch
 
+    from ..engine.unlearner import Unlearner
     from ..host.store import ImageStore
     from ..methods import Method
     from ..objective.schedule import NoiseSchedule
@@ -36,6 +38,21 @@ FORGET_HELP = "Images to forget; image files are cropped and resized to the mode
 RETAIN_HELP = "Images to keep."
 METHOD_HELP = "What to forget with; see above."
 REPORTED_IMAGES, REPORTED_CHAINS, REPORTED_TIMESTEP, REPORTED_STEPS = 8, 4, 250, 50  # of --report-images
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the runs of one command have in common."""
+
+    processes: Processes
+    device: torch.device
+    method: Method
+    scheduler: Any  # diffusers'
+    schedule: NoiseSchedule
+    chosen: Selection
+    forget: ImageStore | None  # of all runs together
+    retain: ImageStore | None
+    record: dict[str, Any]  # for run.json
 
 
 @dataclass(kw_only=True)
@@ -56,6 +73,10 @@ class Unlearn:
     forget: tuple[Path, ...] = ()
     retain: tuple[Path, ...] = ()
     method: str
+    from_scratch: bool = False
+    """With --method vanilla: begin not with the weights of --model, but with new ones (of --seed) for its \
+network, and learn --retain from nothing: what unlearning is compared with. It takes as many --steps as \
+training did."""
     output: Path
     """Folder of the run: model/ (for DDPMPipeline.from_pretrained), run.json (manifest), metrics.jsonl, \
 checkpoints, private/ (caches, mode 0600)."""
@@ -71,6 +92,7 @@ grey levels 0..255. off: do not look for any, which takes long for many forget i
     """Write private/reconstructions.png (mode 0600), which shows forget images; without it nothing that is \
 written shows or stores one."""
     pictures: PictureFlags = field(default_factory=PictureFlags)
+    protocol: ProtocolFlags = field(default_factory=ProtocolFlags)
     hyperparameter: MethodFlags = field(default_factory=MethodFlags)
     timesteps: TimestepFlags = field(default_factory=TimestepFlags)
     frequencies: FrequencyFlags = field(default_factory=FrequencyFlags)
@@ -106,35 +128,24 @@ written shows or stores one."""
         return 0
 
     def _run(self, processes: Processes, device: torch.device) -> None:
-        import torch
-
         from ..engine.checks import check_stores
-        from ..engine.unlearner import Unlearner
-        from ..host.precision import tf32
-        from ..models import check_replaceable, load_checkpoint
+        from ..models import check_replaceable, fresh_network
         from ..objective.schedule import NoiseSchedule
-        from ..objective.selection import Selection
-        from ..runs import run_record, training
-        from ..runs.selections import in_words
         from .options import prepare_host
 
         dropping = Dropping.from_flags(self.drop_overlap, self.drop_within)
         self.rules.check(self.forget, self.retain)
-        method, optimization, execution, flags = (
-            self.hyperparameter.build(self.method),
-            self.optimizer,
-            self.execution,
-            self.bookkeeping,
-        )
+        self.protocol.check(self)
+        if self.from_scratch:
+            self._check_from_scratch()
+        method = self.hyperparameter.build(self.method)
         check_replaceable(self.output / "model")
         prepare_host(device)
-        model, scheduler = load_checkpoint(self.model, device=device)
-        model = model.to(memory_format=execution.memory_format(device)).train()
+        model, scheduler = self._network(self.model, device)
+        if self.from_scratch:
+            model = self._in_layout(fresh_network(model, self.bookkeeping.seed), device)
         schedule = NoiseSchedule.from_diffusers(scheduler)
         chosen = self._selection(method, schedule, model)
-        reference = None
-        if "reference" in method.needs:  # the checkpoint as it is, also where a run is resumed
-            reference = copy.deepcopy(model).requires_grad_(False).eval()
         images: dict[str, Any] = {}  # what was read, for run.json
         forget, retain = self._load(method, model, images)
         dropping.check_sets(forget, retain)
@@ -145,44 +156,153 @@ written shows or stores one."""
             )
             retain, found = kept.of(retain), kept.record
         check_stores(method, forget, retain, allow_overlap=self.allow_overlap)
+        record = {"base_model": str(self.model.absolute()), "images": images, "forget_in_retain": found}
+        if self.from_scratch:
+            record["from_scratch"] = {"seed": self.bookkeeping.seed}
+        work = Work(processes, device, method, scheduler, schedule, chosen, forget, retain, record)
+        if self.protocol.protocol == "together":
+            self._run_together(work, model)
+        else:
+            self._run_each(work)
+
+    def _check_from_scratch(self) -> None:
+        """Whether the other flags have a meaning for a network without a past.
+
+        Raises:
+            ValueError: naming the one that has none.
+        """
+        protocol = self.protocol.protocol
+        if self.method != "vanilla":
+            expected = "expected --method vanilla (new weights know nothing to forget)"
+            raise ValueError(f"--from_scratch: {expected}, got {self.method}")
+        if protocol != "together":
+            raise ValueError(f"--from_scratch: expected --protocol together beside it, got {protocol}")
+        for name in ("anchor", "mask_fraction"):
+            if getattr(self.rules, name) is not None:
+                expected = f"expected no --{name}, which holds weights where they are"
+                raise ValueError(f"--from_scratch: {expected}, got --{name} {getattr(self.rules, name)}")
+        if "max_train_steps" not in given_flags(self.optimizer):
+            expected = "expected --max_train_steps beside it (the papers' MNIST T-Shirt: 118500)"
+            raise ValueError(
+                f"--from_scratch: {expected}, got the {self.optimizer.max_train_steps} of unlearning"
+            )
+
+    def _run_together(self, work: Work, model) -> None:
+        """One run, of all images to forget."""
+        from ..host.precision import tf32
+        from ..runs import run_record, training
+
         private = self.output / run_record.PRIVATE_FOLDER
-        autocast_dtype = execution.autocast_dtype(device)
+        unlearner = self._unlearner(work, model, work.forget, private, self.bookkeeping.seed)
+        self._say_selection(work, unlearner)
+        try:
+            with tf32(True if self.execution.allow_tf32 else None):
+                training.unlearn(unlearner, output_dir=self.output, record=work.record, **self._options(work))
+        finally:
+            if work.processes.rank == 0:
+                self._note_private_files(self.output)
+        work.processes.by_first(lambda: self._leave(work, unlearner, work.forget, self.output))
+
+    def _run_each(self, work: Work) -> None:
+        """One run a request, and what the networks that they leave know of the images."""
+        from ..host.precision import tf32
+        from ..metrics.deletion import Measures
+        from ..runs import run_record
+        from ..runs.protocols import folders, unlearn_each
+        from .protocol_flags import show
+
+        def make(request):
+            start = self.model if request.start is None else request.start / "model"
+            model, _ = self._network(start, work.device)
+            private = request.folder / run_record.PRIVATE_FOLDER
+            unlearner = self._unlearner(work, model, request.forget, private, request.seed)
+            if request.number == 1:
+                self._say_selection(work, unlearner)
+            return unlearner
+
+        def leave(request, unlearner):
+            return self._leave(work, unlearner, request.forget, request.folder)
+
+        measures = Measures(work.schedule, work.retain, work.scheduler, seed=self.bookkeeping.seed)
+        try:
+            with tf32(True if self.execution.allow_tf32 else None):
+                content = unlearn_each(
+                    work.forget,
+                    make,
+                    leave,
+                    protocol=self.protocol.protocol,
+                    output_dir=self.output,
+                    measures=measures,
+                    images_per_request=self.protocol.images_per_request,
+                    seed=self.bookkeeping.seed,
+                    process_group=work.processes.group,
+                    record=work.record,
+                    **self._options(work),
+                )
+        finally:
+            if work.processes.rank == 0:
+                for folder in folders(self.output):
+                    self._note_private_files(folder)
+        show(content, self.output)
+
+    def _network(self, folder: Path, device: torch.device):
+        """The network and the scheduler in `folder`, ready to be trained."""
+        from ..models import load_checkpoint
+
+        model, scheduler = load_checkpoint(folder, device=device)
+        return self._in_layout(model, device).train(), scheduler
+
+    def _in_layout(self, model, device: torch.device):
+        return model.to(memory_format=self.execution.memory_format(device))
+
+    def _unlearner(self, work: Work, model, forget: ImageStore | None, private: Path, seed: int) -> Unlearner:
+        """What takes the steps of one run on `model`, with everything else new."""
+        import torch
+
+        from ..engine.unlearner import Unlearner
+
+        optimization, execution = self.optimizer, self.execution
+        method, processes = work.method, work.processes
+        reference = None
+        if "reference" in method.needs:  # the checkpoint as it is, also where a run is resumed
+            reference = copy.deepcopy(model).requires_grad_(False).eval()
+        autocast_dtype = execution.autocast_dtype(work.device)
         optimizer, lr_scheduler, ema = optimization.build(model)
         rules = RuleWork(
             self.rules,
             model,
-            schedule,
+            work.schedule,
             forget,
-            retain,
-            time_window=chosen.time_window,
+            work.retain,
+            time_window=work.chosen.time_window,
             batch_size=optimization.train_batch_size,
             micro_batch_size=optimization.micro_batch_size,
             learning_rate=optimization.learning_rate,
             autocast_dtype=autocast_dtype,
-            seed=flags.seed,
+            seed=seed,
             folder=private,
             processes=processes,
         ).rules()
         neighbors = None
         if "neighbors" in method.needs:
-            neighbors = processes.by_first(lambda: _neighbors(forget, retain, method, private))
+            neighbors = processes.by_first(lambda: _neighbors(forget, work.retain, method, private))
         grad_scaler = None
         if autocast_dtype == torch.float16:
-            grad_scaler = torch.amp.GradScaler(device.type, init_scale=2.0**10)
-        unlearner = Unlearner(
+            grad_scaler = torch.amp.GradScaler(work.device.type, init_scale=2.0**10)
+        return Unlearner(
             model,
             optimizer,
-            schedule,
+            work.schedule,
             method,
             forget=forget,
-            retain=retain,
+            retain=work.retain,
             neighbors=neighbors,
             reference_model=reference,
             rules=rules,
             batch_size=optimization.train_batch_size,
             micro_batch_size=optimization.micro_batch_size,
             total_steps=optimization.max_train_steps,
-            seed=flags.seed,
+            seed=seed,
             autocast_dtype=autocast_dtype,
             grad_scaler=grad_scaler,
             max_grad_norm=optimization.max_grad_norm,
@@ -191,35 +311,32 @@ written shows or stores one."""
             allow_overlap=self.allow_overlap,
             compile=execution.compile_argument,
             process_group=processes.group,
-            warn_of_near_copies=False,  # said above, of all orientations
-            **vars(chosen),
+            warn_of_near_copies=False,  # said by `rows_to_keep`, of all orientations
+            **vars(work.chosen),
         )
-        if chosen != Selection():
+
+    def _say_selection(self, work: Work, unlearner: Unlearner) -> None:
+        from ..objective.selection import Selection
+        from ..runs.selections import in_words
+
+        if work.chosen != Selection():
             for name, words in in_words(unlearner).items():
                 print(f"{name}: {words}")
-        record = {"base_model": str(self.model.absolute()), "images": images, "forget_in_retain": found}
-        try:
-            with tf32(True if execution.allow_tf32 else None):
-                training.unlearn(
-                    unlearner,
-                    num_steps=optimization.max_train_steps,
-                    output_dir=self.output,
-                    checkpointing_steps=flags.checkpointing_steps,
-                    checkpoints_total_limit=flags.checkpoints_total_limit,
-                    resume_from_checkpoint=flags.resume_from_checkpoint,
-                    report_to=flags.report_to,
-                    logging_steps=flags.logging_steps,
-                    max_skipped_steps=flags.max_skipped_steps,
-                    max_skipped_share=flags.max_skipped_share,
-                    record=record,
-                    identity={"scheduler": _scheduler_identity(scheduler)},
-                )
-        finally:
-            if processes.rank == 0:
-                self._note_private_files(private)
-        if ema is not None:
-            ema.copy_to(model.parameters())
-        processes.by_first(lambda: self._write_results(model.eval(), scheduler, forget, private))
+
+    def _options(self, work: Work) -> dict[str, Any]:
+        """What every run is told by the flags."""
+        flags = self.bookkeeping
+        return {
+            "num_steps": self.optimizer.max_train_steps,
+            "checkpointing_steps": flags.checkpointing_steps,
+            "checkpoints_total_limit": flags.checkpoints_total_limit,
+            "resume_from_checkpoint": flags.resume_from_checkpoint,
+            "report_to": flags.report_to,
+            "logging_steps": flags.logging_steps,
+            "max_skipped_steps": flags.max_skipped_steps,
+            "max_skipped_share": flags.max_skipped_share,
+            "identity": {"scheduler": _scheduler_identity(work.scheduler)},
+        }
 
     def _selection(self, method: Method, schedule: NoiseSchedule, model) -> Selection:
         from .options import model_shape
@@ -235,22 +352,28 @@ written shows or stores one."""
             self.optimizer.max_train_steps,
         )
 
-    def _write_results(self, model, scheduler, forget: ImageStore | None, private: Path) -> None:
+    def _leave(self, work: Work, unlearner: Unlearner, forget: ImageStore | None, output: Path):
+        """Writes the network that a run in `output` leaves, and returns it."""
         from ..models import save_checkpoint
         from ..runs import run_record
         from ..runs.run_health import WeightsNotFinite
 
+        model, scheduler = unlearner.model, work.scheduler
+        if unlearner.ema is not None:
+            unlearner.ema.copy_to(model.parameters())
+        model.eval()
         if not _answers(model, len(scheduler)):
-            run_record.update_run(self.output, status="failed: WeightsNotFinite")
+            run_record.update_run(output, status="failed: WeightsNotFinite")
             text = "expected a network that answers with finite numbers after its last step, got NaN or Inf"
             raise WeightsNotFinite(
-                f"{self.output}: {text}; no model is written. A lower learning rate usually helps."
+                f"{output}: {text}; no model is written. A lower learning rate usually helps."
             )
-        save_checkpoint(self.output / "model", model, scheduler)
-        run_record.update_run(self.output, model="model")
+        save_checkpoint(output / "model", model, scheduler)
+        run_record.update_run(output, model="model")
         if self.report_images and forget is not None:
-            self._draw_reconstructions(model, scheduler, forget, private)
-        print(f"unlearned model: {self.output / 'model'}")
+            self._draw_reconstructions(model, scheduler, forget, output)
+        print(f"unlearned model: {output / 'model'}")
+        return model
 
     def _load(self, method, model, images: dict[str, Any]) -> tuple[ImageStore | None, ImageStore | None]:
         """Forget and retain set; what the method does not read may be left out."""
@@ -270,14 +393,15 @@ written shows or stores one."""
         )
         return forget, retain
 
-    def _note_private_files(self, private: Path) -> None:
-        """Lists in the manifest what `purge` removes."""
+    def _note_private_files(self, output: Path) -> None:
+        """Lists in the manifest of the run in `output` what `purge` removes."""
         from ..runs import run_record
 
-        if private.is_dir() and (self.output / run_record.RUN_FILE).is_file():
-            run_record.list_private(self.output, *sorted(private.iterdir()))
+        private = output / run_record.PRIVATE_FOLDER
+        if private.is_dir() and (output / run_record.RUN_FILE).is_file():
+            run_record.list_private(output, *sorted(private.iterdir()))
 
-    def _draw_reconstructions(self, model, scheduler, forget: ImageStore, private: Path) -> None:
+    def _draw_reconstructions(self, model, scheduler, forget: ImageStore, output: Path) -> None:
         """Each forget image, and what the two models make of it from the same noise."""
         import torch
 
@@ -285,6 +409,7 @@ written shows or stores one."""
         from ..models import load_checkpoint
         from ..models.sampling import inject_and_denoise
         from ..report.pictures import side_by_side
+        from ..runs import run_record
 
         images = forget.rows(torch.arange(min(REPORTED_IMAGES, len(forget))))
         before, _ = load_checkpoint(self.model, device=model.device)
@@ -305,10 +430,11 @@ written shows or stores one."""
                     dim=1,
                 ).flatten(0, 1)
             )
+        private = output / run_record.PRIVATE_FOLDER
         private.mkdir(mode=0o700, exist_ok=True)
         with atomic_file(private / "reconstructions.png", mode=0o600) as file:
             file.write(side_by_side(*halves, columns=1 + REPORTED_CHAINS))
-        self._note_private_files(private)
+        self._note_private_files(output)
         print(f"forget images and reconstructions, before and after: {private / 'reconstructions.png'}")
 
 

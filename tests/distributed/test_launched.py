@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from team import PATIENCE, tell_place
 
 from fastunlearn.cli import main
 from fastunlearn.host.folder_lock import LOCK_FILE, locked
+from fastunlearn.runs.protocols import FILE, read_protocol
 from fastunlearn.runs.run_record import read_metrics, read_run
 from fastunlearn.testing.checkpoints import save_tiny_checkpoint
 
@@ -144,6 +147,36 @@ def test_the_command_in_two_processes(world, single: Path, tmp_path: Path):
     resumed = launch(tmp_path, [*averaged, "--steps", "6", "--resume-from-checkpoint", "latest"])
     assert [code for code, _ in resumed] == [0, 0], resumed
     assert len(read_metrics(tmp_path / "run")) == 6
+
+
+def test_a_protocol_in_two_processes_is_that_of_one(world, tmp_path: Path):
+    continual = ("--protocol", "continual", "--images_per_request", "2")
+    assert main(command(world, tmp_path / "single", *continual, "--device", "cpu")) == 0
+    results = launch(tmp_path, command(world, tmp_path / "pair", *continual))
+    assert [code for code, _ in results] == [0, 0], results
+    assert "protocol: " in results[0][1]
+    assert "protocol: " not in results[1][1]
+    found, expected = (read_protocol(tmp_path / folder) for folder in ("pair", "single"))
+    assert found["status"] == "complete"
+    assert [request["rows"] for request in found["requests"]] == [[0, 1], [2, 3]]
+    for number in (1, 2):
+        assert_close(tmp_path / "pair" / f"request-{number}", tmp_path / "single" / f"request-{number}")
+        assert read_run(tmp_path / "pair" / f"request-{number}")["num_processes"] == 2
+    assert found["before"] == expected["before"]
+    losses = [[image["loss"] for image in content["after"][1]["images"]] for content in (found, expected)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    # A process fewer goes on with the rest, and a pair has nothing left to do.
+    shutil.rmtree(tmp_path / "pair" / "request-2")
+    kept = {name: found[name][:1] for name in ("requests", "after")}
+    (tmp_path / "pair" / FILE).write_text(json.dumps(found | kept))
+    resumed = (*continual, "--resume-from-checkpoint", "latest")
+    assert main(command(world, tmp_path / "pair", *resumed, "--device", "cpu")) == 0
+    assert_close(tmp_path / "pair" / "request-2", tmp_path / "single" / "request-2")
+    again = launch(tmp_path, command(world, tmp_path / "pair", *resumed))
+    assert [code for code, _ in again] == [0, 0], again
+    changed = launch(tmp_path, command(world, tmp_path / "pair", *resumed, "--seed", "1"))
+    assert [code for code, _ in changed] == [2, 1], changed
+    assert "seed 1, got 0" in changed[0][1]
 
 
 @pytest.mark.parametrize(
