@@ -5,6 +5,7 @@ the numbers of the report are those that a measurement by hand gives.
 from __future__ import annotations
 
 import json
+import weakref
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -288,6 +289,19 @@ def test_at_the_seams_nothing_is_done_twice(tmp_path, monkeypatch, protocol, sea
     assert stepped == [n for n in range(1, FORGET + 1) for _ in range(STEPS)]
     protocols.run(tmp_path / "whole", protocol)
     assert results(tmp_path / "stopped") == results(tmp_path / "whole")
+
+
+def test_two_requests_do_not_lie_in_memory_at_once(tmp_path):
+    built = []
+
+    def watched(request: Request):
+        assert [unlearner() for unlearner in built] == [None] * len(built)
+        unlearner = make(request)
+        built.append(weakref.ref(unlearner))
+        return unlearner
+
+    protocols.run(tmp_path, "continual", make=watched)
+    assert len(built) == FORGET
 
 
 def test_a_finished_protocol_is_left_as_it_is(tmp_path):

@@ -12,6 +12,7 @@ checkpoint of the one that it was in.
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -280,7 +281,9 @@ def _take(
 ) -> None:
     """One request from its beginning, or from its last checkpoint, to its numbers in `protocol.json`."""
     processes = book.processes
-    # As in a process of its own: dropout depends on no request before it.
+    # As in a process of its own: dropout depends on no request before it, nor does the memory. What torch's
+    # first imports leave in cycles holds the frames that they were made in, and the network of those.
+    gc.collect()
     torch.manual_seed(torch.initial_seed())
     unlearner = _made(request, make)
     _check_settings(unlearner, book, identity)
