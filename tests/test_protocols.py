@@ -306,7 +306,11 @@ def test_two_requests_do_not_lie_in_memory_at_once(tmp_path):
 
 def test_a_finished_protocol_is_left_as_it_is(tmp_path):
     first = protocols.run(tmp_path, "separate")
-    assert protocols.run(tmp_path, "separate", make=None) == first
+
+    def built(request: Request):
+        raise AssertionError(request)
+
+    assert protocols.run(tmp_path, "separate", make=built) == first
 
 
 # --- refusals
@@ -389,6 +393,10 @@ def test_arguments_that_are_none(tmp_path):
         protocols.run(tmp_path, "separate", resume_from_checkpoint="somewhere")
     with pytest.raises(TypeError, match="measures: expected a Measures"):
         protocols.run(tmp_path, "separate", measures=None)
+    with pytest.raises(TypeError, match="forget: expected an ImageStore"):
+        requests(store.images, "separate", tmp_path)
+    with pytest.raises(TypeError, match="make: expected a function"):
+        protocols.run(tmp_path, "separate", make=None)
     wrong = {
         "seed=5": lambda request: make(Request(**vars(request) | {"seed": 9})),
         "a new Unlearner": lambda request: taken(make(request)),
@@ -411,6 +419,25 @@ def test_a_new_protocol_is_not_begun_beside_another(tmp_path):
     (tmp_path / FILE).unlink()
     with pytest.raises(ValueError, match=r"without requests for a new protocol, got .*request-1"):
         protocols.run(tmp_path, "separate", resume_from_checkpoint=None)
-    (tmp_path / FILE).write_text("{}")
-    with pytest.raises(ValueError, match="to be a fastunlearn-protocol record"):
+
+
+def test_a_record_that_was_changed_is_refused_whole(tmp_path):
+    whole = protocols.run(tmp_path, "separate")
+    entry = whole["after"][0]
+    changed = [
+        [],
+        {},
+        {**whole, "format": "another"},
+        {**whole, "after": {}},
+        {**whole, "after": [{**entry, "request": 2}, *whole["after"][1:]]},
+        {**whole, "after": [{}, *whole["after"][1:]]},
+        {**whole, "after": whole["after"][:1]},
+        {name: value for name, value in whole.items() if name != "start_weights"},
+    ]
+    for content in changed:
+        (tmp_path / FILE).write_text(json.dumps(content))
+        with pytest.raises(ValueError, match="to be a fastunlearn-protocol record"):
+            protocols.run(tmp_path, "separate")
+    (tmp_path / FILE).write_text(json.dumps(whole)[:-9])
+    with pytest.raises(ValueError, match=r"expected a folder with a readable protocol.json"):
         protocols.run(tmp_path, "separate")

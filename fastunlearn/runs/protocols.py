@@ -74,6 +74,8 @@ def requests(
     Raises:
         TypeError, ValueError: for an argument outside its range, or an image that stands in two requests.
     """
+    if not isinstance(forget, ImageStore):
+        raise TypeError(f"forget: expected an ImageStore, got {check.describe(forget)}")
     check.one_of("protocol", protocol, PROTOCOLS)
     size = check.integer("images_per_request", images_per_request, low=1, high=len(forget), of="all images")
     count = -(-len(forget) // size)
@@ -164,6 +166,9 @@ def unlearn_each(
     if resume_from_checkpoint not in (None, "latest"):
         expected = "expected 'latest' or None (every request has checkpoints of its own)"
         raise ValueError(f"resume_from_checkpoint: {expected}, got {str(resume_from_checkpoint)!r}")
+    for name, function in (("make", make), ("leave", leave)):
+        if not callable(function):
+            raise TypeError(f"{name}: expected a function, got {check.describe(function)}")
     if not isinstance(measures, Measures):
         raise TypeError(f"measures: expected a Measures, got {check.describe(measures)}")
     head = {
@@ -206,10 +211,27 @@ def read_protocol(output_dir: str | Path) -> dict[str, Any]:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"output_dir: expected a folder with a readable {FILE}, got {error}") from error
-    names = {*DECISIVE, "requests", "after"}
-    if not isinstance(content, dict) or content.get("format") != FORMAT or not names <= content.keys():
+    if not _is_protocol(content):
         raise ValueError(f"output_dir: expected {path} to be a {FORMAT} record")
     return content
+
+
+def _is_protocol(content: Any) -> bool:
+    """Whether `content` has all that a protocol which goes on reads of it."""
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        return False
+    if not {*DECISIVE, "requests", "after"} <= content.keys():
+        return False
+    done, asked = content["after"], content["requests"]
+    if not isinstance(done, list) or not isinstance(asked, list) or len(done) != len(asked):
+        return False
+    if done and not {"before", "settings", "start_weights"} <= content.keys():
+        return False
+    whole = {"request", "weights", "images", "retain"}
+    return all(
+        isinstance(entry, dict) and whole <= entry.keys() and entry["request"] == number
+        for number, entry in enumerate(done, start=1)
+    )
 
 
 def _opened(output_dir: Path, head: dict[str, Any], resume: bool) -> dict[str, Any]:
