@@ -157,6 +157,18 @@ def test_a_command_that_is_killed_goes_on(world, tmp_path):
         assert numbers[0] == numbers[1]
 
 
+def test_masks_and_anchors_are_those_of_each_request(world, tmp_path):
+    """From its images and the network that it begins with, as the command alone would make them."""
+    rules = ("--mask_fraction", "0.5", "--mask_batches", "2", "--anchor", "vdu_l2", "--anchor_gamma", "1")
+    assert run(world, tmp_path / "all", "--protocol", "continual", *rules, method="neggrad") == 0
+    second = ("--model", tmp_path / "all" / "request-1" / "model", "--forget", world.root / "forget-1.npy")
+    assert run(world, tmp_path / "alone", *rules, *second, "--seed", 1, method="neggrad") == 0
+    assert same(tmp_path / "all" / "request-2", tmp_path / "alone")
+    before, after = (weights(tmp_path / "all" / f"request-{number}") for number in (1, 2))
+    moved = sum(int((before[name] != after[name]).sum()) for name in before)
+    assert 0 < moved <= sum(tensor.numel() for tensor in before.values()) / 2 + 1
+
+
 def test_private_files_of_every_request_are_purged(world, tmp_path, capsys):
     assert run(world, tmp_path, "--protocol", "separate", "--report_images") == 0
     private = [sorted((folder / "private").iterdir()) for folder in folders(tmp_path)]
