@@ -290,12 +290,14 @@ REFUSED: dict[str, tuple[str, str, str]] = {
     "a band of nothing": (
         "retrack",
         "--lowpass 2 --lowpass_band high",
-        "--lowpass: expected a band with frequencies of images of 8 x 8, got none",
+        "--lowpass: expected a band with frequencies of images of 8 x 8, got none in the high band, disc of "
+        "radius 2, in nyquist",
     ),
     "a schedule that begins with nothing": (
         "retrack",
         "--lowpass 2 0.1 --lowpass_schedule linear_decay --lowpass_band high",
-        "--lowpass: expected a band with frequencies of images of 8 x 8, got none",
+        "--lowpass: expected a band with frequencies of images of 8 x 8, got none in the high band, disc of "
+        "radius 2, in nyquist",
     ),
 }  # fmt: skip
 

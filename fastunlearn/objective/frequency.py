@@ -163,6 +163,22 @@ class LowPass:
             object.__setattr__(self, "_known_identity", tuple(values))
         return self._known_identity
 
+    def in_words(self, total_steps: int | None = None) -> str:
+        """The band as people say it; `total_steps` those of a run, where the radius moves over them."""
+        radius = _written(self.radius)
+        if self.scheduled:
+            radius = f"{_written(self.start)} to {_written(self.stop)}, {self.schedule}"
+        if self.scheduled and total_steps is not None:
+            radius += f" over {total_steps} steps"
+        if self.stages is not None:
+            radius += f" in {self.stages} stages"
+        words = f"{self.band} band, {self.kind} of radius {radius}, in {self.unit}"
+        if self.inner is not None:
+            words += f", without the radius {_written(self.inner)}"
+        if self.high_frequency_weight:
+            words += f", the others times {self.high_frequency_weight:g}"
+        return words
+
     @property
     def scheduled(self) -> bool:
         """Whether the radius depends on the step."""
@@ -313,7 +329,7 @@ class LowPass:
         if nothing and self.high_frequency_weight == 0:
             raise ValueError(
                 f"LowPass: expected a band with frequencies of images of {height} x {width}, "
-                f"got none in {self}"
+                f"got none in the {self.in_words()}"
             )
         return SizedMask(_trimmed(table), *self._values(), (height, width))
 
@@ -403,6 +419,14 @@ def _exact(radius: float | Fraction) -> Fraction:
     if isinstance(radius, Fraction):
         return radius
     return Fraction(repr(float(radius)))
+
+
+def _written(radius: float | Fraction) -> str:
+    """As a decimal that means the same to `_exact`, where there is one: 9/20 is 0.45."""
+    decimal = float(radius)
+    if _exact(decimal) != _exact(radius):
+        return str(radius)
+    return str(decimal).removesuffix(".0")
 
 
 def _radius(name: str, value) -> Fraction:

@@ -126,14 +126,4 @@ def _of(density: Density, num_timesteps: int) -> str:
 def _of_band(lowpass: LowPass | None, total_steps: int | None) -> str:
     if lowpass is None:
         return "all"
-    radius = str(lowpass.radius)
-    if lowpass.scheduled:
-        radius = f"{lowpass.start} to {lowpass.stop}, {lowpass.schedule} over {total_steps} steps"
-    if lowpass.stages is not None:
-        radius += f" in {lowpass.stages} stages"
-    words = f"{lowpass.band} band, {lowpass.kind} of radius {radius}, in {lowpass.unit}"
-    if lowpass.inner is not None:
-        words += f", without the radius {lowpass.inner}"
-    if lowpass.high_frequency_weight:
-        words += f", the others times {lowpass.high_frequency_weight:g}"
-    return words
+    return lowpass.in_words(total_steps)

@@ -335,11 +335,13 @@ def test_bad_steps():
 
 
 def test_a_mask_of_nothing_at_any_step_is_refused():
-    message = r"^LowPass: expected a band with frequencies of images of 8 x 8, got none in LowPass\("
+    refused = r"^LowPass: expected a band with frequencies of images of 8 x 8, got none in the "
+    message = refused + "mid band, disc of radius 0.45, in nyquist, without the radius 0.4$"
     for schedule, radii in (("linear_increase", (0.45, 0.9)), ("linear_decay", (0.9, 0.45))):
         start, stop = radii
         with pytest.raises(ValueError, match=message):
             LowPass(schedule=schedule, start=start, stop=stop, band="mid", inner=0.4).steps(8, 8, 10)
+    message = refused + "high band, disc of radius 1.5, in nyquist$"
     for schedule, (start, stop) in (("step_increase", (0.5, 1.5)), ("step_decay", (1.5, 0.5))):
         with pytest.raises(ValueError, match=message):
             LowPass(schedule=schedule, start=start, stop=stop, band="high").steps(8, 8, 10)
