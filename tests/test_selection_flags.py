@@ -248,7 +248,22 @@ REFUSED: dict[str, tuple[str, str, str]] = {
     "an increase that shrinks": (
         "retrack",
         "--lowpass 0.5 0.1 --lowpass_schedule linear_increase",
-        "--lowpass: expected a radius above start, 0.5, with linear_increase, got 0.1",
+        "--lowpass: expected LAST above FIRST with --lowpass_schedule linear_increase, got 0.5 0.1",
+    ),
+    "a decay that grows": (
+        "retrack",
+        "--lowpass 0.1 0.5 --lowpass_schedule step_decay",
+        "--lowpass: expected LAST below FIRST with --lowpass_schedule step_decay, got 0.1 0.5",
+    ),
+    "a radius that stays": (
+        "retrack",
+        "--lowpass 0.5 0.5 --lowpass_schedule linear_decay",
+        "--lowpass: expected LAST below FIRST with --lowpass_schedule linear_decay, got 0.5 0.5",
+    ),
+    "a radius below 0": (
+        "retrack",
+        "--lowpass -0.5 0.1 --lowpass_schedule linear_increase",
+        "--lowpass: expected a finite number in [0, inf), got -0.5",
     ),
     "no radius": ("retrack", "--lowpass -0.5", "--lowpass: expected a finite number in [0, inf), got -0.5"),
     "stages of a line": (

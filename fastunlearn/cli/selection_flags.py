@@ -202,6 +202,8 @@ class FrequencyFlags:
         if scheduled and len(self.lowpass) != 2:
             expected = f"expected two radii, FIRST and LAST, with --lowpass_schedule {self.lowpass_schedule}"
             raise ValueError(f"--lowpass: {expected}, got {radii}")
+        if scheduled:
+            self._check_order(*self.lowpass)
         if not scheduled and len(self.lowpass) != 1:
             raise ValueError(f"--lowpass: expected one radius, or --lowpass_schedule beside two, got {radii}")
         if self.lowpass_stages is not None and not self.lowpass_schedule.startswith("step"):
@@ -212,6 +214,16 @@ class FrequencyFlags:
         if self.lowpass_band != "mid" and self.lowpass_inner is not None:
             expected = "expected --lowpass_band mid beside it"
             raise ValueError(f"--lowpass_inner: {expected}, got {self.lowpass_band}")
+
+    def _check_order(self, first: float, last: float) -> None:
+        """Whether two radii move as the schedule does."""
+        schedule = self.lowpass_schedule
+        grows = schedule.endswith("increase")
+        if first == last or grows != (first < last):
+            expected = (
+                f"expected LAST {'above' if grows else 'below'} FIRST with --lowpass_schedule {schedule}"
+            )
+            raise ValueError(f"--lowpass: {expected}, got {in_words((first, last))}")
 
 
 def selection(
