@@ -992,6 +992,35 @@ def test_help_teaches(capsys, command):
     assert f"Try: fastunlearn {command}" in " ".join(shown.split())
 
 
+@pytest.mark.parametrize(
+    ("flag", "expected"),
+    [
+        ("--timestep_density", "choice 'None' for argument '--timestep-density'"),
+        ("--anchor", "choice 'None' for argument '--anchor'"),
+        ("--micro_batch_size", "--micro-batch-size: expected INT, got None"),
+        ("--lambda", "expected FLOAT|{auto}, got None"),
+        ("--lowpass", "--lowpass: expected FLOAT|{FLOAT FLOAT}, got None"),
+        ("--forget_timesteps", "--forget-timesteps: expected {INT INT}|{middle,late,last}, got None"),
+    ],
+)
+def test_a_flag_that_may_be_left_out_does_not_take_the_word_none(capsys, monkeypatch, flag, expected):
+    """Nor does its error show types and markup of the parser."""
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as end:
+        run("unlearn", "--model", "m", "--output", "o", "--method", "retrack", flag, "None")
+    error = capsys.readouterr().err
+    assert end.value.code == 2
+    assert expected in error
+    assert not [each for each in ("NoneType", "[bold]", "typing.") if each in error]
+
+
+def test_too_many_words_for_a_flag_are_refused_by_what_it_takes(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        run("unlearn", "--model", "m", "--output", "o", "--method", "siss", "--lowpass", "0.1", "0.2", "0.3")
+    assert "expected FLOAT|{FLOAT FLOAT}, got 0.1 0.2 0.3" in capsys.readouterr().err
+
+
 def test_the_example_of_every_help_parses():
     import fastunlearn.cli as cli
 

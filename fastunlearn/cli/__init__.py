@@ -90,6 +90,7 @@ def _parse(arguments: list[str]):
     from .demo import Demo
     from .evaluate import Evaluate
     from .neighbors import Neighbors
+    from .optional_flags import optional_flags
     from .pretrain import Pretrain
     from .purge import Purge
     from .sample import Sample
@@ -104,7 +105,8 @@ def _parse(arguments: list[str]):
         command = commands[arguments[0]]
         if hasattr(command, "with_methods"):
             command = command.with_methods()
-        return tyro.cli(command, prog=f"fastunlearn {arguments[0]}", args=arguments[1:], config=config)
+        with optional_flags():
+            return tyro.cli(command, prog=f"fastunlearn {arguments[0]}", args=arguments[1:], config=config)
     # Only to say what there is, in one line a command: parsing ends here.
     first_lines = {name: command.__doc__.split("\n")[0] for name, command in commands.items()}
     listed = tuple(
