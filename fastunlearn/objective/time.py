@@ -60,6 +60,19 @@ class Density:
         """
         return _look_up(self, source.fractions(count, purpose), 2**FRACTION_BITS, num_timesteps)
 
+    def transfer(self, source: NoiseSchedule, target: NoiseSchedule) -> Density:
+        """The density of `target` whose windows have the signal-to-noise ratios that they have in `source`.
+
+        `Uniform` and `LogitNormal` have no bounds. They are about the indices of whatever schedule there is,
+        and stay as they are.
+
+        Raises:
+            TypeError: a schedule is something else, such as its length, or nothing is known of the density.
+            ValueError: a window ends beyond `source`, or `target` has no such ratios.
+        """
+        expected = "expected a TimeWindow, or a density made of others of this module"
+        raise TypeError(f"transfer: {expected}, got {check.describe(self)}")
+
 
 @dataclass(frozen=True)
 class Uniform(Density):
@@ -71,6 +84,10 @@ class Uniform(Density):
 
     def draw(self, source, purpose: int, count: int, num_timesteps: int) -> Tensor:
         return source.integers(count, num_timesteps, purpose)
+
+    def transfer(self, source: NoiseSchedule, target: NoiseSchedule) -> Uniform:
+        _check_schedules(source, target)
+        return self
 
 
 UNIFORM = Uniform()
@@ -148,10 +165,7 @@ class TimeWindow(Density):
             TypeError: a schedule is something else, such as its length.
             ValueError: the window ends beyond `source`, or `target` has no such ratios.
         """
-        for name, schedule in (("source", source), ("target", target)):
-            if not isinstance(schedule, NoiseSchedule):
-                expected = "a NoiseSchedule, whose noise levels are compared"
-                raise TypeError(f"{name}: expected {expected}, got {check.describe(schedule)}")
+        _check_schedules(source, target)
         self._check_within(len(source))
         start, stop = (_index_of_equal_snr(bound, source, target) for bound in (self.start, self.stop))
         if start >= stop:
@@ -217,6 +231,10 @@ class LogitNormal(Density):
         places = [_normal_probability(low, high) for low, high in pairwise(borders)]
         return torch.tensor(places[::-1], dtype=torch.float64)
 
+    def transfer(self, source: NoiseSchedule, target: NoiseSchedule) -> LogitNormal:
+        _check_schedules(source, target)
+        return self
+
 
 @dataclass(frozen=True)
 class Product(Density):
@@ -245,6 +263,9 @@ class Product(Density):
         if total == 0:
             raise ValueError(f"second: expected a density that meets {self.first}, got {self.second}")
         return product / total
+
+    def transfer(self, source: NoiseSchedule, target: NoiseSchedule) -> Product:
+        return Product(self.first.transfer(source, target), self.second.transfer(source, target))
 
 
 @dataclass(frozen=True)
@@ -282,6 +303,9 @@ class Stratified(Density):
 
     def weights(self, num_timesteps: int) -> Tensor:
         return self.density.weights(num_timesteps)
+
+    def transfer(self, source: NoiseSchedule, target: NoiseSchedule) -> Stratified:
+        return Stratified(self.density.transfer(source, target))
 
     def draw(self, source, purpose: int, count: int, num_timesteps: int) -> Tensor:
         strata, total = source.strata(count, purpose)
@@ -408,6 +432,17 @@ def _length(of: NoiseSchedule | int, least: int = 4) -> int:
     """How many timesteps there are; a window of a quarter needs four."""
     length = len(of) if isinstance(of, NoiseSchedule) else of
     return check.integer("of", length, low=least, of="the timesteps of a schedule")
+
+
+def _check_schedules(source, target) -> None:
+    """
+    Raises:
+        TypeError: naming the one that is no schedule.
+    """
+    for name, schedule in (("source", source), ("target", target)):
+        if not isinstance(schedule, NoiseSchedule):
+            expected = "a NoiseSchedule, whose noise levels are compared"
+            raise TypeError(f"{name}: expected {expected}, got {check.describe(schedule)}")
 
 
 def _index_of_equal_snr(bound: int, source: NoiseSchedule, target: NoiseSchedule) -> int:

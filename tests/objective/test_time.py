@@ -388,6 +388,35 @@ def test_a_window_that_is_moved_keeps_the_rest():
     assert moved == TimeWindow(342, 1000, 0.1, as_weight=True)
 
 
+def test_densities_that_are_made_of_windows_move_them():
+    moved, logit_normal = TimeWindow(342, 1000), LogitNormal(0.5, 2.0)
+    for density, expected in (
+        (Uniform(), Uniform()),
+        (logit_normal, logit_normal),
+        (Stratified(WINDOW), Stratified(moved)),
+        (Product(WINDOW, logit_normal), Product(moved, logit_normal)),
+        (Product(logit_normal, WINDOW), Product(logit_normal, moved)),
+        (Stratified(Product(WINDOW, WINDOW)), Stratified(Product(moved, moved))),
+    ):
+        assert density.transfer(LINEAR, SD) == expected
+
+
+def test_a_density_that_nothing_is_known_of_is_not_moved():
+    class Own(time.Density):
+        pass
+
+    for density in (Own(), Stratified(Own()), Product(WINDOW, Own())):
+        with pytest.raises(TypeError, match=r"^transfer: expected a TimeWindow, or a density made of others"):
+            density.transfer(LINEAR, SD)
+
+
+@densities
+def test_a_density_is_moved_between_schedules_alone(density):
+    for moved in (density, Stratified(density)):
+        with pytest.raises(TypeError, match=r"^target: expected a NoiseSchedule"):
+            moved.transfer(LINEAR, 1000)
+
+
 def test_a_schedule_without_the_windows_noise_is_refused():
     calm = NoiseSchedule(LINEAR.alpha[:200], LINEAR.sigma[:200])
     with pytest.raises(
