@@ -240,6 +240,9 @@ def vdu(model: nn.Module, checkpoints: Sequence[str | os.PathLike], gamma: float
     Args:
         checkpoints: as in `checkpoint_moments`.
         gamma, options: as in `Anchor`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, or the checkpoint that does not fit.
     """
     mean, variance = checkpoint_moments(model, checkpoints)
     precision = {name: own.reciprocal() for name, own in variance.items()}
@@ -261,7 +264,12 @@ def vdu_laplace(
 
     Args:
         retain: N rows, of which `fisher` takes some.
+        gamma, max_precision: as in `Anchor`.
+        prior_precision: added to the precision of every weight; it holds those that no loss reaches.
         options: as in `fisher`.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
     """
     prior = check.number("prior_precision", prior_precision, low=0)
     information = fisher(model, schedule, retain, **options)
@@ -282,7 +290,12 @@ def vdu_swag(
     checkpoint as precision: not VDU as published, which has several.
 
     Args:
+        retain: what the fine-tune is on.
+        gamma, max_precision: as in `Anchor`.
         options: as in `swag_variance`.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
     """
     variance = swag_variance(model, schedule, retain, **options)
     precision = {name: own.reciprocal_() for name, own in variance.items()}
@@ -293,6 +306,12 @@ def vdu_l2(model: nn.Module, gamma: float) -> Anchor:
     """An anchor at the weights as they are, the same for all: `gamma / n ||theta - theta_0||^2 / 2`.
 
     Not VDU as published, which has a precision for each weight.
+
+    Args:
+        gamma: as in `Anchor`.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
     """
     return Anchor(weights_of(model), 1.0, gamma, model=model)
 

@@ -37,6 +37,9 @@ class DPO(Method):
     Args:
         beta: temperature, of losses that are means over the elements of an image. Diffusion-DPO's code has a
             factor 1/2 in front: its beta_dpo of 2000 is 1000 here.
+
+    Raises:
+        TypeError, ValueError: naming the hyperparameter that is out of its range.
     """
 
     beta: float = 1000.0

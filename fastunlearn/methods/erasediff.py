@@ -27,15 +27,18 @@ from .registry import register
 )
 @dataclass(frozen=True)
 class EraseDiff(Method):
-    """EraseDiff as compared by SISS and ReTrack: forget images are trained to predict uniform noise.
+    """EraseDiff (arXiv 2401.05779) as SISS and ReTrack compare it: forget images are to predict noise.
 
-    The gradients are combined by projection: `g = g_retain + max(eta - <g_retain, g_forget> / ||g_forget||^2,
-    0) g_forget`. Each term is a mean over its own batch; the papers' code divides both by the forget batch,
-    which differs only where the batches do.
+    It is uniform in [0, 1). The gradients are combined by projection: `g = g_retain + max(eta - <g_retain,
+    g_forget> / ||g_forget||^2, 0) g_forget`. Each term is a mean over its own batch; the papers' code divides
+    both by the forget batch, which differs only where the batches do.
 
     Args:
         eta: the combined gradient descends on the forget term at least this share of that term's own
             gradient.
+
+    Raises:
+        TypeError, ValueError: naming the hyperparameter that is out of its range.
     """
 
     eta: float = 1e-3

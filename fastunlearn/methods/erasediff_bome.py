@@ -31,8 +31,9 @@ TARGETS = ("uniform", "other_condition")
 class EraseDiffBome(Method):
     """EraseDiff in its original form: the retain loss is descended, and the forget loss with a multiplier.
 
-    It treats unlearning as a bilevel problem (BOME): minimize `L_r` where `L_f` is smallest. From the weights
-    theta of a step, `inner_steps` updates on `L_f` lead to theta^K; the step then descends
+    It treats unlearning (arXiv 2401.05779) as a bilevel problem (BOME, arXiv 2209.08709): minimize `L_r`
+    where `L_f` is smallest. From the weights theta of a step, `inner_steps` updates on `L_f` lead to theta^K;
+    the step then descends
 
         L_r(theta) + lambda (L_f(theta) - stopgrad L_f(theta^K)),    lambda = max(eta - c, 0),
 
@@ -60,6 +61,9 @@ class EraseDiffBome(Method):
             under the condition of a retain image.
         inner_steps: updates on the forget loss that are tried out before each step, for `inner_loss`; each
             costs a forget step, and there is one more for the loss.
+
+    Raises:
+        TypeError, ValueError: naming the hyperparameter that is out of its range.
     """
 
     eta: float = 0.1

@@ -39,6 +39,9 @@ class KTO(Method):
         z0: the reference point. batch is the mean R of all rows, class the mean of the means of retain and
             forget rows, each 0 where it is negative (they differ where there are more rows of one); zero
             is 0, and ties no rows together.
+
+    Raises:
+        TypeError, ValueError: naming the hyperparameter that is out of its range.
     """
 
     beta: float = 1000.0

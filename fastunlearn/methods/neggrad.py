@@ -27,10 +27,13 @@ from .registry import register
 class NegGrad(Method):
     """Gradient ascent on the forget set: `-superfactor E ||eps - eps_theta(a_t, t)||^2`.
 
-    SISS' code calls it `simple_neg_del`.
+    A baseline of SISS (arXiv 2503.01034), whose code calls it `simple_neg_del`.
 
     Args:
         superfactor: factor of the ascent; clipping to max_grad_norm leaves little of it.
+
+    Raises:
+        TypeError, ValueError: naming the hyperparameter that is out of its range.
     """
 
     superfactor: float = 1.0

@@ -34,6 +34,9 @@ class NPO(Method):
     Args:
         beta: temperature, of losses that are means over the elements of an image.
         retain_weight: weight of the vanilla term on retain images; 0 leaves it out, and needs none.
+
+    Raises:
+        TypeError, ValueError: naming the hyperparameter that is out of its range.
     """
 
     beta: float = 1000.0

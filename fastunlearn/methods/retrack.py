@@ -73,6 +73,9 @@ class ReTrack(Method):
         weights: truncated is the method; self_normalized and importance (unbiased) read all images to keep at
             every step.
         within_condition: neighbours have the label of the forget image; both sets have to have labels.
+
+    Raises:
+        TypeError, ValueError: naming the hyperparameter that is out of its range, or does not fit `weights`.
     """
 
     k: int = 10

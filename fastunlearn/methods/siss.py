@@ -81,6 +81,10 @@ class SISS(Method):
             longer.
         superfactor: s of the printed objective, retain loss - s k / (n - k) forget loss with k of n images to
             forget; nothing is rescaled then.
+
+    Raises:
+        TypeError, ValueError: naming the hyperparameter that is out of its range, or that nothing would read
+            beside a superfactor.
     """
 
     lambd: float = 0.5

@@ -24,7 +24,10 @@ from .registry import register
 )
 @dataclass(frozen=True)
 class Vanilla(Method):
-    """Naive deletion: go on training on the retain set, `E ||eps - eps_theta(x_t, t)||^2`."""
+    """Naive deletion (arXiv 2503.01034): training goes on, on the retain set.
+
+    It descends on `E ||eps - eps_theta(x_t, t)||^2`.
+    """
 
     name: ClassVar[str] = "vanilla"
     needs: ClassVar[frozenset[str]] = frozenset({"retain"})
