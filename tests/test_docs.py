@@ -7,21 +7,26 @@ import importlib.util
 import re
 import socket
 import sys
+from collections import Counter
+from operator import itemgetter
+from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
 from doc_links import CODE_BLOCK, LINE, PAGES, ROOT, anchors, correct, line_of, links, name_in
-from PIL import Image
+from PIL import Image, ImageFont
 from test_imports import LAYERS
 
 import fastunlearn
-from fastunlearn import assets, methods
-from fastunlearn.methods import registry
+from fastunlearn import ImageStore, Unlearner, assets, methods
+from fastunlearn.methods import Method, registry
 from fastunlearn.methods.registry import Record
 from fastunlearn.metrics.reconstruction import reconstruct
 from fastunlearn.models import load_checkpoint
 from fastunlearn.recipes.mnist_tshirt import FREQUENCY_THRESHOLD
+from fastunlearn.testing.factories import linear_schedule
 
 README = ROOT / "README.md"
 ARCHITECTURE = ROOT / "docs/architecture.md"
@@ -175,6 +180,121 @@ def of_the_package() -> list[Record]:
     return [record for record in registry.methods().values() if record.method.__module__.startswith(package)]
 
 
+METHODS = ROOT / "docs/methods.md"
+PAPER = re.compile(r"\b\d{4}\.\d{5}\b")
+SECTION = re.compile(r"^## (?P<heading>[^\n]*)$(?P<text>.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+# Of the table of all methods: name, what it reads, and the rows that it sends through a network, in batches.
+ROW = re.compile(
+    r"^\| \[`(?P<name>\w+)`\]\(#(?P=name)\) \| [^|]+ \| (?P<reads>[\w, ]+) \| "
+    r"(?P<forward>\d) \| (?P<backward>\d)(?: to (?P<most>\d))? \| (?P<reference>\d) \|$",
+    re.MULTILINE,
+)
+ROWS = list(ROW.finditer(METHODS.read_text(encoding="utf-8")))
+
+
+def sections() -> dict[str, str]:
+    """What docs/methods.md says under each heading, in lines without breaks."""
+    found = SECTION.finditer(METHODS.read_text(encoding="utf-8"))
+    return {match["heading"]: " ".join(match["text"].split()) for match in found}
+
+
+def sources(text: str) -> set[str]:
+    """The papers that a section is from, by their numbers on arXiv."""
+    return set(PAPER.findall(text.partition("**Source.**")[2].partition("**Cost.**")[0]))
+
+
+@pytest.mark.parametrize("record", of_the_package(), ids=lambda record: record.name)
+def test_every_method_has_its_section(record):
+    """With formula, source, cost, trouble, and all of its hyperparameters."""
+    text = sections().get(record.name, "")
+    assert "```math" in text, f"docs/methods.md: expected a section ## {record.name} with a formula"
+    for part in ("**Source.**", "**Cost.**", "**Known trouble.**"):
+        assert text.count(part) == 1, f"## {record.name}: {part}"
+    papers = set(PAPER.findall(record.source))
+    assert papers
+    assert papers <= sources(text)
+    missing = [
+        each.name
+        for each in record.hyperparameters()
+        if not re.search(rf"[`{{]{each.name.replace('_', chr(92) * 2 + '?_')}\b", text)
+    ]
+    assert not missing, f"## {record.name} does not mention {missing}"
+
+
+def test_the_sections_are_those_of_the_table():
+    names = [record.name for record in of_the_package()]
+    assert sorted(match["name"] for match in ROWS) == sorted(names)
+    assert set(sections()) == {*names, "Which one should I take", "Anchors", "Masks"}
+
+
+def test_the_readme_cites_what_the_sections_are_from():
+    cited = README.read_text(encoding="utf-8").partition("## Citation")[2]
+    numbers = set.union(*map(sources, sections().values()))
+    assert len(numbers) > 9
+    assert [number for number in sorted(numbers) if f"(https://arxiv.org/abs/{number})" not in cited] == []
+
+
+def test_every_anchor_is_named_and_said_not_to_be_the_published_method():
+    anchors = sections()["Anchors"]
+    names = [name for name in fastunlearn.__all__ if name.startswith("vdu")]
+    assert len(names) == 4
+    assert [name for name in names if f"`{name}`" not in anchors] == []
+    assert "not VDU as published" in anchors
+    assert "2510.04058" in anchors
+    assert "2310.12508" in sections()["Masks"]
+
+
+@pytest.mark.parametrize("match", ROWS, ids=itemgetter("name"))
+def test_the_table_of_methods_is_what_they_read_and_run(match):
+    """One step of each, counted."""
+    method = registry.get(match["name"]).example
+    assert match["reads"] == ", ".join(sorted(method.needs))
+
+    batch_size, network, reference = 8, Counting(), Counting()
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(0, 256, (40, 1, 4, 4), generator=generator, dtype=torch.uint8)
+    compared = {"reference_model": reference} if "reference" in method.needs else {}
+    optimizer = torch.optim.AdamW(network.parameters())
+    run = Unlearner(
+        network,
+        optimizer,
+        linear_schedule(),
+        method,
+        forget=ImageStore(rows[:8]),
+        retain=ImageStore(rows[8:]),
+        batch_size=batch_size,
+        **compared,
+    )
+    network.rows.clear()
+    reference.rows.clear()
+    run.step()
+
+    taken = {name: count / batch_size for name, count in network.rows.items()}
+    assert taken.keys() == {"forward", "backward"}
+    assert taken["forward"] == int(match["forward"])
+    assert int(match["backward"]) <= taken["backward"] <= int(match["most"] or match["backward"])
+    assert reference.rows["without a graph"] / batch_size == int(match["reference"])
+    assert reference.rows.keys() <= {"without a graph"}
+
+
+class Counting(torch.nn.Module):
+    """Counts the rows that go through it, and back."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+        self.rows = Counter()
+
+    def forward(self, x_t, timesteps):
+        prediction = self.scale * x_t
+        if not torch.is_grad_enabled():
+            self.rows["without a graph"] += len(x_t)
+            return prediction
+        self.rows["forward"] += len(x_t)
+        prediction.register_hook(lambda gradient: self.rows.update(backward=len(gradient)))
+        return prediction
+
+
 def test_the_loop_of_the_readme_makes_the_model_forget(tmp_path, monkeypatch):
     """It is run as it stands, in an empty folder, without network."""
     (code,) = (match["code"] for match in PYTHON_BLOCK.finditer(README.read_text(encoding="utf-8")))
@@ -227,6 +347,40 @@ def test_the_pictures_are_those_of_the_results():
 def test_the_chart_is_that_of_the_results():
     """`python scripts/draw_times.py` draws it anew."""
     assert script("draw_times").chart() == (ROOT / "docs/times.svg").read_text(encoding="utf-8")
+
+
+def test_the_picture_of_methods_is_drawn_by_its_script():
+    """`python scripts/draw_which_method.py` draws it anew."""
+    assert script("draw_which_method").picture() == (ROOT / "docs/which_method.svg").read_text("utf-8")
+
+
+def test_what_the_picture_of_methods_proposes_can_be_run():
+    """Its flags parse, and its Python has names that there are."""
+    pytest.importorskip("tyro")
+    from fastunlearn.cli import _parse
+
+    leaves = [row.leaf for row in script("draw_which_method").ROWS]
+    for flags in (flags for leaf in leaves for flags in leaf.flags):
+        command = _parse(["unlearn", "--model", "m", "--output", "o", "--retain", "r", *flags.split()])
+        command.hyperparameter.build(command.method)
+        command.rules.check((), command.retain)
+    for code in (code for leaf in leaves for code in leaf.python):
+        names = {name: getattr(fastunlearn, name) for name in re.findall(r"(\w+)\(", code)}
+        method, _, _ = code.partition(", ")
+        assert isinstance(eval(method, names), Method), code
+
+
+def test_the_letters_of_the_picture_of_methods_stay_in_their_boxes():
+    """In DejaVu, which is wider than what browsers take."""
+    drawn, folder = script("draw_which_method"), Path(matplotlib.get_data_path()) / "fonts/ttf"
+    sizes = {"DejaVuSans": drawn.SIZE, "DejaVuSans-Bold": drawn.SIZE, "DejaVuSansMono": drawn.CODE_SIZE}
+    sans, bold, mono = (ImageFont.truetype(folder / f"{name}.ttf", size) for name, size in sizes.items())
+    for row in drawn.ROWS:
+        for text in row.question:
+            assert bold.getlength(text) <= drawn.LEFT_WIDTH - 2 * drawn.PADDING, text
+        for text, code in row.leaf.lines:
+            font = mono if code else sans
+            assert font.getlength(text) <= drawn.RIGHT_WIDTH - 2 * drawn.PADDING, text
 
 
 def script(name: str):
