@@ -1,8 +1,8 @@
 """fastunlearn: make a trained diffusion model forget given training images.
 
-ReTrack, SISS, EraseDiff and their baselines as single steps on a caller's own batches (`retrack_step`,
-`siss_step`, ...), or as an `Unlearner` that owns the data and draws everything itself. See
-docs/architecture.md.
+ReTrack, SISS, EraseDiff, DPO, KTO, NPO and their baselines as single steps on a caller's own batches
+(`retrack_step`, `siss_step`, ..., and `method_step` for all), or as an `Unlearner` that owns the data and
+draws everything itself. See docs/methods.md and docs/architecture.md.
 
 The names are imported when they are first used, so that `fastunlearn --help` does not wait for torch.
 """
