@@ -349,6 +349,13 @@ def test_weights_of_a_method_with_an_objective_of_its_own_name_their_flag():
             selection(command, FrequencyFlags(), "pairs", Pairs(), linear_schedule(), (8, 8), 8)
 
 
+def test_a_mixture_of_forget_images_alone_names_the_flag_of_the_others():
+    command = tyro.cli(TimestepFlags, args=["--forget_timesteps", "250", "750"])
+    message = r"^--retain_timesteps: expected timesteps that the forget branch draws, too, .*, got t = 0$"
+    with pytest.raises(ValueError, match=message):
+        selection(command, FrequencyFlags(), "siss", SISS(1.0), linear_schedule(), (8, 8), 8)
+
+
 def test_timesteps_without_a_loss_are_refused_where_they_are_drawn():
     alphas = linear_schedule().alpha.square().clone()
     alphas[-1] = 0

@@ -240,9 +240,10 @@ def _counts(density: Density, schedule: NoiseSchedule, loss_weight: str, gamma: 
 
 
 @functools.lru_cache(maxsize=64)
-def _covers(density: Density, other: Density, num_timesteps: int) -> bool:
-    """Whether `density` draws every timestep that `other` draws."""
-    return not ((other.drawn(num_timesteps) > 0) & (density.drawn(num_timesteps) == 0)).any()
+def _not_covered(density: Density, other: Density, num_timesteps: int) -> int | None:
+    """The first timestep that `other` draws and `density` never does; None: there is none."""
+    missing = (other.drawn(num_timesteps) > 0) & (density.drawn(num_timesteps) == 0)
+    return int(missing.nonzero()[0]) if missing.any() else None
 
 
 def _own_densities(method: Method) -> dict[str, Density]:
@@ -265,7 +266,7 @@ def _check_covered(wanted: dict[str, Draw], num_timesteps: int) -> None:
         if not isinstance(how, TimeLogRatio) or how.forget is None or chance not in (0, 1):
             continue
         alone, other = ("forget", "retain") if chance == 1 else ("retain", "forget")
-        if not _covers(getattr(how, alone), getattr(how, other), num_timesteps):
-            expected = f"expected timesteps of {ARGUMENTS[alone]}, from whose branch alone x_t is drawn"
-            got = f"{getattr(how, other)} beside {getattr(how, alone)}"
-            raise ValueError(f"{ARGUMENTS[other]}: {expected}, got {got}")
+        missing = _not_covered(getattr(how, alone), getattr(how, other), num_timesteps)
+        if missing is not None:
+            expected = f"expected timesteps that the {alone} branch draws, too, from which alone x_t comes"
+            raise ValueError(f"{ARGUMENTS[other]}: {expected}, got t = {missing}")

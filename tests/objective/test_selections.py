@@ -713,9 +713,10 @@ def test_a_pair_is_drawn_in_strata_where_either_branch_has_them(branch):
 def test_a_mixture_of_one_branch_alone_covers_the_timesteps_of_the_other(lambd):
     """No weight makes up for what is never drawn."""
     alone, other = ("retain_density", "time_window") if lambd == 0 else ("time_window", "retain_density")
+    branch = "retain" if lambd == 0 else "forget"
     method, text = (
         SISS(lambd),
-        rf"^{other}: expected timesteps of {alone}, from whose branch alone x_t is drawn",
+        rf"^{other}: expected timesteps that the {branch} branch draws, too, from which alone .*, got t = 0$",
     )
     for options in ({alone: WINDOW}, {alone: WINDOW, other: TimeWindow(0, 100)}):
         with pytest.raises(ValueError, match=text):
