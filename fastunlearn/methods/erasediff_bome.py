@@ -60,7 +60,7 @@ class EraseDiffBome(Method):
         target: what the forget images are trained toward: uniform noise, or the network's own prediction
             under the condition of a retain image.
         inner_steps: updates on the forget loss that are tried out before each step, for `inner_loss`; each
-            costs a forget step, and there is one more for the loss.
+            costs a forget step, and the loss one more forward pass.
 
     Raises:
         TypeError, ValueError: naming the hyperparameter that is out of its range.

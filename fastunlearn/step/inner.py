@@ -7,6 +7,7 @@ processes, precision and selections are those of any step. What they changed is 
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..objective.draws import Draw, Draws
 from ..objective.protocol import Batch, Method, Pass, has_own_objective
@@ -52,6 +54,7 @@ class Correction(Method):
 
 def loss_of_inner_steps(
     take_step: Callable,
+    loss_of_step: Callable,
     trained: Trained,
     method: Method,
     schedule: NoiseSchedule,
@@ -62,7 +65,8 @@ def loss_of_inner_steps(
 ) -> Tensor:
     """The forget loss after `method.inner_steps` updates on it, 0-d. Everything is as before then.
 
-    It is that of the same noisy images which the step itself sees, so the two losses can be compared.
+    It is that of the same noisy images which the step itself sees, so the two losses can be compared. A
+    forward pass without a graph is enough for it.
 
     Raises:
         ValueError: before any work, where inner steps make no sense, or could not be taken back.
@@ -76,8 +80,7 @@ def loss_of_inner_steps(
             take_step(alone, *arguments)
             # Where the caller has an autocast context around the step, torch keeps the weights in half.
             torch.clear_autocast_cache()
-        # Without an optimizer it is the loss alone that the last one is for.
-        return take_step(alone._replace(optimizer=None), *arguments).loss
+        return loss_of_step(alone, *arguments)
 
 
 def check_inner_steps(trained: Trained, method: Method, settings: Settings) -> None:
@@ -144,6 +147,21 @@ def _buffers(model: Any) -> list[tuple[nn.Module, str, Tensor]]:
     ]
 
 
+def _clones(state: Any) -> dict[int, Tensor]:
+    """Copies of the tensors in `state` by identity, which deepcopy then need not make.
+
+    It takes five times as long for each. What it alone would copy rightly is left to it: subclasses, tensors
+    that share memory or have attributes of their own.
+    """
+    leaves = {id(leaf): leaf for leaf in tree_leaves(state) if type(leaf) is Tensor}
+    owners = Counter(leaf.untyped_storage().data_ptr() for leaf in leaves.values())
+    return {
+        key: leaf.clone()
+        for key, leaf in leaves.items()
+        if owners[leaf.untyped_storage().data_ptr()] == 1 and not leaf.requires_grad and not vars(leaf)
+    }
+
+
 # What of an optimizer and a scaler an update changes.
 CHANGED = ("state", "param_groups", "_scale", "_growth_tracker", "_per_optimizer_states")
 
@@ -160,7 +178,7 @@ def _lent(owner: Any, parameters: list[nn.Parameter]) -> Iterator[None]:
     for group in before.get("param_groups", []):
         named |= {id(parameter): parameter for parameter in group["params"]}
     changed = {name: before[name] for name in CHANGED if name in before}
-    vars(owner).update(copy.deepcopy(changed, named))
+    vars(owner).update(copy.deepcopy(changed, named | _clones(changed)))
     try:
         yield
     finally:

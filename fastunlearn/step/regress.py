@@ -147,16 +147,21 @@ def residuals(
 
 
 def losses_without_graph(
-    network: Callable, networks: Networks, part: Pass, schedule: NoiseSchedule
+    network: Callable, networks: Networks, part: Pass, schedule: NoiseSchedule, *, weighted: bool = False
 ) -> list[Tensor]:
-    """For each term the losses `[B]` of its rows, `||prediction - target||^2 + spread`, without weights."""
+    """For each term the losses `[B]` of its rows, `||prediction - target||^2 + spread`, without weights.
+
+    Args:
+        weighted: with them, and without spread, as in a `Regression`.
+    """
     prediction = _prediction_without_graph(network, networks, part, schedule)
     prediction = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
     losses = []
     for term in part.terms:
         rows = slice(term.rows.start, term.rows.stop)
-        loss, _ = F.weighted_residual(prediction[rows], term.target, None, term.band)
-        if term.spread is not None:
+        weight = term.weight if weighted else None
+        loss, _ = F.weighted_residual(prediction[rows], term.target, weight, term.band)
+        if term.spread is not None and not weighted:
             loss = loss + term.spread
         losses.append(loss)
     return losses

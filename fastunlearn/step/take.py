@@ -26,7 +26,7 @@ from .composed import check_composed
 from .inner import loss_of_inner_steps
 from .losses import Losses, ObjectiveLosses
 from .options import Settings, check_added
-from .regress import Networks, regress, with_targets
+from .regress import Networks, losses_without_graph, regress, with_targets
 from .select import UNKNOWN, Moment, select
 from .trained import UNSCALED, Trained, add_kept, check_reached, set_aside
 from .update import clipping, forget_unscaling, update
@@ -84,7 +84,7 @@ def take_step(
     if method.inner_steps:
         with stage("inner steps"):
             arguments = schedule, batch, draws, settings, moment
-            inner_loss = loss_of_inner_steps(take_step, trained, method, *arguments)
+            inner_loss = loss_of_inner_steps(take_step, loss_of_step, trained, method, *arguments)
     with set_aside(trained.parameters) as kept:
         step = _Step(trained, method, schedule, settings, moment)
         with stage("compose"):
@@ -106,6 +106,27 @@ def take_step(
         return output
     # `main - f correction`, in which the correction is counted from what the inner steps reach.
     return output._replace(loss=output.loss + output.scaling_factor * inner_loss, inner_loss=inner_loss)
+
+
+def loss_of_step(
+    trained: Trained,
+    method: Method,
+    schedule: NoiseSchedule,
+    batch: Batch,
+    draws: Draws,
+    settings: Settings,
+    moment: Moment = UNKNOWN,
+) -> Tensor:
+    """The loss that `take_step` would report, 0-d, for a method with one gradient. No graph is made.
+
+    What is in `.grad` is lost.
+    """
+    step = _Step(trained, method, schedule, settings, moment)
+    step.compose(batch, draws)
+    for part in step.calls:
+        step.look_at(part)
+    loss, _ = step.losses.result(Combined())
+    return loss
 
 
 class _Step:
@@ -204,6 +225,13 @@ class _Step:
             self.losses.add(losses, derivative.values)
         with stage("combine"):
             self.gradients.backward(regression.prediction, regression.gradients)
+
+    def look_at(self, part: Pass) -> None:
+        """The losses of one call of the network, from which nothing is learned."""
+        networks = self.networks
+        part = with_targets(networks, part, self.schedule)
+        losses = losses_without_graph(networks.model, networks, part, self.schedule, weighted=True)
+        self.losses.add(part, losses)
 
     def update(self, combined: Combined) -> StepOutput:
         """Update: what is reported, the rules on parameters, and the optimizer's step unless it is ruined."""

@@ -483,6 +483,48 @@ def test_after_an_error_everything_is_as_before(scaled, fails_at):
     assert not take(given, method, 1, keep_grad=True).skipped
 
 
+def test_the_loss_of_inner_steps_takes_no_graph():
+    """Three inner steps, the forward pass of their loss, and the step itself with its two sets."""
+    given, graphs = hostile("AdamW"), []
+    given.model.register_forward_hook(lambda module, images, output: graphs.append(output.requires_grad))
+    take(given, EraseDiffBome(lambda_bome=0.1, inner_steps=3))
+    assert graphs == [True] * 3 + [False] + [True] * 2
+
+
+class Sharing(torch.optim.SGD):
+    """An optimizer whose state has everything that is not copied tensor by tensor."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, lr=0.1)
+        whole = torch.arange(4.0)
+        marked = torch.ones(2)
+        marked.note = "mine"
+        self.state["shared"] = {"whole": whole, "part": whole[1:3], "again": whole, "marked": marked}
+        self.state["plain"] = [torch.ones(3).t(), torch.ones(2, 3).t(), torch.empty(0)]
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        super().step(closure)
+        shared = self.state["shared"]
+        shared["part"].add_(1)
+        # What shares memory does so in the copy, too.
+        assert shared["again"] is shared["whole"]
+        assert shared["whole"][1] == shared["part"][0]
+        assert shared["marked"].note == "mine"
+        for tensor in self.state["plain"]:
+            tensor.add_(1)
+
+
+def test_state_that_shares_memory_is_put_back():
+    one, two = hostile("AdamW"), hostile("AdamW")
+    for given, inner_steps in ((one, 0), (two, 2)):
+        optimizer = Sharing(given.model.parameters())
+        given.optimizer = optimizer
+        take(given, EraseDiffBome(lambda_bome=0.1, inner_steps=inner_steps))
+        assert optimizer.state["shared"]["whole"].tolist() == [0.0, 2.0, 3.0, 3.0]
+        assert [tensor.unique().tolist() for tensor in optimizer.state["plain"]] == [[2.0], [2.0], []]
+
+
 def test_what_stood_in_grad_is_added_to_the_step_alone():
     one, two = hostile("momentum"), hostile("momentum")
     for given, inner_steps in ((one, 0), (two, 2)):
