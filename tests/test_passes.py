@@ -63,6 +63,25 @@ def test_other_passes_come_back_as_they_are():
     assert nothing.by_role() == [nothing]
 
 
+def test_terms_of_one_gradient_on_the_same_rows_stay_together():
+    """A row takes one pass back whichever of them needs it; one that none needs takes none."""
+    whole = a_pass([0.0, 1.0, 2.0, 0.0], [1.0, 1.0, 0.0, 0.0])
+    (part,) = replace(whole, terms=tuple(replace(term, gradient="total") for term in whole.terms)).by_role()
+    assert part.timesteps.tolist() == [0, 1, 2]
+    assert [term.role for term in part.terms] == ["forget", "retain"]
+    assert [term.weight.tolist() for term in part.terms] == [[0.0, 1.0, 2.0], [1.0, 1.0, 0.0]]
+
+
+@pytest.mark.parametrize("variant", ["mixture", "bernoulli"])
+def test_a_superfactor_takes_one_call_of_the_network(variant):
+    forget, retain, draws = far_apart()
+    model, calls = TinyDenoiser().double(), []
+    model.register_forward_hook(lambda module, arguments, output: calls.append(len(arguments[0])))
+    options = {"draws": draws, "sizes": {"forget": 2, "retain": 20}}
+    siss_step(model, None, linear_schedule(), forget, retain, variant=variant, superfactor=1.0, **options)
+    assert calls == [6]
+
+
 def test_terms_of_other_rows_are_told_apart():
     """ReTrack's two branches: on a CPU a call for each holds half the activations."""
     rows = torch.arange(5.0).view(-1, 1, 1, 1).expand(-1, 1, 8, 8)

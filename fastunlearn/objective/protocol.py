@@ -183,7 +183,9 @@ class Pass:
         Rows that only the forget terms need, rows that both need, rows that only the retain terms need. A row
         outside of a term, or of weight zero in it, takes no backward pass for it; and several small calls
         hold fewer activations than a large one. How many rows there are of each kind is data, so this is for
-        CPUs, where reading it is no wait. A pass with two terms of a role comes back as it is.
+        CPUs, where reading it is no wait. A pass with two terms of a role comes back as it is, and terms of
+        one gradient on the same rows stay together: such a row takes one pass back, whichever of them needs
+        it.
         """
         roles = [term.role for term in self.terms]
         if len(set(roles)) < len(roles) or not set(roles) <= set(ROLES):
@@ -193,6 +195,8 @@ class Pass:
             for row, weight in zip(term.rows, term.weight.tolist(), strict=True):
                 if weight != 0:
                     needed_by[row].add(term.role)
+        if self._is_one_sum():
+            needed_by = [set(roles) if own else own for own in needed_by]
         parts = []
         for wanted in ({"forget"}, {"forget", "retain"}, {"retain"}):
             rows = [row for row, own in enumerate(needed_by) if own == wanted]
@@ -201,6 +205,12 @@ class Pass:
             if rows:
                 parts.append(self._rows_of(rows, wanted))
         return parts or [self]
+
+    def _is_one_sum(self) -> bool:
+        """Whether all terms stand on the same rows, and are known to belong to the same gradient."""
+        of_first = self.terms[0].rows, self.terms[0].gradient
+        same = all((term.rows, term.gradient) == of_first for term in self.terms)
+        return same and of_first[1] is not None
 
     def _rows_of(self, rows: list[int], roles: set[str]) -> Pass:
         terms = [term for term in self.terms if term.role in roles]
