@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
@@ -12,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ..host import check
+from ..host.tensor_lists import portions
 from .named_tensors import NamedTensors, read_tensors, write_tensors
 from .parameters import ParameterRule
 
+PUT_BACK_ON_CPU = 1 << 20  # Bytes of weights.
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # By the bytes of a weight.
 
 
@@ -133,10 +136,14 @@ class Mask(ParameterRule):
     def after_update(self, parameters: Sequence[nn.Parameter]) -> None:
         if self._before is None:
             return
-        weights = _bits(parameters)
+        # In portions that on a CPU are still in the cache when what was before is added to them.
+        at_once = PUT_BACK_ON_CPU if parameters[0].device.type == "cpu" else sys.maxsize
+        rows = list(zip(_bits(parameters), self._moving.of(parameters), self._before, strict=True))
         with torch.no_grad():
-            torch._foreach_mul_(weights, self._moving.of(parameters))
-            torch._foreach_add_(weights, self._before)
+            for some in portions(rows, at_once):
+                weights, masks, before = map(list, zip(*some, strict=True))
+                torch._foreach_mul_(weights, masks)
+                torch._foreach_add_(weights, before)
         self._before = None
 
     def state_dict(self) -> dict[str, Any]:
