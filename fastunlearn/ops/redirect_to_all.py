@@ -43,11 +43,13 @@ class Posterior(NamedTuple):
     """What x_t says of a set of images, one of which, each as likely as the others, it was made from."""
 
     log_ratio: Tensor  # [B] float64, log of the mean of q(x_t|x) / q(x_t|a) over the set
-    mean: Tensor  # [B, D] float64, of the images, as network input
-    variance: Tensor  # [B] float64, summed over the D elements
+    mean: Tensor | None  # [B, D] float64, of the images, as network input
+    variance: Tensor | None  # [B] float64, summed over the D elements
 
 
-def posterior(images: Tensor, forget: Tensor, noise: Tensor, rho: Tensor) -> Posterior:
+def posterior(
+    images: Tensor, forget: Tensor, noise: Tensor, rho: Tensor, *, moments: bool = True
+) -> Posterior:
     """The posterior of the set `images` given `x_t = alpha a + sigma eps`; `rho` is `alpha / sigma`.
 
     Args:
@@ -55,6 +57,7 @@ def posterior(images: Tensor, forget: Tensor, noise: Tensor, rho: Tensor) -> Pos
         forget: `a`, `[B, D]` float64, as network input.
         noise: `eps`, `[B, D]` float64.
         rho: `[B]` float64.
+        moments: mean and variance are wanted, which take one of two products with the set; else None.
     """
     # In units of the stored values, u: a difference of network input is scale times one of these.
     units = Units.of(images)
@@ -75,10 +78,14 @@ def posterior(images: Tensor, forget: Tensor, noise: Tensor, rho: Tensor) -> Pos
         weights = logits.sub_(largest).exp_()
         shrink = (before - largest).exp()
         total = total * shrink + weights.sum(1, keepdim=True)
+        if not moments:
+            continue
         energy = energy * shrink + (weights @ norms).unsqueeze(1)
         mean = (mean * shrink).addmm_(weights, block)
 
     log_ratio = largest + total.log() - math.log(len(images)) - of_own
+    if not moments:
+        return Posterior(log_ratio.squeeze(1), None, None)
     mean = mean / total
     variance = (energy / total - mean.square().sum(1, keepdim=True)).clamp_min(0)
     return Posterior(
@@ -120,6 +127,6 @@ def redirect_to_all(
     weight = None
     if forget_set is not None:
         # Both ratios are to q(x_t|a): it cancels. The exact weight of section 3.2, summed over the set.
-        forgotten = posterior(forget_set, image, eps, rho)
+        forgotten = posterior(forget_set, image, eps, rho, moments=False)
         weight = (kept.log_ratio - forgotten.log_ratio).exp()
     return target.view_as(forget), spread, weight
