@@ -11,6 +11,9 @@ import pytest
 import torch
 from small_methods import gradient_of
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fastunlearn import DPO, KTO, NPO, Draws, LowPass, NegGrad, TimeWindow, Vanilla, method_step
 from fastunlearn.step import compilation
@@ -278,6 +281,72 @@ def test_the_reference_comes_first_and_holds_no_graph():
 def test_npo_compares_forget_images_alone():
     assert calls_of(NPO()) == [("reference", 5, False), ("model", 5, True), ("model", 5, True)]
     assert calls_of(NPO(retain_weight=0)) == [("reference", 5, False), ("model", 5, True)]
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes of results that lived at once, those that a graph keeps included.
+
+    Args:
+        before: tensors that were there before; views of them are no new memory.
+    """
+
+    def __init__(self, before):
+        super().__init__()
+        self.peak, self._alive = 0, {}
+        self._before = {tensor.untyped_storage()._cdata for tensor in before}
+
+    def __torch_dispatch__(self, function, types, arguments=(), kwargs=None):
+        results = function(*arguments, **(kwargs or {}))
+        for result in tree_leaves(results):
+            if isinstance(result, torch.Tensor):
+                memory = result.untyped_storage()
+                if memory._cdata not in self._before:
+                    self._alive[memory._cdata] = StorageWeakRef(memory), memory.nbytes()
+        self._alive = {key: own for key, own in self._alive.items() if not own[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
+        return results
+
+
+class Hoarder(nn.Module):
+    """Makes a graph of its own, and keeps it."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network, self.kept = network, []
+
+    def forward(self, x_t, t):
+        with torch.enable_grad():
+            output = self.network(x_t, t)
+        self.kept.append(output)
+        return output.detach()
+
+
+def peak_of_a_step(method, reference, rows, before=()):
+    world = World()
+    options = {"draws": world.draws(method), "reference_model": reference, "micro_batch_size": rows}
+    with LiveBytes(before) as live:
+        method_step(method, world.model, None, SCHEDULE, **world.images(method), **options)
+    return live.peak
+
+
+# KTO splits a batch that is tied together: there the reference sees all rows before the network sees any.
+@pytest.mark.parametrize("rows", [None, 4])
+@pytest.mark.parametrize("method", [DPO(), KTO(), KTO(z0="zero"), NPO(), NPO(retain_weight=0)], ids=str)
+def test_a_reference_adds_nothing_to_the_peak_of_memory(method, rows):
+    """To that of a step whose reference knows what to answer, and computes nothing."""
+    network, answers = World().reference, []
+
+    def remembering(x_t, t):
+        answers.append(network(x_t, t))
+        return answers[-1]
+
+    peak_of_a_step(method, remembering, rows)
+    known = iter(answers)
+    without = peak_of_a_step(method, lambda x_t, t: next(known), rows, answers)
+    assert peak_of_a_step(method, network, rows, network.parameters()) == without
+    # A graph would be seen: its activations alone are more than the rows.
+    row = network(torch.zeros(1, 1, 8, 8).double(), torch.zeros(1, dtype=torch.int64)).nbytes
+    assert peak_of_a_step(method, Hoarder(network), rows) > without + PAIRS * row
 
 
 # --- limits
