@@ -15,7 +15,7 @@ from fastunlearn.engine.replay import WARM_UP_STEPS
 from fastunlearn.step import compilation
 from fastunlearn.testing.accelerator import Accelerator
 
-from . import limit, official, ours, papers_way, strongest, tuned
+from . import limit, official, ours, papers_way, preferences, strongest, tuned
 from .job import Draw, Images, Job
 from .networks import Step
 from .replayed import Replayed
@@ -27,10 +27,11 @@ LIMIT, RETRACK_REPO, SISS_REPO, EAGER, STRONGEST = (
     "eager tuned",
     "strongest",
 )
+PREFERENCES = "papers' formula"  # of DPO, KTO and NPO
 OURS, UNLEARNER = "fastunlearn", "Unlearner"
 OFFICIAL_RETRACK, OFFICIAL_SISS = "official retrack", "official siss"
 # float32, plain AdamW, torch's own layout, whatever the others have
-PAPERS = (RETRACK_REPO, SISS_REPO, OFFICIAL_RETRACK, OFFICIAL_SISS)
+PAPERS = (RETRACK_REPO, SISS_REPO, PREFERENCES, OFFICIAL_RETRACK, OFFICIAL_SISS)
 GATE = 1e-3  # relative L2 distance of the updates, float32
 MOST_ALLOWED = 0.1  # whatever the precision
 GATE_ROWS = 4  # on a CPU
@@ -109,9 +110,12 @@ class Setting:
                 *common, self.official[name]
             )
         if name in PAPERS:
-            return {RETRACK_REPO: papers_way.retrack_repository, SISS_REPO: papers_way.siss_repository}[name](
-                *common
-            )
+            loop = {
+                RETRACK_REPO: papers_way.retrack_repository,
+                SISS_REPO: papers_way.siss_repository,
+                PREFERENCES: papers_way.preference_loop,
+            }
+            return loop[name](*common)
         step = self._plain_torch(base, self.compiled() if mode.compiled else model, optimizer, max_grad_norm)
         return Replayed(step, self.accelerator.graphs()) if mode.replayed else step
 
@@ -145,6 +149,9 @@ class Setting:
         common = (self.job, model, optimizer)
         if base == LIMIT:
             return limit.limit(*common, self.images, self.joined)
+        if self.job.method in preferences.METHODS and base in (EAGER, STRONGEST):
+            plain = {EAGER: preferences.eager, STRONGEST: preferences.strongest}[base]
+            return plain(*common, max_grad_norm, self.images, self.joined)
         if base == EAGER:
             return tuned.eager(*common, max_grad_norm, self.images)
         if base == STRONGEST:
@@ -162,22 +169,29 @@ class Setting:
 
 def papers_baseline(method: str) -> str | None:
     """The contestant (1) of a method: ReTrack's repository has five of them, the two other SISS variants are
-    in SISS' own. None: the method is in neither.
+    in SISS' own; preferences have their papers' formulas. None: nobody has published a loop of it.
     """
     if method in papers_way.RETRACK_METHODS:
         return RETRACK_REPO
+    if method in preferences.METHODS:
+        return PREFERENCES
     return SISS_REPO if method in papers_way.SISS_METHODS else None
 
 
 def names(job: Job, *, compiled: bool, replayed: bool, official: dict[str, str]) -> list[str]:
     """Who takes part in a comparison, the limit first, this package last.
 
-    Whatever ours may do, the baselines may, too. A method that is in none of the papers' repositories has no
+    Whatever ours may do, the baselines may, too. A method that nobody has published a loop of has no
     baselines but the limit.
     """
-    repositories = {RETRACK_REPO: papers_way.RETRACK_METHODS, SISS_REPO: papers_way.SISS_METHODS}
-    papers = [name for name, methods in repositories.items() if job.method in methods]
-    real = [{RETRACK_REPO: OFFICIAL_RETRACK, SISS_REPO: OFFICIAL_SISS}[name] for name in papers]
+    loops = {
+        RETRACK_REPO: papers_way.RETRACK_METHODS,
+        SISS_REPO: papers_way.SISS_METHODS,
+        PREFERENCES: preferences.METHODS,
+    }
+    papers = [name for name, methods in loops.items() if job.method in methods]
+    repositories = {RETRACK_REPO: OFFICIAL_RETRACK, SISS_REPO: OFFICIAL_SISS}
+    real = [repositories[name] for name in papers if name in repositories]
     modes = [EAGERLY] + [COMPILED] * compiled + [REPLAYED] * replayed + [BOTH] * (compiled and replayed)
     return [
         *(mode.of(LIMIT) for mode in modes),

@@ -15,8 +15,9 @@ from torch import Tensor
 import fastunlearn as fu
 from fastunlearn.methods import Batch
 from fastunlearn.objective.draws import Same
-from fastunlearn.objective.protocol import has_own_objective
+from fastunlearn.objective.protocol import Method, Pass, Predicted, has_own_objective
 from fastunlearn.step.arrange import finish
+from fastunlearn.step.inner import Correction
 
 from .methods import timed
 from .networks import SISS_LAMBD, K, Network
@@ -41,7 +42,7 @@ class Call(NamedTuple):
     """One network call of a step."""
 
     rows: int
-    backwards: int  # backward passes of it
+    backwards: int  # backward passes of it; 0: a forward pass without a graph
 
 
 @dataclass(frozen=True)
@@ -131,11 +132,21 @@ class Job:
         """Rows that the network learns from in one step: each set's batch where both are read, once where
         SISS mixes the two into one batch.
         """
-        return sum(call.rows for call in self.calls)
+        return sum(call.rows for call in self.calls if call.backwards)
 
     @cached_property
     def calls(self) -> list[Call]:
-        """The network calls of a step, before they are split into micro-batches: what the method composes."""
+        """The network calls of a step, before they are split into micro-batches: what the method composes,
+        and before it what is compared with, or predicted as a target, without a graph.
+        """
+        return self._calls_of(self.instance)
+
+    @cached_property
+    def inner_calls(self) -> list[Call]:
+        """Those of one inner step."""
+        return self._calls_of(Correction(self.instance)) if self.instance.inner_steps else []
+
+    def _calls_of(self, method: Method) -> list[Call]:
         with torch.random.fork_rng():  # whoever draws next draws what it would have drawn
             draw = self.draw()
         conditioning = [self.conditioning(self.batch)] * 2
@@ -149,11 +160,14 @@ class Job:
             stores={"forget": self.forget, "retain": self.retain},
             sizes=self.sizes,
         )
-        composed = self.instance.compose(batch, self.given(draw), self.schedule)
-        if has_own_objective(self.instance):  # each row may belong to every gradient
-            return [Call(len(part.x_t), len(self.instance.combine.gradients)) for part in composed]
-        finished, _ = finish(composed, self.instance.combine, group=None)
-        return [Call(len(part.x_t), len(part.gradients)) for part in finished]
+        composed = method.compose(batch, self.given(draw), self.schedule)
+        without_graph = [call for part in composed for call in _without_graph(method, part)]
+        if has_own_objective(method):  # each row may belong to every gradient
+            learning = [Call(len(part.x_t), len(method.combine.gradients)) for part in composed]
+        else:
+            finished, _ = finish(composed, method.combine, group=None)
+            learning = [Call(len(part.x_t), len(part.gradients)) for part in finished]
+        return without_graph + learning
 
     def given(self, draw: Draw, **rows: Tensor) -> fu.Draws:
         """The numbers of `draw` that the method uses, as the package takes them."""
@@ -222,6 +236,14 @@ class Job:
             neighbors,
             sqdist.double().to(self.device) * scale,
         )
+
+
+def _without_graph(method: Method, part: Pass) -> list[Call]:
+    """The calls that `part` needs before the network learns from it."""
+    calls = [Call(len(term.rows), 0) for term in part.terms if isinstance(term.target, Predicted)]
+    if "reference" in method.needs and any(term.role in method.compared for term in part.terms):
+        calls.append(Call(len(part.x_t), 0))
+    return calls
 
 
 def _pictures(network: Network, generator: torch.Generator) -> tuple[Tensor, Tensor]:

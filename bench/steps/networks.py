@@ -8,6 +8,7 @@ smoke runs, whose step is mostly what surrounds the network.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -95,6 +96,16 @@ class Wide(nn.Module):
             state = state + layer(nn.functional.silu(state))
         sample = self.leave(state).view_as(x_t)
         return Output(sample) if return_dict else (sample,)
+
+
+def reference_of(model: nn.Module) -> nn.Module:
+    """A frozen network to compare `model` with, from nearby: losses of equal networks would be told apart by
+    nobody.
+    """
+    reference = copy.deepcopy(model).requires_grad_(False).eval()
+    with torch.no_grad():
+        torch._foreach_mul_(list(reference.parameters()), REFERENCE_FACTOR)
+    return reference
 
 
 def _ddpm(
@@ -195,6 +206,7 @@ NETWORKS = {
     )
 }
 K = 10  # ReTrack's neighbours
+REFERENCE_FACTOR = 1.001  # of the weights
 SISS_LAMBD = 0.5  # in all recipes
 
 # step(draw=None): a whole step; with a `Draw` on the job's fixed images and these random numbers

@@ -4,7 +4,6 @@ with its stores and draws.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 import torch
@@ -13,7 +12,8 @@ from torch import nn
 import fastunlearn as fu
 
 from .job import PRECISIONS, Draw, Images, Job
-from .networks import Step
+from .networks import Step, reference_of
+from .rules import rules_of
 
 
 def functional(
@@ -33,7 +33,8 @@ def functional(
         "max_grad_norm": max_grad_norm,
         "autocast_dtype": PRECISIONS[job.precision],
         "micro_batch_size": job.micro,
-        "reference_model": _reference(job, model),
+        "reference_model": reference_of(model) if "reference" in method.needs else None,
+        "rules": rules_of(job, model),
         "sizes": job.sizes if "sizes" in method.needs else None,
         **options,
     }
@@ -80,7 +81,8 @@ def unlearner(
         micro_batch_size=job.micro,
         max_grad_norm=max_grad_norm,
         autocast_dtype=PRECISIONS[job.precision],
-        reference_model=_in_call(job, _reference(job, model)),
+        reference_model=_in_call(job, reference_of(model)) if "reference" in job.instance.needs else None,
+        rules=rules_of(job, model),
         **options,
     )
 
@@ -98,15 +100,8 @@ def unlearner(
     return step
 
 
-def _in_call(job: Job, model: nn.Module | None) -> Callable | None:
+def _in_call(job: Job, model: nn.Module) -> Callable:
     """`model` as it is called with images and timesteps alone."""
-    if job.condition is None or model is None:
+    if job.condition is None:
         return model
     return lambda x_t, t: model(x_t, t, **job.conditioning(len(x_t)))
-
-
-def _reference(job: Job, model: nn.Module) -> nn.Module | None:
-    """The network that the method compares with, if it does."""
-    if "reference" not in job.instance.needs:
-        return None
-    return copy.deepcopy(model).requires_grad_(False).eval()

@@ -6,7 +6,8 @@ each branch (its SISS throws half of each away), gradients of two-term methods t
 subtracting every parameter's `.grad`, norms by `.item()`, plain AdamW. SISS' repository: one noise and one
 timestep for both branches, the mixture through the network once and two backward passes with the graph kept,
 statistics by `.item()`. Both run in float32, through the learning-rate schedule and gradient clipping;
-accelerate, which both use, is left out (it adds nothing on one device).
+accelerate, which both use, is left out (it adds nothing on one device). DPO, KTO and NPO (`preferences.py`)
+run in the same loop.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from . import objectives
+from . import objectives, preferences
 from .job import Draw, Images, Job
 from .networks import SISS_LAMBD, Step
 
@@ -80,6 +81,15 @@ def siss_repository(
 ) -> Step:
     """SISS and its variants; `objective` as `_Loop.mixture_terms`, in place of it."""
     return _Loop(job, model, optimizer, max_grad_norm, own_draws=False, objective=objective).step
+
+
+def preference_loop(
+    job: Job, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float | None
+) -> Step:
+    """DPO, KTO and NPO, in the loop that the other two have in common."""
+    terms = preferences.PapersTerms(job, model)
+    own_draws = not job.shared_draws
+    return _Loop(job, model, optimizer, max_grad_norm, own_draws=own_draws, objective=terms).step
 
 
 class _Loop:

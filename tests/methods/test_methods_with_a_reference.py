@@ -82,7 +82,7 @@ def test_the_benchmarks_compare_with_a_copy(contestant):
     from bench.steps.networks import NETWORKS
 
     job = Job(NETWORKS["tiny"], "pairs", torch.device("cpu"))
-    assert [(call.rows, call.backwards) for call in job.calls] == [(2 * job.batch, 1)]
+    assert [(call.rows, call.backwards) for call in job.calls] == [(2 * job.batch, 0), (2 * job.batch, 1)]
     setting = Setting(job, torch.contiguous_format, joined=True)
     before = [weight.detach().clone() for weight in setting.model(contestant).parameters()]
     step = setting.build(contestant)
