@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .host.store import ImageStore
     from .methods import DPO, KTO, NPO, SISS, EraseDiff, EraseDiffBome, NegGrad, ReTrack, Vanilla
     from .models.adapters import without_adapters
+    from .models.frozen import frozen_copy
     from .models.transition import find_transition
     from .neighbors import near_copies, nearest_neighbors
     from .objective.anchor import Anchor
@@ -64,6 +65,7 @@ __all__ = [
     "erasediff_step",
     "find_transition",
     "forget_gradients",
+    "frozen_copy",
     "functional",
     "method_step",
     "near_copies",
@@ -86,6 +88,7 @@ _HOMES = {
     "host.store": ["ImageStore"],
     "methods": ["DPO", "KTO", "NPO", "SISS", "EraseDiff", "EraseDiffBome", "NegGrad", "ReTrack", "Vanilla"],
     "models.adapters": ["without_adapters"],
+    "models.frozen": ["frozen_copy"],
     "models.transition": ["find_transition"],
     "neighbors": ["near_copies", "nearest_neighbors"],
     "objective.anchor": ["Anchor"],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -260,12 +259,13 @@ written shows or stores one."""
         import torch
 
         from ..engine.unlearner import Unlearner
+        from ..models.frozen import frozen_copy
 
         optimization, execution = self.optimizer, self.execution
         method, processes = work.method, work.processes
         reference = None
         if "reference" in method.needs:  # the checkpoint as it is, also where a run is resumed
-            reference = copy.deepcopy(model).requires_grad_(False).eval()
+            reference = frozen_copy(model)
         autocast_dtype = execution.autocast_dtype(work.device)
         optimizer, lr_scheduler, ema = optimization.build(model)
         rules = RuleWork(

@@ -4,7 +4,6 @@ did.
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 import os
@@ -23,6 +22,7 @@ from ..host.store import ImageStore
 from ..methods import registry
 from ..methods.registry import Setting
 from ..models import load_checkpoint, save_checkpoint
+from ..models.frozen import frozen_copy
 from ..objective.schedule import NoiseSchedule
 from ..recipes.mnist_tshirt import load_demo
 from ..report import Criterion, all_passed
@@ -191,7 +191,7 @@ def forget_tshirt(
     schedule = NoiseSchedule.from_diffusers(scheduler)
     reference = None
     if "reference" in setting.method.needs:
-        reference = copy.deepcopy(model.train()).requires_grad_(False).eval()
+        reference = frozen_copy(model.train())
     lr_scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
     unlearner = Unlearner(
         model,

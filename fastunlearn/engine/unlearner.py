@@ -113,8 +113,8 @@ class Unlearner:
             DistributedDataParallel.
         warn_of_near_copies: warn of first neighbours that show the forget row itself, compressed or resized:
             ReTrack would redirect it to itself. `near_copies` also finds those that are turned or mirrored.
-        reference_model: the network that the method compares with (preferences), called as `model` is: a
-            frozen copy of the network as it was, or `without_adapters(model)`.
+        reference_model: the network that the method compares with (preferences), called as `model` is:
+            `frozen_copy(model)`, the network as it was, or `without_adapters(model)`.
         rules: what else is done to gradients and weights (`objective.parameters.ParameterRule`).
         time_window, retain_density, lowpass, loss_weight, snr_gamma: which timesteps and frequencies count,
             and how much, as in `retrack_step` (docs/selection.md). A `lowpass` with a schedule needs

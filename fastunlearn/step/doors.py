@@ -87,7 +87,7 @@ def method_step(
         sizes: how many images the whole sets have, `{"forget": 1, "retain": 29_999}`, for a method that asks
             (SISS with a superfactor); else None.
         reference_model: the network that the method compares with, called as `model` is, without a graph:
-            a frozen copy of the network as it was, or `without_adapters(model)`.
+            `frozen_copy(model)`, the network as it was, or `without_adapters(model)`.
 
     Raises:
         TypeError, ValueError: before any work, naming the argument, what was expected and what was given.

@@ -309,7 +309,7 @@ def _refuse_unsteady(network: Callable) -> None:
     found = unsteady(network)
     if found is not None:
         expected = (
-            f"a network without {found[0]}, since rows that an objective ties together go through it twice"
+            f"a network without {found.what}, since rows that an objective ties together go through it twice"
         )
         fitting = "eval() stops it, and a micro_batch_size that holds all of them needs one pass"
-        raise ValueError(f"model: expected {expected} ({fitting}), got {found[1]}")
+        raise ValueError(f"model: expected {expected} ({fitting}), got {found.where}")

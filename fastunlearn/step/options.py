@@ -206,14 +206,14 @@ def check_reference(method: Method, model: Callable, reference_model: Callable |
         return
     model, reference = unwrapped(model), unwrapped(reference_model)
     if reference is model:
-        expected = "expected another network than model, such as a frozen copy of it"
+        expected = "expected another network than model, such as frozen_copy(model)"
         raise ValueError(f"reference_model: {expected}, got the same")
     if isinstance(model, nn.Module) and isinstance(reference, nn.Module):
         _check_apart(model, reference)
     found = unsteady(reference)
     if found is not None:
         raise ValueError(
-            f"reference_model: expected a network without {found[0]} (eval() stops it), got {found[1]}"
+            f"reference_model: expected a network without {found.what} (eval() stops it), got {found.where}"
         )
 
 

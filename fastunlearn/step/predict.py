@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,19 +40,34 @@ def _call(model: Callable, x_t: Tensor, t: Tensor, kwargs: dict):
     return model(x_t, t, **kwargs)
 
 
-def unsteady(network: Callable) -> tuple[str, str] | None:
-    """What makes a call of `network` change it, or differ from the next one, and where; None: nothing."""
+class Unsteady(NamedTuple):
+    """A module of a network by which a call of it changes it, or differs from the next one."""
+
+    module: nn.Module
+    what: str
+    where: str
+
+
+def unsteady_modules(network: Callable) -> Iterator[Unsteady]:
+    """Those of `network` in the mode that it is in; none where it is no module."""
     if not isinstance(network, nn.Module):
-        return None
+        return
     for name, module in network.named_modules():
         if not module.training:
             continue
         where = f"{type(module).__name__} ({name})"
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
-            return "active dropout", where
+            yield Unsteady(module, "active dropout", where)
+        # These drop by themselves, without a layer for it.
+        if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)) and module.dropout > 0:
+            yield Unsteady(module, "active dropout", where)
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
-            return "averages that each call moves", where
-    return None
+            yield Unsteady(module, "averages that each call moves", where)
+
+
+def unsteady(network: Callable) -> Unsteady | None:
+    """The first of them."""
+    return next(unsteady_modules(network), None)
 
 
 def check_prediction(prediction: Tensor) -> None:
