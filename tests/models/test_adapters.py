@@ -154,6 +154,37 @@ def test_what_the_caller_has_switched_off_or_frozen_stays_so():
     assert states(network) == before
 
 
+def dropping():
+    """A network with adapters whose results differ from call to call, and which counts its calls."""
+    network = WithLora().moved()
+    channels = network.enter.base.out_channels
+    network.enter = nn.Sequential(network.enter, nn.BatchNorm2d(channels, affine=False), nn.Dropout(0.5))
+    return network.train()
+
+
+def test_it_is_the_same_at_every_call():
+    network = dropping()
+    x_t, t = images()["forget"], torch.arange(5) * 100
+    before, modes = copy.deepcopy(network.state_dict()), [own.training for own in network.modules()]
+    assert not torch.equal(network(x_t, t), network(x_t, t))
+    network.load_state_dict(before)
+
+    reference = without_adapters(network)
+    first = reference(x_t, t)
+    assert torch.equal(reference(x_t, t), first)
+    assert torch.equal(without_adapters(copy.deepcopy(network).eval())(x_t, t), first)
+    assert [own.training for own in network.modules()] == modes
+    assert all(torch.equal(own, before[name]) for name, own in network.state_dict().items())
+
+
+def test_its_mode_comes_back_after_a_call_that_fails():
+    network = dropping()
+    modes = [own.training for own in network.modules()]
+    with pytest.raises(RuntimeError):
+        without_adapters(network)(torch.randn(2, 3, 8, 8), torch.zeros(2, dtype=torch.long))
+    assert [own.training for own in network.modules()] == modes
+
+
 def test_networks_that_have_no_reference_in_them_are_refused():
     with pytest.raises(TypeError, match=r"^model: expected a torch.nn.Module, got function"):
         without_adapters(lambda x_t, t: x_t)
@@ -229,6 +260,32 @@ def test_weights_that_peft_trains_beside_an_adapter_are_refused():
                 weight.normal_()
     x_t, t = images()["forget"], torch.arange(5) * 100
     assert torch.equal(without_adapters(network)(x_t, t), TinyDenoiser()(x_t, t))
+
+
+def test_an_adapter_that_belongs_to_the_network_is_not_switched_off():
+    """One of two, which was there before and is not trained: the network without both is another one."""
+    network, config = with_peft(TinyDenoiser(), ["enter", "leave"])
+    network.add_adapter("further", config)
+    network.base_model.set_adapter(["default", "further"])
+    without_adapters(network)
+    for name, weight in network.named_parameters():
+        if ".default." in name:
+            weight.requires_grad_(False)
+    expected = r"^model: expected adapters that are all trained .* got 'default', which is not, and would"
+    with pytest.raises(ValueError, match=expected):
+        without_adapters(network)
+    network.base_model.set_adapter("further")
+    without_adapters(network)
+
+
+def test_merged_adapters_are_refused():
+    """peft would take them out of the weights, and leave them so."""
+    network, _ = with_peft(TinyDenoiser(), ["enter"])
+    network.merge_adapter()
+    with pytest.raises(ValueError, match=r"^model: expected adapters beside the weights, got some that are"):
+        without_adapters(network)
+    network.unmerge_adapter()
+    without_adapters(network)
 
 
 def test_adapters_that_diffusers_has_added():
