@@ -205,7 +205,8 @@ def check_reference(method: Method, model: Callable, reference_model: Callable |
     if not needed:
         return
     model, reference = unwrapped(model), unwrapped(reference_model)
-    if reference is model:
+    # A method of the network, such as `model.forward`, is the network, too.
+    if reference is model or getattr(reference, "__self__", None) is model:
         expected = "expected another network than model, such as frozen_copy(model)"
         raise ValueError(f"reference_model: {expected}, got the same")
     if isinstance(model, nn.Module) and isinstance(reference, nn.Module):

@@ -208,6 +208,8 @@ def test_a_reference_is_asked_for_and_refused(world):
         method_step(Pairs(), world.model, None, SCHEDULE, **given)
     with pytest.raises(ValueError, match=r"^reference_model: expected another network than model"):
         method_step(Pairs(), world.model, None, SCHEDULE, **given, reference_model=world.model)
+    with pytest.raises(ValueError, match=r"^reference_model: expected another network than model"):
+        method_step(Pairs(), world.model, None, SCHEDULE, **given, reference_model=world.model.forward)
     with pytest.raises(ValueError, match=r"^reference_model: expected None \(Vanilla"):
         method_step(
             Vanilla(), world.model, None, SCHEDULE, retain=world.retain, reference_model=world.reference
