@@ -13,9 +13,21 @@ from .attention import fast_attention
 
 
 def predict(
-    model: Callable, x_t: Tensor, t: Tensor, kwargs: dict, autocast_dtype: torch.dtype | None
+    model: Callable,
+    x_t: Tensor,
+    t: Tensor,
+    kwargs: dict,
+    autocast_dtype: torch.dtype | None,
+    name: str = "model",
 ) -> Tensor:
-    """What the network returns for `x_t`, `[R, C, H, W]`."""
+    """What the network returns for `x_t`, `[R, C, H, W]`.
+
+    Args:
+        name: of the argument that the network came as.
+
+    Raises:
+        ValueError: it returns something else than a prediction.
+    """
     if autocast_dtype is None:
         output = _call(model, x_t, t, kwargs)
     else:
@@ -28,7 +40,7 @@ def predict(
     if not isinstance(prediction, Tensor) or list(prediction.shape) not in fitting:
         shapes = f"of shape {(rows, channels, *plane)}, or with {2 * channels} channels"
         expected = f"an output (or its .sample, or the first of a tuple) {shapes}"
-        raise ValueError(f"model: expected {expected}, got {check.describe(prediction)}")
+        raise ValueError(f"{name}: expected {expected}, got {check.describe(prediction)}")
     # A learned variance, if there is one, is left alone.
     return prediction[:, :channels]
 

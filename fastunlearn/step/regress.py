@@ -191,17 +191,19 @@ def _prediction_without_graph(
 ) -> Tensor:
     """By the path that the step's own call takes: equal networks predict equal bits."""
     arguments = part.x_t, schedule.model_input(part.timesteps), part.kwargs, networks.autocast_dtype
+    name = "model" if network is networks.model else "reference_model"
     # Any callable may be compared with, and what is compiled is a network.
     compile = networks.compile if isinstance(network, nn.Module) else False
     with torch.no_grad(), stage("predict"):
         if compile == "regional":
-            return compilation.by_blocks(network, predict, arguments)
+            return compilation.by_blocks(network, predict, (*arguments, name))
         if compile:
             required = compile != "try"
             prediction = compilation.whole(network, _forward, arguments, required=required)
             if prediction is not None:
                 return prediction
-        return predict(network, *arguments)
+        # A callable of the caller's may have made a graph all the same.
+        return predict(network, *arguments, name).detach()
 
 
 def _forward(

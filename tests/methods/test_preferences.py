@@ -278,6 +278,29 @@ def test_the_reference_comes_first_and_holds_no_graph():
     assert calls_of(KTO(), rows=4) == without + [("model", rows, True) for rows in (4, 4, 2)]
 
 
+@pytest.mark.parametrize("rows", [None, 4])
+@pytest.mark.parametrize("method", [DPO(), KTO(), NPO()], ids=str)
+def test_a_reference_that_makes_a_graph_has_none_in_the_step(method, rows, monkeypatch):
+    """A function may call its network with gradients enabled: the graph goes when the call returns."""
+    seen, world = Seen(method, monkeypatch), World()
+
+    @torch.enable_grad()
+    def reference(x_t, t):
+        return world.reference(x_t, t)
+
+    world.take(method, reference_model=reference, micro_batch_size=rows)
+    compared = [loss for _, reference in seen.calls for loss in reference.values()]
+    assert compared
+    assert not any(loss.requires_grad for loss in compared)
+
+
+@pytest.mark.parametrize("method", [DPO(), KTO(), NPO()], ids=str)
+def test_an_answer_of_another_shape_is_the_references(method):
+    expected = r"^reference_model: expected an output .* of shape \(\d+, 1, 8, 8\), .* got float64 of shape"
+    with pytest.raises(ValueError, match=expected):
+        World().take(method, reference_model=lambda x_t, t: x_t[..., :4])
+
+
 def test_npo_compares_forget_images_alone():
     assert calls_of(NPO()) == [("reference", 5, False), ("model", 5, True), ("model", 5, True)]
     assert calls_of(NPO(retain_weight=0)) == [("reference", 5, False), ("model", 5, True)]
