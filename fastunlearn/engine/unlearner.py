@@ -170,7 +170,7 @@ class Unlearner:
         selection = Selection(time_window, retain_density, lowpass, loss_weight, snr_gamma)
         given = Settings(max_grad_norm, autocast_dtype, micro_batch_size, compile, rules, selection)
         settings = checked(model, schedule, given, process_group=process_group)
-        check_reference(method, model, reference_model)
+        check_reference(method, model, reference_model, settings.autocast_dtype)
         if "neighbors" in method.needs:
             check.integer("k", getattr(method, "k", None), low=1)
         check_network(model, optimizer)

@@ -99,7 +99,7 @@ def method_step(
     trained = look_at(model, optimizer, grad_scaler, process_group, keep_grad=keep_grad)
     check_rules(settings.rules, trained.optimizer, trained.parameters)
     if reference_model is not None or "reference" in method.needs:
-        check_reference(method, trained.model, reference_model)
+        check_reference(method, trained.model, reference_model, settings.autocast_dtype)
         trained = trained._replace(reference=unwrapped(reference_model))
     _check_at_hand(method, neighbors)
     sizes = check_sizes(method, sizes)

@@ -189,11 +189,16 @@ def check_sizes(method: Method, sizes: Any) -> dict[str, int]:
     return {branch: check.integer(f"sizes[{branch!r}]", sizes[branch], low=1) for branch in wanted}
 
 
-def check_reference(method: Method, model: Callable, reference_model: Callable | None) -> None:
+def check_reference(
+    method: Method,
+    model: Callable,
+    reference_model: Callable | None,
+    autocast_dtype: torch.dtype | None,
+) -> None:
     """
     Raises:
         TypeError, ValueError: the method needs a reference network that there is not, or the other way round;
-            or the reference would change with the model, or with each call.
+            or the reference would change with the model, or with each call, or could not take its images.
     """
     needed = "reference" in method.needs
     if needed and not callable(reference_model):
@@ -211,6 +216,8 @@ def check_reference(method: Method, model: Callable, reference_model: Callable |
         raise ValueError(f"reference_model: {expected}, got the same")
     if isinstance(model, nn.Module) and isinstance(reference, nn.Module):
         _check_apart(model, reference)
+        if autocast_dtype is None:
+            _check_same_dtypes(model, reference)
     found = unsteady(reference)
     if found is not None:
         raise ValueError(
@@ -231,3 +238,24 @@ def _check_apart(model: nn.Module, reference: nn.Module) -> None:
     here, there = (next(network.parameters(), None) for network in (model, reference))
     if here is not None and there is not None and here.device != there.device:
         raise ValueError(f"reference_model: expected weights on {here.device}, got {there.device}")
+
+
+def _check_same_dtypes(model: nn.Module, reference: nn.Module) -> None:
+    """Networks of another class than the model's may convert their images themselves.
+
+    Raises:
+        TypeError: a copy of the model has weights that do not go with the images.
+    """
+    if type(reference) is not type(model):
+        return
+    here, there = (
+        {weight.dtype for weight in network.parameters() if weight.is_floating_point()}
+        for network in (model, reference)
+    )
+    if here and there and not here & there:
+        expected = f"expected weights in {_listed(here)}, as those of model, or an autocast_dtype"
+        raise TypeError(f"reference_model: {expected}, got {_listed(there)}")
+
+
+def _listed(dtypes: set[torch.dtype]) -> str:
+    return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))

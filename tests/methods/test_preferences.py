@@ -536,6 +536,18 @@ def test_a_reference_is_asked_for(method):
         World().take(method, reference_model=None)
 
 
+@pytest.mark.parametrize("method", [DPO(), KTO(), NPO()], ids=str)
+def test_a_copy_in_another_dtype_needs_autocast(method):
+    world = World()
+    expected = r"^reference_model: expected weights in float64, as those of model, or an autocast_dtype, got"
+    with pytest.raises(TypeError, match=rf"{expected} float32$"):
+        world.take(method, reference_model=copy.deepcopy(world.reference).float())
+    model, reference = Shifted(seed=0), Shifted(seed=1).bfloat16()
+    images = {role: getattr(world, role).float() for role in ("forget", "retain")}
+    options = {"reference_model": reference, "autocast_dtype": torch.bfloat16}
+    assert not method_step(method, model, None, SCHEDULE, **images, **options).skipped
+
+
 def test_npo_without_a_retain_term_takes_no_retain_images():
     with pytest.raises(ValueError, match=r"^retain_density: expected None \(NPO reads no retain images\)"):
         World().take(NPO(retain_weight=0), retain_density=TimeWindow(0, 10))
