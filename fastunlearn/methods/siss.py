@@ -72,8 +72,9 @@ class SISS(Method):
     Args:
         lambd: share of forget images in the mixture.
         scaling_norm: L2 norm that the forget gradient is set to at every step; about a tenth of the retain
-            gradient's (5 for MNIST, 500 for 256x256 faces). With the scaling ratio that share itself. Not
-            given: 5, or 0.1 for ratio.
+            gradient's (5 for MNIST, 500 for 256x256 faces). With the scaling ratio that share itself, at most
+            1: it goes with the scaling, so another one of these takes another number. Not given: 5, or 0.1
+            for ratio.
         variant: mixture is the method; no_is has no importance sampling (two network calls); bernoulli has
             the mixture without weights.
         scaling: norm, as in the papers, sets the forget gradient to scaling_norm; ratio sets it to
@@ -109,6 +110,10 @@ class SISS(Method):
             # The dataclass is frozen: its own attributes are set past it.
             object.__setattr__(self, "scaling_norm", 0.1 if self.scaling == "ratio" else 5.0)
         check.number("scaling_norm", self.scaling_norm, low=0, low_open=True)
+        # The norm of a recipe would pass for a share, and the step would be all forgetting.
+        if self.scaling == "ratio" and self.scaling_norm > 1:
+            expected = "expected a share of the retain gradient's norm, in (0, 1], with the scaling 'ratio'"
+            raise ValueError(f"scaling_norm: {expected}, got {self.scaling_norm!r}")
 
     def _check_superfactor(self) -> None:
         """What would be ignored is refused."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastunlearn import SISS, Draws, ImageStore, NoiseSchedule, TimeWindow, Uniform, Unlearner, method_step
-from fastunlearn.methods import Pass, Vanilla
+from fastunlearn.methods import Pass, Vanilla, registry
 from fastunlearn.objective.parameters import ParameterRule
 from fastunlearn.reference import combine, noising, objectives
 from fastunlearn.runs.training import unlearn
@@ -119,7 +119,7 @@ B = 6
 SCALINGS = {
     "norm": {"scaling_norm": 2.0},
     "ratio": {"scaling_norm": 0.3, "scaling": "ratio"},
-    "a ratio above 1": {"scaling_norm": 3.0, "scaling": "ratio"},
+    "all of it": {"scaling_norm": 1.0, "scaling": "ratio"},
     "clip": {"scaling_norm": 2.0, "scaling": "clip"},
     "a clip that does nothing": {"scaling_norm": 1e9, "scaling": "clip"},
     "superfactor": {"superfactor": 1.7},
@@ -237,7 +237,7 @@ def test_these_rows_tell_the_scalings_apart():
     assert lengths["norm"] == pytest.approx(2)
     assert lengths["clip"] == pytest.approx(2)
     assert lengths["ratio"] == pytest.approx(0.3 * main)
-    assert lengths["a ratio above 1"] == pytest.approx(3 * main)
+    assert lengths["all of it"] == pytest.approx(main)
     assert correction > 2
     assert not math.isclose(correction, main, rel_tol=0.1)
 
@@ -491,6 +491,17 @@ REFUSED = [
 def test_bad_hyperparameters(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+@pytest.mark.parametrize("recipe", ["mnist-tshirt", "celeba-hq", "cifar-10", "sd-1.4"])
+def test_the_norm_of_a_recipe_is_no_ratio(recipe):
+    """A norm of 5 or 500 would make the forget gradient that many times as long as the retain gradient."""
+    method = registry.get("siss").recipes[recipe].method
+    expected = r"^scaling_norm: expected a share of the retain gradient's norm, in \(0, 1\], with the scaling"
+    with pytest.raises(ValueError, match=expected):
+        replace(method, scaling="ratio")
+    assert replace(method, scaling="ratio", scaling_norm=None).scaling_norm == 0.1
+    assert replace(method, scaling="clip").scaling_norm == method.scaling_norm
 
 
 def test_norms_that_are_not_given():
