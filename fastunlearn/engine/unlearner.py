@@ -356,8 +356,10 @@ class Unlearner:
             for name, store in (("forget", self.forget), ("retain", self.retain))
         }
         compared = {}
-        if isinstance(self.reference_model, torch.nn.Module):
-            compared["weights of reference_model"] = bits_of(list(self.reference_model.parameters()))
+        reference = self.reference_model
+        if isinstance(reference, torch.nn.Module):
+            held = [*reference.parameters(), *reference.buffers()]
+            compared["weights of reference_model"] = bits_of(held)
         if self.rules:
             compared["rules"] = bits_of_state([rule.state_dict() for rule in self.rules])
         compared["densities of timesteps"] = self._bits_of_densities()

@@ -48,7 +48,8 @@ def bits_of_state(state: Any) -> int:
 
 def bits_of(tensors: list[Tensor]) -> Tensor:
     """A sum over the bits of all `tensors` in which every element's place counts; it may wrap around."""
-    total = torch.zeros((), dtype=torch.int64, device=tensors[0].device)
+    device = tensors[0].device if tensors else None
+    total = torch.zeros((), dtype=torch.int64, device=device)
     first = 1
     for tensor in tensors:
         flat = tensor.detach().contiguous().flatten()

@@ -173,6 +173,27 @@ def step_with_references_apart() -> str:
     return "nothing"
 
 
+class Constant(nn.Module):
+    """A network without parameters, whose answer is a buffer."""
+
+    def __init__(self, answer: float):
+        super().__init__()
+        self.register_buffer("answer", torch.tensor(answer))
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        return self.answer.expand(x_t.shape)
+
+
+def step_with_references_without_parameters(apart: float) -> str:
+    """What the first step says of references whose buffers are `apart` from process to process."""
+    unlearner = build(Pairs(), False, reference_model=Constant(1.0 + apart * dist.get_rank()))
+    try:
+        unlearner.step()
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
 def take_steps_on(
     device: str, method, alone: bool, options: dict[str, Any]
 ) -> tuple[Tensor, list[dict[str, float]]]:

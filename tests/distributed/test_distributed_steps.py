@@ -25,6 +25,7 @@ from step_cases import (
     step_with_a_nan,
     step_with_other_rows,
     step_with_references_apart,
+    step_with_references_without_parameters,
     take_steps,
     take_steps_on,
     take_steps_with_mask_and_anchor,
@@ -150,6 +151,12 @@ def test_a_reference_that_is_the_model_in_a_wrapper_is_refused(pair: Team):
 
 def test_references_that_differ_are_refused(pair: Team):
     for refusal in pair.run(step_with_references_apart):
+        assert "got different weights of reference_model" in refusal
+
+
+def test_references_without_parameters_are_compared_by_their_buffers(pair: Team):
+    assert pair.run(step_with_references_without_parameters, 0.0) == ["nothing", "nothing"]
+    for refusal in pair.run(step_with_references_without_parameters, 1.0):
         assert "got different weights of reference_model" in refusal
 
 
