@@ -126,8 +126,13 @@ def check_stores(
     if forget is None or retain is None:
         return
     check_same_kind(forget, retain)
-    if not allow_overlap:
-        _check_disjoint(forget, retain)
+    # What counts its sets is another objective where images of one also stand in the other.
+    counted = "sizes" in method.needs
+    if counted or not allow_overlap:
+        remedy = "allow_overlap=True accepts them"
+        if counted:
+            remedy = f"{type(method).__name__} counts both sets, and takes them as disjoint"
+        _check_disjoint(forget, retain, remedy)
 
 
 def _check_store(method: Method, name: str, store: ImageStore | None) -> None:
@@ -140,7 +145,7 @@ def _check_store(method: Method, name: str, store: ImageStore | None) -> None:
         raise ValueError(f"{name}: expected {expected}, got {len(store)}")
 
 
-def _check_disjoint(forget: ImageStore, retain: ImageStore) -> None:
+def _check_disjoint(forget: ImageStore, retain: ImageStore, remedy: str) -> None:
     rows, _ = overlap(forget, retain)
     if len(rows) == 0:
         return
@@ -148,8 +153,7 @@ def _check_disjoint(forget: ImageStore, retain: ImageStore) -> None:
     if len(rows) > 10:
         shown += ", ..."
     raise ValueError(
-        "forget: expected images that are not in retain, "
-        f"got {len(rows)} that are (rows {shown}); allow_overlap=True accepts them"
+        f"forget: expected images that are not in retain, got {len(rows)} that are (rows {shown}); {remedy}"
     )
 
 

@@ -99,7 +99,8 @@ class Unlearner:
         lr_scheduler: an object with `.step()`, called after every step. accelerate's prepared scheduler keeps
             its own rules: it stands still after a skipped step (to learn of which, it waits for a GPU), and
             goes on by as many steps as there are processes unless batches are split.
-        allow_overlap: accept forget rows that also stand in `retain`.
+        allow_overlap: accept forget rows that also stand in `retain`, but by SISS with a superfactor, which
+            counts both sets.
         residency: `"device"`: both stores lie on the model's device; `"host"`: they stay where they are, and
             the rows of the next step are brought ahead; `"auto"`: what fits (docs/data_path.md). The numbers
             are the same.

@@ -421,6 +421,24 @@ def test_an_unlearner_knows_the_sizes():
     assert relative_l2(found[0], found[1]) > 0.01
 
 
+def test_sets_that_are_counted_are_disjoint():
+    """With the whole training set as images to keep, `k / (n - k)` would not be what it says."""
+    forget = runs.images(4, 1)
+    sets = {
+        "forget": ImageStore(forget),
+        "retain": ImageStore(torch.cat([runs.images(20, 2), forget[:2]])),
+    }
+    model = TinyDenoiser()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    options = {**sets, "allow_overlap": True, "batch_size": 4}
+    expected = (
+        r"^forget: expected images that are not in retain, got 2 that are \(rows 0, 1\); SISS counts both"
+    )
+    with pytest.raises(ValueError, match=expected):
+        Unlearner(model, optimizer, SCHEDULE, SISS(superfactor=1.0), **options)
+    Unlearner(model, optimizer, SCHEDULE, SISS(), **options)
+
+
 @settings
 def test_a_run_that_is_resumed_takes_the_same_steps(tmp_path, setting):
     """And is refused under another setting."""
