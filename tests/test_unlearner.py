@@ -4,10 +4,13 @@ import pytest
 import torch
 
 from fastunlearn import (
+    DPO,
+    NPO,
     SISS,
     Draws,
     EraseDiff,
     ImageStore,
+    NegGrad,
     ReTrack,
     Unlearner,
     Vanilla,
@@ -274,3 +277,40 @@ def test_a_network_that_needs_more_than_images_is_refused_before_neighbours_are_
         match=rf"model: expected a network of images and timesteps alone .*, got a .* that needs {needs}",
     ):
         Unlearner(wrap(model), optimizer, linear_schedule(), ReTrack(k=2), **stores, batch_size=2)
+
+
+# --- a method, or a reference, in place of another
+
+
+def test_a_method_that_reads_more_is_refused_before_its_step():
+    for first, then, missing in (
+        (NegGrad(), SISS(), "retain"),
+        (Vanilla(), NegGrad(), "forget"),
+        (NPO(retain_weight=0), NPO(), "retain"),
+        (SISS(), ReTrack(k=2), "neighbors"),
+    ):
+        run = make(first)
+        run.step()
+        run.method = then
+        expected = rf"^method: expected one that reads what is here \(.*, which needs {missing} \(of a new"
+        with pytest.raises(ValueError, match=expected):
+            run.step()
+        run.method = first
+        assert not run.step().skipped
+
+
+def test_a_reference_in_place_of_another_is_looked_at():
+    run = make(SISS())
+    run.method = DPO()
+    with pytest.raises(
+        TypeError, match=r"^reference_model: expected a callable .* DPO compares with, got None"
+    ):
+        run.step()
+    run.reference_model = run.model
+    with pytest.raises(ValueError, match=r"^reference_model: expected another network than model"):
+        run.step()
+    run.reference_model = TinyDenoiser(seed=1)
+    assert not run.step().skipped
+    # One that stays where nobody compares with it any more does no harm.
+    run.method = SISS()
+    assert not run.step().skipped

@@ -193,7 +193,7 @@ class Unlearner:
         # What a caller can read, and partly change between steps.
         self.model, self.optimizer, self.schedule, self.method = model, optimizer, schedule, method
         self.reference_model, self.rules = reference_model, settings.rules
-        self._selection, self._selected_for = selection, (method, schedule)
+        self._selection, self._looked_at = selection, (method, schedule, reference_model)
         self.batch_size, self.micro_batch_size = batch_size, settings.micro_batch_size
         self.total_steps, self.seed = total_steps, seed
         self.max_grad_norm, self.keep_grad = settings.max_grad_norm, keep_grad
@@ -332,15 +332,27 @@ class Unlearner:
         return output
 
     def _check_replaced(self) -> None:
-        """A method or a schedule in place of another has to fit the selection, too.
+        """A method, schedule or reference in place of another has to fit all that is there.
 
         Raises:
-            ValueError: it does not.
+            TypeError, ValueError: it does not.
         """
-        method, schedule = self._selected_for
-        if self.method is not method or self.schedule is not schedule:
-            check_selection(self.method, self.schedule, self.selection)
-            self._selected_for = self.method, self.schedule
+        now = self.method, self.schedule, self.reference_model
+        if all(one is other for one, other in zip(now, self._looked_at, strict=True)):
+            return
+        # Sets that the first method did not read are not kept, and neighbours were not searched.
+        kept = {"reference", "stores", "sizes", *self._stores}
+        if self.neighbors is not None:
+            kept.add("neighbors")
+        missing = sorted(self.method.needs - kept)
+        if missing:
+            expected = f"expected one that reads what is here ({', '.join(self._stores)})"
+            got = f"{type(self.method).__name__}, which needs {', '.join(missing)} (of a new Unlearner)"
+            raise ValueError(f"method: {expected}, got {got}")
+        if "reference" in self.method.needs:
+            check_reference(self.method, self.model, self.reference_model, self.autocast_dtype)
+        check_selection(self.method, self.schedule, self.selection)
+        self._looked_at = now
 
     def _replayed_or_eager(self, draws: Draws | None) -> StepOutput:
         if self._replay is None:
