@@ -13,6 +13,9 @@ from ..objective.protocol import Batch, Method, Pass, Term
 from ..objective.schedule import NoiseSchedule
 from .registry import register
 
+# The loss grows as 2 ln 2 D / beta, and has to stay in float32 for images of up to 10^13 elements.
+SMALLEST_BETA = 1e-24
+
 
 @register(
     help="gradient ascent that fades as the network falls behind what it was, beside vanilla.",
@@ -32,7 +35,7 @@ class NPO(Method):
     superfactor 1, while the loss grows as 2 ln 2 D / beta.
 
     Args:
-        beta: temperature, of losses that are means over the elements of an image.
+        beta: temperature, of losses that are means over the elements of an image; at least 1e-24.
         retain_weight: weight of the vanilla term on retain images; 0 leaves it out, and needs none.
 
     Raises:
@@ -45,7 +48,7 @@ class NPO(Method):
     compared: ClassVar[frozenset[str]] = frozenset({"forget"})
 
     def __post_init__(self):
-        check.number("beta", self.beta, low=0, low_open=True)
+        check.number("beta", self.beta, low=SMALLEST_BETA)
         check.number("retain_weight", self.retain_weight, low=0)
 
     @property

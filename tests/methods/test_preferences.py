@@ -398,6 +398,22 @@ def test_npo_tends_to_neggrad_in_the_gradient(retain_weight):
         assert first / second == pytest.approx(2, rel=0.05)
 
 
+def test_the_smallest_temperature_of_npo_is_neggrad_in_float32():
+    world = World()
+    model, reference = world.model.float(), world.reference.float()
+    images = {role: getattr(world, role).float() for role in ("forget", "retain")}
+    draws = {
+        "draws": Draws(forget_timesteps=world.times["forget"], forget_noise=world.noise["forget"].float())
+    }
+    method = NPO(1e-24, retain_weight=0)
+    out, ours = gradient_of(
+        method, model, SCHEDULE, forget=images["forget"], reference_model=reference, **draws
+    )
+    _, expected = gradient_of(NegGrad(), model, SCHEDULE, forget=images["forget"], **draws)
+    assert relative_l2([ours], [expected]) <= 1e-5  # float32
+    assert not out.skipped
+
+
 @pytest.mark.parametrize("better", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", [DPO, KTO, NPO])
@@ -511,7 +527,8 @@ def test_what_would_weight_losses_is_refused(method):
 @pytest.mark.parametrize("kind", [DPO, KTO, NPO])
 @pytest.mark.parametrize("beta", [0, -1, float("nan"), float("inf")])
 def test_a_temperature_is_positive(kind, beta):
-    with pytest.raises(ValueError, match=r"^beta: expected a finite number in \(0, inf\), got"):
+    least = r"\[1e-24" if kind is NPO else r"\(0"
+    with pytest.raises(ValueError, match=rf"^beta: expected a finite number in {least}, inf\), got"):
         kind(beta)
 
 
