@@ -80,6 +80,8 @@ def test_tests_run_all_methods_and_variants():
         NegGrad(),
         Vanilla(),
     ]
+    # What makes a variant one is not changed with the rest.
+    assert every_variant(lambd=0.3)[:2] == [ReTrack(lambd=0.3), ReTrack(lambd="auto")]
 
 
 # --- methods that are added
