@@ -14,9 +14,10 @@ import fastunlearn as fu
 from fastunlearn import ImageStore, LowPass, method_step
 from fastunlearn.host.philox import Noise
 from fastunlearn.host.store import Rows
-from fastunlearn.methods import SISS, Batch, Method, Pass, ReTrack, Term
+from fastunlearn.methods import DPO, KTO, NPO, SISS, Anchor, Batch, Mask, Method, Pass, ReTrack, Term
 from fastunlearn.objective.combine import Balance, Project, Rescale
 from fastunlearn.objective.draws import Draws, GeneratorSource, complete
+from fastunlearn.objective.protocol import has_own_objective
 from fastunlearn.objective.schedule import NoiseSchedule
 from fastunlearn.objective.selection import Selection
 from fastunlearn.reference import combine, noising, prediction_target, redirect_to_all
@@ -25,6 +26,7 @@ from fastunlearn.step.select import Moment
 from fastunlearn.step.take import take_step
 from fastunlearn.step.trained import look_at
 from fastunlearn.testing.factories import TinyDenoiser, linear_schedule
+from fastunlearn.testing.methods import compared_with
 
 SCHEDULE = linear_schedule()
 ROWS = 5
@@ -40,6 +42,8 @@ class Literal:
     Args:
         given: as far as it fits the method.
         model: in the dtype that the step is computed in.
+        reference: the other network of a method that compares, in that dtype, too.
+        mask, anchor: rules on parameters.
     """
 
     def __init__(
@@ -53,9 +57,14 @@ class Literal:
         *,
         autocast_dtype: torch.dtype | None = None,
         loss_scale: float = 1.0,
+        reference: TinyDenoiser | None = None,
+        mask: Mask | None = None,
+        anchor: Anchor | None = None,
     ):
         self.method, self.model, self.schedule = method, model, schedule
         self.autocast_dtype, self.loss_scale = autocast_dtype, loss_scale
+        self.reference, self.mask, self.anchor = reference, mask, anchor
+        self.trained = {name: own for name, own in model.named_parameters() if own.requires_grad}
         self.given = fitting(method, given)
         dtype = next(model.parameters()).dtype
         images = {name: getattr(batch, name) for name in ("forget", "retain", "neighbors")}
@@ -72,6 +81,7 @@ class Literal:
             output = self._taken_with_whole_sets(step)
         else:
             given = self.images | self.given | {"draws": self.draws, "step": step}
+            given |= {"reference_model": self.reference}
             sizes = self.sizes if "sizes" in self.method.needs else None
             output = method_step(self.method, self.model, None, self.schedule, sizes=sizes, **given)
         gradient = [parameter.grad for parameter in self.model.parameters()]
@@ -86,23 +96,61 @@ class Literal:
         return take_step(trained, self.method, self.schedule, self.batch, self.draws, settings, moment)
 
     def expected(self, step: int) -> tuple[dict[str, Tensor], list[Tensor]]:
-        """The means of the roles, and the combined gradient."""
+        """What is reported, without the loss of inner steps, and the combined gradient."""
         means, terms = self.terms(step)
+        loss, gradient = self._combined(terms)
+        if self.anchor is not None:
+            penalty = self._penalty()
+            loss, pull = loss + penalty, self.gradient(penalty)
+            gradient = [own + added for own, added in zip(gradient, pull, strict=True)]
+        reported = {"loss": loss.detach()} | {f"{role}_loss": mean for role, mean in means.items()}
+        # An anchor pulls at weights that a mask holds, too.
+        gradient = self._moving(gradient)
+        reported["grad_norm"] = torch.cat([own.flatten() for own in gradient]).norm()
+        return reported, gradient
+
+    def _combined(self, terms: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """The loss, and the gradient of gradients in which a mask has left what may move."""
         how = self.method.combine
         if not isinstance(how, Balance | Project | Rescale):
-            return means, self.gradient(sum(terms.values()))
-        pair = self.gradient(terms["retain"]), self.gradient(terms["forget"])
+            loss = sum(terms.values())
+            return loss, self._restricted(loss)
+        pair = self._restricted(terms["retain"]), self._restricted(terms["forget"])
         if isinstance(how, Balance):
-            return means, combine.balance(*pair).gradients
+            found = combine.balance(*pair)
+            return (1 + found.factor) * terms["retain"] - found.factor * terms["forget"], found.gradients
         if isinstance(how, Project):
-            return means, combine.project(*pair, how.eta, how.rule, how.multiplier).gradients
-        return means, combine.rescale(*pair, how.scaling_norm, how.scaling).gradients
+            found = combine.project(*pair, how.eta, how.rule, how.multiplier)
+        else:
+            found = combine.rescale(*pair, how.scaling_norm, how.scaling)
+        return terms["retain"] - found.factor * terms["forget"], found.gradients
+
+    def _restricted(self, loss: Tensor) -> list[Tensor]:
+        """The gradient of `loss`, 0 where the mask holds a weight."""
+        return self._moving(self.gradient(loss))
+
+    def _moving(self, gradient: list[Tensor]) -> list[Tensor]:
+        if self.mask is None:
+            return gradient
+        moving = [self.mask.masks[name] for name in self.trained]
+        return [own * moves for own, moves in zip(gradient, moving, strict=True)]
+
+    def _penalty(self) -> Tensor:
+        """`gamma / n sum_i p_i (theta_i - mu_i)^2 / 2` over the n trained weights."""
+        count = sum(parameter.numel() for parameter in self.trained.values())
+        total = 0.0
+        for name, parameter in self.trained.items():
+            distance = parameter - self.anchor.mean[name].to(parameter.dtype)
+            total = total + (self.anchor.precision[name].to(parameter.dtype) * distance.square() / 2).sum()
+        return self.anchor.gamma / count * total
 
     def terms(self, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The mean of each role, and what is descended of it."""
+        if has_own_objective(self.method):
+            return self._preferences(step)
         means, terms = {}, {}
         for each in self.passes():
-            predicted = self._predicted(each.x_t, self.schedule.model_input(each.timesteps))
+            predicted = self._predicted(self.model, each)
             for term in each.terms:
                 rows = slice(term.rows.start, term.rows.stop)
                 loss = self._losses(term, predicted[rows] - term.target, step)
@@ -147,10 +195,53 @@ class Literal:
         forget, retain = mixture.terms
         return [replace(mixture, terms=(replace(forget, scale=factor), retain))]
 
-    def _predicted(self, x_t: Tensor, t: Tensor) -> Tensor:
+    def _preferences(self, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The mean losses, and the loss of docs/methods.md, in which R is what the network has gained."""
+        losses, gained = {}, {}
+        for each in self.passes():
+            predicted = self._predicted(self.model, each)
+            with torch.no_grad():
+                before = self._predicted(self.reference, each)
+            for term in each.terms:
+                rows = slice(term.rows.start, term.rows.stop)
+                losses[term.role] = self._losses(term, predicted[rows] - term.target, step)
+                theirs = self._losses(term, before[rows] - term.target, step)
+                gained[term.role] = theirs - losses[term.role]
+        means = {role: loss.detach().mean() for role, loss in losses.items()}
+
+        method, elements = self.method, self.images["forget"][0].numel()
+        beta = method.beta / elements
+        if isinstance(method, DPO):
+            # E -log sigmoid(beta / D [R(x) - R(a)])
+            won = torch.sigmoid(beta * (gained["retain"] - gained["forget"]))
+            return means, {"total": -won.log().mean()}
+        if isinstance(method, KTO):
+            # E_x [1 - sigmoid(beta / D (R(x) - z0))] + E_a [1 - sigmoid(beta / D (z0 - R(a)))]
+            z0 = self._reference_point(gained)
+            kept = 1 - torch.sigmoid(beta * (gained["retain"] - z0))
+            forgotten = 1 - torch.sigmoid(beta * (z0 - gained["forget"]))
+            return means, {"total": kept.mean() + forgotten.mean()}
+        assert isinstance(method, NPO), f"no literal objective of {method}"
+        # E_a -(2 D / beta) log sigmoid(beta / D [l(a) - l_reference(a)]) + retain_weight E_x l(x)
+        total = (-2 / beta * torch.sigmoid(-beta * gained["forget"]).log()).mean()
+        if method.retain_weight != 0:
+            total = total + method.retain_weight * losses["retain"].mean()
+        return means, {"total": total}
+
+    def _reference_point(self, gained: dict[str, Tensor]) -> Tensor:
+        """z0 of KTO, without a gradient."""
+        rows = torch.cat([gained["forget"], gained["retain"]]).detach()
+        if self.method.z0 == "zero":
+            return torch.zeros_like(rows[0])
+        if self.method.z0 == "class":
+            rows = torch.stack([own.detach().mean() for own in gained.values()])
+        return rows.mean().clamp(min=0)
+
+    def _predicted(self, network: TinyDenoiser, each: Pass) -> Tensor:
+        t = self.schedule.model_input(each.timesteps)
         with torch.autocast("cpu", dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            predicted = self.model(x_t, t)
-        return predicted.to(x_t.dtype)
+            predicted = network(each.x_t, t)
+        return predicted.to(each.x_t.dtype)
 
     def _losses(self, term: Term, residual: Tensor, step: int) -> Tensor:
         """`[B]`: Eq. 8 of arXiv 2510.17917, with Fourier transforms of whole images."""
@@ -175,7 +266,7 @@ class Literal:
         return weights
 
     def gradient(self, loss: Tensor) -> list[Tensor]:
-        parameters = list(self.model.parameters())
+        parameters = list(self.trained.values())
         found = torch.autograd.grad(self.loss_scale * loss, parameters, retain_graph=True)
         return [gradient / self.loss_scale for gradient in found]
 
@@ -224,7 +315,9 @@ def literal_in_float64(
     source = GeneratorSource(torch.device("cpu"), generator)
     wanted = selection.draws_of(method, schedule)
     draws = complete(Draws(), wanted, source, batch.forget, batch.retain, len(schedule))
-    return Literal(method, given, TinyDenoiser(shape[0]).double(), batch, draws, schedule)
+    model, reference = (TinyDenoiser(shape[0], seed=seed).double() for seed in (0, 1))
+    compared = compared_with(method, reference).get("reference_model")
+    return Literal(method, given, model, batch, draws, schedule, reference=compared)
 
 
 def every_frequency(band: LowPass, height: int, width: int) -> Tensor:

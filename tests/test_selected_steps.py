@@ -28,24 +28,20 @@ from fastunlearn.objective.time import LogitNormal, Stratified, TimeWindow
 from fastunlearn.reference import combine
 from fastunlearn.testing.budgets import relative_l2
 from fastunlearn.testing.factories import TinyDenoiser, linear_schedule
-from fastunlearn.testing.methods import every_variant
+from fastunlearn.testing.methods import compared_with, every_variant
 
 # Where the forget term counts: EraseDiff's projection leaves it out while the retain gradient serves it.
-# Objectives that are more than weighted sums are tested beside their own literal losses, in methods/.
-METHODS = [
-    ReTrack(k=2, lambd=1.0),
-    *(each for each in every_variant(k=2, lambd=0.3, eta=3.0) if not has_own_objective(each)),
-]
+METHODS = [ReTrack(k=2, lambd=1.0), *every_variant(k=2, lambd=0.3, eta=3.0, beta=2.0)]
 # A mean alone would be a small difference of large numbers: float32 says little of it.
 GROWING = {"lowpass": LowPass(schedule="linear_increase", start=0.3, stop=0.9), "total_steps": 2}
 
 
 def assert_literal(literal: Literal, step: int) -> None:
     output, gradient = literal.taken(step)
-    means, expected = literal.expected(step)
+    reported, expected = literal.expected(step)
     assert relative_l2(gradient, expected) <= EXACT
-    for role, mean in means.items():
-        torch.testing.assert_close(getattr(output, f"{role}_loss").double(), mean, rtol=EXACT, atol=EXACT)
+    for name, value in reported.items():
+        torch.testing.assert_close(getattr(output, name).double(), value, rtol=EXACT, atol=EXACT)
     assert not output.skipped
 
 
@@ -88,7 +84,10 @@ def test_a_step_on_what_nobody_planned(method, world):
     assert_literal(literal_in_float64(method, given, **world), 2)
 
 
-@pytest.mark.parametrize("method", [method for method in METHODS if method != Vanilla()], ids=str)
+WEIGHTED = [each for each in METHODS if each != Vanilla() and not has_own_objective(each)]
+
+
+@pytest.mark.parametrize("method", WEIGHTED, ids=str)
 def test_weights_that_are_all_zero_leave_what_the_other_branch_learns(method):
     """No row is in the window: the step is that of the retain term, or moves nothing. None is skipped."""
     literal = literal_in_float64(method, {"time_window": TimeWindow(0, 1, as_weight=True)})
@@ -103,7 +102,7 @@ def test_weights_that_are_all_zero_leave_what_the_other_branch_learns(method):
         assert not any(each.any() for each in gradient)
 
 
-# --- rows in several calls ----------------------------------------------------------------------------------
+# --- the doors ----------------------------------------------------------------------------------------------
 
 OF_STEP = {"vanilla": Vanilla(), "neggrad": NegGrad(), "erasediff": EraseDiff(), "retrack": ReTrack()}
 
@@ -115,18 +114,6 @@ def drawn_step(name: str, given: dict[str, Any], **options) -> tuple[fu.StepOutp
     given = fitting(OF_STEP.get(name, SISS()), given)
     output = STEPS[name](world, generator=torch.Generator().manual_seed(5), step=5, **given, **options)
     return output, world.taken()
-
-
-@pytest.mark.parametrize("given", SELECTIONS.values(), ids=SELECTIONS)
-@pytest.mark.parametrize("name", STEPS)
-def test_micro_batches_equal_one_batch(name, given):
-    whole, expected = drawn_step(name, given)
-    for size in (1, 3, 6):
-        parts, gradient = drawn_step(name, given, micro_batch_size=size)
-        assert relative_l2(gradient, expected) <= EXACT
-        for key, value in whole._asdict().items():
-            if value is not None:
-                torch.testing.assert_close(getattr(parts, key), value, rtol=EXACT, atol=EXACT, msg=key)
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -166,6 +153,7 @@ def make(method: Method, given: dict[str, Any], *, dtype=torch.uint8, shape=(1, 
         images = images.to(dtype) * 2 / 255 - 1
     layout = options.pop("layout", torch.contiguous_format)
     model = TinyDenoiser(shape[0]).to(memory_format=layout)
+    options |= compared_with(method, TinyDenoiser(shape[0], seed=1))
     stores = {
         "forget": ImageStore(images[:4], latents=latents),
         "retain": ImageStore(images[4:], latents=latents),
@@ -192,37 +180,34 @@ def assert_as_accurate(run: Unlearner, given: dict[str, Any], steps: int = 2) ->
     They are as far from float64 as those of plain torch in the same precision, within a factor of two and a
     rounding.
     """
-    scale = 1.0 if run.grad_scaler is None else run.grad_scaler.get_scale()
-    precision = {"autocast_dtype": run.autocast_dtype, "loss_scale": scale}
     seen, errors, plain_errors = Seen(), [], []
     run.rules = (seen,)
     for step in range(steps):
         batch, draws = run._draw(Draws())
-        plain = Literal(run.method, given, copy.deepcopy(run.model), batch, draws, **precision)
-        exact = Literal(run.method, given, copy.deepcopy(run.model).double(), batch, draws)
+        own = Literal(
+            run.method, given, copy.deepcopy(run.model), batch, draws,
+            reference=run.reference_model, autocast_dtype=run.autocast_dtype,
+        )  # fmt: skip
+        networks = [copy.deepcopy(each) for each in (run.model, run.reference_model)]
+        model, reference = (None if each is None else each.double() for each in networks)
+        exact = Literal(run.method, given, model, batch, draws, reference=reference)
         truth = exact.expected(step)[1]
         assert not run.step().skipped
         errors.append(relative_l2(seen.gradient, truth))
-        plain_errors.append(relative_l2(plain.expected(step)[1], truth))
+        plain_errors.append(relative_l2(own.expected(step)[1], truth))
     rounding = torch.finfo(run.autocast_dtype or torch.float32).eps
     assert max(errors) <= 2 * max(plain_errors) + rounding
 
 
-def scaler() -> torch.amp.GradScaler:
-    return torch.amp.GradScaler("cpu", init_scale=2.0**8)
-
-
+# Rows in several calls, processes and scalers: test_every_combination.py.
 UNLEARNERS = {
     "whole": {},
-    "rows alone": {"micro_batch_size": 1},
-    "three rows": {"micro_batch_size": 3, "shape": (1, 7, 5)},
-    "as many as there are": {"micro_batch_size": 6, "dtype": torch.float32},
+    "odd": {"shape": (1, 7, 5)},
+    "float32 rows": {"dtype": torch.float32},
     "on the host": {"residency": "host"},
     "latents": {"latents": True, "dtype": torch.float32, "shape": (4, 4, 4)},
     "channels-last": {"shape": (3, 7, 5), "layout": torch.channels_last},
     "bfloat16": {"autocast_dtype": torch.bfloat16},
-    "loss scale": {"grad_scaler": scaler(), "micro_batch_size": 3},
-    "float16": {"grad_scaler": scaler(), "autocast_dtype": torch.float16},
 }
 
 
@@ -322,39 +307,16 @@ def literal_table(window: TimeWindow) -> Tensor:
     return table / table.sum()
 
 
-def continued(method: Method, given: dict[str, Any], steps: int, **options) -> list[Unlearner]:
-    """Two runs of twice as many steps: whole, and resumed in the middle from what a checkpoint has."""
-    whole, first, second = (make(method, given, **options) for _ in range(3))
-    for _ in range(2 * steps):
-        whole.step()
-    for _ in range(steps):
-        first.step()
-    second.model.load_state_dict(first.model.state_dict())
-    second.optimizer.load_state_dict(copy.deepcopy(first.optimizer.state_dict()))
-    second.load_state_dict(first.state_dict())
-    for _ in range(steps):
-        second.step()
-    return [whole, second]
-
-
-ON_THE_HOST = {"residency": "host", "micro_batch_size": 4}
-
-
-@pytest.mark.parametrize(
-    ("method", "options"), [*((method, {}) for method in METHODS), (SISS(), ON_THE_HOST)], ids=str
-)
-def test_a_resumed_run_has_the_bits_of_one_that_was_not_stopped(method, options):
-    """In the middle of a band's way, and of windows in strata."""
-    whole, resumed = continued(method, EVERYTHING, TOTAL_STEPS // 2, **options)
-    assert torch.equal(weights_of(resumed), weights_of(whole))
-
-
 @pytest.mark.parametrize("method", [method for method in METHODS if method != Vanilla()], ids=str)
 def test_a_band_moves_over_the_length_of_the_run(method):
     """At the same steps a run of twice the length has other radii, and comes to other weights."""
-    whole, _ = continued(method, EVERYTHING, 2)
-    longer, _ = continued(method, EVERYTHING | {"total_steps": 2 * TOTAL_STEPS}, 2)
-    assert not torch.equal(weights_of(longer), weights_of(whole))
+    run, longer = (
+        make(method, EVERYTHING | {"total_steps": length}) for length in (TOTAL_STEPS, 2 * TOTAL_STEPS)
+    )
+    for _ in range(4):
+        run.step()
+        longer.step()
+    assert not torch.equal(weights_of(longer), weights_of(run))
 
 
 # --- a selection that is replaced between steps -------------------------------------------------------------
