@@ -118,6 +118,15 @@ def golden() -> Path:
     return golden_vectors.root(Path(__file__).parent / "golden" / "data")
 
 
+@pytest.fixture(scope="session")
+def pair():
+    """Two processes in a gloo group."""
+    from team import Team
+
+    with Team(2) as team:
+        yield team
+
+
 @pytest.fixture
 def gpu() -> Accelerator:
     """The GPU, or its stand-in; a test that asks for it is marked `gpu`, and skipped where neither is."""

@@ -78,6 +78,12 @@ def kill_at(
     kills.while_saving += any(checkpoint_dir.glob(f".checkpoint-*.{process.pid}.tmp"))
 
 
+def run_until_killed(function: Callable[..., None], *arguments) -> None:
+    """Runs `function(*arguments)` in a child that ends itself with SIGKILL; fails if it ends otherwise."""
+    process = _start(function, *arguments)
+    assert process.exitcode == -signal.SIGKILL, f"the child ended with {process.exitcode}, not by the signal"
+
+
 def _start(function: Callable, *arguments) -> multiprocessing.Process:
     """A child that has done `function(*arguments)`, or has not managed to."""
     start_server()

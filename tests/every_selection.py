@@ -17,6 +17,7 @@ SCHEDULED = {
     "step_increase": LowPass(schedule="step_increase", start=0.1, stop=0.9, stages=3),
     "step_decay": LowPass(schedule="step_decay", start=0.9, stop=0.1, kind="box"),
 }
+READS = {"time_window": "forget", "lowpass": "forget", "retain_density": "retain"}  # the branch of each
 WINDOW = TimeWindow(250, 750)
 WEIGHTS = {
     "time_window": TimeWindow(250, 750, as_weight=True),
@@ -49,14 +50,43 @@ SELECTIONS: dict[str, dict[str, Any]] = {
     "everything": EVERYTHING,
 }
 
+# The axes of test_every_combination.py: what timesteps count in both branches, and what of a residual.
+TIMES: dict[str, dict[str, Any]] = {
+    "uniform": {},
+    "window": {"time_window": WINDOW, "retain_density": TimeWindow(0, 500, outside=0.5)},
+    "weighted strata": {
+        name: value for name, value in EVERYTHING.items() if name not in ("lowpass", "total_steps")
+    },
+}
+BANDS: dict[str, dict[str, Any]] = {
+    "whole": {},
+    "band": {name: EVERYTHING[name] for name in ("lowpass", "total_steps")},
+}
+
 
 def fitting(method: Method, selection: dict[str, Any]) -> dict[str, Any]:
     """`selection` without what `method` refuses: it reads no images of that branch, or weights none."""
     if has_own_objective(method):
         weights = ("loss_weight", "snr_gamma")
         selection = {name: _drawn(value) for name, value in selection.items() if name not in weights}
-    reads = {"time_window": "forget", "lowpass": "forget", "retain_density": "retain"}
-    return {name: value for name, value in selection.items() if reads.get(name) in {None, *method.needs}}
+    return {name: value for name, value in selection.items() if READS.get(name) in {None, *method.needs}}
+
+
+def meaningless(method: Method, selection: dict[str, Any]) -> dict[str, str]:
+    """What of `selection` `method` refuses, each with the message that says so."""
+    name, found = type(method).__name__, {}
+    for argument, branch in READS.items():
+        if argument in selection and branch not in method.needs:
+            found[argument] = rf"^{argument}: expected None \({name} reads no {branch} images\), got "
+    if not has_own_objective(method):
+        return found
+    why = rf"\({name} makes more of its losses than a weighted sum\)"
+    for argument in ("time_window", "retain_density"):
+        if argument not in found and _drawn(selection.get(argument)) != selection.get(argument):
+            found[argument] = rf"^{argument}: expected a density that is drawn from {why}, got as_weight=True"
+    if "loss_weight" in selection:
+        found["loss_weight"] = rf"^loss_weight: expected None {why}, got "
+    return found
 
 
 def _drawn(value: Any) -> Any:

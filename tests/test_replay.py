@@ -7,7 +7,7 @@ import logging
 
 import pytest
 import torch
-from every_selection import EVERYTHING, SCHEDULED, STRATA, TOTAL_STEPS, WINDOW, fitting
+from every_selection import EVERYTHING, SCHEDULED, TOTAL_STEPS
 from torch import nn
 
 from fastunlearn import SISS, Draws, EraseDiff, ImageStore, ReTrack, Unlearner, Vanilla
@@ -100,7 +100,7 @@ def captured(*args, **options):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"micro_batch_size": 4}, {"autocast_dtype": torch.bfloat16}, {"max_grad_norm": None}],
+    [{"micro_batch_size": 4}, {"autocast_dtype": torch.bfloat16}, {"max_grad_norm": None}],
     ids=str,
 )
 @pytest.mark.parametrize("method", METHODS, ids=str)
@@ -382,14 +382,9 @@ def test_given_draws_are_an_error_where_replay_is_required():
 # --- windows of time and bands of frequency
 
 
-@pytest.mark.parametrize(
-    ("method", "given"),
-    [(SISS(), {"time_window": WINDOW}), (SISS(), STRATA), *((method, EVERYTHING) for method in METHODS)],
-    ids=str,
-)
-def test_replayed_steps_with_a_selection_are_the_eager_ones(method, given):
-    """Before, at and after the last step of a band's schedule."""
-    eager, other = captured(method, **fitting(method, given))
+def test_replayed_steps_with_a_selection_are_the_eager_ones():
+    """Before, at and after the last step of a band's schedule; all methods: test_every_combination.py."""
+    eager, other = captured(SISS(), **EVERYTHING)
     assert_same_steps(eager, other, TOTAL_STEPS)
     assert (other._replay.graphs.captures, other._replay.graphs.replays) == (1, TOTAL_STEPS + 2)
 

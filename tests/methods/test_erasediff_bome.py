@@ -569,20 +569,6 @@ def unlearner(method, *, fused=False, **options) -> Unlearner:
     return Unlearner(model, optimizer, SCHEDULE, method, **stores, **{"batch_size": 6} | options)
 
 
-def test_a_resumed_run_takes_the_same_steps():
-    method = EraseDiffBome(lambda_bome=0.1, inner_steps=2)
-    whole, first, second = (unlearner(method) for _ in range(3))
-    reports = [whole.step() for _ in range(4)]
-    for _ in range(2):
-        first.step()
-    second.model.load_state_dict(first.model.state_dict())
-    second.optimizer.load_state_dict(copy.deepcopy(first.optimizer.state_dict()))
-    second.load_state_dict(first.state_dict())
-    again = [second.step() for _ in range(2)]
-    assert torch.equal(weights_of(whole.model), weights_of(second.model))
-    assert [each.inner_loss for each in reports[2:]] == [each.inner_loss for each in again]
-
-
 def test_a_scheduler_and_a_skipped_step():
     """A learning rate in effect is that of the step; a step that is skipped is so with inner steps, too."""
     runs = [unlearner(EraseDiffBome(lambda_bome=0.1, inner_steps=steps)) for steps in (0, 2)]

@@ -6,59 +6,15 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from lora import WithLora
 
-from fastunlearn import DPO, KTO, NPO, ImageStore, Unlearner, method_step, without_adapters
+from fastunlearn import DPO, KTO, NPO, method_step, without_adapters
 from fastunlearn.step import compilation
 from fastunlearn.testing.budgets import relative_l2
 from fastunlearn.testing.factories import TinyDenoiser, linear_schedule
 
 SCHEDULE = linear_schedule()
 METHODS = pytest.mark.parametrize("method", [DPO(2.0), KTO(2.0), NPO(2.0)], ids=str)
-
-
-class Adapter(nn.Module):
-    """A convolution and a low-rank change of it, switched as peft's layers are."""
-
-    def __init__(self, base: nn.Conv2d, rank: int = 2):
-        super().__init__()
-        self.base = base.requires_grad_(False)
-        self.down = nn.Conv2d(base.in_channels, rank, 3, padding=1, bias=False)
-        self.up = nn.Conv2d(rank, base.out_channels, 1, bias=False)
-        nn.init.zeros_(self.up.weight)
-        self.off = False
-
-    @property
-    def disable_adapters(self) -> bool:
-        return self.off
-
-    def enable_adapters(self, enabled: bool) -> None:
-        self.off = not enabled
-        self.down.requires_grad_(enabled)
-        self.up.requires_grad_(enabled)
-
-    def forward(self, x):
-        if self.off:
-            return self.base(x)
-        return self.base(x) + self.up(self.down(x))
-
-
-class WithLora(TinyDenoiser):
-    """A tiny denoiser whose convolutions have adapters."""
-
-    def __init__(self):
-        super().__init__()
-        self.requires_grad_(False)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(1)
-            self.enter, self.leave = Adapter(self.enter), Adapter(self.leave)
-
-    def moved(self):
-        """After some training: the adapters are no longer 0."""
-        generator = torch.Generator().manual_seed(2)
-        for layer in (self.enter, self.leave):
-            layer.up.weight.data.normal_(generator=generator).mul_(0.1)
-        return self
 
 
 def images(count=5, dtype=torch.float32):
@@ -197,26 +153,6 @@ def test_networks_that_have_no_reference_in_them_are_refused():
     with pytest.raises(ValueError, match=expected):
         without_adapters(network)
     assert states(network) == before
-
-
-def test_an_unlearner_trains_the_adapters_alone():
-    network, base = WithLora(), TinyDenoiser()
-    trained = [weight for weight in network.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-2)
-    rows = torch.randint(0, 256, (12, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    stores = {"forget": ImageStore(rows[:4]), "retain": ImageStore(rows[4:])}
-    runs = []
-    for reference in (without_adapters(network), base):
-        network.load_state_dict(WithLora().state_dict())
-        optimizer = torch.optim.AdamW(trained, lr=1e-2)
-        run = Unlearner(
-            network, optimizer, SCHEDULE, DPO(), **stores, batch_size=4, reference_model=reference
-        )
-        runs.append([run.step().loss for _ in range(3)])
-    assert all(map(torch.equal, *runs))
-    x_t, t = images()["forget"], torch.arange(5) * 100
-    assert torch.equal(without_adapters(network)(x_t, t), base(x_t, t))
-    assert not torch.equal(network(x_t, t), base(x_t, t))
 
 
 # --- peft

@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fastunlearn import Draws, ImageStore, Unlearner, neggrad_step, siss_step, vanilla_step
-from fastunlearn.engine.replay import WARM_UP_STEPS, Replay
-from fastunlearn.methods import SISS, EraseDiff, NegGrad, Pass, ReTrack, Vanilla
+from fastunlearn.engine.replay import WARM_UP_STEPS
+from fastunlearn.methods import SISS, EraseDiff, NegGrad, ReTrack, Vanilla
 from fastunlearn.objective.anchor import Anchor
 from fastunlearn.objective.mask import Mask, largest
 from fastunlearn.runs.training import unlearn
 from fastunlearn.testing.budgets import relative_l2
 from fastunlearn.testing.factories import Average, TinyDenoiser, linear_schedule
-from fastunlearn.testing.host_sync import TapeGraphs, no_host_sync
+from fastunlearn.testing.host_sync import no_host_sync
 from fastunlearn.testing.methods import every_variant
 
 SCHEDULE = linear_schedule()
@@ -78,18 +78,6 @@ def assert_masked_stay(mask: Mask, tensors: dict[str, torch.Tensor], before: dic
 
 def copied(tensors) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in tensors}
-
-
-class Adapted(nn.Module):
-    """A frozen network with a small trained one beside it, as LoRA has."""
-
-    def __init__(self):
-        super().__init__()
-        self.base = TinyDenoiser().requires_grad_(False)
-        self.adapter = TinyDenoiser(width=2, seed=3)
-
-    def forward(self, x_t, t):
-        return self.base(x_t, t) + self.adapter(x_t, t)
 
 
 # Anchor.
@@ -370,21 +358,6 @@ def test_diffusers_average_of_masked_weights_stays_bit_for_bit():
     assert_masked_stay(mask, dict(zip(before, average.shadow_params, strict=True)), before)
 
 
-def test_a_mask_of_trained_parts_beside_frozen_ones():
-    model = Adapted()
-    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
-    gradients = {name: torch.randn_like(value) for name, value in trained.items()}
-    mask = Mask.from_gradients(gradients, 0.5, model=model)
-    anchor = Anchor(trained, 1.0, 1.0, model=model)
-    before = copied(model.named_parameters())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.5, fused=True)
-    run = run_of(Vanilla(), model, [mask, anchor], optimizer)
-    for _ in range(2):
-        run.step()
-    assert_masked_stay(mask, trained, before)
-    assert all(map(torch.equal, model.base.parameters(), TinyDenoiser().parameters()))
-
-
 def test_weights_that_somebody_loads_between_steps_are_the_ones_that_stay():
     """Nothing is put back but what the update did."""
     model = TinyDenoiser()
@@ -442,25 +415,6 @@ def test_rules_do_not_wait_for_the_device():
             rule.restrict(run.parameters, gradients)
             rule.add(run.parameters, torch.ones(()))
             rule.after_update(run.parameters)
-
-
-@pytest.mark.parametrize("method", [Vanilla(), SISS(), EraseDiff()], ids=str)
-def test_rules_on_a_replayed_step(method, monkeypatch):
-    monkeypatch.setattr(Pass, "by_role", lambda self: [self])
-    runs = []
-    for replayed in (False, True):
-        model = TinyDenoiser()
-        run = run_of(method, model, [mask_of(model), anchor_of(model)])
-        if replayed:
-            run._replay = Replay(TapeGraphs(), run.optimizer, list(model.parameters()))
-        runs.append(run)
-    eager, other = runs
-    for _ in range(WARM_UP_STEPS + 3):
-        assert torch.equal(eager.step().loss, other.step().loss)
-    assert other.replayed
-    assert all(map(torch.equal, eager.model.parameters(), other.model.parameters()))
-    start = dict(TinyDenoiser().named_parameters())
-    assert_masked_stay(other.rules[0], dict(other.model.named_parameters()), start)
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""Processes in one gloo group that run functions together, for the tests in this folder.
+"""Processes in one gloo group that run functions together.
 
 They are forked from the server of `crash.py`, which has imported torch already, and wait for work: starting a
 team costs a fraction of a second (of fresh processes, some seconds).
