@@ -197,36 +197,44 @@ class Literal:
 
     def _preferences(self, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The mean losses, and the loss of docs/methods.md, in which R is what the network has gained."""
-        losses, gained = {}, {}
-        for each in self.passes():
-            predicted = self._predicted(self.model, each)
+        losses, before = self._losses_of_rows(self.model, step), {}
+        if "reference" in self.method.needs:
             with torch.no_grad():
-                before = self._predicted(self.reference, each)
-            for term in each.terms:
-                rows = slice(term.rows.start, term.rows.stop)
-                losses[term.role] = self._losses(term, predicted[rows] - term.target, step)
-                theirs = self._losses(term, before[rows] - term.target, step)
-                gained[term.role] = theirs - losses[term.role]
+                before = self._losses_of_rows(self.reference, step)
+        gained = {role: theirs - losses[role] for role, theirs in before.items()}
         means = {role: loss.detach().mean() for role, loss in losses.items()}
 
         method, elements = self.method, self.images["forget"][0].numel()
-        beta = method.beta / elements
         if isinstance(method, DPO):
             # E -log sigmoid(beta / D [R(x) - R(a)])
-            won = torch.sigmoid(beta * (gained["retain"] - gained["forget"]))
+            won = torch.sigmoid(method.beta / elements * (gained["retain"] - gained["forget"]))
             return means, {"total": -won.log().mean()}
         if isinstance(method, KTO):
             # E_x [1 - sigmoid(beta / D (R(x) - z0))] + E_a [1 - sigmoid(beta / D (z0 - R(a)))]
-            z0 = self._reference_point(gained)
+            beta, z0 = method.beta / elements, self._reference_point(gained)
             kept = 1 - torch.sigmoid(beta * (gained["retain"] - z0))
             forgotten = 1 - torch.sigmoid(beta * (z0 - gained["forget"]))
             return means, {"total": kept.mean() + forgotten.mean()}
-        assert isinstance(method, NPO), f"no literal objective of {method}"
-        # E_a -(2 D / beta) log sigmoid(beta / D [l(a) - l_reference(a)]) + retain_weight E_x l(x)
-        total = (-2 / beta * torch.sigmoid(-beta * gained["forget"]).log()).mean()
-        if method.retain_weight != 0:
-            total = total + method.retain_weight * losses["retain"].mean()
-        return means, {"total": total}
+        if isinstance(method, NPO):
+            # E_a -(2 D / beta) log sigmoid(beta / D [l(a) - l_reference(a)]) + retain_weight E_x l(x)
+            beta = method.beta / elements
+            total = (-2 / beta * torch.sigmoid(-beta * gained["forget"]).log()).mean()
+            if method.retain_weight != 0:
+                total = total + method.retain_weight * losses["retain"].mean()
+            return means, {"total": total}
+        # Of a method that is new here: its own formula, on all rows at once.
+        found = method.objective(losses, before, elements)
+        return means, {name: sum(each.mean() for each in own.values()) for name, own in found.items()}
+
+    def _losses_of_rows(self, network: TinyDenoiser, step: int) -> dict[str, Tensor]:
+        """`[B]` for each role."""
+        losses = {}
+        for each in self.passes():
+            predicted = self._predicted(network, each)
+            for term in each.terms:
+                residual = predicted[term.rows.start : term.rows.stop] - term.target
+                losses[term.role] = self._losses(term, residual, step)
+        return losses
 
     def _reference_point(self, gained: dict[str, Tensor]) -> Tensor:
         """z0 of KTO, without a gradient."""
