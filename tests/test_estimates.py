@@ -232,6 +232,63 @@ def test_a_mask_of_the_forget_loss_on_a_run():
         assert mask.masks[name].sum() == 0 or not torch.equal(parameter, before[name])
 
 
+class Hostile(TinyDenoiser):
+    """Whose calls move averages, and draw random numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.drop = torch.nn.BatchNorm2d(1), torch.nn.Dropout(0.3)
+
+    def forward(self, x_t, t):
+        return self.drop(self.norm(super().forward(x_t, t)))
+
+
+SHORT = {
+    forget_gradients: {"num_batches": 2, "batch_size": 3},
+    fisher: {"samples": 2, "timesteps_per_sample": 3},
+    swag_variance: {"steps": 2, "batch_size": 3},
+}
+
+
+@pytest.mark.parametrize("estimate", SHORT, ids=lambda estimate: estimate.__name__)
+def test_an_estimate_is_a_function_of_its_seed_and_leaves_no_trace(estimate):
+    """With averages and active dropout; torch's random numbers go on where they were."""
+    model = Hostile()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    buffers = dict(model.named_buffers())
+    found = []
+    for start, seed in ((1, 3), (2, 3), (2, 4)):
+        torch.manual_seed(start)
+        state = torch.get_rng_state()
+        found.append(estimate(model, SCHEDULE, store(), seed=seed, **SHORT[estimate]))
+        assert torch.equal(torch.get_rng_state(), state)
+    first, again, other = found
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(buffer is buffers[name] for name, buffer in model.named_buffers())
+
+
+@pytest.mark.parametrize("estimate", SHORT, ids=lambda estimate: estimate.__name__)
+def test_an_estimate_after_an_error_leaves_no_trace(estimate):
+    model = Hostile()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state, calls, forward = torch.get_rng_state(), [], model.drop.forward
+
+    def failing(x):
+        calls.append(x)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+        return forward(x)
+
+    model.drop.forward = failing
+    with pytest.raises(RuntimeError, match="out of memory"):
+        estimate(model, SCHEDULE, store(), **SHORT[estimate])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
 @pytest.mark.parametrize(
     ("estimate", "change", "message"),
     [

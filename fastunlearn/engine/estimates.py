@@ -1,13 +1,15 @@
 """What masks and anchors are made of: gradients of a set, the Fisher information, variances of weights.
 
-Each estimate is a function of its seed, and leaves the network as it was. Several processes make it in one of
-them (`Mask.save`, `Anchor.save`), or all with the same seed.
+Each estimate is a function of its seed, active dropout included, and leaves the network and torch's random
+numbers as they were. Several processes make it in one of them (`Mask.save`, `Anchor.save`), or all with the
+same seed.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..host import check
+from ..host.buffers import buffers_put_back
 from ..host.plain_names import plain_copy, plain_parameters
 from ..host.store import ImageStore
 from ..host.tensor_lists import divide
@@ -84,11 +87,12 @@ def forget_gradients(
         # Few steps, of shapes of their own.
         "compile": False,
     }
-    for images in batches:
-        norm = method_step(Vanilla(), model, None, schedule, retain=images, **options).grad_norm
-        own, gradients = _take_gradients(parameters, sums)
-        divide(gradients, clipping(norm, batch_norm))
-        torch._foreach_add_(own, gradients)
+    with buffers_put_back(model), _random_numbers_of(seed, parameters):
+        for images in batches:
+            norm = method_step(Vanilla(), model, None, schedule, retain=images, **options).grad_norm
+            own, gradients = _take_gradients(parameters, sums)
+            divide(gradients, clipping(norm, batch_norm))
+            torch._foreach_add_(own, gradients)
     return dict(zip(parameters, sums, strict=True))
 
 
@@ -126,6 +130,7 @@ def fisher(
     timesteps_per_sample = check.integer("timesteps_per_sample", timesteps_per_sample, low=1)
     parameters = _trained(model)
     sums = _zeros(parameters)
+    images_one_by_one = _batches("retain", retain, parameters, 1, samples)
     options = {
         "generator": _generator(parameters, seed),
         "micro_batch_size": micro_batch_size,
@@ -133,11 +138,12 @@ def fisher(
         # Few steps, of shapes of their own.
         "compile": False,
     }
-    for image in _batches("retain", retain, parameters, 1, samples):
-        images = image.expand(timesteps_per_sample, -1, -1, -1)
-        method_step(Vanilla(), model, None, schedule, retain=images, **options)
-        own, gradients = _take_gradients(parameters, sums)
-        torch._foreach_addcmul_(own, gradients, gradients)
+    with buffers_put_back(model), _random_numbers_of(seed, parameters):
+        for image in images_one_by_one:
+            images = image.expand(timesteps_per_sample, -1, -1, -1)
+            method_step(Vanilla(), model, None, schedule, retain=images, **options)
+            own, gradients = _take_gradients(parameters, sums)
+            torch._foreach_addcmul_(own, gradients, gradients)
     torch._foreach_div_(sums, samples)
     return dict(zip(parameters, sums, strict=True))
 
@@ -185,14 +191,16 @@ def swag_variance(
         # Few steps, of shapes of their own.
         "compile": False,
     }
-    for images in _batches("retain", retain, parameters, batch_size, steps):
-        # The update is made here: of several processes one may estimate, which a step would warn of.
-        norm = method_step(Vanilla(), network, None, schedule, retain=images, **options).grad_norm
-        gradients = [own.grad for own in parameters.values() if own.grad is not None]
-        divide(gradients, clipping(norm, CLIPPED_TO))
-        optimizer.step()
-        optimizer.zero_grad()
-        moments.add([parameter.detach() for parameter in parameters.values()])
+    batches = _batches("retain", retain, parameters, batch_size, steps)
+    with _random_numbers_of(seed, parameters):
+        for images in batches:
+            # The update is made here: of several processes one may estimate, which a step would warn of.
+            norm = method_step(Vanilla(), network, None, schedule, retain=images, **options).grad_norm
+            gradients = [own.grad for own in parameters.values() if own.grad is not None]
+            divide(gradients, clipping(norm, CLIPPED_TO))
+            optimizer.step()
+            optimizer.zero_grad()
+            moments.add([parameter.detach() for parameter in parameters.values()])
     return dict(zip(parameters, moments.variance, strict=True))
 
 
@@ -374,6 +382,20 @@ def _zeros(parameters: Mapping[str, nn.Parameter]) -> list[Tensor]:
 def _generator(parameters: Mapping[str, nn.Parameter], seed: int) -> torch.Generator:
     device = next(iter(parameters.values())).device
     return torch.Generator(device).manual_seed(check.integer("seed", seed, low=0, high=SEEDS))
+
+
+@contextmanager
+def _random_numbers_of(seed: int, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """In the block, torch's own random numbers, those of dropout, follow from `seed`; after it they go on."""
+    device = next(iter(parameters.values())).device
+    # Another seed than that of the noise, whose numbers dropout would repeat.
+    own = SEEDS - seed
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(own)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(own)
+        yield
 
 
 def _batches(

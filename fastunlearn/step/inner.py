@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ..host.buffers import buffers_put_back
 from ..objective.draws import Draw, Draws
 from ..objective.protocol import Batch, Method, Pass, has_own_objective
 from ..objective.schedule import NoiseSchedule
@@ -118,9 +119,13 @@ def put_back(trained: Trained) -> Iterator[None]:
     parameters, optimizer, scaler = trained.parameters, trained.optimizer, trained.grad_scaler
     weights = [parameter.detach().clone() for parameter in parameters]
     gradients = [parameter.grad for parameter in parameters]
-    buffers = [(*place, place[2].clone()) for place in _buffers(trained.model)]
     devices = [parameters[0].device] if parameters[0].device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), _lent(optimizer, parameters), _lent(scaler, parameters):
+    with (
+        torch.random.fork_rng(devices=devices),
+        buffers_put_back(trained.model),
+        _lent(optimizer, parameters),
+        _lent(scaler, parameters),
+    ):
         for parameter in parameters:
             parameter.grad = None
         try:
@@ -128,23 +133,9 @@ def put_back(trained: Trained) -> Iterator[None]:
         finally:
             with torch.no_grad():
                 torch._foreach_copy_(parameters, weights)
-                for module, name, buffer, values in buffers:
-                    buffer.copy_(values)
-                    module._buffers[name] = buffer
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
             torch.clear_autocast_cache()
-
-
-def _buffers(model: Any) -> list[tuple[nn.Module, str, Tensor]]:
-    if not isinstance(model, nn.Module):
-        return []
-    return [
-        (module, name, buffer)
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
 
 
 def _clones(state: Any) -> dict[int, Tensor]:
