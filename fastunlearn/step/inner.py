@@ -153,6 +153,21 @@ def _clones(state: Any) -> dict[int, Tensor]:
     }
 
 
+def _clones(state: Any) -> dict[int, Tensor]:
+    """Copies of the tensors in `state` by identity, which deepcopy then need not make.
+
+    It takes five times as long for each. What it alone would copy rightly is left to it: subclasses, tensors
+    that share memory or have attributes of their own.
+    """
+    leaves = {id(leaf): leaf for leaf in tree_leaves(state) if type(leaf) is Tensor}
+    owners = Counter(leaf.untyped_storage().data_ptr() for leaf in leaves.values())
+    return {
+        key: leaf.clone()
+        for key, leaf in leaves.items()
+        if owners[leaf.untyped_storage().data_ptr()] == 1 and not leaf.requires_grad and not vars(leaf)
+    }
+
+
 # What of an optimizer and a scaler an update changes.
 CHANGED = ("state", "param_groups", "_scale", "_growth_tracker", "_per_optimizer_states")
 
