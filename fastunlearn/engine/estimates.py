@@ -2,7 +2,7 @@
 
 Each estimate is a function of its seed, active dropout included, and leaves the network and torch's random
 numbers as they were. Several processes make it in one of them (`Mask.save`, `Anchor.save`), or all with the
-same seed.
+same seed: none waits for the others, also where the network is in DistributedDataParallel.
 """
 
 from __future__ import annotations
@@ -76,6 +76,7 @@ def forget_gradients(
     num_batches = check.integer("num_batches", num_batches, low=1)
     if batch_norm is not None:
         batch_norm = check.number("batch_norm", batch_norm, low=0, low_open=True)
+    model = unwrapped(model)
     parameters = _trained(model)
     sums = _zeros(parameters)
     batches = _batches("forget", forget, parameters, batch_size, num_batches)
@@ -128,6 +129,7 @@ def fisher(
     """
     samples = check.integer("samples", samples, low=1)
     timesteps_per_sample = check.integer("timesteps_per_sample", timesteps_per_sample, low=1)
+    model = unwrapped(model)
     parameters = _trained(model)
     sums = _zeros(parameters)
     images_one_by_one = _batches("retain", retain, parameters, 1, samples)

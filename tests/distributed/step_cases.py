@@ -21,6 +21,7 @@ from fastunlearn import (
     retrack_step,
     siss_step,
 )
+from fastunlearn.engine import estimates
 from fastunlearn.host.precision import tf32
 from fastunlearn.objective.draws import Draws
 from fastunlearn.step.take import StepOutput
@@ -127,6 +128,23 @@ def take_steps_with_mask_and_anchor(method, alone: bool, seed: int = 0) -> Any:
     except ValueError as error:
         return str(error)
     return weights(unlearner.model), reports
+
+
+def estimates_in_one_process() -> list[dict[str, Tensor]] | None:
+    """Those of process 0 for a network in DistributedDataParallel, while the others make none."""
+    model = nn.parallel.DistributedDataParallel(TinyDenoiser())
+    if dist.get_rank() != 0:
+        return None
+    return short_estimates(model)
+
+
+def short_estimates(model: nn.Module) -> list[dict[str, Tensor]]:
+    store = ImageStore(images(4, 1))
+    return [
+        estimates.forget_gradients(model, SCHEDULE, store, num_batches=2, batch_size=3),
+        estimates.fisher(model, SCHEDULE, store, samples=2),
+        estimates.swag_variance(model, SCHEDULE, store, steps=2, batch_size=3),
+    ]
 
 
 def objective_of_other_rows(method) -> str:

@@ -18,10 +18,12 @@ from step_cases import (
     begin_with_other_seeds,
     begin_with_other_selections,
     drawn_rows,
+    estimates_in_one_process,
     objective_of_other_rows,
     own_loop,
     references_that_are_the_model,
     scaled_loop,
+    short_estimates,
     step_with_a_nan,
     step_with_other_rows,
     step_with_references_apart,
@@ -113,6 +115,15 @@ def test_rules_see_the_gradients_of_all_processes(pair: Team, method):
 def test_masks_that_differ_are_refused(pair: Team):
     for refusal in pair.run(take_steps_with_mask_and_anchor, Vanilla(), False, 1):
         assert "got different rules" in refusal
+
+
+def test_one_process_may_estimate(pair: Team):
+    """What it finds is what a network without DistributedDataParallel gives, to the bit."""
+    found, nothing = pair.run(estimates_in_one_process, patience=120)
+    assert nothing is None
+    for own, alone in zip(found, short_estimates(TinyDenoiser()), strict=True):
+        assert own.keys() == alone.keys()
+        assert all(torch.equal(own[name], alone[name]) for name in alone)
 
 
 @pytest.mark.parametrize("method", [Whole(), Pairs()], ids=str)
