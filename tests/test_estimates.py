@@ -289,6 +289,16 @@ def test_an_estimate_after_an_error_leaves_no_trace(estimate):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("estimate", SHORT, ids=lambda estimate: estimate.__name__)
+def test_estimates_of_half_precision(estimate):
+    """Rows of a store are float32, which such a network takes under autocast alone."""
+    model = TinyDenoiser().bfloat16()
+    with pytest.raises(TypeError, match=r"^model: expected float32 parameters, or autocast_dtype .*bfloat16"):
+        estimate(model, SCHEDULE, store(), **SHORT[estimate])
+    found = estimate(model, SCHEDULE, store(), autocast_dtype=torch.bfloat16, **SHORT[estimate])
+    assert {each.dtype for each in found.values()} == {torch.float32}
+
+
 @pytest.mark.parametrize(
     ("estimate", "change", "message"),
     [

@@ -78,6 +78,7 @@ def forget_gradients(
         batch_norm = check.number("batch_norm", batch_norm, low=0, low_open=True)
     model = unwrapped(model)
     parameters = _trained(model)
+    _check_precision(parameters, autocast_dtype)
     sums = _zeros(parameters)
     batches = _batches("forget", forget, parameters, batch_size, num_batches)
     options = {
@@ -131,6 +132,7 @@ def fisher(
     timesteps_per_sample = check.integer("timesteps_per_sample", timesteps_per_sample, low=1)
     model = unwrapped(model)
     parameters = _trained(model)
+    _check_precision(parameters, autocast_dtype)
     sums = _zeros(parameters)
     images_one_by_one = _batches("retain", retain, parameters, 1, samples)
     options = {
@@ -184,6 +186,7 @@ def swag_variance(
     _trained(model)
     network = plain_copy(unwrapped(model))
     parameters = _trained(network)
+    _check_precision(parameters, autocast_dtype)
     optimizer = torch.optim.AdamW(parameters.values(), lr=lr, weight_decay=0.0, fused=True)
     moments = _Moments()
     options = {
@@ -379,6 +382,17 @@ def _zeros(parameters: Mapping[str, nn.Parameter]) -> list[Tensor]:
         torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
         for parameter in parameters.values()
     ]
+
+
+def _check_precision(parameters: Mapping[str, nn.Parameter], autocast_dtype: torch.dtype | None) -> None:
+    """
+    Raises:
+        TypeError: the network could not take the rows of a store.
+    """
+    dtype = next(iter(parameters.values())).dtype
+    if autocast_dtype is None and dtype.itemsize < 4:
+        expected = "expected float32 parameters, or autocast_dtype (stores serve float32 rows)"
+        raise TypeError(f"model: {expected}, got {dtype}")
 
 
 def _generator(parameters: Mapping[str, nn.Parameter], seed: int) -> torch.Generator:
