@@ -23,11 +23,13 @@ class Sum(torch.autograd.Function):
         return None, *(None if value is None else value * gradient for value in ctx.values)
 
 
-def combined(main, correction, combination, *, in_place, passes=1, unit=1.0, loss_scale=1.0):
-    """Parameters with the combined gradient of `main` and `correction` (lists of gradients; None: none) in
-    `.grad`, and what was reported.
+def combined(
+    main, correction, combination, *, in_place, passes=1, unit=1.0, loss_scale=1.0, dtype=torch.float64
+):
+    """Parameters of `dtype` with the combined gradient of `main` and `correction` (lists of gradients; None:
+    none) in `.grad`, and what was reported.
     """
-    parameters = [nn.Parameter(torch.zeros(3, 2, dtype=torch.float64)) for _ in main]
+    parameters = [nn.Parameter(torch.zeros(3, 2, dtype=dtype)) for _ in main]
     accumulator = accumulate.Accumulator(
         parameters, combination, in_place=in_place, unit=unit, loss_scale=loss_scale
     )
@@ -138,10 +140,26 @@ def test_balance_gives_both_gradients_one_norm(pair, scale, loss_scale):
     torch.testing.assert_close(found, expected.gradients, rtol=1e-12, atol=1e-12 * min(scale, 1))
     torch.testing.assert_close(report.scaling_factor, expected.factor, rtol=1e-12, atol=0)
     torch.testing.assert_close(report.correction_norm, expected.correction_norm, rtol=1e-12, atol=0)
-    # 1 - lambd is off by a rounding of 1, which is a share of 1 / scale of it.
-    assert report.main_factor.item() == pytest.approx(1 + expected.factor.item(), rel=1e-12)
     sizes = report.correction_norm * -report.scaling_factor, torch.cat(main).norm() * report.main_factor
-    torch.testing.assert_close(*sizes, rtol=max(1e-12, 1e-15 / scale), atol=0)
+    torch.testing.assert_close(*sizes, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e-9, 1e-6, 1.0, 1e9])
+def test_balance_keeps_a_far_larger_gradient_in_float32(pair, scale):
+    """Also where lambd rounds to 1: the retain gradient is made as short as the other, not left out."""
+    main, correction = [g.float() for g in pair[0]], [scale * g.float() for g in pair[1]]
+    options = {"in_place": True, "dtype": torch.float32}
+    parameters, report = combined(main, correction, combine.Balance(), **options)
+    norms = [torch.cat(side).double().norm() for side in (main, correction)]
+    shares = norms[1] / sum(norms), norms[0] / sum(norms)
+    expected = [
+        shares[0] * m.double() + shares[1] * c.double() for m, c in zip(main, correction, strict=True)
+    ]
+    # Two products and a sum of float32, of numbers of one size; norms of some hundred.
+    size = (shares[0] * norms[0]).item()
+    for parameter, right in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(parameter.grad.double(), right, rtol=0, atol=2e-6 * size)
+    assert report.main_factor.item() == pytest.approx(shares[0].item(), rel=1e-6)
 
 
 def test_balance_of_nothing_leaves_the_other_gradient(pair):

@@ -38,6 +38,10 @@ class Combined:
     main_factor: Tensor | None = None
 
 
+# 0-d: f, and what the main gradient is multiplied by. None: 1.
+Factors = tuple[Tensor, Tensor | None]
+
+
 @dataclass(frozen=True)
 class Sum:
     """All terms are one gradient, `"total"`."""
@@ -84,18 +88,19 @@ class Rescale:
             return weights[0].amax()
         return torch.stack([each.amax() for each in weights]).amax()
 
-    def factor(
+    def factors(
         self,
         norm: Tensor,
         main: Sequence[Tensor | None],
         correction: Sequence[Tensor | None],
         loss_scale: Tensor | float,
         unit: Tensor | float,
-    ) -> Tensor:
+    ) -> Factors:
         """f for the correction as it was computed: divided by `unit`, and so is its `norm`.
 
-        Both gradients are multiplied by the loss scale. Each has an entry for every parameter, None where it
-        is missing; without `needs_main` nobody reads them.
+        Beside it what the main gradient is multiplied by. Both gradients are multiplied by the loss scale.
+        Each has an entry for every parameter, None where it is missing; without `needs_main` nobody reads
+        them.
         """
         if self.scaling == "ratio":
             # f = scaling_norm ||g_retain|| / ||g_forget||, in which the loss scale cancels; 0 / 0 is 0.
@@ -107,12 +112,8 @@ class Rescale:
             factor = self.scaling_norm * loss_scale / norm
         if self.scaling == "clip":
             # f = min(1, scaling_norm / ||g_forget||): of the gradient divided by its unit, at most the unit.
-            return factor.clamp(max=unit)
-        return torch.where(torch.isinf(factor), torch.zeros_like(factor), factor)
-
-    def main_factor(self, factor: Tensor) -> None:
-        """None: the main gradient is left as it is."""
-        return None
+            return factor.clamp(max=unit), None
+        return torch.where(torch.isinf(factor), torch.zeros_like(factor), factor), None
 
 
 @dataclass(frozen=True)
@@ -140,17 +141,17 @@ class Project:
         """None: the factor depends on how large the correction is."""
         return None
 
-    def factor(
+    def factors(
         self,
         norm: Tensor,
         main: Sequence[Tensor | None],
         correction: Sequence[Tensor | None],
         loss_scale: Tensor | float,
         unit: Tensor | float,
-    ) -> Tensor:
-        """As `Rescale.factor`."""
+    ) -> Factors:
+        """As `Rescale.factors`."""
         if self.multiplier is not None:
-            return torch.full_like(norm, -self.multiplier)
+            return torch.full_like(norm, -self.multiplier), None
         # A parameter that has one gradient alone adds nothing to the inner product.
         pairs = zip(main, correction, strict=True)
         both = [(one, other) for one, other in pairs if one is not None and other is not None]
@@ -169,11 +170,7 @@ class Project:
             share = product / loss_scale / loss_scale / (norms + SMALL)
         factor = -torch.clamp(self.eta - share, min=0)
         # A gradient of zero has nothing to project on.
-        return torch.where(norm == 0, torch.zeros_like(factor), factor)
-
-    def main_factor(self, factor: Tensor) -> None:
-        """None: the main gradient is left as it is."""
-        return None
+        return torch.where(norm == 0, torch.zeros_like(factor), factor), None
 
 
 @dataclass(frozen=True)
@@ -191,25 +188,25 @@ class Balance:
         """None: the factor depends on how large the correction is."""
         return None
 
-    def factor(
+    def factors(
         self,
         norm: Tensor,
         main: Sequence[Tensor | None],
         correction: Sequence[Tensor | None],
         loss_scale: Tensor | float,
         unit: Tensor | float,
-    ) -> Tensor:
-        """As `Rescale.factor`; there is no unit."""
-        # lambd = ||g_retain|| / (||g_forget|| + ||g_retain||), in which a loss scale cancels.
+    ) -> Factors:
+        """As `Rescale.factors`; there is no unit."""
+        # lambd = ||g_retain|| / (||g_forget|| + ||g_retain||), in which a loss scale cancels. 1 - lambd has a
+        # quotient of its own: the difference would be 0 in float32 where the forget gradient is far smaller.
         main_norm = total_norm([gradient for gradient in main if gradient is not None], norm.device)
-        lambd = main_norm / (norm + main_norm)
+        both = norm + main_norm
+        lambd, rest = main_norm / both, norm / both
         # The gradient that vanishes would take the other with it.
-        lambd = torch.where(main_norm == 0, torch.ones_like(lambd), lambd)
-        return -torch.where(norm == 0, torch.zeros_like(lambd), lambd)
-
-    def main_factor(self, factor: Tensor) -> Tensor:
-        """0-d: 1 - lambd."""
-        return 1 + factor
+        zero, one = torch.zeros_like(lambd), torch.ones_like(lambd)
+        lambd = torch.where(norm == 0, zero, torch.where(main_norm == 0, one, lambd))
+        rest = torch.where(norm == 0, one, torch.where(main_norm == 0, zero, rest))
+        return -lambd, rest
 
 
 Combination = Sum | Rescale | Project | Balance

@@ -84,8 +84,9 @@ def balance(main: Sequence[Tensor], correction: Sequence[Tensor]) -> Combined:
     of `rescale`, so it is `-lambda`.
     """
     norm, main_norm = _inner(correction, correction).sqrt(), _inner(main, main).sqrt()
-    weight = main_norm / (norm + main_norm)
-    return _combine([(1 - weight) * m for m in main], correction, -weight, norm)
+    # 1 - lambda by a quotient of its own: the difference rounds to nothing where g_a is far smaller.
+    weight, rest = main_norm / (norm + main_norm), norm / (norm + main_norm)
+    return _combine([rest * m for m in main], correction, -weight, norm)
 
 
 def _inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:

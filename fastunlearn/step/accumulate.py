@@ -122,7 +122,9 @@ class Accumulator:
         self._restrict()
         norm = total_norm(self._present(), self._device)
         present = [parameter.grad for parameter in self.parameters]
-        factor = self.combination.factor(norm, self._parked, present, self.loss_scale, self.unit)
+        factor, main_factor = self.combination.factors(
+            norm, self._parked, present, self.loss_scale, self.unit
+        )
 
         # A parameter may have one of the two gradients alone.
         mains, corrections, alone, main_alone = [], [], [], []
@@ -135,7 +137,6 @@ class Accumulator:
             else:
                 mains.append(main)
                 corrections.append(parameter.grad)
-        main_factor = self.combination.main_factor(factor)
         if main_factor is not None:
             multiply(mains + main_alone, main_factor)
         multiply(alone, -factor)
@@ -169,7 +170,7 @@ class Accumulator:
         self._reduce()
         correction = self._present()
         norm = total_norm(correction, self._device)
-        factor = self.combination.factor(norm, [], [], self.loss_scale, self.unit)
+        factor, _ = self.combination.factors(norm, [], [], self.loss_scale, self.unit)
         multiply(correction, -factor)
         self._combined = self._report(norm, factor)
 
