@@ -31,7 +31,9 @@ class ParameterRule:
         """Changes one of the step's gradients (there are two where a method keeps them apart).
 
         It acts before any norm or inner product of it is taken. After the projection, a mask would break
-        `<g, g_forget> >= eta ||g_forget||^2`, and after the rescaling the norm that was asked for.
+        `<g, g_forget> >= eta ||g_forget||^2`, and after the rescaling the norm that was asked for. Where
+        another rule has added to the combined gradient, or the caller (`keep_grad`), it acts once more on
+        the sum, before clipping: twice has to be as once.
         """
 
     def add(self, parameters: Sequence[nn.Parameter], loss_scale: Tensor | float) -> Tensor | None:

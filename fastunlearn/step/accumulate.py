@@ -106,7 +106,7 @@ class Accumulator:
         """Leaves the combined gradient in `.grad`: of all processes, still multiplied by the loss scale."""
         self._select(self._main)
         self._reduce()
-        self._restrict()
+        self.restrict()
         if self._combined is None:
             self._combined = self._merge()
         return self._combined
@@ -119,7 +119,7 @@ class Accumulator:
         # The correction comes into `.grad`, the main gradient into the parked buffers.
         self._swap()
         self._reduce()
-        self._restrict()
+        self.restrict()
         norm = total_norm(self._present(), self._device)
         present = [parameter.grad for parameter in self.parameters]
         factor, main_factor = self.combination.factors(
@@ -208,7 +208,8 @@ class Accumulator:
                 if shares[index] == 0:
                     self.parameters[index].grad = None
 
-    def _restrict(self) -> None:
+    def restrict(self) -> None:
+        """Lets the rules on parameters change what lies in `.grad`."""
         # A tuple, and nothing is taken back: what a rule does not do in place would be lost without a word.
         gradients = tuple(parameter.grad for parameter in self.parameters)
         for rule in self._restricting:

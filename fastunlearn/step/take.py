@@ -16,6 +16,7 @@ from ..host.profiling import stage
 from ..host.tensor_lists import total_norm
 from ..objective.combine import Combined
 from ..objective.draws import Draws
+from ..objective.parameters import overrides
 from ..objective.protocol import Batch, Method, Pass, has_own_objective
 from ..objective.schedule import NoiseSchedule
 from . import objective
@@ -100,7 +101,7 @@ def take_step(
         # What the caller left in `.grad` comes after combine, whose norms are those of the step's own.
         add_kept(trained.parameters, kept)
         with stage("update"):
-            output = step.update(combined)
+            output = step.update(combined, kept=any(gradient is not None for gradient in kept))
     tell_skipped(trained.wrappers, output.skipped)
     if inner_loss is None:
         return output
@@ -233,8 +234,12 @@ class _Step:
         losses = losses_without_graph(networks.model, networks, part, self.schedule, weighted=True)
         self.losses.add(part, losses)
 
-    def update(self, combined: Combined) -> StepOutput:
-        """Update: what is reported, the rules on parameters, and the optimizer's step unless it is ruined."""
+    def update(self, combined: Combined, *, kept: bool) -> StepOutput:
+        """Update: what is reported, the rules on parameters, and the optimizer's step unless it is ruined.
+
+        Args:
+            kept: whether the caller's gradients have been added to the combined one.
+        """
         optimizer, scaler = self.trained.optimizer, self.trained.grad_scaler
         parameters = self.trained.parameters
         loss, means = self.losses.result(combined)
@@ -247,6 +252,10 @@ class _Step:
             for rule in self.settings.rules:
                 added = rule.add(parameters, left)
                 loss = loss if added is None else loss + check_added(rule, added)
+            # What an anchor, or the caller, has added knows of no mask, and would count in the norm.
+            adding = [rule for rule in self.settings.rules if overrides(rule, "add") and not rule.idle]
+            if kept or adding:
+                self.gradients.restrict()
         except BaseException:
             forget_unscaling(scaler, optimizer)
             raise

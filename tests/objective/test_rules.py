@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from fastunlearn import Draws, ImageStore, Unlearner, neggrad_step, siss_step, vanilla_step
+from fastunlearn import Draws, ImageStore, Unlearner, method_step, neggrad_step, siss_step, vanilla_step
 from fastunlearn.engine.replay import WARM_UP_STEPS
 from fastunlearn.methods import SISS, EraseDiff, NegGrad, ReTrack, Vanilla
 from fastunlearn.objective.anchor import Anchor
@@ -334,6 +334,36 @@ def test_norms_are_those_of_the_weights_that_move():
     out = siss_step(model, optimizer, SCHEDULE, x, x.flip(0), **options, rules=[mask])
     assert out.correction_norm < plain.correction_norm
     torch.testing.assert_close(float(out.correction_norm * out.scaling_factor), 3.0, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("method", [Vanilla(), SISS(), EraseDiff()], ids=str)
+def test_what_an_anchor_or_the_caller_adds_to_masked_weights_counts_in_no_norm(method, scaled):
+    """Clipping would shorten the steps of the others by weights that cannot move."""
+    model = TinyDenoiser().double()
+    mask, anchor = mask_of(model), anchor_of(model, 1e5)
+    images = {"forget": torch.randn(4, 1, 8, 8).double(), "retain": torch.randn(4, 1, 8, 8).double()}
+    images = {name: value for name, value in images.items() if name in method.needs}
+    free = copy.deepcopy(model)
+    anchors = [Anchor(anchor.mean, anchor.precision, 1e5, model=free)]
+    norms = []
+    for network, rules in ((free, anchors), (model, [anchor, mask])):
+        # So little that nothing moves; momentum is the gradient that the optimizer sees.
+        optimizer = torch.optim.SGD(network.parameters(), lr=1e-300, momentum=0.9)
+        for parameter in network.parameters():
+            parameter.grad = torch.full_like(parameter, 7.0)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10) if scaled else None
+        options = {"rules": rules, "keep_grad": True, "max_grad_norm": None, "grad_scaler": scaler}
+        generator = torch.Generator().manual_seed(0)
+        out = method_step(method, network, optimizer, SCHEDULE, **images, generator=generator, **options)
+        momentum = [optimizer.state[each]["momentum_buffer"].flatten() for each in network.parameters()]
+        norms.append((out.grad_norm, torch.cat(momentum)))
+    moves = torch.cat([each.flatten() for each in mask.masks.values()])
+    (_, whole), (norm, restricted) = norms
+    assert not restricted[~moves].any()
+    torch.testing.assert_close(norm, restricted.norm(), rtol=1e-12, atol=0)
+    if method == Vanilla():
+        torch.testing.assert_close(restricted[moves], whole[moves], rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
