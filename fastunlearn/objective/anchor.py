@@ -88,7 +88,10 @@ class Anchor(ParameterRule):
                 raise ValueError(f"{path}: expected tensors of an anchor, got {name!r}")
             {"mean": mean, "precision": precision}[kind][own] = tensor
         if precision.keys() == {""}:
-            precision = precision[""].item()
+            number = precision[""]
+            if number.numel() != 1:
+                raise ValueError(f"{path}: expected one precision for all, got {check.describe(number)}")
+            precision = number.item()
         return cls(mean, precision, gamma, model=model, **options)
 
     def save(self, path: str | os.PathLike) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..host import check
+from ..host.arrays import tensor_bytes
 from ..host.atomic import atomic_file
 from ..host.plain_names import plain_parameters
 
@@ -110,8 +112,9 @@ def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], about:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {"format": FORMAT, "about": about, "sha256": _content_hash(held)}
     with atomic_file(path, mode=0o600) as file:
-        file.write(save(held, {"format": FORMAT, "about": about}))
+        file.write(save(held, metadata))
 
 
 def read_tensors(path: str | os.PathLike, about: str | None = None) -> dict[str, Tensor] | None:
@@ -127,6 +130,19 @@ def read_tensors(path: str | os.PathLike, about: str | None = None) -> dict[str,
                 raise ValueError(f"{path}: expected a file of {FORMAT}, got {metadata.get('format')}")
             if about is not None and metadata.get("about") != about:
                 return None
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path}: expected a safetensors file, got {error}") from error
+    # A mask of other bits would let other weights move, and no number of a step would show it.
+    if metadata.get("sha256") != _content_hash(tensors):
+        raise ValueError(f"{path}: expected the content that its hash was taken of, got another (damaged)")
+    return tensors
+
+
+def _content_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes, in the order of names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor_bytes(tensor.flatten()))
+    return digest.hexdigest()

@@ -13,6 +13,7 @@ from fastunlearn.engine.replay import WARM_UP_STEPS
 from fastunlearn.methods import SISS, EraseDiff, NegGrad, ReTrack, Vanilla
 from fastunlearn.objective.anchor import Anchor
 from fastunlearn.objective.mask import Mask, largest
+from fastunlearn.objective.named_tensors import write_tensors
 from fastunlearn.runs.training import unlearn
 from fastunlearn.testing.budgets import relative_l2
 from fastunlearn.testing.factories import Average, TinyDenoiser, linear_schedule
@@ -523,3 +524,29 @@ def test_files_of_rules_come_back(tmp_path):
     (tmp_path / "mask.safetensors").write_bytes(b"damaged")
     with pytest.raises(ValueError, match=r"mask.safetensors: expected a safetensors file, got"):
         Mask.load(tmp_path / "mask.safetensors", model=model)
+
+
+def test_a_file_of_which_a_byte_has_changed_is_refused(tmp_path):
+    """In the tensors themselves, of which safetensors knows no hash; also one that is no boolean."""
+    model = TinyDenoiser()
+    path = tmp_path / "rule.safetensors"
+    for rule, kind in ((mask_of(model), Mask), (anchor_of(model), Anchor)):
+        options = {"model": model} | ({} if kind is Mask else {"gamma": 1.0})
+        rule.save(path)
+        whole = path.read_bytes()
+        for place, value in ((-1, whole[-1] ^ 1), (-9, 7)):
+            damaged = bytearray(whole)
+            damaged[place] = value
+            path.write_bytes(damaged)
+            with pytest.raises(ValueError, match=r"rule.safetensors: expected the content .*\(damaged\)"):
+                kind.load(path, **options)
+        path.write_bytes(whole)
+        kind.load(path, **options)
+
+
+def test_a_file_with_a_precision_that_is_no_number_is_refused(tmp_path):
+    tensors = {"mean/enter.bias": torch.zeros(6), "precision/": torch.ones(3)}
+    write_tensors(tmp_path / "anchor.safetensors", tensors, "anchor")
+    expected = r"anchor.safetensors: expected one precision for all, got float32 of shape \(3,\)"
+    with pytest.raises(ValueError, match=expected):
+        Anchor.load(tmp_path / "anchor.safetensors", 1.0, model=TinyDenoiser())
