@@ -182,6 +182,7 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path):
         ([own], r"^checkpoints: expected at least two, .* got one"),
         (own, r"^checkpoints: expected at least two, .* got one"),
         ([], r"^checkpoints: expected at least two, .* got none"),
+        ([own, own], r"^checkpoints: expected networks that were trained apart, got equal weights in all"),
         (
             [own, tmp_path / "narrow.safetensors"],
             r"narrow.safetensors: expected enter.weight of shape \(6, 1",
@@ -193,6 +194,30 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             checkpoint_moments(model, given)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [None, 3, (path for path in "ab"), [1, 2], [{}, {}]],
+    ids=["nothing", "number", "iterator", "numbers", "dicts"],
+)
+def test_checkpoints_are_paths(given):
+    with pytest.raises(TypeError, match=r"^checkpoints: expected (paths|at least two, .*), got"):
+        checkpoint_moments(TinyDenoiser(), given)
+
+
+def test_estimates_that_are_not_finite_are_refused():
+    """As a precision, infinity would count as that of a weight that never varied."""
+    model = TinyDenoiser()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1e12)
+    with pytest.raises(ValueError, match=r"^fisher\['enter.weight'\]: expected finite values, got"):
+        vdu_laplace(model, SCHEDULE, store(), 1.0, samples=2)
+    with torch.no_grad():
+        model.leave.bias.fill_(torch.nan)
+    with pytest.raises(ValueError, match=r"^swag_variance\['enter.weight'\]: expected finite values, got"):
+        vdu_swag(model, SCHEDULE, store(), 1.0, steps=2, batch_size=2)
 
 
 def test_anchors_of_one_checkpoint():
@@ -306,6 +331,7 @@ def test_estimates_of_half_precision(estimate):
         (forget_gradients, {"batch_size": 0}, r"^batch_size: expected an integer >= 1, got 0"),
         (forget_gradients, {"batch_norm": 0}, r"^batch_norm: expected a finite number in \(0"),
         (forget_gradients, {"seed": -1}, r"^seed: expected an integer in"),
+        (forget_gradients, {"time_window": 3}, r"^time_window: expected a density of timesteps"),
         (fisher, {"samples": 0}, r"^samples: expected an integer >= 1, got 0"),
         (fisher, {"timesteps_per_sample": 0}, r"^timesteps_per_sample: expected an integer >= 1"),
         (swag_variance, {"steps": 1}, r"^steps: expected an integer >= 2, got 1"),
@@ -313,7 +339,7 @@ def test_estimates_of_half_precision(estimate):
     ],
 )
 def test_estimates_that_make_no_sense_are_refused(estimate, change, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         estimate(TinyDenoiser(), SCHEDULE, store(), **change)
 
 

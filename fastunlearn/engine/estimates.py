@@ -27,7 +27,7 @@ from ..methods import Vanilla
 from ..models import load_checkpoint
 from ..objective.anchor import Anchor
 from ..objective.schedule import NoiseSchedule
-from ..objective.time import Density
+from ..objective.time import Density, check_density
 from ..step.doors import method_step
 from ..step.trained import unwrapped
 from ..step.update import clipping
@@ -74,6 +74,8 @@ def forget_gradients(
         TypeError, ValueError: naming the argument.
     """
     num_batches = check.integer("num_batches", num_batches, low=1)
+    if time_window is not None:
+        check_density("time_window", time_window)
     if batch_norm is not None:
         batch_norm = check.number("batch_norm", batch_norm, low=0, low_open=True)
     model = unwrapped(model)
@@ -126,7 +128,7 @@ def fisher(
         By plain name, >= 0; 0 where the loss does not reach.
 
     Raises:
-        TypeError, ValueError: naming the argument.
+        TypeError, ValueError: naming the argument, or a weight of which it is not finite.
     """
     samples = check.integer("samples", samples, low=1)
     timesteps_per_sample = check.integer("timesteps_per_sample", timesteps_per_sample, low=1)
@@ -149,7 +151,7 @@ def fisher(
             own, gradients = _take_gradients(parameters, sums)
             torch._foreach_addcmul_(own, gradients, gradients)
     torch._foreach_div_(sums, samples)
-    return dict(zip(parameters, sums, strict=True))
+    return _finite("fisher", dict(zip(parameters, sums, strict=True)))
 
 
 def swag_variance(
@@ -179,7 +181,7 @@ def swag_variance(
         By plain name, unbiased; 0 for a weight that never moved.
 
     Raises:
-        TypeError, ValueError: naming the argument.
+        TypeError, ValueError: naming the argument, or a weight of which it is not finite.
     """
     steps = check.integer("steps", steps, low=2)
     lr = check.number("lr", lr, low=0, low_open=True)
@@ -206,7 +208,7 @@ def swag_variance(
             optimizer.step()
             optimizer.zero_grad()
             moments.add([parameter.detach() for parameter in parameters.values()])
-    return dict(zip(parameters, moments.variance, strict=True))
+    return _finite("swag_variance", dict(zip(parameters, moments.variance, strict=True)))
 
 
 def checkpoint_moments(
@@ -223,15 +225,12 @@ def checkpoint_moments(
         Mean and variance by plain name, in float32 at least.
 
     Raises:
-        TypeError, ValueError: naming the checkpoint that lacks a weight, or has one of another shape.
+        TypeError, ValueError: naming the checkpoint that lacks a weight, or has one of another shape; or no
+            weight differs in any of them.
     """
     parameters = _trained(model)
-    paths = checkpoints
-    if isinstance(paths, (str, os.PathLike)) or len(paths) < 2:
-        got = "one" if isinstance(paths, (str, os.PathLike)) or len(paths) == 1 else "none"
-        raise ValueError(f"checkpoints: expected at least two, over which a variance can be taken, got {got}")
     moments = _Moments()
-    for path in paths:
+    for path in _paths(checkpoints):
         found = _weights(Path(path))
         own = []
         for name, parameter in parameters.items():
@@ -242,9 +241,11 @@ def checkpoint_moments(
             check.finite(f"checkpoints: {path}: {name}", weight)
             own.append(weight.to(parameter.device))
         moments.add(own)
-    names = list(parameters)
-    means = dict(zip(names, moments.means, strict=True))
-    return means, dict(zip(names, moments.variance, strict=True))
+    variance = moments.variance
+    # Held as firmly as can be, such weights would never move, and no number would say why.
+    if not any(bool(own.any()) for own in variance):
+        raise ValueError("checkpoints: expected networks that were trained apart, got equal weights in all")
+    return dict(zip(parameters, moments.means, strict=True)), dict(zip(parameters, variance, strict=True))
 
 
 def vdu(model: nn.Module, checkpoints: Sequence[str | os.PathLike], gamma: float, **options: Any) -> Anchor:
@@ -356,6 +357,35 @@ class _Moments:
     def variance(self) -> list[Tensor]:
         # Rounding may leave a square of less than 0 where a weight hardly varies.
         return torch._foreach_clamp_min(torch._foreach_div(self._squares, self.count - 1), 0.0)
+
+
+def _paths(checkpoints: Any) -> Sequence[str | os.PathLike]:
+    """
+    Raises:
+        TypeError, ValueError: they are no paths, or fewer than two.
+    """
+    expected = "expected at least two, over which a variance can be taken"
+    if isinstance(checkpoints, (str, os.PathLike)):
+        raise ValueError(f"checkpoints: {expected}, got one")
+    if not isinstance(checkpoints, (list, tuple)):
+        raise TypeError(f"checkpoints: {expected}, got {check.describe(checkpoints)}")
+    for path in checkpoints:
+        if not isinstance(path, (str, os.PathLike)):
+            raise TypeError(f"checkpoints: expected paths, got {check.describe(path)}")
+    if len(checkpoints) < 2:
+        raise ValueError(f"checkpoints: {expected}, got {'one' if checkpoints else 'none'}")
+    return checkpoints
+
+
+def _finite(estimate: str, found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`found`, where every number is finite: as a precision, infinity would stand for the largest.
+
+    Raises:
+        ValueError: there are others.
+    """
+    for name, own in found.items():
+        check.finite(f"{estimate}[{name!r}]", own)
+    return found
 
 
 def _at_most(max_precision: float | None) -> dict[str, float]:
