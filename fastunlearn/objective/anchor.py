@@ -158,8 +158,12 @@ class Anchor(ParameterRule):
         return {**settings, "mean": self.mean, "precision": self.precision}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        is_number = isinstance(self._precision, float)
+        if is_number == isinstance(state["precision"], Mapping):
+            expected = "one number for all" if is_number else "a tensor for each parameter"
+            raise ValueError(f"precision: expected {expected}, got {check.describe(state['precision'])}")
         self._mean.copy_from(state["mean"])
-        if isinstance(self._precision, float):
+        if is_number:
             self._precision = float(state["precision"])
         else:
             self._precision.copy_from(state["precision"])

@@ -153,6 +153,8 @@ class Mask(ParameterRule):
         self._moving.copy_from(state["masks"])
         self._staying.copy_from(self._inverse())
         self._whole = self._all_move()
+        # A step that raised has left weights that the masks of before were to put back.
+        self._before = None
 
     def _inverse(self) -> dict[str, Tensor]:
         return {name: ~mask for name, mask in self._moving.tensors.items()}

@@ -505,6 +505,32 @@ def test_states_are_taken_back_in_place():
     assert all(torch.equal(value, another.mean[name]) for name, value in anchor.mean.items())
     with pytest.raises(ValueError, match=r"^masks: expected \(6, 1, 3, 3\) for enter.weight, got none"):
         mask.load_state_dict({"masks": {}})
+    alike = Anchor(anchor.mean, 2.0, 1.0, model=TinyDenoiser())
+    with pytest.raises(ValueError, match=r"^precision: expected a tensor for each parameter, got 2.0"):
+        anchor.load_state_dict(alike.state_dict())
+    with pytest.raises(ValueError, match=r"^precision: expected one number for all, got"):
+        alike.load_state_dict(anchor.state_dict())
+
+
+def test_weights_of_a_step_that_failed_are_not_put_back_by_another_mask():
+    model = TinyDenoiser()
+    mask, images = mask_of(model), torch.randn(4, 1, 8, 8)
+
+    class Broken(Anchor):
+        def add(self, parameters, loss_scale):
+            raise RuntimeError("out of memory")
+
+    broken = Broken(dict(model.named_parameters()), 1.0, 1.0, model=model)
+    draws = Draws(None, torch.ones_like(images), None, torch.arange(4) * 200)
+    options = {"draws": draws, "rules": [mask]}
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        vanilla_step(model, optimizer, SCHEDULE, images, draws=draws, rules=[mask, broken])
+    mask.load_state_dict(mask_of(model, 1.0).state_dict())
+    free = copy.deepcopy(model)
+    vanilla_step(model, optimizer, SCHEDULE, images, **options)
+    vanilla_step(free, torch.optim.SGD(free.parameters(), lr=1e-3), SCHEDULE, images, draws=draws)
+    assert all(map(torch.equal, model.parameters(), free.parameters()))
 
 
 def test_files_of_rules_come_back(tmp_path):
