@@ -29,6 +29,7 @@ from ..objective.selection import Selection, check_band
 from ..objective.time import Density, Stratified
 from ..step.agreement import bits_of, bits_of_state, check_agreement
 from ..step.compilation import Compile, compile_seconds, resolve_compile
+from ..step.inner import check_inner_steps
 from ..step.options import Settings, check_needs, check_reference, check_rules, checked
 from ..step.select import Moment
 from ..step.take import StepOutput, take_step
@@ -202,6 +203,8 @@ class Unlearner:
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         trained = [parameter for parameter in self.parameters if parameter.requires_grad]
         check_rules(self.rules, optimizer, trained)
+        if method.inner_steps:
+            check_inner_steps(method, optimizer, self.rules)
         self.device = device
         self.compile = resolve_compile(compile, unwrapped(model), device)
         self._share_batch(process_group)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from .. import functional as F
 from ..host import check
+from ..host.store import ImageStore
 from ..objective.combine import Project
 from ..objective.conditioning import map_tensors
 from ..objective.draws import FORGET, RETAIN, Draw, Draws, Uniform
@@ -80,6 +82,11 @@ class EraseDiffBome(Method):
         check.number("lambda_bome", self.lambda_bome)
         check.one_of("target", self.target, TARGETS)
         check.integer("inner_steps", self.inner_steps, low=0)
+
+    def check_sets(self, stores: Mapping[str, ImageStore], device: torch.device) -> None:
+        if self.target != "uniform":
+            expected = "expected 'uniform' in an Unlearner, whose images have no conditions"
+            raise ValueError(f"target: {expected}, got {self.target!r}")
 
     def draws(self) -> dict[str, Draw]:
         if self.target == "uniform":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..host.buffers import buffers_put_back
 from ..objective.draws import Draw, Draws
+from ..objective.parameters import ParameterRule
 from ..objective.protocol import Batch, Method, Pass, has_own_objective
 from ..objective.schedule import NoiseSchedule
 from .arrange import gradient_of
@@ -72,7 +73,7 @@ def loss_of_inner_steps(
     Raises:
         ValueError: before any work, where inner steps make no sense, or could not be taken back.
     """
-    check_inner_steps(trained, method, settings)
+    check_inner_steps(method, trained.optimizer, settings.rules)
     inner = Correction(method)
     arguments = inner, schedule, batch, draws, settings, moment
     with put_back(trained):
@@ -84,20 +85,22 @@ def loss_of_inner_steps(
         return loss_of_step(alone, *arguments)
 
 
-def check_inner_steps(trained: Trained, method: Method, settings: Settings) -> None:
+def check_inner_steps(
+    method: Method, optimizer: torch.optim.Optimizer | None, rules: Sequence[ParameterRule]
+) -> None:
     """
     Raises:
         ValueError: the method does not keep its forget gradient apart, there is no update to try out, or
             something takes part in it that keeps a state of its own.
     """
-    obstacle, optimizer = None, trained.optimizer
+    obstacle = None
+    working = [type(rule).__name__ for rule in rules if not rule.idle]
     if len(method.combine.gradients) < 2 or has_own_objective(method):
         obstacle = f"{type(method).__name__}, which is no sum of losses with the forget gradient apart"
     elif optimizer is None:
         obstacle = "optimizer None: there is no update to try out"
-    elif settings.rules:
-        names = ", ".join(type(rule).__name__ for rule in settings.rules)
-        obstacle = f"rules ({names}), whose state could not be taken back"
+    elif working:
+        obstacle = f"rules ({', '.join(working)}), whose state could not be taken back"
     elif any(isinstance(value, torch.optim.Optimizer) for value in vars(optimizer).values()):
         obstacle = f"{type(optimizer).__name__} around another optimizer, whose state could not be taken back"
     else:
@@ -153,22 +156,7 @@ def _clones(state: Any) -> dict[int, Tensor]:
     }
 
 
-def _clones(state: Any) -> dict[int, Tensor]:
-    """Copies of the tensors in `state` by identity, which deepcopy then need not make.
-
-    It takes five times as long for each. What it alone would copy rightly is left to it: subclasses, tensors
-    that share memory or have attributes of their own.
-    """
-    leaves = {id(leaf): leaf for leaf in tree_leaves(state) if type(leaf) is Tensor}
-    owners = Counter(leaf.untyped_storage().data_ptr() for leaf in leaves.values())
-    return {
-        key: leaf.clone()
-        for key, leaf in leaves.items()
-        if owners[leaf.untyped_storage().data_ptr()] == 1 and not leaf.requires_grad and not vars(leaf)
-    }
-
-
-# What of an optimizer and a scaler an update changes.
+# What of an optimizer and a scaler an update changes. An optimizer may have tensors under other names, too.
 CHANGED = ("state", "param_groups", "_scale", "_growth_tracker", "_per_optimizer_states")
 
 
@@ -183,10 +171,16 @@ def _lent(owner: Any, parameters: list[nn.Parameter]) -> Iterator[None]:
     named = {id(parameter): parameter for parameter in parameters}
     for group in before.get("param_groups", []):
         named |= {id(parameter): parameter for parameter in group["params"]}
-    changed = {name: before[name] for name in CHANGED if name in before}
+    changed = {name: value for name, value in before.items() if name in CHANGED or _holds_tensors(value)}
     vars(owner).update(copy.deepcopy(changed, named | _clones(changed)))
     try:
         yield
     finally:
         vars(owner).clear()
         vars(owner).update(before)
+
+
+def _holds_tensors(value: Any) -> bool:
+    """Whether `value` is a tensor, or a list or dict of nothing but such."""
+    leaves = tree_leaves(value)
+    return bool(leaves) and all(isinstance(leaf, Tensor) for leaf in leaves)

@@ -344,11 +344,29 @@ class Hostile(TinyDenoiser):
         return self.drop(self.norm(super().forward(x_t, t)))
 
 
+class OwnMomentum(torch.optim.Optimizer):
+    """Keeps what it remembers beside `state`: a list of tensors, one tensor, and a number."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": LR})
+        self.momentum = [torch.zeros_like(parameter) for parameter in parameters]
+        self.longest, self.steps = torch.zeros(()), 0
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.steps += 1
+        for parameter, momentum in zip(self.param_groups[0]["params"], self.momentum, strict=True):
+            momentum.mul_(0.9).add_(parameter.grad)
+            self.longest.copy_(torch.maximum(self.longest, momentum.norm()))
+            parameter.sub_(LR / (1 + self.longest) / self.steps * momentum)
+
+
 OPTIMIZERS = {
     "AdamW": lambda parameters: torch.optim.AdamW(parameters, lr=LR, weight_decay=DECAY),
     "fused AdamW": lambda parameters: torch.optim.AdamW(parameters, lr=LR, fused=True),
     "momentum": lambda parameters: torch.optim.SGD(parameters, lr=LR, momentum=0.9),
     "Adagrad": lambda parameters: torch.optim.Adagrad(parameters, lr=LR),
+    "tensors of its own": lambda parameters: OwnMomentum(list(parameters)),
 }
 INNER = {
     "plain": {},
@@ -366,7 +384,8 @@ def everything(given: SimpleNamespace) -> list:
     gradients = [parameter.grad for parameter in given.model.parameters()]
     random = torch.get_rng_state()
     scale = None if scaler is None else scaler.state_dict()
-    return copy.deepcopy([given.model.state_dict(), state, groups, gradients, random, scale])
+    own = [getattr(optimizer, name, None) for name in ("momentum", "longest", "steps")]
+    return copy.deepcopy([given.model.state_dict(), state, groups, gradients, random, scale, own])
 
 
 def assert_equal(one, two) -> None:
@@ -616,6 +635,15 @@ def test_another_condition_where_there_is_none():
     with pytest.raises(ValueError, match=message):
         take(given, EraseDiffBome(target="other_condition"))
     assert_equal(before, everything(given))
+
+
+def test_an_unlearner_refuses_at_once_what_its_first_step_would():
+    with pytest.raises(
+        ValueError, match=r"^target: expected 'uniform' in an Unlearner, whose images have no"
+    ):
+        unlearner(EraseDiffBome(target="other_condition"))
+    with pytest.raises(ValueError, match=r"^inner_steps: expected 0 here, got 2 with rules \(Nothing\)"):
+        unlearner(EraseDiffBome(inner_steps=2), rules=[Nothing()])
 
 
 class Around(torch.optim.AdamW):
