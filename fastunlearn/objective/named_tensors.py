@@ -21,7 +21,7 @@ FORMAT = "fastunlearn-parameters"
 
 
 class NamedTensors:
-    """One tensor a parameter, of its shape, on its device and in its layout in memory.
+    """One tensor a parameter, of its shape, on its device and in its layout in memory; in the model's order.
 
     Args:
         argument: what errors name.
@@ -50,10 +50,12 @@ class NamedTensors:
         self.parameters: dict[str, nn.Parameter] = {}
         self.tensors: dict[str, Tensor] = {}
         known = plain_parameters(model)
-        for name, tensor in tensors.items():
-            if name not in known:
-                raise ValueError(f"{argument}: expected names of parameters of model, got {name!r}")
-            parameter = known[name]
+        unknown = [name for name in tensors if name not in known]
+        if unknown:
+            raise ValueError(f"{argument}: expected names of parameters of model, got {unknown[0]!r}")
+        # In the model's order: a file has another one, and a run is known by a hash over all of them.
+        for name in [own for own in known if own in tensors]:
+            parameter, tensor = known[name], tensors[name]
             if not isinstance(tensor, Tensor) or tensor.shape != parameter.shape:
                 expected = f"expected a tensor of shape {tuple(parameter.shape)}"
                 raise ValueError(f"{argument}[{name!r}]: {expected}, got {check.describe(tensor)}")

@@ -533,6 +533,25 @@ def test_weights_of_a_step_that_failed_are_not_put_back_by_another_mask():
     assert all(map(torch.equal, model.parameters(), free.parameters()))
 
 
+def test_a_run_goes_on_with_rules_from_their_files(tmp_path):
+    """Whatever order their names have there, and in the dicts that they were made of: that of the network."""
+    model = TinyDenoiser()
+    mask, anchor = mask_of(model), anchor_of(model)
+    mask.save(tmp_path / "mask.safetensors")
+    anchor.save(tmp_path / "anchor.safetensors")
+    unlearn(run_of(SISS(), model, [mask, anchor]), num_steps=1, output_dir=tmp_path / "run")
+    second = TinyDenoiser()
+    rules = [
+        Mask.load(tmp_path / "mask.safetensors", model=second),
+        Anchor.load(tmp_path / "anchor.safetensors", anchor.gamma, model=second),
+    ]
+    again = run_of(SISS(), second, rules)
+    unlearn(again, num_steps=2, output_dir=tmp_path / "run", resume_from_checkpoint="latest")
+    assert again.step_index == 2
+    backwards = Mask(dict(reversed(mask.masks.items())), model=model)
+    assert list(backwards.masks) == list(mask.masks) == [name for name, _ in model.named_parameters()]
+
+
 def test_files_of_rules_come_back(tmp_path):
     model = TinyDenoiser()
     mask, anchor = mask_of(model), anchor_of(model)
