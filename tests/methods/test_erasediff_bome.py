@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from fastunlearn import (
+    Anchor,
     Draws,
     ImageStore,
     LowPass,
+    Mask,
     NegGrad,
     TimeWindow,
     Unlearner,
@@ -680,6 +682,17 @@ def test_inner_steps_that_could_not_be_taken_back(optimizer, options, message):
     assert given.model.calls == 0
     # Without inner steps the same is welcome.
     take(given, EraseDiffBome(), **options)
+
+
+def test_rules_that_do_nothing_may_stand_beside_inner_steps():
+    one, two = hostile("momentum"), hostile("momentum")
+    ones = {name: torch.ones_like(each, dtype=torch.bool) for name, each in two.model.named_parameters()}
+    mean = dict(two.model.named_parameters())
+    idle = [Mask(ones, model=two.model), Anchor(mean, 1.0, 0.0, model=two.model)]
+    for given, rules in ((one, ()), (two, idle)):
+        torch.manual_seed(3)
+        take(given, EraseDiffBome(lambda_bome=0.1, inner_steps=2), rules=rules)
+    assert_equal(everything(one), everything(two))
 
 
 def test_inner_steps_of_a_method_with_one_gradient():
