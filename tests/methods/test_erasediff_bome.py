@@ -459,6 +459,19 @@ def test_inner_steps_change_nothing_but_the_report(hyperparameters, optimizer, o
             assert torch.equal(getattr(without, name), getattr(found, name)), name
 
 
+def test_in_an_autocast_context_of_the_caller():
+    """There torch keeps the weights in half precision: neither inner steps nor the step may see old ones."""
+    within, around = hostile("momentum"), hostile("momentum")
+    method = EraseDiffBome(lambda_bome=0.1, inner_steps=3)
+    torch.manual_seed(7)
+    expected = take(within, method, autocast_dtype=torch.bfloat16, max_grad_norm=1e3)
+    torch.manual_seed(7)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = take(around, method, max_grad_norm=1e3)
+    assert torch.equal(found.inner_loss, expected.inner_loss)
+    assert_equal(everything(within), everything(around))
+
+
 def test_inner_steps_bring_the_forget_loss_down():
     """That they are taken at all: more of them reach less."""
     found = []
