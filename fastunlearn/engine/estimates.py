@@ -80,17 +80,11 @@ def forget_gradients(
         batch_norm = check.number("batch_norm", batch_norm, low=0, low_open=True)
     model = unwrapped(model)
     parameters = _trained(model)
-    _check_precision(parameters, autocast_dtype)
     sums = _zeros(parameters)
     batches = _batches("forget", forget, parameters, batch_size, num_batches)
-    options = {
-        "generator": _generator(parameters, seed),
-        "retain_density": time_window,
-        "micro_batch_size": micro_batch_size,
-        "autocast_dtype": autocast_dtype,
-        # Few steps, of shapes of their own.
-        "compile": False,
-    }
+    options = _step_options(parameters, seed, micro_batch_size, autocast_dtype)
+    # The only images of these steps are those to forget, which `Vanilla` knows as images to keep.
+    options["retain_density"] = time_window
     with buffers_put_back(model), _random_numbers_of(seed, parameters):
         for images in batches:
             norm = method_step(Vanilla(), model, None, schedule, retain=images, **options).grad_norm
@@ -134,16 +128,9 @@ def fisher(
     timesteps_per_sample = check.integer("timesteps_per_sample", timesteps_per_sample, low=1)
     model = unwrapped(model)
     parameters = _trained(model)
-    _check_precision(parameters, autocast_dtype)
     sums = _zeros(parameters)
     images_one_by_one = _batches("retain", retain, parameters, 1, samples)
-    options = {
-        "generator": _generator(parameters, seed),
-        "micro_batch_size": micro_batch_size,
-        "autocast_dtype": autocast_dtype,
-        # Few steps, of shapes of their own.
-        "compile": False,
-    }
+    options = _step_options(parameters, seed, micro_batch_size, autocast_dtype)
     with buffers_put_back(model), _random_numbers_of(seed, parameters):
         for image in images_one_by_one:
             images = image.expand(timesteps_per_sample, -1, -1, -1)
@@ -188,16 +175,9 @@ def swag_variance(
     _trained(model)
     network = plain_copy(unwrapped(model))
     parameters = _trained(network)
-    _check_precision(parameters, autocast_dtype)
     optimizer = torch.optim.AdamW(parameters.values(), lr=lr, weight_decay=0.0, fused=True)
     moments = _Moments()
-    options = {
-        "generator": _generator(parameters, seed),
-        "micro_batch_size": micro_batch_size,
-        "autocast_dtype": autocast_dtype,
-        # Few steps, of shapes of their own.
-        "compile": False,
-    }
+    options = _step_options(parameters, seed, micro_batch_size, autocast_dtype)
     batches = _batches("retain", retain, parameters, batch_size, steps)
     with _random_numbers_of(seed, parameters):
         for images in batches:
@@ -414,20 +394,29 @@ def _zeros(parameters: Mapping[str, nn.Parameter]) -> list[Tensor]:
     ]
 
 
-def _check_precision(parameters: Mapping[str, nn.Parameter], autocast_dtype: torch.dtype | None) -> None:
-    """
+def _step_options(
+    parameters: Mapping[str, nn.Parameter],
+    seed: int,
+    micro_batch_size: int | None,
+    autocast_dtype: torch.dtype | None,
+) -> dict[str, Any]:
+    """How the steps of an estimate are taken.
+
     Raises:
-        TypeError: the network could not take the rows of a store.
+        TypeError, ValueError: no seed, or a network that could not take the rows of a store.
     """
-    dtype = next(iter(parameters.values())).dtype
-    if autocast_dtype is None and dtype.itemsize < 4:
+    first = next(iter(parameters.values()))
+    if autocast_dtype is None and first.dtype.itemsize < 4:
         expected = "expected float32 parameters, or autocast_dtype (stores serve float32 rows)"
-        raise TypeError(f"model: {expected}, got {dtype}")
-
-
-def _generator(parameters: Mapping[str, nn.Parameter], seed: int) -> torch.Generator:
-    device = next(iter(parameters.values())).device
-    return torch.Generator(device).manual_seed(check.integer("seed", seed, low=0, high=SEEDS))
+        raise TypeError(f"model: {expected}, got {first.dtype}")
+    seed = check.integer("seed", seed, low=0, high=SEEDS)
+    return {
+        "generator": torch.Generator(first.device).manual_seed(seed),
+        "micro_batch_size": micro_batch_size,
+        "autocast_dtype": autocast_dtype,
+        # Few steps, of shapes of their own.
+        "compile": False,
+    }
 
 
 @contextmanager

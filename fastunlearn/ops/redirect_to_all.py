@@ -63,9 +63,9 @@ def posterior(
     units = Units.of(images)
     own = (forget - units.shift) / units.scale
     slope = (rho * units.scale).unsqueeze(1)
-    query = slope * noise + slope.square() * own
-    half = -0.5 * slope.square()
-    of_own = (query * own).sum(1, keepdim=True) + half * own.square().sum(1, keepdim=True)
+    # l(u) = <query, u> + curvature ||u||^2; own_logit is that of a itself.
+    query, curvature = slope * noise + slope.square() * own, -0.5 * slope.square()
+    own_logit = (query * own).sum(1, keepdim=True) + curvature * own.square().sum(1, keepdim=True)
 
     # The softmax of everything so far, relative to the largest logit so far: its sum, and the sums of the
     # images and of their squared norms.
@@ -73,9 +73,10 @@ def posterior(
     total, energy, mean = torch.zeros_like(slope), torch.zeros_like(slope), torch.zeros_like(query)
     for block in _blocks(images):
         norms = block.square().sum(1)
-        logits = (query @ block.T).addcmul_(half, norms)
+        logits = (query @ block.T).addcmul_(curvature, norms)
         before, largest = largest, torch.maximum(largest, logits.amax(1, keepdim=True))
         weights = logits.sub_(largest).exp_()
+        # The sums so far were relative to the largest logit before.
         shrink = (before - largest).exp()
         total = total * shrink + weights.sum(1, keepdim=True)
         if not moments:
@@ -83,7 +84,7 @@ def posterior(
         energy = energy * shrink + (weights @ norms).unsqueeze(1)
         mean = (mean * shrink).addmm_(weights, block)
 
-    log_ratio = largest + total.log() - math.log(len(images)) - of_own
+    log_ratio = largest + total.log() - math.log(len(images)) - own_logit
     if not moments:
         return Posterior(log_ratio.squeeze(1), None, None)
     mean = mean / total
@@ -120,8 +121,7 @@ def redirect_to_all(
     kept = posterior(retain_set, image, eps, rho)
 
     # The target of an image x seen through x_t is a eps + b a + c (a - x): linear in x.
-    per_row = (each.unsqueeze(1) for each in (a, b, c))
-    of_noise, of_image, of_step = per_row
+    of_noise, of_image, of_step = (each.unsqueeze(1) for each in (a, b, c))
     target = of_noise * eps + of_image * image + of_step * (image - kept.mean)
     spread = c.square() * kept.variance
     weight = None
