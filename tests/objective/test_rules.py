@@ -499,9 +499,11 @@ def test_states_are_taken_back_in_place():
     mask.load_state_dict(other.state_dict())
     assert mask.idle
     assert mask.masks["enter.weight"] is held
-    anchor, another = anchor_of(model, 2.0), anchor_of(TinyDenoiser(seed=5), 3.0)
+    anchor, other_mean = anchor_of(model, 2.0), anchor_of(TinyDenoiser(seed=5)).mean
+    another = Anchor(other_mean, anchor.precision, 3.0, model=model, max_precision=7.0)
     anchor.load_state_dict(another.state_dict())
     assert anchor.gamma == 3.0
+    assert anchor.state_dict()["max_precision"] == another.state_dict()["max_precision"] == 7.0
     assert all(torch.equal(value, another.mean[name]) for name, value in anchor.mean.items())
     with pytest.raises(ValueError, match=r"^masks: expected \(6, 1, 3, 3\) for enter.weight, got none"):
         mask.load_state_dict({"masks": {}})
@@ -510,6 +512,17 @@ def test_states_are_taken_back_in_place():
         anchor.load_state_dict(alike.state_dict())
     with pytest.raises(ValueError, match=r"^precision: expected one number for all, got"):
         alike.load_state_dict(anchor.state_dict())
+
+
+def test_after_another_mask_is_loaded_its_weights_stay():
+    model = TinyDenoiser()
+    mask, other = mask_of(model), Mask.from_gradients(numbers_for(model, 8), 0.4, model=model)
+    run = run_of(NegGrad(), model, [mask])
+    run.step()
+    mask.load_state_dict(other.state_dict())
+    before = copied(model.named_parameters())
+    run.step()
+    assert_masked_stay(other, dict(model.named_parameters()), before)
 
 
 def test_weights_of_a_step_that_failed_are_not_put_back_by_a_later_one():
