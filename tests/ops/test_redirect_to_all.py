@@ -126,6 +126,25 @@ def test_truncated_weights_tend_to_these(dtype):
     assert (off <= error).all()
 
 
+@pytest.mark.parametrize("copies", [1, 3, 10])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.uint8])
+def test_copies_of_one_image_have_no_spread(dtype, copies):
+    """And none below 0 by rounding, whatever they weigh; their mean is the image."""
+    schedule, (forget, retain, noise) = linear_schedule(), sets(dtype)
+    rows = ImageStore(forget).lazy(torch.arange(ROWS)) if dtype == torch.uint8 else forget[:ROWS]
+    slope = schedule.coefficients(TIMESTEPS)[:, 4]
+    # Targets are sums of the noise, below 6, and slope times a difference of images, below 2.
+    rounding_of_target = (6 + 2 * slope.abs()) * (1e-6 if dtype == torch.uint8 else 1e-14)
+    for image in retain:
+        same = image.expand(copies, *SHAPE).contiguous()
+        found = F.redirect_to_all(rows, same, noise.to(rows.dtype), TIMESTEPS, schedule)
+        assert (found.spread >= 0).all()
+        assert (found.spread <= slope.square() * 4 * math.prod(SHAPE) * 1e-14).all()
+        alone = F.redirect_to_all(rows, same[:1], noise.to(rows.dtype), TIMESTEPS, schedule)
+        off = (found.target - alone.target).abs().flatten(1).amax(1)
+        assert (off <= rounding_of_target).all()
+
+
 def test_noise_that_is_a_counter_is_that_noise():
     schedule, (forget, retain, _) = linear_schedule(), sets(torch.uint8)
     noise = Noise(torch.tensor([3, 1, 0]), 5, (ROWS, *SHAPE))
