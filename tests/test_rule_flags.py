@@ -210,6 +210,19 @@ def test_an_estimate_is_kept_for_the_same_weights_images_and_settings(world, tmp
     assert unlearn(world, tmp_path, *MASK, *again) == 0
     assert counted == [2, 3, 2]
 
+    # So it is of other images, and of other weights, whose run this is not.
+    for changed in ("forget.npy", "model"):
+        other = Path(shutil.copytree(world, tmp_path / f"other {changed}"))
+        if changed == "model":
+            shutil.rmtree(other / "model")
+            shutil.copytree(world / "second", other / "model")
+        else:
+            np.save(other / "forget.npy", 255 - np.load(world / "forget.npy"))
+        counted.clear()
+        assert unlearn(other, tmp_path, *MASK, *again) == 2
+        assert counted == [2]
+        assert unlearn(world, tmp_path, *MASK, *again) == 0
+
 
 def test_checkpoints_that_do_not_fit_name_their_flag(world, tmp_path, capsys):
     broken = tmp_path / "broken.safetensors"
