@@ -224,6 +224,14 @@ def test_an_estimate_is_kept_for_the_same_weights_images_and_settings(world, tmp
         assert unlearn(world, tmp_path, *MASK, *again) == 0
 
 
+def test_a_norm_of_0_clips_no_batch(world, tmp_path):
+    assert unlearn(world, tmp_path / "clipped", *MASK) == 0
+    assert unlearn(world, tmp_path / "whole", *MASK, "--mask_batch_norm", "0") == 0
+    files = (tmp_path / name / "private" / "mask.safetensors" for name in ("clipped", "whole"))
+    clipped, whole = map(load_file, files)
+    assert any(not torch.equal(clipped[name], whole[name]) for name in clipped)
+
+
 def test_checkpoints_that_do_not_fit_name_their_flag(world, tmp_path, capsys):
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(b"damaged")
