@@ -113,9 +113,7 @@ def register(
         }
         _check_later(method, later)
         variants_by_name = {"": {}, **(variants or {})}
-        record = Record(
-            name, method, help, source, settings, variants_by_name, timed_on, place, tuple(later)
-        )
+        record = Record(name, method, help, source, settings, variants_by_name, timed_on, place, tuple(later))
         for hyperparameters in record.variants.values():
             replace(record.example, **hyperparameters)  # refused here and not where it is first run
         other = _records.get(name)

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from lora import WithLora
+from torch import nn
 
 from fastunlearn import DPO, KTO, NPO, method_step, without_adapters
 from fastunlearn.step import compilation
