@@ -299,6 +299,49 @@ def test_a_method_that_reads_more_is_refused_before_its_step():
         assert not run.step().skipped
 
 
+@pytest.mark.parametrize(
+    ("then", "message"),
+    [
+        (ReTrack(k=3), "expected k 2, by which neighbours were searched, got 3"),
+        (
+            ReTrack(k=2, within_condition=True),
+            "expected within_condition False, by which neighbours were searched, got True",
+        ),
+    ],
+    ids=str,
+)
+def test_a_method_of_other_neighbours_is_refused(then, message):
+    """It would be taught by those of the first."""
+    run = make(ReTrack(k=2))
+    before = state(run)
+    run.method = then
+    for _ in range(2):
+        with pytest.raises(ValueError, match=rf"^method: {message} \(of a new Unlearner\)"):
+            run.step()
+    assert torch.equal(state(run), before)
+    run.method = ReTrack(k=2, lambd=0.3)
+    assert not run.step().skipped
+
+
+def test_a_method_that_reads_whole_sets_looks_at_them_where_it_takes_the_place_of_another():
+    forget, _ = stores()
+    model = TinyDenoiser()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    options = {"forget": forget, "retain": forget, "allow_overlap": True, "batch_size": 2}
+    run = Unlearner(model, optimizer, SCHEDULE, SISS(), **options)
+    run.method = SISS(superfactor=1.0)
+    with pytest.raises(ValueError, match=r"^forget: expected images that are not in retain, got 4 that are"):
+        run.step()
+
+    latents = torch.zeros(4, 1, 8, 8)
+    drawn = ImageStore(latents, std=torch.ones_like(latents), latents=True)
+    options = {"forget": ImageStore(latents + 1, latents=True), "retain": drawn, "batch_size": 2}
+    run = Unlearner(model, optimizer, SCHEDULE, SISS(), **options)
+    run.method = ReTrack(weights="self_normalized")
+    with pytest.raises(ValueError, match=r"^retain: expected a store of fixed rows \(freeze\(\) makes one\)"):
+        run.step()
+
+
 def test_a_reference_in_place_of_another_is_looked_at():
     run = make(SISS())
     run.method = DPO()

@@ -283,15 +283,16 @@ class Unlearner:
         if "neighbors" not in self.method.needs:
             return
         feed = self._feeds["retain"]
+        # By which a method in place of this one is compared.
+        self._searched = _searched_by(self.method)
         index, sqdist = find_neighbors(
             self.forget,
             self.retain,
-            self.method.k,
-            given,
-            self.device,
+            given=given,
+            device=self.device,
             searched=feed.store,
             warn=warn,
-            within_condition=getattr(self.method, "within_condition", False),
+            **self._searched,
         )
         self.neighbor_rows = index
         self._neighbor_store, index = feed.neighbors(index)
@@ -352,10 +353,26 @@ class Unlearner:
             expected = f"expected one that reads what is here ({', '.join(self._stores)})"
             got = f"{type(self.method).__name__}, which needs {', '.join(missing)} (of a new Unlearner)"
             raise ValueError(f"method: {expected}, got {got}")
+        # An overlap was accepted, or refused, at the beginning; sets that are counted have none.
+        check_stores(self.method, self.forget, self.retain, allow_overlap=True)
+        self.method.check_sets(self._stores, self.device)
+        if "neighbors" in self.method.needs:
+            self._check_neighbors_found()
         if "reference" in self.method.needs:
             check_reference(self.method, self.model, self.reference_model, self.autocast_dtype)
         check_selection(self.method, self.schedule, self.selection)
         self._looked_at = now
+
+    def _check_neighbors_found(self) -> None:
+        """
+        Raises:
+            ValueError: the method is of other neighbours than those that were searched.
+        """
+        asked = _searched_by(self.method)
+        for name, found in self._searched.items():
+            if asked[name] != found:
+                expected = f"expected {name} {found}, by which neighbours were searched"
+                raise ValueError(f"method: {expected}, got {asked[name]} (of a new Unlearner)")
 
     def _replayed_or_eager(self, draws: Draws | None) -> StepOutput:
         if self._replay is None:
@@ -609,6 +626,12 @@ class Unlearner:
             raise ValueError(f"{name}: expected at least one row, got none")
         check.rows_within(name, given, len(store))
         return given.long()
+
+
+def _searched_by(method: Method) -> dict[str, Any]:
+    """The hyperparameters by which neighbours are searched."""
+    within = getattr(method, "within_condition", False)
+    return {"k": getattr(method, "k", None), "within_condition": within}
 
 
 def _places(reference: Callable | None) -> tuple | None:
