@@ -36,7 +36,8 @@ class DPO(Method):
 
     Args:
         beta: temperature, of losses that are means over the elements of an image. Diffusion-DPO's code has a
-            factor 1/2 in front: its beta_dpo of 2000 is 1000 here.
+            factor 1/2 in front: its beta_dpo of 2000 is 1000 here. Nobody has tuned it for unlearning: in 50
+            steps the default ruined the digits of the demo's model.
 
     Raises:
         TypeError, ValueError: naming the hyperparameter that is out of its range.

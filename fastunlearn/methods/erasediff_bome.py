@@ -53,7 +53,8 @@ class EraseDiffBome(Method):
     other class a batch.
 
     Args:
-        eta: lambda is eta less c, where that is positive.
+        eta: lambda is eta less c, where that is positive. Nobody has tuned it for unlearning: in 50 steps the
+            default ruined the digits of the demo's model.
         rule: what c is: the cosine of the two gradients, their product over the norm of the forget gradient,
             or over its square (the rule of `erasediff`). Under `norm` lambda depends on the unit of the
             losses, which here are sums over the elements of an image and in the released code means.
