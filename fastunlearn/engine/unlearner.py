@@ -81,7 +81,7 @@ class Unlearner:
             without a host check. accelerate's prepared optimizer is taken for the one in it, as in
             `retrack_step`.
         schedule: `NoiseSchedule.from_diffusers(scheduler)`.
-        method: `ReTrack(...)`, `SISS(...)`, `EraseDiff(...)`, `NegGrad(...)` or `Vanilla()`.
+        method: `ReTrack(...)`, or another one (docs/methods.md).
         forget: images to forget; None where the method does not read them.
         retain: images to keep.
         neighbors: `(index [N, k], sqdist [N, k])` of the forget rows in `retain`, as `nearest_neighbors`
