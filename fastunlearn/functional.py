@@ -20,7 +20,7 @@ from torch import Tensor
 from .host import check
 from .host.philox import Noise, check_noise
 from .host.store import Rows
-from .objective.frequency import LowPass, Mask, check_mask
+from .objective.frequency import BandMask, LowPass, check_mask
 from .objective.schedule import NoiseSchedule
 from .ops._library import at_least_float32, backend, laid_out, served
 from .ops.lowpass_residual import lowpass_residual as _lowpass_residual
@@ -272,7 +272,7 @@ def denoising_loss(
     prediction: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
-    lowpass: LowPass | Mask | None = None,
+    lowpass: LowPass | BandMask | None = None,
 ) -> Tensor:
     """`weight ||prediction - target||^2` per sample, `[B]`, summed over elements.
 
@@ -297,7 +297,7 @@ def weighted_residual(
     prediction: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
-    lowpass: LowPass | Mask | None = None,
+    lowpass: LowPass | BandMask | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`denoising_loss` and, from the same pass, its gradient `[B, C, H, W]` in the dtype of `prediction`."""
     check.images("prediction", prediction)
@@ -323,8 +323,8 @@ def weighted_residual(
     # A band of them: the same of the residual's part within it (arXiv 2510.17917, Eq. 8).
     if isinstance(lowpass, LowPass):
         lowpass = _mask(lowpass, *prediction.shape[-2:], prediction.device)
-    elif not isinstance(lowpass, Mask):
-        raise TypeError(f"lowpass: expected a LowPass, a Mask or None, got {check.describe(lowpass)}")
+    elif not isinstance(lowpass, BandMask):
+        raise TypeError(f"lowpass: expected a LowPass, a BandMask or None, got {check.describe(lowpass)}")
     check_mask("lowpass", lowpass, *prediction.shape[-2:])
     check.same_device("lowpass.table", lowpass.table, "prediction", prediction)
     band, inside, outside = lowpass
@@ -333,9 +333,9 @@ def weighted_residual(
     return _lowpass_residual(prediction, target, weight, band, inside, outside)
 
 
-def _mask(lowpass: LowPass, height: int, width: int, device: torch.device) -> Mask:
+def _mask(lowpass: LowPass, height: int, width: int, device: torch.device) -> BandMask:
     """A constant of a compiled graph: a plain tuple, made for the images that it is used on."""
-    return Mask(*lowpass.mask_on(height, width, device))
+    return BandMask(*lowpass.mask_on(height, width, device))
 
 
 # The mask is made of numbers that a trace knows, so the compiler may run this and keep the result. That is

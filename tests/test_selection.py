@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastunlearn import functional as F
-from fastunlearn.objective.frequency import LowPass, Mask
+from fastunlearn.objective.frequency import BandMask, LowPass
 
 
 def held(lowpass, height, width):
@@ -109,7 +109,7 @@ def test_a_mask_is_for_one_size_of_images():
         with pytest.raises(ValueError, match=message):
             F.denoising_loss(small, small, lowpass=mask)
         # The same table for these images.
-        F.denoising_loss(small, small, lowpass=Mask(table[:2, :2], inside, outside))
+        F.denoising_loss(small, small, lowpass=BandMask(table[:2, :2], inside, outside))
 
 
 def test_is_a_key():

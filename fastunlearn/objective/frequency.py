@@ -22,7 +22,7 @@ STAGES = 4  # of a stepwise schedule
 MOST_STEPS = 2**31 - 1  # of a schedule: the tables of steps are int32
 
 
-class Mask(NamedTuple):
+class BandMask(NamedTuple):
     """M of one step for images of one size: `inside` where the table is 1, else `outside`, also beyond it."""
 
     table: Tensor  # [U, V] float32, of the frequencies from 0 on
@@ -31,8 +31,8 @@ class Mask(NamedTuple):
     size = None  # no field: (height, width) of the images that it is for; None: it does not say
 
 
-class SizedMask(Mask):
-    """A `Mask` that says which size of images it is for. It unpacks alike, into three."""
+class SizedMask(BandMask):
+    """A `BandMask` that says which size of images it is for. It unpacks alike, into three."""
 
     def __new__(
         cls, table: Tensor, inside: float, outside: float, size: tuple[int, int] | None = None
@@ -267,7 +267,7 @@ class LowPass:
         step: int | Tensor,
         total_steps: int,
         device: torch.device | None = None,
-    ) -> Mask:
+    ) -> BandMask:
         """`mask` of one step, as large at every step, made on the device.
 
         Nothing waits for it but the first call, which copies `steps` there.
@@ -296,12 +296,12 @@ class LowPass:
             within = torch.where(step < 0, torch.nan, within)
         return SizedMask(within, *self._values(), (height, width))
 
-    def mask_on(self, height: int, width: int, device: torch.device) -> Mask:
+    def mask_on(self, height: int, width: int, device: torch.device) -> BandMask:
         """`mask`, whose table is made once and kept on `device`."""
         table = on_device(_table, (self, height, width), device)
         return SizedMask(table, *self._values(), (height, width))
 
-    def mask(self, height: int, width: int) -> Mask:
+    def mask(self, height: int, width: int) -> BandMask:
         """The mask for images of that size, as `ops.lowpass_residual` takes it.
 
         Returns:
@@ -404,7 +404,7 @@ class LowPass:
         return table
 
 
-def check_mask(name: str, mask: Mask, height: int, width: int) -> None:
+def check_mask(name: str, mask: BandMask, height: int, width: int) -> None:
     """
     Raises:
         ValueError: naming `name`, for a mask that is for images of another size.

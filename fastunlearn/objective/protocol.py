@@ -14,7 +14,7 @@ from ..host.store import ImageStore, Rows
 from .combine import Combination, Sum
 from .conditioning import map_tensors
 from .draws import Draw, Draws
-from .frequency import LowPass, Mask
+from .frequency import BandMask, LowPass
 from .schedule import NoiseSchedule
 
 # A weight below this share of the heaviest counts as 0.
@@ -83,7 +83,7 @@ class Term:
     spread: Tensor | None = None
     scale: float = 1.0
     gradient: str | None = None
-    band: LowPass | Mask | None = None
+    band: LowPass | BandMask | None = None
 
     def __post_init__(self) -> None:
         if self.rows is None and isinstance(self.target, Tensor):

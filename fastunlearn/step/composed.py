@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..host import check
-from ..objective.frequency import LowPass, Mask, check_mask
+from ..objective.frequency import BandMask, LowPass, check_mask
 from ..objective.protocol import COUPLINGS, ROLES, Method, Pass, Predicted, Term, has_own_objective
 from .objective import rows_of
 
@@ -71,9 +71,9 @@ def _check_term(term: Term, whole: Pass, with_reference: bool) -> None:
         if not isinstance(value, Tensor) or value.shape != (len(rows),):
             expected = f"a tensor of {len(rows)}, one for each row of the term"
             raise ValueError(f"Term.{name}: expected {expected}, got {check.describe(value)}")
-    if not isinstance(term.band, (LowPass, Mask, type(None))):
+    if not isinstance(term.band, (LowPass, BandMask, type(None))):
         raise TypeError(f"Term.band: expected a LowPass or None, got {check.describe(term.band)}")
-    if isinstance(term.band, Mask):
+    if isinstance(term.band, BandMask):
         check_mask("Term.band", term.band, *whole.x_t.shape[-2:])
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .. import functional as F
 from ..host.profiling import stage
-from ..objective.frequency import Mask
+from ..objective.frequency import BandMask
 from ..objective.protocol import Pass, Predicted, Term
 from ..objective.schedule import NoiseSchedule
 from . import compilation
@@ -29,7 +29,7 @@ class Span(NamedTuple):
     start: int  # Of its rows in the pass.
     stop: int
     scale: float
-    band: tuple[float, float] | None  # Mask.inside and Mask.outside; its table is an input.
+    band: tuple[float, float] | None  # BandMask.inside and BandMask.outside; its table is an input.
 
 
 class Regression(NamedTuple):
@@ -129,7 +129,7 @@ def residuals(
     prediction = prediction.to(torch.promote_types(dtype, torch.float32))
     for span, target, weight, factor, table in zip(spans, targets, weights, factors, tables, strict=True):
         rows = slice(span.start, span.stop)
-        mask = None if span.band is None else Mask(table, *span.band)
+        mask = None if span.band is None else BandMask(table, *span.band)
         loss, gradient = F.weighted_residual(prediction[rows], target, weight, mask)
         losses.append(loss)
         # A tensor is a factor that nobody has read; a 1 is no work.

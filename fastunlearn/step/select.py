@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..host import say
-from ..objective.frequency import LowPass, Mask
+from ..objective.frequency import BandMask, LowPass
 from ..objective.protocol import Method, Pass, Term
 from ..objective.schedule import NoiseSchedule
 from ..objective.selection import Selection, check_band
@@ -49,7 +49,7 @@ def select(
     if not weighted and not banded:
         return list(passes)
 
-    masks: dict[LowPass, Mask] = {}
+    masks: dict[LowPass, BandMask] = {}
     selected = []
     for each in passes:
         terms = each.terms
@@ -82,7 +82,7 @@ def _banded(
     method: Method,
     lowpass: LowPass | None,
     moment: Moment,
-    masks: dict[LowPass, Mask],
+    masks: dict[LowPass, BandMask],
 ) -> Term:
     band = term.band
     if term.role == "forget" and lowpass is not None:
@@ -101,7 +101,7 @@ def _banded(
     return replace(term, band=masks[band], spread=None)
 
 
-def _mask(band: LowPass, height: int, width: int, moment: Moment, device: torch.device) -> Mask:
+def _mask(band: LowPass, height: int, width: int, moment: Moment, device: torch.device) -> BandMask:
     if not band.scheduled:
         return band.mask_on(height, width, device)
     return band.mask_at(height, width, moment.step, moment.total_steps, device)

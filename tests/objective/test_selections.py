@@ -29,7 +29,7 @@ from fastunlearn import functional as F
 from fastunlearn.host import say
 from fastunlearn.objective import draws as draw
 from fastunlearn.objective.draws import Time
-from fastunlearn.objective.frequency import Mask
+from fastunlearn.objective.frequency import BandMask
 from fastunlearn.objective.protocol import Pass, Term
 from fastunlearn.objective.selection import Selection
 from fastunlearn.objective.time import Density
@@ -692,7 +692,7 @@ def test_another_selection_is_looked_at_before_it_holds():
 
 def test_a_mask_elsewhere_is_refused():
     """A kernel would read it at an address of the host."""
-    mask = Mask(torch.ones(3, 3, device="meta"), 1.0, 0.0)
+    mask = BandMask(torch.ones(3, 3, device="meta"), 1.0, 0.0)
     with pytest.raises(ValueError, match=r"^lowpass.table: expected the device of prediction, cpu, got meta"):
         F.denoising_loss(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8), lowpass=mask)
 

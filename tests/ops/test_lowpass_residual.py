@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fastunlearn import functional as F
-from fastunlearn.objective.frequency import LowPass, Mask
+from fastunlearn.objective.frequency import BandMask, LowPass
 from fastunlearn.ops._backends import ISAS, build_command, extension
 from fastunlearn.ops.lowpass_residual import lowpass_residual
 from fastunlearn.reference.lowpass_residual import full_mask
@@ -298,7 +298,7 @@ def test_a_table_of_nan_gives_nan(backend):
     """As that of a step below zero: no band may be made of it."""
     table, (prediction, target, _) = torch.full((5, 5), torch.nan), inputs((2, 1, 8, 8))
     with mock.patch.dict(os.environ, FASTUNLEARN_BACKEND=backend):
-        results = F.weighted_residual(prediction, target, None, Mask(table, 1.0, 0.0))
+        results = F.weighted_residual(prediction, target, None, BandMask(table, 1.0, 0.0))
     assert all(result.isnan().all() for result in results)
 
 
