@@ -205,7 +205,7 @@ class RuleWork:
         precision = self._kept(
             flags.anchor, self.retain, settings, lambda: estimate(*arguments, **options).precision
         )
-        mean = estimates.weights_of(self.model)
+        mean = estimates.trained_weights(self.model)
         return Anchor(mean, precision, flags.anchor_gamma, model=self.model, **most)
 
     @property

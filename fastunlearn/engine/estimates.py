@@ -268,7 +268,7 @@ def vdu_laplace(
     prior = check.number("prior_precision", prior_precision, low=0)
     information = fisher(model, schedule, retain, **options)
     precision = {name: own.mul_(len(retain)).add_(prior) for name, own in information.items()}
-    return Anchor(weights_of(model), precision, gamma, model=model, **_at_most(max_precision))
+    return Anchor(trained_weights(model), precision, gamma, model=model, **_at_most(max_precision))
 
 
 def vdu_swag(
@@ -293,7 +293,7 @@ def vdu_swag(
     """
     variance = swag_variance(model, schedule, retain, **options)
     precision = {name: own.reciprocal_() for name, own in variance.items()}
-    return Anchor(weights_of(model), precision, gamma, model=model, **_at_most(max_precision))
+    return Anchor(trained_weights(model), precision, gamma, model=model, **_at_most(max_precision))
 
 
 def vdu_l2(model: nn.Module, gamma: float) -> Anchor:
@@ -307,10 +307,10 @@ def vdu_l2(model: nn.Module, gamma: float) -> Anchor:
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    return Anchor(weights_of(model), 1.0, gamma, model=model)
+    return Anchor(trained_weights(model), 1.0, gamma, model=model)
 
 
-def weights_of(model: nn.Module) -> dict[str, Tensor]:
+def trained_weights(model: nn.Module) -> dict[str, Tensor]:
     """The trained weights of `model` by plain name, as they are; not copied."""
     return {name: parameter.detach() for name, parameter in _trained(model).items()}
 
