@@ -61,7 +61,8 @@ class EraseDiffBome(Method):
         lambda_bome: where >= 0, lambda itself, for every step (released default 0.1); below 0 the rule gives
             it.
         target: what the forget images are trained toward: uniform noise, or the network's own prediction
-            under the condition of a retain image.
+            under the condition of a retain image (other_condition, of a method_step alone: neither the
+            commands nor an Unlearner have conditions).
         inner_steps: updates on the forget loss that are tried out before each step, for `inner_loss`; each
             costs a forget step, and the loss one more forward pass.
 

@@ -72,7 +72,8 @@ class ReTrack(Method):
             gives both gradients one norm at every step.
         weights: truncated is the method; self_normalized and importance (unbiased) read all images to keep at
             every step.
-        within_condition: neighbours have the label of the forget image; both sets have to have labels.
+        within_condition: neighbours have the label of the forget image; both sets have to have labels, of
+            which the commands read none.
 
     Raises:
         TypeError, ValueError: naming the hyperparameter that is out of its range, or does not fit `weights`.
