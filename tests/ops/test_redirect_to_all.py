@@ -203,8 +203,7 @@ def test_bad_input_is_refused_by_name():
             F.redirect_to_all(**{**given, **changed}, schedule=schedule)
 
 
-# --- which weights are unbiased
-# -----------------------------------------------------------------------------
+# --- which weights are unbiased -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("kind", "t"), [("epsilon", 200), ("epsilon", 600), ("v_prediction", 400)])
