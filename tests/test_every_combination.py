@@ -224,7 +224,9 @@ def test_inner_steps_under_a_rule_are_refused():
 
 
 def test_a_target_of_another_condition_is_refused_where_there_are_none():
-    with pytest.raises(ValueError, match=r"^target: expected 'uniform' in an Unlearner, whose images have no"):
+    with pytest.raises(
+        ValueError, match=r"^target: expected 'uniform' in an Unlearner, whose images have no"
+    ):
         make(Objective(EraseDiffBome(target="other_condition")), {})
 
 

@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from fastunlearn.cli import _parse, main
+from fastunlearn.cli.rule_flags import RuleFlags
+from fastunlearn.methods import EraseDiffBome
 from fastunlearn.models import load_checkpoint
 from fastunlearn.testing.checkpoints import save_tiny_checkpoint
 
@@ -78,6 +80,15 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
         "--mask_fraction: expected --forget beside it, whose gradients it takes, got none",
     ),
 }
+
+
+def test_inner_steps_beside_rules_are_refused_before_anything_is_estimated():
+    flags = RuleFlags(anchor="vdu_l2", anchor_gamma=1.0, mask_fraction=0.5)
+    flags.check_beside(EraseDiffBome())
+    RuleFlags().check_beside(EraseDiffBome(inner_steps=2))
+    expected = r"--inner_steps: expected 0 beside --anchor and --mask_fraction, .*, got 2"
+    with pytest.raises(ValueError, match=expected):
+        flags.check_beside(EraseDiffBome(inner_steps=2))
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from ..host.store import ImageStore
     from ..objective.parameters import ParameterRule
+    from ..objective.protocol import Method
     from ..objective.schedule import NoiseSchedule
     from ..objective.time import Density
     from ..runs.processes import Processes
@@ -90,6 +91,17 @@ vdu_swag: by its variance in a short fine-tune on them; vdu_l2: all alike."""
             raise ValueError(
                 "--mask_fraction: expected --forget beside it, whose gradients it takes, got none"
             )
+
+    def check_beside(self, method: Method) -> None:
+        """Whether the method can be taken beside the rules, which take a while to be estimated.
+
+        Raises:
+            ValueError: naming the flag of the method.
+        """
+        asked = [f"--{name}" for name in ("anchor", "mask_fraction") if getattr(self, name) is not None]
+        if method.inner_steps and asked:
+            expected = f"expected 0 beside {' and '.join(asked)}, whose state could not be taken back"
+            raise ValueError(f"--inner_steps: {expected}, got {method.inner_steps}")
 
     def _check_anchor(self, given: dict[str, Any], retain: tuple[Path, ...]) -> None:
         from ..host import check

@@ -138,6 +138,7 @@ written shows or stores one."""
         if self.from_scratch:
             self._check_from_scratch()
         method = self.hyperparameter.build(self.method)
+        self.rules.check_beside(method)
         check_replaceable(self.output / "model")
         prepare_host(device)
         model, scheduler = self._network(self.model, device)
