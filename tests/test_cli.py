@@ -24,6 +24,7 @@ from fastunlearn import __version__, nearest_neighbors
 from fastunlearn.cli import main
 from fastunlearn.data import load_images
 from fastunlearn.host.folder_lock import locked, locked_file
+from fastunlearn.methods import EraseDiffBome, ReTrack
 from fastunlearn.models import load_checkpoint, save_checkpoint
 from fastunlearn.recipes.mnist_tshirt import PRETRAINING
 from fastunlearn.testing.checkpoints import TINY_SHAPE, save_tiny_checkpoint
@@ -111,6 +112,34 @@ def test_every_method_writes_a_model_that_diffusers_opens(world, tmp_path, capsy
         method,
         4,
     )
+
+
+WITHOUT_EFFECT = {
+    "k": ("retrack", ["--weights", "importance", "--k", "3"]),
+    "eta": ("erasediff_bome", ["--lambda_bome", "0.1", "--eta", "3.0"]),
+    "rule": ("erasediff_bome", ["--lambda_bome", "0", "--rule", "norm"]),
+}
+
+
+@pytest.mark.parametrize("flag", WITHOUT_EFFECT)
+def test_a_flag_that_changes_nothing_beside_the_others_is_refused(world, tmp_path, capsys, flag):
+    method, flags = WITHOUT_EFFECT[flag]
+    paths = "--model", world.model, "--forget", world.forget, "--retain", world.retain
+    assert run("unlearn", *paths, "--method", method, "--output", tmp_path / "run", *FAST, *flags) == 2
+    expected = f"error: --{flag}: expected none where it changes nothing, got {flags[-1]} for "
+    assert capsys.readouterr().err.startswith(expected)
+
+
+def test_flags_that_change_something_are_taken():
+    assert ReTrack(k=3).without_effect == EraseDiffBome(eta=3.0, rule="norm").without_effect == frozenset()
+
+
+def test_images_of_both_sets_are_refused_with_the_flags_that_help(world, tmp_path, capsys):
+    rows = np.load(world.retain)
+    np.save(tmp_path / "forget.npy", rows[:1])
+    assert unlearn(world, tmp_path / "run", "--forget", tmp_path / "forget.npy") == 2
+    expected = r"--drop_overlap leaves them out of --retain, --allow_overlap keeps them there"
+    assert expected in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(

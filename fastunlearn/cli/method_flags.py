@@ -29,8 +29,8 @@ class MethodFlags:
         """The method called `name` with the flags that were given.
 
         Raises:
-            ValueError: a flag of another method was given, one that the method cannot do without was not, or
-                a value is outside its range.
+            ValueError: a flag of another method was given, or one that changes nothing beside the others, one
+                that the method cannot do without was not, or a value is outside its range.
         """
         from ..methods import registry
 
@@ -47,7 +47,12 @@ class MethodFlags:
         for flag, hyperparameter in own.items():
             if hyperparameter.default is MISSING and flag not in given:
                 raise ValueError(f"--{flag}: expected a value with --method {name}, got none")
-        return chosen.method(**given)
+        method = chosen.method(**given)
+        for flag in sorted(method.without_effect & given.keys()):
+            raise ValueError(
+                f"--{flag}: expected none where it changes nothing, got {given[flag]} for {method}"
+            )
+        return method
 
 
 def method_choices() -> Any:

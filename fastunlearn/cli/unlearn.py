@@ -155,7 +155,8 @@ written shows or stores one."""
                 lambda: rows_to_keep(forget, retain, dropping, allow_overlap=self.allow_overlap)
             )
             retain, found = kept.of(retain), kept.record
-        check_stores(method, forget, retain, allow_overlap=self.allow_overlap)
+        remedy = "--drop_overlap leaves them out of --retain, --allow_overlap keeps them there"
+        check_stores(method, forget, retain, allow_overlap=self.allow_overlap, remedy=remedy)
         record = {"base_model": str(self.model.absolute()), "images": images, "forget_in_retain": found}
         if self.from_scratch:
             record["from_scratch"] = {"seed": self.bookkeeping.seed}

@@ -111,9 +111,17 @@ def check_unconditional(model: Callable) -> None:
 
 
 def check_stores(
-    method: Method, forget: ImageStore | None, retain: ImageStore | None, *, allow_overlap: bool = False
+    method: Method,
+    forget: ImageStore | None,
+    retain: ImageStore | None,
+    *,
+    allow_overlap: bool = False,
+    remedy: str = "allow_overlap=True accepts them",
 ) -> None:
     """Whether `method` can work on these sets: worth asking before a long search for neighbours.
+
+    Args:
+        remedy: what a caller can do about images of both sets.
 
     Raises:
         TypeError, ValueError: a set that the method reads is missing, the two do not match, or forget rows
@@ -129,7 +137,6 @@ def check_stores(
     # What counts its sets is another objective where images of one also stand in the other.
     counted = "sizes" in method.needs
     if counted or not allow_overlap:
-        remedy = "allow_overlap=True accepts them"
         if counted:
             remedy = f"{type(method).__name__} counts both sets, and takes them as disjoint"
         _check_disjoint(forget, retain, remedy)

@@ -85,6 +85,10 @@ class EraseDiffBome(Method):
         check.one_of("target", self.target, TARGETS)
         check.integer("inner_steps", self.inner_steps, low=0)
 
+    @property
+    def without_effect(self) -> frozenset[str]:
+        return frozenset({"eta", "rule"}) if self.lambda_bome >= 0 else frozenset()
+
     def check_sets(self, stores: Mapping[str, ImageStore], device: torch.device) -> None:
         if self.target != "uniform":
             expected = "expected 'uniform' in an Unlearner, whose images have no conditions"

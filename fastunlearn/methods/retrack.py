@@ -108,6 +108,10 @@ class ReTrack(Method):
             return frozenset({"forget", "neighbors"})
         return frozenset({"forget", "neighbors", "retain"})
 
+    @property
+    def without_effect(self) -> frozenset[str]:
+        return frozenset() if self.weights == "truncated" else frozenset({"k"})
+
     def check_sets(self, stores: Mapping[str, ImageStore], device: torch.device) -> None:
         if self.weights == "truncated":
             return

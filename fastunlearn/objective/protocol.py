@@ -270,6 +270,11 @@ class Method:
     def __post_init__(self) -> None:
         """Refuses hyperparameters that make no sense."""
 
+    @property
+    def without_effect(self) -> frozenset[str]:
+        """Hyperparameters that change nothing beside the others: a command refuses their flags."""
+        return frozenset()
+
     def check_sets(self, stores: Mapping[str, ImageStore], device: torch.device) -> None:
         """Refuses whole sets that `compose` could not read as `Batch.stores`.
 
