@@ -186,7 +186,8 @@ def unlearn_each(
     run_options = options | {"num_steps": num_steps, "resume_from_checkpoint": resume_from_checkpoint}
     with Processes(process_group) as processes, processes.alone_in(output_dir, "unlearn_each"):
         content = processes.by_first(lambda: _opened(output_dir, head, resume_from_checkpoint is not None))
-        book = _Book(output_dir / FILE, content, forget, plan, measures, processes)
+        says = options.get("show_progress", True)
+        book = _Book(output_dir / FILE, content, forget, plan, measures, processes, says)
         for request in plan[len(content["after"]) :]:
             _take(request, book, make, leave, record or {}, identity, run_options)
         book.note(status="complete")
@@ -263,6 +264,7 @@ class _Book:
     plan: Sequence[Request]
     measures: Measures
     processes: Processes
+    says: bool  # when it measures, which may take longer than the steps
     looked_at: bool = False  # whether the images to keep were compared with those to forget
 
     def note(self, **entries: Any) -> None:
@@ -278,6 +280,9 @@ class _Book:
 
         No random number of a run is used up.
         """
+        if self.says and self.processes.rank == 0:
+            rows = [row for request in requests for row in request.rows]
+            print(f"measuring images to forget (rows {', '.join(map(str, rows))}) and to keep", flush=True)
         device = next(network.parameters()).device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             images = []
