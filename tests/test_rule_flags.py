@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file
 
 from fastunlearn.cli import _parse, main
-from fastunlearn.cli.rule_flags import RuleFlags
 from fastunlearn.methods import EraseDiffBome
 from fastunlearn.models import load_checkpoint
 from fastunlearn.testing.checkpoints import save_tiny_checkpoint
@@ -83,6 +82,8 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
 
 
 def test_inner_steps_beside_rules_are_refused_before_anything_is_estimated():
+    from fastunlearn.cli.rule_flags import RuleFlags
+
     flags = RuleFlags(anchor="vdu_l2", anchor_gamma=1.0, mask_fraction=0.5)
     flags.check_beside(EraseDiffBome())
     RuleFlags().check_beside(EraseDiffBome(inner_steps=2))
