@@ -10,7 +10,7 @@ import torch
 from every_selection import EVERYTHING, SCHEDULED, TOTAL_STEPS
 from torch import nn
 
-from fastunlearn import SISS, Draws, EraseDiff, ImageStore, ReTrack, Unlearner, Vanilla
+from fastunlearn import SISS, Draws, EraseDiff, ImageStore, ReTrack, Unlearner, Vanilla, frozen_copy
 from fastunlearn.engine import replay
 from fastunlearn.engine.replay import WARM_UP_STEPS, Replay, make_replay
 from fastunlearn.methods import Pass
@@ -598,11 +598,14 @@ def on_gpu(gpu, method=None, *, model=None, **options):
     model = (TinyDenoiser() if model is None else model).to(gpu.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
     options = {"batch_size": 3, "compile": False, "autocast_dtype": None} | options
+    method = SISS() if method is None else method
+    if "reference" in method.needs:
+        options["reference_model"] = frozen_copy(model)
     return Unlearner(
         model,
         optimizer,
         SCHEDULE,
-        SISS() if method is None else method,
+        method,
         forget=ImageStore(images[:4]),
         retain=ImageStore(images[4:]),
         **options,
