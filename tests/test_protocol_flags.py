@@ -59,7 +59,14 @@ def same(first: Path, second: Path) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
-@pytest.mark.parametrize("method", METHODS)
+# Of the others the same is shown without the command, in seconds (tests/test_protocols.py).
+QUICK = ("neggrad", "retrack")
+
+
+@pytest.mark.parametrize(
+    "method",
+    [method if method in QUICK else pytest.param(method, marks=pytest.mark.slow) for method in METHODS],
+)
 @pytest.mark.parametrize("protocol", ["separate", "continual"])
 def test_every_request_is_what_the_command_alone_would_do(world, tmp_path, protocol, method):
     """With its own image, and the model and seed that its place gives it."""
