@@ -581,6 +581,15 @@ def test_the_flags_of_pictures_reach_the_rows(monkeypatch, world, tmp_path, phot
     assert torch.equal(unlearner.forget.images, expected.images)
 
 
+def test_the_array_of_an_archive_is_named(monkeypatch, world, tmp_path, photos):
+    """The other set may be one of image files, which have no names."""
+    rows = np.load(world.retain)
+    np.savez(tmp_path / "two.npz", x_train=rows, x_test=rows[:2])
+    flags = "--forget", photos, "--retain", tmp_path / "two.npz", "--npz_key", "x_train"
+    unlearner, _ = started(monkeypatch, world, tmp_path / "run", *flags, *CHANGED_FLAGS)
+    assert len(unlearner.retain.images) == len(rows)
+
+
 def test_a_forget_set_does_not_shrink(world, tmp_path, capsys, photos):
     (photos / "a.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(40))
     (photos / "notes.txt").write_text("notes")

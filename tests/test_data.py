@@ -18,7 +18,7 @@ import torch
 from encoded_images import encoded, needs_datasets, needs_pyarrow, put, table
 from PIL import Image
 
-from fastunlearn.data import load_images, save_latents
+from fastunlearn.data import folders, load_images, save_latents
 from fastunlearn.data.idx import idx_header, read_idx
 from fastunlearn.host.store import ImageStore
 
@@ -555,6 +555,26 @@ def test_npz_prefers_images(tmp_path):
     assert np.array_equal(load_images(npz(tmp_path, other=images(2, 2, 2), images=NCHW)).images.numpy(), NCHW)
 
 
+def test_npz_key_names_the_array_of_several(tmp_path):
+    path = npz(tmp_path, x_train=NCHW, x_test=NCHW[:2], labels=np.arange(5))
+    with pytest.raises(ValueError, match=r"got x_train, x_test") as error:
+        load_images(path)
+    assert "npz_key names another" in str(error.value)
+    assert np.array_equal(load_images(path, npz_key="x_train").images.numpy(), NCHW)
+    assert load_images(path, npz_key="x_train", labels=True).labels.tolist() == list(range(5))
+    assert np.array_equal(load_images(path, npz_key="x_test").images.numpy(), NCHW[:2])
+    named_images = npz(tmp_path, "y.npz", images=NCHW, other=NCHW[:3])
+    assert len(load_images(named_images, npz_key="other").images) == 3
+    with pytest.raises(
+        ValueError, match=r"x.npz: expected an array named x \(npz_key\), got x_train"
+    ):
+        load_images(path, npz_key="x")
+    with pytest.raises(ValueError, match=r"npz_key: expected None without a path that ends in .npz, got 'x'"):
+        load_images(npy(tmp_path, NCHW), npz_key="x")
+    with pytest.raises(TypeError, match=r"npz_key: expected a name, or None, got 3"):
+        load_images(path, npz_key=3)
+
+
 @pytest.mark.parametrize("ending", ["", ".gz"])
 @pytest.mark.parametrize("name", ["t-images-idx3-ubyte", "t-images.idx3-ubyte"])
 def test_idx_with_labels(name, ending, tmp_path):
@@ -767,6 +787,31 @@ def test_folder_is_recursive_and_sorted(tmp_path):
     store = load_images(tmp_path)
     assert np.array_equal(store.images.numpy(), NCHW[:4])
     assert store.labels is None
+
+
+def test_a_large_folder_tells_that_it_is_being_read(tmp_path, monkeypatch, capsys):
+    """Before the first image is decoded, and no small folder does."""
+    content = encoded(images(8, 6, 3))
+    (tmp_path / "many").mkdir()
+    for name in range(folders.MANY):
+        put(tmp_path / "many", content, f"{name}.png")
+    shown = []
+    decode = folders.decode
+
+    def decode_and_look(*arguments):
+        shown.append(capsys.readouterr().out)
+        return decode(*arguments)
+
+    monkeypatch.setattr(folders, "decode", decode_and_look)
+    monkeypatch.setattr(folders.os, "cpu_count", lambda: 1)
+    load_images(tmp_path / "many", show_progress=True)
+    assert shown[0].startswith(f"reading {folders.MANY} files below {tmp_path / 'many'}\n")
+    shown.clear()
+    capsys.readouterr()
+    load_images(tmp_path / "many")
+    (tmp_path / "many" / "0.png").unlink()
+    load_images(tmp_path / "many", show_progress=True)
+    assert "reading" not in "".join(shown) + capsys.readouterr().out
 
 
 def test_folder_names_are_labels_when_asked_for(tmp_path):

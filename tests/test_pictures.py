@@ -14,6 +14,7 @@ from encoded_images import COLOURS, GREY, encoded, needs_avif, put, read
 from PIL import Image
 
 from fastunlearn.data import load_images
+from fastunlearn.data.png import expected_bytes
 
 WAVES = (np.add.outer(np.arange(64) * 3, np.arange(64))[..., None] + np.array([0, 40, 80])).astype(np.uint8)
 
@@ -108,17 +109,28 @@ def test_a_transparent_grey_is_refused(tmp_path):
     assert read(tmp_path, encoded(GREY, transparency=int(GREY[0, 0])), alpha="white")[0, 0] == 255
 
 
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def png(header: tuple[int, ...], rows: bytes, before: bytes = b"", between: bytes = b"", parts: int = 1):
+    """The bytes of a PNG file.
+
+    Args:
+        header: width, height, bits, colour type, compression, filter, interlacing.
+        rows: filtered rows, which are spread over `parts` chunks.
+    """
+    packed = zlib.compress(rows)
+    step = -(-len(packed) // parts)
+    content = b"".join(chunk(b"IDAT", packed[at : at + step]) for at in range(0, len(packed), step))
+    start = b"\x89PNG\r\n\x1a\n" + before + chunk(b"IHDR", struct.pack(">2I5B", *header))
+    return start + between + content + chunk(b"IEND", b"")
+
+
 def png_of_16_bits(colour_type: int, channels: int, text: bytes = b"") -> bytes:
     """A PNG of 2 x 2 pixels with 16 bits a channel, which Pillow reads but does not write."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-        )
-
     rows = (b"\0" + bytes(range(1, 4 * channels + 1))) * 2
-    header = chunk(b"IHDR", struct.pack(">2I5B", 2, 2, 16, colour_type, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + text + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return png((2, 2, 16, colour_type, 0, 0, 0), rows, before=text)
 
 
 @pytest.mark.parametrize(
@@ -131,6 +143,46 @@ def test_a_png_of_16_bits_is_refused_not_cut_to_8(colour_type, channels, tmp_pat
     for wanted in (1, 3):
         with pytest.raises(ValueError, match=r"x.png: expected 8 bits a channel, got 16 \(use .npy"):
             read(tmp_path, content, channels=wanted, alpha="drop")
+
+
+KINDS_OF_PNG = [
+    (0, 1), (0, 2), (0, 4), (0, 8), (2, 8), (3, 1), (3, 2), (3, 4), (3, 8), (4, 8), (6, 8)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("interlaced", [0, 1])
+@pytest.mark.parametrize(("colour_type", "bits"), KINDS_OF_PNG)
+def test_a_png_that_lacks_rows_is_refused(colour_type, bits, interlaced, tmp_path):
+    """Pillow takes most of them, and leaves what is missing black. Black images are no such files."""
+    between = chunk(b"PLTE", bytes(6)) if colour_type == 3 else b""
+    for width, height in ((5, 6), (1, 1), (3, 9), (9, 1)):
+        header = width, height, bits, colour_type, 0, 0, interlaced
+        # As a decoder sees it: the length of what a file of that many zeros may lack nothing of.
+        wanted = expected_bytes(struct.pack(">2I5B", *header))
+        whole = png(header, bytes(wanted), between=between, parts=3)
+        assert not read(tmp_path, whole, channels=3, alpha="drop").any()
+        for length in range(wanted):
+            with pytest.raises(ValueError, match=r"x.png: expected a whole image, got one that is damaged"):
+                read(tmp_path, png(header, bytes(length), between=between), channels=3, alpha="drop")
+
+
+def test_rows_of_zero_filter_after_others_are_no_missing_rows(tmp_path):
+    rows = b"\0" + bytes([7] * 12) + b"\0" + bytes(12)
+    assert read(tmp_path, png((4, 2, 8, 2, 0, 0, 0), rows))[1].max() == 0
+    with pytest.raises(ValueError, match=r"damaged \(its last rows are missing\)"):
+        read(tmp_path, png((4, 2, 8, 2, 0, 0, 0), rows[:13]))
+
+
+def test_the_first_picture_of_an_mpo_is_read(tmp_path):
+    """Phones and cameras write them as JPEG: the photograph, and behind it a preview or another view."""
+    file = io.BytesIO()
+    first, second = Image.fromarray(WAVES), Image.fromarray(255 - WAVES)
+    first.save(file, "MPO", save_all=True, append_images=[second], quality=95)
+    alone = io.BytesIO()
+    first.save(alone, "JPEG", quality=95)
+    with Image.open(io.BytesIO(file.getvalue())) as image:
+        assert (image.format, image.n_frames) == ("MPO", 2)
+    assert np.array_equal(read(tmp_path, file.getvalue()), read(tmp_path, alone.getvalue()))
 
 
 def test_a_png_whose_header_is_not_where_it_belongs_is_refused(tmp_path):

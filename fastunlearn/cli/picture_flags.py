@@ -25,6 +25,8 @@ class PictureFlags:
     alpha: Annotated[str, arg(metavar="refuse|drop|COLOUR")] = "refuse"
     """Of images with transparent pixels. drop: the colours behind them, as convert("RGB") in most training
     scripts. A colour, such as white or "#ffffff", is put under them."""
+    npz_key: str | None = None
+    """The array that holds the images of .npz files with several."""
 
     def load(self, name: str, paths: tuple[Path, ...], record: dict[str, Any], **wanted) -> ImageStore:
         """The images in `paths` as `load_images(paths, **wanted)` reads them.
@@ -37,4 +39,8 @@ class PictureFlags:
             print(f"{name}: {reading}")
             record[name] = reading.record()
 
-        return load_images(paths, tell=tell, **asdict(self), **wanted)
+        # The other set of a command may be one of image files.
+        given = asdict(self)
+        if all(path.suffix.lower() != ".npz" for path in paths):
+            given["npz_key"] = None
+        return load_images(paths, tell=tell, show_progress=True, **given, **wanted)

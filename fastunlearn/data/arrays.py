@@ -45,7 +45,8 @@ def map_npy(path: Path) -> np.ndarray:
 
 
 def read_npz(path: Path, options: Options) -> Part:
-    """Array `images`, or `mean` with `std`, or the only one beside `labels`; and `labels` if asked for.
+    """Array `images`, or `mean` with `std`, or the only one beside `labels`, or the one that
+    `options.npz_key` names; and `labels` if asked for.
 
     Raises:
         ValueError: no such file, no such arrays, or arrays that do not fit together.
@@ -58,7 +59,7 @@ def read_npz(path: Path, options: Options) -> Part:
     try:
         with np.load(path, allow_pickle=False) as archive:
             keys = [key for key in archive.files if key != "labels"]
-            key = _key_of_images(keys)
+            key = _key_of_images(keys, options.npz_key)
             images = None if key is None else archive[key]
             std = archive["std"] if key == "mean" and "std" in keys else None
             with_labels = options.labels and "labels" in archive.files
@@ -66,7 +67,11 @@ def read_npz(path: Path, options: Options) -> Part:
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
         raise ValueError(_unread(path, "an .npz file", error)) from None
     if images is None:
-        expected = "an array named images, or mean and std, or only one array beside labels"
+        expected = (
+            "an array named images, or mean and std, or only one array beside labels (npz_key names another)"
+        )
+        if options.npz_key is not None:
+            expected = f"an array named {options.npz_key} (npz_key)"
         raise ValueError(f"{path}: expected {expected}, got {', '.join(keys) or 'none'}")
     if options.labels:
         count = len(images) if images.ndim else 0
@@ -81,8 +86,10 @@ def read_npz(path: Path, options: Options) -> Part:
     return Part(images, labels, std)
 
 
-def _key_of_images(keys: list[str]) -> str | None:
+def _key_of_images(keys: list[str], wanted: str | None) -> str | None:
     """Which array of an archive holds the rows, given the names of all but `labels`; None: not clear."""
+    if wanted is not None:
+        return wanted if wanted in keys else None
     if "images" in keys:
         return "images"
     # The posterior of a VAE's encoder: the means are the rows, the standard deviations go with them.

@@ -18,6 +18,8 @@ from .refusals import Refused, listed, shown
 
 # What file managers and Hugging Face's `imagefolder` leave beside images. Nothing else is passed over.
 PASSED_OVER = (".ds_store", "thumbs.db", "desktop.ini", "metadata.jsonl", "metadata.csv")
+MANY = 500  # files, from which on reading them takes a second or more
+Row = tuple[str, np.ndarray | ValueError]
 KINDS = {
     stat.S_IFIFO: "a named pipe",
     stat.S_IFSOCK: "a socket",
@@ -126,7 +128,8 @@ def read_folder(path: Path, options: Options) -> Part:
     # All files are decoded before anything is refused, so that one error names every file to look at.
     problems, images = listing.sentences(), None
     try:
-        images = stack(_decode_all(listing.files, options), len(listing.files))
+        rows = _decode_all(listing.files, options)
+        images = stack(_with_progress(rows, path, len(listing.files), options), len(listing.files))
     except Refused as refused:
         problems += refused.problems
     if problems:
@@ -158,7 +161,7 @@ def list_known(root: Path, known: Collection[str], what: str) -> Listing:
     return listing
 
 
-def _decode_all(files: list[Path], options: Options) -> Iterator[tuple[str, np.ndarray | ValueError]]:
+def _decode_all(files: list[Path], options: Options) -> Iterator[Row]:
     """Names and pixels of `files`, in order; where one cannot be decoded, the error in place of pixels."""
 
     def attempt(file: Path) -> np.ndarray | ValueError:
@@ -173,6 +176,18 @@ def _decode_all(files: list[Path], options: Options) -> Iterator[tuple[str, np.n
         yield from zip(map(shown, files), pool.map(attempt, files), strict=True)
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _with_progress(rows: Iterator[Row], path: Path, count: int, options: Options) -> Iterator[Row]:
+    """`rows`, with a progress bar if one was asked for, and there are so many that they take a while."""
+    from rich.progress import Progress
+
+    shows = options.show_progress and count >= MANY
+    if shows:
+        # At once: where the output is no terminal, the bar is printed when all is done.
+        print(f"reading {count} files below {shown(path)}", flush=True)
+    with Progress(disable=not shows) as bar:
+        yield from bar.track(rows, total=count, description="reading")
 
 
 def _folder_labels(root: Path, files: list[Path]) -> np.ndarray:

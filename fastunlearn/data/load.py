@@ -36,6 +36,8 @@ def load_images(
     crop: str = "center",
     resample: str = "bilinear",
     alpha: str = "refuse",
+    npz_key: str | None = None,
+    show_progress: bool = False,
     tell: Callable[[Reading], None] | None = None,
 ) -> ImageStore:
     """Reads images (or latents) from one or more paths; several are joined in the given order, in memory.
@@ -57,8 +59,8 @@ def load_images(
     and how many there are.
 
     Formats are PNG, JPEG, WebP, BMP, TIFF, GIF and, where Pillow has it, AVIF, of one frame and at most 8
-    bits a channel. Palettes become the colours they stand for; CMYK is converted as Pillow does it, without
-    profiles.
+    bits a channel; of the pictures in an MPO, a JPEG of many cameras, the first is read. Palettes become the
+    colours they stand for; CMYK is converted as Pillow does it, without profiles.
 
     uint8 stays uint8. Arrays may be `[N, C, H, W]`, `[N, H, W, C]` or `[N, H, W]` (grey): an axis of length
     1, 3 or 4 in the second or last place is C. Where both or neither fit, or three axes may be one image,
@@ -83,6 +85,8 @@ def load_images(
         alpha: what becomes of encoded images with pixels that are not opaque. `"refuse"`: an error. `"drop"`:
             the colours behind the transparency, as `convert("RGB")` leaves them in most training scripts. A
             colour, `"white"` or `"#rrggbb"`: it is put under them.
+        npz_key: the array that holds the images of .npz files with several.
+        show_progress: a line and a progress bar for each folder of images.
         tell: called with a `Reading` once all is read: rows, files, what was passed over, options. None: a
             warning if anything was passed over.
 
@@ -109,7 +113,11 @@ def load_images(
         crop=crop,
         resample=resample,
         alpha=alpha,
+        npz_key=npz_key,
+        show_progress=bool(show_progress),
     )
+    if npz_key is not None and all(path.suffix.lower() != ".npz" for path in paths):
+        raise ValueError(f"npz_key: expected None without a path that ends in .npz, got {npz_key!r}")
 
     parts = _read_all(paths, options)
     _check_alike(paths, parts)

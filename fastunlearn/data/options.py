@@ -17,6 +17,7 @@ EXIF = ("apply", "ignore")
 CROPS = ("center", "stretch", "none")
 FILTERS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 ALPHA_WORDS = ("refuse", "drop")
+NOT_OF_PICTURES = ("labels", "latents", "npz_key", "show_progress")
 # An axis of such a length in the second or last place holds channels: grey, RGB, and latents of four.
 CHANNEL_COUNTS = (1, 3, 4)
 
@@ -29,6 +30,8 @@ class Options:
     channels: int | None = None
     labels: bool = False
     latents: bool = False
+    npz_key: str | None = None
+    show_progress: bool = False
     # Of encoded images:
     exif: str = "apply"
     crop: str = "center"
@@ -40,10 +43,12 @@ class Options:
         check.one_of("crop", self.crop, CROPS)
         check.one_of("resample", self.resample, FILTERS)
         _check_alpha(self.alpha)
+        if self.npz_key is not None and not isinstance(self.npz_key, str):
+            raise TypeError(f"npz_key: expected a name, or None, got {check.describe(self.npz_key)}")
 
     def of_pictures(self) -> dict[str, Any]:
         """What decides which rows encoded images become, for the record of a run."""
-        return {name: value for name, value in asdict(self).items() if name not in ("labels", "latents")}
+        return {name: value for name, value in asdict(self).items() if name not in NOT_OF_PICTURES}
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from PIL import Image, ImageColor, ImageFile, ImageOps, UnidentifiedImageError
 
 from .content import HEAD, described, formats, in_words, is_picture
 from .options import Options, Part
+from .png import has_all_rows
 from .refusals import Refused, shown
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")  # files that are said to be images
@@ -120,6 +121,8 @@ def _pixels(file: BinaryIO, options: Options) -> np.ndarray:
         image.verify()
         image = Image.open(file, formats=formats())
     image.load()
+    if image.format == "PNG" and not _last_row_is_there(image) and not has_all_rows(file):
+        raise _Unusable("expected a whole image, got one that is damaged (its last rows are missing)")
     # Upright first: a size that was asked for is that of the image as it is seen. Pillow turns TIFF itself.
     if options.exif == "apply" and image.format != "TIFF":
         image = ImageOps.exif_transpose(image)
@@ -150,7 +153,9 @@ def _check_header(image: Image.Image, file: BinaryIO, options: Options) -> None:
     limit, size = Image.MAX_IMAGE_PIXELS, f"{image.width} x {image.height}"
     if limit is not None and image.width * image.height > limit:
         raise _Unusable(f"expected at most {limit} pixels (Pillow's limit), got {size}")
-    frames = getattr(image, "n_frames", 1)
+    # The further pictures of an MPO file, a JPEG of telephones and cameras, are previews, depth or another
+    # view. The first is the photograph.
+    frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
     if frames != 1:
         raise _Unusable(f"expected one image, got {frames} frames (save the one that was trained on)")
     bits = _bits(image, file)
@@ -188,6 +193,15 @@ def _bits(image: Image.Image, file: BinaryIO) -> int:
         _, *configurations = _at(file, 0, -1).split(b"av1C")
         return max(_av1_bits(configuration) for configuration in configurations)
     return 8
+
+
+def _last_row_is_there(image: Image.Image) -> bool:
+    """Whether the last row of a decoded PNG shows that the file had all rows: one that it lacks is zero.
+
+    The rows of an interlaced file come in another order, which says nothing.
+    """
+    last = image.crop((0, image.height - 1, image.width, image.height))
+    return not image.info.get("interlace") and any(last.tobytes())
 
 
 def _ends_in_zeros(file: BinaryIO) -> bool:
