@@ -75,7 +75,7 @@ def kill_at(
     process = _start(_killed, target, str(run_dir), line, saving)
     assert process.exitcode == -signal.SIGKILL, f"the child ended with {process.exitcode}, not at line {line}"
     kills.total += 1
-    kills.while_saving += any(checkpoint_dir.glob(f".checkpoint-*.{process.pid}.tmp"))
+    kills.while_saving += any(checkpoint_dir.glob(f".checkpoint-*.{process.pid}-*.tmp"))
 
 
 def run_until_killed(function: Callable[..., None], *arguments) -> None:

@@ -1,4 +1,9 @@
-"""Files and folders that are written whole or not at all: aside, fsynced, renamed."""
+"""Files and folders that are written whole or not at all: aside, fsynced, renamed.
+
+What stands aside is called `.NAME.PID-TOKEN.tmp`. Nobody can foresee the token, so nobody can put a link
+there that would be followed. What a writer leaves behind when it is killed is removed by the next one of that
+name.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +12,11 @@ import errno
 import fnmatch
 import glob
 import os
+import re
+import secrets
 import shutil
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +39,7 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent, glob.escape(path.name))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary, displaced = _aside(path, "tmp"), _aside(path, "old")
     temporary.mkdir()
     try:
         yield temporary
@@ -43,12 +51,13 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
         if not path.exists():
             os.replace(temporary, path)
         elif not exchange(temporary, path):
-            os.replace(path, path.with_name(f".{path.name}.{os.getpid()}.old"))
+            os.replace(path, displaced)
             os.replace(temporary, path)
         _fsync(path.parent)
     except SafetensorError as error:  # its word for what the disk says
         raise OSError(f"{path}: expected a disk that takes it, got: {error}") from error
     finally:
+        _written_aside.difference_update((temporary.name, displaced.name))
         remove_leftovers(path.parent, glob.escape(path.name))
 
 
@@ -56,14 +65,17 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
 def atomic_file(path: str | Path, *, mode: int = 0o666) -> Iterator[BinaryIO]:
     """A temporary file beside `path` that takes its place, fsynced, when the block ends without an error.
 
-    It is made with `mode`, less the umask.
+    Until then nobody else may read it. Then it has `mode`, less the umask.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    remove_leftovers(path.parent, glob.escape(path.name))
+    temporary = _aside(path, "tmp")
     try:
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        with open(os.open(temporary, flags, 0o600), "wb") as file:
             yield file
             file.flush()
+            os.fchmod(file.fileno(), mode & ~_umask())
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
@@ -72,6 +84,44 @@ def atomic_file(path: str | Path, *, mode: int = 0o666) -> Iterator[BinaryIO]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+        _written_aside.discard(temporary.name)
+
+
+# What this process writes at this moment, by names that are its own.
+_written_aside: set[str] = set()
+_umask_is_asked = threading.Lock()
+
+
+def _aside(path: Path, kind: str) -> Path:
+    """`.NAME.PID-TOKEN.kind` beside `path`; the process counts as its writer from now on."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(8)}.{kind}")
+    _written_aside.add(aside.name)
+    return aside
+
+
+def _umask() -> int:
+    """The bits that new files of this process do not get."""
+    # No call asks without setting. What another thread makes meanwhile is its own alone.
+    with _umask_is_asked:
+        umask = os.umask(0o077)
+        os.umask(umask)
+    return umask
+
+
+def discard(path: Path) -> None:
+    """Removes a file, a link or a folder; under its own name it is whole until it is gone."""
+    aside = _aside(path, "tmp")
+    os.replace(path, aside)
+    _remove(aside)
+    _written_aside.discard(aside.name)
+
+
+def _remove(path: Path) -> None:
+    """A link goes, and what it leads to stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def exchange(first: Path, second: Path) -> bool:
@@ -102,26 +152,29 @@ def remove_leftovers(parent: Path, pattern: str) -> None:
     restore_displaced(parent, pattern)
     for suffix in ("tmp", "old"):
         for leftover in _leftovers(parent, pattern, suffix):
-            shutil.rmtree(leftover)
+            _remove(leftover)
 
 
 def _leftovers(parent: Path, pattern: str, suffix: str) -> list[Path]:
-    """`.NAME.PID.suffix` in `parent` with a NAME like `pattern`, and no other process PID that still runs."""
+    """`.NAME.PID-TOKEN.suffix` in `parent` with a NAME like `pattern`, which nobody writes any more."""
     found = parent.glob(f".*.*.{suffix}")
     named = [path for path in found if fnmatch.fnmatchcase(_target_name(path), pattern)]
     return [path for path in named if not _writer_lives(path)]
 
 
 def _target_name(leftover: Path) -> str:
-    """The NAME of `.NAME.PID.suffix`."""
+    """The NAME of `.NAME.PID-TOKEN.suffix`, or of `.NAME.PID.suffix`, as earlier versions called it."""
     return leftover.name[1:].rsplit(".", 2)[0]
 
 
 def _writer_lives(leftover: Path) -> bool:
-    """Whether the process whose number stands in the name is another one that runs."""
-    number = leftover.name.rsplit(".", 2)[1]
-    if not number.isdigit() or int(number) == os.getpid():
+    """Whether it is being written: by this process, or by another one whose number stands in the name."""
+    number, _, _ = leftover.name.rsplit(".", 2)[1].partition("-")
+    if not re.fullmatch("[0-9]{1,10}", number):
         return False
+    # In a container, processes often have the number that a dead one had.
+    if int(number) == os.getpid():
+        return leftover.name in _written_aside
     try:
         os.kill(int(number), 0)
     except ProcessLookupError:

@@ -8,11 +8,11 @@ from __future__ import annotations
 import base64
 import html
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..host.atomic import atomic_file
 from .verdict import Criterion, all_passed
 
 # Colours are variables, set twice: for light pages and for dark ones. Nothing is loaded from elsewhere.
@@ -134,10 +134,10 @@ class Report:
         folder.mkdir(parents=True, exist_ok=True)
         for section in self.sections:
             for figure in section.figures:
-                _replace(folder / figure.file, figure.png)
+                _write(folder / figure.file, figure.png)
         # The page last: where it is, the files that belong to it are, too.
-        _replace(folder / "results.json", results)
-        _replace(folder / "report.html", self.html().encode())
+        _write(folder / "results.json", results)
+        _write(folder / "report.html", self.html().encode())
         return folder / "report.html"
 
     def html(self) -> str:
@@ -226,8 +226,6 @@ def _figure(figure: Figure) -> str:
     return f"<figure>{heads}{image}<figcaption>{caption}</figcaption></figure>"
 
 
-def _replace(path: Path, content: bytes) -> None:
-    """Writes a file in one step for whoever reads it: the old content or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+def _write(path: Path, content: bytes) -> None:
+    with atomic_file(path) as file:
+        file.write(content)

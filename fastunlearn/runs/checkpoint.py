@@ -9,16 +9,15 @@ some `.safetensors`; nothing is pickled. What holds:
   its usual file systems): a reader finds the old folder or the new one, never neither. Elsewhere two renames
   follow each other: a reader may miss the folder for the instant between them and finds it on a retry; if the
   writer dies in that instant, the next `latest` or write puts the old folder back.
-- A run folder has one writer at a time. Its leftovers (`.NAME.PID.tmp`) are removed by the next write after
-  it has died.
+- A run folder has one writer at a time. Its leftovers (`.NAME.PID-TOKEN.tmp`) are removed by the next write
+  after it has died.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..host import check
-from ..host.atomic import atomic_directory, remove_leftovers, restore_displaced
+from ..host.atomic import atomic_directory, discard, remove_leftovers, restore_displaced
 from . import optimizer_state
 from .state_checks import Entry
 from .state_tree import flatten, unflatten
@@ -228,13 +227,6 @@ def clean(run_dir: str | Path) -> None:
     remove_leftovers(Path(run_dir), f"{PREFIX}*")
 
 
-def _discard(path: Path) -> None:
-    """Removes a checkpoint; under its own name it is whole until it is gone."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    os.replace(path, aside)
-    shutil.rmtree(aside)
-
-
 def _discard_all_but(keep: int, step: int, run_dir: Path) -> None:
     """Removes checkpoints until `keep` are left, that of `step` among them."""
     others = [other for other in _steps(run_dir) if other != step]
@@ -244,7 +236,7 @@ def _discard_all_but(keep: int, step: int, run_dir: Path) -> None:
     before = [other for other in others if other < step]
     too_many = max(0, len(others) - (keep - 1))
     for stale in (beyond + before)[:too_many]:
-        _discard(run_dir / f"{PREFIX}{stale}")
+        discard(run_dir / f"{PREFIX}{stale}")
 
 
 def _owned(named: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -275,7 +267,8 @@ def _steps(run_dir: Path) -> list[int]:
     """The steps of the whole checkpoints below `run_dir`, the oldest first."""
     whole = [folder for folder in run_dir.glob(f"{PREFIX}*") if (folder / MANIFEST).exists()]
     names = [folder.name.removeprefix(PREFIX) for folder in whole]
-    return sorted(int(name) for name in names if name.isdigit())
+    # As `save` writes them: neither `checkpoint-007` nor `checkpoint-²`, which is a digit to Python.
+    return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]{0,17}", name))
 
 
 def _sha256(path: Path) -> str:
