@@ -565,9 +565,7 @@ def test_npz_key_names_the_array_of_several(tmp_path):
     assert np.array_equal(load_images(path, npz_key="x_test").images.numpy(), NCHW[:2])
     named_images = npz(tmp_path, "y.npz", images=NCHW, other=NCHW[:3])
     assert len(load_images(named_images, npz_key="other").images) == 3
-    with pytest.raises(
-        ValueError, match=r"x.npz: expected an array named x \(npz_key\), got x_train"
-    ):
+    with pytest.raises(ValueError, match=r"x.npz: expected an array named x \(npz_key\), got x_train"):
         load_images(path, npz_key="x")
     with pytest.raises(ValueError, match=r"npz_key: expected None without a path that ends in .npz, got 'x'"):
         load_images(npy(tmp_path, NCHW), npz_key="x")

@@ -159,9 +159,7 @@ def test_whatever_pillow_stumbles_over_is_named(tmp_path, monkeypatch):
         read(tmp_path, encoded(GREY))
 
 
-@pytest.mark.parametrize(
-    "kind", ["GIF", "WEBP", "PNG", "TIFF", "MPO", pytest.param("AVIF", marks=needs_avif)]
-)
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF", pytest.param("AVIF", marks=needs_avif)])
 def test_more_than_one_frame_is_refused(kind, tmp_path):
     other = Image.fromarray(255 - COLOURS)
     content = encoded(COLOURS, kind, save_all=True, append_images=[other])

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import fnmatch
 import importlib
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
+from ..host.plain_json import read_json
 from .folders import Listing, list_known
 from .options import Options, Part, stack, to_nchw
 from .pictures import check_pillow, decode
@@ -114,9 +114,9 @@ def _check_files(path: Path) -> tuple[list[str], Listing]:
         Refused: files that are not in the list.
     """
     try:
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        state = read_json(path / STATE)
         names = [entry["filename"] for entry in state["_data_files"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path / STATE}: expected the state of a saved data set, got {error!r}") from None
     # The state comes from somebody else, with the data set: a name in it could lead to any file.
     for name in names:

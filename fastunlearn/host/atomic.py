@@ -68,6 +68,9 @@ def atomic_file(path: str | Path, *, mode: int = 0o666) -> Iterator[BinaryIO]:
     Until then nobody else may read it. Then it has `mode`, less the umask.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        what = "a folder" if path.is_dir() else "a pipe, a socket or a device"
+        raise OSError(errno.EINVAL, f"expected a file, or nothing yet, got {what}", str(path))
     remove_leftovers(path.parent, glob.escape(path.name))
     temporary = _aside(path, "tmp")
     try:

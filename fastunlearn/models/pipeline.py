@@ -15,6 +15,7 @@ import torch
 from ..host import check
 from ..host.atomic import atomic_directory
 from ..host.finite import not_finite
+from ..host.plain_json import read_json
 from ..host.plain_names import plain, plain_copy
 from .supported import check_network, check_parts, check_runs, check_surroundings
 
@@ -347,9 +348,9 @@ def _read_json(file: Path) -> dict:
     if not file.is_file():
         raise ValueError(f"{file}: expected {LAYOUT}, got no such file")
     try:
-        content = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-        raise ValueError(f"{file}: expected JSON, got text that is not ({error})") from None
+        content = read_json(file)
+    except ValueError as error:
+        raise ValueError(f"{file}: expected JSON, got {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file}: expected a JSON object, got {type(content).__name__}")
     return content

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from ..host import check
 from ..host.atomic import atomic_directory, discard, remove_leftovers, restore_displaced
+from ..host.plain_json import read_json
 from . import optimizer_state
 from .state_checks import Entry
 from .state_tree import flatten, unflatten
@@ -123,7 +124,7 @@ def load(path: str | Path) -> Checkpoint:
     path = Path(path)
     names = verify(path)
     with _readable(path / METADATA):
-        content = json.loads((path / METADATA).read_text())
+        content = read_json(path / METADATA)
         _check_version(content)
         metadata, skeletons = content["metadata"], dict(content["states"])
     tensors = {}
@@ -170,11 +171,10 @@ def verify(path: str | Path) -> list[str]:
     """
     path = Path(path)
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path}: expected a checkpoint folder with a readable {MANIFEST}, got {error}"
-        ) from error
+        manifest = read_json(path / MANIFEST)
+    except ValueError as error:
+        expected = f"expected a checkpoint folder with a readable {MANIFEST}"
+        raise ValueError(f"{path}: {expected}, got {error}") from None
     if not isinstance(manifest, dict) or METADATA not in manifest:
         raise ValueError(f"{path / MANIFEST}: expected file names and hashes, {METADATA} among them")
     # A manifest that was tampered with must not lead out of the folder.
@@ -183,6 +183,13 @@ def verify(path: str | Path) -> list[str]:
             raise ValueError(f"{path / MANIFEST}: expected plain file names, got {name!r}")
         if not (path / name).is_file() or _sha256(path / name) != expected:
             raise ValueError(f"{path / name}: missing or damaged (its SHA-256 is not the manifest's)")
+    # Whole, and still nothing that could be read: an older checkpoint serves better.
+    try:
+        read_json(path / METADATA)
+    except ValueError as error:
+        raise ValueError(
+            f"{path / METADATA}: expected what a checkpoint says of itself, got {error}"
+        ) from None
     return list(manifest)
 
 
@@ -191,7 +198,7 @@ def latest(run_dir: str | Path) -> Path | None:
     run_dir = Path(run_dir)
     restore_displaced(run_dir, f"{PREFIX}*")
     # What lies beyond the newest whole one is lost: the run takes those steps again, and writes over it.
-    for step in reversed(_steps(run_dir)):
+    for step in reversed(_steps(run_dir, whole=False)):
         path = run_dir / f"{PREFIX}{step}"
         try:
             verify(path)
@@ -263,10 +270,14 @@ def _aligned(named: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in named.items()}
 
 
-def _steps(run_dir: Path) -> list[int]:
-    """The steps of the whole checkpoints below `run_dir`, the oldest first."""
-    whole = [folder for folder in run_dir.glob(f"{PREFIX}*") if (folder / MANIFEST).exists()]
-    names = [folder.name.removeprefix(PREFIX) for folder in whole]
+def _steps(run_dir: Path, *, whole: bool = True) -> list[int]:
+    """The steps of the checkpoints below `run_dir`, the oldest first; without `whole` also of what only has
+    the name of one.
+    """
+    found = run_dir.glob(f"{PREFIX}*")
+    if whole:
+        found = [folder for folder in found if (folder / MANIFEST).is_file()]
+    names = [folder.name.removeprefix(PREFIX) for folder in found]
     # As `save` writes them: neither `checkpoint-007` nor `checkpoint-²`, which is a digit to Python.
     return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]{0,17}", name))
 

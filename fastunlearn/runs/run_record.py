@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..host.atomic import atomic_file
 from ..host.folder_lock import locked
+from ..host.plain_json import read_json
 from ..neighbors.nearest import CACHE_FORMAT
 from .selections import in_words
 
@@ -103,9 +104,10 @@ def read_run(run_dir: str | Path) -> dict[str, Any]:
     """
     path = Path(run_dir) / RUN_FILE
     try:
-        record = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"run_dir: expected a run folder with a readable {RUN_FILE}, got {error}") from error
+        record = read_json(path)
+    except ValueError as error:
+        expected = f"expected a run folder with a readable {RUN_FILE}"
+        raise ValueError(f"run_dir: {expected}, got {path}: {error}") from None
     is_record = isinstance(record, dict) and record.get("format") == FORMAT
     if not is_record or not isinstance(record.get("private_files"), list):
         raise ValueError(f"run_dir: expected {path} to be a {FORMAT} record with a list of private_files")
@@ -288,14 +290,14 @@ class Metrics:
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     """The records of `metrics.jsonl`, one dict a logged step; empty without a file."""
     path = Path(run_dir) / METRICS_FILE
-    if not path.exists():
+    if not path.is_file():
         return []
     records: list[dict[str, Any]] = []
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         # A run that was killed while it wrote leaves a line that is not whole. Nothing follows it.
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             break
         if not line.endswith("\n") or not isinstance(record, dict) or "step" not in record:
             break

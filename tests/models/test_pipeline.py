@@ -424,7 +424,7 @@ REFUSED = [
         r"refuses",
     ),
     (nan_betas, r"scheduler_config.json: expected finite noise levels, got NaN"),
-    (broken_json, r"config.json: expected JSON, got text that is not"),
+    (broken_json, r"config.json: expected JSON, got text that is no JSON"),
     (json_list, r"model_index.json: expected a JSON object, got list"),
     (no_config, r"config.json: expected a folder of DDPMPipeline.save_pretrained.*, got no such file"),
     (no_scheduler, r"expected scheduler_config.json in .*, got none"),

@@ -1,0 +1,110 @@
+"""JSON that somebody else wrote: an error of one kind, and nothing that hangs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import runs
+
+from fastunlearn.host import atomic, plain_json
+from fastunlearn.host.plain_json import read_json
+from fastunlearn.runs import checkpoint
+from fastunlearn.runs.run_record import Metrics, read_metrics, read_run
+
+DEEP = b"[" * 200_000
+
+
+def test_what_is_written_is_read(tmp_path: Path):
+    (tmp_path / "x.json").write_text('{"a": [1, "ä"]}', encoding="utf-8")
+    assert read_json(tmp_path / "x.json") == {"a": [1, "ä"]}
+
+
+HOSTILE = {
+    "nested too deeply": DEEP,
+    "no JSON": b"{",
+    "no JSON: 'utf-8' codec": b'"\xff"',
+}
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_what_is_no_json(tmp_path: Path, text: str):
+    (tmp_path / "x.json").write_bytes(HOSTILE[text])
+    with pytest.raises(ValueError, match=text):
+        read_json(tmp_path / "x.json")
+
+
+def test_what_is_no_file(tmp_path: Path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("/dev/zero")
+    for name in ("pipe", "folder", "link"):
+        with pytest.raises(ValueError, match="no regular file"):
+            read_json(tmp_path / name)
+    with pytest.raises(ValueError, match="No such file"):
+        read_json(tmp_path / "absent")
+    (tmp_path / "long.json").write_bytes(b"[1, 2]")
+    monkeypatch.setattr(plain_json, "LONGEST", 5)
+    with pytest.raises(ValueError, match="6 bytes, which is no text of ours"):
+        read_json(tmp_path / "long.json")
+
+
+# --- who reads it -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hostile", ["pipe", "deep"])
+def test_files_of_a_run(tmp_path: Path, hostile: str):
+    for name in ("run.json", "metrics.jsonl"):
+        if hostile == "pipe":
+            os.mkfifo(tmp_path / name)
+        else:
+            (tmp_path / name).write_bytes(DEEP + b"\n")
+    with pytest.raises(
+        ValueError, match=r"run_dir: expected a run folder with a readable run.json, got .*run"
+    ):
+        read_run(tmp_path)
+    assert read_metrics(tmp_path) == []
+    if hostile == "pipe":
+        with pytest.raises(OSError, match="expected a file, or nothing yet, got a pipe"):
+            Metrics(tmp_path, 0)
+
+
+def deep_metadata(folder: Path) -> None:
+    (folder / "metadata.json").write_bytes(DEEP)
+    runs.sign(folder)
+
+
+BROKEN = {
+    "a manifest that is nested deeply": lambda folder: (folder / "manifest.json").write_bytes(DEEP),
+    "no manifest": lambda folder: (folder / "manifest.json").unlink(),
+    "signed metadata that are nested deeply": deep_metadata,
+    "a folder that is empty": lambda folder: [file.unlink() for file in folder.iterdir()],
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_a_broken_newest_checkpoint_is_said_and_hides_no_older_one(tmp_path: Path, broken: str):
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, {}, {})
+    BROKEN[broken](tmp_path / "checkpoint-2")
+    with pytest.warns(UserWarning, match=r"damaged checkpoint passed over: .*checkpoint-2"):
+        assert checkpoint.latest(tmp_path) == tmp_path / "checkpoint-1"
+    with pytest.raises(ValueError, match="checkpoint-2"):
+        checkpoint.load(tmp_path / "checkpoint-2")
+
+
+@pytest.mark.parametrize("name", ["pipe", "folder", "device"])
+def test_a_file_does_not_take_the_place_of_what_is_none(tmp_path: Path, name: str):
+    """As root, `--output /dev/null` would otherwise put a file there, for all programs."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "device").symlink_to("/dev/null")
+    kind = "a folder" if name == "folder" else "a pipe, a socket or a device"
+    with (
+        pytest.raises(OSError, match=f"expected a file, or nothing yet, got {kind}") as error,
+        atomic.atomic_file(tmp_path / name),
+    ):
+        pass
+    assert error.value.filename == str(tmp_path / name)
+    assert len(list(tmp_path.iterdir())) == 3
