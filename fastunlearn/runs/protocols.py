@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from torch import nn
 
 from ..host import check
 from ..host.atomic import atomic_file
+from ..host.plain_json import read_json
 from ..host.store import ImageStore, overlap
 from ..metrics.deletion import Measures
 from ..step.trained import unwrapped
@@ -197,7 +199,9 @@ def unlearn_each(
 def folders(output_dir: str | Path) -> list[Path]:
     """The run folders of the requests in `output_dir`, in their order; none where it is of no protocol."""
     found = Path(output_dir).glob(f"{FOLDER}*")
-    numbered = [folder for folder in found if folder.name.removeprefix(FOLDER).isdigit()]
+    numbered = [
+        folder for folder in found if re.fullmatch("[1-9][0-9]{0,17}", folder.name.removeprefix(FOLDER))
+    ]
     return sorted(numbered, key=lambda folder: int(folder.name.removeprefix(FOLDER)))
 
 
@@ -209,9 +213,11 @@ def read_protocol(output_dir: str | Path) -> dict[str, Any]:
     """
     path = Path(output_dir) / FILE
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"output_dir: expected a folder with a readable {FILE}, got {error}") from error
+        content = read_json(path)
+    except ValueError as error:
+        raise ValueError(
+            f"output_dir: expected a folder with a readable {FILE}, got {path}: {error}"
+        ) from None
     if not _is_protocol(content):
         raise ValueError(f"output_dir: expected {path} to be a {FORMAT} record")
     return content
