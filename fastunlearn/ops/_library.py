@@ -51,13 +51,18 @@ def define(
         more: arguments of the kernel beyond those of the op, in schema form.
     """
 
-    def run(*args):
-        check(*args)
+    def on_one_device(args: tuple) -> Tensor:
+        """The first tensor of `args`, once the others are where it is."""
         tensor, *others = [value for value in args if isinstance(value, Tensor)]
         for other in others:  # a kernel would take an address on one device for one on another
             if other.device != tensor.device:
                 found = f"{tensor.device} and {other.device}"
                 raise ValueError(f"{name}: expected all tensors on one device, got {found}")
+        return tensor
+
+    def run(*args):
+        check(*args)
+        tensor = on_one_device(args)
 
         # The backend is asked for at every call: tests and a user's debugging switch it within a process.
         kernel, wanted = None, backend()
@@ -74,6 +79,8 @@ def define(
 
     def fake(*args):
         check(*args)
+        # One meta tensor among others brings a call here: what it returned would be memory that nobody wrote.
+        on_one_device(args)
         return _one_or_all(empty(*args))
 
     returned = ", ".join(["Tensor"] * len(outputs))
@@ -210,8 +217,10 @@ def check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> Non
         raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
 
 
-def check_noise(noise: Tensor | None, counter: Tensor | None, shape: tuple[int, ...]) -> None:
+def check_noise(noise: Tensor | None, counter: Tensor | None, purpose: int, shape: tuple[int, ...]) -> None:
     if (noise is None) == (counter is None):
         raise ValueError("noise, counter: expected one of the two")
     check_shape("noise", noise, shape)
     check_shape("counter", counter, (3,))
+    if not 0 <= purpose < 2**32:  # a word of the counter that numbers are drawn by
+        raise ValueError(f"purpose: expected an integer in [0, 2^32), got {purpose}")

@@ -74,11 +74,12 @@ def _eager(
 
     # energy = inside^2 ||P r||^2 + outside^2 ||r - P r||^2, the first from the coefficients (Parseval);
     # half of its gradient is P_{M^2} r = outside^2 r + (inside^2 - outside^2) P r.
-    energy = inside**2 * coefficients.flatten(1).square().sum(1)
-    gradient = (inside**2 - outside**2) * projected
+    squared, squared_outside = inside * inside, outside * outside
+    energy = squared * coefficients.flatten(1).square().sum(1)
+    gradient = (squared - squared_outside) * projected
     if outside != 0:
-        energy = energy + outside**2 * (r - projected).flatten(1).square().sum(1)
-        gradient = gradient + outside**2 * r
+        energy = energy + squared_outside * (r - projected).flatten(1).square().sum(1)
+        gradient = gradient + squared_outside * r
 
     weight = weight.to(r.dtype)
     gradient = (per_row(2 * weight, r) * gradient).to(prediction.dtype)

@@ -136,7 +136,7 @@ def _check(*args):
     check_shape("coefficients", given.coefficients, (shape[0], 5))
     check_shape("from_forget", given.from_forget, shape[:1])
     check_shape("time_log_ratio", given.time_log_ratio, shape[:1])
-    check_noise(given.noise, given.counter, shape)
+    check_noise(given.noise, given.counter, given.purpose, shape)
 
 
 def _prepare(args: tuple, outputs: tuple) -> tuple:

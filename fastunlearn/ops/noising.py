@@ -74,7 +74,7 @@ def _empty(images, index, coefficients, noise, counter, purpose, with_target, dt
 def _check(images, index, coefficients, noise, counter, purpose, with_target, dtype, channels_last):
     shape = check_rows("images", images, index)
     check_shape("coefficients", coefficients, (shape[0], 5))
-    check_noise(noise, counter, shape)
+    check_noise(noise, counter, purpose, shape)
 
 
 def _prepare(args: tuple, outputs: tuple) -> tuple:

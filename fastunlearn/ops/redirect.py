@@ -152,7 +152,7 @@ def _check(*args):
         raise ValueError(f"neighbors: expected [B, K, C, H, W] for images {shape}, got {neighbor_shape}")
     check_shape("coefficients", given.coefficients, (shape[0], 5))
     check_shape("sqdist", given.sqdist, neighbor_shape[:2])
-    check_noise(given.noise, given.counter, shape)
+    check_noise(given.noise, given.counter, given.purpose, shape)
 
 
 def _prepare(args: tuple, outputs: tuple) -> tuple:

@@ -25,7 +25,8 @@ def residual(prediction: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor
 def _eager(prediction: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     precision = at_least_float32(prediction.dtype)
     difference = prediction.to(precision) - target
-    loss = weight.to(difference.dtype) * difference.flatten(1).square().sum(1)
+    weight = weight.to(difference.dtype)
+    loss = weight * difference.flatten(1).square().sum(1)
     gradient = per_row(2 * weight, difference) * difference
     return loss.to(precision), like_prediction(prediction).copy_(gradient)
 

@@ -343,6 +343,31 @@ def test_integers_and_floats_of_other_sizes_are_converted(backend, monkeypatch):
     )
 
 
+def test_one_meta_tensor_among_others_is_refused():
+    """torch asks the fake kernel then, whose outputs nobody fills."""
+    with pytest.raises(ValueError, match="residual: expected all tensors on one device, got cpu and meta"):
+        torch.ops.fastunlearn.residual(
+            torch.rand(3, 1, 2, 2), torch.rand(3, 1, 2, 2), torch.rand(3, device="meta")
+        )
+
+
+def test_weights_of_bytes_do_not_wrap(monkeypatch):
+    prediction, target, weight = torch.ones(1, 1, 2, 2), torch.zeros(1, 1, 2, 2), torch.tensor([200])
+    for backend in ("auto", "eager"):
+        monkeypatch.setenv("FASTUNLEARN_BACKEND", backend)
+        loss, gradient = torch.ops.fastunlearn.residual(prediction, target, weight.byte())
+        assert loss.item() == 800, backend
+        assert gradient.unique().tolist() == [400], backend
+
+
+@pytest.mark.parametrize("purpose", [-1, 2**32])
+@pytest.mark.parametrize("op", OPS[:3])
+def test_a_purpose_that_no_counter_holds_is_refused(op, purpose):
+    given = [purpose if type(value) is int else value for value in from_store(op)]
+    with pytest.raises(ValueError, match=rf"purpose: expected an integer in \[0, 2\^32\), got {purpose}"):
+        getattr(torch.ops.fastunlearn, op)(*given)
+
+
 def test_tensors_on_two_devices_are_refused():
     elsewhere = torch.rand(3, device="meta")
     with pytest.raises(ValueError, match="residual: expected all tensors on one device, got cpu and meta"):
