@@ -213,7 +213,9 @@ def verdict(op: str, arguments: list) -> str:
 
 def _is_finite(argument: object) -> bool:
     if isinstance(argument, Tensor):
-        return not argument.is_floating_point() or bool(argument.float().isfinite().all())
+        if argument.is_meta or not argument.is_floating_point():
+            return True
+        return bool(argument.float().isfinite().all())
     return not isinstance(argument, float) or math.isfinite(argument)
 
 
