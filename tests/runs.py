@@ -6,6 +6,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 
 from fastunlearn import ImageStore, Unlearner
 from fastunlearn.methods import Method, ReTrack
-from fastunlearn.runs.training import unlearn
+from fastunlearn.runs.training import RunInterrupted, unlearn
 from fastunlearn.testing.factories import TinyDenoiser, linear_schedule
 
 STEPS, SAVED_AT = 4, 2
@@ -93,6 +95,41 @@ def run(unlearner: Unlearner, folder: Path, num_steps: int = STEPS, **options: A
         output_dir=folder,
         **{"show_progress": False, "checkpointing_steps": SAVED_AT} | options,
     )
+
+
+def stop(unlearner: Unlearner, folder: Path, step: int = SAVED_AT, **options: Any) -> Path:
+    """The same, but a signal stops it after `step`: the checkpoint that it leaves."""
+    take = unlearner.step
+
+    def stopping(*arguments: Any) -> Any:
+        output = take(*arguments)
+        if unlearner.step_index == step:
+            signal.raise_signal(signal.SIGTERM)
+        return output
+
+    unlearner.step = stopping
+    try:
+        run(unlearner, folder, **options)
+    except RunInterrupted as interrupted:
+        return interrupted.checkpoint
+    raise AssertionError("the signal did not stop the run")
+
+
+def saved_in(folder: Path, step: int) -> Path:
+    """The checkpoint that a run wrote after `step`."""
+    return folder / "private" / f"checkpoint-{step}"
+
+
+def unfinish(folder: Path, step: int) -> Path:
+    """Makes of a finished run that kept its checkpoints what it had been, had it been killed after `step`."""
+    for place in (folder, folder / "private"):
+        for path in place.glob("checkpoint-*"):
+            if int(path.name.removeprefix("checkpoint-")) > step:
+                shutil.rmtree(path)
+    shutil.rmtree(folder / "model", ignore_errors=True)
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(record | {"status": "running"}))
+    return folder
 
 
 def weights(unlearner: Unlearner) -> Tensor:

@@ -15,6 +15,7 @@ from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
+import runs
 import torch
 from locks import held_elsewhere
 from PIL import Image
@@ -32,7 +33,7 @@ from fastunlearn.testing.checkpoints import TINY_SHAPE, save_tiny_checkpoint
 pytest.importorskip("tyro")
 COMMANDS = ("demo", "unlearn", "evaluate", "sample", "neighbors", "pretrain", "data", "purge")
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
-FAST = ("--steps", "2", "--batch-size", "4", "--device", "cpu")
+FAST = ("--steps", "2", "--batch-size", "4", "--device", "cpu", "--seed", "0")
 METHODS = {
     "retrack": ["--k", "3"],
     "siss": ["--variant", "bernoulli"],
@@ -218,10 +219,7 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(world, tmp_path):
         "4",
     )
     unlearn(world, tmp_path / "whole", *schedule)
-    unlearn(world, tmp_path / "resumed", *schedule)
-    # what a run that was killed after its second step leaves
-    shutil.rmtree(tmp_path / "resumed" / "checkpoint-4")
-    shutil.rmtree(tmp_path / "resumed" / "model")
+    half_done(world, tmp_path / "resumed", *schedule)
     torch.manual_seed(1)  # a state that must not matter
     assert unlearn(world, tmp_path / "resumed", *schedule, "--resume_from_checkpoint", "latest") == 0
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "resumed"))
@@ -230,10 +228,9 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(world, tmp_path):
 def half_done(world, output: Path, *more: object) -> Path:
     """What a run leaves that was killed after its second step of four."""
     arguments = ("--checkpointing_steps", "2", "--steps", "4", *more)
-    assert unlearn(world, output, *arguments) == 0
-    shutil.rmtree(output / "checkpoint-4")
-    shutil.rmtree(output / "model")
-    return output
+    with pytest.warns(UserWarning, match="keep_checkpoints"):
+        assert unlearn(world, output, *arguments, "--keep_checkpoints") == 0
+    return runs.unfinish(output, 2)
 
 
 def changed_model(world, folder: Path, **settings: object) -> Path:
@@ -297,7 +294,7 @@ def test_a_run_is_not_resumed_from_another_model(world, tmp_path, capsys):
         (("--mixed_precision", "bf16"), ("autocast_dtype ('torch.bfloat16' here, None there)",)),
         (("--allow_tf32",), ("products ('tf32' here, 'none' there)",)),
         (("--lambda", "0.1"), ("lambd (0.1 here, 0.005 there)",)),
-        (("--seed", "1"), ("seed 1, got 0",)),
+        (("--seed", "1"), ("a run with this seed, got another",)),
         (("--batch-size", "6"), ("batch_size 6, got 4",)),
         (("--use_ema",), ("expected the state of ['ema']",)),
         (("--adam_beta1", "0.9"), ("betas.0 (0.9 here, 0.95 there)",)),
@@ -420,10 +417,7 @@ def test_auto_on_a_gpu(monkeypatch):
 def test_nothing_shows_or_stores_a_forget_image_unless_asked(world, tmp_path):
     run_dir = tmp_path / "run"
     unlearn(world, run_dir)
-    record = json.loads((run_dir / "run.json").read_text())
-    (cache,) = (run_dir / "private").iterdir()
-    assert record["private_files"] == [str(cache)]
-    assert stat.S_IMODE(cache.stat().st_mode) == 0o600
+    assert [path.name for path in (run_dir / "private").iterdir()] == ["record.json"]
     assert not [path for path in run_dir.rglob("*") if path.suffix in (".png", ".html", ".npy", ".npz")]
     for path in run_dir.rglob("*"):
         assert not path.is_file() or not any(
@@ -437,7 +431,6 @@ def test_report_images_and_purge(world, tmp_path, capsys):
     picture = run_dir / "private" / "reconstructions.png"
     assert Image.open(picture).size[0] > 8
     assert stat.S_IMODE(picture.stat().st_mode) == 0o600
-    assert len(json.loads((run_dir / "run.json").read_text())["private_files"]) == 2
     assert run("purge", run_dir) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"2 files removed: {run_dir}"
     assert not list((run_dir / "private").iterdir())
@@ -617,7 +610,7 @@ def test_a_finished_run_is_not_overwritten(world, tmp_path, capsys):
     assert unlearn(world, tmp_path / "run") == 0
     kept = weights(tmp_path / "run")
     assert unlearn(world, tmp_path / "run", "--seed", "3") == 2
-    assert "expected a folder without checkpoints for a new run" in capsys.readouterr().err
+    assert "--output: expected a folder without a finished run for a new one" in capsys.readouterr().err
     assert_same(weights(tmp_path / "run"), kept)
 
 
@@ -629,7 +622,7 @@ def test_a_run_that_skips_most_steps_fails_and_writes_no_model(world, tmp_path, 
     assert re.match(rf"error: \d of \d steps had a loss or gradient that is not finite {limit}", error)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed: TooManySkippedSteps"
     assert not (tmp_path / "run" / "model").exists()
-    assert not list((tmp_path / "run").glob("checkpoint-*"))
+    assert not list((tmp_path / "run").rglob("checkpoint-*"))
     stricter = ("--lr", "1e30", "--steps", "10", "--max_skipped_steps", "0")
     assert unlearn(world, tmp_path / "few", *stricter, method="neggrad") == 1
     assert "(max_skipped_steps=0)" in capsys.readouterr().err
@@ -749,7 +742,14 @@ def copied(world, tmp_path_factory) -> SimpleNamespace:
 
 
 def in_record(run_dir: Path) -> dict:
-    return json.loads((run_dir / "run.json").read_text())["forget_in_retain"]
+    """The rows that the private record names; `run.json` has their numbers."""
+    found, told = (
+        json.loads((run_dir / name).read_text())["forget_in_retain"]
+        for name in ("private/record.json", "run.json")
+    )
+    counts = {name: len(each) if isinstance(each, list) else each for name, each in found.items()}
+    assert told == counts
+    return found
 
 
 def test_near_copies_are_warned_of_with_numbers_and_rows(copied, tmp_path, capsys):
@@ -836,7 +836,7 @@ def test_equal_images_that_are_allowed_are_not_warned_of(copied, tmp_path, capsy
 
 def test_a_resumed_run_has_the_same_images_to_keep(copied, tmp_path, capsys):
     longer = ("--steps", "4", "--checkpointing_steps", "2")
-    assert unlearn(copied, tmp_path / "run", "--drop_within", "auto") == 0
+    half_done(copied, tmp_path / "run", "--drop_within", "auto")
     resumed = (*longer, "--resume_from_checkpoint", "latest")
     assert unlearn(copied, tmp_path / "run", *resumed) == 2
     assert "resume_from_checkpoint: expected a checkpoint of a run with data" in capsys.readouterr().err

@@ -4,8 +4,10 @@ and `purge`.
 
 from __future__ import annotations
 
+import hmac
 import json
 import os
+import re
 import signal
 import threading
 from dataclasses import dataclass
@@ -76,8 +78,28 @@ def run(unlearner, output_dir: Path, num_steps: int = 10, **options):
     )
 
 
+def stopped(unlearner: FakeUnlearner, output_dir: Path, step: int, **options) -> None:
+    """A run that a signal stops after `step`."""
+    work = unlearner.on_step or (lambda step: None)
+    unlearner.on_step = lambda at: (work(at), at == step and signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(RunInterrupted):
+        run(unlearner, output_dir, **options)
+
+
+def kept(unlearner: FakeUnlearner, output_dir: Path, **options):
+    """A run that keeps its checkpoints, which it warns of."""
+    with pytest.warns(UserWarning, match="images to forget, and the seed: whoever reads them can get images"):
+        return run(unlearner, output_dir, keep_checkpoints=True, **options)
+
+
 def checkpoints(output_dir: Path) -> list[int]:
-    return sorted(int(path.name.removeprefix("checkpoint-")) for path in output_dir.glob("checkpoint-*"))
+    """The steps of those that a run could go on from."""
+    found = (output_dir / "private").glob("checkpoint-*")
+    return sorted(int(path.name.removeprefix("checkpoint-")) for path in found)
+
+
+def everything_in(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 # --- metrics and checkpoints
@@ -99,8 +121,9 @@ def test_a_run_leaves_metrics_checkpoints_and_a_record(tmp_path: Path):
         "skipped_steps": 0,
     }
     assert "forget_loss" not in history.records[0]
-    assert checkpoints(tmp_path) == [3, 6, 9, 10]
+    assert checkpoints(tmp_path) == []
     assert history.checkpoint == tmp_path / "checkpoint-10"
+    assert set(checkpoint.load(history.checkpoint).tensors) == {"model"}
     record = json.loads((tmp_path / "run.json").read_text())
     assert record["status"] == "complete"
     assert record["steps"] == 10
@@ -108,7 +131,12 @@ def test_a_run_leaves_metrics_checkpoints_and_a_record(tmp_path: Path):
     assert record["arguments"]["logging_steps"] == 4
     assert record["data"] == {
         "forget": None,
-        "retain": {"rows": 2, "shape": [1, 4, 4], "dtype": "torch.uint8", "sha256": STORE.content_hash()},
+        "retain": {
+            "rows": 2,
+            "shape": [1, 4, 4],
+            "dtype": "torch.uint8",
+            "hmac_sha256": hmac_of(tmp_path, STORE.content_hash()),
+        },
     }
     assert (
         record["versions"]["torch"] == torch.__version__.split("+")[0]
@@ -116,21 +144,29 @@ def test_a_run_leaves_metrics_checkpoints_and_a_record(tmp_path: Path):
     )
 
 
-def test_checkpoints_total_limit(tmp_path: Path):
-    run(FakeUnlearner(), tmp_path, checkpoints_total_limit=2)
-    assert checkpoints(tmp_path) == [9, 10]
+def hmac_of(run_dir: Path, text: str) -> str:
+    key = json.loads((run_dir / "private" / "record.json").read_text())["identifiers_key"]
+    return hmac.new(bytes.fromhex(key), text.encode(), "sha256").hexdigest()
+
+
+def test_checkpoints_that_are_kept_and_their_limit(tmp_path: Path):
+    assert kept(FakeUnlearner(), tmp_path / "all").checkpoint == tmp_path / "all/private/checkpoint-10"
+    assert checkpoints(tmp_path / "all") == [3, 6, 9, 10]
+    assert not list((tmp_path / "all").glob("checkpoint-*"))
+    kept(FakeUnlearner(), tmp_path / "two", checkpoints_total_limit=2)
+    assert checkpoints(tmp_path / "two") == [9, 10]
 
 
 def test_only_the_end_is_saved_by_default(tmp_path: Path):
-    run(FakeUnlearner(), tmp_path, checkpointing_steps=None)
+    kept(FakeUnlearner(), tmp_path, checkpointing_steps=None)
     assert checkpoints(tmp_path) == [10]
 
 
 def test_resume_drops_metrics_beyond_the_checkpoint_and_a_torn_line(tmp_path: Path):
     expected = run(FakeUnlearner(), tmp_path / "whole")
-    run(FakeUnlearner(), tmp_path / "run", num_steps=8)
+    stopped(FakeUnlearner(), tmp_path / "run", 8)
     # as if killed after step 8 had been logged and before it was saved
-    os.rename(tmp_path / "run" / "checkpoint-8", tmp_path / "gone")
+    os.rename(tmp_path / "run" / "private" / "checkpoint-8", tmp_path / "gone")
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
         file.write('{"step": 9, "lo')
     resumed = FakeUnlearner()
@@ -149,19 +185,36 @@ def test_resume_drops_metrics_beyond_the_checkpoint_and_a_torn_line(tmp_path: Pa
 
 
 def test_resume_from_an_explicit_path_into_another_folder(tmp_path: Path):
-    run(FakeUnlearner(), tmp_path / "first", num_steps=6)
-    history = run(
-        FakeUnlearner(), tmp_path / "second", resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-3")
-    )
+    kept(FakeUnlearner(), tmp_path / "first", num_steps=6)
+    saved = tmp_path / "first" / "private" / "checkpoint-3"
+    history = kept(FakeUnlearner(), tmp_path / "second", resume_from_checkpoint=str(saved))
     assert [record["step"] for record in history.records] == list(range(4, 11))
     assert checkpoints(tmp_path / "second") == [6, 9, 10]
 
 
-def test_resume_of_a_complete_run_does_nothing(tmp_path: Path):
-    expected = run(FakeUnlearner(), tmp_path)
-    unlearner = FakeUnlearner(on_step=pytest.fail)
-    assert run(unlearner, tmp_path, resume_from_checkpoint="latest").records == expected.records
-    assert unlearner.step_index == 10
+@pytest.mark.parametrize("keep", [False, True])
+def test_resume_of_a_complete_run_does_nothing(tmp_path: Path, capsys, keep: bool):
+    expected = (kept if keep else run)(FakeUnlearner(), tmp_path)
+    before = everything_in(tmp_path)
+    # Another run, too: it is not looked at any more.
+    unlearner = FakeUnlearner(on_step=pytest.fail, seed=7)
+    assert run(unlearner, tmp_path, resume_from_checkpoint="latest") == expected
+    assert capsys.readouterr().err == f"{tmp_path}: the run is complete, nothing is left to do\n"
+    assert unlearner.step_index == 0
+    assert everything_in(tmp_path) == before
+
+
+def test_a_complete_run_does_not_go_on(tmp_path: Path):
+    run(FakeUnlearner(), tmp_path)
+    before = everything_in(tmp_path)
+    with pytest.raises(ValueError, match=r"^num_steps: expected the 10 steps of the finished run in "):
+        run(FakeUnlearner(), tmp_path, num_steps=12, resume_from_checkpoint="latest")
+    with pytest.raises(ValueError, match=r"^output_dir: expected a folder without a finished run"):
+        run(FakeUnlearner(), tmp_path)
+    left = tmp_path / "checkpoint-10"
+    with pytest.raises(ValueError, match=r"checkpoint-10, which holds the model alone$"):
+        run(FakeUnlearner(), tmp_path / "other", resume_from_checkpoint=left)
+    assert everything_in(tmp_path) == before
 
 
 def test_latest_without_a_checkpoint_starts_anew(tmp_path: Path):
@@ -169,22 +222,20 @@ def test_latest_without_a_checkpoint_starts_anew(tmp_path: Path):
 
 
 def test_resume_passes_over_a_damaged_newest(tmp_path: Path):
-    run(FakeUnlearner(), tmp_path, num_steps=6)
-    (tmp_path / "checkpoint-6" / "model.safetensors").write_bytes(b"")
+    stopped(FakeUnlearner(), tmp_path, 6)
+    (tmp_path / "private" / "checkpoint-6" / "model.safetensors").write_bytes(b"")
     steps = []
     with pytest.warns(UserWarning, match="damaged checkpoint passed over"):
-        run(FakeUnlearner(on_step=steps.append), tmp_path, resume_from_checkpoint="latest")
+        stopped(FakeUnlearner(on_step=steps.append), tmp_path, 7, resume_from_checkpoint="latest")
     assert steps[0] == 4
-    assert checkpoint.verify(tmp_path / "checkpoint-6")
+    assert checkpoint.verify(tmp_path / "private" / "checkpoint-6")
 
 
 def test_random_state_comes_back(tmp_path: Path):
     drawn = []
     run(FakeUnlearner(on_step=lambda step: drawn.append(torch.rand(()).item())), tmp_path / "whole")
     again = []
-    run(
-        FakeUnlearner(on_step=lambda step: again.append(torch.rand(()).item())), tmp_path / "run", num_steps=6
-    )
+    stopped(FakeUnlearner(on_step=lambda step: again.append(torch.rand(()).item())), tmp_path / "run", 6)
     torch.manual_seed(99)
     run(
         FakeUnlearner(on_step=lambda step: again.append(torch.rand(()).item())),
@@ -239,14 +290,14 @@ def test_bad_arguments_are_refused_before_any_step(tmp_path: Path, options, erro
 
 
 def test_new_run_does_not_mix_with_an_old_one(tmp_path: Path):
-    run(FakeUnlearner(), tmp_path)
+    stopped(FakeUnlearner(), tmp_path, 5)
     with pytest.raises(ValueError, match="output_dir: expected a folder without checkpoints for a new run"):
         run(FakeUnlearner(), tmp_path)
 
 
 def test_all_checkpoints_damaged_is_an_error_not_a_new_start(tmp_path: Path):
-    run(FakeUnlearner(), tmp_path, num_steps=2)
-    (tmp_path / "checkpoint-2" / "manifest.json").write_text("{}")
+    stopped(FakeUnlearner(), tmp_path, 2)
+    (tmp_path / "private" / "checkpoint-2" / "manifest.json").write_text("{}")
     with (
         pytest.warns(UserWarning, match="damaged"),
         pytest.raises(ValueError, match="expected an undamaged checkpoint"),
@@ -273,7 +324,7 @@ def test_all_checkpoints_damaged_is_an_error_not_a_new_start(tmp_path: Path):
     ],
 )
 def test_checkpoint_of_another_run_is_refused(tmp_path: Path, change, text):
-    run(FakeUnlearner(), tmp_path, num_steps=3)
+    stopped(FakeUnlearner(), tmp_path, 3)
     other = FakeUnlearner()
     change(other)
     with pytest.raises(ValueError, match=text):
@@ -281,9 +332,9 @@ def test_checkpoint_of_another_run_is_refused(tmp_path: Path, change, text):
 
 
 def test_fewer_steps_than_taken(tmp_path: Path):
-    run(FakeUnlearner(), tmp_path)
-    with pytest.raises(ValueError, match="num_steps: expected at least the 10 steps"):
-        run(FakeUnlearner(), tmp_path, num_steps=9, resume_from_checkpoint="latest")
+    stopped(FakeUnlearner(), tmp_path, 9)
+    with pytest.raises(ValueError, match="num_steps: expected at least the 9 steps"):
+        run(FakeUnlearner(), tmp_path, num_steps=8, resume_from_checkpoint="latest")
 
 
 # --- skipped steps, signals
@@ -336,10 +387,7 @@ def test_a_share_within_the_limit_is_complete(tmp_path: Path, skipped: int, shar
 
 def test_the_share_counts_over_the_whole_run(tmp_path: Path):
     """Three of the first five steps skipped, and three of the last five: six of ten."""
-    stopped = FakeUnlearner(bad_steps={1, 2, 3})
-    stopped.on_step = lambda step: step == 5 and signal.raise_signal(signal.SIGTERM)
-    with pytest.raises(RunInterrupted):
-        run(stopped, tmp_path)
+    stopped(FakeUnlearner(bad_steps={1, 2, 3}), tmp_path, 5)
     with pytest.raises(TooManySkippedSteps, match="6 of 10 steps"):
         run(FakeUnlearner(bad_steps={6, 9, 10}), tmp_path, resume_from_checkpoint="latest")
     assert checkpoints(tmp_path) == [3, 5, 6, 9]
@@ -383,9 +431,9 @@ def test_a_mask_of_infinities_is_no_weight(tmp_path: Path, average: bool):
         unlearner.ema = torch.optim.swa_utils.AveragedModel(unlearner.model) if average else None
         return unlearner
 
-    run(masked(), tmp_path, checkpointing_steps=None)
-    (tmp_path / "checkpoint-10").rename(tmp_path / "checkpoint-10-of-before")
-    run(masked(), tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-10-of-before"))
+    kept(masked(), tmp_path / "run", checkpointing_steps=None)
+    saved = tmp_path / "run" / "private" / "checkpoint-10"
+    run(masked(), tmp_path / "other", resume_from_checkpoint=str(saved))
     broken = masked()
     broken.on_step = lambda step: broken.model.weight.data.fill_(torch.inf)
     with pytest.raises(WeightsNotFinite, match=r"NaN or Inf in model\.weight \(of"):
@@ -402,7 +450,12 @@ def test_private_files_of_a_run_without_checkpoint_stay_listed(tmp_path: Path):
     cache = next((tmp_path / "caches").iterdir())
     run_record.list_private(tmp_path / "run", cache)
     run(FakeUnlearner(), tmp_path / "run", resume_from_checkpoint="latest")
-    assert run_record.read_run(tmp_path / "run")["private_files"] == [str(cache)]
+    assert listed(tmp_path / "run") == [str(cache)]
+
+
+def listed(run_dir: Path) -> list[str]:
+    """The files elsewhere that a run told of."""
+    return json.loads((run_dir / "private" / "record.json").read_text())["private_files"]
 
 
 def test_the_error_of_a_run_is_told_though_its_end_cannot_be_noted(tmp_path: Path):
@@ -417,29 +470,30 @@ def test_the_error_of_a_run_is_told_though_its_end_cannot_be_noted(tmp_path: Pat
 def test_neither_the_last_checkpoint_nor_that_of_a_signal_is_spared(tmp_path: Path):
     with pytest.raises(WeightsNotFinite, match=r"step 10: .*no checkpoint was written yet"):
         run(Ruined(at=10), tmp_path / "end", checkpointing_steps=None)
-    stopped = Ruined(at=4)
-    stopped.on_step = lambda step: step == 4 and (stopped.ruin(step), signal.raise_signal(signal.SIGTERM))
+    ruined = Ruined(at=4)
+    ruined.on_step = lambda step: step == 4 and (ruined.ruin(step), signal.raise_signal(signal.SIGTERM))
     with pytest.raises(WeightsNotFinite, match="step 4: "):
-        run(stopped, tmp_path / "signal")
+        run(ruined, tmp_path / "signal")
     assert checkpoints(tmp_path / "end") == []
     assert checkpoints(tmp_path / "signal") == [3]
 
 
 def test_a_checkpoint_with_weights_that_are_not_finite_is_not_resumed(tmp_path: Path):
-    run(FakeUnlearner(), tmp_path, num_steps=3)
+    stopped(FakeUnlearner(), tmp_path, 3)
     state = FakeUnlearner()
     state.step_index = 6
     state.model.weight.data.fill_(float("nan"))
-    found = checkpoint.load(tmp_path / "checkpoint-3")
+    private = tmp_path / "private"
+    found = checkpoint.load(private / "checkpoint-3")
     found.metadata["unlearner"]["step_index"] = 6
-    checkpoint.save(tmp_path, 6, {"model": state.model.state_dict()}, found.metadata, states=found.states)
+    checkpoint.save(private, 6, {"model": state.model.state_dict()}, found.metadata, states=found.states)
     text = (
         r"checkpoint-6/model\.safetensors: model\.weight: expected finite values, not 6 that are NaN or Inf"
     )
     for num_steps in (10, 6):  # also where nothing is left to do
         with pytest.raises(ValueError, match=text):
             run(FakeUnlearner(), tmp_path, num_steps=num_steps, resume_from_checkpoint="latest")
-    run(FakeUnlearner(), tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    run(FakeUnlearner(), tmp_path, resume_from_checkpoint=str(private / "checkpoint-3"))
     assert run_record.read_run(tmp_path)["status"] == "complete"
 
 
@@ -469,7 +523,7 @@ def test_a_second_run_into_the_folder_of_one_that_goes_on_is_refused(tmp_path: P
     assert [error.owner.pid for error in refused] == [os.getpid()] * 2
     assert [record["step"] for record in run_record.read_metrics(tmp_path / "run")] == list(range(1, 11))
     left = sorted(path.name for path in (tmp_path / "run").iterdir())
-    assert left == ["checkpoint-10", "metrics.jsonl", "run.json"]
+    assert left == ["checkpoint-10", "metrics.jsonl", "private", "run.json"]
 
 
 def test_a_run_inside_a_run_into_the_same_folder_is_refused(tmp_path: Path):
@@ -514,7 +568,7 @@ def test_signal_finishes_the_step_saves_and_says_how_to_resume(tmp_path: Path, c
     with pytest.raises(RunInterrupted) as interrupted:
         run(unlearner, tmp_path)
     assert interrupted.value.code == 128 + number
-    assert interrupted.value.checkpoint == tmp_path / "checkpoint-4"
+    assert interrupted.value.checkpoint == tmp_path / "private" / "checkpoint-4"
     assert checkpoints(tmp_path) == [3, 4]
     message = capsys.readouterr().err
     assert "stopped after step 4 of 10" in message
@@ -622,16 +676,44 @@ def tamper(run_dir: Path, *paths: Path) -> None:
 def test_purge_removes_what_is_listed_and_says_so(finished: Path, tmp_path: Path):
     (cache,) = (tmp_path / "cache").iterdir()
     result = purge(finished)
-    assert set(result.removed) == {finished / "private" / "stores", cache}
+    assert set(result.removed) == {finished / "private" / "stores", finished / "private/record.json", cache}
     assert not result.refused
     assert f"removed {cache}" in str(result)
     assert not cache.exists()
     assert not list((finished / "private").iterdir())
-    assert checkpoints(finished) == [3, 6, 9, 10]
+    assert checkpoint.is_model_alone(finished / "checkpoint-10")
     record = run_record.read_run(finished)
     assert record["private_files"] == []
-    assert str(cache) in record["purged"][0]["removed"]
+    assert record["purged"][0]["removed"] == 3
     assert str(purge(finished)) == "nothing to remove"
+    assert [set(line) for line in run_record.read_metrics(finished)] == [set(run_record.KEPT_METRICS)] * 10
+
+
+def test_purge_leaves_nothing_to_compare_a_candidate_with(tmp_path: Path):
+    """Of a run that keeps everything: no state, no hash, no row, no loss; the key of its lineage stays."""
+    record = {"forget_in_retain": {"dropped_equal": [3]}, "protocol": {"rows": [5], "of": 2}}
+    kept(FakeUnlearner(seed=987654321987), tmp_path, record=record)
+    (tmp_path / "private" / "lineage.key").write_bytes(b"key")
+    text = json.loads((tmp_path / "run.json").read_text())
+    assert {"start_weights", "data", "forget_in_retain"} < text.keys()
+    purge(tmp_path)
+    assert [path.name for path in (tmp_path / "private").iterdir()] == ["lineage.key"]
+    purged = json.loads((tmp_path / "run.json").read_text())
+    assert purged["protocol"] == {"of": 2}
+    assert purged["data"]["retain"] == {"rows": 2, "shape": [1, 4, 4], "dtype": "torch.uint8"}
+    assert not {"start_weights", "forget_in_retain", "seed"} & purged.keys()
+    for path, content in everything_in(tmp_path).items():
+        assert not re.search(rb"[0-9a-f]{64}|987654321987|loss\"", content), path
+    assert run(FakeUnlearner(), tmp_path, resume_from_checkpoint="latest").checkpoint.name == "checkpoint-10"
+
+
+def test_a_run_that_is_not_finished_cannot_go_on_once_it_is_purged(tmp_path: Path):
+    stopped(FakeUnlearner(), tmp_path, 4)
+    assert "the run was not finished, and cannot be resumed any more" in str(purge(tmp_path))
+    assert not list(tmp_path.rglob("checkpoint-*"))
+    steps = []
+    run(FakeUnlearner(on_step=steps.append), tmp_path, resume_from_checkpoint="latest")
+    assert steps == list(range(1, 11))
 
 
 def list_one_more(run_dir: Path) -> None:
@@ -639,14 +721,14 @@ def list_one_more(run_dir: Path) -> None:
 
 
 def test_a_run_that_goes_on_is_not_purged_nor_its_record_changed(finished: Path):
-    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    before = everything_in(finished)
     (finished / "private" / "more").write_text("x")
     with held_elsewhere(locked, finished):
         for change in (purge, list_one_more, run_record.update_run):
             with pytest.raises(FolderLocked, match=rf"{finished}: .*held by process {os.getpid()} on "):
                 change(finished)
     (finished / "private" / "more").unlink()
-    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
+    assert everything_in(finished) == before
 
 
 def test_purge_makes_no_folder(tmp_path: Path):
@@ -678,7 +760,7 @@ def test_purge_refuses_what_a_tampered_record_names(finished: Path, tmp_path: Pa
         link,
         finished / "private" / ".." / ".." / "precious" / "thesis.tex",
         finished / "private",
-        finished / "checkpoint-3",
+        finished / "checkpoint-10",
         finished,
         finished / "private" / "..",
         tmp_path / "cache",
@@ -697,7 +779,7 @@ def test_purge_refuses_what_a_tampered_record_names(finished: Path, tmp_path: Pa
         for path in (
             outside / "thesis.tex",
             looks_like,
-            finished / "checkpoint-3",
+            finished / "checkpoint-10",
             finished / "run.json",
             tmp_path / "cache",
         )
@@ -748,8 +830,9 @@ def test_only_what_purge_would_remove_can_be_listed(finished: Path, tmp_path: Pa
         run_record.list_private(finished, tmp_path / "store.npy")
 
 
-def test_a_resumed_run_keeps_the_list(finished: Path):
-    listed = run_record.read_run(finished)["private_files"]
-    run(FakeUnlearner(), finished, num_steps=12, resume_from_checkpoint="latest")
-    assert run_record.read_run(finished)["private_files"] == listed
-    assert len(listed) == 2
+def test_a_resumed_run_keeps_the_list(tmp_path: Path):
+    stopped(FakeUnlearner(), tmp_path, 4)
+    (tmp_path / "private" / "store.npy").write_bytes(b"rows")
+    run_record.list_private(tmp_path, tmp_path / "private" / "store.npy")
+    run(FakeUnlearner(), tmp_path, resume_from_checkpoint="latest")
+    assert listed(tmp_path) == [str(tmp_path / "private" / "store.npy")]

@@ -67,11 +67,17 @@ class Kept:
 
     Attributes:
         rows: int64, of --retain; None: all.
-        record: for `run.json`: the rows of --retain that were dropped, and those that were found and kept.
+        record: the rows of --retain that were dropped, and those that were found and kept; they say which
+            images were to be forgotten.
     """
 
     rows: Tensor | None
     record: dict[str, Any]
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """`record` with the number of rows in place of the rows, for `run.json`."""
+        return {name: len(each) if isinstance(each, list) else each for name, each in self.record.items()}
 
     def of(self, retain: ImageStore) -> ImageStore:
         """The store of these rows."""

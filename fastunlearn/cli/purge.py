@@ -14,9 +14,11 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class Purge:
-    """Remove what a run keeps of the images to forget: caches and stores that its manifest lists.
+    """Remove what a run keeps of the images to forget, and what could confirm one: checkpoints, seed,
+    identifiers and their key, caches, losses.
 
-    The unlearned model stays.
+    The unlearned model stays, and the key of its lineage. A run that is not finished cannot be resumed any
+    more.
 
     The exit code is 1 if the manifest lists files that are not safe to remove; they are named.
 
@@ -27,15 +29,14 @@ class Purge:
     """The --output of `fastunlearn unlearn`; of a protocol, with all its requests."""
 
     def run(self) -> int:
-        from ..host.folder_lock import locked
-        from ..runs.protocols import folders
+        from ..runs.protocols import folders, purge_protocol
         from ..runs.training import purge
 
         requests = folders(self.run_dir)
         if not requests:
             return self._say(self.run_dir, purge(self.run_dir))
-        with locked(self.run_dir, "purge"):
-            return max([self._say(folder, purge(folder)) for folder in requests])
+        done = zip([*requests, self.run_dir], purge_protocol(self.run_dir), strict=True)
+        return max(self._say(folder, purged) for folder, purged in done)
 
     def _say(self, run_dir: Path, purged: Purged) -> int:
         print(purged)

@@ -51,7 +51,9 @@ class Work:
     chosen: Selection
     forget: ImageStore | None  # of all runs together
     retain: ImageStore | None
+    seed: int
     record: dict[str, Any]  # for run.json
+    private: dict[str, Any]  # for private/record.json
 
 
 @dataclass(kw_only=True)
@@ -78,7 +80,7 @@ network, and learn --retain from nothing: what unlearning is compared with. It t
 training did."""
     output: Path
     """Folder of the run: model/ (for DDPMPipeline.from_pretrained), run.json (manifest), metrics.jsonl, \
-checkpoints, private/ (caches, mode 0600)."""
+private/ (seed, and until the end checkpoints and caches, mode 0600)."""
     allow_overlap: bool = False
     """Accept forget images that are also among the images to keep; otherwise an error names them."""
     drop_overlap: bool = False
@@ -127,6 +129,8 @@ written shows or stores one."""
         return 0
 
     def _run(self, processes: Processes, device: torch.device) -> None:
+        if processes.by_first(self._is_finished):
+            return
         from ..engine.checks import check_stores
         from ..models import check_replaceable, fresh_network
         from ..objective.schedule import NoiseSchedule
@@ -141,30 +145,69 @@ written shows or stores one."""
         self.rules.check_beside(method)
         check_replaceable(self.output / "model")
         prepare_host(device)
+        seed = processes.by_first(self._seed)
         model, scheduler = self._network(self.model, device)
         if self.from_scratch:
-            model = self._in_layout(fresh_network(model, self.bookkeeping.seed), device)
+            model = self._in_layout(fresh_network(model, seed), device)
         schedule = NoiseSchedule.from_diffusers(scheduler)
         chosen = self._selection(method, schedule, model)
         images: dict[str, Any] = {}  # what was read, for run.json
         forget, retain = self._load(method, model, images)
         dropping.check_sets(forget, retain)
-        found = {}
+        found, dropped = {}, {}
         if forget is not None and retain is not None:
             kept = processes.by_first(
                 lambda: rows_to_keep(forget, retain, dropping, allow_overlap=self.allow_overlap)
             )
-            retain, found = kept.of(retain), kept.record
+            retain, found, dropped = kept.of(retain), kept.counts, kept.record
         remedy = "--drop_overlap leaves them out of --retain, --allow_overlap keeps them there"
         check_stores(method, forget, retain, allow_overlap=self.allow_overlap, remedy=remedy)
         record = {"base_model": str(self.model.absolute()), "images": images, "forget_in_retain": found}
         if self.from_scratch:
-            record["from_scratch"] = {"seed": self.bookkeeping.seed}
-        work = Work(processes, device, method, scheduler, schedule, chosen, forget, retain, record)
+            record["from_scratch"] = True
+        paths = [str(path.absolute()) for path in self.forget]
+        private = {"forget": paths, "images": images, "forget_in_retain": dropped}
+        sets = forget, retain, seed, record, private
+        work = Work(processes, device, method, scheduler, schedule, chosen, *sets)
         if self.protocol.protocol == "together":
             self._run_together(work, model)
         else:
             self._run_each(work)
+
+    def _is_finished(self) -> bool:
+        """Whether there is nothing left to do in --output, which is said then.
+
+        Raises:
+            ValueError: naming the flag: what is finished there was asked for anew, or with another length.
+        """
+        from ..runs import protocols, resume
+        from ..runs.run_record import remove_caches
+        from .options import called
+
+        asked = self.bookkeeping.resume_from_checkpoint, self.output, self.optimizer.max_train_steps
+        together = self.protocol.protocol == "together"
+        is_finished = resume.is_finished if together else protocols.is_finished
+        with called(output_dir="output", num_steps="max_train_steps"):
+            finished = is_finished(*asked)
+        if finished:
+            what = "run" if together else "protocol"
+            for folder in [self.output] if together else protocols.folders(self.output):
+                resume.tidy(folder)
+                remove_caches(folder)
+            print(f"{self.output}: the {what} is complete, nothing is left to do")
+        return finished
+
+    def _seed(self) -> int:
+        """--seed, else that of the run to go on with, else one that nobody knows."""
+        from ..runs import protocols, resume
+        from ..runs.private import new_seed
+
+        flags = self.bookkeeping
+        if flags.seed is not None:
+            return flags.seed
+        room = resume if self.protocol.protocol == "together" else protocols
+        kept = room.kept_seed(flags.resume_from_checkpoint, self.output)
+        return new_seed(of_torch=self.from_scratch) if kept is None else kept
 
     def _check_from_scratch(self) -> None:
         """Whether the other flags have a meaning for a network without a past.
@@ -191,59 +234,66 @@ written shows or stores one."""
     def _run_together(self, work: Work, model) -> None:
         """One run, of all images to forget."""
         from ..host.precision import tf32
-        from ..runs import run_record, training
+        from ..runs import training
+        from ..runs.run_record import remove_caches
 
-        private = self.output / run_record.PRIVATE_FOLDER
-        unlearner = self._unlearner(work, model, work.forget, private, self.bookkeeping.seed)
+        private = self._private_folder(work, self.output)
+        unlearner = self._unlearner(work, model, work.forget, private, work.seed)
         self._say_selection(work, unlearner)
-        try:
-            with tf32(True if self.execution.allow_tf32 else None):
-                training.unlearn(unlearner, output_dir=self.output, record=work.record, **self._options(work))
-        finally:
-            if work.processes.rank == 0:
-                self._note_private_files(self.output)
-        work.processes.by_first(lambda: self._leave(work, unlearner, work.forget, self.output))
+        with tf32(True if self.execution.allow_tf32 else None):
+            training.unlearn(
+                unlearner,
+                output_dir=self.output,
+                record=work.record,
+                leave=lambda: self._leave(work, unlearner, work.forget, self.output),
+                **self._options(work),
+            )
+        work.processes.by_first(lambda: remove_caches(self.output))
+
+    def _private_folder(self, work: Work, output: Path) -> Path:
+        """That of the run in `output`, for caches and estimates that are made before its first step."""
+        from ..runs.private import private_folder
+
+        return work.processes.by_first(lambda: private_folder(output))
 
     def _run_each(self, work: Work) -> None:
         """One run a request, and what the networks that they leave know of the images."""
         from ..host.precision import tf32
         from ..metrics.deletion import Measures
-        from ..runs import run_record
         from ..runs.protocols import folders, unlearn_each
+        from ..runs.run_record import remove_caches
         from .protocol_flags import show
 
         def make(request):
             start = self.model if request.start is None else request.start / "model"
             model, _ = self._network(start, work.device)
-            private = request.folder / run_record.PRIVATE_FOLDER
+            private = self._private_folder(work, request.folder)
             unlearner = self._unlearner(work, model, request.forget, private, request.seed)
             if request.number == 1:
                 self._say_selection(work, unlearner)
             return unlearner
 
         def leave(request, unlearner):
-            return self._leave(work, unlearner, request.forget, request.folder)
+            self._leave(work, unlearner, request.forget, request.folder)
+            return unlearner.model
 
-        measures = Measures(work.schedule, work.retain, work.scheduler, seed=self.bookkeeping.seed)
-        try:
-            with tf32(True if self.execution.allow_tf32 else None):
-                content = unlearn_each(
-                    work.forget,
-                    make,
-                    leave,
-                    protocol=self.protocol.protocol,
-                    output_dir=self.output,
-                    measures=measures,
-                    images_per_request=self.protocol.images_per_request,
-                    seed=self.bookkeeping.seed,
-                    process_group=work.processes.group,
-                    record=work.record,
-                    **self._options(work),
-                )
-        finally:
-            if work.processes.rank == 0:
-                for folder in folders(self.output):
-                    self._note_private_files(folder)
+        measures = Measures(work.schedule, work.retain, work.scheduler, seed=work.seed)
+        with tf32(True if self.execution.allow_tf32 else None):
+            content = unlearn_each(
+                work.forget,
+                make,
+                leave,
+                protocol=self.protocol.protocol,
+                output_dir=self.output,
+                measures=measures,
+                images_per_request=self.protocol.images_per_request,
+                seed=work.seed,
+                process_group=work.processes.group,
+                record=work.record,
+                **self._options(work),
+            )
+        for folder in folders(self.output):
+            work.processes.by_first(lambda folder=folder: remove_caches(folder))
         show(content, self.output)
 
     def _network(self, folder: Path, device: torch.device):
@@ -337,6 +387,8 @@ written shows or stores one."""
             "logging_steps": flags.logging_steps,
             "max_skipped_steps": flags.max_skipped_steps,
             "max_skipped_share": flags.max_skipped_share,
+            "private": work.private,
+            "keep_checkpoints": flags.keep_checkpoints,
             "identity": {"scheduler": _scheduler_identity(work.scheduler)},
         }
 
@@ -354,10 +406,11 @@ written shows or stores one."""
             self.optimizer.max_train_steps,
         )
 
-    def _leave(self, work: Work, unlearner: Unlearner, forget: ImageStore | None, output: Path):
-        """Writes the network that a run in `output` leaves, and returns it."""
+    def _leave(
+        self, work: Work, unlearner: Unlearner, forget: ImageStore | None, output: Path
+    ) -> dict[str, Any]:
+        """Writes the network that a run in `output` leaves, and returns what run.json says of it."""
         from ..models import save_checkpoint
-        from ..runs import run_record
         from ..runs.run_health import WeightsNotFinite
 
         model, scheduler = unlearner.model, work.scheduler
@@ -365,17 +418,15 @@ written shows or stores one."""
             unlearner.ema.copy_to(model.parameters())
         model.eval()
         if not _answers(model, len(scheduler)):
-            run_record.update_run(output, status="failed: WeightsNotFinite")
             text = "expected a network that answers with finite numbers after its last step, got NaN or Inf"
             raise WeightsNotFinite(
                 f"{output}: {text}; no model is written. A lower learning rate usually helps."
             )
         save_checkpoint(output / "model", model, scheduler)
-        run_record.update_run(output, model="model")
         if self.report_images and forget is not None:
             self._draw_reconstructions(model, scheduler, forget, output)
         print(f"unlearned model: {output / 'model'}")
-        return model
+        return {"model": "model"}
 
     def _load(self, method, model, images: dict[str, Any]) -> tuple[ImageStore | None, ImageStore | None]:
         """Forget and retain set; what the method does not read may be left out."""
@@ -395,14 +446,6 @@ written shows or stores one."""
         )
         return forget, retain
 
-    def _note_private_files(self, output: Path) -> None:
-        """Lists in the manifest of the run in `output` what `purge` removes."""
-        from ..runs import run_record
-
-        private = output / run_record.PRIVATE_FOLDER
-        if private.is_dir() and (output / run_record.RUN_FILE).is_file():
-            run_record.list_private(output, *sorted(private.iterdir()))
-
     def _draw_reconstructions(self, model, scheduler, forget: ImageStore, output: Path) -> None:
         """Each forget image, and what the two models make of it from the same noise."""
         import torch
@@ -411,7 +454,7 @@ written shows or stores one."""
         from ..models import load_checkpoint
         from ..models.sampling import inject_and_denoise
         from ..report.pictures import side_by_side
-        from ..runs import run_record
+        from ..runs.private import private_folder
 
         images = forget.rows(torch.arange(min(REPORTED_IMAGES, len(forget))))
         before, _ = load_checkpoint(self.model, device=model.device)
@@ -432,11 +475,9 @@ written shows or stores one."""
                     dim=1,
                 ).flatten(0, 1)
             )
-        private = output / run_record.PRIVATE_FOLDER
-        private.mkdir(mode=0o700, exist_ok=True)
+        private = private_folder(output)
         with atomic_file(private / "reconstructions.png", mode=0o600) as file:
             file.write(side_by_side(*halves, columns=1 + REPORTED_CHAINS))
-        self._note_private_files(output)
         print(f"forget images and reconstructions, before and after: {private / 'reconstructions.png'}")
 
 

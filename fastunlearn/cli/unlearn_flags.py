@@ -142,12 +142,16 @@ fails. auto: on for GPUs, off for CPUs."""
 class RunFlags:
     """How the run is kept, resumed and watched."""
 
-    seed: int = 0
-    """Every random number of step s is a function of (seed, s)."""
+    seed: Annotated[int | None, unset("a random one, in private/", "INT")] = None
+    """Every random number of step s is a function of (seed, s). Who knows it, and the model before, can try \
+out whether an image was the one to forget."""
     checkpointing_steps: int = 500
     """Steps between checkpoints, from which a stopped run continues bit by bit."""
     checkpoints_total_limit: Annotated[int | None, unset("all", "INT")] = None
     """Checkpoints to keep, the newest."""
+    keep_checkpoints: bool = False
+    """A finished run keeps its checkpoints, caches and estimates: images to forget can be computed from \
+them. Without it only the model is left."""
     resume_from_checkpoint: Annotated[str | None, unset("start anew", "latest|DIR")] = None
     """Continue from the newest checkpoint of the run (latest) or from one of them."""
     logging_steps: int = 1

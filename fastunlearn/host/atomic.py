@@ -28,10 +28,13 @@ AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
 @contextmanager
-def atomic_directory(path: str | Path) -> Iterator[Path]:
+def atomic_directory(path: str | Path, *, private: bool = False) -> Iterator[Path]:
     """A temporary folder beside `path` that takes its place, fsynced, when the block ends without an error.
 
     Nothing changes otherwise.
+
+    Args:
+        private: the folder (0700) and its files (0600) are its owner's alone, from the first byte on.
 
     Raises:
         OSError: the disk does not take it (full, a limit of size).
@@ -40,10 +43,12 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent, glob.escape(path.name))
     temporary, displaced = _aside(path, "tmp"), _aside(path, "old")
-    temporary.mkdir()
+    temporary.mkdir(mode=0o700 if private else 0o777)
     try:
         yield temporary
         for file in sorted(temporary.rglob("*")):
+            if private:
+                file.chmod(0o700 if file.is_dir() else 0o600)
             _fsync(file)
         _fsync(temporary)
         # A folder cannot replace one that is not empty. Where the two cannot be exchanged in one step, the

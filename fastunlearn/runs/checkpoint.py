@@ -64,6 +64,7 @@ def save(
     model: nn.Module | None = None,
     states: dict[str, Any] | None = None,
     keep: int | None = None,
+    private: bool = True,
 ) -> Path:
     """Writes `run_dir/checkpoint-<step>` and returns its path; an existing one is replaced.
 
@@ -78,6 +79,8 @@ def save(
             scaler, ...): nested dicts, lists and tuples of tensors, numbers, strings, booleans and None.
         keep: afterwards, remove the oldest checkpoints beyond this many (diffusers'
             `checkpoints_total_limit`); at least 1.
+        private: nobody but its owner may read it (0700, its files 0600). An optimizer's moments are gradients
+            on the images of the last steps.
 
     Raises:
         TypeError: a state or `tensors` hold something else; nothing is written.
@@ -102,7 +105,7 @@ def save(
     text = json.dumps(content, indent=1)
 
     clean(run_dir)
-    with atomic_directory(run_dir / f"{PREFIX}{step}") as folder:
+    with atomic_directory(run_dir / f"{PREFIX}{step}", private=private) as folder:
         for stem, named in files.items():
             save_file(_owned(named), folder / f"{stem}.safetensors")
         (folder / METADATA).write_text(text)
@@ -227,6 +230,35 @@ def load_optimizer(
     optimizer_state.load(
         optimizer, optimizer_state.checked(optimizer, model, state.states["optimizer"], place)
     )
+
+
+def every(run_dir: str | Path) -> list[Path]:
+    """What has the name of a checkpoint below `run_dir`, the oldest first."""
+    run_dir = Path(run_dir)
+    return [run_dir / f"{PREFIX}{step}" for step in _steps(run_dir, whole=False)]
+
+
+def save_model(
+    run_dir: str | Path, step: int, model: dict[str, Tensor], average: dict[str, Any] | None
+) -> Path:
+    """Writes `run_dir/checkpoint-<step>` as a finished run leaves it: for everybody, and with nothing but the
+    network and, where there is one, the state of its average. No run goes on from it.
+    """
+    states = {} if average is None else {"ema": average}
+    return save(run_dir, step, {"model": model}, {"step": step}, states=states, private=False)
+
+
+def is_model_alone(path: str | Path) -> bool:
+    """Whether the folder `path` is what `save_model` writes."""
+    files = {file.name for file in Path(path).iterdir()} if Path(path).is_dir() else set()
+    if not files <= {"model.safetensors", "ema.safetensors", METADATA, MANIFEST}:
+        return False
+    try:
+        content = read_json(Path(path) / METADATA)
+    except ValueError:
+        return False
+    about = content.get("metadata") if isinstance(content, dict) else None
+    return isinstance(about, dict) and set(about) == {"step"}
 
 
 def clean(run_dir: str | Path) -> None:

@@ -121,6 +121,9 @@ def check_same(present: dict[str, Any], saved: Any, names: list[str], where: str
         parts = [f"{path} ({left!r} here, {right!r} there)" for path, left, right in differences[:4]]
         listed = ", ".join(parts)
         text = "resume_from_checkpoint: expected a checkpoint of a run with"
+        # It is nobody's business who reads what a run prints.
+        if name == "seed":
+            raise ValueError(f"{text} this seed, got another in {where}")
         if max(len(str(first)), len(str(second))) > SHOWN:
             raise ValueError(f"{text} this {name}, got another in {where}: {listed}")
         # Two plain values differ at no path: they stand in the message already.

@@ -7,7 +7,8 @@ an optimizer, a scheduler and an average that begin anew.
 
 `protocol.json` says what was asked, and has the numbers of each network as soon as they are there. A request
 is done when its numbers stand in it: a protocol that was killed goes on after those, and with the last
-checkpoint of the one that it was in.
+checkpoint of the one that it was in. It names no image; its private folder has the seeds, and the key of its
+identifiers.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import gc
 import json
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,7 @@ from torch import nn
 
 from ..host import check
 from ..host.atomic import atomic_file
+from ..host.folder_lock import locked
 from ..host.plain_json import read_json
 from ..host.store import ImageStore, overlap
 from ..metrics.deletion import Measures
@@ -34,7 +37,20 @@ from ..step.trained import unwrapped
 from . import training
 from .identity import check_same, described, start_weights, weights_of
 from .identity import identity as describe_identity
+from .private import PRIVATE_FOLDER, keyed, read_private, update_private
 from .processes import Processes
+from .resume import tidy
+from .run_record import (
+    COMPLETE,
+    Purged,
+    finished_run,
+    private_paths,
+    purge,
+    read_run,
+    remove_private,
+    update_run,
+    without_identifiers,
+)
 
 PROTOCOLS = ("separate", "continual")
 FILE = "protocol.json"
@@ -43,7 +59,9 @@ FOLDER = "request-"
 # What of the identity of a run is each request's own affair; of the data only the images to keep are shared.
 OF_ONE_REQUEST = ("seed", "data", "neighbors", "reference_model", "rules")
 # What makes two protocols the same, of what `protocol.json` begins with.
-DECISIVE = ("protocol", "num_steps", "seed", "images_per_request", "forget", "measured")
+DECISIVE = ("protocol", "num_steps", "images_per_request", "forget", "measured")
+# Version 1 had seeds and plain hashes in it.
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -153,7 +171,7 @@ def unlearn_each(
         seed: see `Request.seed`.
         resume_from_checkpoint: `"latest"` goes on with the protocol in `output_dir`; None: a new one.
         process_group: that of the `Unlearner`s.
-        record, identity, options: as `training.unlearn` takes them, for every request.
+        record, identity, options: as `training.unlearn` takes them, for every request; but not `leave`.
 
     Returns:
         The content of `protocol.json` (docs/protocols.md).
@@ -175,25 +193,98 @@ def unlearn_each(
         raise TypeError(f"measures: expected a Measures, got {check.describe(measures)}")
     head = {
         "format": FORMAT,
-        "version": 1,
+        "version": VERSION,
         "status": "running",
         "protocol": protocol,
         "num_steps": num_steps,
-        "seed": seed,
         "images_per_request": images_per_request,
         "forget": {"rows": len(forget), "sha256": forget.content_hash()},
         "measured": measures.settings | {"distance": measures.scheduler is not None},
     }
+    # The noise that images are measured with is as good as the numbers' key.
+    seeds = {"seed": seed, "measured_seed": head["measured"].pop("seed")}
     output_dir = Path(output_dir)
     run_options = options | {"num_steps": num_steps, "resume_from_checkpoint": resume_from_checkpoint}
     with Processes(process_group) as processes, processes.alone_in(output_dir, "unlearn_each"):
-        content = processes.by_first(lambda: _opened(output_dir, head, resume_from_checkpoint is not None))
+        if processes.by_first(lambda: is_finished(resume_from_checkpoint, output_dir, num_steps)):
+            if processes.rank == 0:
+                print(f"{output_dir}: the protocol is complete, nothing is left to do", file=sys.stderr)
+            return processes.by_first(lambda: read_protocol(output_dir))
+        resumed = resume_from_checkpoint is not None
+        opened = processes.by_first(lambda: _opened(output_dir, head, seeds, resumed))
         says = options.get("show_progress", True)
-        book = _Book(output_dir / FILE, content, forget, plan, measures, processes, says)
-        for request in plan[len(content["after"]) :]:
+        book = _Book(output_dir / FILE, *opened, forget, plan, measures, processes, says)
+        for request in plan[len(book.content["after"]) :]:
             _take(request, book, make, leave, record or {}, identity, run_options)
-        book.note(status="complete")
+        book.note(status=COMPLETE)
     return book.content
+
+
+def is_finished(resume: str | None, output_dir: str | Path, num_steps: int) -> bool:
+    """Whether the protocol in `output_dir` is complete, so that nothing is left to do.
+
+    Raises:
+        ValueError: it is, and a new one was asked for, or one of another length.
+    """
+    try:
+        content = read_json(Path(output_dir) / FILE)
+    except ValueError:
+        return False
+    if not isinstance(content, dict) or content.get("status") != COMPLETE:
+        return False
+    if resume is None:
+        expected = "expected a folder without a finished protocol for a new one"
+        raise ValueError(f"output_dir: {expected}, got {output_dir}")
+    if content.get("num_steps") != num_steps:
+        expected = f"the {content.get('num_steps')} steps of the finished protocol in {output_dir}"
+        raise ValueError(f"num_steps: expected {expected}, which cannot go on, got {num_steps}")
+    return True
+
+
+def kept_seed(resume: str | None, output_dir: str | Path) -> int | None:
+    """The seed of the protocol that `resume_from_checkpoint` goes on with; None: it begins anew."""
+    if resume is None:
+        return None
+    record = read_private(Path(output_dir) / PRIVATE_FOLDER)
+    if "seed" in record:
+        return record["seed"]
+    try:
+        return read_protocol(output_dir).get("seed")  # of earlier versions
+    except ValueError:
+        return None
+
+
+def purge_protocol(output_dir: str | Path) -> list[Purged]:
+    """`purge` of every request, and last of what the folder itself keeps.
+
+    `protocol.json` loses hashes and the numbers of single images, and keeps those of the images to keep.
+
+    Raises:
+        ValueError: a request has no readable `run.json`.
+        FolderLocked: the protocol goes on, or one of its runs.
+    """
+    output_dir = Path(output_dir)
+    with locked(output_dir, "purge"):
+        done = [purge(folder) for folder in folders(output_dir)]
+        own = remove_private(private_paths(output_dir), output_dir)
+        path = output_dir / FILE
+        if path.is_file():
+            content = read_json(path)
+            own.unfinished = content.get("status") != COMPLETE
+            _write(path, _without_images(content))
+        return [*done, own]
+
+
+def _without_images(content: dict[str, Any]) -> dict[str, Any]:
+    """That of `protocol.json` without what could be compared with a candidate."""
+    kept = without_identifiers(content)
+    for name in ("before", "summary"):
+        kept.pop(name, None)
+    done = kept.get("after")
+    if isinstance(done, list):
+        names = ("request", "retain")
+        kept["after"] = [{name: entry[name] for name in names if name in entry} for entry in done]
+    return kept
 
 
 def folders(output_dir: str | Path) -> list[Path]:
@@ -241,8 +332,10 @@ def _is_protocol(content: Any) -> bool:
     )
 
 
-def _opened(output_dir: Path, head: dict[str, Any], resume: bool) -> dict[str, Any]:
-    """The record to go on with: that in `output_dir`, or a new one.
+def _opened(
+    output_dir: Path, head: dict[str, Any], seeds: dict[str, int], resume: bool
+) -> tuple[dict[str, Any], str]:
+    """The record to go on with, that in `output_dir` or a new one; and the key of its identifiers.
 
     Raises:
         ValueError: a new protocol among the folders of another, or one that is resumed with other settings.
@@ -254,10 +347,53 @@ def _opened(output_dir: Path, head: dict[str, Any], resume: bool) -> dict[str, A
             got = f"{there[0]} (resume_from_checkpoint='latest' goes on)"
             raise ValueError(f"output_dir: expected a folder without requests for a new protocol, got {got}")
     if not path.exists():
-        return described(head) | {"requests": [], "after": []}
+        key = update_private(output_dir, **seeds)["identifiers_key"]
+        return keyed(described(head), key) | {"requests": [], "after": []}, key
     content = read_protocol(output_dir)
-    check_same(described(head), content, list(DECISIVE), str(path))
-    return content
+    if content.get("version") == 1:
+        content = _of_this_version(content, output_dir)
+    kept = read_private(output_dir / PRIVATE_FOLDER)
+    if not kept:
+        expected = f"the key of its identifiers in {output_dir / PRIVATE_FOLDER}"
+        raise ValueError(
+            f"output_dir: expected {expected}, got none (a protocol that was purged cannot go on)"
+        )
+    _check_seeds(seeds, kept, output_dir)
+    check_same(keyed(described(head), kept["identifiers_key"]), content, list(DECISIVE), str(path))
+    _end_runs(content, output_dir)
+    return content, kept["identifiers_key"]
+
+
+def _of_this_version(content: dict[str, Any], output_dir: Path) -> dict[str, Any]:
+    """The content of a `protocol.json` of version 1; its seeds and a key are in the private record now."""
+    seeds = {"seed": content["seed"], "measured_seed": content["measured"]["seed"]}
+    key = update_private(output_dir, **seeds)["identifiers_key"]
+    requests = [{name: entry[name] for name in entry if name != "seed"} for entry in content["requests"]]
+    measured = {name: value for name, value in content["measured"].items() if name != "seed"}
+    kept = {name: value for name, value in content.items() if name != "seed"}
+    return keyed(kept | {"version": VERSION, "requests": requests, "measured": measured}, key)
+
+
+def _check_seeds(seeds: dict[str, int], kept: dict[str, Any], output_dir: Path) -> None:
+    """That they are those which the protocol began with; they are not said.
+
+    Raises:
+        ValueError: naming what is another.
+    """
+    for name, argument in (("seed", "seed"), ("measured_seed", "measures.seed")):
+        if kept.get(name) != seeds[name]:
+            expected = f"that which the protocol in {output_dir} began with"
+            raise ValueError(f"{argument}: expected {expected}, got another")
+
+
+def _end_runs(content: dict[str, Any], output_dir: Path) -> None:
+    """Ends the runs whose numbers are there: a kill may have come between the two."""
+    for entry in content["after"]:
+        folder = output_dir / f"{FOLDER}{entry['request']}"
+        if finished_run(folder) is None:
+            steps = read_run(folder)["arguments"]["num_steps"]
+            update_run(folder, status=COMPLETE, steps=steps)
+        tidy(folder)
 
 
 @dataclass
@@ -266,6 +402,7 @@ class _Book:
 
     path: Path
     content: dict[str, Any]
+    key: str  # of its identifiers
     forget: ImageStore  # of all requests
     plan: Sequence[Request]
     measures: Measures
@@ -278,8 +415,7 @@ class _Book:
         self.content |= entries
         self.content["summary"] = summary(self.content)
         if self.processes.rank == 0:
-            with atomic_file(self.path) as file:
-                file.write((json.dumps(self.content, indent=1, allow_nan=False) + "\n").encode())
+            _write(self.path, self.content)
 
     def measured(self, network: nn.Module, requests: Sequence[Request]) -> dict[str, Any]:
         """The numbers of `network`, of the images of `requests` and of those to keep; process 0 measures.
@@ -303,6 +439,11 @@ class _Book:
         return self.plan[: request.number] if self.content["protocol"] == "continual" else [request]
 
 
+def _write(path: Path, content: dict[str, Any]) -> None:
+    with atomic_file(path) as file:
+        file.write((json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+
+
 def _take(
     request: Request,
     book: _Book,
@@ -324,31 +465,39 @@ def _take(
     _check_start(request, weights, book)
     if "before" not in book.content:
         before = processes.by_first(lambda: book.measured(unwrapped(unlearner.model), book.plan))
-        book.note(start_weights=weights, before=before)
+        book.note(start_weights=keyed(weights, book.key), before=before)
 
     about = {
         "name": book.content["protocol"],
         "request": request.number,
         "of": len(book.plan),
-        "rows": list(request.rows),
         "start": None if request.start is None else request.start.name,
     }
+
+    def finish() -> dict[str, Any]:
+        """Process 0: the run counts as finished only when its numbers are there."""
+        network = leave(request, unlearner)
+        numbers = book.measured(network, book.deleted_by(request))
+        left = keyed(weights_of("leave", network), book.key)
+        entry = about | {"rows": list(request.rows), "folder": request.folder.name}
+        book.note(
+            requests=[*book.content["requests"], entry],
+            after=[*book.content["after"], {"request": request.number, "weights": left, **numbers}],
+        )
+        return {}
+
     training.unlearn(
         unlearner,
         output_dir=request.folder,
         record=record | {"protocol": about},
         identity=identity,
+        leave=finish,
         **options,
     )
-
-    def finish() -> dict[str, Any]:
-        network = leave(request, unlearner)
-        numbers = book.measured(network, book.deleted_by(request))
-        return {"request": request.number, "weights": weights_of("leave", network), **numbers}
-
-    found = processes.by_first(finish)
-    entry = about | {"folder": request.folder.name, "seed": request.seed}
-    book.note(requests=[*book.content["requests"], entry], after=[*book.content["after"], found])
+    book.content = processes.by_first(lambda: book.content)
+    if len(book.content["after"]) < request.number:
+        expected = f"expected a run whose numbers stand in {book.path}, or none yet"
+        raise ValueError(f"output_dir: {expected}, got the finished run {request.folder}")
 
 
 def _made(request: Request, make: Callable[[Request], Any]) -> Any:
@@ -390,6 +539,7 @@ def _check_settings(unlearner, book: _Book, more: dict[str, Any] | None) -> None
     shared = {name: value for name, value in whole.items() if name not in OF_ONE_REQUEST}
     shared["retain"] = whole["data"]["retain"]
     shared["rules"] = [rule["kind"] for rule in whole.get("rules", [])]
+    shared = keyed(shared, book.key)
     book.content.setdefault("settings", shared)
     check_same(shared, book.content["settings"], list(shared), str(book.path))
 
@@ -401,11 +551,14 @@ def _check_start(request: Request, weights: str, book: _Book) -> None:
         ValueError: it is another.
     """
     if request.start is None:
-        expected, whose = book.content.get("start_weights", weights), "that the protocol began with"
+        expected, whose = book.content.get("start_weights"), "that the protocol began with"
+        if expected is None:
+            return
     else:
         expected, whose = book.content["after"][-1]["weights"], f"that {request.start.name} left"
-    if weights != expected:
-        raise ValueError(f"make: expected the weights {whose} (SHA-256 {expected}), got others ({weights})")
+    found = keyed(weights, book.key)
+    if found != expected:
+        raise ValueError(f"make: expected the weights {whose} (HMAC {expected}), got others ({found})")
 
 
 # --- the numbers in short -----------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """The files of a run beside its checkpoints: `run.json`, `metrics.jsonl`, and what `purge` removes.
 
-`run.json` says what was run, `metrics.jsonl` has one line a logged step. Files with privacy-relevant content
-(neighbour caches, stores with forget rows) are listed in `run.json` under `private_files`.
+`run.json` says what was run, `metrics.jsonl` has one line a logged step. Neither names an image: what does
+lies in the private folder (`private.py`), whose record also lists files with privacy-relevant content that
+lie elsewhere (neighbour caches).
 """
 
 from __future__ import annotations
@@ -19,19 +20,28 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from ..host.atomic import atomic_file
+from ..host.atomic import atomic_file, discard
 from ..host.folder_lock import locked
 from ..host.plain_json import read_json
 from ..neighbors.nearest import CACHE_FORMAT
+from . import checkpoint
+from .private import HASH, PRIVATE_FOLDER, read_private, update_private
 from .selections import in_words
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
-PRIVATE_FOLDER = "private"  # inside a run folder: everything in it may be removed by `purge`
 FORMAT = "fastunlearn-run"
+# Version 1 had seed and plain hashes in it, and the checkpoints of its run lay beside it.
+VERSION = 2
+COMPLETE = "complete"  # the status of a run that is finished
 CACHE_NAME = re.compile(re.escape(CACHE_FORMAT) + r"-[0-9a-f]{40}\.safetensors")
 # Entries of a run's record that stay as they are when the run goes on.
 KEPT = ("started", "private_files", "purged", "base_model", "resumed")
+# What `purge` leaves of a line of metrics.jsonl: losses and norms are functions of images, weights and draws.
+KEPT_METRICS = ("step", "lr", "seconds", "skipped_steps")
+# What it takes from run.json, beside hashes and lists of rows.
+COMPARABLE = ("seed", "forget_in_retain")
+LINEAGE_KEY = "lineage.key"
 PACKAGES = ("fastunlearn", "torch", "diffusers", "accelerate", "numpy", "safetensors")
 
 
@@ -43,14 +53,14 @@ def describe_run(unlearner, arguments: dict[str, Any], run: dict[str, Any]) -> d
 
     Args:
         arguments: what `unlearn` was called with.
-        run: the run's identity, in which the data stand with sizes and hashes only.
+        run: the run's identity, in which the data stand with sizes and HMACs only.
     """
     versions = {"python": platform.python_version()}
     versions |= {name: _version(name) for name in PACKAGES}
     step = ("micro_batch_size", "max_grad_norm", "autocast_dtype")
     return {
         "format": FORMAT,
-        "version": 1,
+        "version": VERSION,
         "status": "running",
         "started": _now(),
         "versions": versions,
@@ -114,6 +124,15 @@ def read_run(run_dir: str | Path) -> dict[str, Any]:
     return record
 
 
+def finished_run(run_dir: str | Path) -> dict[str, Any] | None:
+    """`run.json` of a run that is complete; None: it is not, or there is none."""
+    try:
+        record = read_run(run_dir)
+    except ValueError:
+        return None
+    return record if record.get("status") == COMPLETE else None
+
+
 def update_run(run_dir: str | Path, **entries: Any) -> None:
     """Replaces entries of `run.json`.
 
@@ -130,7 +149,8 @@ def write_run(run_dir: str | Path, record: dict[str, Any]) -> None:
 
 
 def list_private(run_dir: str | Path, *paths: str | Path) -> None:
-    """Notes files or folders that hold forget data, for `purge`.
+    """Notes files or folders that hold forget data, for `purge`: in the private record, since the name of a
+    cache is a hash of both sets.
 
     Args:
         paths: below `RUN/private`, or neighbour caches anywhere.
@@ -147,9 +167,34 @@ def list_private(run_dir: str | Path, *paths: str | Path) -> None:
             raise ValueError(f"paths: expected {expected}, got {path} ({reason})")
     added = [str(Path(path).absolute()) for path in paths]
     with locked(run_dir, "run.json"):
-        record = read_run(run_dir)
-        names = [*record["private_files"], *added]
-        write_run(run_dir, record | {"private_files": list(dict.fromkeys(names))})
+        read_run(run_dir)
+        names = [*_listed(run_dir), *added]
+        update_private(run_dir, private_files=list(dict.fromkeys(names)))
+
+
+def _listed(run_dir: Path) -> list[str]:
+    """The paths that the private record lists."""
+    listed = read_private(run_dir / PRIVATE_FOLDER).get("private_files", [])
+    return listed if isinstance(listed, list) else []
+
+
+def remove_caches(run_dir: str | Path) -> None:
+    """Removes neighbour caches and estimates from the private folder of a finished run, unless it keeps all.
+
+    Nothing but the same run could use them.
+    """
+    record = finished_run(run_dir)
+    if record is None or keeps_checkpoints(record):
+        return
+    for path in private_paths(Path(run_dir)):
+        if path.suffix == ".safetensors" and path.is_file():
+            path.unlink()
+
+
+def keeps_checkpoints(record: dict[str, Any]) -> bool:
+    """Whether the run of this `run.json` was told to keep what others remove at their end."""
+    arguments = record.get("arguments")
+    return isinstance(arguments, dict) and arguments.get("keep_checkpoints") is True
 
 
 # --- purge --------------------------------------------------------------------------------------------------
@@ -162,22 +207,30 @@ class Purged:
     removed: list[Path] = field(default_factory=list)
     missing: list[Path] = field(default_factory=list)
     refused: list[tuple[Path, str]] = field(default_factory=list)  # with the reason
+    unfinished: bool = False  # the run was not at its end, and cannot go on any more
 
     def __str__(self) -> str:
         lines = [f"removed {path}" for path in self.removed]
         lines += [f"already gone {path}" for path in self.missing]
         lines += [f"NOT removed {path}: {reason}" for path, reason in self.refused]
+        if self.unfinished:
+            lines.append("the run was not finished, and cannot be resumed any more")
         return "\n".join(lines) or "nothing to remove"
 
 
 def purge(run_dir: str | Path) -> Purged:
-    """Removes what a run keeps of its forget data.
+    """Removes what a run keeps of its forget data, and what could confirm a candidate for them.
 
-    That is everything in `RUN/private`, and the neighbour caches that `run.json` lists. `run.json` may have
-    been tampered with, so it only proposes: a file is removed if it really lies in `RUN/private` (symbolic
-    links are not followed) or if it is a regular file that carries the name and the content marker of a
-    neighbour cache, which can be computed again. Anything else is refused, stays listed, and is reported.
-    Checkpoints and metrics stay. Deleted blocks are not overwritten on the disk.
+    That is everything in `RUN/private` but the key of the lineage (checkpoints with the optimizer's state,
+    the seed, identifiers and their key, caches), checkpoints of earlier versions beside it, of which the
+    newest is left with the model alone, and the neighbour caches that are listed. `run.json` may have been
+    tampered with, so it only proposes: a file is removed if it really lies in `RUN/private` (symbolic links
+    are not followed) or if it is a regular file that carries the name and the content marker of a neighbour
+    cache, which can be computed again. Anything else is refused, stays listed, and is reported.
+
+    `run.json` loses seeds, hashes and row numbers, `metrics.jsonl` all but step, lr, seconds and skipped
+    steps. The model stays. A run that is not finished cannot be resumed any more. Deleted blocks are not
+    overwritten on the disk.
 
     Raises:
         ValueError: `run_dir` has no readable `run.json`, nor a private folder of a run that died before it
@@ -191,26 +244,109 @@ def purge(run_dir: str | Path) -> Purged:
 
 
 def _purge(run_dir: Path) -> Purged:
-    private = run_dir / PRIVATE_FOLDER
-    has_private = private.is_dir() and not private.is_symlink()
-    found = sorted(private.iterdir()) if has_private else []
+    found = private_paths(run_dir)
     # A run that died before it wrote `run.json` may have filled its private folder.
-    if has_private and not (run_dir / RUN_FILE).exists():
-        return _removed([path.absolute() for path in found], run_dir)
+    if found and not (run_dir / RUN_FILE).exists():
+        return remove_private(found, run_dir)
 
     record = read_run(run_dir)
-    listed = [Path(path) for path in record["private_files"] if isinstance(path, str)]
-    result = _removed([path.absolute() for path in found] + listed, run_dir)
-    done = {"time": _now(), "removed": [str(path) for path in result.removed]}
+    listed = [*record["private_files"], *_told_of(run_dir)]
+    listed = [Path(path) for path in listed if isinstance(path, str)]
+    # What the lists name goes last: the longer one of them is itself in the private folder.
+    result = remove_private(found + listed, run_dir)
+    result.removed += _leave_the_model(run_dir)
+    result.unfinished = record.get("status") != COMPLETE
+    done = {"time": _now(), "removed": len(result.removed)}
     entries = {
         "private_files": [str(path) for path, _ in result.refused],
-        "purged": [*record.get("purged", []), done],
+        "purged": [*_earlier_purges(record), done],
     }
-    write_run(run_dir, record | entries)
+    write_run(run_dir, without_identifiers(record) | entries)
+    if (run_dir / METRICS_FILE).is_file():
+        lines = [
+            {name: value for name, value in line.items() if name in KEPT_METRICS}
+            for line in read_metrics(run_dir)
+        ]
+        _write_lines(run_dir / METRICS_FILE, lines)
     return result
 
 
-def _removed(paths: list[Path], run_dir: Path) -> Purged:
+def private_paths(run_dir: Path) -> list[Path]:
+    """What `purge` removes of `run_dir/private`: all but the key of the lineage; nothing where it is a link.
+
+    The key goes with the model, whose later runs leave out what was forgotten once.
+    """
+    private = run_dir / PRIVATE_FOLDER
+    if not private.is_dir() or private.is_symlink():
+        return []
+    return [path.absolute() for path in sorted(private.iterdir()) if path.name != LINEAGE_KEY]
+
+
+def _told_of(run_dir: Path) -> list[str]:
+    """What the private record lists, if it can be read; it is removed in any case."""
+    try:
+        return _listed(run_dir)
+    except ValueError:
+        return []
+
+
+def _earlier_purges(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """When `run.json` says it was purged, without the paths that earlier versions noted."""
+    purged = record.get("purged")
+    if not isinstance(purged, list):
+        return []
+    return [{"time": entry.get("time")} for entry in purged if isinstance(entry, dict)]
+
+
+def _leave_the_model(run_dir: Path) -> list[Path]:
+    """Of whole checkpoints in the run folder itself, where earlier versions wrote them, the newest is left
+    with its model alone; returns those that are gone.
+    """
+    kept, gone = False, []
+    for path in reversed(checkpoint.every(run_dir)):
+        kept = kept or _made_model_alone(path)
+        if not checkpoint.is_model_alone(path):
+            discard(path)
+            gone.append(path.absolute())
+    return gone
+
+
+def _made_model_alone(path: Path) -> bool:
+    """Whether the checkpoint `path` holds the model alone now; a damaged one cannot."""
+    if checkpoint.is_model_alone(path):
+        return True
+    try:
+        found = checkpoint.load(path)
+        step = int(path.name.removeprefix(checkpoint.PREFIX))
+        checkpoint.save_model(path.parent, step, found.tensors["model"], found.states.get("ema"))
+    except (ValueError, KeyError):
+        return False
+    return True
+
+
+def without_identifiers(value: Any) -> Any:
+    """A value of JSON without what could be compared with a candidate: hashes, seeds and row numbers."""
+    if isinstance(value, dict):
+        return {
+            name: without_identifiers(item)
+            for name, item in value.items()
+            if name not in COMPARABLE and not _is_hash(item) and not _are_rows(name, item)
+        }
+    if isinstance(value, list):
+        return [without_identifiers(item) for item in value if not _is_hash(item)]
+    return value
+
+
+def _is_hash(value: Any) -> bool:
+    return isinstance(value, str) and HASH.fullmatch(value) is not None
+
+
+def _are_rows(name: str, value: Any) -> bool:
+    """Whether they are row numbers; under the same name a number says how many there are."""
+    return name == "rows" and isinstance(value, list)
+
+
+def remove_private(paths: list[Path], run_dir: Path) -> Purged:
     """What has become of `paths`, each of which is removed if `purge` may."""
     result = Purged()
     for path in dict.fromkeys(paths):
@@ -270,7 +406,7 @@ class Metrics:
         if step > 0:
             kept = [record for record in read_metrics(run_dir) if record["step"] <= step]
         self.seconds: float = kept[-1]["seconds"] if kept else 0.0  # what the run had taken by then
-        _write_atomically(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+        _write_lines(self.path, kept)
         # Open for the whole run: `close` closes it.
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
 
@@ -303,6 +439,10 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
             break
         records.append(record)
     return records
+
+
+def _write_lines(path: Path, records: list[dict[str, Any]]) -> None:
+    _write_atomically(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def _write_atomically(path: Path, text: str) -> None:

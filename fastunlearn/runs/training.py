@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -28,10 +29,19 @@ from . import checkpoint, launcher
 from .identity import identity as describe_identity
 from .identity import start_weights
 from .optimizer_state import group_names
+from .private import PRIVATE_FOLDER, keyed, update_private
 from .processes import Processes
-from .resume import find_checkpoint, load_checkpoint, save_checkpoint
+from .resume import (
+    find_checkpoint,
+    is_finished,
+    load_checkpoint,
+    save_checkpoint,
+    save_model,
+    tidy,
+)
 from .run_health import SkipLimit, TooManySkippedSteps, WeightsNotFinite, check_finite, remedy
 from .run_record import (
+    COMPLETE,
     Metrics,
     describe_run,
     private_record,
@@ -47,6 +57,10 @@ __all__ = ["History", "RunInterrupted", "TooManySkippedSteps", "WeightsNotFinite
 
 # The arguments that have to be the same in all processes of a run.
 DECISIVE = ("num_steps", "checkpointing_steps", "logging_steps", "max_skipped_steps", "max_skipped_share")
+KEEPING = (
+    "keep_checkpoints: the checkpoints that are kept hold the optimizer's moments, which are gradients on "
+    "images to forget, and the seed: whoever reads them can get images back; purge removes them"
+)
 
 
 @dataclass(frozen=True)
@@ -54,7 +68,7 @@ class History:
     """What a finished run leaves."""
 
     records: list[dict[str, Any]]  # one dict a logged step: step, loss, ..., lr, skipped_steps, seconds
-    checkpoint: Path  # the last one
+    checkpoint: Path | None  # the model alone; the last of those kept; None: `leave` wrote the model
     output_dir: Path
 
 
@@ -84,14 +98,22 @@ def unlearn(
     max_skipped_share: float = 0.5,
     show_progress: bool = True,
     record: dict[str, Any] | None = None,
+    private: dict[str, Any] | None = None,
     identity: dict[str, Any] | None = None,
+    keep_checkpoints: bool = False,
+    leave: Callable[[], dict[str, Any]] | None = None,
 ) -> History:
     """Takes steps until `unlearner.step_index` is `num_steps`.
 
     Arguments are named as in diffusers' training scripts. `output_dir` receives `run.json` (versions,
-    arguments, method, hashes of the data), `metrics.jsonl` and `checkpoint-<step>/`, the last of them at the
-    end. All random numbers come from (seed, step), and a checkpoint holds model, optimizer, scheduler, EMA
-    and torch's random state, so on a CPU a resumed run ends with the same bits as one that was never stopped.
+    arguments, method, sizes of the data), `metrics.jsonl`, and `private/`, for its owner's eyes alone: the
+    seed (`record.json`) and `checkpoint-<step>/`. All random numbers come from (seed, step), and a checkpoint
+    holds model, optimizer, scheduler, EMA and torch's random state, so on a CPU a resumed run ends with the
+    same bits as one that was never stopped.
+
+    From an optimizer's state images to forget can be computed. So a finished run leaves `checkpoint-<step>/`
+    in `output_dir`, which has the model alone, with its EMA, and removes the others. Its `run.json` says
+    "complete" then: no new run begins there, and to resume it does nothing, and says so.
 
     Several processes (an `Unlearner` with a process group) all call it with the same arguments. They start
     with the weights of process 0, which alone writes and shows; every process reads the checkpoint that it
@@ -101,8 +123,8 @@ def unlearn(
         unlearner: an `Unlearner` whose model is a `torch.nn.Module`; built anew, with the same arguments, for
             a resumed run.
         num_steps: steps of the whole run, those before a resume included.
-        output_dir: made if missing. A new run refuses a folder that holds checkpoints; every run refuses one
-            that another run, or `purge`, writes to.
+        output_dir: made if missing. A new run refuses a folder that holds checkpoints or a finished run;
+            every run refuses one that another run, or `purge`, writes to.
         checkpointing_steps: also write a checkpoint every so many steps; None: at the end only.
         checkpoints_total_limit: keep so many checkpoints; None: all.
         resume_from_checkpoint: `"latest"` (the newest undamaged one in `output_dir`; the start if there is
@@ -117,8 +139,13 @@ def unlearn(
         show_progress: a progress bar on standard output.
         record: more entries for `run.json`, such as the path of the model that the run starts from
             (`base_model`, which a resumed run leaves as it is).
+        private: the same for `private/record.json`: what names images, such as paths.
         identity: more of what makes the run this run and no other (docs/resume.md), such as the configuration
             of a scheduler; a checkpoint of a run with another one is not resumed.
+        keep_checkpoints: a finished run keeps its checkpoints, which a warning says once more.
+        leave: writes what a finished run leaves, in place of `checkpoint-<step>/`, and returns entries for
+            `run.json`. Process 0 calls it after the last step, while the run does not count as finished; it
+            may be called again.
 
     Raises:
         TypeError, ValueError: before any step, naming the argument.
@@ -139,6 +166,8 @@ def unlearn(
         checkpointing_steps = check.integer("checkpointing_steps", checkpointing_steps, low=1)
     if checkpoints_total_limit is not None:
         checkpoints_total_limit = check.integer("checkpoints_total_limit", checkpoints_total_limit, low=1)
+    if leave is not None and not callable(leave):
+        raise TypeError(f"leave: expected a function or None, got {check.describe(leave)}")
     # What `run.json` says this run was called with.
     arguments = {
         "num_steps": num_steps,
@@ -151,19 +180,37 @@ def unlearn(
         "max_skipped_steps": max_skipped_steps,
         "max_skipped_share": max_skipped_share,
         "show_progress": show_progress,
+        "keep_checkpoints": bool(keep_checkpoints),
     }
     output_dir = Path(output_dir)
     limit = SkipLimit(max_skipped_steps, max_skipped_share)
     with Processes(unlearner.process_group) as processes, processes.alone_in(output_dir, "unlearn"):
-        loop = _Loop(unlearner, output_dir, num_steps, checkpoints_total_limit, limit, processes)
-        _start(loop, arguments, identity, record or {})
-        with _noting_its_end(loop):
-            _run(loop, num_steps, checkpointing_steps, logging_steps, show_progress)
-        return History(processes.by_first(lambda: read_metrics(output_dir)), loop.saved, output_dir)
+        finished = processes.by_first(lambda: is_finished(resume_from_checkpoint, output_dir, num_steps))
+        if not finished:
+            if keep_checkpoints and processes.rank == 0:
+                warnings.warn(KEEPING, stacklevel=2)
+            loop = _Loop(unlearner, output_dir, num_steps, checkpoints_total_limit, limit, processes)
+            _start(loop, arguments, identity, record or {}, private or {})
+            with _noting_its_end(loop):
+                _run(loop, num_steps, checkpointing_steps, logging_steps, show_progress)
+                loop.leave(leave, keep_checkpoints)
+        elif processes.rank == 0:
+            print(f"{output_dir}: the run is complete, nothing is left to do", file=sys.stderr)
+        return processes.by_first(lambda: _history(output_dir))
+
+
+def _history(output_dir: Path) -> History:
+    """What the finished run in `output_dir` leaves, once everything else is gone."""
+    # Here, and not before the end is noted: a run that is killed now goes on, or is swept when it is resumed.
+    return History(read_metrics(output_dir), tidy(output_dir), output_dir)
 
 
 def _start(
-    loop: _Loop, arguments: dict[str, Any], identity: dict[str, Any] | None, record: dict[str, Any]
+    loop: _Loop,
+    arguments: dict[str, Any],
+    identity: dict[str, Any] | None,
+    record: dict[str, Any],
+    private: dict[str, Any],
 ) -> None:
     """Brings every process to where the run begins or goes on, and opens the run folder."""
     unlearner, processes = loop.unlearner, loop.processes
@@ -182,8 +229,7 @@ def _start(
     if unlearner.step_index > loop.num_steps:
         expected = f"at least the {unlearner.step_index} steps that {found or 'unlearner'} has taken"
         raise ValueError(f"num_steps: expected {expected}, got {loop.num_steps}")
-    described_run = describe_run(unlearner, arguments, loop.identity) | record
-    processes.by_first(lambda: loop.open(described_run, resumed=found is not None))
+    processes.by_first(lambda: loop.open(arguments, record, private, resumed=found is not None))
 
 
 def _settings(unlearner) -> dict[str, Any]:
@@ -215,7 +261,7 @@ def _noting_its_end(loop: _Loop) -> Iterator[None]:
         raise
     finally:
         loop.close()
-    loop.note(status="complete")
+    loop.note(status=COMPLETE, **loop.left)
 
 
 def _tell_how_to_go_on(interrupted: RunInterrupted, loop: _Loop) -> None:
@@ -277,6 +323,7 @@ class _Loop:
         self.show: Report = lambda step, values: None
         self._logged: tuple[int, Arriving] | None = None
         self._masks: set[str] = set()  # buffers that are not finite before the first step
+        self.left: dict[str, Any] = {}  # for run.json: what the finished run leaves
         self.saved: Path | None = None
         self.saved_step: int | None = None
         self.started = 0.0
@@ -299,10 +346,18 @@ class _Loop:
             processes.by_all(lambda: load_checkpoint(unlearner, found, processes, self.identity))
             self.saved, self.saved_step = found, unlearner.step_index
 
-    def open(self, record: dict[str, Any], *, resumed: bool) -> None:
+    def open(
+        self, arguments: dict[str, Any], more: dict[str, Any], private: dict[str, Any], *, resumed: bool
+    ) -> None:
         """Makes the run folder ready to be written to."""
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        checkpoint.clean(self.output_dir)
+        secret = update_private(self.output_dir, **private, seed=self.unlearner.seed)
+        for folder in (self.output_dir, self.output_dir / PRIVATE_FOLDER):
+            checkpoint.clean(folder)
+        # What may be read by others has neither the seed nor a hash that could be compared.
+        public = {name: value for name, value in self.identity.items() if name != "seed"}
+        public = keyed(public, secret["identifiers_key"])
+        record = describe_run(self.unlearner, arguments, public) | more
         if resumed:
             record = resumed_record(self.output_dir, record, self.unlearner.step_index)
         else:
@@ -318,10 +373,10 @@ class _Loop:
             self.metrics.close()
         self.report.finish()
 
-    def note(self, *, status: str) -> None:
+    def note(self, *, status: str, **more: Any) -> None:
         """In `run.json`: how the run ended, and where."""
         if self.processes.rank == 0:
-            update_run(self.output_dir, status=status, steps=self.unlearner.step_index)
+            update_run(self.output_dir, status=status, steps=self.unlearner.step_index, **more)
 
     def log(self, output: StepOutput) -> None:
         """Sends for the numbers of the present step; `pass_on` reads them."""
@@ -384,6 +439,19 @@ class _Loop:
             self.unlearner, self.output_dir, self.processes, self.identity, keep=self.keep
         )
         self.saved_step = step
+
+    def leave(self, write: Callable[[], dict[str, Any]] | None, keep: bool) -> None:
+        """Writes what the finished run leaves, beside the checkpoints that are still there."""
+
+        def left() -> dict[str, Any]:
+            if write is not None:
+                return write()
+            folder, saved = self.output_dir.resolve(), self.saved.resolve()
+            if keep and saved.is_relative_to(folder):
+                return {"checkpoint": str(saved.relative_to(folder))}
+            return {"checkpoint": save_model(self.unlearner, self.output_dir).name}
+
+        self.left = self.processes.by_first(left)
 
 
 def _check_unlearner(unlearner) -> None:
