@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -114,7 +115,13 @@ def fresh_network(model: UNet2DModel, seed: int) -> UNet2DModel:
     return fresh.to(parameter.device).train(model.training)
 
 
-def save_checkpoint(output_dir: str | os.PathLike, model: UNet2DModel, scheduler: SchedulerMixin) -> Path:
+def save_checkpoint(
+    output_dir: str | os.PathLike,
+    model: UNet2DModel,
+    scheduler: SchedulerMixin,
+    *,
+    files: Mapping[str, bytes] | None = None,
+) -> Path:
     """Writes a folder that `diffusers.DDPMPipeline.from_pretrained` opens.
 
     An existing folder of that name is replaced, whole or not at all.
@@ -125,13 +132,16 @@ def save_checkpoint(output_dir: str | os.PathLike, model: UNet2DModel, scheduler
             compiled or in `DataParallel`, as a whole or in parts, is written as the network that it is
             without.
         scheduler: a diffusers scheduler.
+        files: what else stands in the folder, from its first moment on: contents by name. diffusers does not
+            look at names that it does not know.
 
     Returns:
         `output_dir`.
 
     Raises:
         TypeError: for another network or scheduler than those that `load_checkpoint` reads.
-        ValueError: `output_dir` is a file, or a folder with something else in it.
+        ValueError: `output_dir` is a file, or a folder with something else in it; a name in `files` is no
+            name of a file, or the pipeline has one of that name itself.
         ImportError: the package diffusers is not installed.
     """
     if not isinstance(model, torch.nn.Module) or type(plain(model)).__name__ not in MODELS:
@@ -146,7 +156,21 @@ def save_checkpoint(output_dir: str | os.PathLike, model: UNet2DModel, scheduler
     with atomic_directory(output_dir) as folder:
         pipeline = diffusers.DDPMPipeline(unet=model, scheduler=scheduler)
         pipeline.save_pretrained(folder, safe_serialization=True)
+        for name, content in (files or {}).items():
+            _write_beside(folder, name, content)
     return output_dir
+
+
+def _write_beside(folder: Path, name: str, content: bytes) -> None:
+    """Writes a file of the caller's into the `folder` of a pipeline.
+
+    Raises:
+        ValueError: see `save_checkpoint`.
+    """
+    if Path(name).name != name or (folder / name).exists():
+        expected = "names of files that the pipeline does not have"
+        raise ValueError(f"files: expected {expected}, got {name!r}")
+    (folder / name).write_bytes(content)
 
 
 def check_replaceable(output_dir: str | os.PathLike) -> Path:

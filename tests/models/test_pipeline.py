@@ -5,6 +5,7 @@ why.
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -95,6 +96,26 @@ def test_a_saved_pipeline_is_replaced_and_other_folders_are_not(pipeline, tmp_pa
     ):
         save_checkpoint(tmp_path / "photos", tiny_unet(), diffusers.DDPMScheduler())
     assert (tmp_path / "photos" / "a.jpg").read_text() == "precious"
+
+
+def test_other_files_stand_in_the_folder_from_its_first_moment_on(tmp_path, monkeypatch):
+    """With the pipeline or not at all."""
+    seen = []
+
+    def replace(source, target):
+        seen.append(sorted(path.name for path in source.iterdir()))
+        os.rename(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    scheduler = diffusers.DDPMScheduler()
+    save_checkpoint(tmp_path / "out", tiny_unet(), scheduler, files={"note.json": b"{}"})
+    assert seen == [["model_index.json", "note.json", "scheduler", "unet"]]
+    assert (tmp_path / "out" / "note.json").read_bytes() == b"{}"
+    assert_same_weights(load_checkpoint(tmp_path / "out")[0], tiny_unet())
+    for name in ("../note.json", "model_index.json", "", "unet", "a/b"):
+        with pytest.raises(ValueError, match=r"^files: expected names of files that the pipeline does not"):
+            save_checkpoint(tmp_path / "other", tiny_unet(), scheduler, files={name: b""})
+        assert not (tmp_path / "other").exists()
 
 
 def test_channels_last_networks_are_saved(tmp_path):
