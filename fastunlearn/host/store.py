@@ -441,6 +441,16 @@ def overlap(forget: ImageStore, retain: ImageStore) -> tuple[Tensor, Tensor]:
 
 def _row_digests(store: ImageStore, as_stored: bool) -> Iterator[bytes]:
     """16 bytes for each row, equal where `overlap` calls rows equal."""
+    for kind, row in row_contents(store, as_stored):
+        yield hashlib.blake2b(row, digest_size=16, person=kind).digest()
+
+
+def row_contents(store: ImageStore, as_stored: bool) -> Iterator[tuple[bytes, np.ndarray]]:
+    """What `overlap` compares of each row: `b"bytes"` or `b"values"`, and uint8 `[bytes]` of that kind.
+
+    Args:
+        as_stored: compared with rows of the same dtype; otherwise as float32 network input.
+    """
     for _, rows in store.chunks():
         from_bytes, nearest = _as_bytes(rows, store.latents)
         values = rows if as_stored or store.is_uint8 else network_input(rows)
@@ -448,8 +458,7 @@ def _row_digests(store: ImageStore, as_stored: bool) -> Iterator[bytes]:
             values = values + 0.0  # -0.0 equals 0.0
         columns = from_bytes.tolist(), tensor_bytes(nearest.flatten(1)), tensor_bytes(values.flatten(1))
         for is_bytes, as_bytes, as_values in zip(*columns, strict=True):
-            kind, row = (b"bytes", as_bytes) if is_bytes else (b"values", as_values)
-            yield hashlib.blake2b(row, digest_size=16, person=kind).digest()
+            yield (b"bytes", as_bytes) if is_bytes else (b"values", as_values)
 
 
 def _as_bytes(rows: Tensor, latents: bool) -> tuple[Tensor, Tensor]:
