@@ -28,6 +28,7 @@ from fastunlearn.host.folder_lock import locked, locked_file
 from fastunlearn.methods import EraseDiffBome, ReTrack
 from fastunlearn.models import load_checkpoint, save_checkpoint
 from fastunlearn.recipes.mnist_tshirt import PRETRAINING
+from fastunlearn.runs.lineage import LINEAGE_KEY
 from fastunlearn.testing.checkpoints import TINY_SHAPE, save_tiny_checkpoint
 
 pytest.importorskip("tyro")
@@ -417,7 +418,7 @@ def test_auto_on_a_gpu(monkeypatch):
 def test_nothing_shows_or_stores_a_forget_image_unless_asked(world, tmp_path):
     run_dir = tmp_path / "run"
     unlearn(world, run_dir)
-    assert [path.name for path in (run_dir / "private").iterdir()] == ["record.json"]
+    assert sorted(path.name for path in (run_dir / "private").iterdir()) == [LINEAGE_KEY, "record.json"]
     assert not [path for path in run_dir.rglob("*") if path.suffix in (".png", ".html", ".npy", ".npz")]
     for path in run_dir.rglob("*"):
         assert not path.is_file() or not any(
@@ -433,7 +434,7 @@ def test_report_images_and_purge(world, tmp_path, capsys):
     assert stat.S_IMODE(picture.stat().st_mode) == 0o600
     assert run("purge", run_dir) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"2 files removed: {run_dir}"
-    assert not list((run_dir / "private").iterdir())
+    assert [path.name for path in (run_dir / "private").iterdir()] == [LINEAGE_KEY]
     assert (run_dir / "model" / WEIGHTS).is_file()
 
 

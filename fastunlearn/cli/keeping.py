@@ -84,10 +84,20 @@ class Kept:
         return retain if self.rows is None else retain.select(self.rows)
 
 
-def rows_to_keep(forget: ImageStore, retain: ImageStore, dropping: Dropping, *, allow_overlap: bool) -> Kept:
+def rows_to_keep(
+    forget: ImageStore,
+    retain: ImageStore,
+    dropping: Dropping,
+    *,
+    among: Tensor | None = None,
+    allow_overlap: bool,
+) -> Kept:
     """Compares the sets, and prints what was found: numbers, and rows of --retain.
 
     Near copies that a radius leaves, or that nobody asked to drop, are warned of.
+
+    Args:
+        among: int64, the rows of `retain` that may stay; None: all.
 
     Raises:
         ValueError: no image to keep would be left.
@@ -99,14 +109,16 @@ def rows_to_keep(forget: ImageStore, retain: ImageStore, dropping: Dropping, *, 
 
     check_same_kind(forget, retain)
     record: dict[str, Any] = {}
-    rows = torch.arange(len(retain))
+    rows = torch.arange(len(retain)) if among is None else among
+    compared = Kept(among, {}).of(retain)
     if dropping.overlap:
-        equal, _ = overlap(retain, forget)
+        places, _ = overlap(compared, forget)
+        equal = rows[places]
         rows = _without(rows, equal, dropping.flag)
         record["dropped_equal"] = equal.tolist()
         print(_of_equal(len(rows), len(equal)))
-    elif not allow_overlap and len(overlap(forget, retain)[0]):
-        return Kept(None, record)  # will be refused, in words of its own: no search before that
+    elif not allow_overlap and len(overlap(forget, compared)[0]):
+        return Kept(among, record)  # will be refused, in words of its own: no search before that
 
     if dropping.within not in (None, "off"):
         found = _near_copies(forget, retain, rows, dropping.within)

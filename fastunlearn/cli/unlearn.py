@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import arg
 
-from .keeping import Dropping, rows_to_keep
+from .keeping import Dropping, Kept, rows_to_keep
+from .lineage_flags import LineageFlags, Past
 from .method_flags import (
     MethodFlags,
     method_choices,
@@ -54,6 +55,7 @@ class Work:
     seed: int
     record: dict[str, Any]  # for run.json
     private: dict[str, Any]  # for private/record.json
+    past: Past  # what --model was made to forget before
 
 
 @dataclass(kw_only=True)
@@ -92,6 +94,7 @@ grey levels 0..255. off: do not look for any, which takes long for many forget i
     report_images: bool = False
     """Write private/reconstructions.png (mode 0600), which shows forget images; without it nothing that is \
 written shows or stores one."""
+    lineage: LineageFlags = field(default_factory=LineageFlags)
     pictures: PictureFlags = field(default_factory=PictureFlags)
     protocol: ProtocolFlags = field(default_factory=ProtocolFlags)
     hyperparameter: MethodFlags = field(default_factory=MethodFlags)
@@ -144,6 +147,8 @@ written shows or stores one."""
         method = self.hyperparameter.build(self.method)
         self.rules.check_beside(method)
         check_replaceable(self.output / "model")
+        past = Past(self.lineage, self.model, self.output, forgets=bool(self.forget))
+        processes.by_first(past.open)
         prepare_host(device)
         seed = processes.by_first(self._seed)
         model, scheduler = self._network(self.model, device)
@@ -154,20 +159,21 @@ written shows or stores one."""
         images: dict[str, Any] = {}  # what was read, for run.json
         forget, retain = self._load(method, model, images)
         dropping.check_sets(forget, retain)
-        found, dropped = {}, {}
+        among, known = processes.by_first(lambda: past.rows_to_keep(retain, images))
+        kept = Kept(among, {})
         if forget is not None and retain is not None:
-            kept = processes.by_first(
-                lambda: rows_to_keep(forget, retain, dropping, allow_overlap=self.allow_overlap)
-            )
-            retain, found, dropped = kept.of(retain), kept.counts, kept.record
+            overlap = {"among": among, "allow_overlap": self.allow_overlap}
+            kept = processes.by_first(lambda: rows_to_keep(forget, retain, dropping, **overlap))
+        retain = kept.of(retain)
         remedy = "--drop_overlap leaves them out of --retain, --allow_overlap keeps them there"
         check_stores(method, forget, retain, allow_overlap=self.allow_overlap, remedy=remedy)
-        record = {"base_model": str(self.model.absolute()), "images": images, "forget_in_retain": found}
+        record = {"base_model": str(self.model.absolute()), "images": images}
+        record |= {"forget_in_retain": kept.counts, "lineage": known}
         if self.from_scratch:
             record["from_scratch"] = True
         paths = [str(path.absolute()) for path in self.forget]
-        private = {"forget": paths, "images": images, "forget_in_retain": dropped}
-        sets = forget, retain, seed, record, private
+        private = {"forget": paths, "images": images, "forget_in_retain": kept.record}
+        sets = forget, retain, seed, record, private, past
         work = Work(processes, device, method, scheduler, schedule, chosen, *sets)
         if self.protocol.protocol == "together":
             self._run_together(work, model)
@@ -245,7 +251,7 @@ written shows or stores one."""
                 unlearner,
                 output_dir=self.output,
                 record=work.record,
-                leave=lambda: self._leave(work, unlearner, work.forget, self.output),
+                leave=lambda: self._leave(work, unlearner, work.forget, work.forget, self.output),
                 **self._options(work),
             )
         work.processes.by_first(lambda: remove_caches(self.output))
@@ -258,6 +264,8 @@ written shows or stores one."""
 
     def _run_each(self, work: Work) -> None:
         """One run a request, and what the networks that they leave know of the images."""
+        import torch
+
         from ..host.precision import tf32
         from ..metrics.deletion import Measures
         from ..runs.protocols import folders, unlearn_each
@@ -274,7 +282,10 @@ written shows or stores one."""
             return unlearner
 
         def leave(request, unlearner):
-            self._leave(work, unlearner, request.forget, request.folder)
+            forgotten = request.forget
+            if self.protocol.protocol == "continual":
+                forgotten = work.forget.select(torch.arange(request.rows[-1] + 1))
+            self._leave(work, unlearner, request.forget, forgotten, request.folder)
             return unlearner.model
 
         measures = Measures(work.schedule, work.retain, work.scheduler, seed=work.seed)
@@ -315,6 +326,7 @@ written shows or stores one."""
 
         optimization, execution = self.optimizer, self.execution
         method, processes = work.method, work.processes
+        processes.by_first(lambda: work.past.keep_key(private))
         reference = None
         if "reference" in method.needs:  # the checkpoint as it is, also where a run is resumed
             reference = frozen_copy(model)
@@ -407,9 +419,19 @@ written shows or stores one."""
         )
 
     def _leave(
-        self, work: Work, unlearner: Unlearner, forget: ImageStore | None, output: Path
+        self,
+        work: Work,
+        unlearner: Unlearner,
+        forget: ImageStore | None,
+        forgotten: ImageStore | None,
+        output: Path,
     ) -> dict[str, Any]:
-        """Writes the network that a run in `output` leaves, and returns what run.json says of it."""
+        """Writes the network that a run in `output` leaves, and returns what run.json says of it.
+
+        Args:
+            forget: what this run was asked to forget.
+            forgotten: that, and what the runs of this command were asked to that it began with.
+        """
         from ..models import save_checkpoint
         from ..runs.run_health import WeightsNotFinite
 
@@ -422,7 +444,8 @@ written shows or stores one."""
             raise WeightsNotFinite(
                 f"{output}: {text}; no model is written. A lower learning rate usually helps."
             )
-        save_checkpoint(output / "model", model, scheduler)
+        files = work.past.files(forgotten, work.record["images"])
+        save_checkpoint(output / "model", model, scheduler, files=files)
         if self.report_images and forget is not None:
             self._draw_reconstructions(model, scheduler, forget, output)
         print(f"unlearned model: {output / 'model'}")

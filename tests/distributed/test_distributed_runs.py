@@ -12,7 +12,8 @@ import torch
 from run_cases import STEPS, FailAt, NotFinite, Ruin, SignalAt, run
 from team import Team
 
-from fastunlearn.runs import checkpoint
+from fastunlearn import ImageStore
+from fastunlearn.runs import checkpoint, lineage
 from fastunlearn.runs.run_record import read_metrics, read_run
 
 
@@ -198,6 +199,38 @@ def test_weights_that_are_not_finite_in_one_process_end_all(pair: Team, tmp_path
     assert f"last good checkpoint is {tmp_path / 'run' / 'checkpoint-4'}" in texts[1]
     written = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
     assert written == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_all_leave_out_what_was_forgotten_and_only_the_first_has_the_key(pair: Team, tmp_path: Path):
+    pytest.importorskip("tyro")
+    images = torch.arange(5 * 16, dtype=torch.uint8).view(5, 1, 4, 4)
+    key, forgotten = lineage.new_key(), ImageStore(images[[1, 3]])
+    (tmp_path / "model").mkdir()
+    (tmp_path / "private").mkdir()
+    content = lineage.with_rows(lineage.Lineage(), key, forgotten).content()
+    (tmp_path / "model" / lineage.FILE).write_bytes(content)
+    lineage.write_key(tmp_path / "private" / lineage.LINEAGE_KEY, key)
+    first, second = pair.run(keep_the_rest, tmp_path, images)
+    assert first == ([0, 2, 4], {"forgotten_before": 2, "left_out": 2}, True)
+    assert second == (*first[:2], False)
+    (tmp_path / "private" / lineage.LINEAGE_KEY).unlink()
+    texts = failing(pair, keep_the_rest, tmp_path, images)
+    assert texts[0].startswith("ValueError: --lineage_key: expected the key of ")
+    assert "OtherProcessFailed: process 0: ValueError: --lineage_key: expected " in texts[1]
+
+
+def keep_the_rest(run_before: Path, images: torch.Tensor) -> tuple[list[int], dict[str, Any], bool]:
+    import torch.distributed as dist
+
+    from fastunlearn.cli.lineage_flags import LineageFlags, Past
+    from fastunlearn.runs.processes import Processes
+
+    retain, read = ImageStore(images), {"retain": {"options": None}}
+    past = Past(LineageFlags(), run_before / "model", run_before / "next", forgets=True)
+    with Processes(dist.group.WORLD) as processes:
+        processes.by_first(past.open)
+        rows, record = processes.by_first(lambda: past.rows_to_keep(retain, read))
+    return rows.tolist(), record, past.key is not None
 
 
 def test_a_part_of_the_processes_is_refused(tmp_path: Path):
