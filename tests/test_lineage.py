@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from pathlib import Path
 from types import SimpleNamespace
@@ -325,6 +326,50 @@ def test_an_image_may_be_forgotten_again(world, tmp_path):
     assert forgotten(world, tmp_path / "run") == [0]
 
 
+def test_purge_keeps_it_and_says_what_it_tells(world, tmp_path, capsys):
+    assert unlearn(world, tmp_path, 1, model=world.first / "model") == 0
+    assert main(["purge", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert f"kept {tmp_path / 'private' / LINEAGE_KEY}" in said
+    assert "lineage.json and its key together tell of any image whether it was forgotten" in said
+    assert forgotten(world, tmp_path) == [0, 1]
+    assert [path.name for path in (tmp_path / "private").iterdir()] == [LINEAGE_KEY]
+    # What is forgotten stays forgotten after it, too.
+    assert unlearn(world, tmp_path / "next", 2, model=tmp_path / "model") == 0
+    assert record_of(tmp_path / "next")["lineage"] == {"forgotten_before": 2, "left_out": 2}
+
+
+def test_purge_forgets_it_if_told_so(world, tmp_path, capsys):
+    assert unlearn(world, tmp_path, 1, model=world.first / "model") == 0
+    first = forgotten(world, world.first)
+    assert main(["purge", "--forget_lineage", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert f"removed {tmp_path / 'model' / FILE}" in said
+    assert "later runs from this model may learn the images again" in said
+    assert "kept" not in said
+    assert not list(tmp_path.rglob("lineage*"))
+    assert forgotten(world, world.first) == first
+    assert unlearn(world, tmp_path / "next", 2, model=tmp_path / "model") == 0
+    assert record_of(tmp_path / "next")["data"]["retain"]["rows"] == 19
+    assert forgotten(world, tmp_path / "next") == [2]
+
+
+def test_the_lineage_of_somebody_else_is_not_removed(world, tmp_path):
+    """A link in the folder of a request leads to it; what is the request's own is removed."""
+    elsewhere = of_first(world, tmp_path)
+    for name in ("request-1", "request-2"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+        (tmp_path / "run" / name / "run.json").write_bytes((world.first / "run.json").read_bytes())
+        (tmp_path / "run" / name / "private").symlink_to(elsewhere / "private")
+    (tmp_path / "run" / "request-1" / "model").symlink_to(elsewhere / "model")
+    (tmp_path / "run" / "request-2" / "model").mkdir()
+    own = tmp_path / "run" / "request-2" / "model" / FILE
+    own.write_bytes((elsewhere / "model" / FILE).read_bytes())
+    assert main(["purge", "--forget_lineage", str(tmp_path / "run")]) == 0
+    assert not own.exists()
+    assert forgotten(world, elsewhere) == [0]
+
+
 # --- files that are not what they should be -----------------------------------------------------------------
 
 GROUP = {"shape": [1, 8, 8], "dtype": "uint8", "latents": False, "options": {}, "rows": ["a" * 64]}
@@ -494,6 +539,24 @@ def test_what_is_read_is_what_was_written(tmp_path):
     (tmp_path / FILE).write_bytes(record.content())
     assert read_lineage(tmp_path) == record
     assert len(record) == 12
+    # A download of the Hugging Face Hub is a folder of links.
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / FILE).symlink_to(tmp_path / FILE)
+    assert read_lineage(tmp_path / "hub") == record
+
+
+def test_the_example_of_the_page(world, tmp_path, monkeypatch):
+    page = (Path(__file__).parents[1] / "docs" / "lineage.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    np.save(tmp_path / "second.npy", world.images[1:2])
+    np.save(tmp_path / "train.npy", world.images)
+    (tmp_path / "runs").mkdir()
+    of_first(world, tmp_path).rename(tmp_path / "runs" / "1")
+    monkeypatch.chdir(tmp_path)
+    named: dict = {}
+    exec(code, named)
+    assert len(named["retain"]) == 19
+    assert forgotten(world, tmp_path / "runs" / "2", Path("runs/1/private") / LINEAGE_KEY) == [0, 1]
 
 
 # --- the folder of the model --------------------------------------------------------------------------------

@@ -351,11 +351,18 @@ def forget_lineage(run_dir: str | Path) -> list[Path]:
     Raises:
         FolderLocked: another process, or another thread, writes to `run_dir`.
     """
-    run_dir, removed = Path(run_dir), []
     with locked(run_dir, "forget_lineage"):
-        for file in (run_dir / "model" / FILE, run_dir / PRIVATE_FOLDER / LINEAGE_KEY):
-            # Behind a link would be the file of somebody else.
-            if os.path.lexists(file) and not file.parent.is_symlink():
-                file.unlink()
-                removed.append(file)
+        removed = what_tells(run_dir)
+        for file in removed:
+            file.unlink()
     return removed
+
+
+def what_tells(run_dir: str | Path) -> list[Path]:
+    """The lineage that a run has left, and its key, as far as they are there.
+
+    Both together say of any image whether it was forgotten.
+    """
+    files = (Path(run_dir) / "model" / FILE, Path(run_dir) / PRIVATE_FOLDER / LINEAGE_KEY)
+    # Behind a link to a folder would be the files of somebody else.
+    return [file for file in files if os.path.lexists(file) and not file.parent.is_symlink()]
