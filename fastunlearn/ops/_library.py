@@ -18,6 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..host import forks  # noqa: F401 (kernels run on torch's threads, which no forked child has)
 from ..host.store import network_input
 from . import _backends
 
