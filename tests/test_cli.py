@@ -478,8 +478,8 @@ WRONG_UNLEARN = [
     ),
     ("no data", ["--forget", "nowhere.npy"], r"nowhere.npy: expected .*, got a path that does not exist"),
     ("no forget set", ["--forget"], r"--forget: expected at least one path with --method retrack, got none"),
-    ("no device to run on", ["--device", "meta"], r"device: expected cpu, cuda or cuda:N, got 'meta'"),
-    ("no device", ["--device", "tpu9"], r"device: expected cpu, cuda or cuda:N, got 'tpu9'"),
+    ("no device to run on", ["--device", "meta"], r"--device: expected cpu.*, got 'meta'"),
+    ("no device", ["--device", "tpu9"], r"--device: expected cpu.*, got 'tpu9'"),
 ]
 
 

@@ -61,7 +61,7 @@ of them shows the T-shirt before."""
         from ..demo import run_demo
         from .options import pick_device, prepare_host
 
-        device = pick_device(self.device or "cpu")
+        device = pick_device("cpu" if self.device is None else self.device)
         prepare_host(device)
         result = run_demo(
             self.output,

@@ -77,9 +77,8 @@ def _on_cpu(device: str | None) -> bool:
         )
     chosen = pick_device(device)
     if chosen.index is not None:
-        raise ValueError(
-            f"device: expected cpu or cuda for {count} processes (each takes a GPU of its own), got {device}"
-        )
+        expected = f"expected cpu or cuda for {count} processes (each takes a GPU of its own)"
+        raise ValueError(f"--device: {expected}, got {device}")
     if chosen.type == "cuda" and here > torch.cuda.device_count():
         expected = f"expected at most {torch.cuda.device_count()} on this machine, one for each GPU"
         raise ValueError(f"num_processes: {expected}, got {here}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,22 +45,37 @@ def called(**flags: str) -> Iterator[None]:
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device called `name`; None: the first GPU, or the CPU."""
+    """The device called `name`; None: the first GPU, or the CPU.
+
+    Raises:
+        ValueError: there is no such device here; it says which there are.
+    """
     import torch
 
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device: expected cpu, cuda or cuda:N, got {name!r}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device: expected cpu, cuda or cuda:N, got {name!r}")
-    if device.type == "cuda" and (
-        not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()
-    ):
-        raise ValueError(f"device: expected one of cpu and {torch.cuda.device_count()} GPUs, got {name}")
-    return device
+        return torch.device("cuda" if count else "cpu")
+    # Not by torch, which takes cuda:300 for cuda:44, and knows devices that nothing here runs on.
+    gpu = re.fullmatch("cuda(?::(0|[1-9][0-9]{0,3}))?", name)
+    if name != "cpu" and (gpu is None or int(gpu[1] or 0) >= count):
+        raise ValueError(f"--device: expected {_devices_there_are(count)}, got {name!r}")
+    return torch.device(name)
+
+
+def _devices_there_are(count: int) -> str:
+    """In words, with the reason where `count`, the number of GPUs, is 0."""
+    import torch
+
+    if count:
+        return f"cpu, cuda or cuda:N with N < {count}, the GPUs that torch sees here"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not torch.backends.cuda.is_built():
+        reason = "this torch was built without them"
+    elif visible is None:
+        reason = "torch finds none here"
+    else:
+        reason = f"CUDA_VISIBLE_DEVICES is {visible!r}"
+    return f"cpu (no GPUs: {reason})"
 
 
 def prepare_host(device: torch.device) -> None:
