@@ -7,7 +7,7 @@ GPU_CHECK_TESTS     a line of JSON for each test as it ends: a run that is stopp
 GPU_CHECK_MARK      pytest's exit status, once no test and no table is to come. With pytest-xdist already once
                     all tests have been reported, before its processes end.
 
-SIGUSR1 makes every process that has loaded this print where all of its threads are. And none clears its
+SIGUSR2 makes every process that has loaded this print where all of its threads are. And none clears its
 memory before it leaves: after many compilations Python took 12 seconds to collect all objects.
 """
 
@@ -30,7 +30,7 @@ MOST_SAID = 4000  # characters of a failure
 
 def print_stacks_on_signal() -> None:
     """Into what is the standard error now, also while pytest captures it."""
-    faulthandler.register(signal.SIGUSR1, file=os.dup(2))
+    faulthandler.register(signal.SIGUSR2, file=os.dup(2))
 
 
 class Leaving:

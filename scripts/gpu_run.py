@@ -272,8 +272,8 @@ def tell_where(process: subprocess.Popen, output) -> None:
             command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
             state = re.search(r"State:\s*(.*)", status)[1]
             print(f"{pid}  {state}  {command[:150]}", file=output, flush=True)
-            if catches(status, signal.SIGUSR1):
-                os.kill(pid, signal.SIGUSR1)
+            if catches(status, signal.SIGUSR2):
+                os.kill(pid, signal.SIGUSR2)
     time.sleep(STACKS)
 
 

@@ -42,7 +42,7 @@ def images(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 
 def main() -> None:
-    faulthandler.register(signal.SIGUSR1)  # tells where it hangs (gpu_run.py)
+    faulthandler.register(signal.SIGUSR2)  # tells where it hangs (gpu_run.py)
     torch.manual_seed(0)
     coefficients = linear_schedule().coefficients(torch.tensor([0, 500, 999], device=DEVICE))
     index = torch.tensor([8, 0, 4], device=DEVICE)
