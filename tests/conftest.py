@@ -49,6 +49,9 @@ def same_terminal():
     os.environ.update(given)
 
 
+STOPPING = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
+
+
 def process_state() -> dict[str, object]:
     """What belongs to the whole process, and would reach the tests that run later."""
     # Not what libraries add when they are first imported.
@@ -69,7 +72,7 @@ def process_state() -> dict[str, object]:
         "cudnn.benchmark": torch.backends.cudnn.benchmark,
         "float32 products": torch.backends.cuda.matmul.fp32_precision,
         "log level": logging.getLogger("fastunlearn").level,
-        "signals": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
+        "signals": [signal.getsignal(number) for number in STOPPING],
     }
 
 

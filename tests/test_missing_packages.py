@@ -23,6 +23,7 @@ WHOLE_MODULES = {
     "tests/objective/test_time.py",
     "tests/test_cli.py",
     "tests/test_demo.py",
+    "tests/test_device_flag.py",
     "tests/test_evaluate.py",
     "tests/test_half_moons.py",
     "tests/test_lineage.py",

@@ -561,7 +561,7 @@ def test_a_run_in_a_folder_below_a_locked_one_is_free(tmp_path: Path):
         run(FakeUnlearner(), tmp_path / "run")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_signal_finishes_the_step_saves_and_says_how_to_resume(tmp_path: Path, capsys, number: int):
     before = signal.getsignal(number)
     unlearner = FakeUnlearner(on_step=lambda step: os.kill(os.getpid(), number) if step == 4 else None)

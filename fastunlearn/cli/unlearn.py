@@ -126,6 +126,7 @@ written shows or stores one."""
         from .options import check_outside
 
         check_outside(self.output, forget=self.forget, retain=self.retain)
+        self.bookkeeping.check()
         work = "fastunlearn unlearn"
         with launched(self.bookkeeping.device) as (processes, device), processes.alone_in(self.output, work):
             self._run(processes, device)
@@ -401,6 +402,7 @@ written shows or stores one."""
             "max_skipped_share": flags.max_skipped_share,
             "private": work.private,
             "keep_checkpoints": flags.keep_checkpoints,
+            "max_time": flags.max_time,
             "identity": {"scheduler": _scheduler_identity(work.scheduler)},
         }
 

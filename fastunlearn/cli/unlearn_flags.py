@@ -160,9 +160,22 @@ them. Without it only the model is left."""
     """The run fails when more steps than this were skipped, because a loss or a gradient was not finite."""
     max_skipped_share: float = 0.5
     """The same for a share of all steps."""
+    max_time: Annotated[str | None, unset("none", "HH:MM:SS")] = None
+    """Time from the start of the command (D-HH:MM:SS with days): before it is over the run writes a \
+checkpoint and stops with exit code 75. To go on: --resume_from_checkpoint latest."""
     report_to: Annotated[
         Literal["tensorboard", "wandb"] | None, unset("metrics.jsonl alone", "tensorboard|wandb")
     ] = None
     """tensorboard or wandb, if it is installed."""
     device: Annotated[str | None, unset("the first GPU, else cpu", "cpu|cuda|cuda:N")] = None
     """Where it runs."""
+
+    def check(self) -> None:
+        """Before any work.
+
+        Raises:
+            ValueError: naming the flag.
+        """
+        from ..runs.time_limit import parse_time
+
+        parse_time("--max_time", self.max_time)

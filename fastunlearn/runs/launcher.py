@@ -21,7 +21,7 @@ LOOK_EVERY = 0.5  # seconds, outside of steps
 
 # Asked as early as possible: that a process has lost its parent before is not noticed.
 _parent = os.getppid()
-# Taken by who notices first, and never given back: one signal ends a run in order, a second one at once.
+# Taken by who notices first, and never given back: what was said once is not said again.
 _noticed = threading.Lock()
 
 
@@ -35,9 +35,14 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_remember_parent)
 
 
+def started() -> bool:
+    """Whether a launcher started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def is_gone() -> bool:
     """Whether a launcher started this process and has ended since. Costs a microsecond."""
-    return "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != _parent
+    return started() and os.getppid() != _parent
 
 
 def notice() -> bool:
@@ -52,7 +57,7 @@ def notice() -> bool:
 @contextmanager
 def watched() -> Iterator[None]:
     """While the block lasts, a launcher that ends ends this process: by SIGTERM, whatever it is doing."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    if not started():
         yield
         return
     leaving = threading.Event()

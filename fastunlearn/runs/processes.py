@@ -81,7 +81,7 @@ class Processes:
         if self.rank == 0:
             try:
                 result = work()
-            except Exception as caught:
+            except (Exception, SystemExit) as caught:  # a signal, where it raises at once, is the latter
                 error, failure = caught, _in_words(caught)
         outcome = [result, failure]
         dist.broadcast_object_list(outcome, group=self._control, group_src=0)
@@ -168,5 +168,5 @@ class Processes:
         return finish
 
 
-def _in_words(error: Exception) -> str:
+def _in_words(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"

@@ -17,7 +17,8 @@ import gc
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -51,6 +52,8 @@ from .run_record import (
     update_run,
     without_identifiers,
 )
+from .signals import OutOfTime, RunInterrupted, raised_at_once
+from .time_limit import TimeLimit, parse_time
 
 PROTOCOLS = ("separate", "continual")
 FILE = "protocol.json"
@@ -179,13 +182,15 @@ def unlearn_each(
     Raises:
         TypeError, ValueError: before any step, naming the argument: also for a protocol that is resumed with
             other settings, or a request whose network has other weights than the one that it begins with.
-        FolderLocked, TooManySkippedSteps, WeightsNotFinite, RunInterrupted: as `training.unlearn`.
+        FolderLocked, TooManySkippedSteps, WeightsNotFinite, OutOfTime: as `training.unlearn`.
+        RunInterrupted: the same; where no steps are taken, such as amid measuring, it comes at once.
     """
     plan = requests(forget, protocol, output_dir, images_per_request=images_per_request, seed=seed)
     num_steps = check.integer("num_steps", num_steps, low=1)
     if resume_from_checkpoint not in (None, "latest"):
         expected = "expected 'latest' or None (every request has checkpoints of its own)"
         raise ValueError(f"resume_from_checkpoint: {expected}, got {str(resume_from_checkpoint)!r}")
+    time_limit = TimeLimit(parse_time("max_time", options.get("max_time")))
     for name, function in (("make", make), ("leave", leave)):
         if not callable(function):
             raise TypeError(f"{name}: expected a function, got {check.describe(function)}")
@@ -214,8 +219,13 @@ def unlearn_each(
         opened = processes.by_first(lambda: _opened(output_dir, head, seeds, resumed))
         says = options.get("show_progress", True)
         book = _Book(output_dir / FILE, *opened, forget, plan, measures, processes, says)
-        for request in plan[len(book.content["after"]) :]:
-            _take(request, book, make, leave, record or {}, identity, run_options)
+        ahead = plan[len(book.content["after"]) :]
+        with _telling_where_it_stops(book):
+            for request in ahead:
+                # That a first request has no time left is an error of its run: no other try would have more.
+                if request is not ahead[0] and any(processes.gather(time_limit.is_over())):
+                    raise OutOfTime(time_limit.seconds, None)
+                _take(request, book, make, leave, record or {}, identity, run_options)
         book.note(status=COMPLETE)
     return book.content
 
@@ -394,6 +404,26 @@ def _end_runs(content: dict[str, Any], output_dir: Path) -> None:
             steps = read_run(folder)["arguments"]["num_steps"]
             update_run(folder, status=COMPLETE, steps=steps)
         tidy(folder)
+
+
+@contextmanager
+def _telling_where_it_stops(book: _Book) -> Iterator[None]:
+    """A signal between the steps ends the block at once, and a line says how to go on.
+
+    What is lost then is measured again. Process 0, which measures, takes it, and tells the others.
+    """
+    if book.processes.rank != 0:
+        yield
+        return
+    try:
+        with raised_at_once():
+            yield
+    except RunInterrupted as interrupted:
+        if interrupted.checkpoint is None:  # else its run has said so
+            done = f"{interrupted.reason}: stopped with {len(book.content['after'])} of {len(book.plan)}"
+            go_on = "run again with resume_from_checkpoint='latest' (--resume_from_checkpoint latest)"
+            print(f"{done} requests trained and measured. To go on, {go_on}", file=sys.stderr)
+        raise
 
 
 @dataclass

@@ -6,16 +6,13 @@ It adds progress, metrics, trackers, checkpoints, resume, and a clean end on a s
 from __future__ import annotations
 
 import math
-import signal
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -25,7 +22,7 @@ from ..host.finite import not_finite
 from ..host.packed import Arriving
 from ..step.take import StepOutput
 from ..step.trained import unwrapped
-from . import checkpoint, launcher
+from . import checkpoint
 from .identity import identity as describe_identity
 from .identity import start_weights
 from .optimizer_state import group_names
@@ -51,6 +48,8 @@ from .run_record import (
     update_run,
     write_run,
 )
+from .signals import RunInterrupted, Signals, interruption
+from .time_limit import TimeLimit, parse_time
 from .trackers import ProgressBar, Report, Reporter, make_reporter
 
 __all__ = ["History", "RunInterrupted", "TooManySkippedSteps", "WeightsNotFinite", "purge", "unlearn"]
@@ -72,18 +71,6 @@ class History:
     output_dir: Path
 
 
-class RunInterrupted(SystemExit):
-    """SIGINT or SIGTERM: the step was finished and a checkpoint written.
-
-    Ends the process with 128 + the signal's number unless it is caught. It counts as SIGTERM that the
-    launcher (torchrun, accelerate launch) has ended which started the process.
-    """
-
-    def __init__(self, signal_number: int, checkpoint_path: Path):
-        super().__init__(128 + signal_number)
-        self.signal_number, self.checkpoint = signal_number, checkpoint_path
-
-
 def unlearn(
     unlearner,
     *,
@@ -96,6 +83,7 @@ def unlearn(
     logging_steps: int = 1,
     max_skipped_steps: int = 10,
     max_skipped_share: float = 0.5,
+    max_time: float | str | None = None,
     show_progress: bool = True,
     record: dict[str, Any] | None = None,
     private: dict[str, Any] | None = None,
@@ -136,6 +124,9 @@ def unlearn(
             logged step are read, and before a checkpoint is written.
         max_skipped_share: the same for a share of `num_steps`; it counts over the whole run, the steps before
             a resume included.
+        max_time: seconds, or text (`"02:55:00"`, `"1-12:00:00"`), that the process may take from its start.
+            When another step and a checkpoint would not end in time, a checkpoint is written and the run
+            stops. How long both take is measured: the first step is followed by a checkpoint, too.
         show_progress: a progress bar on standard output.
         record: more entries for `run.json`, such as the path of the model that the run starts from
             (`base_model`, which a resumed run leaves as it is).
@@ -153,8 +144,10 @@ def unlearn(
         TooManySkippedSteps: see `max_skipped_steps` and `max_skipped_share`; no checkpoint is written then.
         WeightsNotFinite: the weights, or the EMA, hold NaN or Inf when a checkpoint is due (it is not
             written).
-        RunInterrupted: after SIGINT or SIGTERM (seen in the main thread only), when the running step is done
-            and its checkpoint written. A second signal ends the process at once.
+        RunInterrupted: after SIGINT, SIGTERM, SIGHUP or SIGUSR1 (seen in the main thread only), when the
+            running step is done and its checkpoint written. A second SIGINT or a third SIGTERM acts at once
+            (`signals`).
+        OutOfTime: a RunInterrupted, because of `max_time`.
         OtherProcessFailed: process 0 could not write, or another one not read, what this one waited for.
     """
     _check_unlearner(unlearner)
@@ -166,6 +159,7 @@ def unlearn(
         checkpointing_steps = check.integer("checkpointing_steps", checkpointing_steps, low=1)
     if checkpoints_total_limit is not None:
         checkpoints_total_limit = check.integer("checkpoints_total_limit", checkpoints_total_limit, low=1)
+    time_limit = TimeLimit(parse_time("max_time", max_time), logging_steps)
     if leave is not None and not callable(leave):
         raise TypeError(f"leave: expected a function or None, got {check.describe(leave)}")
     # What `run.json` says this run was called with.
@@ -179,6 +173,7 @@ def unlearn(
         "logging_steps": logging_steps,
         "max_skipped_steps": max_skipped_steps,
         "max_skipped_share": max_skipped_share,
+        "max_time": max_time,
         "show_progress": show_progress,
         "keep_checkpoints": bool(keep_checkpoints),
     }
@@ -187,12 +182,13 @@ def unlearn(
     with Processes(unlearner.process_group) as processes, processes.alone_in(output_dir, "unlearn"):
         finished = processes.by_first(lambda: is_finished(resume_from_checkpoint, output_dir, num_steps))
         if not finished:
+            processes.by_all(time_limit.check_begun)
             if keep_checkpoints and processes.rank == 0:
                 warnings.warn(KEEPING, stacklevel=2)
             loop = _Loop(unlearner, output_dir, num_steps, checkpoints_total_limit, limit, processes)
             _start(loop, arguments, identity, record or {}, private or {})
             with _noting_its_end(loop):
-                _run(loop, num_steps, checkpointing_steps, logging_steps, show_progress)
+                _run(loop, num_steps, checkpointing_steps, logging_steps, time_limit, show_progress)
                 loop.leave(leave, keep_checkpoints)
         elif processes.rank == 0:
             print(f"{output_dir}: the run is complete, nothing is left to do", file=sys.stderr)
@@ -248,7 +244,7 @@ def _noting_its_end(loop: _Loop) -> Iterator[None]:
         yield
     except RunInterrupted as interrupted:
         loop.note(status="interrupted")
-        if loop.processes.rank == 0:
+        if loop.processes.rank == 0 and interrupted.checkpoint is not None:
             _tell_how_to_go_on(interrupted, loop)
         raise
     except BaseException as error:
@@ -265,39 +261,46 @@ def _noting_its_end(loop: _Loop) -> Iterator[None]:
 
 
 def _tell_how_to_go_on(interrupted: RunInterrupted, loop: _Loop) -> None:
-    name = signal.Signals(interrupted.signal_number).name
-    done = f"{name}: stopped after step {loop.unlearner.step_index} of {loop.num_steps}."
+    done = f"{interrupted.reason}: stopped after step {loop.unlearner.step_index} of {loop.num_steps}."
     go_on = "To go on, run again with resume_from_checkpoint='latest' (--resume_from_checkpoint latest)"
     print(f"{done} {go_on}; the checkpoint is {interrupted.checkpoint}", file=sys.stderr)
 
 
 def _run(
-    loop: _Loop, num_steps: int, checkpointing_steps: int | None, logging_steps: int, show_progress: bool
+    loop: _Loop,
+    num_steps: int,
+    checkpointing_steps: int | None,
+    logging_steps: int,
+    time_limit: TimeLimit,
+    show_progress: bool,
 ) -> None:
     """The steps, what is logged and saved in between, and the last checkpoint."""
     unlearner, processes = loop.unlearner, loop.processes
     show = show_progress and processes.rank == 0
     with (
-        _Signals(processes) as signals,
+        Signals(processes, time_limit) as signals,
         ProgressBar(num_steps, unlearner.step_index, show) as advance,
     ):
         loop.show = advance
         while unlearner.step_index < num_steps:
-            signals.tell()
-            output = unlearner.step()
-            # The numbers of the logged step before this one: they are there, or will be soon, and the device
-            # has the work of this step meanwhile.
-            loop.pass_on()
+            with time_limit.step():
+                signals.tell()
+                output = unlearner.step()
+                # The numbers of the logged step before this one: they are there, or will be soon, and the
+                # device has the work of this step meanwhile.
+                loop.pass_on()
             step, received = unlearner.step_index, signals.agreed()
             if step % logging_steps == 0 or step == num_steps:
                 loop.log(output)
             due = checkpointing_steps is not None and step % checkpointing_steps == 0
-            if due or received:
-                loop.save()
+            if due or received or time_limit.lacks_a_save:
+                with time_limit.save():
+                    loop.save()
             # A signal during the last step interrupts nothing: the run is complete.
             if received and step < num_steps:
-                raise RunInterrupted(received, loop.saved)
-    loop.save()
+                raise interruption(received, time_limit, loop.saved)
+        # Nor does one while the last checkpoint is written.
+        loop.save()
 
 
 class _Loop:
@@ -458,52 +461,3 @@ def _check_unlearner(unlearner) -> None:
     if not isinstance(getattr(unlearner, "model", None), torch.nn.Module):
         expected = "an Unlearner whose model is a torch.nn.Module (its state is saved)"
         raise TypeError(f"unlearner: expected {expected}, got {check.describe(unlearner)}")
-
-
-class _Signals:
-    """Within the block SIGINT and SIGTERM only set `received`; the second one acts as before.
-
-    A launcher sends them to all processes, but not at the same step, so the processes agree on one: each
-    tells the others before a step what it has received, and all look at it after that step. What is told
-    travels while the step is taken.
-    """
-
-    NUMBERS = (signal.SIGINT, signal.SIGTERM)
-
-    def __init__(self, processes: Processes):
-        self.received = 0
-        self._before: dict[int, Any] = {}
-        self._processes = processes
-        self._told: Callable[[], int] = lambda: 0
-
-    def tell(self) -> None:
-        """Before a step: says to the other processes what this one has received."""
-        # The launcher's end counts as SIGTERM: a launcher that is killed sends none.
-        if not self.received and launcher.is_gone():
-            launcher.notice()
-            self.received = signal.SIGTERM
-        self._told = self._processes.begin_largest(self.received)
-
-    def agreed(self) -> int:
-        """After it: the number of the signal to stop for, the same in all processes; 0: none."""
-        # Alone, also a signal that came during the step counts.
-        if self._processes.count == 1:
-            return self.received
-        return self._told()
-
-    def __enter__(self) -> _Signals:
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
-            self._before = {number: signal.signal(number, self._receive) for number in self.NUMBERS}
-        return self
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        """The handler: notes the first signal, and lets the second one act as before."""
-        self.received = number
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def __exit__(self, *exception) -> None:
-        self._restore()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastunlearn import ImageStore, ReTrack, Unlearner
 from fastunlearn.objective.draws import Draws
+from fastunlearn.runs import time_limit
 from fastunlearn.runs.training import RunInterrupted, unlearn
 from fastunlearn.testing.factories import Average, TinyDenoiser
 
@@ -118,6 +119,24 @@ class SignalAt:
     def __call__(self, rank: int, step: int) -> None:
         if self.steps.get(rank) == step:
             os.kill(os.getpid(), self.number)
+
+
+class LongStep:
+    """For `before_step`: one step of one process seems to take 30 years."""
+
+    def __init__(self, rank: int, step: int):
+        self.rank, self.step = rank, step
+
+    def __call__(self, rank: int, step: int) -> None:
+        if (rank, step) != (self.rank, self.step):
+            return
+        real = time_limit.process_seconds
+
+        def late() -> float:
+            time_limit.process_seconds = real
+            return real() + 1e9
+
+        time_limit.process_seconds = late
 
 
 class FailAt:

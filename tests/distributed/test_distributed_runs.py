@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from run_cases import STEPS, FailAt, NotFinite, Ruin, SignalAt, run
+from run_cases import STEPS, FailAt, LongStep, NotFinite, Ruin, SignalAt, run
 from team import Team
 
 from fastunlearn import ImageStore
 from fastunlearn.runs import checkpoint, lineage
 from fastunlearn.runs.run_record import read_metrics, read_run
+from fastunlearn.runs.signals import EX_TEMPFAIL
 
 
 def together(
@@ -130,6 +131,13 @@ def test_a_signal_to_any_process_stops_all_at_one_step(pair: Team, tmp_path: Pat
     whole = together(pair, tmp_path / "whole", of_unlearner={"dropout": 0.3})
     resumed = together(pair, tmp_path / "run", resume_from_checkpoint="latest", of_unlearner={"dropout": 0.3})
     assert torch.equal(resumed[1]["weights"], whole[1]["weights"])
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_process_that_is_short_of_time_stops_all(pair: Team, tmp_path: Path, rank: int):
+    of_unlearner = {"before_step": LongStep(rank, 2)}
+    for result in together(pair, tmp_path, of_unlearner=of_unlearner, max_time="9999-00:00:00"):
+        assert result["stopped"] == (EX_TEMPFAIL, tmp_path / "checkpoint-3")
 
 
 def failing(team: Team, *arguments: Any) -> list[str]:
