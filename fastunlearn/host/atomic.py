@@ -3,6 +3,12 @@
 What stands aside is called `.NAME.PID-TOKEN.tmp`. Nobody can foresee the token, so nobody can put a link
 there that would be followed. What a writer leaves behind when it is killed is removed by the next one of that
 name.
+
+File systems of others' machines (CIFS, sshfs, shared folders of VirtualBox) lack some of what this takes.
+Then it goes without: without fsync at the mercy of the power, without file modes at that of the mount. Where
+a name that is there cannot be taken over in one step, what has it is moved aside first, to
+`.NAME.PID-TOKEN.old`, and removed last: it is never lost, and who takes the folder's lock after a kill in
+between puts it back. `lacks` tries out what a folder has.
 """
 
 from __future__ import annotations
@@ -15,9 +21,10 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -25,6 +32,9 @@ from typing import BinaryIO
 from safetensors import SafetensorError
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+# What a file system answers to a call that it does not have. Not EIO: that is a disk which fails.
+NOT_SUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)  # Windows has no such links
 
 
 @contextmanager
@@ -49,16 +59,12 @@ def atomic_directory(path: str | Path, *, private: bool = False) -> Iterator[Pat
         for file in sorted(temporary.rglob("*")):
             if private:
                 file.chmod(0o700 if file.is_dir() else 0o600)
-            _fsync(file)
-        _fsync(temporary)
-        # A folder cannot replace one that is not empty. Where the two cannot be exchanged in one step, the
-        # old one is moved aside first; `restore_displaced` puts it back if the process dies in between.
-        if not path.exists():
-            os.replace(temporary, path)
-        elif not exchange(temporary, path):
-            os.replace(path, displaced)
-            os.replace(temporary, path)
-        _fsync(path.parent)
+            _sync(file)
+        _sync(temporary)
+        # A folder cannot replace one that is not empty; but two can be exchanged.
+        if not path.exists() or not exchange(temporary, path):
+            _take_place(temporary, path, displaced)
+        _sync(path.parent)
     except SafetensorError as error:  # its word for what the disk says
         raise OSError(f"{path}: expected a disk that takes it, got: {error}") from error
     finally:
@@ -77,22 +83,22 @@ def atomic_file(path: str | Path, *, mode: int = 0o666) -> Iterator[BinaryIO]:
         what = "a folder" if path.is_dir() else "a pipe, a socket or a device"
         raise OSError(errno.EINVAL, f"expected a file, or nothing yet, got {what}", str(path))
     remove_leftovers(path.parent, glob.escape(path.name))
-    temporary = _aside(path, "tmp")
+    temporary, displaced = _aside(path, "tmp"), _aside(path, "old")
     try:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-        with open(os.open(temporary, flags, 0o600), "wb") as file:
+        with open(os.open(temporary, NEW_FILE, 0o600), "wb") as file:
             yield file
             file.flush()
-            os.fchmod(file.fileno(), mode & ~_umask())
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+            _set_mode(file.fileno(), mode & ~_umask())
+            sync(file.fileno())
+        _take_place(temporary, path, displaced)
     except OSError as error:
         if error.errno is not None and error.filename is None:  # a full disk does not say for what
             error.filename = str(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)
-        _written_aside.discard(temporary.name)
+        _written_aside.difference_update((temporary.name, displaced.name))
+        restore_displaced(path.parent, glob.escape(path.name))
 
 
 # What this process writes at this moment, by names that are its own.
@@ -132,6 +138,21 @@ def _remove(path: Path) -> None:
         path.unlink()
 
 
+def _take_place(temporary: Path, path: Path, displaced: Path) -> None:
+    """Renames `temporary` to `path`. Where that cannot take over a name, what has it is moved aside first.
+
+    `restore_displaced` puts it back where this ends in between.
+    """
+    try:
+        os.replace(temporary, path)
+    except OSError:
+        if not os.path.lexists(path):
+            raise
+        os.replace(path, displaced)
+        os.replace(temporary, path)
+        _remove(displaced)
+
+
 def exchange(first: Path, second: Path) -> bool:
     """Swaps two names in one step (Linux' `renameat2`); False where the system or the file system cannot."""
     if sys.platform != "linux":
@@ -139,12 +160,8 @@ def exchange(first: Path, second: Path) -> bool:
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is None:  # a C library older than the call
         return False
-    if rename(AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-        return False
-    raise OSError(code, os.strerror(code), str(second))
+    # Whatever the reason: where there is one that counts, renaming gives it, too.
+    return rename(AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE) == 0
 
 
 def restore_displaced(parent: Path, pattern: str) -> None:
@@ -167,7 +184,8 @@ def _leftovers(parent: Path, pattern: str, suffix: str) -> list[Path]:
     """`.NAME.PID-TOKEN.suffix` in `parent` with a NAME like `pattern`, which nobody writes any more."""
     found = parent.glob(f".*.*.{suffix}")
     named = [path for path in found if fnmatch.fnmatchcase(_target_name(path), pattern)]
-    return [path for path in named if not _writer_lives(path)]
+    ours = [path for path in named if re.fullmatch("[0-9]{1,10}(-[0-9a-f]+)?", _writer(path))]
+    return [path for path in ours if not _writer_lives(path)]
 
 
 def _target_name(leftover: Path) -> str:
@@ -175,11 +193,14 @@ def _target_name(leftover: Path) -> str:
     return leftover.name[1:].rsplit(".", 2)[0]
 
 
+def _writer(leftover: Path) -> str:
+    """The PID-TOKEN of the name, or its PID."""
+    return leftover.name.rsplit(".", 2)[1]
+
+
 def _writer_lives(leftover: Path) -> bool:
     """Whether it is being written: by this process, or by another one whose number stands in the name."""
-    number, _, _ = leftover.name.rsplit(".", 2)[1].partition("-")
-    if not re.fullmatch("[0-9]{1,10}", number):
-        return False
+    number, _, _ = _writer(leftover).partition("-")
     # In a container, processes often have the number that a dead one had.
     if int(number) == os.getpid():
         return leftover.name in _written_aside
@@ -192,9 +213,70 @@ def _writer_lives(leftover: Path) -> bool:
     return True
 
 
-def _fsync(path: Path) -> None:
+# --- file systems that have less ----------------------------------------------------------------------------
+
+
+def sync(descriptor: int) -> bool:
+    """What is written to `descriptor` is on the disk when this returns; False: the file system cannot say so.
+
+    Raises:
+        OSError: the disk fails, or is full.
+    """
+    return _supported(os.fsync, descriptor)
+
+
+def _sync(path: Path) -> bool:
+    """The same for a file or folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        return sync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _set_mode(descriptor: int, mode: int) -> None:
+    # Mounts that give all files one mode say that it is not permitted to change it.
+    _supported(os.fchmod, descriptor, mode, but=(errno.EPERM,))
+
+
+def _supported(call: Callable[..., None], *arguments: int, but: tuple[int, ...] = ()) -> bool:
+    """Calls it; False where the file system does not have it, or answers with an error in `but`."""
+    try:
+        call(*arguments)
+    except OSError as error:
+        if error.errno not in (*NOT_SUPPORTED, *but):
+            raise
+        return False
+    return True
+
+
+def lacks(folder: Path) -> list[str]:
+    """What the file system of `folder` does not do, each with what that costs: tried out with small files.
+
+    Raises:
+        OSError: nothing can be written there.
+    """
+    first, second = _aside(folder / "probe", "tmp"), _aside(folder / "probe", "tmp")
+    missing = []
+    try:
+        synced = [_written_and_synced(file) for file in (first, second)]
+        if not all(synced) or not _sync(folder):
+            missing.append("no fsync (what was written last may be lost when the power fails)")
+        if stat.S_IMODE(second.stat().st_mode) & 0o077:
+            missing.append("no file modes (private files are readable by whoever may read the folder)")
+        try:
+            os.replace(first, second)
+        except OSError:
+            missing.append("no renaming over a file (a kill in the wrong instant leaves the old one aside)")
+    finally:
+        for file in (first, second):
+            file.unlink(missing_ok=True)
+            _written_aside.discard(file.name)
+    return missing
+
+
+def _written_and_synced(file: Path) -> bool:
+    with open(os.open(file, NEW_FILE, 0o600), "wb") as opened:
+        opened.write(b"probe")
+        opened.flush()
+        return sync(opened.fileno())

@@ -11,6 +11,8 @@ What holds, and where:
   goes on.
 - On a file system without any flock the file itself is the lock. One that a killed run left has to be
   removed by hand there; the error says so.
+- Who takes it puts back what a killed owner had moved aside (`atomic.py`), and warns once of what the file
+  system lacks.
 - It does not hold against programs that know nothing of it, nor after somebody has removed the file of a
   running one. On Windows, which has no flock, there is no lock.
 """
@@ -18,6 +20,7 @@ What holds, and where:
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import stat
 import threading
@@ -26,7 +29,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import lock_owner
+from . import lock_owner, say
+from .atomic import NOT_SUPPORTED, lacks, restore_displaced
 from .lock_owner import Owner
 
 try:
@@ -35,7 +39,7 @@ except ImportError:  # Windows
     fcntl = None
 
 LOCK_FILE = ".fastunlearn.lock"  # in a folder; beside a file NAME it is .NAME.lock
-NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+NO_FLOCK = (errno.ENOLCK, *NOT_SUPPORTED)
 ATTEMPTS = 1000  # each of them fails because another owner is leaving at this moment
 
 
@@ -65,7 +69,7 @@ def locked(folder: str | Path, work: str) -> Iterator[None]:
         OSError: nothing can be written there; naming the folder.
     """
     folder = Path(folder).absolute()  # whatever folder the process works in when it ends
-    with _held(folder / LOCK_FILE, folder, work):
+    with _held(folder / LOCK_FILE, folder, work, "*"):
         yield
 
 
@@ -73,7 +77,7 @@ def locked(folder: str | Path, work: str) -> Iterator[None]:
 def locked_file(path: str | Path, work: str) -> Iterator[None]:
     """The same for one file: others in its folder may be written meanwhile."""
     path = Path(os.path.realpath(path))
-    with _held(path.with_name(f".{path.name}.lock"), path, work):
+    with _held(path.with_name(f".{path.name}.lock"), path, work, glob.escape(path.name)):
         yield
 
 
@@ -83,6 +87,7 @@ class _Lock:
     descriptor: int
     made: list[Path]  # folders that were missing, the innermost first
     works: list[str]  # what it is held for, the innermost last
+    by_file: bool = False  # without flock: the file itself is the lock
     process: int = field(default_factory=os.getpid)
     thread: int = field(default_factory=threading.get_ident)
     leaving: threading.Event = field(default_factory=threading.Event)
@@ -98,20 +103,47 @@ _locks: dict[tuple[int, int], _Lock] = {}  # those of this process, by device an
 
 
 @contextmanager
-def _held(file: Path, target: Path, work: str) -> Iterator[None]:
-    """The lock `file` is held for `target` while the block lasts."""
+def _held(file: Path, target: Path, work: str, names: str) -> Iterator[None]:
+    """The lock `file` is held for `target`, what is called like `names`, while the block lasts."""
     if fcntl is None:
         yield
         return
-    try:
+    with _naming(target):
         lock = _take(file, target, work)
-    except OSError as error:
-        text = f"{target}: expected a place that can be written to, got: {error.strerror}"
-        raise OSError(error.errno, text) from error
     try:
+        if lock.works == [work]:  # not where it is entered once more
+            with _naming(target):
+                _look_around(lock, names)
         yield
     finally:
         _give_back(lock)
+
+
+@contextmanager
+def _naming(target: Path) -> Iterator[None]:
+    """Names `target` where the disk does not take what the block writes."""
+    try:
+        yield
+    except OSError as error:
+        text = f"{target}: expected a place that can be written to, got: {error.strerror}"
+        raise OSError(error.errno, text) from error
+
+
+_known: set[Path] = set()  # folders that were looked at
+
+
+def _look_around(lock: _Lock, names: str) -> None:
+    """Puts back what a killed owner had moved aside; warns of what the file system of the folder lacks."""
+    folder = lock.file.parent
+    restore_displaced(folder, names)
+    if folder in _known:
+        return
+    _known.add(folder)
+    missing = lacks(folder)
+    if lock.by_file:
+        missing.append(f"no locks (who is killed leaves {lock.file.name}, to be removed by hand)")
+    if missing:
+        say.log.warning("%s: this file system has %s", folder, "; ".join(missing))
 
 
 def _take(file: Path, target: Path, work: str) -> _Lock:
@@ -184,8 +216,18 @@ def _lock(descriptor: int, created: bool, file: Path, target: Path) -> bool:
     return _is_at(descriptor, file)
 
 
+def _has_flock(descriptor: int) -> bool:
+    """Of a file that this process has locked, which it may do again."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
 def _own(lock: _Lock) -> _Lock:
     """Says who holds it."""
+    lock.by_file = not _has_flock(lock.descriptor)
     try:
         lock_owner.write(lock.descriptor, Owner.here(lock.works[0]))
         threading.Thread(target=lock.beat, name="fastunlearn lock", daemon=True).start()
@@ -205,13 +247,21 @@ def _give_back(lock: _Lock) -> None:
     del _locks[_identity(os.fstat(lock.descriptor))]
     lock.leaving.set()
     # The file goes while it is still locked. Who opened it before finds that out, and opens another.
+    still_there = False
     with suppress(OSError):
-        if _is_at(lock.descriptor, lock.file):
+        still_there = _is_at(lock.descriptor, lock.file)
+        if still_there:
             lock.file.unlink()
+            still_there = False
     _remove_empty(lock.made)
     with suppress(OSError):
         fcntl.flock(lock.descriptor, fcntl.LOCK_UN)
     os.close(lock.descriptor)
+    # Some file systems remove no open file. One that is itself the lock nobody else has taken meanwhile.
+    if still_there and lock.by_file:
+        with suppress(OSError):
+            lock.file.unlink()
+        _remove_empty(lock.made)
 
 
 def _forget_in_child() -> None:

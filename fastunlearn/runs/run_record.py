@@ -20,7 +20,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from ..host.atomic import atomic_file, discard
+from ..host.atomic import atomic_file, discard, sync
 from ..host.folder_lock import locked
 from ..host.plain_json import read_json
 from ..neighbors.nearest import CACHE_FORMAT
@@ -417,7 +417,7 @@ class Metrics:
 
     def sync(self) -> None:
         """To the disk: before a checkpoint is written, so that no checkpoint is ahead of its metrics."""
-        os.fsync(self._file.fileno())
+        sync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
