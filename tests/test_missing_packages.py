@@ -27,6 +27,7 @@ WHOLE_MODULES = {
     "tests/test_evaluate.py",
     "tests/test_half_moons.py",
     "tests/test_lineage.py",
+    "tests/test_launch_settings.py",
     "tests/test_pretraining.py",
     "tests/test_protocol_flags.py",
     "tests/test_rule_flags.py",

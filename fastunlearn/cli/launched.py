@@ -7,15 +7,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from typing import TYPE_CHECKING
 
+from . import launch_settings
 from .options import pick_device
 
 if TYPE_CHECKING:
     import torch
 
     from ..runs.processes import Processes
-
-# of accelerate's configurations: they spread one network over the processes
-UNSUPPORTED = ("DEEPSPEED", "FSDP", "MEGATRON_LM")
 
 
 @contextmanager
@@ -36,6 +34,7 @@ def launched(device: str | None) -> Iterator[tuple[Processes, torch.device]]:
     """
     from ..runs.processes import Processes
 
+    launch_settings.check_supported()
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Processes(None), pick_device(device)
         return
@@ -64,21 +63,11 @@ def _on_cpu(device: str | None) -> bool:
     if "RANK" not in os.environ or "LOCAL_RANK" not in os.environ:
         expected = "expected RANK and LOCAL_RANK beside it, as accelerate launch and torchrun set them"
         raise ValueError(f"WORLD_SIZE: {expected}, got only WORLD_SIZE={count}")
-    for name in UNSUPPORTED:
-        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
-            expected = "expected a configuration with the whole network in every process"
-            raise ValueError(f"accelerate: {expected}, got one that uses {name}")
-    if device is None:
-        device = (
-            "cpu"
-            if os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
-            or not torch.cuda.is_available()
-            else "cuda"
-        )
     chosen = pick_device(device)
-    if chosen.index is not None:
+    # accelerate would put them all on the one that this variable names.
+    if chosen.index is not None or (chosen.type == "cuda" and "ACCELERATE_TORCH_DEVICE" in os.environ):
         expected = f"expected cpu or cuda for {count} processes (each takes a GPU of its own)"
-        raise ValueError(f"--device: {expected}, got {device}")
+        raise ValueError(f"--device: {expected}, got {os.environ.get('ACCELERATE_TORCH_DEVICE', device)}")
     if chosen.type == "cuda" and here > torch.cuda.device_count():
         expected = f"expected at most {torch.cuda.device_count()} on this machine, one for each GPU"
         raise ValueError(f"num_processes: {expected}, got {here}")

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from tyro.conf import arg
 
+from .launch_settings import device_name
+
 if TYPE_CHECKING:
     import torch
 
@@ -45,13 +47,14 @@ def called(**flags: str) -> Iterator[None]:
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device called `name`; None: the first GPU, or the CPU.
+    """The device called `name`; None: what a launcher says, else the first GPU, or the CPU.
 
     Raises:
-        ValueError: there is no such device here; it says which there are.
+        ValueError: there is no such device here; it says which there are. Or a launcher asks for another.
     """
     import torch
 
+    name = device_name(name)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name is None:
         return torch.device("cuda" if count else "cpu")

@@ -129,6 +129,7 @@ written shows or stores one."""
         self.bookkeeping.check()
         work = "fastunlearn unlearn"
         with launched(self.bookkeeping.device) as (processes, device), processes.alone_in(self.output, work):
+            self.execution = self.execution.as_launched()
             self._run(processes, device)
         return 0
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from .options import also, unset
@@ -109,6 +109,23 @@ so in convolutions only, as torch does."""
 fails. auto: on for GPUs, off for CPUs."""
     channels_last: Literal["auto", "on", "off"] = "auto"
     """Memory layout of weights and activations. auto: on for GPUs, off for CPUs."""
+
+    def as_launched(self) -> Execution:
+        """With what a launcher says in place of `auto`.
+
+        Raises:
+            ValueError: a flag and the launcher contradict each other.
+        """
+        from . import launch_settings
+
+        said = {
+            "mixed_precision": launch_settings.mixed_precision(self.mixed_precision),
+            "compile": launch_settings.compilation(self.compile),
+        }
+        for name, value in said.items():
+            if value != getattr(self, name):
+                print(f"--{name} {value}, as accelerate launch says")
+        return replace(self, **said)
 
     @property
     def compile_argument(self) -> bool | Literal["try"] | None:
