@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import stat
+from collections import deque
 from collections.abc import Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from .refusals import Refused, listed, shown
 # What file managers and Hugging Face's `imagefolder` leave beside images. Nothing else is passed over.
 PASSED_OVER = (".ds_store", "thumbs.db", "desktop.ini", "metadata.jsonl", "metadata.csv")
 MANY = 500  # files, from which on reading them takes a second or more
+AHEAD = 64  # files that are decoded, or being decoded, before the row of the first is taken
 Row = tuple[str, np.ndarray | ValueError]
 KINDS = {
     stat.S_IFIFO: "a named pipe",
@@ -172,8 +174,16 @@ def _decode_all(files: list[Path], options: Options) -> Iterator[Row]:
 
     # Threads are enough, since Pillow releases the GIL while it decodes. More than eight wait for the disk.
     pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+    ahead: deque[tuple[str, Future]] = deque()
     try:
-        yield from zip(map(shown, files), pool.map(attempt, files), strict=True)
+        for file in files:
+            ahead.append((shown(file), pool.submit(attempt, file)))
+            # Behind a file that takes long, the others would all be decoded and held.
+            if len(ahead) > AHEAD:
+                name, decoded = ahead.popleft()
+                yield name, decoded.result()
+        for name, decoded in ahead:
+            yield name, decoded.result()
     finally:
         pool.shutdown(cancel_futures=True)
 
