@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import zipfile
 import zlib
 from pathlib import Path
 
 import numpy as np
 
+from ..host import room
 from .idx import read_idx
 from .options import Options, Part, to_nchw
 
@@ -29,7 +31,8 @@ def map_npy(path: Path) -> np.ndarray:
     """The array of an .npy file, memory-mapped; one in foreign byte order is copied.
 
     Raises:
-        ValueError: numpy does not read the file, or it holds more than one array.
+        ValueError: numpy does not read the file, it holds more than one array, or the copy would not fit into
+            memory.
     """
     try:
         # Read-only: Linux refuses a private writable mapping of a file larger than memory.
@@ -41,6 +44,8 @@ def map_npy(path: Path) -> np.ndarray:
     if beyond > 0:
         got = f"{beyond} bytes after it, which would not be read (was np.save called twice on one file?)"
         raise ValueError(f"{path}: expected one array, got {got}")
+    if not array.dtype.isnative:
+        room.require_for(path, "an array", array.nbytes)
     return _native(array)
 
 
@@ -49,7 +54,7 @@ def read_npz(path: Path, options: Options) -> Part:
     `options.npz_key` names; and `labels` if asked for.
 
     Raises:
-        ValueError: no such file, no such arrays, or arrays that do not fit together.
+        ValueError: no such file, no such arrays, arrays that do not fit together, or into memory.
     """
     # np.load goes by content: given anything but a zip archive it would go on to try .npy and pickle.
     if not zipfile.is_zipfile(path):
@@ -60,10 +65,15 @@ def read_npz(path: Path, options: Options) -> Part:
         with np.load(path, allow_pickle=False) as archive:
             keys = [key for key in archive.files if key != "labels"]
             key = _key_of_images(keys, options.npz_key)
-            images = None if key is None else archive[key]
-            std = archive["std"] if key == "mean" and "std" in keys else None
+            with_std = key == "mean" and "std" in keys
             with_labels = options.labels and "labels" in archive.files
+            wanted = [key] * (key is not None) + ["std"] * with_std + ["labels"] * with_labels
+            room.require("an archive of arrays", sum(_unpacked_bytes(archive, name) for name in wanted))
+            images = None if key is None else archive[key]
+            std = archive["std"] if with_std else None
             labels = archive["labels"] if with_labels else None
+    except room.NoRoom as refused:
+        raise ValueError(f"{path}: {refused}") from None
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
         raise ValueError(_unread(path, "an .npz file", error)) from None
     if images is None:
@@ -84,6 +94,28 @@ def read_npz(path: Path, options: Options) -> Part:
     if std is not None:
         std = to_nchw(_native(std), path, options)
     return Part(images, labels, std)
+
+
+def _unpacked_bytes(archive: np.lib.npyio.NpzFile, key: str) -> int:
+    """How much memory the array `key` takes, by what its file in the archive begins with.
+
+    Raises:
+        ValueError: that is not what the archive says of the file. numpy would take memory for all of it
+            before it finds less.
+    """
+    names = archive.zip.namelist()
+    name = f"{key}.npy" if f"{key}.npy" in names else key
+    with archive.zip.open(name) as file:
+        version = np.lib.format.read_magic(file)
+        read_header = np.lib.format.read_array_header_1_0
+        if version != (1, 0):
+            read_header = np.lib.format.read_array_header_2_0
+        shape, _, dtype = read_header(file)
+        there = archive.zip.getinfo(name).file_size - file.tell()
+    size = math.prod(shape) * dtype.itemsize
+    if size > there and not dtype.hasobject:  # pickles are refused in words of their own
+        raise ValueError(f"{key}: {size} bytes, of which the archive has {there}")
+    return size
 
 
 def _key_of_images(keys: list[str], wanted: str | None) -> str | None:

@@ -131,7 +131,8 @@ def read_folder(path: Path, options: Options) -> Part:
     problems, images = listing.sentences(), None
     try:
         rows = _decode_all(listing.files, options)
-        images = stack(_with_progress(rows, path, len(listing.files), options), len(listing.files))
+        count = len(listing.files)
+        images = stack(_with_progress(rows, path, count, options), count, shown(path))
     except Refused as refused:
         problems += refused.problems
     if problems:

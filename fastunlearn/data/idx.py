@@ -15,6 +15,10 @@ from typing import BinaryIO
 
 import numpy as np
 
+from ..host import room
+
+# Deflate, the method of gzip, makes at most so many bytes of one.
+MOST_OF_ONE = 1032
 # The third byte, 08, says uint8; the fourth one axis (labels), three (grey images) or four.
 MAGICS = (b"\x00\x00\x08\x01", b"\x00\x00\x08\x03", b"\x00\x00\x08\x04")
 
@@ -25,7 +29,8 @@ def read_idx(path: str | os.PathLike) -> np.ndarray:
     A plain file is memory-mapped, read-only.
 
     Raises:
-        ValueError: not an idx file of uint8, or fewer or more bytes than its header says.
+        ValueError: not an idx file of uint8, fewer or more bytes than its header says, or more than fit into
+            memory.
     """
     path = Path(path)
     try:
@@ -33,6 +38,11 @@ def read_idx(path: str | os.PathLike) -> np.ndarray:
             shape, offset = _read_header(file, path)
             expected = math.prod(shape)
             if _is_gzip(path):
+                packed = path.stat().st_size
+                if expected > MOST_OF_ONE * packed:
+                    got = f"a gzip file of {packed}, which cannot hold them"
+                    raise ValueError(f"{path}: expected {expected} bytes for shape {list(shape)}, got {got}")
+                room.require_for(path, "an array", expected)
                 # One byte more than the header announces tells that there are too many. Reading all there is
                 # could fill the memory: a small gzip file may unpack to anything.
                 content = file.read(expected + 1)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..host import check
+from ..host import check, room
 from ..host.store import ImageStore
 from .arrays import read_idx_images, read_npy, read_npz
 from .folders import read_folder
@@ -283,6 +283,7 @@ def _joined(arrays: list[np.ndarray]) -> np.ndarray:
     # A single array is not copied: one that is memory-mapped stays on disk.
     if len(arrays) == 1:
         return arrays[0]
+    room.require_for("paths", "a set of images", sum(array.nbytes for array in arrays))
     return np.concatenate(arrays)
 
 

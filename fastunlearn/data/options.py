@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import ImageColor
 
-from ..host import check
+from ..host import check, room
 from .refusals import Refused, listed
 
 EXIF = ("apply", "ignore")
@@ -184,7 +184,7 @@ def stack(
 
     Raises:
         Refused: naming all without an array, and all that differ from the first.
-        ValueError: there are more rows or fewer.
+        ValueError: there are more rows or fewer, or so many that they do not fit into memory.
     """
     images = first_name = None
     problems = []
@@ -199,6 +199,7 @@ def stack(
         # Memory for all rows is taken once, when the first array tells shape and dtype, so that the rows are
         # never held twice.
         if images is None:
+            room.require_for(where, "a set of images", count * array.nbytes)
             images, first_name = np.empty((count, *array.shape), array.dtype), name
         elif (array.shape, array.dtype) != (images.shape[1:], images.dtype):
             expected = f"{_layout(images[0])}, as {first_name} (size=... and channels=... make images alike)"

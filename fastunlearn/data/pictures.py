@@ -12,6 +12,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageColor, ImageFile, ImageOps, UnidentifiedImageError
 
+from ..host import room
 from .content import HEAD, described, formats, in_words, is_picture
 from .options import Options, Part
 from .png import has_all_rows
@@ -120,20 +121,43 @@ def _pixels(file: BinaryIO, options: Options) -> np.ndarray:
     if image.format == "PNG":
         image.verify()
         image = Image.open(file, formats=formats())
-    image.load()
-    if image.format == "PNG" and not _last_row_is_there(image) and not has_all_rows(file):
-        raise _Unusable("expected a whole image, got one that is damaged (its last rows are missing)")
-    # Upright first: a size that was asked for is that of the image as it is seen. Pillow turns TIFF itself.
-    if options.exif == "apply" and image.format != "TIFF":
-        image = ImageOps.exif_transpose(image)
-    image = _opaque(image, options)
-    mode = image.mode if options.channels is None else MODE[options.channels]
-    return np.array(_fitted(image.convert(mode), options))
+    with room.taking("an image", _decoded_bytes(image, options)):
+        image.load()
+        if image.format == "PNG" and not _last_row_is_there(image) and not has_all_rows(file):
+            raise _Unusable("expected a whole image, got one that is damaged (its last rows are missing)")
+        # Upright first: a size that was asked for is that of the image as it is seen. Pillow turns TIFF
+        # itself.
+        if options.exif == "apply" and image.format != "TIFF":
+            image = ImageOps.exif_transpose(image)
+        image = _opaque(image, options)
+        mode = image.mode if options.channels is None else MODE[options.channels]
+        return np.array(_fitted(image.convert(mode), options))
+
+
+def _decoded_bytes(image: Image.Image, options: Options) -> int:
+    """About how much memory decoding `image` takes at most, as its header and the size asked for say."""
+    width, height = image.size
+    # What it is decoded to and what it is converted to; what is transparent takes three more.
+    transparent = "A" in image.mode or "transparency" in image.info
+    images = (5 if transparent else 2) * _bytes_of(width, height)
+    if options.size is not None:
+        height, width = options.size
+        images += _bytes_of(width, height)
+    # In the end the pixels alone, as bytes and as an array.
+    return images + 2 * 3 * width * height
+
+
+def _bytes_of(width: int, height: int) -> int:
+    """What Pillow takes for an image: four bytes a pixel in colour, and a pointer to each row.
+
+    Grey takes less, but not a column of grey pixels.
+    """
+    return height * (8 + 4 * width)
 
 
 def _reason(error: Exception, file: BinaryIO) -> str:
     """`expected ..., got ...` for an image that could not be decoded."""
-    if isinstance(error, _Unusable):
+    if isinstance(error, (_Unusable, room.NoRoom)):
         return str(error)
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
         return f"expected at most {Image.MAX_IMAGE_PIXELS} pixels (Pillow's limit), got more: {error}"

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..host import room
 from ..host.plain_json import read_json
 from .folders import Listing, list_known
 from .options import Options, Part, stack, to_nchw
@@ -44,6 +45,7 @@ def read_parquet(path: Path, options: Options) -> Part:
         names = file.schema_arrow.names
         image_column = _column(names, IMAGE_COLUMNS, path)
         label_column = _column(names, LABEL_COLUMNS, path) if options.labels else None
+        room.require_for(path, "a column of a row group", _largest_column(file.metadata, image_column))
 
         def cells(name: str) -> Iterator[object]:
             for batch in file.iter_batches(BATCH_ROWS, columns=[name]):
@@ -127,6 +129,20 @@ def _check_files(path: Path) -> tuple[list[str], Listing]:
     listing = list_known(path, {*names, *caches, STATE, INFO}, "the saved data set")
     listing.passed_over += [path / name for name in sorted(caches)]
     return names, listing
+
+
+def _largest_column(metadata, name: str) -> int:
+    """Bytes that the column `name` of a parquet file unpacks to, in the row group where it is largest."""
+    largest = 0
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        columns = (group.column(place) for place in range(group.num_columns))
+        # A struct is kept as a column for each of its entries: `image.bytes`, `image.path`.
+        sizes = (
+            each.total_uncompressed_size for each in columns if each.path_in_schema.split(".")[0] == name
+        )
+        largest = max(largest, sum(sizes))
+    return largest
 
 
 def _is_plain_name(name: object) -> bool:
