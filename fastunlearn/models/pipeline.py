@@ -18,6 +18,7 @@ from ..host.atomic import atomic_directory
 from ..host.finite import not_finite
 from ..host.plain_json import read_json
 from ..host.plain_names import plain, plain_copy
+from .sizes import check_size, check_timesteps
 from .supported import check_network, check_parts, check_runs, check_surroundings
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def load_checkpoint(
     Raises:
         ValueError: naming the file: missing, not JSON, a class that is not supported, a pipeline of latents,
             a network that needs labels or cannot be called, code from elsewhere, weights that are pickles,
-            damaged, not those of the configuration, or not finite.
+            damaged, not those of the configuration, or not finite; a network that would not fit into memory.
         ImportError: the package diffusers is not installed.
     """
     root = Path(path)
@@ -269,6 +270,7 @@ def _load_scheduler(root: Path, folder: Path) -> SchedulerMixin:
     config = _read_json(file)
     name = config.get("_class_name")
     _supported(file, name, SCHEDULERS, "scheduler")
+    check_timesteps(file, config)
     # Of the class that the file names, which is one of SCHEDULERS, so no other code is run.
     try:
         scheduler = getattr(diffusers, name).from_config(config)
@@ -289,11 +291,13 @@ def _load_model(folder: Path, dtype: torch.dtype) -> UNet2DModel:
         ValueError: naming the file: missing, a pickle, damaged, or not that of the configuration.
     """
     diffusers = check.package("diffusers", "load_checkpoint")
-    name = _read_json(folder / "config.json")["_class_name"]
-    weights = _weights_file(folder)
+    config = _read_json(folder / "config.json")
+    name, weights = config["_class_name"], _weights_file(folder)
+    files = [weights]
     # diffusers prefers the shards, whatever else there is.
     if (folder / WEIGHTS[1]).is_file():
-        _check_shards(folder / WEIGHTS[1])
+        files = _shards(folder / WEIGHTS[1])
+    check_size(folder / "config.json", config, files, dtype)
     expected = f"{weights}: expected the weights of the {name} in config.json beside it"
     try:
         model, info = getattr(diffusers, name).from_pretrained(
@@ -333,8 +337,8 @@ def _weights_file(folder: Path) -> Path:
     raise ValueError(f"{folder}: expected {WEIGHTS[0]}, got {found}")
 
 
-def _check_shards(index_file: Path) -> None:
-    """Refuses an index that names anything but safetensors beside it.
+def _shards(index_file: Path) -> list[Path]:
+    """The files of an index, which may name nothing but safetensors beside it.
 
     diffusers reads what it names, and unpickles a .bin.
 
@@ -354,6 +358,7 @@ def _check_shards(index_file: Path) -> None:
             raise ValueError(
                 f"{index_file}: expected {shard}, which holds {tensor}, beside it, got no such file"
             )
+    return [index_file.parent / shard for shard in sorted(set(shards.values()))]
 
 
 def _is_safetensors_name(shard: object) -> bool:

@@ -108,10 +108,10 @@ def check_runs(config_file: Path, model: nn.Module, num_timesteps: int) -> None:
         return
     channels, height, width = shape
     parameter = next(model.parameters())
-    picture = torch.zeros(1, channels, height, width, device=parameter.device, dtype=parameter.dtype)
     pictures = f"pictures of {channels}x{height}x{width}"
     expected = f"{config_file}: expected a network that can be called on {pictures}"
     try:
+        picture = torch.zeros(1, channels, height, width, device=parameter.device, dtype=parameter.dtype)
         answer = model(picture, torch.tensor([num_timesteps - 1], device=parameter.device)).sample
     except Exception as error:  # whatever a layer makes of what does not fit
         raise ValueError(f"{expected}, got {type(error).__name__}: {error}") from error

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fastunlearn.host import room
 from fastunlearn.models import load_checkpoint, save_checkpoint
 from fastunlearn.objective.schedule import NoiseSchedule
 from fastunlearn.testing.checkpoints import TINY_TIMESTEPS, save_tiny_checkpoint, tiny_unet
@@ -458,4 +459,45 @@ REFUSED = [
 def test_refused(pipeline, spoil, message):
     spoil(pipeline)
     with pytest.raises(ValueError, match=message):
+        load_checkpoint(pipeline)
+
+
+TOO_MUCH = [
+    ("unet/config.json", {"layers_per_block": 10**7}, "expected layers_per_block of the weights beside it"),
+    ("unet/config.json", {"block_out_channels": [8] * 10**4}, "expected layers_per_block of the weights"),
+    ("unet/config.json", {"block_out_channels": [10**6] * 2}, "expected a network of as many parameters"),
+    ("unet/config.json", {"in_channels": 10**9, "out_channels": 10**9}, "expected a network of as many"),
+    ("unet/config.json", {"sample_size": 10**6}, r"expected a network for pictures \(sample_size 1000000\)"),
+    (
+        "unet/config.json",
+        {"time_embedding_type": "learned", "num_train_timesteps": 10**12},
+        "expected a network of as many parameters as weights",
+    ),
+    (
+        "scheduler/scheduler_config.json",
+        {"num_train_timesteps": 10**9},
+        "expected num_train_timesteps of at most 1000000, got 1000000000",
+    ),
+]
+
+
+@pytest.mark.parametrize(("file", "changes", "message"), TOO_MUCH)
+def test_a_network_is_not_built_where_its_configuration_says_too_much(
+    pipeline, file, changes, message, monkeypatch
+):
+    def build(*arguments, **options):
+        raise AssertionError("it was built")
+
+    edit_json(pipeline / file, **changes)
+    monkeypatch.setattr(room, "available_memory", lambda: 10**9)
+    monkeypatch.setattr(diffusers.UNet2DModel, "from_config", build)
+    with pytest.raises(ValueError, match=rf"{Path(file).name}: {message}"):
+        load_checkpoint(pipeline)
+
+
+def test_a_network_that_does_not_fit_into_memory_is_not_read(pipeline, monkeypatch):
+    monkeypatch.setattr(room, "SMALL", 1)
+    load_checkpoint(pipeline)
+    monkeypatch.setattr(room, "available_memory", lambda: 20_000)
+    with pytest.raises(ValueError, match=r"config.json: expected a network that fits into the 20.0 kB"):
         load_checkpoint(pipeline)
