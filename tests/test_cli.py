@@ -25,6 +25,8 @@ from fastunlearn import __version__, nearest_neighbors
 from fastunlearn.cli import main
 from fastunlearn.data import load_images
 from fastunlearn.host.folder_lock import locked, locked_file
+from fastunlearn.host.kept import KeptRows
+from fastunlearn.host.store import ImageStore
 from fastunlearn.methods import EraseDiffBome, ReTrack
 from fastunlearn.models import load_checkpoint, save_checkpoint
 from fastunlearn.recipes.mnist_tshirt import PRETRAINING
@@ -513,6 +515,24 @@ def test_the_retain_set_may_be_the_whole_training_set(world, tmp_path, capsys):
     assert "(2 dropped, which are to be forgotten)" in capsys.readouterr().out
     assert unlearn(world, tmp_path / "clean") == 0
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "clean"))
+
+
+def test_a_training_set_on_disk_stays_there(world, tmp_path, monkeypatch):
+    """`--drop_overlap` does not copy what is left of it, and the run is the one of the set in memory."""
+    rows = np.concatenate([world.images[:, None], np.load(world.retain)])
+    np.save(tmp_path / "whole.npy", rows)
+    np.savez(tmp_path / "whole.npz", images=rows)
+    in_memory = ("--retain", tmp_path / "whole.npz", "--drop_overlap")
+    assert unlearn(world, tmp_path / "in_memory", *in_memory) == 0
+
+    most, read = [], ImageStore.raw
+    monkeypatch.setattr(ImageStore, "raw", lambda store, index: most.append(len(index)) or read(store, index))
+    monkeypatch.setattr(KeptRows.chunks, "__defaults__", (4 * 64,))
+    monkeypatch.setattr("fastunlearn.host.store.DIGEST_BYTES", 4 * 64)
+    on_disk = ("--retain", tmp_path / "whole.npy", "--drop_overlap", "--drop_within", "off")
+    assert unlearn(world, tmp_path / "on_disk", *on_disk) == 0
+    assert max(most) <= 6  # a chunk, or the neighbours of both images
+    assert_same(weights(tmp_path / "on_disk"), weights(tmp_path / "in_memory"))
 
 
 def test_arrays_of_another_size_are_refused(world, tmp_path, capsys):

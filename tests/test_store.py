@@ -532,13 +532,6 @@ def test_the_content_hash_follows_what_torch_changes_in_place():
     assert store.content_hash() == before
 
 
-def test_overlap_is_streamed(monkeypatch):
-    monkeypatch.setattr(ImageStore.chunks, "__defaults__", (100,))
-    retain = uint8_images(20, seed=1)
-    forget_rows, retain_rows = overlap(ImageStore(retain[[19, 0]]), ImageStore(retain))
-    assert (forget_rows.tolist(), retain_rows.tolist()) == ([0, 1], [19, 0])
-
-
 # Latents with standard deviations
 
 

@@ -81,7 +81,9 @@ class Kept:
 
     def of(self, retain: ImageStore) -> ImageStore:
         """The store of these rows."""
-        return retain if self.rows is None else retain.select(self.rows)
+        from ..host.kept import keep
+
+        return retain if self.rows is None else keep(retain, self.rows)
 
 
 def rows_to_keep(
@@ -105,15 +107,14 @@ def rows_to_keep(
     import torch
 
     from ..engine.checks import check_same_kind
-    from ..host.store import overlap
+    from ..host.store import overlap, rows_also_in
 
     check_same_kind(forget, retain)
     record: dict[str, Any] = {}
     rows = torch.arange(len(retain)) if among is None else among
     compared = Kept(among, {}).of(retain)
     if dropping.overlap:
-        places, _ = overlap(compared, forget)
-        equal = rows[places]
+        equal = rows[rows_also_in(forget, compared)]
         rows = _without(rows, equal, dropping.flag)
         record["dropped_equal"] = equal.tolist()
         print(_of_equal(len(rows), len(equal)))
@@ -139,9 +140,10 @@ def rows_to_keep(
 
 def _near_copies(forget: ImageStore, retain: ImageStore, rows: Tensor, within: str | float) -> NearCopies:
     """Among the `rows` of `retain`; with row numbers of `retain`."""
+    from ..host.kept import keep
     from ..neighbors.copies import near_copies
 
-    compared = retain if len(rows) == len(retain) else retain.select(rows)
+    compared = retain if len(rows) == len(retain) else keep(retain, rows)
     found = near_copies(forget, compared, within=within)
     return replace(found, retain_rows=rows[found.retain_rows])
 

@@ -213,12 +213,12 @@ class _Staging:
     def __init__(
         self, store: ImageStore, batch_size: int, device: torch.device, stream: torch.cuda.Stream | None
     ):
-        stored = [rows for rows in (store.images, store.std) if rows is not None]
+        stored = [dtype for dtype in (store.dtype, store.std_dtype) if dtype is not None]
         shape = batch_size, *store.shape
-        self.host = [torch.empty(shape, dtype=rows.dtype, pin_memory=stream is not None) for rows in stored]
+        self.host = [torch.empty(shape, dtype=dtype, pin_memory=stream is not None) for dtype in stored]
         self.on_device = self.host
         if device.type != "cpu":
-            self.on_device = [torch.empty(shape, dtype=rows.dtype, device=device) for rows in stored]
+            self.on_device = [torch.empty(shape, dtype=dtype, device=device) for dtype in stored]
         self.store = store.like(*self.on_device)
         self.index = torch.arange(batch_size, device=device)
         self.rows: Tensor | None = None  # [B] int64 on the CPU: what it was filled with
@@ -236,8 +236,7 @@ class _Staging:
         if self.stream is not None:
             # The latest copy out of the pinned memory has to be done. The thread waits, the step does not.
             self.copied.synchronize()
-        for stored, host in zip((store.images, store.std), self.host, strict=False):
-            torch.index_select(stored, 0, self.rows, out=host)
+        store.gather(self.rows, self.host)
         if self.stream is not None:
             # On the device, the copy waits for the step that read these rows last.
             with torch.cuda.stream(self.stream):
@@ -266,8 +265,7 @@ class _Staging:
 
 def _picked(store: ImageStore, index: Tensor) -> ImageStore:
     """The rows `index`, copied, as a store in their order."""
-    std = None if store.std is None else store.std.index_select(0, index)
-    return store.like(store.raw(index), std)
+    return store.like(store.raw(index), store.raw_std(index))
 
 
 def _check_drawn(rows: Tensor, batch_size: int) -> Tensor:

@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +23,7 @@ log = logging.getLogger("fastunlearn")
 
 DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 CHUNK_BYTES = 64 << 20  # what the streamed checks and hashes hold at a time
+DIGEST_BYTES = 4 << 20  # the same of the comparison of sets, which holds float rows as float64 several times
 LOOKED_AT_ONCE, LOOKED_AT_MOST = 1 << 16, 1 << 14  # bytes, and such chunks, for a warning
 RANGE_ROUNDING = 1e-6  # how far a float image may exceed [-1, 1]: resizing and rescaling in float32 round
 # 1 / 127.5 in two parts, as in csrc/numeric.h and kernels/images.py. `x / 127.5` would not be one number: on
@@ -112,8 +113,8 @@ class ImageStore:
 
     def __repr__(self) -> str:
         kind = name(self.dtype)
-        if self.std is not None:
-            kind += f" means with {name(self.std.dtype)} standard deviations"
+        if self.std_dtype is not None:
+            kind += f" means with {name(self.std_dtype)} standard deviations"
         where = f"{self.device}, on disk" if self.on_disk else f"{self.device}"
         return f"ImageStore({len(self)} rows of {list(self.shape)}, {kind}, {where})"
 
@@ -135,7 +136,12 @@ class ImageStore:
     @property
     def is_uint8(self) -> bool:
         """Whether rows are uint8 images, whose squared distances are integers."""
-        return self.images.dtype == torch.uint8
+        return self.dtype == torch.uint8
+
+    @property
+    def std_dtype(self) -> torch.dtype | None:
+        """The dtype of the standard deviations; None: the store has none."""
+        return None if self.std is None else self.std.dtype
 
     @property
     def nbytes(self) -> int:
@@ -164,7 +170,7 @@ class ImageStore:
         self._refuse_std("lazy")
         if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
             raise TypeError(f"index: expected integers, got {name(index.dtype)}")
-        return Rows(self.images, index.to(self.device))
+        return self._located(index)
 
     def sample(self, index: Tensor, counter: Tensor, purpose: int) -> Tensor:
         """Draws of the latents `index` (`[B]` int64): `mean + std xi`, float32 `[B, C, H, W]`.
@@ -187,7 +193,7 @@ class ImageStore:
 
         They are sampled here where the store has standard deviations, gathered by the ops where not.
         """
-        if self.std is None:
+        if self.std_dtype is None:
             return self.lazy(index)
         return self.sample(index, counter, purpose)
 
@@ -198,7 +204,7 @@ class ImageStore:
         forget rows and their neighbours, whose distances are computed once (ReTrack's code keeps one sample
         of each).
         """
-        if self.std is None:
+        if self.std_dtype is None:
             return self
         if seed is None:
             return self.like(self.images, labels=self.labels, on_disk=self.on_disk)
@@ -206,7 +212,7 @@ class ImageStore:
         if len(self) > philox.ROWS:
             expected = "None for a store of more than 2^32 rows"
             raise ValueError(f"seed: expected {expected}, got {seed} and {len(self)} rows")
-        samples = torch.empty(self.images.shape, dtype=torch.float32, device=self.device)
+        samples = torch.empty((len(self), *self.shape), dtype=torch.float32, device=self.device)
         for start, mean in self.chunks():
             # Counters begin at `start`: every row has noise of its own, whatever the chunks.
             counter = torch.tensor([seed, 0, start], device=self.device)
@@ -217,6 +223,15 @@ class ImageStore:
     def raw(self, index: Tensor) -> Tensor:
         """Rows `index` (`[B]` int64) as stored, `[B, C, H, W]`, contiguous; of a distribution, the means."""
         return self.images.index_select(0, index.to(self.device))
+
+    def raw_std(self, index: Tensor) -> Tensor | None:
+        """The standard deviations of the rows `index`, as stored; None: the store has none."""
+        return None if self.std is None else self.std.index_select(0, index.to(self.device))
+
+    def gather(self, index: Tensor, out: Sequence[Tensor]) -> None:
+        """Writes the rows `index` (`[B]` int64) as stored into `out`: images and, if there are any, `std`."""
+        for stored, rows in zip((self.images, self.std), out, strict=False):
+            torch.index_select(stored, 0, index, out=rows)
 
     def chunks(self, max_bytes: int = CHUNK_BYTES) -> Iterator[tuple[int, Tensor]]:
         """All rows as stored, in order, as `(start, rows [n, C, H, W])`: views, to be read only.
@@ -250,9 +265,8 @@ class ImageStore:
         if index.min() < 0 or index.max() >= len(self):
             found = f"[{index.min()}, {index.max()}]"
             raise ValueError(f"index: expected rows in [0, {len(self) - 1}], got rows in {found}")
-        std = None if self.std is None else self.std.index_select(0, index.to(self.device))
         labels = None if self.labels is None else self.labels[index]
-        return self.like(self.raw(index), std, labels=labels)
+        return self.like(self.raw(index), self.raw_std(index), labels=labels)
 
     def to(self, device: torch.device | str) -> ImageStore:
         """The same store on `device`; labels stay on the CPU."""
@@ -275,7 +289,8 @@ class ImageStore:
             digest = hashlib.sha256()
             for store in (self, self._std_rows()):
                 if store is not None:
-                    digest.update(f"{name(store.dtype)} {list(store.images.shape)}\n".encode())
+                    shape = [len(store), *store.shape]
+                    digest.update(f"{name(store.dtype)} {shape}\n".encode())
                     for _, rows in store.chunks():
                         digest.update(tensor_bytes(rows))
             self._content_hash, self._hashed_versions = digest.hexdigest(), self._versions()
@@ -299,6 +314,9 @@ class ImageStore:
         store._hashed_versions = []
         return store
 
+    def _located(self, index: Tensor) -> Rows:
+        return Rows(self.images, index.to(self.device))
+
     def _versions(self) -> list[int]:
         """How often torch has changed the rows in place."""
         tensors = [rows for rows in (self.images, self.std) if rows is not None]
@@ -310,7 +328,7 @@ class ImageStore:
         return None if self.std is None else self.like(self.std)
 
     def _refuse_std(self, method: str) -> None:
-        if self.std is not None:
+        if self.std_dtype is not None:
             found = "one with standard deviations, whose rows are drawn anew at every step"
             remedy = "use sample(index, counter, purpose), or freeze() for the means"
             raise ValueError(f"{method}: expected a store of fixed rows, got {found}: {remedy}")
@@ -413,10 +431,7 @@ def overlap(forget: ImageStore, retain: ImageStore) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: rows of different shape.
     """
-    if forget.shape != retain.shape:
-        expected = f"rows of shape {list(forget.shape)}, as in forget"
-        raise ValueError(f"retain: expected {expected}, got {list(retain.shape)}")
-    as_stored = forget.dtype == retain.dtype
+    as_stored = _comparable("retain", retain, "forget", forget)
 
     # Which retain row has the digest of a forget row first; None: none so far.
     first_retain_row: dict[bytes, int | None] = dict.fromkeys(_row_digests(forget, as_stored))
@@ -439,6 +454,35 @@ def overlap(forget: ImageStore, retain: ImageStore) -> tuple[Tensor, Tensor]:
     return forget_rows, retain_rows
 
 
+def rows_also_in(others: ImageStore, store: ImageStore) -> Tensor:
+    """The rows of `store` that equal a row of `others`, as `overlap` compares them.
+
+    `store` is streamed; what is kept in memory is one 16-byte digest for each distinct row of `others`.
+
+    Returns:
+        int64 `[M]` on the CPU, ascending.
+
+    Raises:
+        ValueError: rows of different shape.
+    """
+    as_stored = _comparable("store", store, "others", others)
+    wanted = set(_row_digests(others, as_stored))
+    digests = _row_digests(store, as_stored)
+    return torch.tensor([row for row, digest in enumerate(digests) if digest in wanted], dtype=torch.int64)
+
+
+def _comparable(name: str, store: ImageStore, other_name: str, other: ImageStore) -> bool:
+    """Whether rows of both are compared as they are stored, not as network input.
+
+    Raises:
+        ValueError: rows of different shape.
+    """
+    if store.shape != other.shape:
+        expected = f"rows of shape {list(other.shape)}, as in {other_name}"
+        raise ValueError(f"{name}: expected {expected}, got {list(store.shape)}")
+    return store.dtype == other.dtype
+
+
 def _row_digests(store: ImageStore, as_stored: bool) -> Iterator[bytes]:
     """16 bytes for each row, equal where `overlap` calls rows equal."""
     for kind, row in row_contents(store, as_stored):
@@ -451,7 +495,7 @@ def row_contents(store: ImageStore, as_stored: bool) -> Iterator[tuple[bytes, np
     Args:
         as_stored: compared with rows of the same dtype; otherwise as float32 network input.
     """
-    for _, rows in store.chunks():
+    for _, rows in store.chunks(DIGEST_BYTES):
         from_bytes, nearest = _as_bytes(rows, store.latents)
         values = rows if as_stored or store.is_uint8 else network_input(rows)
         if values.is_floating_point():

@@ -123,7 +123,7 @@ class ReTrack(Method):
             if store.device != device:
                 expected = f"expected a set that fits on {device} (residency='device'): {why}"
                 raise ValueError(f"{name}: {expected}, got one on {store.device}")
-            if store.std is not None:
+            if store.std_dtype is not None:
                 expected = f"expected a store of fixed rows (freeze() makes one): {why}"
                 raise ValueError(f"{name}: {expected}, got one with standard deviations")
 

@@ -173,11 +173,11 @@ def _within_radius(forget: ImageStore, retain: ImageStore, radius: float) -> Nea
     turns = (0,) if forget.latents else renderings.orientations(*forget.shape[1:])
     pairs = []
     for turn in turns:
-        pairs += _rows_within(renderings.oriented(forget.images, turn), retain.images, radius, unit, turn)
+        pairs += _rows_within(renderings.oriented(forget.images, turn), retain, radius, unit, turn)
     return _collected(pairs, radius=radius)
 
 
-def _rows_within(queries: Tensor, rows: Tensor, radius: float, unit: float, turn: int) -> Iterator[Pairs]:
+def _rows_within(queries: Tensor, rows: ImageStore, radius: float, unit: float, turn: int) -> Iterator[Pairs]:
     """All pairs within the radius: more neighbours for the queries whose neighbours all were."""
     searched, count = torch.arange(len(queries)), min(FIRST_CANDIDATES, len(rows))
     while len(searched):

@@ -19,9 +19,11 @@ from torch import Tensor
 
 from ..host import check
 from ..host.atomic import atomic_file
+from ..host.kept import KeptRows
 from ..host.store import ImageStore
 from .candidates import search_faiss
 from .floating import search_float
+from .tiles import ascending
 from .uint8 import search_uint8
 
 CACHE_FORMAT = "fastunlearn-neighbors"
@@ -79,7 +81,9 @@ def nearest_neighbors(
         TypeError, ValueError: for sets that are empty, of different kind or row shape, or not finite, and for
             k outside [1, M], or fewer than k retain rows with the label of a forget row.
     """
-    forget_rows, retain_rows = _rows("forget", forget), _rows("retain", retain)
+    forget_rows = _rows("forget", forget)
+    # Rows of a file that are picked out of it are never all in memory.
+    retain_rows = retain if isinstance(retain, KeptRows) else _rows("retain", retain)
     _check_alike(forget_rows, retain_rows)
     k = check.integer("k", k, low=1, high=len(retain_rows), of="the rows of retain")
     chunk_bytes = check.integer("chunk_bytes", chunk_bytes, low=1)
@@ -104,9 +108,10 @@ def nearest_neighbors(
     return index.to(forget_rows.device), sqdist.to(forget_rows.device)
 
 
-def _check_alike(forget: Tensor, retain: Tensor) -> None:
+def _check_alike(forget: Tensor, retain: Tensor | KeptRows) -> None:
     """That distances between the rows of both mean something."""
-    shape, other = tuple(forget.shape[1:]), tuple(retain.shape[1:])
+    shape = tuple(forget.shape[1:])
+    other = retain.shape if isinstance(retain, KeptRows) else tuple(retain.shape[1:])
     if shape != other:
         raise ValueError(f"retain: expected rows of shape {shape} (those of forget), got {other}")
     if (forget.dtype == torch.uint8) != (retain.dtype == torch.uint8):
@@ -124,14 +129,14 @@ def check_neighbors(forget: ImageStore, retain: ImageStore, index: Tensor, sqdis
     Raises:
         ValueError: distances that descend, that are not finite, or that are not those of the rows.
     """
-    if forget.images.is_meta or retain.images.is_meta:  # there are no values
+    if "meta" in (forget.device.type, retain.device.type):  # there are no values
         return
     finite = bool(torch.isfinite(sqdist).all())
     if not finite or bool((sqdist.diff(dim=1) < 0).any()) or bool((sqdist < 0).any()):
         raise ValueError("neighbors: expected finite squared distances, ascending in each row, got others")
     for row in torch.linspace(0, len(forget) - 1, min(len(forget), ROWS_MEASURED)).long().tolist():
         own = forget.images[row].flatten()
-        others = retain.images[index[row].to(retain.device)].flatten(1).to(own.device)
+        others = retain.raw(index[row]).flatten(1).to(own.device)
         # Distances of uint8 rows are integers, so there is no rounding to allow for.
         if forget.is_uint8:
             measured = (others.long() - own.long()).square().sum(1)
@@ -168,7 +173,7 @@ def _parts(rows: Tensor) -> tuple[Tensor, ...]:
 
 
 def _search(
-    forget: Tensor, retain: Tensor, k: int, backend: str, chunk_bytes: int, show_progress: bool
+    forget: Tensor, retain: Tensor | KeptRows, k: int, backend: str, chunk_bytes: int, show_progress: bool
 ) -> tuple[Tensor, Tensor]:
     """index int64 `[N, k]` and sqdist `[N, k]` on the CPU, without the cache."""
     from rich.progress import Progress
@@ -179,25 +184,38 @@ def _search(
     first, inverse = _distinct(forget)
     with Progress(disable=not show_progress) as bar, torch.no_grad():
         task = bar.add_task("nearest neighbours", total=len(retain))
-        index, sqdist = search(
-            forget[first.to(forget.device)].flatten(1),
-            retain,
-            k,
-            chunk_bytes=chunk_bytes,
-            progress=lambda rows: bar.advance(task, rows),
-        )
+        queries = forget[first.to(forget.device)].flatten(1)
+        options = {"chunk_bytes": chunk_bytes, "progress": lambda rows: bar.advance(task, rows)}
+        if isinstance(retain, KeptRows):
+            index, sqdist = _search_in_chunks(search, queries, retain, k, options)
+        else:
+            index, sqdist = search(queries, retain, k, **options)
     return index.cpu()[inverse], sqdist.cpu()[inverse]
 
 
+def _search_in_chunks(
+    search: Callable[..., tuple[Tensor, Tensor]], queries: Tensor, retain: KeptRows, k: int, options: dict
+) -> tuple[Tensor, Tensor]:
+    """As `search`: the nearest of all rows are among the nearest of each chunk of them."""
+    found = []
+    for start, rows in retain.chunks():
+        index, sqdist = search(queries, rows, min(k, len(rows)), **options)
+        found.append((index + start, sqdist))
+        index, sqdist = ascending(*(torch.cat(parts, dim=1) for parts in zip(*found, strict=True)))
+        found = [(index[:, :k], sqdist[:, :k])]
+    return found[0]
+
+
 def _search_within_labels(
-    forget: Tensor, retain: Tensor, labels: tuple[Tensor, Tensor], k: int, *options
+    forget: Tensor, retain: Tensor | KeptRows, labels: tuple[Tensor, Tensor], k: int, *options
 ) -> tuple[Tensor, Tensor]:
     """As `_search`, for each label of the forget rows among the retain rows that have it, too."""
     index = torch.empty(len(forget), k, dtype=torch.int64)
     sqdist = None
     for label in labels[0].unique():
         own, others = ((each == label).nonzero().squeeze(1) for each in labels)
-        subset = retain[others.to(retain.device)]
+        kept = isinstance(retain, KeptRows)
+        subset = retain.raw(others) if kept else retain[others.to(retain.device)]
         position, distances = _search(forget[own.to(forget.device)], subset, k, *options)
         if sqdist is None:
             sqdist = torch.empty(len(forget), k, dtype=distances.dtype)
@@ -231,7 +249,7 @@ def _check_labels(labels, num_forget: int, num_retain: int, k: int) -> tuple[Ten
     return forget, retain
 
 
-def _searcher(backend: str, retain: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
+def _searcher(backend: str, retain: Tensor | KeptRows) -> Callable[..., tuple[Tensor, Tensor]]:
     """The search that `backend` means for rows of this kind, in this place."""
     integers = retain.dtype == torch.uint8
     # For float rows on a CPU faiss is the faster one as measured; the answer is the same.
@@ -245,7 +263,7 @@ def _searcher(backend: str, retain: Tensor) -> Callable[..., tuple[Tensor, Tenso
     return search_float
 
 
-def _refuse_tiny(forget: Tensor, retain: Tensor) -> None:
+def _refuse_tiny(forget: Tensor, retain: Tensor | KeptRows) -> None:
     """That the values are not so small that their squares are 0 in float64, and with them all distances.
 
     Raises:
@@ -257,7 +275,9 @@ def _refuse_tiny(forget: Tensor, retain: Tensor) -> None:
     largest = float(forget.abs().amax())
     if largest >= SMALLEST:
         return
-    largest = max(largest, *(float(part.abs().amax()) for part in retain.split(1024)))
+    kept = isinstance(retain, KeptRows)
+    parts = (rows for _, rows in retain.chunks()) if kept else retain.split(1024)
+    largest = max(largest, *(float(part.abs().amax()) for part in parts))
     if 0 < largest < SMALLEST:
         expected = f"values of at least {SMALLEST:g}"
         raise ValueError(f"forget, retain: expected {expected}, got at most {largest:g}: scale them")
