@@ -723,6 +723,112 @@ def test_nothing_is_written_among_the_images_that_are_read(world, tmp_path, caps
     assert sorted(folder.iterdir()) == before
 
 
+def test_an_output_behind_a_link_among_the_images_is_refused(world, tmp_path, capsys):
+    """Links to folders are followed when a folder is read."""
+    folder, elsewhere = tmp_path / "images", tmp_path / "elsewhere"
+    shutil.copytree(world.forget, folder)
+    elsewhere.mkdir()
+    (folder / "link").symlink_to(elsewhere)
+    for output in (elsewhere / "run", elsewhere):
+        assert unlearn(world, output, "--forget", folder) == 2
+        refused = f"output: expected a place outside of the folders in --forget, got {output}, which is in"
+        assert refused in capsys.readouterr().err
+    assert list(elsewhere.iterdir()) == []
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_images_inside_of_the_output_are_refused(world, tmp_path, capsys, linked):
+    output, forget = tmp_path / "run", tmp_path / "run" / "private" / "forget"
+    shutil.copytree(world.forget, forget)
+    if linked:
+        (tmp_path / "link").symlink_to(forget)
+        forget = tmp_path / "link"
+    assert unlearn(world, output, "--forget", forget) == 2
+    refused = f"error: --forget: expected paths outside of --output, {output}, got {forget}\n"
+    assert refused in capsys.readouterr().err
+
+
+def test_a_model_is_not_replaced_by_the_one_that_is_made_of_it(world, tmp_path, capsys):
+    shutil.copytree(world.model, tmp_path / "run" / "model")
+    assert unlearn(world, tmp_path / "run", "--model", tmp_path / "run" / "model") == 2
+    assert "error: --model: expected paths outside of --output" in capsys.readouterr().err
+
+
+def test_a_file_that_is_read_is_not_written(world, tmp_path, capsys):
+    np.savez(tmp_path / "retain.npz", images=np.load(world.retain))
+    (tmp_path / "link.npz").symlink_to(tmp_path / "retain.npz")
+    before = (tmp_path / "retain.npz").read_bytes()
+    for output in (tmp_path / "retain.npz", tmp_path / "link.npz"):
+        sets = ("--forget", world.forget, "--retain", tmp_path / "retain.npz")
+        assert run("neighbors", *sets, "--output", output) == 2
+        assert "output: expected another file than those of --retain" in capsys.readouterr().err
+    assert (tmp_path / "retain.npz").read_bytes() == before
+
+
+def nothing_is_read(monkeypatch) -> None:
+    def read(*arguments, **options):
+        raise AssertionError("something was read")
+
+    monkeypatch.setattr("fastunlearn.data.load_images", read)
+    monkeypatch.setattr("fastunlearn.models.load_checkpoint", read)
+    monkeypatch.setattr("fastunlearn.demo.load_model", read)
+    monkeypatch.setattr("fastunlearn.recipes.mnist_tshirt.read_split", read)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--within_condition", "True"], "--within_condition: expected another value"),
+        (["--target", "other_condition"], "--target: expected another value (it compares labels"),
+        (["--checkpointing_steps", "0"], "checkpointing_steps: expected an integer >= 1, got 0"),
+        (["--checkpoints_total_limit", "0"], "checkpoints_total_limit: expected an integer >= 1, got 0"),
+        (["--logging_steps", "0"], "logging_steps: expected an integer >= 1, got 0"),
+        (["--max_skipped_steps", "-1"], "max_skipped_steps: expected an integer >= 0, got -1"),
+        (["--max_skipped_share", "2"], "max_skipped_share: expected a finite number in [0, 1], got 2.0"),
+        (["--batch-size", "0"], "train_batch_size: expected an integer >= 1, got 0"),
+        (["--micro-batch-size", "0"], "micro_batch_size: expected an integer >= 1, got 0"),
+        (["--lr", "0"], "learning_rate: expected a finite number in (0, inf), got 0.0"),
+        (["--resume_from_checkpoint", "nowhere"], "resume_from_checkpoint: expected 'latest' or the folder"),
+    ],
+)
+def test_flags_are_refused_before_anything_is_read(world, tmp_path, capsys, monkeypatch, flags, message):
+    method = "erasediff_bome" if "--target" in flags else "retrack"
+    nothing_is_read(monkeypatch)
+    paths = ("--model", world.model, "--forget", world.forget, "--retain", world.retain)
+    output = ("--output", tmp_path / "run")
+    assert run("unlearn", *paths, *output, "--device", "cpu", "--method", method, *flags) == 2
+    assert f"error: {message}" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "occupied", "arguments"),
+    [
+        ("unlearn", "checkpoint-3", ["--model", "MODEL", "--method", "neggrad", "--forget", "FORGET"]),
+        ("unlearn", "run.json", ["--model", "MODEL", "--method", "neggrad", "--forget", "FORGET"]),
+        ("unlearn", "metrics.jsonl", ["--model", "MODEL", "--method", "neggrad", "--forget", "FORGET"]),
+        ("evaluate", "evaluation.json", ["--model", "MODEL", "--forget", "FORGET"]),
+        ("sample", "samples.npz", ["--model", "MODEL", "--num_images", "2"]),
+        ("sample", "samples.png", ["--model", "MODEL", "--num_images", "2"]),
+        ("neighbors", "", ["--forget", "FORGET", "--retain", "RETAIN"]),
+        ("data", "", ["mnist-tshirt", "--mnist", "MODEL", "--fashion_mnist", "MODEL"]),
+        ("demo", "model/mine", []),
+    ],
+)
+def test_an_occupied_output_is_refused_before_anything_is_read(
+    world, tmp_path, capsys, monkeypatch, command, occupied, arguments
+):
+    """A folder stands where a file would be written, or checkpoints of another run."""
+    nothing_is_read(monkeypatch)
+    paths = {"MODEL": world.model, "FORGET": world.forget, "RETAIN": world.retain}
+    output = tmp_path / "out.npz" if command in ("neighbors", "data") else tmp_path / "out"
+    (output / occupied).mkdir(parents=True)
+    assert run(command, *(paths.get(word, word) for word in arguments), "--output", output) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {'output_dir' if command == 'demo' else '--output'}: expected ")
+    assert error.count("\n") == 1
+
+
 def test_debug_shows_the_traceback(world, tmp_path, capsys, monkeypatch):
     assert unlearn(world, tmp_path / "run", "--k", "21", "--debug") == 2
     assert "Traceback" in capsys.readouterr().err

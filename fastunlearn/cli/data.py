@@ -36,6 +36,12 @@ class Data:
 
     def run(self) -> int:
         from ..recipes.mnist_tshirt import save_mnist_tshirt
+        from .options import check_file
+
+        # No file that is read ends so.
+        if self.output.suffix != ".npz":
+            raise ValueError(f"output: expected a path that ends in .npz, got {self.output}")
+        check_file("--output", self.output)
 
         print(f"60,606 images with labels: {save_mnist_tshirt(self.mnist, self.fashion_mnist, self.output)}")
         return 0

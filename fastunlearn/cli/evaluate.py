@@ -92,9 +92,11 @@ class Evaluate:
     def run(self) -> int:
         from ..host import check
         from ..measuring import Record, Settings, decide, parse_metrics
-        from .options import check_outside, pick_device
+        from ..measuring.record import FILE
+        from .options import check_file, check_outside, pick_device
 
         check_outside(self.output, forget=self.forget, retain=self.retain)
+        check_file("--output", self.output / FILE)
         wanted = parse_metrics(self.metrics)
         settings = Settings(
             num_images=self.num_images,

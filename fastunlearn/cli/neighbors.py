@@ -45,14 +45,17 @@ sets."""
     def run(self) -> int:
         import numpy as np
 
+        from ..host import check
         from ..host.atomic import atomic_file
         from ..neighbors.copies import near_copies
         from ..neighbors.nearest import nearest_neighbors
-        from .options import check_outside
+        from .options import check_file, check_outside
 
         check_outside(self.output, forget=self.forget, retain=self.retain)
         if self.output.suffix != ".npz":
             raise ValueError(f"output: expected a path that ends in .npz, got {self.output}")
+        check_file("--output", self.output)
+        check.integer("k", self.k, low=1)
         read: dict[str, Any] = {}
         sets = (("forget", self.forget), ("retain", self.retain))
         forget, retain = (self.pictures.load(name, paths, read, size=self.resolution) for name, paths in sets)

@@ -103,21 +103,63 @@ def model_shape(model) -> tuple[int, int, int]:
 
 
 def check_outside(output: Path, **inputs: tuple[Path, ...]) -> None:
-    """Refuses an `output` in a folder that is read: what is written there would count as images.
+    """Refuses an `output` among what is read: it would count as images, or take their place.
 
     Args:
+        output: a file or a folder, which need not be there.
         inputs: for each flag its paths.
 
     Raises:
-        ValueError: naming the folder.
+        ValueError: `output` is one of the paths, or lies in a folder that is read, links followed; naming
+            both.
+    """
+    place = output.resolve()
+    there = (each.stat() for each in (place, *place.parents) if each.exists())
+    around = {(status.st_dev, status.st_ino) for status in there}
+    for flag, paths in inputs.items():
+        for path in paths:
+            if path.is_dir() and not around.isdisjoint(_folders_read(path)):
+                expected = f"expected a place outside of the folders in --{flag}"
+                raise ValueError(f"output: {expected}, got {output}, which is in {path}")
+            if path.resolve() == place:
+                raise ValueError(f"output: expected another file than those of --{flag}, got {output}")
+
+
+def check_not_inside(output: Path, **inputs: tuple[Path, ...]) -> None:
+    """Refuses paths in the folder `output`, in which a run replaces and removes what it finds.
+
+    Args:
+        output: a folder, which need not be there.
+        inputs: for each flag its paths.
+
+    Raises:
+        ValueError: a path is `output` or lies in it, or leads there; naming it.
     """
     place = output.resolve()
     for flag, paths in inputs.items():
         for path in paths:
-            folder = path.resolve()
-            if folder.is_dir() and folder in (place, *place.parents):
-                expected = f"expected a place outside of the folders in --{flag}"
-                raise ValueError(f"output: {expected}, got {output}, which is in {path}")
+            for read in (Path(os.path.abspath(path)), path.resolve()):
+                if place in (read, *read.parents):
+                    expected = f"expected paths outside of --output, {output}"
+                    raise ValueError(f"--{flag}: {expected}, got {path}")
+
+
+def check_file(flag: str, path: Path) -> None:
+    """Refuses a place where no file could be written, before the work that it is to hold.
+
+    Raises:
+        ValueError: something else than a file is there.
+    """
+    if path.exists() and not path.is_file():
+        what = "a folder" if path.is_dir() else "a pipe, a socket or a device"
+        raise ValueError(f"{flag}: expected a file, or nothing yet, got {what}: {path}")
+
+
+def _folders_read(folder: Path) -> set[tuple[int, int]]:
+    """Device and inode of `folder`, and of all that are read with it, links followed."""
+    from ..data.folders import list_folder
+
+    return list_folder(folder).entered
 
 
 def load_for(

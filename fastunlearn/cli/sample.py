@@ -55,8 +55,10 @@ downloaded."""
         from ..models import load_checkpoint
         from ..models.sampling import sample
         from ..report.pictures import grid
-        from .options import model_shape, pick_device
+        from .options import check_file, model_shape, pick_device
 
+        for file in (self.file, self.file.with_suffix(".png")):
+            check_file("--output", file)
         model, scheduler = load_checkpoint(self.model, device=pick_device(self.device))
         images = sample(
             model,

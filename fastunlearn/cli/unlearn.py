@@ -22,7 +22,7 @@ from .picture_flags import PictureFlags
 from .protocol_flags import ProtocolFlags
 from .rule_flags import RuleFlags, RuleWork
 from .selection_flags import FrequencyFlags, TimestepFlags, given_flags, selection
-from .unlearn_flags import Execution, Optimization, RunFlags
+from .unlearn_flags import Execution, Optimization, RunFlags, check_run_flags
 
 if TYPE_CHECKING:
     import torch
@@ -123,10 +123,12 @@ written shows or stores one."""
 
     def run(self) -> int:
         from .launched import launched
-        from .options import check_outside
+        from .options import check_not_inside, check_outside
 
         check_outside(self.output, forget=self.forget, retain=self.retain)
         self.bookkeeping.check()
+        check_not_inside(self.output, forget=self.forget, retain=self.retain)
+        check_not_inside(self.output / "model", model=(self.model,))
         work = "fastunlearn unlearn"
         with launched(self.bookkeeping.device) as (processes, device), processes.alone_in(self.output, work):
             self.execution = self.execution.as_launched()
@@ -148,9 +150,13 @@ written shows or stores one."""
             self._check_from_scratch()
         method = self.hyperparameter.build(self.method)
         self.rules.check_beside(method)
+        _check_conditions(method)
+        self.optimizer.check()
+        check_run_flags(self.bookkeeping)
         check_replaceable(self.output / "model")
         past = Past(self.lineage, self.model, self.output, forgets=bool(self.forget))
         processes.by_first(past.open)
+        self._check_unoccupied()
         prepare_host(device)
         seed = processes.by_first(self._seed)
         model, scheduler = self._network(self.model, device)
@@ -238,6 +244,25 @@ written shows or stores one."""
             raise ValueError(
                 f"--from_scratch: {expected}, got the {self.optimizer.max_train_steps} of unlearning"
             )
+
+    def _check_unoccupied(self) -> None:
+        """Whether a run may begin in --output: what is said of it when it begins is known before its work.
+
+        Raises:
+            ValueError: naming the flag.
+        """
+        from ..runs.resume import find_checkpoint
+        from ..runs.run_record import METRICS_FILE, RUN_FILE
+        from .options import called, check_file
+
+        for name in (RUN_FILE, METRICS_FILE):
+            check_file("--output", self.output / name)
+        resume = self.bookkeeping.resume_from_checkpoint
+        # The requests of a protocol have folders of their own. The latest checkpoint is read as a whole to
+        # see whether it is damaged, which is done once, when the run begins.
+        if self.protocol.protocol == "together" and resume != "latest":
+            with called(output_dir="output"):
+                find_checkpoint(resume, self.output)
 
     def _run_together(self, work: Work, model) -> None:
         """One run, of all images to forget."""
@@ -507,6 +532,23 @@ written shows or stores one."""
         print(f"forget images and reconstructions, before and after: {private / 'reconstructions.png'}")
 
 
+def _check_conditions(method: Method) -> None:
+    """That the method reads no labels: those of the images are not read.
+
+    Raises:
+        ValueError: naming the flag that makes it read them.
+    """
+    asked = None
+    if getattr(method, "within_condition", False):
+        asked = "within_condition", True
+    if getattr(method, "target", None) == "other_condition":
+        asked = "target", "other_condition"
+    if asked is not None:
+        name, value = asked
+        expected = "expected another value (it compares labels, which no command reads: it is for Python)"
+        raise ValueError(f"--{name}: {expected}, got {value}")
+
+
 def _answers(model, num_timesteps: int) -> bool:
     """Whether the network's answers are finite: of what the last step did to it, no later step can tell."""
     import torch
@@ -526,9 +568,6 @@ def _scheduler_identity(scheduler) -> dict:
 
 
 def _neighbors(forget: ImageStore, retain: ImageStore, method, cache_dir: Path):
-    from ..engine.neighborhood import labels_of
     from ..neighbors.nearest import nearest_neighbors
 
-    labels = labels_of(forget, retain) if getattr(method, "within_condition", False) else None
-    options = {"cache_dir": cache_dir, "show_progress": True, "labels": labels}
-    return nearest_neighbors(forget, retain, method.k, **options)
+    return nearest_neighbors(forget, retain, method.k, cache_dir=cache_dir, show_progress=True)

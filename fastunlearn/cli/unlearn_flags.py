@@ -45,17 +45,17 @@ done once, after the last."""
     ema_decay: float = 0.9999
     """Of --use_ema; after s steps at most (1 + s) / (10 + s), as in diffusers."""
 
-    def build(self, model):
-        """AdamW over the parameters of `model`; a learning-rate scheduler or None; an EMA or None.
+    def check(self) -> None:
+        """Before anything is read.
 
         Raises:
             TypeError, ValueError: a value is outside its range.
-            ImportError: a schedule or an average was asked for, and the package diffusers is not installed.
         """
-        import torch
-
         from ..host import check
 
+        check.integer("train_batch_size", self.train_batch_size, low=1)
+        if self.micro_batch_size is not None:
+            check.integer("micro_batch_size", self.micro_batch_size, low=1)
         for name in ("learning_rate", "adam_epsilon"):
             check.number(name, getattr(self, name), low=0, low_open=True)
         for name in ("adam_beta1", "adam_beta2", "adam_weight_decay", "ema_decay"):
@@ -72,6 +72,19 @@ done once, after the last."""
             high=self.max_train_steps - 1,
             of="max_train_steps - 1",
         )
+
+    def build(self, model):
+        """AdamW over the parameters of `model`; a learning-rate scheduler or None; an EMA or None.
+
+        Raises:
+            TypeError, ValueError: a value is outside its range.
+            ImportError: a schedule or an average was asked for, and the package diffusers is not installed.
+        """
+        import torch
+
+        from ..host import check
+
+        self.check()
         parameters = list(model.parameters())
         optimizer = torch.optim.AdamW(
             parameters,
@@ -153,6 +166,22 @@ fails. auto: on for GPUs, off for CPUs."""
             {"auto": "auto", "on": torch.channels_last, "off": torch.contiguous_format}[self.channels_last],
             device,
         )
+
+
+def check_run_flags(flags: RunFlags) -> None:
+    """Before anything is read: what `training.unlearn` would refuse after neighbours were searched.
+
+    Raises:
+        TypeError, ValueError: naming the flag.
+    """
+    from ..host import check
+
+    check.integer("checkpointing_steps", flags.checkpointing_steps, low=1)
+    if flags.checkpoints_total_limit is not None:
+        check.integer("checkpoints_total_limit", flags.checkpoints_total_limit, low=1)
+    check.integer("logging_steps", flags.logging_steps, low=1)
+    check.integer("max_skipped_steps", flags.max_skipped_steps, low=0)
+    check.number("max_skipped_share", flags.max_skipped_share, low=0, high=1)
 
 
 @dataclass(kw_only=True)

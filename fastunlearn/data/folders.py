@@ -38,6 +38,7 @@ class Listing:
     passed_over: list[Path] = field(default_factory=list)
     entered_before: list[Path] = field(default_factory=list)  # further paths to a folder
     problems: dict[Path, str] = field(default_factory=dict)  # all else, and why it cannot be read
+    entered: set[tuple[int, int]] = field(default_factory=set)  # device and inode of every folder
 
     @property
     def count(self) -> int:
@@ -51,7 +52,6 @@ def list_folder(root: Path) -> Listing:
     """Everything below `root`, sorted by path; nothing is opened but what may be passed over."""
     listing = Listing()
     folders, links = [root], []
-    entered: set[tuple[int, int]] = set()
     while folders or links:
         # Real folders are entered first, then links to folders, by path: a link adds only what is not there
         # yet, so a file keeps its real path wherever it has one below `root`.
@@ -63,10 +63,10 @@ def list_folder(root: Path) -> Listing:
             status = os.stat(folder)
             # Device and inode name a folder whatever path leads to it. This also ends links in circles.
             identity = status.st_dev, status.st_ino
-            if identity in entered:
+            if identity in listing.entered:
                 listing.entered_before.append(folder)
                 continue
-            entered.add(identity)
+            listing.entered.add(identity)
             with os.scandir(folder) as entries:
                 found = sorted(entries, key=lambda entry: entry.name)
         except OSError as error:

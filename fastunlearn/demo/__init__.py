@@ -21,7 +21,7 @@ from ..host.folder_lock import locked
 from ..host.store import ImageStore
 from ..methods import registry
 from ..methods.registry import Setting
-from ..models import load_checkpoint, save_checkpoint
+from ..models import check_replaceable, load_checkpoint, save_checkpoint
 from ..models.frozen import frozen_copy
 from ..objective.schedule import NoiseSchedule
 from ..recipes.mnist_tshirt import load_demo
@@ -111,6 +111,7 @@ def run_demo(
     seed = check.integer("seed", seed, low=0, high=2**63 - 1)
     setting = _setting(method, lr, lambd)
     output_dir = Path(output_dir)
+    check_replaceable(output_dir / "model")
     seconds: dict[str, float] = {}
 
     with timed(seconds, "load"):
