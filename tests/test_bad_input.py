@@ -1135,7 +1135,7 @@ FILE_CASES = [  # called with a temporary folder
         ValueError,
         "",
         "a checkpoint folder",
-        "manifest.json",
+        "No such file",
     ),
     Case("step below 0", lambda tmp: checkpoint.save(tmp, -1, {}, {}), ValueError, "step", ">= 0", "-1"),
     Case(

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+LONGEST = 300  # characters of what a file or a library says, as a message of ours shows it
+
 
 def describe(value) -> str:
     """`value` as an error message shows it: dtype, shape and device of a tensor, the type of other things."""
@@ -18,8 +20,19 @@ def describe(value) -> str:
         dtype = str(value.dtype).removeprefix("torch.")
         return f"{dtype} of shape {tuple(value.shape)} on {value.device}"
     if isinstance(value, (int, float, str, bool, type(None))):
-        return repr(value)
+        return in_a_line(repr(value))
     return type(value).__name__
+
+
+def in_a_line(said: object) -> str:
+    """What a library or a file says, such as an exception, as one line that is not too long.
+
+    Characters that would do something to a terminal are escaped.
+    """
+    words = " ".join(str(said).split())
+    if len(words) > LONGEST:
+        words = f"{words[:LONGEST]}..."
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in words)
 
 
 def tensor(name: str, value, *, ndim: int, floating: bool = True) -> Tensor:

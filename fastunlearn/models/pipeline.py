@@ -18,6 +18,7 @@ from ..host.atomic import atomic_directory
 from ..host.finite import not_finite
 from ..host.plain_json import read_json
 from ..host.plain_names import plain, plain_copy
+from ..objective.schedule import NoiseSchedule
 from .sizes import check_size, check_timesteps
 from .supported import check_network, check_parts, check_runs, check_surroundings
 
@@ -228,7 +229,8 @@ def _named_class(file: Path, part: str, entry, allowed: tuple[str, ...], what: s
         ValueError: it does not.
     """
     if not isinstance(entry, list) or len(entry) != 2 or not all(isinstance(word, str) for word in entry):
-        raise ValueError(f"{file}: expected {part} to be [library, class], got {json.dumps(entry)}")
+        got = check.in_a_line(json.dumps(entry))
+        raise ValueError(f"{file}: expected {part} to be [library, class], got {got}")
     # Any other library would be imported, from the folder of the checkpoint if it lies there.
     library, name = entry
     if library != "diffusers":
@@ -276,11 +278,18 @@ def _load_scheduler(root: Path, folder: Path) -> SchedulerMixin:
         scheduler = getattr(diffusers, name).from_config(config)
     except Exception as error:  # whatever a value of the wrong kind makes diffusers or torch raise
         raise ValueError(
-            f"{file}: expected the configuration of a {name}, got one that diffusers refuses: {error}"
+            f"{file}: expected the configuration of a {name}, got one that diffusers refuses: "
+            f"{check.in_a_line(error)}"
         ) from error
     # diffusers computes the levels from betas, which a file may set to anything.
     if not torch.isfinite(scheduler.alphas_cumprod).all():
         raise ValueError(f"{file}: expected finite noise levels, got NaN or Inf in alphas_cumprod")
+    # Whatever is done with the network needs its noise levels and what it predicts.
+    try:
+        NoiseSchedule.from_diffusers(scheduler)
+    except Exception as error:
+        expected = "expected a schedule to train with, got one that is refused"
+        raise ValueError(f"{file}: {expected}: {check.in_a_line(error)}") from error
     return scheduler
 
 
@@ -311,7 +320,7 @@ def _load_model(folder: Path, dtype: torch.dtype) -> UNet2DModel:
     # OSError, ValueError, RuntimeError, SafetensorError, KeyError, TypeError: as many as there are ways to be
     # wrong.
     except Exception as error:
-        raise ValueError(f"{expected}, got files that diffusers refuses: {error}") from error
+        raise ValueError(f"{expected}, got files that diffusers refuses: {check.in_a_line(error)}") from error
     # diffusers only warns of these, and leaves the parameters in question as they were drawn.
     wrong = []
     for key in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -353,7 +362,7 @@ def _shards(index_file: Path) -> list[Path]:
     for tensor, shard in shards.items():
         if not _is_safetensors_name(shard):
             expected = f"the name of a .safetensors file in {index_file.parent} for {tensor}"
-            raise ValueError(f"{index_file}: expected {expected}, got {shard!r}")
+            raise ValueError(f"{index_file}: expected {expected}, got {check.in_a_line(repr(shard))}")
         if not (index_file.parent / shard).is_file():
             raise ValueError(
                 f"{index_file}: expected {shard}, which holds {tensor}, beside it, got no such file"

@@ -32,7 +32,7 @@ def check_parts(index_file: Path, index: dict) -> None:
         got = f"one that works on the latents of its {latents[0]}, which is not supported yet"
         raise ValueError(f"{index_file}: {PICTURES_ALONE}, got {got}")
     if more:
-        got = f"a pipeline with {', '.join(more)} too, which is not supported yet"
+        got = f"a pipeline with {check.in_a_line(', '.join(more))} too, which is not supported yet"
         raise ValueError(f"{index_file}: {PICTURES_ALONE}, got {got}")
 
 
@@ -66,8 +66,10 @@ def check_network(config_file: Path, config: dict, num_timesteps: int) -> None:
         if config.get(entry) is not None:
             elsewhere = "the *_step functions take class_labels in forget_kwargs and retain_kwargs"
             expected = f"an unconditional network, {entry}: null ({elsewhere})"
-            raise ValueError(f"{config_file}: expected {expected}, got {config[entry]!r}")
-    channels, answered = config.get("in_channels", 3), config.get("out_channels", 3)
+            got = check.in_a_line(repr(config[entry]))
+            raise ValueError(f"{config_file}: expected {expected}, got {got}")
+    channels = _whole_number(config_file, "in_channels", config.get("in_channels", 3))
+    answered = _whole_number(config_file, "out_channels", config.get("out_channels", 3))
     if answered not in (channels, 2 * channels):
         expected = f"out_channels equal to in_channels, {channels}, or twice as many (a learned variance)"
         raise ValueError(f"{config_file}: {PICTURES_ALONE}, {expected}, got {answered}")
@@ -78,9 +80,28 @@ def check_network(config_file: Path, config: dict, num_timesteps: int) -> None:
         raise ValueError(f"{config_file}: expected {expected}, got 'fourier'")
     # A learned embedding is a table: a timestep beyond its end would be an error in the middle of a run.
     known = config.get("num_train_timesteps")
+    if known is not None:
+        known = _whole_number(config_file, "num_train_timesteps", known)
     if embedding == "learned" and known is not None and known < num_timesteps:
         expected = f"num_train_timesteps of at least the scheduler's {num_timesteps}"
         raise ValueError(f"{config_file}: expected {expected}, got {known}")
+    size = config.get("sample_size")
+    sides = size if isinstance(size, list) else [size, size]
+    if size is not None and (len(sides) != 2 or not all(map(_is_whole, sides))):
+        got = check.in_a_line(repr(size))
+        raise ValueError(f"{config_file}: expected sample_size of one or two integers >= 1, got {got}")
+
+
+def _whole_number(config_file: Path, entry: str, value: object) -> int:
+    """The `value` of an entry, which has to be an integer >= 1."""
+    if not _is_whole(value):
+        got = check.describe(value)
+        raise ValueError(f"{config_file}: expected {entry} to be an integer >= 1, got {got}")
+    return value
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def picture_shape(model: nn.Module) -> tuple[int, int, int] | None:
@@ -114,6 +135,7 @@ def check_runs(config_file: Path, model: nn.Module, num_timesteps: int) -> None:
         picture = torch.zeros(1, channels, height, width, device=parameter.device, dtype=parameter.dtype)
         answer = model(picture, torch.tensor([num_timesteps - 1], device=parameter.device)).sample
     except Exception as error:  # whatever a layer makes of what does not fit
-        raise ValueError(f"{expected}, got {type(error).__name__}: {error}") from error
+        said = check.in_a_line(f"{type(error).__name__}: {error}")
+        raise ValueError(f"{expected}, got {said}") from error
     if tuple(answer.shape) not in ((1, channels, height, width), (1, 2 * channels, height, width)):
         raise ValueError(f"{expected} and answers with their shape, got {check.describe(answer)}")

@@ -243,6 +243,39 @@ def nan_betas(folder: Path) -> None:
     edit_json(folder / "scheduler" / "scheduler_config.json", beta_end=float("nan"))
 
 
+def other_prediction(folder: Path) -> None:
+    edit_json(folder / "scheduler" / "scheduler_config.json", prediction_type="x" * 1000)
+
+
+def no_times(folder: Path) -> None:
+    edit_json(folder / "scheduler" / "scheduler_config.json", num_train_timesteps=0)
+
+
+def times_in_words(folder: Path) -> None:
+    edit_json(folder / "scheduler" / "scheduler_config.json", num_train_timesteps="many")
+
+
+def sides_in_words(folder: Path) -> None:
+    edit_json(folder / "unet" / "config.json", sample_size="big")
+
+
+def three_sides(folder: Path) -> None:
+    edit_json(folder / "unet" / "config.json", sample_size=[8, 8, 8])
+
+
+def channels_in_words(folder: Path) -> None:
+    edit_json(folder / "unet" / "config.json", in_channels="x", out_channels="x")
+
+
+def long_activation(folder: Path) -> None:
+    edit_json(folder / "unet" / "config.json", act_fn="\x1b[31m" * 1000)
+
+
+def all_shapes(folder: Path) -> None:
+    file = folder / "unet" / WEIGHTS
+    save_file({name: torch.cat([value, value]) for name, value in load_file(file).items()}, file)
+
+
 def broken_json(folder: Path) -> None:
     (folder / "unet" / "config.json").write_text("{")
 
@@ -446,6 +479,25 @@ REFUSED = [
         r"refuses",
     ),
     (nan_betas, r"scheduler_config.json: expected finite noise levels, got NaN"),
+    (
+        other_prediction,
+        r"scheduler_config.json: expected a schedule to train with, got one that is refused: "
+        r"prediction_type: expected one of epsilon, v_prediction, sample, flow, got 'x",
+    ),
+    (
+        no_times,
+        r"scheduler_config.json: expected a schedule to train with, got one that is refused: alphas_cumprod",
+    ),
+    (
+        times_in_words,
+        r"scheduler_config.json: expected the configuration of a DDPMScheduler, got one that diffusers "
+        r"refuses",
+    ),
+    (sides_in_words, r"config.json: expected sample_size of one or two integers >= 1, got 'big'"),
+    (three_sides, r"config.json: expected sample_size of one or two integers >= 1, got \[8, 8, 8\]"),
+    (channels_in_words, r"config.json: expected in_channels to be an integer >= 1, got 'x'"),
+    (long_activation, r"diffusion_pytorch_model.safetensors: .* got files that diffusers refuses: .*x1b"),
+    (all_shapes, r"diffusion_pytorch_model.safetensors: .* got files that diffusers refuses: .*size mism"),
     (broken_json, r"config.json: expected JSON, got text that is no JSON"),
     (json_list, r"model_index.json: expected a JSON object, got list"),
     (no_config, r"config.json: expected a folder of DDPMPipeline.save_pretrained.*, got no such file"),
@@ -458,8 +510,11 @@ REFUSED = [
 @pytest.mark.parametrize(("spoil", "message"), REFUSED, ids=[spoil.__name__ for spoil, _ in REFUSED])
 def test_refused(pipeline, spoil, message):
     spoil(pipeline)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as refusal:
         load_checkpoint(pipeline)
+    text = str(refusal.value)
+    assert text.isprintable()  # and so one line
+    assert len(text) < 1000
 
 
 TOO_MUCH = [
