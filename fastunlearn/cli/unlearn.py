@@ -22,7 +22,7 @@ from .picture_flags import PictureFlags
 from .protocol_flags import ProtocolFlags
 from .rule_flags import RuleFlags, RuleWork
 from .selection_flags import FrequencyFlags, TimestepFlags, given_flags, selection
-from .unlearn_flags import Execution, Optimization, RunFlags, check_run_flags
+from .unlearn_flags import Execution, Optimization, RunFlags
 
 if TYPE_CHECKING:
     import torch
@@ -152,7 +152,6 @@ written shows or stores one."""
         self.rules.check_beside(method)
         _check_conditions(method)
         self.optimizer.check()
-        check_run_flags(self.bookkeeping)
         check_replaceable(self.output / "model")
         past = Past(self.lineage, self.model, self.output, forgets=bool(self.forget))
         processes.by_first(past.open)

@@ -168,22 +168,6 @@ fails. auto: on for GPUs, off for CPUs."""
         )
 
 
-def check_run_flags(flags: RunFlags) -> None:
-    """Before anything is read: what `training.unlearn` would refuse after neighbours were searched.
-
-    Raises:
-        TypeError, ValueError: naming the flag.
-    """
-    from ..host import check
-
-    check.integer("checkpointing_steps", flags.checkpointing_steps, low=1)
-    if flags.checkpoints_total_limit is not None:
-        check.integer("checkpoints_total_limit", flags.checkpoints_total_limit, low=1)
-    check.integer("logging_steps", flags.logging_steps, low=1)
-    check.integer("max_skipped_steps", flags.max_skipped_steps, low=0)
-    check.number("max_skipped_share", flags.max_skipped_share, low=0, high=1)
-
-
 @dataclass(kw_only=True)
 class RunFlags:
     """How the run is kept, resumed and watched."""
@@ -217,11 +201,18 @@ checkpoint and stops with exit code 75. To go on: --resume_from_checkpoint lates
     """Where it runs."""
 
     def check(self) -> None:
-        """Before any work.
+        """Before anything is read: what `training.unlearn` would refuse after neighbours were searched.
 
         Raises:
-            ValueError: naming the flag.
+            TypeError, ValueError: naming the flag.
         """
+        from ..host import check
         from ..runs.time_limit import parse_time
 
+        check.integer("checkpointing_steps", self.checkpointing_steps, low=1)
+        if self.checkpoints_total_limit is not None:
+            check.integer("checkpoints_total_limit", self.checkpoints_total_limit, low=1)
+        check.integer("logging_steps", self.logging_steps, low=1)
+        check.integer("max_skipped_steps", self.max_skipped_steps, low=0)
+        check.number("max_skipped_share", self.max_skipped_share, low=0, high=1)
         parse_time("--max_time", self.max_time)
