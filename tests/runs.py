@@ -8,6 +8,7 @@ import hashlib
 import json
 import shutil
 import signal
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 
 from fastunlearn import ImageStore, Unlearner
 from fastunlearn.methods import Method, ReTrack
+from fastunlearn.runs import checkpoint
+from fastunlearn.runs.run_record import without_identifiers
 from fastunlearn.runs.training import RunInterrupted, unlearn
 from fastunlearn.testing.factories import TinyDenoiser, linear_schedule
 
@@ -120,6 +123,13 @@ def saved_in(folder: Path, step: int) -> Path:
     return folder / "private" / f"checkpoint-{step}"
 
 
+def same_run(first: Path, second: Path) -> bool:
+    """Whether two checkpoints say the same of their runs; each run has its own key for its hashes."""
+    about = [checkpoint.load(path).metadata for path in (first, second)]
+    hashes = [without_identifiers(each["identity"]) for each in about]
+    return hashes[0] == hashes[1] and about[0]["unlearner"] == about[1]["unlearner"]
+
+
 def unfinish(folder: Path, step: int) -> Path:
     """Makes of a finished run that kept its checkpoints what it had been, had it been killed after `step`."""
     for place in (folder, folder / "private"):
@@ -137,9 +147,11 @@ def weights(unlearner: Unlearner) -> Tensor:
 
 
 def whole(folder: Path) -> tuple[Path, Tensor]:
-    """A run of the plain network to its end: its folder, and its weights."""
+    """A run of the plain network to its end that keeps its checkpoints: its folder, and its weights."""
     unlearner = make()
-    run(unlearner, folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what they give away
+        run(unlearner, folder, keep_checkpoints=True)
     return folder, weights(unlearner)
 
 

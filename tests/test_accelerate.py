@@ -7,6 +7,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import runs
 import torch
 from torch import nn
 
@@ -448,18 +449,11 @@ def test_a_run_is_resumed_prepared_or_not(tmp_path, first, second):
     whole, one, two = (
         unlearner(Loop(decay=0.9), SISS(), prepared=prepared) for prepared in (first, first, second)
     )
-    for run, folder, steps, resume in (
-        (whole, "whole", 6, None),
-        (one, "parts", 3, None),
-        (two, "parts", 6, "latest"),
-    ):
-        unlearn(
-            run,
-            num_steps=steps,
-            output_dir=tmp_path / folder,
-            resume_from_checkpoint=resume,
-            show_progress=False,
-        )
+    unlearn(whole, num_steps=6, output_dir=tmp_path / "whole", show_progress=False)
+    parts = {"output_dir": tmp_path / "parts", "show_progress": False}
+    unlearn(one, num_steps=3, keep_checkpoints=True, **parts)
+    runs.unfinish(tmp_path / "parts", 3)
+    unlearn(two, num_steps=6, resume_from_checkpoint="latest", **parts)
     assert torch.equal(flat(two.model), flat(whole.model))
     assert two.last_lr == whole.last_lr
 

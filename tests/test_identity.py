@@ -113,11 +113,11 @@ REFUSED: dict[str, tuple[dict, dict, tuple[str, ...]]] = {
         {"schedule": linear_schedule(prediction_type="v_prediction")},
         ("schedule", "'v_prediction'", "'epsilon'"),
     ),
-    "noise levels": ({}, {"schedule": changed_table()}, ("schedule", "sha256")),
+    "noise levels": ({}, {"schedule": changed_table()}, ("schedule", "hmac_sha256")),
     "length of the schedule": ({}, {"schedule": linear_schedule(500)}, ("timesteps", "500", "1000")),
     "method": ({}, {"method": SISS()}, ("method", "'SISS'", "'ReTrack'")),
     "setting of the method": ({}, {"method": ReTrack(k=2, lambd=0.4)}, ("lambd (0.4 here, 0.3 there)",)),
-    "seed": ({}, {"seed": 6}, ("seed 6, got 5",)),
+    "seed": ({}, {"seed": 6}, ("this seed, got another",)),
     "batch size": ({}, {"batch_size": 6}, ("batch_size 6, got 4",)),
     "clipping": ({}, {"max_grad_norm": 2.0}, ("max_grad_norm 2.0, got 1.0",)),
     "no clipping": ({}, {"max_grad_norm": None}, ("max_grad_norm None, got 1.0",)),
@@ -188,7 +188,7 @@ REFUSED: dict[str, tuple[dict, dict, tuple[str, ...]]] = {
     "density of the user's": (
         {"time_window": Powers(1)},
         {"time_window": Powers(2)},
-        ("timesteps", "forget.drawn.sha256"),
+        ("timesteps", "forget.drawn.hmac_sha256"),
     ),
     "band": (
         {"lowpass": LowPass(0.5)},
@@ -216,7 +216,7 @@ REFUSED: dict[str, tuple[dict, dict, tuple[str, ...]]] = {
         {"loss_weight": "min_snr", "snr_gamma": 3},
         ("loss_weight", "gamma (3.0 here, 5.0 there)"),
     ),
-    "images to forget": ({}, {"forget": ImageStore(runs.images(4, 9))}, ("data", "forget.sha256")),
+    "images to forget": ({}, {"forget": ImageStore(runs.images(4, 9))}, ("data", "forget.hmac_sha256")),
     "images to keep": ({}, {"retain": ImageStore(runs.images(21, 2))}, ("retain.rows (21 here, 20 there)",)),
 }  # fmt: skip
 
@@ -230,7 +230,7 @@ def make(arguments: dict[str, Any]) -> Any:
 @pytest.mark.parametrize("name", REFUSED)
 def test_another_run_is_refused_with_both_values(tmp_path: Path, name: str):
     first, second, words = REFUSED[name]
-    runs.run(make(first), tmp_path, 2)
+    runs.stop(make(first), tmp_path)
     record = (tmp_path / "run.json").read_text()
     unlearner = make(second)
     before = runs.snapshot(unlearner)
@@ -242,22 +242,22 @@ def test_another_run_is_refused_with_both_values(tmp_path: Path, name: str):
 
 
 def test_other_neighbours_are_another_run(tmp_path: Path):
-    runs.run(runs.make(), tmp_path, 2)
+    runs.stop(runs.make(), tmp_path)
     unlearner = runs.make()
     unlearner.neighbor_rows = unlearner.neighbor_rows.flip(1)  # as if they had been given in another order
-    with pytest.raises(ValueError, match=r"a run with neighbors {'shape': .*they differ in sha256"):
+    with pytest.raises(ValueError, match=r"a run with neighbors {'shape': .*they differ in hmac_sha256"):
         runs.run(unlearner, tmp_path, resume_from_checkpoint="latest")
 
 
 def test_the_rounding_of_products_is_part_of_a_run(tmp_path: Path):
     with tf32(True):
-        runs.run(runs.make(), tmp_path, 2)
+        runs.stop(runs.make(), tmp_path)
     with pytest.raises(ValueError, match=r"precision .*float32\.products \('none' here, 'tf32' there\)"):
         runs.run(runs.make(), tmp_path, resume_from_checkpoint="latest")
 
 
 def test_more_may_be_part_of_a_run(tmp_path: Path):
-    runs.run(runs.make(), tmp_path, 2, identity={"scheduler": {"name": "DDPM", "clip_sample": True}})
+    runs.stop(runs.make(), tmp_path, identity={"scheduler": {"name": "DDPM", "clip_sample": True}})
     for other, text in (
         ({"scheduler": {"name": "DDIM", "clip_sample": True}}, r"name \('DDIM' here, 'DDPM' there\)"),
         ({"scheduler": {"name": "DDPM"}}, r"clip_sample \('nothing of this name' here, True there\)"),
@@ -294,6 +294,7 @@ ALLOWED: dict[str, tuple[dict, dict, bool]] = {
     "replay": ({"replay": False}, {}, True),
     "residency": ({"residency": "device"}, {}, True),
     "keep_grad": ({"keep_grad": True}, {}, True),
+    "keep_checkpoints": ({}, {"keep_checkpoints": True}, True),
     "allow_overlap": ({"allow_overlap": True}, {}, True),
     "warn_of_near_copies": ({"warn_of_near_copies": False}, {}, True),
     "order of the parameters": (
@@ -318,7 +319,8 @@ COMPARED = {
 # What a run is given that is neither: itself, where it is written, what its record says beside; how long it
 # is and how many processes take it have tests of their own.
 NEITHER = {
-    "self", "unlearner", "output_dir", "resume_from_checkpoint", "record", "num_steps", "process_group",
+    "self", "unlearner", "output_dir", "resume_from_checkpoint", "record", "private", "num_steps",
+    "process_group", "leave",
 }  # fmt: skip
 
 
@@ -346,7 +348,9 @@ def test_what_a_resumed_run_may_change(
     folder, expected = whole
     arguments, options, exactly = ALLOWED[name]
     monkeypatch.setattr("fastunlearn.step.compilation.BACKEND", "eager")  # inductor takes a minute
-    shutil.copytree(folder / "checkpoint-2", tmp_path / "moved" / "checkpoint-2")
+    shutil.copytree(folder / "private", tmp_path / "moved" / "private")
+    for step in (3, 4):
+        shutil.rmtree(runs.saved_in(tmp_path / "moved", step), ignore_errors=True)
     unlearner = make(arguments)
     runs.run(unlearner, tmp_path / "moved", **{"resume_from_checkpoint": "latest"} | options)
     difference = (runs.weights(unlearner) - expected).abs().max()
@@ -355,7 +359,7 @@ def test_what_a_resumed_run_may_change(
 
 def test_the_run_may_be_longer_where_the_rates_do_not_depend_on_its_length(tmp_path: Path):
     constant = {"lr_scheduler": lambda optimizer: Lr.ConstantLR(optimizer, 0.5, 3)}
-    runs.run(runs.make(total_steps=2, **constant), tmp_path, 2)
+    runs.stop(runs.make(total_steps=2, **constant), tmp_path)
     history = runs.run(runs.make(total_steps=6, **constant), tmp_path, 6, resume_from_checkpoint="latest")
     assert [record["step"] for record in history.records] == [1, 2, 3, 4, 5, 6]
 
@@ -375,7 +379,7 @@ class Own:
 
 def test_an_unknown_scheduler_may_depend_on_the_length(tmp_path: Path):
     own = {"lr_scheduler": lambda optimizer: Own()}
-    runs.run(runs.make(total_steps=2, **own), tmp_path, 2)
+    runs.stop(runs.make(total_steps=2, **own), tmp_path)
     with pytest.raises(ValueError, match=r"total_steps \(6 here, 2 there\)"):
         runs.run(runs.make(total_steps=6, **own), tmp_path, 6, resume_from_checkpoint="latest")
 
@@ -399,7 +403,7 @@ SELECTIONS: dict[str, dict[str, Any]] = {
 def test_every_selection_goes_on_bit_by_bit(tmp_path: Path, name: str):
     whole, resumed = runs.make(**SELECTIONS[name]), runs.make(**SELECTIONS[name])
     runs.run(whole, tmp_path / "whole")
-    runs.run(runs.make(**SELECTIONS[name]), tmp_path / "run", 2)
+    runs.stop(runs.make(**SELECTIONS[name]), tmp_path / "run")
     runs.run(resumed, tmp_path / "run", resume_from_checkpoint="latest")
     assert torch.equal(runs.weights(resumed), runs.weights(whole))
     plain = runs.make(method=SELECTIONS[name].get("method"))
@@ -442,7 +446,7 @@ def test_a_run_of_flow_matching_that_drew_uniformly_is_told_how_to_go_on(tmp_pat
     """Its default was uniform once."""
     flow = {"schedule": NoiseSchedule.flow(1000)}
     uniform = flow | {"time_window": Uniform(), "retain_density": Uniform()}
-    runs.run(runs.make(**uniform), tmp_path, 2)
+    runs.stop(runs.make(**uniform), tmp_path)
     assert "timesteps" not in read_run(tmp_path)
     with pytest.raises(
         ValueError, match=r"timesteps \{.*'LogitNormal'.*, got uniform in .*; flow matching drew"
@@ -460,7 +464,7 @@ def test_the_record_says_which_timesteps_and_frequencies_were_used(tmp_path: Pat
         "retain_density": TimeWindow(0, 500, as_weight=True),
         "lowpass": LowPass(3, **band),
     }
-    runs.run(runs.make(**selections), tmp_path, 2)
+    runs.stop(runs.make(**selections), tmp_path)
     window = "250 <= t < 750 of 1000, the others 0.1 times as often"
     frequencies = "mid band, box of radius 3, in bins, without the radius 1"
     assert read_run(tmp_path)["selection"] == {
@@ -473,7 +477,7 @@ def test_the_record_says_which_timesteps_and_frequencies_were_used(tmp_path: Pat
 
 def test_the_record_says_which_band_the_method_has(tmp_path: Path):
     unlearner = runs.make(method=Banded(k=2, band=LowPass(Fraction(1, 3))))
-    runs.run(unlearner, tmp_path, 2)
+    runs.stop(unlearner, tmp_path)
     found = read_run(tmp_path)["selection"]
     assert found["forget frequencies"] == "as the method has them"
     assert found["the method's band"] == "low band, disc of radius 1/3, in nyquist"
@@ -486,7 +490,7 @@ def test_the_record_says_which_band_the_method_has(tmp_path: Path):
 
 
 def test_the_record_keeps_where_the_run_began(tmp_path: Path):
-    runs.run(runs.make(), tmp_path, 2, record={"base_model": "/models/a", "note": 1})
+    runs.stop(runs.make(), tmp_path, record={"base_model": "/models/a", "note": 1})
     runs.run(
         runs.make(),
         tmp_path,
@@ -504,7 +508,7 @@ def test_a_run_that_did_not_begin_at_its_first_step_can_be_resumed(tmp_path: Pat
     """Nobody knows the weights that it began with; everything else is compared."""
     unlearner = runs.make()
     unlearner.step()
-    runs.run(unlearner, tmp_path, 2)
+    runs.stop(unlearner, tmp_path)
     resumed = runs.make()
     runs.run(resumed, tmp_path, resume_from_checkpoint="latest")
     whole = runs.make()
@@ -517,7 +521,7 @@ def test_a_schedule_that_moves_more_than_the_rate_goes_on(tmp_path: Path):
     one_cycle = {"lr_scheduler": lambda optimizer: Lr.OneCycleLR(optimizer, 1e-2, total_steps=10)}
     whole, resumed = runs.make(**one_cycle), runs.make(**one_cycle)
     runs.run(whole, tmp_path / "whole")
-    runs.run(runs.make(**one_cycle), tmp_path / "run", 2)
+    runs.stop(runs.make(**one_cycle), tmp_path / "run")
     runs.run(resumed, tmp_path / "run", resume_from_checkpoint="latest")
     assert torch.equal(runs.weights(resumed), runs.weights(whole))
 
@@ -538,7 +542,7 @@ def test_every_scheduler_goes_on_bit_by_bit(tmp_path: Path, name: str):
     settings = {"lr_scheduler": SCHEDULERS[name]}
     whole, resumed = runs.make(**settings), runs.make(**settings)
     runs.run(whole, tmp_path / "whole")
-    runs.run(runs.make(**settings), tmp_path / "run", 2)
+    runs.stop(runs.make(**settings), tmp_path / "run")
     runs.run(resumed, tmp_path / "run", resume_from_checkpoint="latest")
     assert torch.equal(runs.weights(resumed), runs.weights(whole))
     assert resumed.optimizer.param_groups[0]["lr"] == whole.optimizer.param_groups[0]["lr"]

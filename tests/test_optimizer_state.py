@@ -31,9 +31,9 @@ def moments(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, dic
 @pytest.mark.parametrize("name", REVERSED)
 def test_parameters_in_another_order_get_their_own_moments(tmp_path: Path, name: str):
     whole = runs.make(optimizer=REVERSED[name])
-    runs.run(whole, tmp_path / "run", 2)
+    saved = runs.stop(whole, tmp_path / "run")
     resumed = runs.make(optimizer=REVERSED[name], order=lambda parameters: parameters[::-1])
-    runs.run(resumed, tmp_path / "other", 2, resume_from_checkpoint=tmp_path / "run" / "checkpoint-2")
+    runs.run(resumed, tmp_path / "other", 2, resume_from_checkpoint=saved)
     assert runs.same(moments(resumed.optimizer, resumed.model), moments(whole.optimizer, whole.model))
     for parameter, state in resumed.optimizer.state.items():
         assert all(value.shape in (parameter.shape, ()) for value in state.values())
@@ -45,7 +45,7 @@ def test_parameters_in_another_order_get_their_own_moments(tmp_path: Path, name:
 
 
 def run_and_reverse(folder: str) -> None:
-    runs.run(runs.make(), Path(folder), 2)
+    runs.stop(runs.make(), Path(folder))
     resumed = runs.make(order=lambda parameters: parameters[::-1])
     runs.run(resumed, Path(folder), resume_from_checkpoint="latest")
 
@@ -67,7 +67,7 @@ def grouped(*sizes: int):
 
 @pytest.mark.parametrize("other", [(4, 2), (6,), (2, 2, 2)], ids=str)
 def test_another_grouping_is_refused_with_both(tmp_path: Path, other: tuple[int, ...]):
-    runs.run(runs.make(optimizer=grouped(2, 4)), tmp_path, 2)
+    runs.stop(runs.make(optimizer=grouped(2, 4)), tmp_path)
     unlearner = runs.make(optimizer=grouped(*other))
     before = runs.snapshot(unlearner)
     with pytest.raises(ValueError, match="optimizer"):
@@ -76,7 +76,7 @@ def test_another_grouping_is_refused_with_both(tmp_path: Path, other: tuple[int,
 
 
 def test_groups_of_the_same_settings_are_told_apart_by_name(tmp_path: Path):
-    runs.run(runs.make(optimizer=grouped(2, 4)), tmp_path, 2)
+    runs.stop(runs.make(optimizer=grouped(2, 4)), tmp_path)
     with pytest.raises(
         ValueError,
         match=r"groups of 4 parameters \(time.weight, time.bias\) and 2 parameters.*got 2 parameters and 4 "
@@ -104,7 +104,7 @@ def test_a_parameter_without_a_gradient_has_no_state_and_needs_none(tmp_path: Pa
 
     whole = runs.make(wrap=freeze)
     runs.run(whole, tmp_path / "whole")
-    runs.run(runs.make(wrap=freeze), tmp_path / "run", 2)
+    runs.stop(runs.make(wrap=freeze), tmp_path / "run")
     resumed = runs.make(wrap=freeze)
     runs.run(resumed, tmp_path / "run", resume_from_checkpoint="latest")
     assert torch.equal(runs.weights(resumed), runs.weights(whole))
@@ -118,7 +118,7 @@ def test_named_parameters_may_be_given(tmp_path: Path):
             [(f"_orig_mod.{number}", parameter) for number, parameter in enumerate(parameters)], lr=1e-3
         )
 
-    runs.run(runs.make(optimizer=named), tmp_path, 2)
+    runs.stop(runs.make(optimizer=named), tmp_path)
     runs.run(
         runs.make(optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3)),
         tmp_path,

@@ -6,6 +6,7 @@ from __future__ import annotations
 from contextlib import ExitStack, nullcontext
 
 import pytest
+import runs
 import torch
 from torch.overrides import TorchFunctionMode
 
@@ -191,7 +192,7 @@ def test_metrics_are_written_before_their_checkpoint(tmp_path):
     seen = {}
     run = watched()
     run.before = lambda step: seen.update(
-        {step: (len(read_metrics(tmp_path)), len(list(tmp_path.glob("checkpoint-*"))))}
+        {step: (len(read_metrics(tmp_path)), len(list(tmp_path.glob("private/checkpoint-*"))))}
     )
     unlearn(run, num_steps=6, output_dir=tmp_path, checkpointing_steps=2, show_progress=False)
     assert seen == {1: (0, 0), 2: (0, 0), 3: (2, 1), 4: (2, 1), 5: (4, 2), 6: (4, 2)}
@@ -252,8 +253,8 @@ def test_a_run_on_a_gpu_resumes_where_it_was(gpu, tmp_path, replay):
         history = unlearn(unlearner, num_steps=num_steps, output_dir=folder, show_progress=False, **options)
         return history.records, dict(seen)
 
-    whole, weights = run(tmp_path / "whole", 8, checkpointing_steps=5)
-    (tmp_path / "whole" / "checkpoint-8").rename(tmp_path / "gone")
+    whole, weights = run(tmp_path / "whole", 8, checkpointing_steps=5, keep_checkpoints=True)
+    runs.unfinish(tmp_path / "whole", 5)
     records, resumed = run(tmp_path / "whole", 8, resume_from_checkpoint="latest")
     assert list(resumed) == [6, 7, 8]
     assert torch.equal(resumed[6], weights[6])

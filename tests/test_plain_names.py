@@ -54,8 +54,7 @@ def test_names_are_plain_and_any_wrapping_goes_on(
     whole: tuple[Path, torch.Tensor], tmp_path: Path, name: str
 ):
     folder, expected = whole
-    runs.run(runs.make(wrap=WRAPS[name]), tmp_path, 2)
-    saved = tmp_path / "checkpoint-2"
+    saved = runs.stop(runs.make(wrap=WRAPS[name]), tmp_path)
     assert set(load_file(saved / "model.safetensors")) == PLAIN
     assert set(load_file(saved / "ema.safetensors")) == {
         f"ema.shadow_params.by_parameter.{name}" for name in PLAIN
@@ -68,12 +67,12 @@ def test_names_are_plain_and_any_wrapping_goes_on(
         assert "_orig_mod" not in (saved / file).read_text()
         assert "module." not in (saved / file).read_text()
     for file in ("model", "ema", "optimizer"):
-        same = load_file(folder / "checkpoint-2" / f"{file}.safetensors")
+        same = load_file(runs.saved_in(folder, 2) / f"{file}.safetensors")
         assert runs.same(load_file(saved / f"{file}.safetensors"), same)
 
     from_wrapped, from_plain = runs.make(), runs.make(wrap=WRAPS[name])
     runs.run(from_wrapped, tmp_path, resume_from_checkpoint="latest")
-    runs.run(from_plain, tmp_path / "other", resume_from_checkpoint=folder / "checkpoint-2")
+    runs.run(from_plain, tmp_path / "other", resume_from_checkpoint=runs.saved_in(folder, 2))
     assert torch.equal(runs.weights(from_wrapped), expected)
     assert torch.equal(runs.weights(from_plain), expected)
     assert read_run(tmp_path)["network"]["name"] == "TinyDenoiser"

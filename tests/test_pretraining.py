@@ -135,7 +135,7 @@ def half_done(uninterrupted, tmp_path) -> Path:
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"seed": 4}, "a run with seed 4, got 3"),
+        ({"seed": 4}, "a run with this seed, got another"),
         ({"lr": 2e-3}, r"a run with recipe .*lr \(0.002 here, 0.001 there\)"),
         ({"rows": 29}, "a run with data [0-9a-f]{64}, got [0-9a-f]{64}"),
     ],

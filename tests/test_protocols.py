@@ -22,8 +22,9 @@ from fastunlearn import functional as F
 from fastunlearn.host import philox
 from fastunlearn.metrics.deletion import PURPOSE, denoising_losses
 from fastunlearn.runs import checkpoint
+from fastunlearn.runs.private import read_private
 from fastunlearn.runs.protocols import FILE, Request, folders, read_protocol, requests
-from fastunlearn.runs.run_record import read_metrics, read_run
+from fastunlearn.runs.run_record import read_metrics, read_run, without_identifiers
 from fastunlearn.runs.training import unlearn
 from fastunlearn.testing.factories import TinyDenoiser, linear_schedule
 
@@ -83,23 +84,22 @@ def test_each_request_has_a_run_folder_and_its_record_says_what_it_is(tmp_path):
     assert folders(tmp_path) == [tmp_path / f"request-{number}" for number in (1, 2, 3)]
     for number, folder in enumerate(folders(tmp_path), start=1):
         record = read_run(folder)
-        assert (record["status"], record["seed"], record["base_model"]) == (
-            "complete",
-            4 + number,
-            "somewhere",
-        )
+        assert (record["status"], record["base_model"]) == ("complete", "somewhere")
+        assert read_private(folder / "private")["seed"] == 4 + number
         start = None if number == 1 else f"request-{number - 1}"
         assert record["protocol"] == {
             "name": "continual",
             "request": number,
             "of": FORGET,
-            "rows": [number - 1],
             "start": start,
         }
         assert [entry["step"] for entry in read_metrics(folder)] == [1, 2, 3]
         assert record["data"]["forget"]["rows"] == 1
     assert content == json.loads((tmp_path / FILE).read_text()) == read_protocol(tmp_path)
     assert content["status"] == "complete"
+    assert [entry["rows"] for entry in content["requests"]] == [[0], [1], [2]]
+    kept = read_private(tmp_path / "private")
+    assert (kept["seed"], kept["measured_seed"]) == (5, 0)
     assert [entry["folder"] for entry in content["requests"]] == [path.name for path in folders(tmp_path)]
 
 
@@ -199,7 +199,7 @@ def test_what_is_not_finite_has_no_number_and_no_mean():
 
 
 def whole(folder: Path, protocol: str) -> None:
-    protocols.run(Path(folder), protocol)
+    protocols.run(Path(folder), protocol, keep_checkpoints=True)  # to be compared
 
 
 @pytest.fixture(scope="module", params=PROTOCOLS)
@@ -216,7 +216,7 @@ def results(folder: Path) -> tuple[dict, list[dict]]:
         [{name: value for name, value in entry.items() if name != "seconds"} for entry in read_metrics(run)]
         for run in folders(folder)
     ]
-    return read_protocol(folder), numbers
+    return without_identifiers(read_protocol(folder)), numbers
 
 
 @pytest.mark.parametrize("part", [0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95])
@@ -229,7 +229,8 @@ def test_a_protocol_that_is_killed_goes_on_and_ends_with_the_same_bits(uninterru
     for number in range(1, FORGET + 1):
         assert same(left(tmp_path, number), left(uninterrupted.folder, number))
         found, expected = (
-            checkpoint.latest(folder / f"request-{number}") for folder in (tmp_path, uninterrupted.folder)
+            checkpoint.latest(folder / f"request-{number}" / "private")
+            for folder in (tmp_path, uninterrupted.folder)
         )
         for file in ("model", "optimizer", "ema", "random"):
             name = f"{file}.safetensors"
@@ -321,7 +322,8 @@ def test_a_finished_protocol_is_left_as_it_is(tmp_path):
     [
         ({"lr": 2e-3}, r"expected a checkpoint of a run with optimizer .*0.002.*protocol.json"),
         ({"num_steps": 4}, "num_steps 4, got 3"),
-        ({"seed": 6}, "seed 6, got 5"),
+        ({"seed": 6}, "^seed: expected that which the protocol in .* began with, got another"),
+        ({"measures": measures(seed=1)}, "^measures.seed: expected that which"),
         ({"images_per_request": 2}, "images_per_request 2, got 1"),
         ({"measures": measures(draws=4)}, "draws"),
         ({"forget": ImageStore(runs.images(3, 9))}, "forget"),
@@ -414,6 +416,11 @@ def taken(unlearner):
 
 def test_a_new_protocol_is_not_begun_beside_another(tmp_path):
     protocols.run(tmp_path, "separate")
+    with pytest.raises(ValueError, match=r"output_dir: expected a folder without a finished protocol"):
+        protocols.run(tmp_path, "separate", resume_from_checkpoint=None)
+    with pytest.raises(ValueError, match=r"num_steps: expected the 3 steps of the finished protocol"):
+        protocols.run(tmp_path, "separate", num_steps=4)
+    edit(tmp_path / FILE, status="running")
     with pytest.raises(ValueError, match=r"without requests for a new protocol, got .*protocol.json"):
         protocols.run(tmp_path, "separate", resume_from_checkpoint=None)
     (tmp_path / FILE).unlink()
@@ -421,8 +428,12 @@ def test_a_new_protocol_is_not_begun_beside_another(tmp_path):
         protocols.run(tmp_path, "separate", resume_from_checkpoint=None)
 
 
+def edit(path: Path, **entries) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
 def test_a_record_that_was_changed_is_refused_whole(tmp_path):
-    whole = protocols.run(tmp_path, "separate")
+    whole = protocols.run(tmp_path, "separate") | {"status": "running"}
     entry = whole["after"][0]
     changed = [
         [],

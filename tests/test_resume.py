@@ -7,6 +7,7 @@ from pathlib import Path
 
 import crash
 import pytest
+import runs
 import torch
 
 from fastunlearn.runs import checkpoint
@@ -69,14 +70,16 @@ def unlearn_tiny(run_dir: str) -> None:
         "checkpointing_steps": 1,
         "checkpoints_total_limit": 2,
         "resume_from_checkpoint": "latest",
+        "keep_checkpoints": True,  # to be compared
         "show_progress": False,
     }
     unlearn(unlearner, num_steps=NUM_STEPS, output_dir=run_dir, **options)
 
 
 def assert_same_run(run_dir: Path, expected_dir: Path) -> None:
-    found, expected = (checkpoint.load(path / f"checkpoint-{NUM_STEPS}") for path in (run_dir, expected_dir))
-    assert found.metadata == expected.metadata
+    saved = [runs.saved_in(path, NUM_STEPS) for path in (run_dir, expected_dir)]
+    assert runs.same_run(*saved)
+    found, expected = map(checkpoint.load, saved)
     found_tensors, expected_tensors = (
         {**state.tensors} | {"states": _flat(state.states)} for state in (found, expected)
     )
@@ -96,7 +99,7 @@ def assert_same_run(run_dir: Path, expected_dir: Path) -> None:
     assert without_time[0] == without_time[1]
     assert [record["step"] for record in without_time[0]] == list(range(1, NUM_STEPS + 1))
     assert read_run(run_dir)["status"] == "complete"
-    assert not [path.name for path in run_dir.iterdir() if path.name.startswith(".checkpoint")]
+    assert not list(run_dir.rglob(".checkpoint*"))
 
 
 def _flat(states: dict) -> dict:
@@ -129,7 +132,7 @@ def kill_and_resume(count: int, uninterrupted: tuple[Path, crash.Lines], tmp_pat
         for _ in range(times):
             saving = kills.total % 2 == 0
             line = generator.randint(1, (lines.saving if saving else lines.all) // times)
-            crash.kill_at(line, unlearn_tiny, run_dir, run_dir, kills, saving=saving)
+            crash.kill_at(line, unlearn_tiny, run_dir, run_dir / "private", kills, saving=saving)
         crash.run_to_end(unlearn_tiny, run_dir)
         assert_same_run(run_dir, expected_dir)
         number += 1
@@ -140,8 +143,8 @@ def test_two_uninterrupted_runs_are_equal(uninterrupted):
     """Without this the comparison below would not say anything about resuming."""
     folder, _ = uninterrupted
     assert_same_run(folder.with_name("counted"), folder)
-    parameters = checkpoint.load(folder / f"checkpoint-{NUM_STEPS}").tensors["model"]
-    before = checkpoint.load(folder / f"checkpoint-{NUM_STEPS - 1}").tensors["model"]
+    parameters = checkpoint.load(runs.saved_in(folder, NUM_STEPS)).tensors["model"]
+    before = checkpoint.load(runs.saved_in(folder, NUM_STEPS - 1)).tensors["model"]
     assert any(not torch.equal(parameters[name], before[name]) for name in parameters)
 
 

@@ -32,8 +32,7 @@ FILES = ("model", "ema", "optimizer", "random")
 def saved(tmp_path_factory) -> Path:
     """The checkpoint of a run's second step."""
     folder = tmp_path_factory.mktemp("saved")
-    runs.run(runs.make(**MAKE), folder, 2)
-    return folder / "checkpoint-2"
+    return runs.stop(runs.make(**MAKE), folder)
 
 
 class Resuming:
@@ -65,6 +64,7 @@ def resuming() -> Resuming:
 
 @pytest.fixture
 def copied(saved: Path, tmp_path: Path) -> Path:
+    shutil.copy(saved.with_name("record.json"), tmp_path)
     return Path(shutil.copytree(saved, tmp_path / saved.name))
 
 
@@ -320,13 +320,13 @@ def test_an_average_of_diffusers_goes_on_and_is_checked(tmp_path: Path):
 
     whole, resumed = make(), make()
     runs.run(whole, tmp_path / "whole")
-    runs.run(make(), tmp_path / "run", 2)
+    runs.stop(make(), tmp_path / "run")
+    again = Path(shutil.copytree(tmp_path / "run", tmp_path / "again"))
     runs.run(resumed, tmp_path / "run", 4, resume_from_checkpoint="latest")
     assert runs.same(resumed.ema.state_dict(), whole.ema.state_dict())
-    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
     with pytest.raises(ValueError, match=r"decay \(0.8 here, 0.9 there\)"):
-        runs.run(make(decay=0.8), tmp_path / "run", resume_from_checkpoint="latest")
-    saved = tmp_path / "run" / "checkpoint-2"
+        runs.run(make(decay=0.8), again, resume_from_checkpoint="latest")
+    saved = runs.saved_in(again, 2)
     for key, value in (
         ("decay", 0.5),
         ("power", 2),
@@ -340,11 +340,11 @@ def test_an_average_of_diffusers_goes_on_and_is_checked(tmp_path: Path):
             saved, lambda content, key=key, value=value: content["states"]["ema"].update({key: value})
         )
         with pytest.raises(ValueError, match=rf"metadata\.json: ema\.{key}: expected"):
-            runs.run(make(), tmp_path / "run", resume_from_checkpoint="latest")
+            runs.run(make(), again, resume_from_checkpoint="latest")
         runs.change_json(
             saved, lambda content, key=key, value=before: content["states"]["ema"].update({key: value})
         )
-    runs.run(make(), tmp_path / "run", resume_from_checkpoint="latest")
+    runs.run(make(), again, resume_from_checkpoint="latest")
 
 
 class Network(torch.nn.Module):
@@ -367,8 +367,8 @@ def test_an_average_that_is_a_network_goes_on(tmp_path: Path):
 
     whole, resumed = make(), make()
     runs.run(whole, tmp_path / "whole")
-    runs.run(make(), tmp_path / "run", 2)
-    assert "ema.averaged.enter.weight" in load_file(tmp_path / "run" / "checkpoint-2" / "ema.safetensors")
+    runs.stop(make(), tmp_path / "run")
+    assert "ema.averaged.enter.weight" in load_file(runs.saved_in(tmp_path / "run", 2) / "ema.safetensors")
     runs.run(resumed, tmp_path / "run", resume_from_checkpoint="latest")
     assert runs.same(dict(resumed.ema.state_dict()), dict(whole.ema.state_dict()))
 
@@ -399,16 +399,16 @@ def test_a_state_of_the_users_may_grow(tmp_path: Path):
 
     whole, resumed = make(), make()
     runs.run(whole, tmp_path / "whole")
-    runs.run(make(), tmp_path / "run", 2)
+    runs.stop(make(), tmp_path / "run")
+    again = Path(shutil.copytree(tmp_path / "run", tmp_path / "again"))
     runs.run(resumed, tmp_path / "run", 4, resume_from_checkpoint="latest")
     assert runs.same(resumed.ema.state_dict(), whole.ema.state_dict())
-    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
     runs.change_json(
-        tmp_path / "run" / "checkpoint-2",
+        runs.saved_in(again, 2),
         lambda content: content["states"]["ema"]["rates"].append(float("nan")),
     )
     with pytest.raises(ValueError, match=r"ema\.rates\.2: expected a finite number, got nan"):
-        runs.run(make(), tmp_path / "run", resume_from_checkpoint="latest")
+        runs.run(make(), again, resume_from_checkpoint="latest")
 
 
 def test_a_network_whose_state_no_checkpoint_can_hold_is_refused_at_the_start(tmp_path: Path):

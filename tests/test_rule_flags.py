@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import runs
 import torch
 from safetensors.torch import load_file
 
@@ -128,7 +128,7 @@ def unlearn(world: Path, output: Path, *more: str | Path) -> int:
     """`fastunlearn unlearn` by gradient ascent for four steps, with a checkpoint after every second."""
     paths = ("--model", world / "model", "--forget", world / "forget.npy", "--retain", world / "retain.npy")
     run = ("--output", output, "--method", "neggrad", "--checkpointing_steps", "2", "--device", "cpu")
-    steps = ("--steps", "4", "--batch-size", "4", "--lr", "1e-3")
+    steps = ("--steps", "4", "--batch-size", "4", "--lr", "1e-3", "--seed", "0")
     return main([str(each) for each in ("unlearn", *paths, *run, *steps, *more)])
 
 
@@ -162,7 +162,7 @@ def flags_of(world: Path, name: str) -> list[str]:
 @pytest.mark.parametrize("name", RUNS)
 def test_a_resumed_run_ends_with_the_bits_of_one_that_was_not_stopped(world, tmp_path, capsys, name):
     flags = flags_of(world, name)
-    assert unlearn(world, tmp_path / "whole", *flags) == 0
+    assert unlearn(world, tmp_path / "whole", *flags, "--keep_checkpoints") == 0
     said = capsys.readouterr().out
     assert ("mask: " in said) == ("mask_fraction" in " ".join(flags))
     if name.startswith("vdu_"):
@@ -170,8 +170,7 @@ def test_a_resumed_run_ends_with_the_bits_of_one_that_was_not_stopped(world, tmp
         assert "(not VDU as published)" in said
     expected = weights(tmp_path / "whole" / "model")
     output = Path(shutil.copytree(tmp_path / "whole", tmp_path / "run"))
-    shutil.rmtree(output / "checkpoint-4")
-    shutil.rmtree(output / "model")
+    runs.unfinish(output, 2)
     latest = ("--resume_from_checkpoint", "latest")
     # Not without them.
     assert unlearn(world, output, *latest) == 2
@@ -182,7 +181,7 @@ def test_a_resumed_run_ends_with_the_bits_of_one_that_was_not_stopped(world, tmp
 
 
 def test_a_mask_lets_a_quarter_of_the_weights_move(world, tmp_path):
-    assert unlearn(world, tmp_path / "run", *RUNS["mask"]) == 0
+    assert unlearn(world, tmp_path / "run", *RUNS["mask"], "--keep_checkpoints") == 0
     before, after = weights(world / "model"), weights(tmp_path / "run" / "model")
     file = tmp_path / "run" / "private" / "mask.safetensors"
     assert file.stat().st_mode & 0o777 == 0o600
@@ -192,8 +191,9 @@ def test_a_mask_lets_a_quarter_of_the_weights_move(world, tmp_path):
     for name, mask in masks.items():
         assert torch.equal(after[name][~mask], before[name][~mask])
     assert any(not torch.equal(after[name], before[name]) for name in masks)
-    private = json.loads((tmp_path / "run" / "run.json").read_text())["private_files"]
-    assert any("mask.safetensors" in str(path) for path in private)
+    # Without the flag nothing is left that only this run could use.
+    assert unlearn(world, tmp_path / "again", *RUNS["mask"]) == 0
+    assert [path.name for path in (tmp_path / "again" / "private").iterdir()] == ["record.json"]
 
 
 def test_an_anchor_holds_the_weights(world, tmp_path):
@@ -212,14 +212,20 @@ def test_an_estimate_is_kept_for_the_same_weights_images_and_settings(world, tmp
         return plain(*arguments, **options)
 
     monkeypatch.setattr(estimates, "forget_gradients", count)
-    assert unlearn(world, tmp_path, *MASK) == 0
-    again = ("--resume_from_checkpoint", "latest")
-    assert unlearn(world, tmp_path, *MASK, *again) == 0
+    again = ("--resume_from_checkpoint", "latest", "--keep_checkpoints")
+
+    def go_on(world: Path, *flags: str) -> int:
+        """With the last step, as if the run had been killed before it counted as finished."""
+        runs.unfinish(tmp_path, 4)
+        return unlearn(world, tmp_path, *flags, *again)
+
+    assert unlearn(world, tmp_path, *MASK, "--keep_checkpoints") == 0
+    assert go_on(world, *MASK) == 0
     assert counted == [2]
     # Another setting is another mask, which the run is not resumed under; a damaged file is made anew.
-    assert unlearn(world, tmp_path, "--mask_fraction", "0.25", "--mask_batches", "3", *again) == 2
+    assert go_on(world, "--mask_fraction", "0.25", "--mask_batches", "3") == 2
     (tmp_path / "private" / "mask.safetensors").write_bytes(b"damaged")
-    assert unlearn(world, tmp_path, *MASK, *again) == 0
+    assert go_on(world, *MASK) == 0
     assert counted == [2, 3, 2]
 
     # So it is of other images, and of other weights, whose run this is not.
@@ -231,14 +237,14 @@ def test_an_estimate_is_kept_for_the_same_weights_images_and_settings(world, tmp
         else:
             np.save(other / "forget.npy", 255 - np.load(world / "forget.npy"))
         counted.clear()
-        assert unlearn(other, tmp_path, *MASK, *again) == 2
+        assert go_on(other, *MASK) == 2
         assert counted == [2]
-        assert unlearn(world, tmp_path, *MASK, *again) == 0
+        assert go_on(world, *MASK) == 0
 
 
 def test_a_norm_of_0_clips_no_batch(world, tmp_path):
-    assert unlearn(world, tmp_path / "clipped", *MASK) == 0
-    assert unlearn(world, tmp_path / "whole", *MASK, "--mask_batch_norm", "0") == 0
+    assert unlearn(world, tmp_path / "clipped", *MASK, "--keep_checkpoints") == 0
+    assert unlearn(world, tmp_path / "whole", *MASK, "--mask_batch_norm", "0", "--keep_checkpoints") == 0
     files = (tmp_path / name / "private" / "mask.safetensors" for name in ("clipped", "whole"))
     clipped, whole = map(load_file, files)
     assert any(not torch.equal(clipped[name], whole[name]) for name in clipped)

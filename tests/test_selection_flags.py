@@ -10,6 +10,7 @@ from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
+import runs
 import torch
 from small_methods import Pairs
 
@@ -401,15 +402,9 @@ def unlearn(world: Path, output: Path, *more: str, method: str = "retrack") -> i
     """`fastunlearn unlearn` for four steps, with a checkpoint after every second."""
     paths = ("--model", world / "model", "--forget", world / "forget.npy", "--retain", world / "retain.npy")
     run = ("--output", output, "--method", method, "--checkpointing_steps", "2", "--device", "cpu")
-    steps = ("--steps", "4", "--batch-size", "4")
+    steps = ("--steps", "4", "--batch-size", "4", "--seed", "0")
     neighbors = ("--k", "3") if method == "retrack" else ()
     return main([str(each) for each in ("unlearn", *paths, *run, *steps, *neighbors, *more)])
-
-
-def half_done(output: Path) -> None:
-    """What a run leaves that was killed after its second step."""
-    shutil.rmtree(output / "checkpoint-4")
-    shutil.rmtree(output / "model")
 
 
 def weights(output: Path) -> torch.Tensor:
@@ -441,10 +436,10 @@ RUNS = {
 @pytest.mark.parametrize("name", RUNS)
 def test_a_resumed_run_ends_with_the_bits_of_one_that_was_not_stopped(world, tmp_path, capsys, name):
     flags = RUNS[name]
-    assert unlearn(world, tmp_path / "whole", *flags) == 0
+    assert unlearn(world, tmp_path / "whole", *flags, "--keep_checkpoints") == 0
     expected = weights(tmp_path / "whole")
     output = Path(shutil.copytree(tmp_path / "whole", tmp_path / "run"))
-    half_done(output)
+    runs.unfinish(output, 2)
     latest = ("--resume_from_checkpoint", "latest")
 
     # Not without them, and the message says which.
@@ -465,10 +460,10 @@ def test_a_resumed_run_ends_with_the_bits_of_one_that_was_not_stopped(world, tmp
 def test_a_run_without_a_choice_goes_on_with_one_that_says_the_same(world, tmp_path):
     """Old folders say nothing of timesteps: they were uniform."""
     output = tmp_path / "run"
-    assert unlearn(world, output) == 0
+    assert unlearn(world, output, "--keep_checkpoints") == 0
     assert not {"timesteps", "lowpass", "loss_weight"} & record(output).keys()
     expected = weights(output)
-    half_done(output)
+    runs.unfinish(output, 2)
     uniform = ("--timestep_density", "uniform", "--loss_weight", "none")
     assert unlearn(world, output, "--resume_from_checkpoint", "latest", *uniform) == 0
     assert torch.equal(weights(output), expected)
@@ -477,11 +472,13 @@ def test_a_run_without_a_choice_goes_on_with_one_that_says_the_same(world, tmp_p
 def test_a_radius_that_moves_depends_on_the_length_of_the_run(world, tmp_path, capsys):
     output = tmp_path / "run"
     latest = ("--resume_from_checkpoint", "latest", "--steps", "6")
-    assert unlearn(world, output, *RUNS["a band that grows"]) == 0
+    assert unlearn(world, output, *RUNS["a band that grows"], "--keep_checkpoints") == 0
+    runs.unfinish(output, 4)
     assert unlearn(world, output, *RUNS["a band that grows"], *latest) == 2
     assert "a run with total_steps 6, got 4 in" in capsys.readouterr().err
     fixed = tmp_path / "fixed"
-    assert unlearn(world, fixed, "--lowpass", "0.5") == 0
+    assert unlearn(world, fixed, "--lowpass", "0.5", "--keep_checkpoints") == 0
+    runs.unfinish(fixed, 4)
     assert unlearn(world, fixed, "--lowpass", "0.5", *latest) == 0
 
 

@@ -52,11 +52,12 @@ def run(unlearner: Unlearner, folder: Path, resume: str | None = None) -> dict[s
 
 
 def left_in(folder: Path) -> dict[str, Any]:
-    """The numbers of a run folder without its times, and the tensors of its checkpoints."""
+    """The numbers of a run folder without its times, and the tensors of what it leaves."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     metrics = [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
-    files = sorted(file for file in folder.glob("checkpoint-*/*") if file.suffix == ".safetensors")
-    names = sorted(str(file.relative_to(folder)) for file in folder.glob("checkpoint-*/*"))
+    left = sorted(folder.glob("**/checkpoint-*/*"))
+    files = [file for file in left if file.suffix == ".safetensors"]
+    names = [str(file.relative_to(folder)) for file in left]
     return {
         "metrics": metrics,
         "files": names,

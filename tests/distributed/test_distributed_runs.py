@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import runs
 import torch
 from run_cases import STEPS, FailAt, LongStep, NotFinite, Ruin, SignalAt, run
 from team import Team
@@ -52,7 +53,7 @@ def assert_same_checkpoint(found: Path, expected: Path) -> None:
         assert (found / f"{file}.safetensors").read_bytes() == (
             expected / f"{file}.safetensors"
         ).read_bytes(), file
-    assert checkpoint.load(found).metadata == checkpoint.load(expected).metadata
+    assert runs.same_run(found, expected)
 
 
 @pytest.mark.parametrize("wrapped", [True, False])
@@ -64,11 +65,12 @@ def test_a_run_is_that_of_a_single_process_and_written_once(pair: Team, tmp_path
         assert result["history"] == results[0]["history"]
     assert_close(results[0]["weights"], single["weights"])
     assert sorted(path.name for path in (tmp_path / "pair").iterdir()) == [
-        "checkpoint-4",
         "checkpoint-6",
         "metrics.jsonl",
+        "private",
         "run.json",
     ]
+    assert [path.name for path in (tmp_path / "pair" / "private").iterdir()] == ["record.json"]
     assert results[0]["history"].records == read_metrics(tmp_path / "pair")
     for found, expected in zip(numbers(tmp_path / "pair"), numbers(tmp_path / "single"), strict=True):
         assert found == pytest.approx(expected, rel=1e-4)
@@ -86,25 +88,28 @@ def test_a_run_is_that_of_a_single_process_and_written_once(pair: Team, tmp_path
 def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(pair: Team, tmp_path: Path):
     """With dropout, whose masks come from each process's own generator."""
     dropout = {"dropout": 0.3}
-    whole = together(pair, tmp_path / "whole", of_unlearner=dropout)
-    together(pair, tmp_path / "parts", 3, of_unlearner=dropout)
-    parts = together(pair, tmp_path / "parts", resume_from_checkpoint="latest", of_unlearner=dropout)
+    whole = together(pair, tmp_path / "whole", of_unlearner=dropout, keep_checkpoints=True)
+    together(pair, tmp_path / "parts", 3, of_unlearner=dropout, keep_checkpoints=True)
+    resumed = {"resume_from_checkpoint": "latest", "keep_checkpoints": True}
+    runs.unfinish(tmp_path / "parts", 3)
+    parts = together(pair, tmp_path / "parts", of_unlearner=dropout, **resumed)
     for first, second in zip(whole, parts, strict=True):
         assert torch.equal(first["weights"], second["weights"])
-        assert not second["warnings"]
+        assert not [told for told in second["warnings"] if "keep_checkpoints" not in told]
     assert numbers(tmp_path / "parts") == numbers(tmp_path / "whole")
-    assert_same_checkpoint(
-        tmp_path / "parts" / f"checkpoint-{STEPS}", tmp_path / "whole" / f"checkpoint-{STEPS}"
-    )
-    states = checkpoint.load(tmp_path / "whole" / f"checkpoint-{STEPS}").states["random"]
+    found, expected = (runs.saved_in(tmp_path / name, STEPS) for name in ("parts", "whole"))
+    assert_same_checkpoint(found, expected)
+    states = checkpoint.load(expected).states["random"]
     assert not torch.equal(states[0]["cpu"], states[1]["cpu"])
 
 
 def test_a_run_goes_on_with_another_number_of_processes(pair: Team, tmp_path: Path):
     whole = alone(tmp_path / "whole")["weights"]
-    together(pair, tmp_path / "from two", 3)
+    together(pair, tmp_path / "from two", 3, keep_checkpoints=True)
+    runs.unfinish(tmp_path / "from two", 3)
     one = alone(tmp_path / "from two", resume_from_checkpoint="latest")
-    alone(tmp_path / "from one", 3)
+    alone(tmp_path / "from one", 3, keep_checkpoints=True)
+    runs.unfinish(tmp_path / "from one", 3)
     two = together(pair, tmp_path / "from one", resume_from_checkpoint="latest")
     for result in (one, *two):
         assert_close(result["weights"], whole)
@@ -126,7 +131,7 @@ def test_a_signal_to_any_process_stops_all_at_one_step(pair: Team, tmp_path: Pat
     stopped_at = next(iter(steps.values())) + 1  # a signal that comes in a step is told before the next one
     for result in results:
         assert result["step"] == stopped_at
-        assert result["stopped"] == (128 + 15, tmp_path / "run" / f"checkpoint-{stopped_at}")
+        assert result["stopped"] == (128 + 15, runs.saved_in(tmp_path / "run", stopped_at))
     assert read_run(tmp_path / "run")["status"] == "interrupted"
     whole = together(pair, tmp_path / "whole", of_unlearner={"dropout": 0.3})
     resumed = together(pair, tmp_path / "run", resume_from_checkpoint="latest", of_unlearner={"dropout": 0.3})
@@ -165,7 +170,7 @@ def test_a_process_that_dies_does_not_leave_the_others_waiting(tmp_path: Path, r
     assert read_run(tmp_path / "run")["status"] == (
         "failed: RuntimeError" if rank == 1 else "failed: MemoryError"
     )
-    assert checkpoint.latest(tmp_path / "run").name == "checkpoint-2"
+    assert checkpoint.latest(tmp_path / "run" / "private").name == "checkpoint-2"
 
 
 def test_what_fails_in_the_first_process_alone_is_told_to_the_others(pair: Team, tmp_path: Path):
@@ -204,8 +209,8 @@ def test_weights_that_are_not_finite_in_one_process_end_all(pair: Team, tmp_path
     texts = failing(pair, run, False, tmp_path / "run", STEPS, {"checkpointing_steps": 2}, ruin)
     assert "OtherProcessFailed: process 1: WeightsNotFinite: step 6: expected finite weights" in texts[0]
     assert "WeightsNotFinite: step 6: expected finite weights, got NaN or Inf in " in texts[1]
-    assert f"last good checkpoint is {tmp_path / 'run' / 'checkpoint-4'}" in texts[1]
-    written = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
+    assert f"last good checkpoint is {runs.saved_in(tmp_path / 'run', 4)}" in texts[1]
+    written = sorted(path.name for path in (tmp_path / "run" / "private").glob("checkpoint-*"))
     assert written == ["checkpoint-2", "checkpoint-4"]
 
 

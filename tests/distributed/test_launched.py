@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import crash
 import numpy as np
 import pytest
+import runs
 import torch
 import torch.distributed as dist
 from locks import held_elsewhere, refused
@@ -286,7 +287,7 @@ def test_a_launcher_that_is_told_to_end_leaves_a_checkpoint(world, tmp_path: Pat
         launcher.terminate()
         launcher.wait(PATIENCE)
     assert read_run(tmp_path / "run")["status"] == "interrupted"
-    assert (tmp_path / "run" / f"checkpoint-{read_run(tmp_path / 'run')['steps']}").is_dir()
+    assert runs.saved_in(tmp_path / "run", read_run(tmp_path / "run")["steps"]).is_dir()
 
 
 @pytest.mark.slow

@@ -441,7 +441,7 @@ def test_sets_that_are_counted_are_disjoint():
 @settings
 def test_a_run_is_not_resumed_under_another_setting(tmp_path, setting):
     method = SISS(0.4, **setting)
-    runs.run(runs.make(method=method), tmp_path, num_steps=runs.SAVED_AT)
+    runs.stop(runs.make(method=method), tmp_path)
     other = SISS(0.4, superfactor=0.9) if method.superfactor is None else SISS(0.4)
     with pytest.raises(
         ValueError, match=r"^resume_from_checkpoint: expected a checkpoint of a run with method"
@@ -452,13 +452,13 @@ def test_a_run_is_not_resumed_under_another_setting(tmp_path, setting):
 @pytest.mark.parametrize("method", [SISS(0.4, 2.0), SISS(0.4, 0.1, scaling="ratio")], ids=str)
 def test_a_checkpoint_of_before_there_were_scalings_goes_on_as_it_was(tmp_path, method):
     """Under the papers' scaling, which it had; under no other."""
-    runs.run(runs.make(method=SISS(0.4, 2.0)), tmp_path, num_steps=runs.SAVED_AT)
+    runs.stop(runs.make(method=SISS(0.4, 2.0)), tmp_path)
 
     def forget_later_ones(metadata):
         for name in ("scaling", "superfactor"):
             del metadata["metadata"]["identity"]["method"][name]
 
-    runs.change_json(tmp_path / f"checkpoint-{runs.SAVED_AT}", forget_later_ones)
+    runs.change_json(runs.saved_in(tmp_path, runs.SAVED_AT), forget_later_ones)
     resumed = runs.make(method=method)
     if method.scaling == "norm":
         runs.run(resumed, tmp_path, resume_from_checkpoint="latest")

@@ -4,6 +4,7 @@ import copy
 from dataclasses import replace
 
 import pytest
+import runs
 import torch
 from small_methods import Mask, Pairs, Whole, both, gradient_of
 from test_hooks import PAIRS, SCHEDULE, World
@@ -474,7 +475,8 @@ class Counting(ParameterRule):
 def test_a_run_goes_on_with_the_state_of_its_rules(tmp_path):
     whole, first, second = (run_of(Vanilla(), rules=[Counting()]) for _ in range(3))
     unlearn(whole, num_steps=5, output_dir=tmp_path / "whole")
-    unlearn(first, num_steps=3, output_dir=tmp_path / "run", checkpointing_steps=3)
+    unlearn(first, num_steps=3, output_dir=tmp_path / "run", keep_checkpoints=True)
+    runs.unfinish(tmp_path / "run", 3)
     unlearn(second, num_steps=5, output_dir=tmp_path / "run", resume_from_checkpoint="latest")
     assert second.rules[0].steps == 5
     for own, expected in zip(second.model.parameters(), whole.model.parameters(), strict=True):
@@ -487,7 +489,8 @@ def test_a_run_is_not_resumed_with_other_rules_or_another_reference(tmp_path):
     options = {"output_dir": tmp_path, "resume_from_checkpoint": "latest"}
     reference = TinyDenoiser(seed=1)
     run = run_of(Pairs(), reference_model=reference, rules=[frozen])
-    unlearn(run, num_steps=2, output_dir=tmp_path, checkpointing_steps=2)
+    unlearn(run, num_steps=2, output_dir=tmp_path, keep_checkpoints=True)
+    runs.unfinish(tmp_path, 2)
     with pytest.raises(ValueError, match=r"a run with rules nothing of this name, got .*Mask'"):
         unlearn(run_of(Pairs(), reference_model=reference), num_steps=3, **options)
     with pytest.raises(ValueError, match=r"^resume_from_checkpoint: expected .* with reference_model"):

@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import runs
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -472,8 +473,9 @@ def ruled(seed: int = 9, gamma: float = 30.0, **options) -> Unlearner:
 def test_a_run_with_a_mask_and_an_anchor_goes_on_to_the_bit(tmp_path):
     whole, first, second = ruled(), ruled(), ruled()
     unlearn(whole, num_steps=5, output_dir=tmp_path / "whole")
-    unlearn(first, num_steps=3, output_dir=tmp_path / "run")
-    found = sorted(path.name for path in (tmp_path / "run" / "checkpoint-3").iterdir())
+    unlearn(first, num_steps=3, output_dir=tmp_path / "run", keep_checkpoints=True)
+    saved = runs.saved_in(runs.unfinish(tmp_path / "run", 3), 3)
+    found = sorted(path.name for path in saved.iterdir())
     assert {"rule_0.safetensors", "rule_1.safetensors"} <= set(found)
     unlearn(second, num_steps=5, output_dir=tmp_path / "run", resume_from_checkpoint="latest")
     assert all(map(torch.equal, whole.model.parameters(), second.model.parameters()))
@@ -482,12 +484,13 @@ def test_a_run_with_a_mask_and_an_anchor_goes_on_to_the_bit(tmp_path):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"seed": 8}, r"rules .*0.state.masks.sha256"),
+        ({"seed": 8}, r"rules .*0.state.masks.hmac_sha256"),
         ({"gamma": 31.0}, r"rules .*1.state.gamma"),
     ],
 )  # fmt: skip
 def test_a_run_is_not_resumed_under_another_mask_or_anchor(tmp_path, changed, message):
-    unlearn(ruled(), num_steps=1, output_dir=tmp_path)
+    unlearn(ruled(), num_steps=1, output_dir=tmp_path, keep_checkpoints=True)
+    runs.unfinish(tmp_path, 1)
     with pytest.raises(ValueError, match=message):
         unlearn(ruled(**changed), num_steps=2, output_dir=tmp_path, resume_from_checkpoint="latest")
 
@@ -560,7 +563,9 @@ def test_a_run_goes_on_with_rules_from_their_files(tmp_path):
     mask, anchor = mask_of(model), anchor_of(model)
     mask.save(tmp_path / "mask.safetensors")
     anchor.save(tmp_path / "anchor.safetensors")
-    unlearn(run_of(SISS(), model, [mask, anchor]), num_steps=1, output_dir=tmp_path / "run")
+    first = run_of(SISS(), model, [mask, anchor])
+    unlearn(first, num_steps=1, output_dir=tmp_path / "run", keep_checkpoints=True)
+    runs.unfinish(tmp_path / "run", 1)
     second = TinyDenoiser()
     rules = [
         Mask.load(tmp_path / "mask.safetensors", model=second),
