@@ -395,7 +395,7 @@ def test_what_safetensors_says_of_a_full_disk_is_an_error_of_the_disk(run_dir: P
 def test_a_file_that_the_disk_does_not_take_is_named(tmp_path: Path):
     (tmp_path / "file").write_text("old")
     with (
-        pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}/file'$"),
+        pytest.raises(OSError, match=rf"{tmp_path}/file: expected a disk .*No space left on device"),
         atomic.atomic_file(tmp_path / "file"),
     ):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

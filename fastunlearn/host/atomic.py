@@ -31,6 +31,8 @@ from typing import BinaryIO
 
 from safetensors import SafetensorError
 
+from .disk import raise_if_full
+
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 # What a file system answers to a call that it does not have. Not EIO: that is a disk which fails.
 NOT_SUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
@@ -66,7 +68,11 @@ def atomic_directory(path: str | Path, *, private: bool = False) -> Iterator[Pat
             _take_place(temporary, path, displaced)
         _sync(path.parent)
     except SafetensorError as error:  # its word for what the disk says
+        raise_if_full(error, path, temporary)
         raise OSError(f"{path}: expected a disk that takes it, got: {error}") from error
+    except OSError as error:
+        raise_if_full(error, path, temporary)
+        raise
     finally:
         _written_aside.difference_update((temporary.name, displaced.name))
         remove_leftovers(path.parent, glob.escape(path.name))
@@ -92,7 +98,8 @@ def atomic_file(path: str | Path, *, mode: int = 0o666) -> Iterator[BinaryIO]:
             sync(file.fileno())
         _take_place(temporary, path, displaced)
     except OSError as error:
-        if error.errno is not None and error.filename is None:  # a full disk does not say for what
+        raise_if_full(error, path, temporary)
+        if error.errno is not None and error.filename is None:  # a failed write does not say of what
             error.filename = str(path)
         raise
     finally:
