@@ -49,6 +49,7 @@ from .run_record import (
     write_run,
 )
 from .signals import RunInterrupted, Signals, interruption
+from .space import check_space
 from .time_limit import TimeLimit, parse_time
 from .trackers import ProgressBar, Report, Reporter, make_reporter
 
@@ -276,6 +277,9 @@ def _run(
 ) -> None:
     """The steps, what is logged and saved in between, and the last checkpoint."""
     unlearner, processes = loop.unlearner, loop.processes
+    processes.by_first(
+        lambda: check_space(unlearner, loop.output_dir, num_steps, checkpointing_steps, loop.keep)
+    )
     show = show_progress and processes.rank == 0
     with (
         Signals(processes, time_limit) as signals,
