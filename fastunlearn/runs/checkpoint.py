@@ -29,7 +29,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..host import check
+from ..host import check, disk
 from ..host.atomic import atomic_directory, discard, remove_leftovers, restore_displaced
 from ..host.plain_json import read_json
 from . import optimizer_state
@@ -85,6 +85,7 @@ def save(
     Raises:
         TypeError: a state or `tensors` hold something else; nothing is written.
         ValueError: `optimizer` trains a parameter that is none of `model`.
+        OSError: the disk does not take it; nothing is changed.
     """
     step = check.integer("step", step, low=0)
     if keep is not None:
@@ -105,6 +106,9 @@ def save(
     text = json.dumps(content, indent=1)
 
     clean(run_dir)
+    found = (tensor for named in files.values() for tensor in named.values())
+    size = len(text) + sum(tensor.nbytes for tensor in found if isinstance(tensor, Tensor))
+    disk.require(run_dir / f"{PREFIX}{step}", "a checkpoint", size)
     with atomic_directory(run_dir / f"{PREFIX}{step}", private=private) as folder:
         for stem, named in files.items():
             save_file(_owned(named), folder / f"{stem}.safetensors")
