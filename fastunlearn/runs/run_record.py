@@ -20,6 +20,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from ..host import disk
 from ..host.atomic import atomic_file, discard, sync
 from ..host.folder_lock import locked
 from ..host.plain_json import read_json
@@ -412,8 +413,9 @@ class Metrics:
 
     def append(self, record: dict[str, Any]) -> None:
         """One line more, which readers of the file see at once."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        with disk.writing(self.path):
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
 
     def sync(self) -> None:
         """To the disk: before a checkpoint is written, so that no checkpoint is ahead of its metrics."""
