@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -51,6 +52,7 @@ downloaded."""
     def run(self) -> int:
         import numpy as np
 
+        from ..host import disk
         from ..host.atomic import atomic_file
         from ..models import load_checkpoint
         from ..models.sampling import sample
@@ -60,6 +62,7 @@ downloaded."""
         for file in (self.file, self.file.with_suffix(".png")):
             check_file("--output", file)
         model, scheduler = load_checkpoint(self.model, device=pick_device(self.device))
+        disk.require(self.file, "the samples", self.num_images * math.prod(model_shape(model)))
         images = sample(
             model,
             scheduler,

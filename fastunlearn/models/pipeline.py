@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..host import check
+from ..host import check, disk
 from ..host.atomic import atomic_directory
 from ..host.finite import not_finite
 from ..host.plain_json import read_json
@@ -144,6 +144,7 @@ def save_checkpoint(
         TypeError: for another network or scheduler than those that `load_checkpoint` reads.
         ValueError: `output_dir` is a file, or a folder with something else in it; a name in `files` is no
             name of a file, or the pipeline has one of that name itself.
+        OSError: the disk does not take it; nothing is changed.
         ImportError: the package diffusers is not installed.
     """
     if not isinstance(model, torch.nn.Module) or type(plain(model)).__name__ not in MODELS:
@@ -155,6 +156,7 @@ def save_checkpoint(
     diffusers = check.package("diffusers", "save_checkpoint")
     # Row by row, since safetensors refuses tensors that are channels-last.
     model = plain_copy(model).to("cpu", memory_format=torch.contiguous_format)
+    disk.require(output_dir, "a model", sum(tensor.nbytes for tensor in model.state_dict().values()))
     with atomic_directory(output_dir) as folder:
         pipeline = diffusers.DDPMPipeline(unet=model, scheduler=scheduler)
         pipeline.save_pretrained(folder, safe_serialization=True)

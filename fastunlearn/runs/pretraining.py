@@ -24,7 +24,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from ..host import atomic, check
+from ..host import atomic, check, disk
 from ..host.folder_lock import locked
 from ..host.store import ImageStore
 from ..recipes.mnist_tshirt import Pretraining
@@ -130,6 +130,10 @@ def pretrain(
     if resume:
         _resume(training, checkpoint.latest(run_dir), run, device)
     earlier_seconds = training.log[-1]["seconds"] if training.log else 0.0
+
+    # The averages, two moments and the weights; two checkpoints are kept while the next one is written.
+    model_bytes = sum(parameter.nbytes for parameter in training.model.parameters())
+    disk.require(run_dir, "3 checkpoints and the model", (3 * 4 + 1) * model_bytes)
 
     draw = _Draws(images, recipe, scheduler, seed, device)
     started = time.perf_counter()

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastunlearn.host import room
+from fastunlearn.host import disk, room
 from fastunlearn.models import load_checkpoint, save_checkpoint
 from fastunlearn.objective.schedule import NoiseSchedule
 from fastunlearn.testing.checkpoints import TINY_TIMESTEPS, save_tiny_checkpoint, tiny_unet
@@ -117,6 +117,13 @@ def test_other_files_stand_in_the_folder_from_its_first_moment_on(tmp_path, monk
         with pytest.raises(ValueError, match=r"^files: expected names of files that the pipeline does not"):
             save_checkpoint(tmp_path / "other", tiny_unet(), scheduler, files={name: b""})
         assert not (tmp_path / "other").exists()
+
+
+def test_a_model_is_written_only_where_there_is_room(tmp_path, monkeypatch):
+    monkeypatch.setattr(disk, "free_bytes", lambda path: 10)
+    with pytest.raises(OSError, match=r"pipeline: expected .* of free disk for a model, got 10 bytes"):
+        save_tiny_checkpoint(tmp_path / "pipeline")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_channels_last_networks_are_saved(tmp_path):
