@@ -234,6 +234,42 @@ def test_an_avif_of_10_bits_is_refused(tmp_path):
     assert read(tmp_path, encoded(COLOURS, "AVIF")).shape == (8, 6, 3)
 
 
+def test_colour_becomes_grey_by_its_luma(tmp_path):
+    expected = COLOURS @ np.array([0.299, 0.587, 0.114])  # ITU-R 601-2
+    assert np.abs(read(tmp_path, encoded(COLOURS), channels=1)[..., 0] - expected).max() <= 1
+
+
+def test_inks_become_colours_without_a_profile(tmp_path):
+    inks = np.random.default_rng(1).integers(0, 256, (8, 6, 4)).astype(np.uint8)
+    content = encoded(Image.fromarray(inks, "CMYK"), "TIFF", icc_profile=b"a profile")
+    paper = 1 - inks / 255
+    expected = 255 * paper[..., :3] * paper[..., 3:]
+    assert np.abs(read(tmp_path, content, channels=3) - expected).max() <= 1
+    # A JPEG of Adobe's kind has the inks inverted. This one is of cyan alone.
+    cyan = encoded(Image.new("CMYK", (16, 16), (255, 0, 0, 0)), "JPEG", quality=95)
+    assert np.abs(read(tmp_path, cyan, channels=3) - np.array([0.0, 255, 255])).max() <= 3
+    with pytest.raises(ValueError, match="x.png: expected mode L or RGB, got CMYK"):
+        read(tmp_path, content)
+
+
+def test_luma_and_chroma_become_colours(tmp_path):
+    parts = Image.fromarray(COLOURS).convert("YCbCr")
+    luma, blue, red = np.moveaxis(np.array(parts).astype(float), 2, 0)
+    colours = [
+        luma + 1.402 * (red - 128),
+        luma - 0.344136 * (blue - 128) - 0.714136 * (red - 128),
+        luma + 1.772 * (blue - 128),
+    ]
+    expected = np.dstack(colours).clip(0, 255)
+    assert np.abs(read(tmp_path, encoded(parts, "TIFF"), channels=3) - expected).max() <= 1
+
+
+def test_a_grey_png_of_16_bits_from_pillow_itself_is_refused(tmp_path):
+    content = encoded(Image.fromarray(GREY.astype(np.uint16) * 257))
+    with pytest.raises(ValueError, match=r"x.png: expected 8 bits a channel, got 16"):
+        read(tmp_path, content, channels=1)
+
+
 def test_modes_that_pillow_cannot_convert_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"x.png: expected 8 bits a channel, got 32"):
         read(tmp_path, encoded(GREY.astype(np.float32), "TIFF"), channels=1)
