@@ -17,6 +17,7 @@ FORMS = "HH:MM:SS, MM:SS or D-HH:MM:SS"
 FEWEST_STEPS = 10  # of which the longest one counts
 # Of what was measured: disks and GPUs that others use, too, are slower at times.
 RESERVE = 1.2
+LEAVING = 3.0  # seconds that Python and torch may take to end
 
 _imported, _importer = time.monotonic(), os.getpid()
 
@@ -104,7 +105,7 @@ class TimeLimit:
             return False
         # Before them a checkpoint may be due that has nothing to do with the time.
         needed = RESERVE * (steps * max(self._steps) + 2 * (self._save or 0.0))
-        return process_seconds() + needed > self.seconds
+        return process_seconds() + needed + LEAVING > self.seconds
 
     def check_begun(self) -> None:
         """That a run may begin.
