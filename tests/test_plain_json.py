@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 import runs
+import torch
 
 from fastunlearn.host import atomic, plain_json
 from fastunlearn.host.plain_json import read_json
 from fastunlearn.runs import checkpoint
 from fastunlearn.runs.run_record import Metrics, read_metrics, read_run
+from fastunlearn.runs.state_checks import Entry
 
 DEEP = b"[" * 200_000
 
@@ -108,3 +111,36 @@ def test_a_file_does_not_take_the_place_of_what_is_none(tmp_path: Path, name: st
         pass
     assert error.value.filename == str(tmp_path / name)
     assert len(list(tmp_path.iterdir())) == 3
+
+
+# --- checkpoints with a manifest that fits ------------------------------------------------------------------
+
+NAMES = {"far too long": "a" * 3000, "of control characters": "a\0", "no text": "\ud800"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_in_a_manifest_that_the_system_would_stumble_over(tmp_path: Path, name: str):
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, {}, {})
+    manifest = {NAMES[name]: "0" * 64, "metadata.json": "0" * 64}
+    (tmp_path / "checkpoint-2" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.warns(
+        UserWarning, match=r"checkpoint-2.manifest.json: expected plain file names, got '"
+    ) as told:
+        assert checkpoint.latest(tmp_path) == tmp_path / "checkpoint-1"
+    assert len(str(told[0].message)) < 1000
+
+
+def test_what_a_checkpoint_says_is_one_line(tmp_path: Path):
+    place = Entry(tmp_path, "model")["x\n\x1b[31m" * 1000]
+    text = str(place.error("a number", "y\n" * 1000))
+    assert text.isprintable()
+    assert len(text) < 1000
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu])
+def test_floats_that_torch_does_not_compute_with(tmp_path: Path, dtype: torch.dtype):
+    """An optimizer of which no more is known may have any floats, if they are finite: torch cannot tell."""
+    checkpoint.save(tmp_path, 1, {"model": {"x": torch.zeros(2).to(dtype)}}, {})
+    with pytest.raises(ValueError, match=r"model.safetensors: .*x: expected floats of at least 16 bits, got"):
+        checkpoint.load(tmp_path / "checkpoint-1")

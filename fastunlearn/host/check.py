@@ -188,6 +188,13 @@ def switched_on(variable: str, *, default: bool = False) -> bool:
     return value == "1" or (value == "" and default)
 
 
+def wide_enough(name: object, value: Tensor) -> Tensor:
+    """Refuses floats of 8 bits and fewer, such as a file may hold: torch does not compute with them."""
+    if value.is_floating_point() and value.element_size() < 2:
+        raise ValueError(f"{name}: expected floats of at least 16 bits, got {describe(value)}")
+    return value
+
+
 def readable(tensor: Tensor) -> bool:
     """Whether a check may read values: on a CPU, where that is no wait; elsewhere with `FASTUNLEARN_CHECK=1`.
 

@@ -39,6 +39,7 @@ from .state_tree import flatten, unflatten
 MANIFEST = "manifest.json"
 METADATA = "metadata.json"
 PREFIX = "checkpoint-"
+LONGEST_NAME = 255  # bytes of the name of a file, on Linux
 # Format 1 had no number. It kept the optimizer's state by position, weights by wrapped names, and nothing
 # about model, schedule and precision.
 FORMAT_VERSION = 2
@@ -153,8 +154,8 @@ def _readable(file: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # whatever a file of another kind makes json, safetensors and torch raise
-        text = f"{file}: not a checkpoint of this version of fastunlearn ({type(error).__name__}: {error})"
-        raise ValueError(text) from error
+        said = check.in_a_line(f"{type(error).__name__}: {error}")
+        raise ValueError(f"{file}: not a checkpoint of this version of fastunlearn ({said})") from error
 
 
 def _check_version(content: dict[str, Any]) -> None:
@@ -186,8 +187,9 @@ def verify(path: str | Path) -> list[str]:
         raise ValueError(f"{path / MANIFEST}: expected file names and hashes, {METADATA} among them")
     # A manifest that was tampered with must not lead out of the folder.
     for name, expected in manifest.items():
-        if Path(name).name != name:
-            raise ValueError(f"{path / MANIFEST}: expected plain file names, got {name!r}")
+        if Path(name).name != name or not name.isprintable() or len(name.encode()) > LONGEST_NAME:
+            got = check.in_a_line(repr(name))
+            raise ValueError(f"{path / MANIFEST}: expected plain file names, got {got}")
         if not (path / name).is_file() or _sha256(path / name) != expected:
             raise ValueError(f"{path / name}: missing or damaged (its SHA-256 is not the manifest's)")
     # Whole, and still nothing that could be read: an older checkpoint serves better.
@@ -300,10 +302,10 @@ def _owned(named: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _aligned(named: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies with the alignment of fresh tensors."""
+    """Copies with the alignment of fresh tensors; floats that torch does not compute with are refused."""
     # In a file tensors start anywhere, and BLAS sums in another order there: LBFGS, resumed, would not end
     # with the bits of a run that was never stopped.
-    return {name: tensor.clone() for name, tensor in named.items()}
+    return {name: check.wide_enough(name, tensor).clone() for name, tensor in named.items()}
 
 
 def _steps(run_dir: Path, *, whole: bool = True) -> list[int]:

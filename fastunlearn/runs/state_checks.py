@@ -68,7 +68,7 @@ class Entry:
         """What to raise where `expected` should stand and `found` does: it names file and entry."""
         # A state lies in two files: its tensors in one, all else in the other.
         file = f"{self.stem}.safetensors" if isinstance(found, Tensor) else "metadata.json"
-        name = f"{self.stem}.{self.name}" if self.name else self.stem
+        name = check.in_a_line(f"{self.stem}.{self.name}" if self.name else self.stem)
         got = check.describe(found)
         if isinstance(found, (list, tuple, dict)):
             got = f"a {type(found).__name__} of {len(found)}"
