@@ -124,13 +124,15 @@ written shows or stores one."""
     def run(self) -> int:
         from .launched import launched
         from .options import check_not_inside, check_outside
+        from .told_as_flags import told_as_flags
 
         check_outside(self.output, forget=self.forget, retain=self.retain)
         self.bookkeeping.check()
         check_not_inside(self.output, forget=self.forget, retain=self.retain)
         check_not_inside(self.output / "model", model=(self.model,))
         work = "fastunlearn unlearn"
-        with launched(self.bookkeeping.device) as (processes, device), processes.alone_in(self.output, work):
+        asked = self.bookkeeping.device
+        with told_as_flags(), launched(asked) as (processes, device), processes.alone_in(self.output, work):
             self.execution = self.execution.as_launched()
             self._run(processes, device)
         return 0

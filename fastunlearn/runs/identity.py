@@ -24,7 +24,7 @@ from ..host.arrays import tensor_bytes
 from ..host.plain_names import plain, plain_parameters, plain_state
 from .selections import WITHOUT, reason, selected
 
-SHOWN = 600  # characters of a value in a message; of longer ones only what differs is shown
+SHOWN = 4  # differences of an entry in a message
 # Where a function of the step is asked what it gives: at each of the first steps, then ever more rarely.
 FACTOR_STEPS = [*range(1024), *range(1024, 20_000, 64), *range(20_000, 1_000_001, 20_000)]
 FACTORS_SHOWN = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)  # of these steps messages give the values
@@ -110,7 +110,7 @@ def check_same(present: dict[str, Any], saved: Any, names: list[str], where: str
     """Whether the entries `names` of two identities agree.
 
     Raises:
-        ValueError: with both values of the first that does not.
+        ValueError: with both values of what differs in the first that does not.
     """
     for name in names:
         absent = WITHOUT.get(name, ABSENT)
@@ -118,20 +118,27 @@ def check_same(present: dict[str, Any], saved: Any, names: list[str], where: str
         differences = list(_differences(first, second))
         if not differences:
             continue
-        parts = [f"{path} ({left!r} here, {right!r} there)" for path, left, right in differences[:4]]
-        listed = ", ".join(parts)
-        text = "resume_from_checkpoint: expected a checkpoint of a run with"
+        parts = []
+        for path, here, there in differences[:SHOWN]:
+            values = f"{check.in_a_line(repr(here))} here, {check.in_a_line(repr(there))} there"
+            parts.append(f"{check.in_a_line(path)} ({values})")
+        # Of two with entries only what differs is told; plain values differ at no path.
+        own, other = f"{name} as here", f"another with {', '.join(parts)} in {where}"
+        if not differences[0][0]:
+            own, other = f"{name} {_in_short(first)}", f"{_in_short(second)} in {where}"
         # It is nobody's business who reads what a run prints.
         if name == "seed":
-            raise ValueError(f"{text} this seed, got another in {where}")
-        if max(len(str(first)), len(str(second))) > SHOWN:
-            raise ValueError(f"{text} this {name}, got another in {where}: {listed}")
-        # Two plain values differ at no path: they stand in the message already.
-        more = ""
-        if differences[0][0]:
-            more = f"; they differ in {listed}"
-        more += reason(name, present, saved)
-        raise ValueError(f"{text} {name} {first}, got {second} in {where}{more}")
+            own, other = "this seed", f"another in {where}"
+        more = reason(name, present, saved)
+        expected = "expected a checkpoint of a run with"
+        raise ValueError(f"resume_from_checkpoint: {expected} {own}, got {other}{more}")
+
+
+def _in_short(value: Any) -> str:
+    """An entry of an identity, as a message shows it: of something with many settings its name."""
+    if isinstance(value, Mapping) and "name" in value and len(str(value)) > check.LONGEST:
+        return check.in_a_line(f"{{'name': {value['name']!r}, ...}}")
+    return check.in_a_line(value)
 
 
 def described(value: Any) -> Any:

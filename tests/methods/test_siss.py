@@ -464,7 +464,7 @@ def test_a_checkpoint_of_before_there_were_scalings_goes_on_as_it_was(tmp_path, 
         runs.run(resumed, tmp_path, resume_from_checkpoint="latest")
         assert resumed.step_index == runs.STEPS
     else:
-        with pytest.raises(ValueError, match=r"a run with method .*'scaling': 'ratio'"):
+        with pytest.raises(ValueError, match=r"a run with method .*scaling \('ratio' here"):
             runs.run(resumed, tmp_path, resume_from_checkpoint="latest")
 
 
