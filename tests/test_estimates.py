@@ -353,3 +353,21 @@ def test_estimates_refuse_other_sets_and_networks(estimate, name):
         estimate(TinyDenoiser().requires_grad_(False), SCHEDULE, store())
     with pytest.raises(TypeError, match=r"^model: expected a torch.nn.Module, got function"):
         estimate(lambda x_t, t: x_t, SCHEDULE, store())
+
+
+def test_an_option_that_there_is_not_is_refused_by_the_anchor_that_was_asked_for():
+    model = TinyDenoiser()
+    with pytest.raises(TypeError, match=r"^vdu_laplace: expected options samples, .*, got num_samples$"):
+        vdu_laplace(model, SCHEDULE, store(), 1.0, num_samples=2)
+    with pytest.raises(TypeError, match=r"^vdu_swag: expected options steps, lr, .*, got samples$"):
+        vdu_swag(model, SCHEDULE, store(), 1.0, samples=2)
+
+
+def test_weights_that_no_mean_is_taken_of(tmp_path):
+    model = TinyDenoiser()
+    for dtype in (torch.float8_e4m3fn, torch.complex64, torch.bool):
+        save_file(
+            {name: own.to(dtype) for name, own in model.state_dict().items()}, tmp_path / "x.safetensors"
+        )
+        with pytest.raises(ValueError, match=r"x.safetensors: .*expected .*floats"):
+            vdu(model, [tmp_path / "x.safetensors", tmp_path / "y.safetensors"], 1.0)

@@ -12,7 +12,9 @@ import torch
 
 from fastunlearn.host import atomic, plain_json
 from fastunlearn.host.plain_json import read_json
-from fastunlearn.runs import checkpoint
+from fastunlearn.neighbors import nearest, nearest_neighbors
+from fastunlearn.objective.named_tensors import read_tensors
+from fastunlearn.runs import checkpoint, protocols
 from fastunlearn.runs.run_record import Metrics, read_metrics, read_run
 from fastunlearn.runs.state_checks import Entry
 
@@ -144,3 +146,72 @@ def test_floats_that_torch_does_not_compute_with(tmp_path: Path, dtype: torch.dt
     checkpoint.save(tmp_path, 1, {"model": {"x": torch.zeros(2).to(dtype)}}, {})
     with pytest.raises(ValueError, match=r"model.safetensors: .*x: expected floats of at least 16 bits, got"):
         checkpoint.load(tmp_path / "checkpoint-1")
+
+
+# --- what lies beside checkpoints ---------------------------------------------------------------------------
+
+WHOLE = b'{"step": 1, "seconds": 2.5}\n'
+BROKEN_LINES = {
+    "no UTF-8": b'{"step": 2, "x": "\xff"}\n',
+    "a step in words": b'{"step": "2"}\n',
+    "a step that is true": b'{"step": true}\n',
+    "a list": b"[2]\n",
+}
+
+
+@pytest.mark.parametrize("line", BROKEN_LINES)
+def test_a_line_of_metrics_that_is_none_ends_them(tmp_path: Path, line: str):
+    (tmp_path / "metrics.jsonl").write_bytes(WHOLE + BROKEN_LINES[line] + WHOLE)
+    assert read_metrics(tmp_path) == [json.loads(WHOLE)]
+
+
+@pytest.mark.parametrize("seconds", ['"long"', "-1", "1e300", "NaN", "9" * 400, "null"])
+def test_seconds_that_no_run_has_taken_count_as_none(tmp_path: Path, seconds: str):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1, "seconds": {seconds}}}\n')
+    metrics = Metrics(tmp_path, 1)
+    metrics.close()
+    assert metrics.seconds == 0
+
+
+IMAGE = {"request": 1, "row": 0, "nll": 1.0}
+PROTOCOL = {
+    "format": protocols.FORMAT,
+    **dict.fromkeys(protocols.DECISIVE, 1),
+    "before": {"images": [IMAGE]},
+    "settings": {},
+    "start_weights": "00",
+    "requests": [{"rows": [0]}],
+    "after": [{"request": 1, "weights": "0a", "images": [IMAGE], "retain": {"nll": 1.0}}],
+}
+
+
+@pytest.mark.parametrize("images", [[{}], [{"row": 1, "request": 1}], [{"row": []}], 3, None, [3]], ids=str)
+def test_a_protocol_whose_numbers_no_summary_can_be_made_of(tmp_path: Path, images):
+    (tmp_path / "protocol.json").write_text(json.dumps(PROTOCOL))
+    assert protocols.read_protocol(tmp_path) == PROTOCOL
+    (tmp_path / "protocol.json").write_text(json.dumps(PROTOCOL | {"before": {"images": images}}))
+    with pytest.raises(ValueError, match=r"output_dir: expected .*protocol.json to be a .* record"):
+        protocols.read_protocol(tmp_path)
+
+
+def test_a_pipe_in_the_place_of_a_mask_or_of_neighbours_is_not_opened(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="pipe: expected a safetensors file, got something else"):
+        read_tensors(tmp_path / "pipe")
+    images = runs.images(3, 0)
+    nearest_neighbors(images, images, 1, cache_dir=tmp_path / "found")
+    (cache,) = (tmp_path / "found").iterdir()
+    cache.unlink()
+    os.mkfifo(cache)
+    with pytest.raises(OSError, match="expected a file, or nothing yet, got a pipe"):
+        nearest_neighbors(images, images, 1, cache_dir=tmp_path / "found")
+
+
+def test_neighbours_of_other_numbers_are_looked_for_again(tmp_path: Path):
+    images = runs.images(3, 0)
+    found = nearest_neighbors(images, images, 1, cache_dir=tmp_path)
+    (cache,) = tmp_path.iterdir()
+    nearest._write_cache(cache, found[0].to(torch.float8_e4m3fn), found[1])
+    with pytest.warns(UserWarning, match=r"damaged neighbour cache \(it holds torch.float8_e4m3fn"):
+        again = nearest_neighbors(images, images, 1, cache_dir=tmp_path)
+    assert torch.equal(found[0], again[0])

@@ -7,8 +7,9 @@ same seed: none waits for the others, also where the network is in DistributedDa
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -215,8 +216,9 @@ def checkpoint_moments(
         own = []
         for name, parameter in parameters.items():
             weight = found.get(name)
-            if weight is None or weight.shape != parameter.shape:
-                expected = f"expected {name} of shape {tuple(parameter.shape)}"
+            fits = weight is not None and weight.shape == parameter.shape and weight.is_floating_point()
+            if not fits:
+                expected = f"expected {name} of shape {tuple(parameter.shape)} in floats"
                 raise ValueError(f"checkpoints: {path}: {expected}, got {check.describe(weight)}")
             check.finite(f"checkpoints: {path}: {name}", weight)
             own.append(weight.to(parameter.device))
@@ -265,6 +267,7 @@ def vdu_laplace(
     Raises:
         TypeError, ValueError: naming the argument.
     """
+    _check_options("vdu_laplace", options, fisher)
     prior = check.number("prior_precision", prior_precision, low=0)
     information = fisher(model, schedule, retain, **options)
     precision = {name: own.mul_(len(retain)).add_(prior) for name, own in information.items()}
@@ -291,9 +294,19 @@ def vdu_swag(
     Raises:
         TypeError, ValueError: naming the argument.
     """
+    _check_options("vdu_swag", options, swag_variance)
     variance = swag_variance(model, schedule, retain, **options)
     precision = {name: own.reciprocal_() for name, own in variance.items()}
     return Anchor(trained_weights(model), precision, gamma, model=model, **_at_most(max_precision))
+
+
+def _check_options(caller: str, options: Mapping[str, Any], function: Callable) -> None:
+    """That `caller` was given no option but those of the `function` that it hands them to."""
+    parameters = inspect.signature(function).parameters.values()
+    known = [each.name for each in parameters if each.kind is each.KEYWORD_ONLY]
+    for name in options:
+        if name not in known:
+            raise TypeError(f"{caller}: expected options {', '.join(known)}, got {name}")
 
 
 def vdu_l2(model: nn.Module, gamma: float) -> Anchor:
@@ -472,7 +485,11 @@ def _weights(path: Path) -> dict[str, Tensor]:
     if path.is_dir() and not file.is_file():
         network, _ = load_checkpoint(path)
         return {name: parameter.detach() for name, parameter in plain_parameters(network).items()}
+    # A pipe would wait for a writer.
+    if file.exists() and not file.is_file():
+        raise ValueError(f"checkpoints: {file}: expected a safetensors file, got something else")
     try:
         return load_file(file)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"checkpoints: {file}: expected a safetensors file, got {error}") from error
+        said = check.in_a_line(error)
+        raise ValueError(f"checkpoints: {file}: expected a safetensors file, got {said}") from error

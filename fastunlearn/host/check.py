@@ -221,6 +221,7 @@ def rows_within(name: str, index: Tensor, count: int) -> None:
 
 def finite(name: str, value: Tensor) -> Tensor:
     """Refuses NaN and Inf."""
+    wide_enough(name, value)
     bad = (~torch.isfinite(value)).sum().item()
     if bad:
         raise ValueError(f"{name}: expected finite values, got {bad} NaN or Inf of {value.numel()}")

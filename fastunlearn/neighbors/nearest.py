@@ -27,6 +27,7 @@ from .tiles import ascending
 from .uint8 import search_uint8
 
 CACHE_FORMAT = "fastunlearn-neighbors"
+SQDIST_DTYPES = (torch.int64, torch.float32, torch.float64)
 CACHE_VERSION = 1  # raised whenever a search could give another answer
 DEFAULT_CHUNK_BYTES = 2**28
 ROWS_MEASURED = 256  # of neighbours that a caller gives
@@ -94,7 +95,7 @@ def nearest_neighbors(
     path = found = None
     if cache_dir is not None:
         path = _cache_path(Path(cache_dir), forget, retain, k, labels)
-        if path.exists():
+        if path.is_file():  # opening a pipe would wait for a writer
             found = _read_cache(path, len(forget_rows), len(retain_rows), k)
     if found is None:
         options = k, backend, chunk_bytes, show_progress
@@ -352,11 +353,14 @@ def _read_cache(path: Path, num_forget: int, num_retain: int, k: int) -> tuple[T
         if metadata.get("of", path.stem) != path.stem:
             raise ValueError("it was found for other sets, and carries their name")
         right_shape = index.shape == sqdist.shape == (num_forget, k)
+        if index.dtype != torch.int64 or sqdist.dtype not in SQDIST_DTYPES:
+            raise ValueError(f"it holds {index.dtype} and {sqdist.dtype}")
         if not right_shape or index.min() < 0 or index.max() >= num_retain:
             raise ValueError(f"it holds {tuple(index.shape)} neighbours, not {(num_forget, k)}")
     except (SafetensorError, ValueError, OSError, KeyError) as error:
+        said = check.in_a_line(error)
         warnings.warn(
-            f"{path}: damaged neighbour cache ({error}); searching again and replacing it", stacklevel=3
+            f"{path}: damaged neighbour cache ({said}); searching again and replacing it", stacklevel=3
         )
         return None
     return index, sqdist

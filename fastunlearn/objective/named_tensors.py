@@ -125,16 +125,21 @@ def read_tensors(path: str | os.PathLike, about: str | None = None) -> dict[str,
     Raises:
         ValueError: naming the file, which is missing, damaged or of another kind.
     """
+    # A pipe would wait for a writer.
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path}: expected a safetensors file, got something else")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
-                raise ValueError(f"{path}: expected a file of {FORMAT}, got {metadata.get('format')}")
+                got = check.in_a_line(metadata.get("format"))
+                raise ValueError(f"{path}: expected a file of {FORMAT}, got {got}")
             if about is not None and metadata.get("about") != about:
                 return None
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path}: expected a safetensors file, got {error}") from error
+        said = check.in_a_line(error)
+        raise ValueError(f"{path}: expected a safetensors file, got {said}") from error
     # A mask of other bits would let other weights move, and no number of a step would show it.
     if metadata.get("sha256") != _content_hash(tensors):
         raise ValueError(f"{path}: expected the content that its hash was taken of, got another (damaged)")

@@ -319,7 +319,7 @@ def read_protocol(output_dir: str | Path) -> dict[str, Any]:
         raise ValueError(
             f"output_dir: expected a folder with a readable {FILE}, got {path}: {error}"
         ) from None
-    if not _is_protocol(content):
+    if not _is_protocol(content) or not _has_numbers(content):
         raise ValueError(f"output_dir: expected {path} to be a {FORMAT} record")
     return content
 
@@ -340,6 +340,15 @@ def _is_protocol(content: Any) -> bool:
         isinstance(entry, dict) and whole <= entry.keys() and entry["request"] == number
         for number, entry in enumerate(done, start=1)
     )
+
+
+def _has_numbers(content: dict[str, Any]) -> bool:
+    """Whether the numbers of what is done are such as a summary can be made of."""
+    try:
+        summary(content)
+    except Exception:  # whatever other values than numbers lead to, at any place
+        return False
+    return True
 
 
 def _opened(

@@ -31,6 +31,7 @@ from .selections import in_words
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
+LONGEST_RUN = 1e10  # seconds, of more than 300 years
 FORMAT = "fastunlearn-run"
 # Version 1 had seed and plain hashes in it, and the checkpoints of its run lay beside it.
 VERSION = 2
@@ -406,7 +407,7 @@ class Metrics:
         kept = []
         if step > 0:
             kept = [record for record in read_metrics(run_dir) if record["step"] <= step]
-        self.seconds: float = kept[-1]["seconds"] if kept else 0.0  # what the run had taken by then
+        self.seconds = _seconds(kept[-1]) if kept else 0.0  # what the run had taken by then
         _write_lines(self.path, kept)
         # Open for the whole run: `close` closes it.
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
@@ -431,13 +432,13 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     records: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    for line in path.read_bytes().splitlines(keepends=True):
         # A run that was killed while it wrote leaves a line that is not whole. Nothing follows it.
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
             break
-        if not line.endswith("\n") or not isinstance(record, dict) or "step" not in record:
+        if not line.endswith(b"\n") or not isinstance(record, dict) or type(record.get("step")) is not int:
             break
         records.append(record)
     return records
@@ -445,6 +446,13 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
 
 def _write_lines(path: Path, records: list[dict[str, Any]]) -> None:
     _write_atomically(path, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def _seconds(record: dict[str, Any]) -> float:
+    """What a run had taken by a line of its metrics; 0 where the line says nothing that could be."""
+    seconds = record.get("seconds")
+    is_number = isinstance(seconds, (int, float)) and 0 <= seconds <= LONGEST_RUN
+    return float(seconds) if is_number else 0.0
 
 
 def _write_atomically(path: Path, text: str) -> None:
