@@ -21,6 +21,7 @@ WHOLE_MODULES = {
     "tests/models/test_transition.py",
     "tests/objective/test_schedules_of_diffusers.py",
     "tests/objective/test_time.py",
+    "tests/privacy/test_command.py",
     "tests/test_cli.py",
     "tests/test_demo.py",
     "tests/test_device_flag.py",

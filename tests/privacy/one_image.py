@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,18 @@ def network() -> TinyDenoiser:
     return TinyDenoiser(width=12)
 
 
-def unlearner(method: Method, candidate: int = RIGHT, seed: int = SEED) -> Unlearner:
+def adamw(parameters: Iterable) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-3)
+
+
+def unlearner(
+    method: Method, candidate: int = RIGHT, seed: int = SEED, optimizer: Callable = adamw
+) -> Unlearner:
     """A run that forgets one of the candidates."""
     model = network()
     return Unlearner(
         model,
-        torch.optim.AdamW(model.parameters(), lr=1e-3),
+        optimizer(model.parameters()),
         linear_schedule(),
         method,
         forget=ImageStore(CANDIDATES[candidate][None]),
@@ -46,9 +53,15 @@ def unlearner(method: Method, candidate: int = RIGHT, seed: int = SEED) -> Unlea
     )
 
 
-def run(method: Method, folder: Path, *, steps: int = 1, **options: Any) -> Path:
+def run(method: Method, folder: Path, *, steps: int = 1, optimizer: Callable = adamw, **options: Any) -> Path:
     """A run to its end."""
-    unlearn(unlearner(method), num_steps=steps, output_dir=folder, show_progress=False, **options)
+    unlearn(
+        unlearner(method, optimizer=optimizer),
+        num_steps=steps,
+        output_dir=folder,
+        show_progress=False,
+        **options,
+    )
     return folder
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from attacker import entries, files, image_behind, moments, residual, tensors, told
 from one_image import (
     BATCH,
@@ -81,6 +82,20 @@ def test_it_confirms_a_candidate(method, tmp_path: Path):
     distances = [residual(found, first_moments(method, candidate)) for candidate in range(len(CANDIDATES))]
     assert distances[RIGHT] < 1e-6
     assert min(distance for row, distance in enumerate(distances) if row != RIGHT) > 1e-3
+
+
+def test_weights_still_give_the_image_back_to_whoever_knows_the_seed(tmp_path: Path):
+    """After one step of plain descent their difference is the gradient. So a seed that others know, such as
+    the one by default in Python, is none (docs/what_a_run_leaves.md).
+    """
+    folder = run(
+        NegGrad(), tmp_path / "run", optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1)
+    )
+    purge(folder)
+    before, after = network().state_dict(), dict(tensors(files(folder)))
+    gradient = {name: before[name] - after[name] for name in before}
+    recovered = image_behind(gradient, network(), linear_schedule(), seed=SEED, batch_size=BATCH, shape=SHAPE)
+    assert ((recovered - CANDIDATES[RIGHT]).abs() < 0.5).sum() == 64
 
 
 def nothing_to_start_from(found: list[Path]) -> bool:
