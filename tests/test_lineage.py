@@ -25,7 +25,7 @@ from fastunlearn.testing.checkpoints import save_tiny_checkpoint, tiny_unet
 
 pytest.importorskip("tyro")
 diffusers = pytest.importorskip("diffusers")
-FAST = ("--steps", "2", "--batch-size", "4", "--lr", "1e-3", "--device", "cpu", "--seed", "3")
+FAST = ("--steps", "1", "--batch-size", "4", "--lr", "1e-3", "--device", "cpu", "--seed", "3")
 WEIGHTS = Path("model") / "unet" / "diffusion_pytorch_model.safetensors"
 KEY = bytes(range(32))
 
@@ -219,7 +219,7 @@ def piped_key(run: Path) -> None:
         (piped_key, "lineage.key to hold 64 hex digits, got no regular file"),
     ],
 )
-def test_without_the_key_a_run_is_refused_unless_told_otherwise(world, tmp_path, capsys, spoil, got):
+def test_without_the_key_a_run_is_refused(world, tmp_path, capsys, spoil, got):
     first, second = of_first(world, tmp_path), tmp_path / "second"
     spoil(first)
     assert unlearn(world, second, 1, model=first / "model") == 2
@@ -230,6 +230,10 @@ def test_without_the_key_a_run_is_refused_unless_told_otherwise(world, tmp_path,
     assert error.count("\n") == 1
     assert not second.exists()
 
+
+def test_without_the_key_a_run_goes_on_if_it_is_told_to(world, tmp_path, capsys):
+    first, second = of_first(world, tmp_path), tmp_path / "second"
+    remove_key(first)
     assert unlearn(world, second, 1, "--ignore_lineage", model=first / "model") == 0
     warned = capsys.readouterr().err
     assert warned.count("--ignore_lineage") == 1
@@ -243,9 +247,14 @@ def test_without_the_key_a_run_is_refused_unless_told_otherwise(world, tmp_path,
     own = Lineage(tuple(part for part in after.parts if part not in before.parts))
     key = read_key(second / "private" / LINEAGE_KEY)
     assert lineage.rows_to_leave_out(ImageStore(world.images), own, key).tolist() == [1]
-    # No one key tells all of it now.
-    assert unlearn(world, tmp_path / "third", 2, model=second / "model") == 2
+    # No one key tells all of it now, and a further run writes its rows under the one that is there.
+    third = tmp_path / "third"
+    assert unlearn(world, third, 2, model=second / "model") == 2
     assert "got a record under 2 keys (an earlier run ignored it)" in capsys.readouterr().err
+    assert unlearn(world, third, 2, "--ignore_lineage", model=second / "model") == 0
+    found = read_lineage(third / "model")
+    assert (len(found.parts), len(found)) == (2, 3)
+    assert found.is_under(key)
 
 
 def test_a_given_key_has_to_be_there_and_to_fit(world, tmp_path, capsys):

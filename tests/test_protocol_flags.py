@@ -20,6 +20,7 @@ from fastunlearn.metrics.deletion import denoising_losses
 from fastunlearn.metrics.distance import distances
 from fastunlearn.models import fresh_network, load_checkpoint
 from fastunlearn.models.sampling import inject_and_denoise
+from fastunlearn.runs.lineage import LINEAGE_KEY
 from fastunlearn.runs.protocols import FILE, folders, read_protocol
 from fastunlearn.runs.run_record import read_metrics, read_run, without_identifiers
 from fastunlearn.testing.checkpoints import save_tiny_checkpoint
@@ -182,11 +183,12 @@ def test_masks_and_anchors_are_those_of_each_request(world, tmp_path):
 def test_private_files_of_every_request_are_purged(world, tmp_path, capsys):
     assert run(world, tmp_path, "--protocol", "separate", "--report_images") == 0
     private = [sorted((folder / "private").iterdir()) for folder in folders(tmp_path)]
-    names = ["reconstructions.png", "record.json"]
+    names = [LINEAGE_KEY, "reconstructions.png", "record.json"]
     assert [sorted(file.name for file in files) for files in private] == [sorted(names)] * 3
     assert [file for file in tmp_path.rglob("*.png") if file.parent.name != "private"] == []
     assert main(["purge", str(tmp_path)]) == 0
-    assert not any(file.exists() for files in private for file in files)
+    left = [file.name for files in private for file in files if file.exists()]
+    assert left == [LINEAGE_KEY] * 3
     assert capsys.readouterr().out.count("2 files removed") == 3
 
 

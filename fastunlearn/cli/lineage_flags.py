@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,9 +23,9 @@ if TYPE_CHECKING:
 class LineageFlags:
     """Images that --model was made to forget before are left out of --retain (docs/lineage.md)."""
 
-    lineage_key: Annotated[Path | None, unset("private/lineage.key of the run", "FILE")] = None
-    """The key with which forgotten images are written down, and recognised: made if it is not there, and \
-used where it is, without a copy in the folder of the run."""
+    lineage_key: Annotated[Path | None, unset("that of the run that left --model", "FILE")] = None
+    """The key with which forgotten images are written down, and recognised. A run has it in \
+private/lineage.key. A FILE is used where it is, and made if it is not there."""
     ignore_lineage: bool = False
     """Keep what is in --retain, also what --model was made to forget before, and go on where that cannot be \
 told."""
@@ -109,7 +110,7 @@ class Past:
 
         if self.key is None or self.flags.lineage_key is not None:
             return
-        if _readable(private / LINEAGE_KEY) != self.key:
+        if next(_readable([private / LINEAGE_KEY]), None) != self.key:
             write_key(private / LINEAGE_KEY, self.key)
 
     def files(self, forgotten: ImageStore | None, images: Mapping[str, Any]) -> dict[str, bytes]:
@@ -146,18 +147,18 @@ class Past:
         own = [] if given is not None else _keys_of_run(self.output)
         if self.lineage.parts:
             places = [*own, self._key_before()] if given is None else [given]
-            for key in filter(None, map(_readable, places)):
-                if self.lineage.opened_by(key):
+            ignored = self.flags.ignore_lineage
+            for key in filter(self.lineage.is_under, _readable(places)):
+                if ignored or self.lineage.opened_by(key):
                     return key
-            if not self.flags.ignore_lineage:
+            if not ignored:
                 raise ValueError(f"{self._wrong_with(places[-1])}; {REMEDY}")
         if given is not None:
             try:
                 return key_in(given)
             except ValueError as error:
                 raise ValueError(f"--{error}") from None
-        keys = [key for key in map(_readable, own) if key is not None]
-        return keys[0] if keys else new_key()
+        return next(_readable(own), None) or new_key()
 
     def _key_before(self) -> Path:
         """Where the run that left --model has its key."""
@@ -192,14 +193,13 @@ def _keys_of_run(output: Path) -> list[Path]:
     return [folder / PRIVATE_FOLDER / LINEAGE_KEY for folder in (output, *folders(output))]
 
 
-def _readable(place: Path) -> bytes | None:
-    """The key in `place`, if there is one."""
+def _readable(places: Iterable[Path]) -> Iterator[bytes]:
+    """The keys in those of `places` that hold one."""
     from ..runs.lineage import read_key
 
-    try:
-        return read_key(place)
-    except ValueError:
-        return None
+    for place in places:
+        with suppress(ValueError):
+            yield read_key(place)
 
 
 def _images(lineage: Lineage) -> str:

@@ -92,6 +92,10 @@ class Lineage:
         """Whether `key` is the key to all of it."""
         return all(part.key_check == _key_check(key) for part in self.parts)
 
+    def is_under(self, key: bytes) -> bool:
+        """Whether `key` is the key to a part of it."""
+        return any(part.key_check == _key_check(key) for part in self.parts)
+
     def content(self) -> bytes:
         """The bytes of `lineage.json`: the same for the same rows, in whatever order they were forgotten."""
         parts = [
