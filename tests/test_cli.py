@@ -785,6 +785,7 @@ def nothing_is_read(monkeypatch) -> None:
         (["--logging_steps", "0"], "logging_steps: expected an integer >= 1, got 0"),
         (["--max_skipped_steps", "-1"], "max_skipped_steps: expected an integer >= 0, got -1"),
         (["--max_skipped_share", "2"], "max_skipped_share: expected a finite number in [0, 1], got 2.0"),
+        (["--report_to", "wandb"], "report_to: expected an installed tracker, got 'wandb'"),
         (["--batch-size", "0"], "train_batch_size: expected an integer >= 1, got 0"),
         (["--micro-batch-size", "0"], "micro_batch_size: expected an integer >= 1, got 0"),
         (["--lr", "0"], "learning_rate: expected a finite number in (0, inf), got 0.0"),
@@ -793,6 +794,7 @@ def nothing_is_read(monkeypatch) -> None:
 )
 def test_flags_are_refused_before_anything_is_read(world, tmp_path, capsys, monkeypatch, flags, message):
     method = "erasediff_bome" if "--target" in flags else "retrack"
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", list)
     nothing_is_read(monkeypatch)
     paths = ("--model", world.model, "--forget", world.forget, "--retain", world.retain)
     output = ("--output", tmp_path / "run")

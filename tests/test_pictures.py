@@ -248,7 +248,7 @@ def test_inks_become_colours_without_a_profile(tmp_path):
     # A JPEG of Adobe's kind has the inks inverted. This one is of cyan alone.
     cyan = encoded(Image.new("CMYK", (16, 16), (255, 0, 0, 0)), "JPEG", quality=95)
     assert np.abs(read(tmp_path, cyan, channels=3) - np.array([0.0, 255, 255])).max() <= 3
-    with pytest.raises(ValueError, match="x.png: expected mode L or RGB, got CMYK"):
+    with pytest.raises(ValueError, match=r"x.png: expected mode L or RGB, got CMYK"):
         read(tmp_path, content)
 
 

@@ -230,7 +230,7 @@ def test_an_estimate_is_kept_for_the_same_weights_images_and_settings(world, tmp
 
     # So it is of other images, and of other weights, whose run this is not.
     for changed in ("forget.npy", "model"):
-        other = Path(shutil.copytree(world, tmp_path / f"other {changed}"))
+        other = Path(shutil.copytree(world, tmp_path.with_name(f"{tmp_path.name} with another {changed}")))
         if changed == "model":
             shutil.rmtree(other / "model")
             shutil.copytree(world / "second", other / "model")

@@ -208,6 +208,7 @@ checkpoint and stops with exit code 75. To go on: --resume_from_checkpoint lates
         """
         from ..host import check
         from ..runs.time_limit import parse_time
+        from ..runs.trackers import check_installed
 
         check.integer("checkpointing_steps", self.checkpointing_steps, low=1)
         if self.checkpoints_total_limit is not None:
@@ -216,3 +217,5 @@ checkpoint and stops with exit code 75. To go on: --resume_from_checkpoint lates
         check.integer("max_skipped_steps", self.max_skipped_steps, low=0)
         check.number("max_skipped_share", self.max_skipped_share, low=0, high=1)
         parse_time("--max_time", self.max_time)
+        if self.report_to is not None:
+            check_installed(self.report_to)

@@ -57,6 +57,22 @@ class Reporter:
             self._finish()
 
 
+def check_installed(report_to: str) -> None:
+    """
+    Raises:
+        ValueError: no tracker, or one that is not installed.
+    """
+    check.one_of("report_to", report_to, TRACKERS)
+    from accelerate.tracking import get_available_trackers
+
+    # Names are texts in some versions of accelerate, and members of an enumeration in others.
+    available = [str(getattr(name, "value", name)) for name in get_available_trackers()]
+    if report_to not in available:
+        raise ValueError(
+            f"report_to: expected an installed tracker, got {report_to!r} (pip install {report_to})"
+        )
+
+
 def make_reporter(report_to: str | Report | None, output_dir: Path) -> Reporter:
     """What the argument `report_to` of `unlearn` means.
 
@@ -65,15 +81,9 @@ def make_reporter(report_to: str | Report | None, output_dir: Path) -> Reporter:
     """
     if report_to is None or callable(report_to):
         return Reporter(report_to)
-    check.one_of("report_to", report_to, TRACKERS)
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+    check_installed(report_to)
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    # Names are texts in some versions of accelerate, and members of an enumeration in others.
-    available = [str(getattr(name, "value", name)) for name in get_available_trackers()]
-    if report_to not in available:
-        raise ValueError(
-            f"report_to: expected an installed tracker, got {report_to!r} (pip install {report_to})"
-        )
     output_dir.mkdir(parents=True, exist_ok=True)
     # wandb has a folder of its own.
     where = {"logging_dir": output_dir} if report_to == "tensorboard" else {}
