@@ -189,6 +189,12 @@ def test_a_file_that_cannot_take_the_place_leaves_the_old_one(tmp_path: Path, mo
     assert path.read_bytes() == b"old"
 
 
+def test_what_was_left_by_who_was_killed_while_trying_is_swept(tmp_path: Path):
+    (tmp_path / f".probe.{2**22 + 1}-ab12.tmp").write_text("probe")  # no process has this number
+    with locked(tmp_path, "test"):
+        assert [path.name for path in tmp_path.iterdir()] == [LOCK_FILE]
+
+
 def test_files_of_others_are_not_put_back(tmp_path: Path):
     for name in (".config.bak.old", ".config.12x.old", ".config.1-xyz.tmp"):
         (tmp_path / name).write_text("theirs")

@@ -263,6 +263,7 @@ def lacks(folder: Path) -> list[str]:
     Raises:
         OSError: nothing can be written there.
     """
+    remove_leftovers(folder, "probe")  # of one that was killed while it tried
     first, second = _aside(folder / "probe", "tmp"), _aside(folder / "probe", "tmp")
     missing = []
     try:
