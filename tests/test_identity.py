@@ -289,6 +289,7 @@ ALLOWED: dict[str, tuple[dict, dict, bool]] = {
     "report_to": ({}, {"report_to": lambda step, values: None}, True),
     "max_skipped_steps": ({}, {"max_skipped_steps": 99}, True),
     "max_skipped_share": ({}, {"max_skipped_share": 0.9}, True),
+    "max_time": ({}, {"max_time": 1e9}, True),
     "show_progress": ({}, {"show_progress": True}, True),
     "total_steps": ({"total_steps": 99}, {}, True),
     "replay": ({"replay": False}, {}, True),

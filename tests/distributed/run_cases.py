@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fastunlearn import ImageStore, ReTrack, Unlearner
 from fastunlearn.objective.draws import Draws
 from fastunlearn.runs import time_limit
+from fastunlearn.runs.processes import OtherProcessFailed, Processes
 from fastunlearn.runs.training import RunInterrupted, unlearn
 from fastunlearn.testing.factories import Average, TinyDenoiser
 
@@ -119,6 +120,19 @@ class SignalAt:
     def __call__(self, rank: int, step: int) -> None:
         if self.steps.get(rank) == step:
             os.kill(os.getpid(), self.number)
+
+
+def interrupt_first() -> str:
+    """A signal that raises at once in process 0, while the others wait for it: what each is told."""
+
+    def work() -> None:
+        raise RunInterrupted(signal.SIGTERM, None)
+
+    with Processes(dist.group.WORLD) as processes:
+        try:
+            processes.by_first(work)
+        except (RunInterrupted, OtherProcessFailed) as error:
+            return f"{type(error).__name__}: {error}"
 
 
 class LongStep:

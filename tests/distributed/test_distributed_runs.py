@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import runs
 import torch
-from run_cases import STEPS, FailAt, LongStep, NotFinite, Ruin, SignalAt, run
+from run_cases import STEPS, FailAt, LongStep, NotFinite, Ruin, SignalAt, interrupt_first, run
 from team import Team
 
 from fastunlearn import ImageStore
@@ -143,6 +143,11 @@ def test_the_process_that_is_short_of_time_stops_all(pair: Team, tmp_path: Path,
     of_unlearner = {"before_step": LongStep(rank, 2)}
     for result in together(pair, tmp_path, of_unlearner=of_unlearner, max_time="9999-00:00:00"):
         assert result["stopped"] == (EX_TEMPFAIL, tmp_path / "checkpoint-3")
+
+
+def test_who_waits_for_a_process_that_a_signal_stops_is_told(pair: Team):
+    told = "RunInterrupted: SIGTERM"
+    assert pair.run(interrupt_first) == [told, f"OtherProcessFailed: process 0: {told}"]
 
 
 def failing(team: Team, *arguments: Any) -> list[str]:
