@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from ..host import check, disk
 from ..host.atomic import atomic_directory
@@ -46,6 +48,7 @@ SCHEDULERS = (
     "EulerAncestralDiscreteScheduler",
 )
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json")
+FLOATS = ("F16", "BF16", "F32", "F64")  # as safetensors calls them
 REFUSED_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".msgpack")
 LAYOUT = (
     "a folder of DDPMPipeline.save_pretrained, or of UNet2DModel.save_pretrained with a scheduler_config.json"
@@ -308,17 +311,20 @@ def _load_model(folder: Path, dtype: torch.dtype) -> UNet2DModel:
     # diffusers prefers the shards, whatever else there is.
     if (folder / WEIGHTS[1]).is_file():
         files = _shards(folder / WEIGHTS[1])
+    for file in files:
+        _check_kinds(file)
     check_size(folder / "config.json", config, files, dtype)
     expected = f"{weights}: expected the weights of the {name} in config.json beside it"
     try:
-        model, info = getattr(diffusers, name).from_pretrained(
-            folder,
-            use_safetensors=True,
-            local_files_only=True,
-            torch_dtype=dtype,
-            low_cpu_mem_usage=False,
-            output_loading_info=True,
-        )
+        with _quiet(diffusers):
+            model, info = getattr(diffusers, name).from_pretrained(
+                folder,
+                use_safetensors=True,
+                local_files_only=True,
+                torch_dtype=dtype,
+                low_cpu_mem_usage=False,
+                output_loading_info=True,
+            )
     # OSError, ValueError, RuntimeError, SafetensorError, KeyError, TypeError: as many as there are ways to be
     # wrong.
     except Exception as error:
@@ -334,6 +340,34 @@ def _load_model(folder: Path, dtype: torch.dtype) -> UNet2DModel:
     if bad:
         raise ValueError(f"{weights}: expected finite weights, got NaN or Inf in {bad[0]}")
     return model.eval()
+
+
+@contextmanager
+def _quiet(diffusers) -> Iterator[None]:
+    """In the block, diffusers does not warn of what is refused afterwards."""
+    before = diffusers.logging.get_verbosity()
+    diffusers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        diffusers.logging.set_verbosity(before)
+
+
+def _check_kinds(file: Path) -> None:
+    """Refuses weights that are no floats of 16 bits or more: torch would convert them, and lose something.
+
+    Raises:
+        ValueError: naming file and tensor.
+    """
+    try:
+        with safe_open(file, framework="pt") as opened:
+            kinds = {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError):  # damaged: diffusers refuses it, too
+        return
+    for name, kind in kinds.items():
+        if kind not in FLOATS:
+            got = f"{kind} for {check.in_a_line(name)}"
+            raise ValueError(f"{file}: expected weights of 16, 32 or 64 bits, got {got}")
 
 
 def _weights_file(folder: Path) -> Path:

@@ -283,6 +283,15 @@ def all_shapes(folder: Path) -> None:
     save_file({name: torch.cat([value, value]) for name, value in load_file(file).items()}, file)
 
 
+def of_kind(dtype: torch.dtype):
+    def change(folder: Path) -> None:
+        file = folder / "unet" / WEIGHTS
+        save_file({name: value.to(dtype) for name, value in load_file(file).items()}, file)
+
+    change.__name__ = str(dtype)
+    return change
+
+
 def broken_json(folder: Path) -> None:
     (folder / "unet" / "config.json").write_text("{")
 
@@ -505,6 +514,10 @@ REFUSED = [
     (channels_in_words, r"config.json: expected in_channels to be an integer >= 1, got 'x'"),
     (long_activation, r"diffusion_pytorch_model.safetensors: .* got files that diffusers refuses: .*x1b"),
     (all_shapes, r"diffusion_pytorch_model.safetensors: .* got files that diffusers refuses: .*size mism"),
+    *(
+        (of_kind(dtype), rf"{WEIGHTS}: expected weights of 16, 32 or 64 bits, got {kind} for \w")
+        for dtype, kind in ((torch.float8_e4m3fn, "F8_E4M3"), (torch.complex64, "C64"), (torch.bool, "BOOL"))
+    ),
     (broken_json, r"config.json: expected JSON, got text that is no JSON"),
     (json_list, r"model_index.json: expected a JSON object, got list"),
     (no_config, r"config.json: expected a folder of DDPMPipeline.save_pretrained.*, got no such file"),
@@ -515,10 +528,11 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("spoil", "message"), REFUSED, ids=[spoil.__name__ for spoil, _ in REFUSED])
-def test_refused(pipeline, spoil, message):
+def test_refused(pipeline, spoil, message, capfd):
     spoil(pipeline)
     with pytest.raises(ValueError, match=message) as refusal:
         load_checkpoint(pipeline)
+    assert not capfd.readouterr().err  # of diffusers, which warns of what is refused then
     text = str(refusal.value)
     assert text.isprintable()  # and so one line
     assert len(text) < 1000
