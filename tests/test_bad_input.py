@@ -792,7 +792,23 @@ UNLEARNER_CASES = [
         "None",
     ),
     Case("Unlearner's model", lambda: unlearner(model=3), TypeError, "model", "a callable", "3"),
-    Case("no batch", lambda: unlearner(batch_size=0), ValueError, "batch_size", ">= 1", "0"),
+    Case("no batch", lambda: unlearner(batch_size=0), ValueError, "batch_size", r"\[1, 4294967296\]", "0"),
+    Case(
+        "more rows than can be drawn",
+        lambda: unlearner(batch_size=10**11),
+        ValueError,
+        "batch_size",
+        r"\[1, 4294967296\] \(rows that can be drawn\)",
+        "100000000000",
+    ),
+    Case(
+        "a batch that does not fit into memory",
+        lambda: unlearner(batch_size=2**32),
+        ValueError,
+        "batch_size",
+        "rows that fits into the .* that are free",
+        "one that takes .* TB",
+    ),
     Case(
         "negative seed", lambda: unlearner(seed=-1), ValueError, "seed", r"\[0, 9223372036854775807\]", "-1"
     ),

@@ -456,6 +456,8 @@ WRONG_UNLEARN = [
     ("lambda outside", ["--lambda", "1.5"], r"lambd: expected a finite number in \[0, 1\], got 1.5"),
     ("no batch", ["--batch-size", "0"], r"batch_size: expected an integer >= 1, got 0"),
     ("no learning rate", ["--lr", "-1"], r"learning_rate: expected a finite number in .*, got -1.0"),
+    ("the first beta of 1", ["--adam_beta1", "1"], r"adam_beta1: expected a number in \[0, 1\), got 1"),
+    ("a batch", ["--batch-size", str(10**11)], r"--train_batch_size: expected an integer in \[1, 4294967296"),
     ("beta", ["--adam_beta1", "1.5"], r"adam_beta1: expected a finite number in \[0, 1\], got 1.5"),
     (
         "beta of 1",

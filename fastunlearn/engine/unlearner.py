@@ -5,6 +5,7 @@ So a run is a function of its seed.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..host import check, philox
+from ..host import check, philox, room
 from ..host.precision import resolve_autocast
 from ..host.profiling import stage
 from ..host.store import ImageStore, Rows
@@ -181,7 +182,7 @@ class Unlearner:
 
         # The run, and its sets last: looking for images in both reads all of them.
         check_selection(method, schedule, selection)
-        batch_size = check.integer("batch_size", batch_size, low=1)
+        batch_size = check.integer("batch_size", batch_size, low=1, high=2**32, of="rows that can be drawn")
         seed = check.integer("seed", seed, low=0, high=2**63 - 1)
         total_steps = check_total_steps(total_steps)
         reduced = process_group is not None or unwrapped(model) is not model
@@ -265,6 +266,9 @@ class Unlearner:
         self._feeds = {}
         first_row = self.rank * self.rows_here
         for branch, store in self._stores.items():
+            if self.device.type == "cpu":
+                size = 4 * self.rows_here * math.prod(store.shape)
+                room.require_for("batch_size", f"a batch of {branch} rows", size)
             purpose = Purpose[f"{branch.upper()}_ROWS"]
             # A feed keeps the function that draws rows: one that held this object would keep it alive.
             draw_rows = partial(draw.rows_of_step, self.rows_here, len(store), self.seed, first_row, purpose)
