@@ -5,7 +5,10 @@ from __future__ import annotations
 import ast
 import io
 import os
+import struct
 import subprocess
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -165,3 +168,114 @@ def test_more_than_one_frame_is_refused(kind, tmp_path):
     content = encoded(COLOURS, kind, save_all=True, append_images=[other])
     with pytest.raises(ValueError, match=r"x.png: expected one image, got 2 frames"):
         read(tmp_path, content, channels=3)
+
+
+# --- headers that lie ------------------------------------------------------------------------------------
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    """A chunk of a PNG, with its checksum."""
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+TEXTS = {b"iCCP": b"x\0\0", b"zTXt": b"x\0\0", b"iTXt": b"x\0\1\0\0\0"}  # what stands before packed content
+
+
+@pytest.mark.parametrize("kind", TEXTS, ids=bytes.decode)
+def test_metadata_that_unpack_to_anything_are_refused(kind, tmp_path):
+    image = encoded(GREY)
+    bomb = chunk(kind, TEXTS[kind] + zlib.compress(bytes(20_000_000), 9))
+    end_of_header = 33
+    with pytest.raises(
+        ValueError, match=r"x.png: expected a whole image, got one that is damaged \(Decompres"
+    ):
+        read(tmp_path, image[:end_of_header] + bomb + image[end_of_header:])
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("side", [10_000, 20_000])
+def test_what_pillow_warns_of_is_an_error_of_ours(side, tmp_path):
+    """Where warnings are errors, too."""
+    header = chunk(b"IHDR", struct.pack(">2I5B", side, side, 1, 0, 0, 0, 0))
+    with pytest.raises(ValueError, match=r"x.png: expected at most \d+ pixels"):
+        read(tmp_path, b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
+
+
+HEADERS = {
+    "a text that does not end": "{'descr': '|u1', 'fortran_order': False, 'shape': (2, ",
+    "brackets without end": "(" * 3000,
+    "signs without end": "-" * 3000 + "1",
+    "a dtype that is none": "{'descr': 'zz', 'fortran_order': False, 'shape': (2, 1, 8, 6), }",
+    "a negative length": "{'descr': '|u1', 'fortran_order': False, 'shape': (-2, 1, 8, 6), }",
+    "objects": "{'descr': '|O', 'fortran_order': False, 'shape': (2, 1, 8, 6), }",
+}
+
+
+@pytest.mark.parametrize("header", HEADERS)
+def test_headers_of_arrays(header, tmp_path):
+    text = HEADERS[header].encode() + b"\n"
+    content = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + bytes(96)
+    for path in (put(tmp_path, content, "x.npy"), archive(tmp_path, {"images.npy": content})):
+        with pytest.raises(
+            ValueError, match=rf"{path.name}: expected an? .np[yz] file of plain numbers"
+        ) as told:
+            load_images(path)
+        assert str(told.value).isprintable()
+
+
+def archive(folder: Path, members: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(folder / "x.npz", "w") as file:
+        for name, content in members.items():
+            file.writestr(name, content)
+    return folder / "x.npz"
+
+
+def npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def test_what_is_no_array_in_an_archive(tmp_path):
+    rows = npy(GREY[None, None])
+    assert len(load_images(archive(tmp_path, {"images.npy": rows, "readme.txt": b"x"}))) == 1
+    for members in ({"readme.txt": b"hello, world"}, {"images": b"hello, world"}, {"images.npy": b""}):
+        with pytest.raises(ValueError, match=r"x.npz: expected an .npz file of plain numbers"):
+            load_images(archive(tmp_path, members))
+    path = archive(tmp_path, {"images.npy": rows})
+    content = bytearray(path.read_bytes())
+    for signature, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        content[content.index(signature) + flags] |= 1  # encrypted
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"x.npz: expected an .npz file .*encrypted"):
+        load_images(path)
+
+
+# --- files that lead elsewhere ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved_set(tmp_path) -> Path:
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_dict({"image": [Image.fromarray(COLOURS)]}).save_to_disk(tmp_path / "set")
+    return tmp_path / "set"
+
+
+@pytest.mark.parametrize("name", ["state.json", "dataset_info.json", "data-00000-of-00001.arrow"])
+def test_pipes_in_a_saved_data_set_are_not_opened(name, saved_set):
+    (saved_set / name).unlink()
+    os.mkfifo(saved_set / name)
+    with pytest.raises(
+        ValueError, match=rf"{name}: expected a file, got a named pipe, which is never opened"
+    ):
+        load_images(saved_set)
+
+
+def test_devices_behind_links_are_not_opened(saved_set, tmp_path):
+    (saved_set / "data-00000-of-00001.arrow").unlink()
+    (saved_set / "data-00000-of-00001.arrow").symlink_to("/dev/zero")
+    (tmp_path / "x.parquet").symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match=r"arrow: expected a file, got a device, which is never opened"):
+        load_images(saved_set)
+    with pytest.raises(ValueError, match=r"x.parquet: expected .*, got a pipe, a socket or a device"):
+        load_images(tmp_path / "x.parquet")

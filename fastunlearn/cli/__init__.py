@@ -14,8 +14,9 @@ import importlib.util
 import os
 import sys
 import traceback
-from collections.abc import Sequence
-from contextlib import nullcontext
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 from .. import __version__
 from ..runs import launcher
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     command = _parse([argument for argument in arguments if argument != "--debug"])
     try:
-        with launcher.watched(), getattr(command, "lock", nullcontext)():
+        with _without_warnings_of_pillow(), launcher.watched(), getattr(command, "lock", nullcontext)():
             return command.run()
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -64,6 +65,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return code
+
+
+@contextmanager
+def _without_warnings_of_pillow() -> Iterator[None]:
+    """What it warns of, such as too many pixels, is refused by an error of ours, or changes no pixel."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        yield
 
 
 def _prepare_terminal() -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 
-from ..host import room
+from ..host import check, room
 from .idx import read_idx
 from .options import Options, Part, to_nchw
 
@@ -38,7 +37,7 @@ def map_npy(path: Path) -> np.ndarray:
         # Read-only: Linux refuses a private writable mapping of a file larger than memory.
         array = np.load(path, mmap_mode="r", allow_pickle=False)
         beyond = path.stat().st_size - array.offset - array.nbytes
-    except (ValueError, OSError, EOFError) as error:
+    except Exception as error:  # a header is a text that numpy takes for Python: it may be anything
         raise ValueError(_unread(path, "a .npy file", error)) from None
     # Several calls of np.save on one open file append arrays, of which np.load returns only the first.
     if beyond > 0:
@@ -74,7 +73,9 @@ def read_npz(path: Path, options: Options) -> Part:
             labels = archive["labels"] if with_labels else None
     except room.NoRoom as refused:
         raise ValueError(f"{path}: {refused}") from None
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # of an archive that is damaged or encrypted, or of a header as in map_npy
         raise ValueError(_unread(path, "an .npz file", error)) from None
     if images is None:
         expected = (
@@ -82,7 +83,8 @@ def read_npz(path: Path, options: Options) -> Part:
         )
         if options.npz_key is not None:
             expected = f"an array named {options.npz_key} (npz_key)"
-        raise ValueError(f"{path}: expected {expected}, got {', '.join(keys) or 'none'}")
+        got = check.in_a_line(", ".join(keys)) or "none"
+        raise ValueError(f"{path}: expected {expected}, got {got}")
     if options.labels:
         count = len(images) if images.ndim else 0
         check_labels(labels, count, f"{path}", "an array named labels")
@@ -163,7 +165,7 @@ def check_labels(labels: np.ndarray | None, count: int, where: str, what: str) -
 
 
 def _unread(path: Path, what: str, error: Exception) -> str:
-    got = f"one that numpy does not read: {error}"
+    got = f"one that numpy does not read: {check.in_a_line(error)}"
     return f"{path}: expected {what} of plain numbers ({NO_PICKLE}), got {got}"
 
 
