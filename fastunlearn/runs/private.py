@@ -19,7 +19,7 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-from ..host.atomic import atomic_file
+from ..host.atomic import atomic_file, restore_displaced
 from ..host.plain_json import read_json
 
 PRIVATE_FOLDER = "private"  # inside a run folder: `purge` removes what is in it
@@ -54,6 +54,7 @@ def read_private(folder: str | Path) -> dict[str, Any]:
         ValueError: it is no such record.
     """
     path = Path(folder) / RECORD
+    restore_displaced(path.parent, RECORD)  # a kill may have come while it was replaced
     if not os.path.lexists(path):
         return {}
     try:
