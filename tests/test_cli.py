@@ -453,7 +453,7 @@ WRONG_UNLEARN = [
         r"expected no such flag with --method vanilla, got --.*a flag of",
     ),
     ("k too large", ["--k", "21"], r"k: expected an integer in \[1, 20\] \(the rows of retain\), got 21"),
-    ("lambda outside", ["--lambda", "1.5"], r"lambd: expected a finite number in \[0, 1\], got 1.5"),
+    ("lambda outside", ["--lambda", "1.5"], r"--lambda: expected a finite number in \[0, 1\], got 1.5"),
     ("no batch", ["--batch-size", "0"], r"batch_size: expected an integer >= 1, got 0"),
     ("no learning rate", ["--lr", "-1"], r"learning_rate: expected a finite number in .*, got -1.0"),
     ("the first beta of 1", ["--adam_beta1", "1"], r"adam_beta1: expected a number in \[0, 1\), got 1"),
@@ -791,7 +791,7 @@ def nothing_is_read(monkeypatch) -> None:
         (["--batch-size", "0"], "train_batch_size: expected an integer >= 1, got 0"),
         (["--micro-batch-size", "0"], "micro_batch_size: expected an integer >= 1, got 0"),
         (["--lr", "0"], "learning_rate: expected a finite number in (0, inf), got 0.0"),
-        (["--resume_from_checkpoint", "nowhere"], "resume_from_checkpoint: expected 'latest' or the folder"),
+        (["--resume_from_checkpoint", "nowhere"], "--resume_from_checkpoint: expected 'latest' or the folder"),
     ],
 )
 def test_flags_are_refused_before_anything_is_read(world, tmp_path, capsys, monkeypatch, flags, message):
