@@ -17,6 +17,7 @@ ABSENT = "diffusers", "nvtx", "tyro", "datasets", "faiss"
 WHOLE_MODULES = {
     "tests/golden/test_steps.py",
     "tests/metrics/test_reconstruction.py",
+    "tests/models/test_fuzz_pipeline.py",
     "tests/models/test_pipeline.py",
     "tests/models/test_transition.py",
     "tests/objective/test_schedules_of_diffusers.py",

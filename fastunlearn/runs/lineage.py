@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..host import check
 from ..host.arrays import name
 from ..host.atomic import atomic_file
 from ..host.folder_lock import locked, locked_file
@@ -243,7 +244,7 @@ def read_lineage(model: str | Path) -> Lineage:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{expected}, got another")
     if content.get("version") != VERSION:
-        raise ValueError(f"{expected}, got one of version {content.get('version')!r}")
+        raise ValueError(f"{expected}, got one of version {check.describe(content.get('version'))}")
     parts = content.get("parts")
     if not isinstance(parts, list) or not all(map(_is_part, parts)):
         raise ValueError(f"{expected}, got one that is damaged")
