@@ -791,7 +791,10 @@ def nothing_is_read(monkeypatch) -> None:
         (["--batch-size", "0"], "train_batch_size: expected an integer >= 1, got 0"),
         (["--micro-batch-size", "0"], "micro_batch_size: expected an integer >= 1, got 0"),
         (["--lr", "0"], "learning_rate: expected a finite number in (0, inf), got 0.0"),
-        (["--resume_from_checkpoint", "nowhere"], "--resume_from_checkpoint: expected 'latest' or the folder"),
+        (
+            ["--resume_from_checkpoint", "nowhere"],
+            "--resume_from_checkpoint: expected 'latest' or the folder",
+        ),
     ],
 )
 def test_flags_are_refused_before_anything_is_read(world, tmp_path, capsys, monkeypatch, flags, message):
