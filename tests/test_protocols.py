@@ -314,6 +314,35 @@ def test_a_finished_protocol_is_left_as_it_is(tmp_path):
     assert protocols.run(tmp_path, "separate", make=built) == first
 
 
+def test_a_protocol_of_an_earlier_version_goes_on(tmp_path, monkeypatch):
+    """It had seeds and plain hashes in its file."""
+    from fastunlearn.runs import protocols as room
+
+    def stopped(request: Request):
+        if request.number == 2:
+            raise Stop
+        return make(request)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(room, "keyed", lambda description, key: description)
+        with pytest.raises(Stop):
+            protocols.run(tmp_path / "old", "continual", make=stopped)
+    content = json.loads((tmp_path / "old" / FILE).read_text())
+    assert content["forget"]["sha256"] == forget_set().content_hash()
+    measured = content["measured"] | {"seed": 0}
+    requests = [content["requests"][0] | {"seed": 5}]
+    edit(tmp_path / "old" / FILE, version=1, seed=5, measured=measured, requests=requests)
+    (tmp_path / "old" / "private" / "record.json").unlink()
+
+    assert room.kept_seed("latest", tmp_path / "old") == 5
+    protocols.run(tmp_path / "old", "continual")
+    protocols.run(tmp_path / "whole", "continual")
+    assert results(tmp_path / "old") == results(tmp_path / "whole")
+    text = (tmp_path / "old" / FILE).read_text()
+    assert "sha256" not in text.replace("hmac_sha256", "")
+    assert '"seed"' not in text
+
+
 # --- refusals
 
 

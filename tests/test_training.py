@@ -265,6 +265,7 @@ class NotAModule(FakeUnlearner):
             ValueError,
             "checkpoints_total_limit: expected an integer >= 1, got 0",
         ),
+        ({"leave": "model"}, TypeError, "leave: expected a function or None, got 'model'"),
         ({"logging_steps": 0}, ValueError, "logging_steps: expected an integer >= 1, got 0"),
         ({"max_skipped_steps": -1}, ValueError, "max_skipped_steps: expected an integer >= 0, got -1"),
         ({"max_skipped_share": 1.5}, ValueError, r"max_skipped_share: expected a finite number in \[0, 1\]"),

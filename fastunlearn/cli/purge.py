@@ -38,11 +38,11 @@ class Purge:
 this model may then learn them again."""
 
     def run(self) -> int:
-        from ..runs.protocols import folders, purge_protocol
+        from ..runs.protocols import FILE, folders, purge_protocol
         from ..runs.training import purge
 
         requests = folders(self.run_dir)
-        if not requests:
+        if not requests and not (self.run_dir / FILE).exists():
             return self._say(self.run_dir, purge(self.run_dir))
         done = zip([*requests, self.run_dir], purge_protocol(self.run_dir), strict=True)
         return max(self._say(folder, purged) for folder, purged in done)

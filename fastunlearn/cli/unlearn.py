@@ -269,9 +269,10 @@ written shows or stores one."""
         """One run, of all images to forget."""
         from ..host.precision import tf32
         from ..runs import training
+        from ..runs.private import check_private
         from ..runs.run_record import remove_caches
 
-        private = self._private_folder(work, self.output)
+        private = check_private(self.output)
         unlearner = self._unlearner(work, model, work.forget, private, work.seed)
         self._say_selection(work, unlearner)
         with tf32(True if self.execution.allow_tf32 else None):
@@ -284,18 +285,13 @@ written shows or stores one."""
             )
         work.processes.by_first(lambda: remove_caches(self.output))
 
-    def _private_folder(self, work: Work, output: Path) -> Path:
-        """That of the run in `output`, for caches and estimates that are made before its first step."""
-        from ..runs.private import private_folder
-
-        return work.processes.by_first(lambda: private_folder(output))
-
     def _run_each(self, work: Work) -> None:
         """One run a request, and what the networks that they leave know of the images."""
         import torch
 
         from ..host.precision import tf32
         from ..metrics.deletion import Measures
+        from ..runs.private import check_private
         from ..runs.protocols import folders, unlearn_each
         from ..runs.run_record import remove_caches
         from .protocol_flags import show
@@ -303,7 +299,7 @@ written shows or stores one."""
         def make(request):
             start = self.model if request.start is None else request.start / "model"
             model, _ = self._network(start, work.device)
-            private = self._private_folder(work, request.folder)
+            private = check_private(request.folder)
             unlearner = self._unlearner(work, model, request.forget, private, request.seed)
             if request.number == 1:
                 self._say_selection(work, unlearner)

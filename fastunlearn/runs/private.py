@@ -28,16 +28,26 @@ FORMAT = "fastunlearn-private"
 HASH = re.compile("[0-9a-f]{64}")  # a SHA-256, and a key, as they are written
 
 
-def private_folder(run_dir: str | Path) -> Path:
-    """`run_dir/private`, made if it is missing, and closed to others.
+def check_private(run_dir: str | Path) -> Path:
+    """`run_dir/private`, whether it is there or not.
 
     Raises:
         ValueError: it is a link: what is written there would lie elsewhere, where `purge` removes nothing.
-        OSError: it cannot be made.
     """
     folder = Path(run_dir) / PRIVATE_FOLDER
     if folder.is_symlink():
         raise ValueError(f"output_dir: expected a folder {PRIVATE_FOLDER} of its own, got a link, {folder}")
+    return folder
+
+
+def private_folder(run_dir: str | Path) -> Path:
+    """`run_dir/private`, made if it is missing, and closed to others.
+
+    Raises:
+        ValueError: as `check_private`.
+        OSError: it cannot be made.
+    """
+    folder = check_private(run_dir)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     # One that was there already, or that a mask made smaller.
     os.chmod(folder, 0o700)

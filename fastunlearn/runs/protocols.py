@@ -214,7 +214,7 @@ def unlearn_each(
         if processes.by_first(lambda: is_finished(resume_from_checkpoint, output_dir, num_steps)):
             if processes.rank == 0:
                 print(f"{output_dir}: the protocol is complete, nothing is left to do", file=sys.stderr)
-            return processes.by_first(lambda: read_protocol(output_dir))
+            return processes.by_first(lambda: read_json(output_dir / FILE))
         resumed = resume_from_checkpoint is not None
         opened = processes.by_first(lambda: _opened(output_dir, head, seeds, resumed))
         says = options.get("show_progress", True)
@@ -278,8 +278,8 @@ def purge_protocol(output_dir: str | Path) -> list[Purged]:
         done = [purge(folder) for folder in folders(output_dir)]
         own = remove_private(private_paths(output_dir), output_dir)
         path = output_dir / FILE
-        if path.is_file():
-            content = read_json(path)
+        if path.exists():
+            content = _read(path)
             own.unfinished = content.get("status") != COMPLETE
             _write(path, _without_images(content))
         return [*done, own]
@@ -313,21 +313,31 @@ def read_protocol(output_dir: str | Path) -> dict[str, Any]:
         ValueError: there is none, or it is no record of a protocol.
     """
     path = Path(output_dir) / FILE
+    content = _read(path)
+    if not _is_whole(content) or not _has_numbers(content):
+        raise ValueError(f"output_dir: expected {path} to be a {FORMAT} record")
+    return content
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The content of `protocol.json`, as far as it is of a protocol at all.
+
+    Raises:
+        ValueError: it is not.
+    """
     try:
         content = read_json(path)
     except ValueError as error:
         raise ValueError(
             f"output_dir: expected a folder with a readable {FILE}, got {path}: {error}"
         ) from None
-    if not _is_protocol(content) or not _has_numbers(content):
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"output_dir: expected {path} to be a {FORMAT} record")
     return content
 
 
-def _is_protocol(content: Any) -> bool:
+def _is_whole(content: dict[str, Any]) -> bool:
     """Whether `content` has all that a protocol which goes on reads of it."""
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        return False
     if not {*DECISIVE, "requests", "after"} <= content.keys():
         return False
     done, asked = content["after"], content["requests"]

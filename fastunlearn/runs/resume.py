@@ -50,11 +50,11 @@ def save_checkpoint(
     # Plain names: the network that resumes may be compiled, or wrapped, where this one is not.
     def write() -> Path:
         model = {"model": plain_state(unlearner.model)}
-        key = update_private(output_dir)["identifiers_key"]
+        folder = private_folder(output_dir)
+        key = key_in(folder) or update_private(output_dir)["identifiers_key"]
         metadata = {"unlearner": unlearner.state_dict(), "identity": keyed(run, key), "key": key_check(key)}
         states = {name: part_state(part, unlearner.model) for name, part in parts_of(unlearner).items()}
         states |= {"optimizer": optimizer_state.named(unlearner.optimizer, unlearner.model), "random": random}
-        folder = private_folder(output_dir)
         return checkpoint.save(folder, unlearner.step_index, model, metadata, states=states, keep=keep)
 
     return processes.by_first(write)

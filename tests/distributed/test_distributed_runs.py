@@ -142,7 +142,7 @@ def test_a_signal_to_any_process_stops_all_at_one_step(pair: Team, tmp_path: Pat
 def test_the_process_that_is_short_of_time_stops_all(pair: Team, tmp_path: Path, rank: int):
     of_unlearner = {"before_step": LongStep(rank, 2)}
     for result in together(pair, tmp_path, of_unlearner=of_unlearner, max_time="9999-00:00:00"):
-        assert result["stopped"] == (EX_TEMPFAIL, tmp_path / "checkpoint-3")
+        assert result["stopped"] == (EX_TEMPFAIL, runs.saved_in(tmp_path, 3))
 
 
 def test_who_waits_for_a_process_that_a_signal_stops_is_told(pair: Team):

@@ -24,6 +24,7 @@ from team import PATIENCE, tell_place
 
 from fastunlearn.cli import main
 from fastunlearn.host.folder_lock import LOCK_FILE, locked
+from fastunlearn.runs.private import read_private
 from fastunlearn.runs.protocols import FILE, read_protocol
 from fastunlearn.runs.run_record import read_metrics, read_run
 from fastunlearn.testing.checkpoints import save_tiny_checkpoint
@@ -57,7 +58,7 @@ def world(tmp_path_factory) -> SimpleNamespace:
     )
 
 
-def command(world: SimpleNamespace, output: Path, *more: object) -> list[str]:
+def command(world: SimpleNamespace, output: Path, *more: object, seed: int | None = 0) -> list[str]:
     paths = ("--model", world.model, "--forget", world.forget, "--retain", world.retain, "--output", output)
     # AdamW makes a whole step of a gradient that is nothing but rounding: the rate is what keeps that below
     # the tolerance.
@@ -73,7 +74,8 @@ def command(world: SimpleNamespace, output: Path, *more: object) -> list[str]:
         "--learning-rate",
         "1e-4",
     )
-    return [str(argument) for argument in ("unlearn", *paths, *fixed, *more)]
+    seeds = () if seed is None else ("--seed", seed)
+    return [str(argument) for argument in ("unlearn", *paths, *fixed, *seeds, *more)]
 
 
 def run_as(rank: int, count: int, port: int, log: str, arguments: list[str]) -> None:
@@ -136,7 +138,7 @@ def single(world, tmp_path_factory) -> Path:
 
 def test_the_command_in_two_processes(world, single: Path, tmp_path: Path):
     # the last weights are the average
-    averaged = command(world, tmp_path / "run", "--use-ema", "--ema-decay", "0")
+    averaged = command(world, tmp_path / "run", "--use-ema", "--ema-decay", "0", "--keep-checkpoints")
     results = launch(tmp_path, averaged)
     assert [code for code, _ in results] == [0, 0], results
     assert_close(tmp_path / "run", single)
@@ -144,7 +146,9 @@ def test_the_command_in_two_processes(world, single: Path, tmp_path: Path):
     assert [record["step"] for record in read_metrics(tmp_path / "run")] == [1, 2, 3, 4]
     assert "unlearned model: " in results[0][1]
     assert "unlearned model: " not in results[1][1]
-    assert len(list((tmp_path / "run" / "private").iterdir())) == 1  # the neighbours, searched once
+    kept = {path.name.partition("-")[0] for path in (tmp_path / "run" / "private").iterdir()}
+    assert kept == {"checkpoint", "record.json", "fastunlearn"}  # the neighbours, searched once
+    runs.unfinish(tmp_path / "run", 4)
     resumed = launch(tmp_path, [*averaged, "--steps", "6", "--resume-from-checkpoint", "latest"])
     assert [code for code, _ in resumed] == [0, 0], resumed
     assert len(read_metrics(tmp_path / "run")) == 6
@@ -152,9 +156,13 @@ def test_the_command_in_two_processes(world, single: Path, tmp_path: Path):
 
 def test_a_protocol_in_two_processes_is_that_of_one(world, tmp_path: Path):
     continual = ("--protocol", "continual", "--images_per_request", "2")
-    assert main(command(world, tmp_path / "single", *continual, "--device", "cpu")) == 0
-    results = launch(tmp_path, command(world, tmp_path / "pair", *continual))
+    # Without a seed process 0 draws one, which it tells the other, and nobody else.
+    results = launch(tmp_path, command(world, tmp_path / "pair", *continual, seed=None))
     assert [code for code, _ in results] == [0, 0], results
+    seed = read_private(tmp_path / "pair" / "private")["seed"]
+    assert not any(str(seed) in said for _, said in results)
+    single = command(world, tmp_path / "single", *continual, "--device", "cpu", seed=seed)
+    assert main(single) == 0
     assert "protocol: " in results[0][1]
     assert "protocol: " not in results[1][1]
     found, expected = (read_protocol(tmp_path / folder) for folder in ("pair", "single"))
@@ -168,16 +176,17 @@ def test_a_protocol_in_two_processes_is_that_of_one(world, tmp_path: Path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     # A process fewer goes on with the rest, and a pair has nothing left to do.
     shutil.rmtree(tmp_path / "pair" / "request-2")
-    kept = {name: found[name][:1] for name in ("requests", "after")}
+    kept = {name: found[name][:1] for name in ("requests", "after")} | {"status": "running"}
     (tmp_path / "pair" / FILE).write_text(json.dumps(found | kept))
     resumed = (*continual, "--resume-from-checkpoint", "latest")
-    assert main(command(world, tmp_path / "pair", *resumed, "--device", "cpu")) == 0
+    assert main(command(world, tmp_path / "pair", *resumed, "--device", "cpu", seed=None)) == 0
     assert_close(tmp_path / "pair" / "request-2", tmp_path / "single" / "request-2")
     again = launch(tmp_path, command(world, tmp_path / "pair", *resumed))
     assert [code for code, _ in again] == [0, 0], again
-    changed = launch(tmp_path, command(world, tmp_path / "pair", *resumed, "--seed", "1"))
+    (tmp_path / "pair" / FILE).write_text(json.dumps(found | {"status": "running"}))
+    changed = launch(tmp_path, command(world, tmp_path / "pair", *resumed, seed=1))
     assert [code for code, _ in changed] == [2, 1], changed
-    assert "seed 1, got 0" in changed[0][1]
+    assert "seed: expected that which the protocol in" in changed[0][1]
 
 
 @pytest.mark.parametrize(
