@@ -229,9 +229,9 @@ def as_before(folder: Path, status: str) -> None:
     runs.change_json(saved, lambda content: content["metadata"].pop("key"))
     shutil.rmtree(folder / "private")
     record = json.loads((folder / "run.json").read_text())
-    (folder / "run.json").write_text(
-        json.dumps(record | plain | {"version": 1, "status": status, "steps": 2})
-    )
+    listed = ["/caches/fastunlearn-neighbors-0123.safetensors"]
+    record |= plain | {"version": 1, "status": status, "steps": 2, "private_files": listed}
+    (folder / "run.json").write_text(json.dumps(record))
 
 
 @pytest.mark.parametrize("status", ["running", "complete"])
@@ -250,6 +250,9 @@ def test_a_run_of_an_earlier_version_goes_on_once(tmp_path: Path, capsys, status
     key = read_private(folder / "private")["identifiers_key"]
     assert read_run(folder)["data"] == keyed(identity(resumed)["data"], key)
     assert "seed" not in read_run(folder)
+    # What it listed is still told of, where others do not read it.
+    assert read_run(folder)["private_files"] == []
+    assert len(read_private(folder / "private")["private_files"]) == 1
 
 
 def test_purge_leaves_the_model_alone_of_what_an_earlier_version_wrote(tmp_path: Path):

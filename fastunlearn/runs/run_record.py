@@ -38,7 +38,7 @@ VERSION = 2
 COMPLETE = "complete"  # the status of a run that is finished
 CACHE_NAME = re.compile(re.escape(CACHE_FORMAT) + r"-[0-9a-f]{40}\.safetensors")
 # Entries of a run's record that stay as they are when the run goes on.
-KEPT = ("started", "private_files", "purged", "base_model", "resumed")
+KEPT = ("started", "purged", "base_model", "resumed")
 # What `purge` leaves of a line of metrics.jsonl: losses and norms are functions of images, weights and draws.
 KEPT_METRICS = ("step", "lr", "seconds", "skipped_steps")
 # What it takes from run.json, beside hashes and lists of rows.
@@ -96,16 +96,13 @@ def resumed_record(run_dir: str | Path, record: dict[str, Any], step: int) -> di
     return record | kept | {"resumed": [*earlier, resumed]}
 
 
-def private_record(run_dir: str | Path) -> dict[str, Any]:
-    """What a run that left no checkpoint said of its private files.
-
-    A new run in its place takes this over: otherwise nothing would name those files any more.
-    """
+def earlier_record(run_dir: str | Path) -> dict[str, Any]:
+    """What a new run takes over of one in its place that left no checkpoint."""
     try:
         record = read_run(run_dir)
     except ValueError:  # there was none
         return {}
-    return {name: record[name] for name in ("private_files", "purged") if name in record}
+    return {name: record[name] for name in ("purged",) if name in record}
 
 
 def read_run(run_dir: str | Path) -> dict[str, Any]:
@@ -178,6 +175,19 @@ def _listed(run_dir: Path) -> list[str]:
     """The paths that the private record lists."""
     listed = read_private(run_dir / PRIVATE_FOLDER).get("private_files", [])
     return listed if isinstance(listed, list) else []
+
+
+def take_over_private(run_dir: Path) -> None:
+    """Moves the list of private files from `run.json`, where earlier versions had it, to the private record.
+
+    Otherwise nothing would name those files once the run has another `run.json`.
+    """
+    try:
+        listed = read_run(run_dir)["private_files"]
+    except ValueError:  # there was none
+        return
+    if listed:
+        update_private(run_dir, private_files=list(dict.fromkeys([*_listed(run_dir), *map(str, listed)])))
 
 
 def remove_caches(run_dir: str | Path) -> None:

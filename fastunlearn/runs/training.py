@@ -41,10 +41,11 @@ from .run_record import (
     COMPLETE,
     Metrics,
     describe_run,
-    private_record,
+    earlier_record,
     purge,
     read_metrics,
     resumed_record,
+    take_over_private,
     update_run,
     write_run,
 )
@@ -361,6 +362,7 @@ class _Loop:
         secret = update_private(self.output_dir, **private, seed=self.unlearner.seed)
         for folder in (self.output_dir, self.output_dir / PRIVATE_FOLDER):
             checkpoint.clean(folder)
+        take_over_private(self.output_dir)
         # What may be read by others has neither the seed nor a hash that could be compared.
         public = {name: value for name, value in self.identity.items() if name != "seed"}
         public = keyed(public, secret["identifiers_key"])
@@ -368,7 +370,7 @@ class _Loop:
         if resumed:
             record = resumed_record(self.output_dir, record, self.unlearner.step_index)
         else:
-            record |= private_record(self.output_dir)
+            record |= earlier_record(self.output_dir)
         write_run(self.output_dir, record)
         self.metrics = Metrics(self.output_dir, self.unlearner.step_index)
         # As if the run had not been stopped: its seconds go on from those of the last line kept.
