@@ -314,6 +314,25 @@ def test_a_finished_protocol_is_left_as_it_is(tmp_path):
     assert protocols.run(tmp_path, "separate", make=built) == first
 
 
+def test_a_run_whose_numbers_are_there_is_ended(tmp_path):
+    """A kill between the two leaves its checkpoints, and nobody builds it again."""
+
+    def stopped(request: Request):
+        if request.number == 2:
+            raise Stop
+        return make(request)
+
+    with pytest.raises(Stop):
+        protocols.run(tmp_path, "continual", make=stopped)
+    first = tmp_path / "request-1"
+    assert read_run(first)["status"] == "complete"
+    edit(first / "run.json", status="running")
+    checkpoint.save(first / "private", STEPS, {}, {})
+    protocols.run(tmp_path, "continual")
+    assert read_run(first)["status"] == "complete"
+    assert [path.name for path in (first / "private").iterdir()] == ["record.json"]
+
+
 def test_a_protocol_of_an_earlier_version_goes_on(tmp_path, monkeypatch):
     """It had seeds and plain hashes in its file."""
     from fastunlearn.runs import protocols as room
