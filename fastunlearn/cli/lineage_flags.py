@@ -107,11 +107,12 @@ class Past:
     def keep_key(self, private: Path) -> None:
         """Puts the key into the private folder of a run, but for one that --lineage_key names."""
         from ..runs.lineage import LINEAGE_KEY, write_key
+        from ..runs.private import private_folder
 
         if self.key is None or self.flags.lineage_key is not None:
             return
         if next(_readable([private / LINEAGE_KEY]), None) != self.key:
-            write_key(private / LINEAGE_KEY, self.key)
+            write_key(private_folder(private.parent) / LINEAGE_KEY, self.key)
 
     def files(self, forgotten: ImageStore | None, images: Mapping[str, Any]) -> dict[str, bytes]:
         """`lineage.json`, as a file of the pipeline that a run leaves; nothing where nothing was forgotten.
