@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import crash
 import torch
 import torch.distributed as dist
 from step_cases import SCHEDULE, images
@@ -109,6 +110,22 @@ def run(
         "step": unlearner.step_index,
         "warnings": told,
     }
+
+
+KILLED = {"checkpointing_steps": 2}  # options of the runs that are killed
+
+
+def lines_of_run(folder: Path) -> int:
+    """How many lines of the package a run takes in this process."""
+    return crash.lines_in(lambda: run(False, folder, STEPS, KILLED, {}))
+
+
+def run_killed(folder: Path, rank: int, line: int) -> None:
+    """A run in which process `rank` ends itself at a line of the package."""
+    if dist.get_rank() == rank:
+        crash.killed_in(lambda: run(False, folder, STEPS, KILLED, {}), line)
+    else:
+        run(False, folder, STEPS, KILLED, {})
 
 
 class SignalAt:

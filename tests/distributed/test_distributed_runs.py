@@ -4,13 +4,26 @@ many processes as there are then.
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import runs
 import torch
-from run_cases import STEPS, FailAt, LongStep, NotFinite, Ruin, SignalAt, interrupt_first, run
+from run_cases import (
+    KILLED,
+    STEPS,
+    FailAt,
+    LongStep,
+    NotFinite,
+    Ruin,
+    SignalAt,
+    interrupt_first,
+    lines_of_run,
+    run,
+    run_killed,
+)
 from team import Team
 
 from fastunlearn import ImageStore
@@ -136,6 +149,29 @@ def test_a_signal_to_any_process_stops_all_at_one_step(pair: Team, tmp_path: Pat
     whole = together(pair, tmp_path / "whole", of_unlearner={"dropout": 0.3})
     resumed = together(pair, tmp_path / "run", resume_from_checkpoint="latest", of_unlearner={"dropout": 0.3})
     assert torch.equal(resumed[1]["weights"], whole[1]["weights"])
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(40, marks=pytest.mark.slow)])
+def test_one_of_two_processes_is_killed_anywhere(tmp_path: Path, kills: int):
+    """The other one ends, too, and the run that goes on ends with the bits of one that was left alone."""
+    with Team(2) as pair:
+        lines = pair.run(lines_of_run, tmp_path / "whole")
+        whole = together(pair, tmp_path / "again", **KILLED)
+    generator = random.Random(0)
+    for number in range(kills):
+        folder, rank = tmp_path / str(number), number % 2
+        # What waits for the other process takes more lines at one time than at another.
+        line = generator.randint(1, lines[rank] * 9 // 10)
+        with Team(2) as pair:
+            answers = pair.answers(run_killed, folder, rank, line)
+            assert answers[rank] == (False, f"process {rank} ended with -9"), line
+            assert not answers[1 - rank][0], line
+        with Team(2) as pair:
+            resumed = together(pair, folder, resume_from_checkpoint="latest", **KILLED)
+        for found, expected in zip(resumed, whole, strict=True):
+            assert torch.equal(found["weights"], expected["weights"]), line
+        assert numbers(folder) == numbers(tmp_path / "whole"), line
+        assert not [path for path in folder.rglob(".*") if path.name != ".fastunlearn.lock"], line
 
 
 @pytest.mark.parametrize("rank", [0, 1])
