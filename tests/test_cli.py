@@ -782,6 +782,7 @@ def nothing_is_read(monkeypatch) -> None:
     [
         (["--within_condition", "True"], "--within_condition: expected another value"),
         (["--target", "other_condition"], "--target: expected another value (it compares labels"),
+        (["--seed", "-1"], "seed: expected an integer in [0, 9223372036854775807], got -1"),
         (["--checkpointing_steps", "0"], "checkpointing_steps: expected an integer >= 1, got 0"),
         (["--checkpoints_total_limit", "0"], "checkpoints_total_limit: expected an integer >= 1, got 0"),
         (["--logging_steps", "0"], "logging_steps: expected an integer >= 1, got 0"),

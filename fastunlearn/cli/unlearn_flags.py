@@ -210,6 +210,8 @@ checkpoint and stops with exit code 75. To go on: --resume_from_checkpoint lates
         from ..runs.time_limit import parse_time
         from ..runs.trackers import check_installed
 
+        if self.seed is not None:
+            check.integer("seed", self.seed, low=0, high=2**63 - 1)
         check.integer("checkpointing_steps", self.checkpointing_steps, low=1)
         if self.checkpoints_total_limit is not None:
             check.integer("checkpoints_total_limit", self.checkpoints_total_limit, low=1)
