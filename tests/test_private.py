@@ -29,6 +29,7 @@ from fastunlearn.data import load_images
 from fastunlearn.host.atomic import atomic_directory
 from fastunlearn.runs import checkpoint
 from fastunlearn.runs.identity import described, identity, start_weights
+from fastunlearn.runs.lineage import LINEAGE_KEY
 from fastunlearn.runs.private import keyed, read_private, update_private
 from fastunlearn.runs.run_record import read_run
 from fastunlearn.runs.training import purge
@@ -94,7 +95,7 @@ def test_nothing_that_others_may_read_names_an_image(world, tmp_path, protocol):
         assert command(world, tmp_path / "run", *flags, "--keep_checkpoints") == 0
     requests = [tmp_path / "run"] if protocol == "together" else sorted((tmp_path / "run").glob("request-*"))
     kept = {path.name.partition("-")[0] for path in (requests[0] / "private").iterdir()}
-    assert kept == {"record.json", "checkpoint", "mask.safetensors", "fastunlearn"}
+    assert kept == {"record.json", LINEAGE_KEY, "checkpoint", "mask.safetensors", "fastunlearn"}
     for folder in {tmp_path / "run", *requests}:
         assert_closed(folder / "private")
 
@@ -125,7 +126,7 @@ def test_a_finished_command_keeps_the_seed_alone_and_purge_takes_that(world, tmp
 
     assert command(world, tmp_path / "first") == command(world, tmp_path / "second") == 0
     private = tmp_path / "first" / "private"
-    assert [path.name for path in private.iterdir()] == ["record.json"]
+    assert sorted(path.name for path in private.iterdir()) == [LINEAGE_KEY, "record.json"]
     seeds = [read_private(tmp_path / name / "private")["seed"] for name in ("first", "second")]
     assert seeds[0] != seeds[1]
     # The same seed, the same run.
@@ -146,7 +147,7 @@ def test_a_finished_command_keeps_the_seed_alone_and_purge_takes_that(world, tmp
     assert {path: path.read_bytes() for path in files_in(tmp_path / "first")} == before
 
     assert main(["purge", str(tmp_path / "first")]) == 0
-    assert list(private.iterdir()) == []
+    assert [path.name for path in private.iterdir()] == [LINEAGE_KEY]
     assert b"hmac" not in b"".join(public(tmp_path / "first").values())
 
 
@@ -162,7 +163,8 @@ def test_a_purged_protocol_has_no_number_of_an_image(world, tmp_path):
     assert purged["after"] == [
         {"request": each["request"], "retain": each["retain"]} for each in whole["after"]
     ]
-    assert not [path for path in tmp_path.rglob("*") if path.parent.name == "private"]
+    left = [path.name for path in tmp_path.rglob("*") if path.parent.name == "private"]
+    assert left == [LINEAGE_KEY, LINEAGE_KEY]
     for path, content in public(tmp_path).items():
         assert b"hmac" not in content, path
         assert b'"loss": ' not in content or path.name == "protocol.json", path
