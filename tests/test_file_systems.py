@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_training import FakeUnlearner, checkpoints, run
+from test_training import FakeUnlearner, checkpoints, run, stopped
 
 from fastunlearn.host import atomic
 from fastunlearn.host.folder_lock import LOCK_FILE, locked
@@ -71,7 +71,8 @@ def no_modes(monkeypatch) -> None:
 
     change = os.fchmod
     monkeypatch.setattr(os, "open", opened)
-    monkeypatch.setattr(os, "fchmod", failing(errno.EPERM))
+    for call in ("fchmod", "chmod"):
+        monkeypatch.setattr(os, call, failing(errno.EPERM))
 
 
 def no_locks(monkeypatch) -> None:
@@ -110,9 +111,9 @@ def test_a_run_is_the_same_and_a_warning_says_what_is_missing(tmp_path: Path, mo
     folder = tmp_path / "run"
     with monkeypatch.context() as patched, caplog.at_level(logging.WARNING, "fastunlearn"):
         lack(patched)
-        run(FakeUnlearner(), folder, num_steps=6)
+        stopped(FakeUnlearner(), folder, step=6)
         # A second time over what stands there.
-        (folder / "checkpoint-6" / checkpoint.MANIFEST).write_text("{}")
+        (folder / "private" / "checkpoint-6" / checkpoint.MANIFEST).write_text("{}")
         with pytest.warns(UserWarning, match="damaged checkpoint passed over"):
             history = run(FakeUnlearner(), folder, resume_from_checkpoint="latest")
     assert [record["loss"] for record in history.records] == [record["loss"] for record in expected.records]

@@ -60,7 +60,7 @@ def atomic_directory(path: str | Path, *, private: bool = False) -> Iterator[Pat
         yield temporary
         for file in sorted(temporary.rglob("*")):
             if private:
-                file.chmod(0o700 if file.is_dir() else 0o600)
+                close_to_others(file)
             _sync(file)
         _sync(temporary)
         # A folder cannot replace one that is not empty; but two can be exchanged.
@@ -246,7 +246,12 @@ def _set_mode(descriptor: int, mode: int) -> None:
     _supported(os.fchmod, descriptor, mode, but=(errno.EPERM,))
 
 
-def _supported(call: Callable[..., None], *arguments: int, but: tuple[int, ...] = ()) -> bool:
+def close_to_others(path: Path) -> None:
+    """Leaves a folder (0700), or a file (0600), to its owner alone, where the file system has such modes."""
+    _supported(os.chmod, path, 0o700 if path.is_dir() else 0o600, but=(errno.EPERM,))
+
+
+def _supported(call: Callable[..., None], *arguments: int | Path, but: tuple[int, ...] = ()) -> bool:
     """Calls it; False where the file system does not have it, or answers with an error in `but`."""
     try:
         call(*arguments)

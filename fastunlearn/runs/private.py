@@ -19,7 +19,7 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-from ..host.atomic import atomic_file, restore_displaced
+from ..host.atomic import atomic_file, close_to_others, restore_displaced
 from ..host.plain_json import read_json
 
 PRIVATE_FOLDER = "private"  # inside a run folder: `purge` removes what is in it
@@ -50,7 +50,7 @@ def private_folder(run_dir: str | Path) -> Path:
     folder = check_private(run_dir)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     # One that was there already, or that a mask made smaller.
-    os.chmod(folder, 0o700)
+    close_to_others(folder)
     return folder
 
 
