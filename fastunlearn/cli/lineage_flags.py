@@ -106,8 +106,8 @@ class Past:
 
     def keep_key(self, private: Path) -> None:
         """Puts the key into the private folder of a run, but for one that --lineage_key names."""
-        from ..runs.lineage import LINEAGE_KEY, write_key
-        from ..runs.private import private_folder
+        from ..runs.lineage import write_key
+        from ..runs.private import LINEAGE_KEY, private_folder
 
         if self.key is None or self.flags.lineage_key is not None:
             return
@@ -141,7 +141,7 @@ class Past:
 
     def _found_key(self) -> bytes:
         """The key of the lineage, if that is there; otherwise one for a new lineage."""
-        from ..runs.lineage import key_in, new_key
+        from ..runs.lineage import new_key, shared_key
 
         given = self.flags.lineage_key
         # A run that is resumed has the key already, wherever the run before it may be now.
@@ -156,15 +156,15 @@ class Past:
                 raise ValueError(f"{self._wrong_with(places[-1])}; {REMEDY}")
         if given is not None:
             try:
-                return key_in(given)
+                return shared_key(given)
             except ValueError as error:
                 raise ValueError(f"--{error}") from None
         return next(_readable(own), None) or new_key()
 
     def _key_before(self) -> Path:
         """Where the run that left --model has its key."""
-        from ..runs.lineage import LINEAGE_KEY, file_of
-        from ..runs.private import PRIVATE_FOLDER
+        from ..runs.lineage import file_of
+        from ..runs.private import LINEAGE_KEY, PRIVATE_FOLDER
 
         return file_of(self.model).parent.parent / PRIVATE_FOLDER / LINEAGE_KEY
 
@@ -187,8 +187,7 @@ class Past:
 
 def _keys_of_run(output: Path) -> list[Path]:
     """Where a run in `output`, or the requests of a protocol, have their keys."""
-    from ..runs.lineage import LINEAGE_KEY
-    from ..runs.private import PRIVATE_FOLDER
+    from ..runs.private import LINEAGE_KEY, PRIVATE_FOLDER
     from ..runs.protocols import folders
 
     return [folder / PRIVATE_FOLDER / LINEAGE_KEY for folder in (output, *folders(output))]

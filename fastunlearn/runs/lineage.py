@@ -15,7 +15,6 @@ from __future__ import annotations
 import hmac
 import json
 import os
-import re
 import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -31,15 +30,13 @@ from ..host.atomic import atomic_file
 from ..host.folder_lock import locked, locked_file
 from ..host.plain_json import read_bytes, read_json
 from ..host.store import ImageStore, row_contents
-from .private import PRIVATE_FOLDER
-from .run_record import LINEAGE_KEY
+from .private import LINEAGE_KEY, PRIVATE_FOLDER, is_hash
 
 FILE = "lineage.json"  # beside model_index.json
 FORMAT, VERSION = "fastunlearn-lineage", 1
 KEY_BYTES = 32
 LONGEST_KEY = 1000  # bytes of a file with one
 CHECKED = b"the key of a lineage"  # what is hashed to tell one key from another; no row begins like this
-HEX = re.compile("[0-9a-f]{64}")
 # Options of `load_images` that the shape of the rows tells.
 OF_THE_SHAPE = ("size", "channels")
 # What such an option does not refuse, it leaves as it is: whatever another one does, it does not to these.
@@ -255,7 +252,7 @@ def read_lineage(model: str | Path) -> Lineage:
 
 
 def _is_part(content: Any) -> bool:
-    if not isinstance(content, dict) or not _is_hex(content.get("key_check")):
+    if not isinstance(content, dict) or not is_hash(content.get("key_check")):
         return False
     groups = content.get("groups")
     return isinstance(groups, list) and all(map(_is_group, groups))
@@ -273,12 +270,8 @@ def _is_group(content: Any) -> bool:
         and isinstance(content["latents"], bool)
         and (options is None or texts)
         and isinstance(rows, list)
-        and all(map(_is_hex, rows))
+        and all(map(is_hash, rows))
     )
-
-
-def _is_hex(content: Any) -> bool:
-    return isinstance(content, str) and HEX.fullmatch(content) is not None
 
 
 def _part(content: dict[str, Any]) -> Part:
@@ -314,7 +307,7 @@ def read_key(path: str | Path) -> bytes:
         text = read_bytes(path, LONGEST_KEY).decode("ascii", "replace").strip()
     except ValueError as error:
         raise ValueError(f"{expected}, got {error}") from None
-    if not _is_hex(text):
+    if not is_hash(text):
         raise ValueError(f"{expected}, got other text")
     return bytes.fromhex(text)
 
@@ -325,7 +318,7 @@ def write_key(path: str | Path, key: bytes) -> None:
         file.write(f"{key.hex()}\n".encode())
 
 
-def key_in(path: str | Path) -> bytes:
+def shared_key(path: str | Path) -> bytes:
     """The key in a file, which gets a new one if it is not there; of several runs at once, all get the same.
 
     Raises:

@@ -24,6 +24,7 @@ from ..host.plain_json import read_json
 
 PRIVATE_FOLDER = "private"  # inside a run folder: `purge` removes what is in it
 RECORD = "record.json"
+LINEAGE_KEY = "lineage.key"  # beside it; `purge` leaves it (lineage.py)
 FORMAT = "fastunlearn-private"
 HASH = re.compile("[0-9a-f]{64}")  # a SHA-256, and a key, as they are written
 
@@ -74,7 +75,7 @@ def read_private(folder: str | Path) -> dict[str, Any]:
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise ValueError(f"{path}: expected a {FORMAT} record")
     key = record.get("identifiers_key")
-    if not isinstance(key, str) or not HASH.fullmatch(key):
+    if not is_hash(key):
         raise ValueError(f"{path}: identifiers_key: expected 64 hex digits")
     seed = record.get("seed", 0)
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
@@ -123,9 +124,14 @@ def keyed(description: Any, key: str) -> Any:
     if isinstance(description, list):
         return [keyed(value, key) for value in description]
     # A hash is told by its look, so that none is forgotten, whatever it is called.
-    if isinstance(description, str) and HASH.fullmatch(description):
+    if is_hash(description):
         return _hmac(description, key)
     return description
+
+
+def is_hash(value: Any) -> bool:
+    """Whether it is a SHA-256, an HMAC or a key, as they are written."""
+    return isinstance(value, str) and HASH.fullmatch(value) is not None
 
 
 def key_check(key: str) -> str:

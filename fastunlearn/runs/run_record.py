@@ -26,7 +26,7 @@ from ..host.folder_lock import locked
 from ..host.plain_json import read_json
 from ..neighbors.nearest import CACHE_FORMAT
 from . import checkpoint
-from .private import HASH, PRIVATE_FOLDER, read_private, update_private
+from .private import LINEAGE_KEY, PRIVATE_FOLDER, is_hash, read_private, update_private
 from .selections import in_words
 
 RUN_FILE = "run.json"
@@ -43,7 +43,6 @@ KEPT = ("started", "purged", "base_model", "resumed")
 KEPT_METRICS = ("step", "lr", "seconds", "skipped_steps")
 # What it takes from run.json, beside hashes and lists of rows.
 COMPARABLE = ("seed", "forget_in_retain")
-LINEAGE_KEY = "lineage.key"
 PACKAGES = ("fastunlearn", "torch", "diffusers", "accelerate", "numpy", "safetensors")
 
 
@@ -342,15 +341,11 @@ def without_identifiers(value: Any) -> Any:
         return {
             name: without_identifiers(item)
             for name, item in value.items()
-            if name not in COMPARABLE and not _is_hash(item) and not _are_rows(name, item)
+            if name not in COMPARABLE and not is_hash(item) and not _are_rows(name, item)
         }
     if isinstance(value, list):
-        return [without_identifiers(item) for item in value if not _is_hash(item)]
+        return [without_identifiers(item) for item in value if not is_hash(item)]
     return value
-
-
-def _is_hash(value: Any) -> bool:
-    return isinstance(value, str) and HASH.fullmatch(value) is not None
 
 
 def _are_rows(name: str, value: Any) -> bool:
