@@ -475,7 +475,7 @@ def test_a_radius_that_moves_depends_on_the_length_of_the_run(world, tmp_path, c
     assert unlearn(world, output, *RUNS["a band that grows"], "--keep_checkpoints") == 0
     runs.unfinish(output, 4)
     assert unlearn(world, output, *RUNS["a band that grows"], *latest) == 2
-    assert "a run with total_steps 6, got 4 in" in capsys.readouterr().err
+    assert "a run with --max_train_steps 6, got 4 in" in capsys.readouterr().err
     fixed = tmp_path / "fixed"
     assert unlearn(world, fixed, "--lowpass", "0.5", "--keep_checkpoints") == 0
     runs.unfinish(fixed, 4)

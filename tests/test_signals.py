@@ -9,6 +9,7 @@ from pathlib import Path
 
 import protocols
 import pytest
+from runs import saved_in
 from test_training import FakeUnlearner, checkpoints, run
 
 from fastunlearn.metrics.deletion import Measures
@@ -90,7 +91,8 @@ def test_a_second_sigterm_does_not_abort_the_save(tmp_path: Path):
     """The first one comes in the step, the second amid its checkpoint, which is whole."""
     with pytest.raises(RunInterrupted) as interrupted:
         run(FakeUnlearner(on_step=sent(TERM)), tmp_path, checkpointing_steps=None)
-    assert checkpoint.latest(tmp_path) == interrupted.value.checkpoint == tmp_path / "checkpoint-4"
+    assert interrupted.value.checkpoint == saved_in(tmp_path, 4)
+    assert checkpoint.latest(tmp_path / "private") == interrupted.value.checkpoint
 
 
 @pytest.mark.usefixtures("handlers", "term_before_every_save")
@@ -183,7 +185,7 @@ def test_a_run_stops_while_there_is_time_for_its_checkpoint(tmp_path: Path, monk
     # After step 1 a checkpoint shows what one takes; that of step 3 was due. After step 4 (85 s) another step
     # would fit, and the last checkpoint, but not one that is due in between.
     assert checkpoints(tmp_path / "run") == [1, 3, 4]
-    assert stopped.value.checkpoint == tmp_path / "run" / "checkpoint-4"
+    assert stopped.value.checkpoint == saved_in(tmp_path / "run", 4)
     assert clock.now == 105
     assert read_run(tmp_path / "run")["status"] == "interrupted"
     message = capsys.readouterr().err
@@ -194,7 +196,9 @@ def test_a_run_stops_while_there_is_time_for_its_checkpoint(tmp_path: Path, monk
 
 def test_a_run_that_ends_in_time_is_complete(tmp_path: Path, monkeypatch):
     clock = Clock(monkeypatch, save=20)
-    run(FakeUnlearner(on_step=clock.steps_of(10)), tmp_path, max_time=1000, checkpointing_steps=None)
+    options = {"max_time": 1000, "checkpointing_steps": None, "keep_checkpoints": True}
+    with pytest.warns(UserWarning, match="keep_checkpoints"):
+        run(FakeUnlearner(on_step=clock.steps_of(10)), tmp_path, **options)
     assert checkpoints(tmp_path) == [1, 10]
 
 

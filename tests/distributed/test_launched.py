@@ -147,7 +147,8 @@ def test_the_command_in_two_processes(world, single: Path, tmp_path: Path):
     assert "unlearned model: " in results[0][1]
     assert "unlearned model: " not in results[1][1]
     kept = {path.name.partition("-")[0] for path in (tmp_path / "run" / "private").iterdir()}
-    assert kept == {"checkpoint", "record.json", "fastunlearn"}  # the neighbours, searched once
+    # The neighbours, searched once, among them.
+    assert kept == {"checkpoint", "record.json", "lineage.key", "fastunlearn"}
     runs.unfinish(tmp_path / "run", 4)
     resumed = launch(tmp_path, [*averaged, "--steps", "6", "--resume-from-checkpoint", "latest"])
     assert [code for code, _ in resumed] == [0, 0], resumed

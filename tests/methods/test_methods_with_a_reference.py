@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from runs import unfinish
 from small_methods import Pairs
 
 from fastunlearn.engine import unlearner
@@ -57,10 +58,12 @@ def test_the_command_line_compares_with_the_checkpoint_that_was_given(tmp_path, 
         "--output",
         tmp_path / "run",
     ]
-    command += ["--checkpointing_steps", 2]
-    assert main([str(argument) for argument in command]) == 0
-    resumed = [*command, "--resume_from_checkpoint", "latest", "--steps", 4]
-    assert main([str(argument) for argument in resumed]) == 0
+    command += ["--checkpointing_steps", 2, "--keep_checkpoints"]
+    with pytest.warns(UserWarning, match="keep_checkpoints"):
+        assert main([str(argument) for argument in command]) == 0
+    unfinish(tmp_path / "run", 2)
+    with pytest.warns(UserWarning, match="keep_checkpoints"):
+        assert main([str(argument) for argument in [*command, "--resume_from_checkpoint", "latest"]]) == 0
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["method"] == {"name": "Pairs", "beta": 0.5}
     assert len(runs) == 2
