@@ -171,6 +171,34 @@ def test_a_purged_protocol_has_no_number_of_an_image(world, tmp_path):
     assert command(world, tmp_path, "--protocol", "continual", "--resume_from_checkpoint", "latest") == 0
 
 
+@pytest.mark.parametrize("left", ["nothing", "the key of the lineage"])
+def test_a_request_that_was_killed_at_its_beginning_keeps_no_other_from_being_purged(world, tmp_path, left):
+    from fastunlearn.cli import main
+
+    assert command(world, tmp_path, "--protocol", "separate") == 0
+    killed = tmp_path / "request-2"
+    key = killed / "private" / "lineage.key"
+    for path in files_in(killed):
+        if left == "nothing" or path != key:
+            path.unlink()
+    shutil.rmtree(killed / "model")
+    if left == "nothing":
+        key.parent.rmdir()
+    assert main(["purge", str(tmp_path)]) == 0
+    assert {path.name for path in tmp_path.rglob("private/*")} == {"lineage.key"}
+    assert b"hmac" not in (tmp_path / "protocol.json").read_bytes()
+
+
+def test_purge_sweeps_what_a_killed_writer_of_a_checkpoint_left(tmp_path: Path):
+    """Of an earlier version, which wrote them beside `run.json`; one that was being discarded is called so,
+    too.
+    """
+    saved = runs.stop(runs.make(), tmp_path)
+    os.rename(saved, tmp_path / f".{saved.name}.{2**22 + 1}-ab12.tmp")  # no process has this number
+    purge(tmp_path)
+    assert [path.name for path in files_in(tmp_path)] == ["metrics.jsonl", "run.json"]
+
+
 # --- keys and seeds -----------------------------------------------------------------------------------------
 
 

@@ -735,6 +735,13 @@ def test_a_run_that_goes_on_is_not_purged_nor_its_record_changed(finished: Path)
     assert everything_in(finished) == before
 
 
+def test_a_purge_that_is_killed_still_knows_what_is_listed(finished: Path, tmp_path: Path):
+    """What lies elsewhere goes before the record that names it."""
+    removed = purge(finished).removed
+    elsewhere = [path for path in removed if path.parent == tmp_path / "cache"]
+    assert [path.name for path in removed[-2:]] == [elsewhere[0].name, "record.json"]
+
+
 def test_purge_makes_no_folder(tmp_path: Path):
     with pytest.raises(ValueError, match="run_dir: expected a run folder"):
         purge(tmp_path / "nowhere")
@@ -810,9 +817,12 @@ def test_purge_refuses_a_private_folder_that_is_a_link(finished: Path, tmp_path:
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "file").write_text("x")
     os.rename(finished / "private", tmp_path / "moved")
-    (finished / "private").symlink_to(tmp_path / "precious")
-    tamper(finished, finished / "private" / "file")
-    assert [path for path, _ in purge(finished).refused] == [finished / "private" / "file"]
+    private = finished / "private"
+    private.symlink_to(tmp_path / "precious")
+    # What is behind it stays, which nobody should take for nothing to remove.
+    assert [path for path, _ in purge(finished).refused] == [private]
+    tamper(finished, private / "file")
+    assert [path for path, _ in purge(finished).refused] == [private, private / "file"]
     assert (tmp_path / "precious" / "file").exists()
 
 

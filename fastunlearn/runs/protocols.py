@@ -275,7 +275,8 @@ def purge_protocol(output_dir: str | Path) -> list[Purged]:
     """
     output_dir = Path(output_dir)
     with locked(output_dir, "purge"):
-        done = [purge(folder) for folder in folders(output_dir)]
+        # One that was killed before its first file leaves a folder with nothing in it.
+        done = [purge(folder) if any(folder.iterdir()) else Purged() for folder in folders(output_dir)]
         own = remove_private(private_paths(output_dir), output_dir)
         path = output_dir / FILE
         if path.exists():

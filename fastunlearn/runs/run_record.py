@@ -21,12 +21,12 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ..host import disk
-from ..host.atomic import atomic_file, discard, sync
+from ..host.atomic import atomic_file, discard, remove_leftovers, sync
 from ..host.folder_lock import locked
 from ..host.plain_json import read_json
 from ..neighbors.nearest import CACHE_FORMAT
 from . import checkpoint
-from .private import LINEAGE_KEY, PRIVATE_FOLDER, is_hash, read_private, update_private
+from .private import LINEAGE_KEY, PRIVATE_FOLDER, RECORD, is_hash, read_private, update_private
 from .selections import in_words
 
 RUN_FILE = "run.json"
@@ -255,16 +255,19 @@ def purge(run_dir: str | Path) -> Purged:
 
 
 def _purge(run_dir: Path) -> Purged:
+    # A writer that was killed may have left some of it under a name that nothing lists.
+    remove_leftovers(run_dir, "*")
     found = private_paths(run_dir)
-    # A run that died before it wrote `run.json` may have filled its private folder.
-    if found and not (run_dir / RUN_FILE).exists():
+    # A run that died before it wrote `run.json` may have filled its private folder, or made the key there.
+    if os.path.lexists(run_dir / PRIVATE_FOLDER) and not (run_dir / RUN_FILE).exists():
         return remove_private(found, run_dir)
 
     record = read_run(run_dir)
     listed = [*record["private_files"], *_told_of(run_dir)]
     listed = [Path(path) for path in listed if isinstance(path, str)]
-    # What the lists name goes last: the longer one of them is itself in the private folder.
-    result = remove_private(found + listed, run_dir)
+    # The record goes last: until then, a call after a kill still knows what it lists.
+    paths = sorted(found + listed, key=lambda path: path.name == RECORD)
+    result = remove_private(paths, run_dir)
     result.removed += _leave_the_model(run_dir)
     result.unfinished = record.get("status") != COMPLETE
     done = {"time": _now(), "removed": len(result.removed)}
@@ -283,12 +286,14 @@ def _purge(run_dir: Path) -> Purged:
 
 
 def private_paths(run_dir: Path) -> list[Path]:
-    """What `purge` removes of `run_dir/private`: all but the key of the lineage; nothing where it is a link.
+    """What `purge` removes of `run_dir/private`: all but the key of the lineage; of a link itself, to say no.
 
     The key goes with the model, whose later runs leave out what was forgotten once.
     """
     private = run_dir / PRIVATE_FOLDER
-    if not private.is_dir() or private.is_symlink():
+    if private.is_symlink():
+        return [private.absolute()]
+    if not private.is_dir():
         return []
     return [path.absolute() for path in sorted(private.iterdir()) if path.name != LINEAGE_KEY]
 
@@ -384,7 +389,9 @@ def _refusal(path: Path, run_dir: Path) -> str | None:
     if is_entry and not private.is_symlink() and private.resolve() in real.parents:
         return None
     # Outside of the private folder only what is certainly a neighbour cache, by name and by content.
-    if path.is_symlink() or not path.is_file():
+    if path.is_symlink():
+        return "a link outside of the run's private folder: what it leads to stays"
+    if not path.is_file():
         return "neither in the run's private folder nor a regular file"
     if not CACHE_NAME.fullmatch(path.name):
         return "neither in the run's private folder nor named like a neighbour cache"
