@@ -36,6 +36,7 @@ FILE = "lineage.json"  # beside model_index.json
 FORMAT, VERSION = "fastunlearn-lineage", 1
 KEY_BYTES = 32
 LONGEST_KEY = 1000  # bytes of a file with one
+LONGEST_WORD = 100  # characters of an option, or of its value
 CHECKED = b"the key of a lineage"  # what is hashed to tell one key from another; no row begins like this
 # Options of `load_images` that the shape of the rows tells.
 OF_THE_SHAPE = ("size", "channels")
@@ -262,16 +263,21 @@ def _is_group(content: Any) -> bool:
     if not isinstance(content, dict) or content.keys() != {"shape", "dtype", "latents", "options", "rows"}:
         return False
     shape, options, rows = content["shape"], content["options"], content["rows"]
-    texts = isinstance(options, dict) and all(isinstance(value, str) for value in options.values())
+    texts = isinstance(options, dict) and all(map(_is_word, [*options, *options.values()]))
     return (
         isinstance(shape, list)
         and all(type(length) is int for length in shape)
-        and isinstance(content["dtype"], str)
+        and _is_word(content["dtype"])
         and isinstance(content["latents"], bool)
         and (options is None or texts)
         and isinstance(rows, list)
         and all(map(is_hash, rows))
     )
+
+
+def _is_word(content: Any) -> bool:
+    """Whether it may stand in an error."""
+    return isinstance(content, str) and content.isprintable() and len(content) <= LONGEST_WORD
 
 
 def _part(content: dict[str, Any]) -> Part:
