@@ -297,6 +297,10 @@ def test_purge_leaves_the_model_alone_of_what_an_earlier_version_wrote(tmp_path:
     assert left == {"model.safetensors", "ema.safetensors", "metadata.json", "manifest.json"}
     assert runs.same(load_file(folder / "checkpoint-2" / "model.safetensors"), weights)
     assert "seed" not in read_run(folder)
+    # It is complete, and there is nothing that it could go on from.
+    resumed = runs.make()
+    runs.run(resumed, folder, num_steps=2, resume_from_checkpoint="latest")
+    assert resumed.step_index == 0
 
 
 # --- kills while it ends ------------------------------------------------------------------------------------

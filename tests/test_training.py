@@ -217,6 +217,17 @@ def test_a_complete_run_does_not_go_on(tmp_path: Path):
     assert everything_in(tmp_path) == before
 
 
+def test_another_run_does_not_go_on_in_the_folder_of_a_complete_one(tmp_path: Path):
+    run(FakeUnlearner(), tmp_path / "first")
+    stopped(FakeUnlearner(), tmp_path / "second", step=6)
+    saved = tmp_path / "second" / "private" / "checkpoint-6"
+    with pytest.raises(ValueError, match=r"^output_dir: expected a folder without a finished run"):
+        run(FakeUnlearner(), tmp_path / "first", resume_from_checkpoint=saved)
+    # Its own are gone, and nothing is left to do.
+    own = tmp_path / "first" / "private" / "checkpoint-10"
+    assert len(run(FakeUnlearner(), tmp_path / "first", resume_from_checkpoint=own).records) == 10
+
+
 def test_latest_without_a_checkpoint_starts_anew(tmp_path: Path):
     assert len(run(FakeUnlearner(), tmp_path, resume_from_checkpoint="latest").records) == 10
 

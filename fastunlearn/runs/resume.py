@@ -161,16 +161,23 @@ def is_finished(resume: str | Path | None, output_dir: Path, num_steps: int) -> 
     record = finished_run(output_dir)
     if record is None:
         return False
-    if resume is None:
+    if resume is None or not _lies_in(resume, output_dir):
         expected = "a folder without a finished run for a new one"
         raise ValueError(f"output_dir: expected {expected}, got {output_dir}, whose run.json says complete")
     # Earlier versions noted the end before the model was written: such a run ends once more.
-    if record.get("version") == 1 and checkpoint.every(output_dir):
+    whole = [path for path in checkpoint.every(output_dir) if not checkpoint.is_model_alone(path)]
+    if record.get("version") == 1 and whole:
         return False
     if record.get("steps") != num_steps:
         expected = f"the {record.get('steps')} steps of the finished run in {output_dir}"
         raise ValueError(f"num_steps: expected {expected}, which cannot go on, got {num_steps}")
     return True
+
+
+def _lies_in(resume: str | Path, output_dir: Path) -> bool:
+    """Whether what is to be resumed is the run in `output_dir` itself, and no other one."""
+    own = [place.resolve() for place in (output_dir, output_dir / PRIVATE_FOLDER)]
+    return resume == "latest" or Path(resume).resolve().parent in own
 
 
 def kept_seed(resume: str | Path | None, output_dir: Path) -> int | None:
