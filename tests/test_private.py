@@ -138,6 +138,9 @@ def test_a_finished_command_keeps_the_seed_alone_and_purge_takes_that(world, tmp
     assert not runs.same(weights[0], weights[2])
 
     before = {path: path.read_bytes() for path in files_in(tmp_path / "first")}
+    # As a kill leaves them that comes after run.json says "complete".
+    (private / "checkpoint-2").mkdir()
+    (private / "mask.safetensors").touch()
     assert command(world, tmp_path / "first", "--resume_from_checkpoint", "latest") == 0
     assert capsys.readouterr().out.endswith(
         f"{tmp_path / 'first'}: the run is complete, nothing is left to do\n"
@@ -145,6 +148,7 @@ def test_a_finished_command_keeps_the_seed_alone_and_purge_takes_that(world, tmp
     assert command(world, tmp_path / "first", "--forget", tmp_path / "nowhere") == 2
     assert capsys.readouterr().err.startswith("error: --output: expected a folder without a finished run")
     assert {path: path.read_bytes() for path in files_in(tmp_path / "first")} == before
+    assert sorted(path.name for path in private.iterdir()) == [LINEAGE_KEY, "record.json"]
 
     assert main(["purge", str(tmp_path / "first")]) == 0
     assert [path.name for path in private.iterdir()] == [LINEAGE_KEY]
