@@ -150,9 +150,11 @@ def check_file(flag: str, path: Path) -> None:
     Raises:
         ValueError: something else than a file is there.
     """
-    if path.exists() and not path.is_file():
-        what = "a folder" if path.is_dir() else "a pipe, a socket or a device"
-        raise ValueError(f"{flag}: expected a file, or nothing yet, got {what}: {path}")
+    from ..host.atomic import in_the_way
+
+    other = in_the_way(path)
+    if other is not None:
+        raise ValueError(f"{flag}: expected a file, or nothing yet, got {other}: {path}")
 
 
 def _folders_read(folder: Path) -> set[tuple[int, int]]:

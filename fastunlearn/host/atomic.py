@@ -85,9 +85,9 @@ def atomic_file(path: str | Path, *, mode: int = 0o666) -> Iterator[BinaryIO]:
     Until then nobody else may read it. Then it has `mode`, less the umask.
     """
     path = Path(path)
-    if path.exists() and not path.is_file():
-        what = "a folder" if path.is_dir() else "a pipe, a socket or a device"
-        raise OSError(errno.EINVAL, f"expected a file, or nothing yet, got {what}", str(path))
+    other = in_the_way(path)
+    if other is not None:
+        raise OSError(errno.EINVAL, f"expected a file, or nothing yet, got {other}", str(path))
     remove_leftovers(path.parent, glob.escape(path.name))
     temporary, displaced = _aside(path, "tmp"), _aside(path, "old")
     try:
@@ -106,6 +106,13 @@ def atomic_file(path: str | Path, *, mode: int = 0o666) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
         _written_aside.difference_update((temporary.name, displaced.name))
         restore_displaced(path.parent, glob.escape(path.name))
+
+
+def in_the_way(path: Path) -> str | None:
+    """What there is, in words, where no file could take its place; None: a file, or nothing."""
+    if path.is_file() or not path.exists():
+        return None
+    return "a folder" if path.is_dir() else "a pipe, a socket or a device"
 
 
 # What this process writes at this moment, by names that are its own.
