@@ -53,20 +53,24 @@ done once, after the last."""
         """
         from ..host import check
 
-        check.integer("train_batch_size", self.train_batch_size, low=1)
+        check.integer(
+            "--train_batch_size", self.train_batch_size, low=1, high=2**32, of="rows that can be drawn"
+        )
         if self.micro_batch_size is not None:
-            check.integer("micro_batch_size", self.micro_batch_size, low=1)
+            check.integer("--micro_batch_size", self.micro_batch_size, low=1)
         for name in ("learning_rate", "adam_epsilon"):
-            check.number(name, getattr(self, name), low=0, low_open=True)
+            check.number(f"--{name}", getattr(self, name), low=0, low_open=True)
         for name in ("adam_beta1", "adam_beta2", "adam_weight_decay", "ema_decay"):
-            check.number(name, getattr(self, name), low=0, high=1)
+            check.number(f"--{name}", getattr(self, name), low=0, high=1)
             if name.startswith("adam_beta") and getattr(self, name) == 1:
-                raise ValueError(f"{name}: expected a number in [0, 1), got 1: the average would never move")
+                raise ValueError(
+                    f"--{name}: expected a number in [0, 1), got 1: the average would never move"
+                )
         # A run that forgets nothing, because it takes no step or never comes out of the warm-up, would end as
         # one that does.
-        check.integer("max_train_steps", self.max_train_steps, low=1)
+        check.integer("--max_train_steps", self.max_train_steps, low=1)
         check.integer(
-            "lr_warmup_steps",
+            "--lr_warmup_steps",
             self.lr_warmup_steps,
             low=0,
             high=self.max_train_steps - 1,
@@ -211,13 +215,13 @@ checkpoint and stops with exit code 75. To go on: --resume_from_checkpoint lates
         from ..runs.trackers import check_installed
 
         if self.seed is not None:
-            check.integer("seed", self.seed, low=0, high=2**63 - 1)
-        check.integer("checkpointing_steps", self.checkpointing_steps, low=1)
+            check.integer("--seed", self.seed, low=0, high=2**63 - 1)
+        check.integer("--checkpointing_steps", self.checkpointing_steps, low=1)
         if self.checkpoints_total_limit is not None:
-            check.integer("checkpoints_total_limit", self.checkpoints_total_limit, low=1)
-        check.integer("logging_steps", self.logging_steps, low=1)
-        check.integer("max_skipped_steps", self.max_skipped_steps, low=0)
-        check.number("max_skipped_share", self.max_skipped_share, low=0, high=1)
+            check.integer("--checkpoints_total_limit", self.checkpoints_total_limit, low=1)
+        check.integer("--logging_steps", self.logging_steps, low=1)
+        check.integer("--max_skipped_steps", self.max_skipped_steps, low=0)
+        check.number("--max_skipped_share", self.max_skipped_share, low=0, high=1)
         parse_time("--max_time", self.max_time)
         if self.report_to is not None:
             check_installed(self.report_to)
