@@ -9,6 +9,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args, get_type_hints
@@ -808,6 +809,21 @@ def test_flags_are_refused_before_anything_is_read(world, tmp_path, capsys, monk
     assert run("unlearn", *paths, *output, "--device", "cpu", "--method", method, *flags) == 2
     assert f"error: {message}" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_warnings_of_ours_are_one_line(monkeypatch):
+    """Without the line of code that they come from; those of libraries are shown as always."""
+    shown, usual = [], warnings.formatwarning
+
+    def show(command) -> int:
+        for file in (load_images.__code__.co_filename, "elsewhere.py"):
+            shown.append(warnings.formatwarning("something is kept", UserWarning, file, 1))
+        return 0
+
+    monkeypatch.setattr("fastunlearn.cli.purge.Purge.run", show)
+    assert run("purge", "anything") == 0
+    assert shown == ["warning: something is kept\n", "elsewhere.py:1: UserWarning: something is kept\n"]
+    assert warnings.formatwarning is usual
 
 
 @pytest.mark.parametrize(

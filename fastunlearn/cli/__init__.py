@@ -17,6 +17,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 from .. import __version__
 from ..runs import launcher
@@ -52,7 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     command = _parse([argument for argument in arguments if argument != "--debug"])
     try:
-        with _without_warnings_of_pillow(), launcher.watched(), getattr(command, "lock", nullcontext)():
+        with (
+            _without_warnings_of_pillow(),
+            _warnings_in_a_line(),
+            launcher.watched(),
+            getattr(command, "lock", nullcontext)(),
+        ):
             return command.run()
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -73,6 +79,23 @@ def _without_warnings_of_pillow() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")
         yield
+
+
+@contextmanager
+def _warnings_in_a_line() -> Iterator[None]:
+    """Warnings of ours are shown as errors are: without the line of code that they come from."""
+    usual, ours = warnings.formatwarning, str(Path(__file__).parents[1])
+
+    def shown(message, category, filename, lineno, line=None) -> str:
+        if filename.startswith(ours):
+            return f"warning: {message}\n"
+        return usual(message, category, filename, lineno, line)
+
+    warnings.formatwarning = shown
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
 
 
 def _prepare_terminal() -> None:
