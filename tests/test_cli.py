@@ -24,6 +24,9 @@ from safetensors.torch import load_file
 
 from fastunlearn import __version__, nearest_neighbors
 from fastunlearn.cli import main
+from fastunlearn.cli.demo import Demo
+from fastunlearn.cli.neighbors import Neighbors
+from fastunlearn.cli.purge import Purge
 from fastunlearn.data import load_images
 from fastunlearn.host.folder_lock import locked, locked_file
 from fastunlearn.host.kept import KeptRows
@@ -809,6 +812,15 @@ def test_flags_are_refused_before_anything_is_read(world, tmp_path, capsys, monk
     assert run("unlearn", *paths, *output, "--device", "cpu", "--method", method, *flags) == 2
     assert f"error: {message}" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_the_list_of_commands_is_in_whole_sentences(capsys):
+    with pytest.raises(SystemExit):
+        run("--help")
+    text = " ".join(re.sub("[│•]", " ", capsys.readouterr().out).split())
+    for command in (Demo, Neighbors, Purge):
+        assert " ".join(command.__doc__.split("\n\n")[0].split()) in text
+    assert "75 stopped by --max_time, 128 + N stopped by signal N" in text
 
 
 def test_warnings_of_ours_are_one_line(monkeypatch):

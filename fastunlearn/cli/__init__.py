@@ -28,8 +28,9 @@ Start with `fastunlearn demo`: it needs no data and no GPU. `fastunlearn COMMAND
 with an example.
 
 Flags may be written with dashes or underscores, and are called as in diffusers' training scripts. Exit \
-codes: 0 done, 1 not passed or failed, 2 wrong input. Errors are one line, and one more for each file of a \
-list; --debug or FASTUNLEARN_DEBUG=1 adds the traceback."""
+codes: 0 done, 1 not passed or failed, 2 wrong input, 75 stopped by --max_time, 128 + N stopped by signal N. \
+Errors are one line, and one more for each file of a list; --debug or FASTUNLEARN_DEBUG=1 adds the \
+traceback."""
 
 
 FEWEST_COLUMNS = 40
@@ -139,10 +140,10 @@ def _parse(arguments: list[str]):
             command = command.with_methods()
         with optional_flags():
             return tyro.cli(command, prog=f"fastunlearn {arguments[0]}", args=arguments[1:], config=config)
-    # Only to say what there is, in one line a command: parsing ends here.
-    first_lines = {name: command.__doc__.split("\n")[0] for name, command in commands.items()}
+    # Only to say what there is, in a paragraph a command: parsing ends here.
+    first = {name: " ".join(command.__doc__.split("\n\n")[0].split()) for name, command in commands.items()}
     listed = tuple(
-        Annotated[command, tyro.conf.subcommand(name, description=first_lines[name])]
+        Annotated[command, tyro.conf.subcommand(name, description=first[name])]
         for name, command in commands.items()
     )
     every = Union[listed]  # noqa: UP007 (of a tuple)
