@@ -1,4 +1,4 @@
-"""What README.md and docs/*.md point to: files, headings, and lines of code by the name that begins there.
+"""What README.md, SECURITY.md and docs/*.md point to: files, headings, and lines of code by the name that begins there.
 
 A link to code has the name in its text and the line in its address: [`Rescale.factor`](../PATH.py#L41). Lines
 move; this writes the right numbers into all pages:
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 LINK = re.compile(r"(?<!!)\[(?P<text>[^\]]*)\]\((?P<target>[^)\s]+)\)")
 PICTURE = re.compile(r"!\[[^\]]*\]\((?P<target>[^)\s]+)\)")
