@@ -28,6 +28,7 @@ from fastunlearn.cli.demo import Demo
 from fastunlearn.cli.neighbors import Neighbors
 from fastunlearn.cli.purge import Purge
 from fastunlearn.data import load_images
+from fastunlearn.host import disk
 from fastunlearn.host.folder_lock import locked, locked_file
 from fastunlearn.host.kept import KeptRows
 from fastunlearn.host.store import ImageStore
@@ -1035,6 +1036,17 @@ def test_sample(world, tmp_path, capsys):
     assert np.abs(first.astype(int) - again).max() <= 1  # other batches round differently
     assert Image.open(tmp_path / "again.png").size[0] > 8
     assert load_images(tmp_path / "again.npz").shape == TINY_SHAPE
+
+
+def test_sample_draws_only_where_there_is_room(world, tmp_path, capsys, monkeypatch):
+    def sample(*arguments, **options):
+        raise AssertionError("something was drawn")
+
+    monkeypatch.setattr("fastunlearn.models.sampling.sample", sample)
+    monkeypatch.setattr(disk, "free_bytes", lambda path: 10)
+    count = ("--num_images", "5", "--device", "cpu")
+    assert run("sample", "--model", world.model, *count, "--output", tmp_path / "out.npz") == 2
+    assert "of free disk for the samples, got 10 bytes" in capsys.readouterr().err
 
 
 def test_sample_writes_nothing_of_a_model_that_draws_nothing(world, tmp_path, capsys):

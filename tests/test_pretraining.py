@@ -14,6 +14,7 @@ import runs
 import torch
 from safetensors.torch import load_file
 
+from fastunlearn.host import disk
 from fastunlearn.runs import checkpoint
 
 diffusers = pytest.importorskip("diffusers")
@@ -110,6 +111,13 @@ def test_weights_that_are_not_finite_end_it_and_are_never_written(tmp_path, lr, 
     with pytest.raises(WeightsNotFinite, match=rf"step \d+: expected {found}.*no checkpoint was written yet"):
         pretrain(images, recipe, tmp_path / "model", checkpointing_steps=every, show_progress=False)
     assert not list(tmp_path.iterdir())
+
+
+def test_it_begins_only_where_there_is_room(tmp_path, monkeypatch):
+    monkeypatch.setattr(disk, "free_bytes", lambda path: 10)
+    with pytest.raises(OSError, match="of free disk for 3 checkpoints and the model, got 10 bytes"):
+        pretrain_tiny(str(tmp_path))
+    assert not list(tmp_path.rglob("checkpoint-*"))
 
 
 def test_two_into_one_output_are_refused(tmp_path):
