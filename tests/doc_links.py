@@ -1,4 +1,4 @@
-"""What README.md, SECURITY.md and docs/*.md point to: files, headings, and lines of code by the name that begins there.
+"""What the pages of the docs point to: files, headings, and lines of code by the name that begins there.
 
 A link to code has the name in its text and the line in its address: [`Rescale.factor`](../PATH.py#L41). Lines
 move; this writes the right numbers into all pages:

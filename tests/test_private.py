@@ -143,7 +143,7 @@ def test_a_finished_command_keeps_the_seed_alone_and_purge_takes_that(world, tmp
     (private / "mask.safetensors").touch()
     assert command(world, tmp_path / "first", "--resume_from_checkpoint", "latest") == 0
     assert capsys.readouterr().out.endswith(
-        f"{tmp_path / 'first'}: the run is complete, nothing is left to do\n"
+        f"{tmp_path / 'first'}: the run is complete, nothing is left to do (its settings were not compared)\n"
     )
     assert command(world, tmp_path / "first", "--forget", tmp_path / "nowhere") == 2
     assert capsys.readouterr().err.startswith("error: --output: expected a folder without a finished run")
@@ -275,9 +275,7 @@ def test_a_run_of_an_earlier_version_goes_on_once(tmp_path: Path, capsys, status
     as_before(folder, status)
     resumed = runs.make()
     runs.run(resumed, folder, resume_from_checkpoint="latest")
-    told = (
-        f"going on from {folder / 'checkpoint-2'}; checkpoints of this version lie in {folder / 'private'}\n"
-    )
+    told = f"going on from checkpoint-2; checkpoints of this version lie in {folder / 'private'}\n"
     assert capsys.readouterr().err == told
     assert torch.equal(runs.weights(resumed), expected)
     assert [path.name for path in folder.rglob("checkpoint-*")] == ["checkpoint-4"]
@@ -287,6 +285,16 @@ def test_a_run_of_an_earlier_version_goes_on_once(tmp_path: Path, capsys, status
     # What it listed is still told of, where others do not read it.
     assert read_run(folder)["private_files"] == []
     assert len(read_private(folder / "private")["private_files"]) == 1
+
+
+def test_kept_checkpoints_of_an_earlier_version_become_private(tmp_path: Path):
+    folder, _ = runs.whole(tmp_path / "run")
+    as_before(folder, "running")
+    with pytest.warns(UserWarning, match="keep_checkpoints"):
+        runs.run(runs.make(), folder, resume_from_checkpoint="latest", keep_checkpoints=True)
+    assert list(folder.glob("checkpoint-*")) == []
+    kept = sorted((folder / "private").glob("checkpoint-*"))
+    assert [path.name for path in kept] == ["checkpoint-2", "checkpoint-4"]
 
 
 def test_purge_leaves_the_model_alone_of_what_an_earlier_version_wrote(tmp_path: Path):

@@ -199,7 +199,10 @@ def test_resume_of_a_complete_run_does_nothing(tmp_path: Path, capsys, keep: boo
     # Another run, too: it is not looked at any more.
     unlearner = FakeUnlearner(on_step=pytest.fail, seed=7)
     assert run(unlearner, tmp_path, resume_from_checkpoint="latest") == expected
-    assert capsys.readouterr().err == f"{tmp_path}: the run is complete, nothing is left to do\n"
+    assert (
+        capsys.readouterr().err
+        == f"{tmp_path}: the run is complete, nothing is left to do (its settings were not compared)\n"
+    )
     assert unlearner.step_index == 0
     assert everything_in(tmp_path) == before
 

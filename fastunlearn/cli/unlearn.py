@@ -209,7 +209,7 @@ written shows or stores one."""
             for folder in [self.output] if together else protocols.folders(self.output):
                 resume.tidy(folder)
                 remove_caches(folder)
-            print(f"{self.output}: the {what} is complete, nothing is left to do")
+            print(f"{self.output}: the {what} {resume.NOTHING_LEFT}")
         return finished
 
     def _seed(self) -> int:
@@ -252,10 +252,13 @@ written shows or stores one."""
         Raises:
             ValueError: naming the flag.
         """
+        from ..runs.private import check_private
         from ..runs.resume import find_checkpoint
         from ..runs.run_record import METRICS_FILE, RUN_FILE
         from .options import called, check_file
 
+        with called(output_dir="output"):
+            check_private(self.output)
         for name in (RUN_FILE, METRICS_FILE):
             check_file("--output", self.output / name)
         resume = self.bookkeeping.resume_from_checkpoint

@@ -40,7 +40,7 @@ from .identity import check_same, described, start_weights, weights_of
 from .identity import identity as describe_identity
 from .private import PRIVATE_FOLDER, keyed, read_private, update_private
 from .processes import Processes
-from .resume import tidy
+from .resume import NOTHING_LEFT, tidy
 from .run_record import (
     COMPLETE,
     Purged,
@@ -213,7 +213,10 @@ def unlearn_each(
     with Processes(process_group) as processes, processes.alone_in(output_dir, "unlearn_each"):
         if processes.by_first(lambda: is_finished(resume_from_checkpoint, output_dir, num_steps)):
             if processes.rank == 0:
-                print(f"{output_dir}: the protocol is complete, nothing is left to do", file=sys.stderr)
+                print(
+                    f"{output_dir}: the protocol {NOTHING_LEFT}",
+                    file=sys.stderr,
+                )
             return processes.by_first(lambda: read_json(output_dir / FILE))
         resumed = resume_from_checkpoint is not None
         opened = processes.by_first(lambda: _opened(output_dir, head, seeds, resumed))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -27,6 +28,8 @@ from .processes import Processes
 from .run_record import finished_run, keeps_checkpoints, read_run
 from .run_state import part_state, parts_of, random_state, restore
 from .state_checks import Entry, check_keys
+
+NOTHING_LEFT = "is complete, nothing is left to do (its settings were not compared)"
 
 
 def save_checkpoint(
@@ -165,7 +168,8 @@ def is_finished(resume: str | Path | None, output_dir: Path, num_steps: int) -> 
         expected = "a folder without a finished run for a new one"
         raise ValueError(f"output_dir: expected {expected}, got {output_dir}, whose run.json says complete")
     # Earlier versions noted the end before the model was written: such a run ends once more.
-    whole = [path for path in checkpoint.every(output_dir) if not checkpoint.is_model_alone(path)]
+    saved = [*checkpoint.every(output_dir), *checkpoint.every(output_dir / PRIVATE_FOLDER)]
+    whole = [path for path in saved if not checkpoint.is_model_alone(path)]
     if record.get("version") == 1 and whole:
         return False
     if record.get("steps") != num_steps:
@@ -228,11 +232,19 @@ def find_checkpoint(resume: str | Path | None, output_dir: Path) -> Path | None:
 
 
 def _of_earlier_versions(output_dir: Path, private: Path) -> Path | None:
-    """The newest checkpoint in the run folder itself, where they lay once."""
+    """The newest checkpoint of a run that has them beside `run.json`, where they lay once.
+
+    They are moved into the private folder, all of them: optimizer states among them.
+    """
     found = checkpoint.latest(output_dir)
-    if found is not None:
-        print(f"going on from {found}; checkpoints of this version lie in {private}", file=sys.stderr)
-    return found
+    if found is None:
+        return None
+    private_folder(output_dir)
+    # The newest first: a kill in between must not make an older one the newest that is found.
+    for path in reversed(checkpoint.every(output_dir)):
+        os.replace(path, private / path.name)
+    print(f"going on from {found.name}; checkpoints of this version lie in {private}", file=sys.stderr)
+    return private / found.name
 
 
 def tidy(output_dir: Path) -> Path | None:

@@ -29,6 +29,7 @@ from .optimizer_state import group_names
 from .private import PRIVATE_FOLDER, keyed, update_private
 from .processes import Processes
 from .resume import (
+    NOTHING_LEFT,
     find_checkpoint,
     is_finished,
     load_checkpoint,
@@ -193,7 +194,10 @@ def unlearn(
                 _run(loop, num_steps, checkpointing_steps, logging_steps, time_limit, show_progress)
                 loop.leave(leave, keep_checkpoints)
         elif processes.rank == 0:
-            print(f"{output_dir}: the run is complete, nothing is left to do", file=sys.stderr)
+            print(
+                f"{output_dir}: the run {NOTHING_LEFT}",
+                file=sys.stderr,
+            )
         return processes.by_first(lambda: _history(output_dir))
 
 
