@@ -824,6 +824,17 @@ def test_the_list_of_commands_is_in_whole_sentences(capsys):
     assert "75 stopped by --max_time, 128 + N stopped by signal N" in text
 
 
+def test_no_run_lies_where_purge_would_remove_it(world, tmp_path, capsys):
+    (tmp_path / "private").mkdir()
+    (tmp_path / "run.json").touch()
+    output = tmp_path / "private" / "another"
+    assert unlearn(world, output) == 2
+    folder = tmp_path / "private"
+    expected = f"--output: expected a place outside of {folder}, which purge empties, got {output}"
+    assert expected in capsys.readouterr().err
+    assert not output.exists()
+
+
 def test_warnings_of_ours_are_one_line(monkeypatch):
     """Without the line of code that they come from; those of libraries are shown as always."""
     shown, usual = [], warnings.formatwarning

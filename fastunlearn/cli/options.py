@@ -144,6 +144,22 @@ def check_not_inside(output: Path, **inputs: tuple[Path, ...]) -> None:
                     raise ValueError(f"--{flag}: {expected}, got {path}")
 
 
+def check_not_private(output: Path) -> None:
+    """Refuses an `output` in the private folder of a run, which `purge` empties.
+
+    Raises:
+        ValueError: naming that folder.
+    """
+    from ..runs.private import PRIVATE_FOLDER
+    from ..runs.run_record import RUN_FILE
+
+    place = output.resolve()
+    for folder in (place, *place.parents):
+        if folder.name == PRIVATE_FOLDER and os.path.lexists(folder.parent / RUN_FILE):
+            expected = f"expected a place outside of {folder}, which purge empties"
+            raise ValueError(f"--output: {expected}, got {output}")
+
+
 def check_file(flag: str, path: Path) -> None:
     """Refuses a place where no file could be written, before the work that it is to hold.
 

@@ -123,10 +123,11 @@ written shows or stores one."""
 
     def run(self) -> int:
         from .launched import launched
-        from .options import check_not_inside, check_outside
+        from .options import check_not_inside, check_not_private, check_outside
         from .told_as_flags import told_as_flags
 
         check_outside(self.output, forget=self.forget, retain=self.retain)
+        check_not_private(self.output)
         self.bookkeeping.check()
         check_not_inside(self.output, forget=self.forget, retain=self.retain)
         check_not_inside(self.output / "model", model=(self.model,))
