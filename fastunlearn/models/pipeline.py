@@ -49,6 +49,7 @@ SCHEDULERS = (
 )
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json")
 FLOATS = ("F16", "BF16", "F32", "F64")  # as safetensors calls them
+LONGEST_NAME = 255  # bytes of the name of a file, on Linux
 REFUSED_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".msgpack")
 LAYOUT = (
     "a folder of DDPMPipeline.save_pretrained, or of UNet2DModel.save_pretrained with a scheduler_config.json"
@@ -395,7 +396,8 @@ def _shards(index_file: Path) -> list[Path]:
         raise ValueError(
             f"{index_file}: expected weight_map to name a file for each tensor, got {check.describe(shards)}"
         )
-    for tensor, shard in shards.items():
+    for name, shard in shards.items():
+        tensor = check.in_a_line(name)
         if not _is_safetensors_name(shard):
             expected = f"the name of a .safetensors file in {index_file.parent} for {tensor}"
             raise ValueError(f"{index_file}: expected {expected}, got {check.in_a_line(repr(shard))}")
@@ -408,7 +410,8 @@ def _shards(index_file: Path) -> list[Path]:
 
 def _is_safetensors_name(shard: object) -> bool:
     """Whether `shard` can only be a safetensors file in the same folder, on Windows as on Linux."""
-    if not isinstance(shard, str):
+    # A name that the system stumbles over would be its error, and as long as the name.
+    if not isinstance(shard, str) or not shard.isprintable() or len(shard.encode()) > LONGEST_NAME:
         return False
     return Path(shard).name == shard and "\\" not in shard and shard.endswith(".safetensors")
 

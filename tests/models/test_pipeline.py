@@ -139,6 +139,14 @@ def test_shards_are_read(pipeline):
     assert_same_weights(load_checkpoint(pipeline)[0], tiny_unet())
 
 
+@pytest.mark.parametrize("name", ["x" * 5000, "\0", "\ud800", "\n"])
+def test_a_shard_of_a_name_that_no_file_has(pipeline, name):
+    shards(pipeline, f"{name}.safetensors")
+    with pytest.raises(ValueError, match=r"expected the name of a .safetensors file in") as refused:
+        load_checkpoint(pipeline)
+    assert len(str(refused.value)) < 1000
+
+
 @pytest.mark.parametrize("place", ["", "unet"])
 def test_a_shard_that_acts_is_not_opened(pipeline, place):
     """A pickle that an index names, in a folder that holds the plain weights as well: diffusers alone would
