@@ -1322,3 +1322,12 @@ def test_names_that_are_no_text_are_shown_escaped(world, tmp_path):
     result = subprocess.run([os.fsencode(argument) for argument in command], capture_output=True, check=False)
     assert result.returncode == 0, result.stderr
     assert rb"\udcff run" in result.stdout
+
+
+def test_a_run_is_not_written_into_its_model(world, tmp_path, capsys):
+    output = Path(shutil.copytree(world.model, tmp_path / "model"))
+    before = sorted(output.rglob("*"))
+    given = ("--model", output, "--forget", world.forget, "--retain", world.retain)
+    assert run("unlearn", *given, "--output", output, "--method", "retrack", "--device", "cpu") == 2
+    assert "error: --output: expected another folder than that of --model" in capsys.readouterr().err
+    assert sorted(output.rglob("*")) == before

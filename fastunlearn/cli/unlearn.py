@@ -131,6 +131,8 @@ written shows or stores one."""
         self.bookkeeping.check()
         check_not_inside(self.output, forget=self.forget, retain=self.retain)
         check_not_inside(self.output / "model", model=(self.model,))
+        if self.output.resolve() == self.model.resolve():
+            raise ValueError(f"--output: expected another folder than that of --model, got {self.output}")
         work = "fastunlearn unlearn"
         asked = self.bookkeeping.device
         with told_as_flags(), launched(asked) as (processes, device), processes.alone_in(self.output, work):
