@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gzip
 import io
+import itertools
 import os
 import socket
+import threading
 import warnings
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
+from fastunlearn.data import folders as folders_module
 from fastunlearn.data import load_images, save_latents
 from fastunlearn.data import pictures as pictures_module
 from fastunlearn.host.store import ImageStore
@@ -369,3 +372,19 @@ def test_a_second_array_in_an_npy_file_is_refused(tmp_path):
         np.save(file, np.zeros((2, 1, 8, 8), np.uint8))
         np.save(file, np.zeros((3, 1, 8, 8), np.uint8))
     assert "x.npy: expected one array, got 320 bytes after it" in refused(tmp_path / "x.npy")
+
+
+def test_files_of_a_folder_are_decoded_side_by_side(tmp_path, monkeypatch):
+    """Each of the first two waits for the other to be there: one after another they never would meet."""
+    for number in range(4):
+        put(tmp_path / f"{number}.png", encoded(number))
+    meeting, decode, begun = threading.Barrier(2, timeout=60), folders_module.decode, itertools.count()
+
+    def wait_and_decode(*arguments):
+        if next(begun) < 2:
+            meeting.wait()
+        return decode(*arguments)
+
+    monkeypatch.setattr(folders_module, "decode", wait_and_decode)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    assert first_pixels(load_images(tmp_path)) == [0, 1, 2, 3]
