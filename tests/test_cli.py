@@ -24,9 +24,6 @@ from safetensors.torch import load_file
 
 from fastunlearn import __version__, nearest_neighbors
 from fastunlearn.cli import main
-from fastunlearn.cli.demo import Demo
-from fastunlearn.cli.neighbors import Neighbors
-from fastunlearn.cli.purge import Purge
 from fastunlearn.data import load_images
 from fastunlearn.host import disk
 from fastunlearn.host.folder_lock import locked, locked_file
@@ -816,6 +813,10 @@ def test_flags_are_refused_before_anything_is_read(world, tmp_path, capsys, monk
 
 
 def test_the_list_of_commands_is_in_whole_sentences(capsys):
+    from fastunlearn.cli.demo import Demo
+    from fastunlearn.cli.neighbors import Neighbors
+    from fastunlearn.cli.purge import Purge
+
     with pytest.raises(SystemExit):
         run("--help")
     text = " ".join(re.sub("[│•]", " ", capsys.readouterr().out).split())
