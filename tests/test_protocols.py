@@ -314,8 +314,8 @@ def test_a_finished_protocol_is_left_as_it_is(tmp_path):
     assert protocols.run(tmp_path, "separate", make=built) == first
 
 
-def test_a_run_whose_numbers_are_there_is_ended(tmp_path):
-    """A kill between the two leaves its checkpoints, and nobody builds it again."""
+def stop_before_the_second(folder: Path) -> None:
+    """A continual protocol that ends between its first two requests."""
 
     def stopped(request: Request):
         if request.number == 2:
@@ -323,7 +323,12 @@ def test_a_run_whose_numbers_are_there_is_ended(tmp_path):
         return make(request)
 
     with pytest.raises(Stop):
-        protocols.run(tmp_path, "continual", make=stopped)
+        protocols.run(folder, "continual", make=stopped)
+
+
+def test_a_run_whose_numbers_are_there_is_ended(tmp_path):
+    """A kill between the two leaves its checkpoints, and nobody builds it again."""
+    stop_before_the_second(tmp_path)
     first = tmp_path / "request-1"
     assert read_run(first)["status"] == "complete"
     edit(first / "run.json", status="running")
@@ -381,14 +386,7 @@ def test_a_protocol_of_an_earlier_version_goes_on(tmp_path, monkeypatch):
 )
 def test_what_was_done_otherwise_is_not_gone_on_with(tmp_path, options, message):
     """Also between two requests, where there is no checkpoint to say so."""
-
-    def stopped(request: Request):
-        if request.number == 2:
-            raise Stop
-        return make(request)
-
-    with pytest.raises(Stop):
-        protocols.run(tmp_path, "continual", make=stopped)
+    stop_before_the_second(tmp_path)
     before = (tmp_path / FILE).read_bytes()
     with pytest.raises(ValueError, match=message):
         protocols.run(tmp_path, "continual", **options)
