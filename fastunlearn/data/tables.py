@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..host import room
+from ..host import check, room
 from ..host.plain_json import read_json
 from .folders import Listing, list_known
 from .options import Options, Part, stack, to_nchw
@@ -122,7 +122,7 @@ def _check_files(path: Path) -> tuple[list[str], Listing]:
         raise ValueError(f"{path / STATE}: expected the state of a saved data set, got {error!r}") from None
     # The state comes from somebody else, with the data set: a name in it could lead to any file.
     for name in names:
-        if not _is_plain_name(name):
+        if not check.is_file_name(name):
             got = f"{name!r}, which leads elsewhere"
             raise ValueError(f"{path / STATE}: expected names of files beside it, got {got}")
     caches = [entry.name for entry in path.iterdir() if fnmatch.fnmatch(entry.name, CACHES)]
@@ -143,13 +143,6 @@ def _largest_column(metadata, name: str) -> int:
         )
         largest = max(largest, sum(sizes))
     return largest
-
-
-def _is_plain_name(name: object) -> bool:
-    """Whether `name` can only be that of a file directly in a folder, on Windows as on Linux."""
-    if not isinstance(name, str) or name in ("", ".", ".."):
-        return False
-    return Path(name).name == name and "\\" not in name
 
 
 def _images(cells: Iterable[object], count: int, path: Path, options: Options) -> np.ndarray:

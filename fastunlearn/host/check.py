@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import os
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 LONGEST = 300  # characters of what a file or a library says, as a message of ours shows it
+LONGEST_NAME = 255  # bytes of the name of a file, on Linux
 
 
 def describe(value) -> str:
@@ -226,3 +228,13 @@ def finite(name: str, value: Tensor) -> Tensor:
     if bad:
         raise ValueError(f"{name}: expected finite values, got {bad} NaN or Inf of {value.numel()}")
     return value
+
+
+def is_file_name(name: object) -> bool:
+    """Whether `name`, which somebody else has written, can only be that of a file directly in a folder, on
+    Windows as on Linux.
+    """
+    # A name that the system stumbles over would be its error, and as long as the name.
+    if not isinstance(name, str) or not name.isprintable() or len(name.encode()) > LONGEST_NAME:
+        return False
+    return name not in ("", ".", "..") and Path(name).name == name and "\\" not in name

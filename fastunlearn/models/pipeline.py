@@ -49,7 +49,6 @@ SCHEDULERS = (
 )
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json")
 FLOATS = ("F16", "BF16", "F32", "F64")  # as safetensors calls them
-LONGEST_NAME = 255  # bytes of the name of a file, on Linux
 REFUSED_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".msgpack")
 LAYOUT = (
     "a folder of DDPMPipeline.save_pretrained, or of UNet2DModel.save_pretrained with a scheduler_config.json"
@@ -398,7 +397,7 @@ def _shards(index_file: Path) -> list[Path]:
         )
     for name, shard in shards.items():
         tensor = check.in_a_line(name)
-        if not _is_safetensors_name(shard):
+        if not check.is_file_name(shard) or not shard.endswith(".safetensors"):
             expected = f"the name of a .safetensors file in {index_file.parent} for {tensor}"
             raise ValueError(f"{index_file}: expected {expected}, got {check.in_a_line(repr(shard))}")
         if not (index_file.parent / shard).is_file():
@@ -406,14 +405,6 @@ def _shards(index_file: Path) -> list[Path]:
                 f"{index_file}: expected {shard}, which holds {tensor}, beside it, got no such file"
             )
     return [index_file.parent / shard for shard in sorted(set(shards.values()))]
-
-
-def _is_safetensors_name(shard: object) -> bool:
-    """Whether `shard` can only be a safetensors file in the same folder, on Windows as on Linux."""
-    # A name that the system stumbles over would be its error, and as long as the name.
-    if not isinstance(shard, str) or not shard.isprintable() or len(shard.encode()) > LONGEST_NAME:
-        return False
-    return Path(shard).name == shard and "\\" not in shard and shard.endswith(".safetensors")
 
 
 def _read_json(file: Path) -> dict:

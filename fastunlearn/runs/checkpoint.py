@@ -39,7 +39,6 @@ from .state_tree import flatten, unflatten
 MANIFEST = "manifest.json"
 METADATA = "metadata.json"
 PREFIX = "checkpoint-"
-LONGEST_NAME = 255  # bytes of the name of a file, on Linux
 # Format 1 had no number. It kept the optimizer's state by position, weights by wrapped names, and nothing
 # about model, schedule and precision.
 FORMAT_VERSION = 2
@@ -187,7 +186,7 @@ def verify(path: str | Path) -> list[str]:
         raise ValueError(f"{path / MANIFEST}: expected file names and hashes, {METADATA} among them")
     # A manifest that was tampered with must not lead out of the folder.
     for name, expected in manifest.items():
-        if Path(name).name != name or not name.isprintable() or len(name.encode()) > LONGEST_NAME:
+        if not check.is_file_name(name):
             got = check.in_a_line(repr(name))
             raise ValueError(f"{path / MANIFEST}: expected plain file names, got {got}")
         if not (path / name).is_file() or _sha256(path / name) != expected:
