@@ -26,6 +26,13 @@ def encoded(image: np.ndarray | Image.Image, kind: str = "PNG", **options) -> by
     return buffer.getvalue()
 
 
+def one_image_saved(folder: Path) -> Path:
+    """A data set as Hugging Face's `save_to_disk` leaves it."""
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_dict({"image": [Image.fromarray(COLOURS)]}).save_to_disk(folder)
+    return folder
+
+
 def put(folder: Path, content: bytes, name: str = "x.png") -> Path:
     (folder / name).write_bytes(content)
     return folder / name

@@ -13,7 +13,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from encoded_images import COLOURS, GREY, encoded, needs_avif, needs_datasets, needs_pyarrow, put, read, table
+from encoded_images import (
+    COLOURS,
+    GREY,
+    encoded,
+    needs_avif,
+    needs_datasets,
+    needs_pyarrow,
+    one_image_saved,
+    put,
+    read,
+    table,
+)
 from PIL import EpsImagePlugin, Image, ImageFile
 
 from fastunlearn.data import load_images
@@ -256,9 +267,7 @@ def test_what_is_no_array_in_an_archive(tmp_path):
 
 @pytest.fixture
 def saved_set(tmp_path) -> Path:
-    datasets = pytest.importorskip("datasets")
-    datasets.Dataset.from_dict({"image": [Image.fromarray(COLOURS)]}).save_to_disk(tmp_path / "set")
-    return tmp_path / "set"
+    return one_image_saved(tmp_path / "set")
 
 
 @pytest.mark.parametrize("name", ["state.json", "dataset_info.json", "data-00000-of-00001.arrow"])

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from encoded_images import COLOURS, encoded, needs_pyarrow, put, table
-from PIL import Image, ImageFile
+from encoded_images import COLOURS, encoded, needs_pyarrow, one_image_saved, put, table
+from PIL import ImageFile
 
 from fastunlearn.data import load_images
 from fastunlearn.data.options import stack
@@ -105,9 +105,7 @@ def test_a_table_that_is_damaged_further_on_is_named(tmp_path):
 
 @pytest.fixture
 def saved_set(tmp_path) -> Path:
-    datasets = pytest.importorskip("datasets")
-    datasets.Dataset.from_dict({"image": [Image.fromarray(COLOURS)]}).save_to_disk(tmp_path / "set")
-    return tmp_path / "set"
+    return one_image_saved(tmp_path / "set")
 
 
 def test_a_saved_data_set_holds_nothing_else(saved_set):
